@@ -1,0 +1,129 @@
+"""One transformer block: its forward, the statistics of its linear layers, their quantization.
+
+Shapes: B sequences, T tokens, H hidden size.
+"""
+
+import time
+from collections.abc import Callable, Iterable, Iterator
+
+import torch
+from torch import nn
+
+from astro.config import Quantization, Regularizer
+from astro.errors import NumericalError, UnsupportedError
+from astro.hessian import HessianAccumulator
+from astro.layer import QuantizedLinear, quantize_group
+from astro.recording import BlockCall
+from astro.report import LayerRecord
+
+__all__ = ["BlockStatistics", "forward", "quantize_block"]
+
+
+def forward(block: nn.Module, hidden: torch.Tensor, call: BlockCall) -> torch.Tensor:
+    """The block's output hidden states [B, T, H] for input hidden states [B, T, H]."""
+    output = block(hidden, *call.args, **call.kwargs)
+    result: torch.Tensor = output[0] if isinstance(output, tuple) else output
+    return result
+
+
+class BlockStatistics:
+    """Collects the Hessians of a block's linear layers while its forward runs.
+
+    Layers that are called one after the other with the very same input share one Hessian: q, k and v; gate and up.
+    Which do is found in the first forward and checked in every later one.
+
+    Attributes:
+        groups: names of the layers that share an input, in the order of the first forward.
+        seconds: time spent on the products.
+    """
+
+    def __init__(self, linears: dict[str, nn.Linear], device: torch.device) -> None:
+        self._linears = linears
+        self._device = device
+        self._accumulators: list[HessianAccumulator] = []
+        self._group_of: dict[str, int] = {}
+        self._last: tuple[torch.Tensor, int] | None = None
+        self.groups: list[list[str]] = []
+        self.seconds = 0.0
+
+    def run(self, action: Callable[[], torch.Tensor]) -> torch.Tensor:
+        """Run a forward of the block under observation and return its result."""
+        handles = [
+            module.register_forward_pre_hook(self._hook(name)) for name, module in self._linears.items()
+        ]
+        try:
+            return action()
+        finally:
+            self._last = None
+            for handle in handles:
+                handle.remove()
+
+    def finish_(self) -> Iterator[tuple[list[str], torch.Tensor, int]]:
+        """Groups with their Hessian and token count, each handed out once and then forgotten.
+
+        Raises:
+            NumericalError: a layer was never reached, or saw values that are not finite.
+        """
+        unreached = [name for name in self._linears if name not in self._group_of]
+        if unreached:
+            raise NumericalError(f"{unreached[0]}: no calibration token reached this layer; use more calibration text")
+        accumulators, self._accumulators = self._accumulators, []
+        for names, accumulator in zip(self.groups, accumulators, strict=True):
+            yield names, accumulator.finish_("+".join(names)), accumulator.num_tokens
+
+    def _hook(self, name: str) -> Callable[[nn.Module, tuple[torch.Tensor, ...]], None]:
+        def observe(module: nn.Module, args: tuple[torch.Tensor, ...]) -> None:
+            self._observe(name, args[0])
+
+        return observe
+
+    def _observe(self, name: str, X: torch.Tensor) -> None:
+        last, group = self._last if self._last is not None else (None, -1)
+        shares = last is not None and last.data_ptr() == X.data_ptr() and last.shape == X.shape
+        if name not in self._group_of:
+            self._open(name, X, group if shares else None)
+        own = self._group_of[name]
+        if name == self.groups[own][0]:
+            start = time.perf_counter()
+            self._accumulators[own].add_(X)
+            self.seconds += time.perf_counter() - start
+        elif not shares or group != own:
+            raise UnsupportedError(f"{name} shared its input with {self.groups[own][0]} in one forward but not in another")
+        self._last = (X, own)
+
+    def _open(self, name: str, X: torch.Tensor, group: int | None) -> None:
+        if group is None:
+            group = len(self.groups)
+            self.groups.append([])
+            self._accumulators.append(HessianAccumulator(X.shape[-1], self._device))
+        self.groups[group].append(name)
+        self._group_of[name] = group
+
+
+def quantize_block(
+    linears: dict[str, nn.Linear],
+    statistics: Iterable[tuple[list[str], torch.Tensor, int]],
+    quantization: Quantization,
+    regularization: Regularizer,
+    scale_dtypes: dict[str, torch.dtype],
+) -> tuple[dict[str, QuantizedLinear], list[LayerRecord]]:
+    """Quantize every linear layer of a block.
+
+    Args:
+        linears: the layers by name, with their original weights.
+        statistics: groups with Hessian and token count.
+        quantization: grid and solver.
+        regularization: what is done to the weights before.
+        scale_dtypes: dtype in which each layer's scales are stored.
+
+    Returns:
+        Each layer on its grid by name, and one record a group.
+    """
+    quantized: dict[str, QuantizedLinear] = {}
+    records = []
+    for names, H, num_tokens in statistics:
+        weights = [(name, linears[name].weight.detach()) for name in names]
+        members, record = quantize_group(weights, H, num_tokens, quantization, regularization, scale_dtypes[names[0]])
+        quantized.update(members)
+        records.append(record)
+    return quantized, records

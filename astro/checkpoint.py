@@ -1,0 +1,354 @@
+"""Sharded safetensors checkpoints: checked from their headers, read as slices, written atomically.
+
+Opening a checkpoint reads headers only. Everything that can be wrong with the files is found there: a shard that is
+missing or cut short, an index that disagrees with its shards or points outside the folder, a pickle.
+"""
+
+import dataclasses
+import errno
+import hashlib
+import json
+import os
+import struct
+from collections.abc import Callable, Iterable, Mapping
+from pathlib import Path, PurePosixPath
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+
+from astro.errors import CheckpointError, RunError
+
+__all__ = [
+    "INDEX_NAME",
+    "Checkpoint",
+    "TensorEntry",
+    "load_tensors",
+    "read_header",
+    "read_json",
+    "require_finite",
+    "save_tensors",
+    "sha256_of",
+    "write_atomic",
+    "write_json",
+]
+
+INDEX_NAME = "model.safetensors.index.json"
+_SINGLE_NAME = "model.safetensors"
+_PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt")
+_MAX_HEADER_BYTES = 100_000_000
+_SAMPLE_BYTES = 64
+_PIECE_ELEMENTS = 1 << 24
+
+_DTYPE_BYTES = {
+    "BOOL": 1, "U8": 1, "I8": 1, "F8_E4M3": 1, "F8_E5M2": 1, "U16": 2, "I16": 2, "F16": 2, "BF16": 2,
+    "U32": 4, "I32": 4, "F32": 4, "U64": 8, "I64": 8, "F64": 8,
+}  # fmt: skip
+_FLOATS = {"F16": torch.float16, "BF16": torch.bfloat16, "F32": torch.float32, "F64": torch.float64}
+
+
+@dataclasses.dataclass(frozen=True)
+class TensorEntry:
+    """Where a tensor lies and what it is.
+
+    Attributes:
+        name: in the checkpoint.
+        file: shard's name inside the folder.
+        dtype: as safetensors writes it, e.g. "BF16".
+        shape: sizes.
+        start: first byte in the file.
+        stop: one past the last byte in the file.
+    """
+
+    name: str
+    file: str
+    dtype: str
+    shape: tuple[int, ...]
+    start: int
+    stop: int
+
+    @property
+    def size_bytes(self) -> int:
+        """Bytes of the tensor."""
+        return self.stop - self.start
+
+    @property
+    def float_dtype(self) -> torch.dtype | None:
+        """The torch dtype, or None where the tensor is no plain float."""
+        return _FLOATS.get(self.dtype)
+
+
+class Checkpoint:
+    """A folder of safetensors shards.
+
+    Attributes:
+        folder: where the files are.
+        entries: every tensor by name, sorted by name.
+    """
+
+    def __init__(self, folder: Path, entries: Mapping[str, TensorEntry]) -> None:
+        self.folder = folder
+        self.entries = dict(sorted(entries.items()))
+
+    @classmethod
+    def open(cls, folder: Path) -> "Checkpoint":
+        """Read the index and every header, and check that they agree.
+
+        Raises:
+            CheckpointError: anything that would make a later read fail or lie.
+        """
+        _refuse_other_kinds(folder)
+        weight_map = _read_weight_map(folder)
+        files = sorted(set(weight_map.values())) if weight_map is not None else [_SINGLE_NAME]
+        entries: dict[str, TensorEntry] = {}
+        for file in files:
+            for entry in read_header(folder, file):
+                if weight_map is None or weight_map.get(entry.name) == file:
+                    entries[entry.name] = entry
+        absent = sorted(set(weight_map or ()) - set(entries))
+        if weight_map is not None and absent:
+            raise CheckpointError(
+                f"{folder / INDEX_NAME}: names {len(absent)} tensor(s) that their shards do not hold, "
+                f"the first is {absent[0]!r} in {weight_map[absent[0]]}; index and shards are of different versions, "
+                "fetch the checkpoint again"
+            )
+        return cls(folder, entries)
+
+    def fingerprint(self) -> str:
+        """A hash of every name, dtype and shape, and of some bytes of every tensor, hex.
+
+        It does not read the weights: 64 bytes from the middle of each tensor tell one revision from another.
+        """
+        digest = hashlib.sha256()
+        handles: dict[str, Any] = {}
+        try:
+            for entry in self.entries.values():
+                if entry.file not in handles:
+                    handles[entry.file] = (self.folder / entry.file).open("rb")
+                handle = handles[entry.file]
+                handle.seek(max(entry.start, (entry.start + entry.stop - _SAMPLE_BYTES) // 2))
+                sample = handle.read(min(_SAMPLE_BYTES, entry.size_bytes))
+                digest.update(f"{entry.name}|{entry.dtype}|{entry.shape}|".encode() + sample)
+        finally:
+            for handle in handles.values():
+                handle.close()
+        return digest.hexdigest()
+
+    def slices(self, names: Iterable[str]) -> dict[str, Any]:
+        """Lazy slices of some tensors: nothing is read until they are indexed.
+
+        Raises:
+            CheckpointError: a shard cannot be opened any more.
+        """
+        handles: dict[str, Any] = {}
+        found = {}
+        for name in names:
+            file = self.entries[name].file
+            try:
+                if file not in handles:
+                    handles[file] = safe_open(self.folder / file, framework="pt", device="cpu")
+                found[name] = handles[file].get_slice(name)
+            except (OSError, SafetensorError) as error:
+                raise CheckpointError(f"{self.folder / file}: cannot read {name}: {error}") from error
+        return found
+
+    def read(self, names: Iterable[str]) -> dict[str, torch.Tensor]:
+        """Some tensors as they are stored, on the CPU, in memory of their own."""
+        return {name: piece[...].clone() for name, piece in self.slices(names).items()}
+
+    def size_bytes(self, names: Iterable[str]) -> int:
+        """Bytes that reading some tensors moves."""
+        return sum(self.entries[name].size_bytes for name in names)
+
+
+def require_finite(checkpoint: Checkpoint) -> None:
+    """Read every float tensor once, a piece at a time, and refuse NaN and Inf.
+
+    Raises:
+        CheckpointError: naming the first tensor that is not finite.
+    """
+    for name, entry in checkpoint.entries.items():
+        if entry.float_dtype is None or not entry.size_bytes:
+            continue
+        piece = checkpoint.slices([name])[name]
+        rows = entry.shape[0] if entry.shape else 0
+        step = max(1, _PIECE_ELEMENTS * max(rows, 1) // max(1, entry.size_bytes // _DTYPE_BYTES[entry.dtype]))
+        for start in range(0, max(rows, 1), step):
+            part = piece[start : start + step] if rows else piece[...]
+            if not bool(torch.isfinite(part).all()):
+                raise CheckpointError(
+                    f"{checkpoint.folder / entry.file}: tensor {name} holds NaN or Inf; "
+                    "the checkpoint is damaged or diverged in training, and quantizing it cannot work"
+                )
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """A JSON object from a file.
+
+    Raises:
+        CheckpointError: the file is missing, is no JSON, or holds no object.
+    """
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError as error:
+        raise CheckpointError(f"{path}: not found; a checkpoint folder must hold it") from error
+    except (OSError, ValueError, RecursionError) as error:
+        raise CheckpointError(f"{path}: cannot be read as JSON: {error}") from error
+    if not isinstance(content, dict):
+        raise CheckpointError(f"{path}: expected a JSON object, got {type(content).__name__}")
+    return content
+
+
+def write_atomic(path: Path, write: Callable[[Path], None]) -> None:
+    """Let `write` fill a file beside `path`, sync it to disk and rename it into place.
+
+    Raises:
+        RunError: the file system refused, e.g. because it is full. `path` is then as it was.
+    """
+    partial = path.with_name(f".{path.name}.{os.getpid()}.part")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        write(partial)
+        with partial.open("rb") as handle:
+            os.fsync(handle.fileno())
+        partial.replace(path)
+        folder = os.open(path.parent, os.O_RDONLY)
+        try:
+            os.fsync(folder)
+        finally:
+            os.close(folder)
+    except (OSError, SafetensorError) as error:
+        partial.unlink(missing_ok=True)
+        full = getattr(error, "errno", None) == errno.ENOSPC or "No space left" in str(error)
+        advice = "the disk is full: free space and run the same command again" if full else "check the folder"
+        raise RunError(f"{path}: cannot be written: {error}; {advice}. What is finished is kept") from error
+
+
+def write_json(path: Path, content: Mapping[str, Any]) -> None:
+    """Write a JSON object atomically, indented."""
+    text = json.dumps(content, indent=2, ensure_ascii=False) + "\n"
+    write_atomic(path, lambda partial: _write_text(partial, text))
+
+
+def save_tensors(path: Path, tensors: Mapping[str, torch.Tensor], metadata: Mapping[str, str] | None = None) -> None:
+    """Write a safetensors file atomically. Its bytes depend on names, values and metadata alone.
+
+    Args:
+        path: where to.
+        tensors: by name, on any device.
+        metadata: strings for the header beside `format`.
+    """
+    ready = {name: tensors[name].detach().cpu().contiguous() for name in sorted(tensors)}
+    write_atomic(path, lambda partial: save_file(ready, partial, metadata={"format": "pt", **(metadata or {})}))
+
+
+def load_tensors(path: Path) -> tuple[dict[str, torch.Tensor], dict[str, str]]:
+    """Every tensor of a safetensors file in memory of its own, and the header's metadata.
+
+    Raises:
+        CheckpointError: the file is missing or damaged.
+    """
+    try:
+        with safe_open(path, framework="pt", device="cpu") as handle:
+            tensors = {name: handle.get_tensor(name).clone() for name in handle.keys()}  # noqa: SIM118
+            return tensors, handle.metadata() or {}
+    except (OSError, SafetensorError) as error:
+        raise CheckpointError(f"{path}: cannot be read: {error}") from error
+
+
+def sha256_of(path: Path) -> str:
+    """Hash of a file's bytes, hex."""
+    with path.open("rb") as handle:
+        return hashlib.file_digest(handle, "sha256").hexdigest()
+
+
+def _write_text(path: Path, text: str) -> None:
+    path.write_text(text, encoding="utf-8")
+
+
+def _refuse_other_kinds(folder: Path) -> None:
+    if folder.suffix == ".gguf" or (folder.is_dir() and any(folder.glob("*.gguf")) and not _has_weights(folder)):
+        raise CheckpointError(
+            f"{folder}: a GGUF file holds weights that are quantized already; quantizing them again adds their error "
+            "to ours. Give the original safetensors checkpoint of the model"
+        )
+    if not folder.is_dir():
+        raise CheckpointError(
+            f"{folder}: no such folder; model.source is a local or shared folder with config.json and *.safetensors "
+            "(fetch one with `hf download ORG/NAME --local-dir FOLDER`)"
+        )
+    if _has_weights(folder):
+        return
+    pickles = sorted(path.name for pattern in _PICKLES for path in folder.glob(pattern))
+    if pickles:
+        raise CheckpointError(
+            f"{folder}: holds {pickles[0]} but no safetensors; such a file is a pickle, which runs code when it is "
+            "loaded, and is not read. Convert it (transformers: save_pretrained) or fetch the safetensors revision"
+        )
+    raise CheckpointError(f"{folder}: holds neither {INDEX_NAME} nor {_SINGLE_NAME}")
+
+
+def _has_weights(folder: Path) -> bool:
+    return (folder / INDEX_NAME).is_file() or (folder / _SINGLE_NAME).is_file()
+
+
+def _read_weight_map(folder: Path) -> dict[str, str] | None:
+    path = folder / INDEX_NAME
+    if not path.is_file():
+        return None
+    weight_map = read_json(path).get("weight_map")
+    if not isinstance(weight_map, dict) or not weight_map:
+        raise CheckpointError(f"{path}: expected an object 'weight_map' that names tensors, got {weight_map!r:.80}")
+    for name, file in weight_map.items():
+        # Only the text counts: a hub cache stores shards as links that do leave the folder.
+        inside = isinstance(file, str) and len(PurePosixPath(file).parts) == 1 and file not in ("", "..", ".")
+        if not inside or "\\" in file or not file.endswith(".safetensors"):
+            raise CheckpointError(
+                f"{path}: tensor {name!r} is said to be in {file!r}; expected the name of a .safetensors file in the "
+                "same folder. A path that leaves the folder is never followed"
+            )
+    return weight_map
+
+
+def read_header(folder: Path, file: str) -> list[TensorEntry]:
+    """The tensors that a shard holds, by its header; the file's length must agree.
+
+    Raises:
+        CheckpointError: the shard is missing, cut short or damaged.
+    """
+    path = folder / file
+    if not path.is_file():
+        raise CheckpointError(f"{path}: the index names this shard, but it is missing; fetch it again")
+    size = path.stat().st_size
+    with path.open("rb") as handle:
+        head = handle.read(8)
+        length = struct.unpack("<Q", head)[0] if len(head) == 8 else _MAX_HEADER_BYTES + 1
+        if length > min(_MAX_HEADER_BYTES, size - 8):
+            raise CheckpointError(f"{path}: no safetensors file, or cut short: {size} bytes, its header asks for more")
+        raw = handle.read(length)
+    try:
+        header = json.loads(raw)
+        tensors = {name: value for name, value in header.items() if name != "__metadata__"}
+        entries = [_parse_entry(name, file, value, 8 + length) for name, value in tensors.items()]
+    except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
+        raise CheckpointError(f"{path}: its safetensors header is damaged: {error!r:.200}; fetch it again") from error
+    needed = max((entry.stop for entry in entries), default=8 + length)
+    if size != needed:
+        kind = "cut short" if size < needed else "longer than its header says"
+        raise CheckpointError(f"{path}: the shard is {kind}: expected {needed} bytes, got {size}; fetch it again")
+    return entries
+
+
+def _parse_entry(name: str, file: str, value: Mapping[str, Any], base: int) -> TensorEntry:
+    dtype, (begin, end) = value["dtype"], value["data_offsets"]
+    shape = tuple(int(n) for n in value["shape"])
+    count = 1
+    for n in shape:
+        if n < 0:
+            raise ValueError(f"{name}: negative size in {shape}")
+        count *= n
+    width = _DTYPE_BYTES.get(dtype)
+    if begin < 0 or end < begin or (width is not None and count * width != end - begin):
+        raise ValueError(f"{name}: {dtype} {list(shape)} does not fit the bytes {begin} to {end}")
+    return TensorEntry(name, file, dtype, shape, base + begin, base + end)

@@ -1,0 +1,1 @@
+"""On-disk layouts of quantized linear layers, one module each."""

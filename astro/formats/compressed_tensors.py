@@ -1,0 +1,125 @@
+"""The compressed-tensors `pack-quantized` layout, which vLLM, SGLang and transformers read.
+
+For a linear layer `name` of R rows and C columns in G groups:
+
+    name.weight_packed      int32 [R, ceil(C·b/32)]   value + 2^(b−1), least significant bits first
+    name.weight_scale       [R, G]                    in the model's dtype
+    name.weight_shape       int64 [2]                 R, C
+    name.weight_zero_point  int32 [ceil(R·b/32), G]   packed along rows; only where asymmetric
+
+No `weight_g_idx`: with a static activation order the columns are stored in their original order.
+"""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+
+from astro.config import PER_CHANNEL, Quantization
+from astro.errors import CheckpointError
+from astro.grid import Grid
+from astro.layer import QuantizedLinear
+from astro.packing import pack, unpack
+
+__all__ = ["SUFFIXES", "pack_linear", "quantization_config", "server_notes", "unpack_linear"]
+
+SUFFIXES = ("weight_packed", "weight_scale", "weight_shape", "weight_zero_point")
+"""What a linear layer's `weight` becomes."""
+
+
+def pack_linear(name: str, linear: QuantizedLinear, scale_dtype: torch.dtype) -> dict[str, torch.Tensor]:
+    """The tensors that store one linear layer.
+
+    Args:
+        name: the layer's name in the checkpoint, without `.weight`.
+        linear: integers and grid.
+        scale_dtype: dtype of `weight_scale`; the grid's scales are exact in it.
+
+    Returns:
+        Tensors by checkpoint name, on the layer's device.
+    """
+    grid = linear.grid
+    tensors = {
+        f"{name}.weight_packed": pack(linear.Q, grid.bits),
+        f"{name}.weight_scale": grid.scale.to(scale_dtype),
+        f"{name}.weight_shape": torch.tensor(linear.Q.shape, dtype=torch.int64),
+    }
+    if not grid.symmetric:
+        tensors[f"{name}.weight_zero_point"] = pack(grid.zero.to(torch.int8).T, grid.bits).T.contiguous()
+    return tensors
+
+
+def unpack_linear(name: str, tensors: Mapping[str, torch.Tensor], settings: Quantization) -> QuantizedLinear:
+    """Read back one linear layer.
+
+    Args:
+        name: the layer's name in the checkpoint.
+        tensors: at least the layer's own tensors, by checkpoint name.
+        settings: bits, group size and symmetry it was written with.
+
+    Raises:
+        CheckpointError: a tensor is missing or has another shape than the others ask for.
+    """
+    wanted = SUFFIXES[:3] if settings.symmetric else SUFFIXES
+    missing = [f"{name}.{suffix}" for suffix in wanted if f"{name}.{suffix}" not in tensors]
+    if missing:
+        raise CheckpointError(f"packed layer {name}: missing {', '.join(missing)}")
+    shape = tensors[f"{name}.weight_shape"].tolist()
+    if len(shape) != 2 or min(shape) < 1:
+        raise CheckpointError(f"packed layer {name}: weight_shape should hold two positive sizes, got {shape}")
+    rows, columns = shape
+    group_size = settings.columns_per_group(columns)
+    scale = tensors[f"{name}.weight_scale"].float()
+    if tuple(scale.shape) != (rows, columns // group_size):
+        raise CheckpointError(
+            f"packed layer {name}: weight_scale should be {[rows, columns // group_size]}, got {list(scale.shape)}"
+        )
+    Q = unpack(tensors[f"{name}.weight_packed"], settings.bits, columns)
+    if len(Q) != rows:
+        raise CheckpointError(f"packed layer {name}: weight_packed should have {rows} rows, got {len(Q)}")
+    zero = torch.zeros_like(scale)
+    if not settings.symmetric:
+        zero = unpack(tensors[f"{name}.weight_zero_point"].T, settings.bits, rows).T.float()
+    return QuantizedLinear(Q, Grid(scale, zero, settings.bits, group_size, settings.symmetric))
+
+
+def quantization_config(settings: Quantization, ignore: Sequence[str]) -> dict[str, Any]:
+    """The `quantization_config` of config.json.
+
+    Args:
+        settings: bits, group size, symmetry and activation order.
+        ignore: names of the linear modules that are not quantized.
+    """
+    per_channel = settings.group_size == PER_CHANNEL
+    weights = {
+        "num_bits": settings.bits,
+        "type": "int",
+        "symmetric": settings.symmetric,
+        "strategy": "channel" if per_channel else "group",
+        "group_size": None if per_channel else settings.group_size,
+        "actorder": "static" if settings.act_order == "static" and not per_channel else None,
+        "dynamic": False,
+    }
+    return {
+        "quant_method": "compressed-tensors",
+        "format": "pack-quantized",
+        "quantization_status": "compressed",
+        "config_groups": {"group_0": {"targets": ["Linear"], "weights": weights}},
+        "ignore": list(ignore),
+    }
+
+
+def server_notes(settings: Quantization) -> list[str]:
+    """What servers are known to refuse about these settings, one sentence each; empty where all load it."""
+    notes = []
+    if settings.bits in (2, 3):
+        notes.append(
+            f"{settings.bits}-bit weights: no server has a kernel for this layout (vLLM and SGLang refuse it); "
+            "transformers with compressed-tensors loads it"
+        )
+    marlin = (PER_CHANNEL, 32, 64, 128)
+    if settings.bits in (4, 8) and settings.group_size not in marlin:
+        notes.append(f"group size {settings.group_size}: vLLM's CUDA Marlin kernels take only -1, 32, 64 and 128")
+    if not settings.symmetric and settings.bits in (4, 8):
+        notes.append("asymmetric weights: vLLM's CUDA Marlin kernels are symmetric; another, slower kernel may serve it")
+    return notes

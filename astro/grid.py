@@ -1,0 +1,137 @@
+"""The grid of a quantized layer: scale and zero point of each group, and rounding to it.
+
+Shapes: R rows (outputs), C columns (inputs), g columns a group, G = C/g groups.
+Integers are signed, in [−2^(b−1), 2^(b−1)−1]; a weight is (q − zero) · scale (arXiv 2602.07596, eq. 1-2, zero = 0).
+"""
+
+import dataclasses
+
+import torch
+
+from astro.config import Quantization
+from astro.errors import NumericalError
+
+__all__ = ["Grid", "fit_grid", "require_finite_scales"]
+
+_ERROR_NORM = 2.4
+"""Exponent of the searched error, GPTQ's own choice."""
+_SHRINKS = tuple(1.0 - 0.02 * i for i in range(36))
+"""Candidate factors of a group's range, 1.0 to 0.3: two-bit grids want the small ones."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Grid:
+    """Where the weights of a layer may lie.
+
+    Attributes:
+        scale: float32 [R, G], already rounded to the dtype it is stored in.
+        zero: float32 [R, G], whole numbers in the integer range; 0 where symmetric.
+        bits: width of one weight.
+        group_size: columns that share a scale.
+        symmetric: whether every zero point is 0 by construction.
+    """
+
+    scale: torch.Tensor
+    zero: torch.Tensor
+    bits: int
+    group_size: int
+    symmetric: bool
+
+    @property
+    def q_min(self) -> int:
+        """Least integer."""
+        return -(1 << (self.bits - 1))
+
+    @property
+    def q_max(self) -> int:
+        """Greatest integer."""
+        return (1 << (self.bits - 1)) - 1
+
+    def quantize(self, W: torch.Tensor) -> torch.Tensor:
+        """Round to the nearest point of the grid.
+
+        Args:
+            W: float32 [R, C].
+
+        Returns:
+            int8 [R, C].
+        """
+        V = W.unflatten(1, (-1, self.group_size)) / self.scale.unsqueeze(-1)
+        return (V.round_() + self.zero.unsqueeze(-1)).clamp_(self.q_min, self.q_max).flatten(1).to(torch.int8)
+
+    def dequantize(self, Q: torch.Tensor) -> torch.Tensor:
+        """The weights that integers stand for.
+
+        Args:
+            Q: int8 [R, C].
+
+        Returns:
+            float32 [R, C].
+        """
+        V = Q.unflatten(1, (-1, self.group_size)).float()
+        return ((V - self.zero.unsqueeze(-1)) * self.scale.unsqueeze(-1)).flatten(1)
+
+
+def fit_grid(W: torch.Tensor, settings: Quantization, scale_dtype: torch.dtype) -> Grid:
+    """Choose the scale and zero point of every group of a layer.
+
+    The scale is rounded to `scale_dtype` before anything is quantized with it, so that what is stored is what was used.
+
+    Args:
+        W: float32 [R, C], finite.
+        settings: bits, group size, symmetry and how scales are searched.
+        scale_dtype: dtype in which scales are stored.
+
+    Returns:
+        The grid, its scales possibly infinite in a narrow `scale_dtype`: see `require_finite_scales`.
+    """
+    group_size = settings.columns_per_group(W.shape[1])
+    V = W.unflatten(1, (-1, group_size))
+    low, high = V.amin(-1).clamp_(max=0), V.amax(-1).clamp_(min=0)
+    if settings.symmetric:
+        high = torch.maximum(-low, high)
+        low = -high
+    shrinks = _SHRINKS if settings.scale_search == "mse" else _SHRINKS[:1]
+    best = _make_grid(low, high, settings, group_size, scale_dtype)
+    if len(shrinks) == 1:
+        return best
+    least = _group_error(V, best)
+    for shrink in shrinks[1:]:
+        grid = _make_grid(low * shrink, high * shrink, settings, group_size, scale_dtype)
+        error = _group_error(V, grid)
+        better = error < least
+        scale = torch.where(better, grid.scale, best.scale)
+        best = dataclasses.replace(best, scale=scale, zero=torch.where(better, grid.zero, best.zero))
+        least = torch.minimum(error, least)
+    return best
+
+
+def _make_grid(
+    low: torch.Tensor, high: torch.Tensor, settings: Quantization, group_size: int, scale_dtype: torch.dtype
+) -> Grid:
+    levels = (1 << settings.bits) - 1
+    # eq. 2: a symmetric grid reaches the largest weight with its largest positive integer
+    span = high / (levels // 2) if settings.symmetric else (high - low) / levels
+    tiny = torch.finfo(scale_dtype).tiny
+    # A group of zeros has no range of its own: any scale holds it, 1 is the one that stays finite when inverted.
+    scale = torch.where(span > 0, span.clamp(min=tiny), 1.0).to(scale_dtype).float()
+    q_min = -(1 << (settings.bits - 1))
+    zero = torch.zeros_like(scale) if settings.symmetric else (q_min - low / scale).round_().clamp_(q_min, -q_min - 1)
+    return Grid(scale, zero, settings.bits, group_size, settings.symmetric)
+
+
+def _group_error(V: torch.Tensor, grid: Grid) -> torch.Tensor:
+    """Error of each group [R, G] for V [R, G, g]."""
+    scale, zero = grid.scale.unsqueeze(-1), grid.zero.unsqueeze(-1)
+    E = (V / scale).round_().add_(zero).clamp_(grid.q_min, grid.q_max).sub_(zero).mul_(scale).sub_(V)
+    return E.abs_().pow_(_ERROR_NORM).sum(-1)
+
+
+def require_finite_scales(grid: Grid, name: str) -> None:
+    """Refuse a grid that its storage dtype cannot hold.
+
+    Raises:
+        NumericalError: a scale overflowed.
+    """
+    if not bool(torch.isfinite(grid.scale).all()):
+        raise NumericalError(f"{name}: a scale is not finite in the stored dtype; the weights are too large for it")

@@ -1,0 +1,121 @@
+"""The Hessian of a layer's squared error: accumulation, damping, factorization.
+
+For Y = X Wᵀ the layer error of a perturbed weight is tr(ΔW H ΔWᵀ) with H = XᵀX.
+Shapes: T tokens, C columns (inputs of the layer).
+"""
+
+import dataclasses
+
+import torch
+
+from astro.errors import NumericalError
+
+__all__ = ["Factor", "HessianAccumulator", "factorize", "layer_error"]
+
+_TILE = 1024
+"""Rows of H in one product. Part of the arithmetic: another tile rounds differently."""
+
+
+class HessianAccumulator:
+    """Sums XᵀX over chunks, in the order in which they are added, in float32.
+
+    Each chunk's product is formed on its own and then added, so that partial sums computed elsewhere and merged in
+    chunk order give the same bits. Only the tiles on and above the diagonal are computed.
+    """
+
+    def __init__(self, num_columns: int, device: torch.device) -> None:
+        self._sum = torch.zeros(num_columns, num_columns, dtype=torch.float32, device=device)
+        self.num_tokens = 0
+
+    def add_(self, X: torch.Tensor) -> None:
+        """Add one chunk.
+
+        Args:
+            X: inputs of the layer [..., C], any float dtype; products are formed in float32.
+        """
+        X = X.reshape(-1, X.shape[-1]).float()
+        for start in range(0, X.shape[1], _TILE):
+            rows = slice(start, start + _TILE)
+            self._sum[rows, start:] += X[:, rows].T @ X[:, start:]
+        self.num_tokens += X.shape[0]
+
+    def finish_(self, name: str) -> torch.Tensor:
+        """The mean of xxᵀ over all tokens, symmetric [C, C] float32. The accumulator is empty afterwards.
+
+        Raises:
+            NumericalError: no token was seen, or an input was not finite.
+        """
+        H, self._sum = self._sum, torch.empty(0)
+        if not self.num_tokens:
+            raise NumericalError(f"{name}: no calibration token reached this layer; use more calibration text")
+        if not bool(torch.isfinite(H.diagonal()).all()):
+            raise NumericalError(
+                f"{name}: its calibration inputs hold NaN or Inf, or overflow float32 when squared; "
+                "check the model in this compute dtype (execution.compute_dtype)"
+            )
+        for start in range(0, H.shape[0], _TILE):
+            stop = start + _TILE
+            H[stop:, start:stop] = H[start:stop, stop:].T
+        return H.div_(self.num_tokens)
+
+
+@dataclasses.dataclass(frozen=True)
+class Factor:
+    """Triangular factor of a damped, reordered Hessian.
+
+    Attributes:
+        feedback: unit upper triangular N [C, C] float32 with H[order][:, order] + λI = (N D)(N D)ᵀ, D diagonal.
+        order: int64 [C], the column that is visited first, second, ...
+        damping: the share of the mean diagonal that was added.
+        attempts: factorizations that were tried; 1 where nothing had to be raised.
+    """
+
+    feedback: torch.Tensor
+    order: torch.Tensor
+    damping: float
+    attempts: int
+
+
+def factorize(H: torch.Tensor, order: torch.Tensor, damping: float, max_damping: float, name: str) -> Factor:
+    """Factor H + λI with λ = damping · mean(diag H), columns taken in `order`.
+
+    Where the Cholesky factorization fails the damping is multiplied by 10 and tried again, up to `max_damping`.
+
+    Args:
+        H: symmetric float32 [C, C].
+        order: permutation, int64 [C].
+        damping: share of the mean diagonal to begin with.
+        max_damping: largest share that is acceptable.
+        name: of the layer, for messages.
+
+    Raises:
+        NumericalError: H is zero, or not positive definite even with `max_damping`.
+
+    Source: damping from GPTQ, arXiv 2210.17323. An upper factor comes from a lower one of the reversed matrix.
+    """
+    mean = H.diagonal().mean()
+    if not bool(mean > 0):
+        raise NumericalError(f"{name}: every calibration input of this layer is zero")
+    reverse = order.flip(0)
+    attempts = 0
+    while True:
+        attempts += 1
+        P = H[reverse[:, None], reverse]
+        P.diagonal().add_(damping * mean)
+        L, info = torch.linalg.cholesky_ex(P)
+        del P
+        if not int(info):
+            V = L.flip(0, 1)
+            return Factor(V / V.diagonal(), order, damping, attempts)
+        if damping * 10 > max_damping * (1 + 1e-6):
+            raise NumericalError(
+                f"{name}: the Hessian is not positive definite with damping {damping:g} (the limit is {max_damping:g}); "
+                "use more calibration tokens or raise quantization.max_damping"
+            )
+        damping *= 10
+
+
+def layer_error(W: torch.Tensor, W_hat: torch.Tensor, H: torch.Tensor) -> torch.Tensor:
+    """Squared output error of each row: diag((W − Ŵ) H (W − Ŵ)ᵀ), float32 [R]."""
+    E = W - W_hat
+    return ((E @ H) * E).sum(1)

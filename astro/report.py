@@ -1,0 +1,27 @@
+"""What is recorded of every quantized group of linear layers."""
+
+import dataclasses
+
+__all__ = ["LayerRecord"]
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class LayerRecord:
+    """Figures of one group of linear layers that read the same input and were solved together."""
+
+    name: str
+    """Module names of the members, joined by '+'."""
+    bits: int
+    rows: int
+    columns: int
+    group_size: int
+    num_tokens: int
+    """Calibration tokens in the Hessian."""
+    relative_error: float
+    """‖(Ŵ − W)X‖² / ‖WX‖² on the calibration tokens, against the original weights."""
+    group_maximum_ratio: float
+    """Mean group maximum after regularization over before; 1 without a regularizer."""
+    damping: float
+    """Share of the mean diagonal that the Hessian needed; 0 where no factorization was done."""
+    factorizations: int
+    """Factorizations tried; more than 1 means that the damping was raised. 0 where none was done."""

@@ -1,0 +1,195 @@
+"""A model without weights, from its own transformers class; parts of it are filled from checkpoint tensors.
+
+transformers' internal loading functions are used here and nowhere else: they map checkpoint names to module names and
+convert layouts, so that a lone block equals the same block of the whole model for any architecture transformers knows.
+"""
+
+import dataclasses
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+from torch import nn
+from transformers.conversion_mapping import get_model_conversion_mapping
+from transformers.core_model_loading import (
+    WeightConverter,
+    WeightRenaming,
+    convert_and_load_state_dict_in_model,
+    rename_source_key,
+)
+from transformers.modeling_utils import LoadStateDictConfig
+
+from astro.checkpoint import read_json
+from astro.errors import CheckpointError, UnsupportedError
+
+__all__ = ["LinearLayer", "Skeleton"]
+
+
+@dataclasses.dataclass(frozen=True)
+class LinearLayer:
+    """A linear layer inside a block.
+
+    Attributes:
+        name: of the module in the model.
+        key: of the checkpoint tensor that holds its weight.
+    """
+
+    name: str
+    key: str
+
+    @property
+    def stem(self) -> str:
+        """Checkpoint name without `.weight`: the name under which its packed tensors are stored."""
+        return self.key.removesuffix(".weight")
+
+
+class Skeleton:
+    """The meta model of a checkpoint, its list of blocks, and which checkpoint tensors feed what.
+
+    Attributes:
+        model: the causal language model, on the meta device but for parts that are loaded.
+        blocks: its transformer blocks.
+        blocks_name: name of the block list in the model, e.g. "model.layers".
+    """
+
+    def __init__(self, folder: Path, dtype: torch.dtype, trust_remote_code: bool = False) -> None:
+        """Build the skeleton from a folder's config.json.
+
+        Raises:
+            UnsupportedError: transformers has no causal language model for it, or its blocks cannot be found.
+            CheckpointError: config.json is missing or wrong.
+        """
+        self.model = _build_on_meta(folder, dtype, trust_remote_code)
+        self.blocks_name, self.blocks = _find_blocks(self.model)
+        mapping = get_model_conversion_mapping(self.model)
+        self._renamings = [entry for entry in mapping if isinstance(entry, WeightRenaming)]
+        self._converters = [entry for entry in mapping if isinstance(entry, WeightConverter)]
+        self._mapping = mapping
+        self._dtype = dtype
+        self._state = dict(self.model.state_dict())
+
+    def target_of(self, key: str) -> tuple[str, bool]:
+        """The model's own name for a checkpoint tensor, and whether its layout is converted on the way."""
+        prefix = self.model.base_model_prefix
+        name, pattern = rename_source_key(key, self._renamings, self._converters, prefix, self._state)
+        if name not in self._state and key in self._state:
+            name, pattern = rename_source_key(key, [], [], prefix, self._state)
+        return name, pattern is not None
+
+    def shape_of(self, name: str) -> tuple[int, ...] | None:
+        """Shape of a parameter or buffer of the model; None where it has no such tensor."""
+        tensor = self._state.get(name)
+        return None if tensor is None else tuple(tensor.shape)
+
+    def block_of(self, name: str) -> int | None:
+        """Index of the block that a name of the model belongs to; None outside the blocks and beyond the last."""
+        head, _, tail = name.partition(f"{self.blocks_name}.")
+        index = tail.split(".", 1)[0]
+        return int(index) if not head and index.isdigit() and int(index) < len(self.blocks) else None
+
+    def linear_layers(self, index: int, keys: list[str]) -> list[LinearLayer]:
+        """The linear layers of a block, in the model's order.
+
+        Args:
+            index: of the block.
+            keys: checkpoint tensors of the block.
+
+        Raises:
+            UnsupportedError: the block keeps matrices outside linear layers, or a weight is stored in another layout.
+            CheckpointError: a weight is missing from the checkpoint.
+        """
+        prefix = f"{self.blocks_name}.{index}"
+        sources = {target: (key, converted) for key in keys for target, converted in [self.target_of(key)]}
+        linears = []
+        for name, module in self.blocks[index].named_modules(prefix=prefix):
+            for own, parameter in module.named_parameters(recurse=False):
+                target = f"{name}.{own}"
+                key, converted = sources.get(target, (None, False))
+                if key is None:
+                    raise CheckpointError(f"the checkpoint has no tensor for {target} of {type(self.model).__name__}")
+                if parameter.ndim < 2:
+                    continue
+                if not isinstance(module, nn.Linear) or converted:
+                    raise UnsupportedError(
+                        f"{target} of {type(self.model).__name__} is a {type(module).__name__} parameter of shape "
+                        f"{list(parameter.shape)}{' in another layout than the file' if converted else ''}; "
+                        "only blocks whose matrices are linear layers can be quantized "
+                        "(mixture-of-experts blocks and Conv1D are not supported yet)"
+                    )
+                linears.append(LinearLayer(name, key))
+        return linears
+
+    def load(self, part: nn.Module, tensors: Mapping[str, Any], device: torch.device) -> None:
+        """Fill a part of the model from checkpoint tensors, in place.
+
+        Args:
+            part: the model or one of its blocks.
+            tensors: tensors or lazy slices by checkpoint name, all that the part needs.
+            device: where the part shall be.
+
+        Raises:
+            CheckpointError: a tensor has the wrong shape, or a parameter got no tensor.
+        """
+        self._fill_buffers(part, device)
+        config = LoadStateDictConfig(
+            device_map={"": device}, dtype=self._dtype, weight_mapping=self._mapping, ignore_mismatched_sizes=False
+        )
+        try:
+            info, _ = convert_and_load_state_dict_in_model(self.model, dict(tensors), config, None)
+        except RuntimeError as error:
+            raise CheckpointError(f"loading {type(self.model).__name__}: {error}") from error
+        problems = [str(entry) for entry in (*info.mismatched_keys, *info.conversion_errors.items(), *info.error_msgs)]
+        if problems:
+            raise CheckpointError(
+                f"a tensor does not fit {type(self.model).__name__}: {problems[0]:.300}; config.json and the shards "
+                "are of different models"
+            )
+
+    def require_filled(self, part: nn.Module, name: str) -> None:
+        """Refuse a part of the model of which something is still without weights.
+
+        Raises:
+            CheckpointError: naming the first parameter or buffer that is empty.
+        """
+        for own, tensor in (*part.named_parameters(), *part.named_buffers()):
+            if tensor.is_meta:
+                raise CheckpointError(f"{name}: the checkpoint holds no tensor for {own} of this model")
+
+    def _fill_buffers(self, part: nn.Module, device: torch.device) -> None:
+        # Buffers that no file holds (rotary frequencies) are computed by the model's own initializer.
+        for module in part.modules():
+            empty = [own for own in module._non_persistent_buffers_set if module._buffers[own] is not None]
+            empty = [own for own in empty if module._buffers[own].is_meta]  # type: ignore[union-attr]
+            for own in empty:
+                module._buffers[own] = torch.empty_like(module._buffers[own], device=device)  # type: ignore[arg-type]
+            if empty:
+                self.model._init_weights(module)
+
+
+def _build_on_meta(folder: Path, dtype: torch.dtype, trust_remote_code: bool) -> Any:
+    content = read_json(folder / "config.json")
+    kind = content.get("model_type")
+    try:
+        config = transformers.AutoConfig.from_pretrained(folder, trust_remote_code=trust_remote_code)
+        with torch.device("meta"):
+            model = transformers.AutoModelForCausalLM.from_config(
+                config, dtype=dtype, trust_remote_code=trust_remote_code
+            )
+    except Exception as error:  # transformers raises many kinds for a config it cannot use
+        own_code = " It ships its own code, which runs only with model.trust_remote_code: true." * ("auto_map" in content)
+        raise UnsupportedError(
+            f"{folder / 'config.json'}: transformers {transformers.__version__} has no causal language model for "
+            f"model_type {kind!r}: {str(error).splitlines()[0] if str(error) else type(error).__name__:.300}.{own_code}"
+        ) from error
+    model.tie_weights()
+    return model.eval()
+
+
+def _find_blocks(model: Any) -> tuple[str, nn.ModuleList]:
+    count = model.config.get_text_config().num_hidden_layers
+    for name, module in model.named_modules():
+        if isinstance(module, nn.ModuleList) and len(module) == count:
+            return name, module
+    raise UnsupportedError(f"{type(model).__name__}: no list of {count} transformer blocks found in it")

@@ -1,0 +1,1 @@
+"""Where and when: configuration, plan, workers, executors and the run."""

@@ -1,0 +1,148 @@
+"""Text to fixed chunks of token sequences: the same text, tokenizer and settings give the same tokens."""
+
+import dataclasses
+import hashlib
+import random
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from astro.errors import ConfigError
+from astro_dist.config import CalibrationConfig
+
+__all__ = ["Chunk", "TokenChunks", "read_documents", "tokenize"]
+
+Tokens = npt.NDArray[np.int64]
+_HOLDOUT_EVERY = 4
+"""Every fourth document is held out."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Chunk:
+    """Sequences that travel together.
+
+    Attributes:
+        name: `c0000`, `c0001`, ... for calibration, `h0000`, ... for held-out text.
+        tokens: int64 [B, T].
+    """
+
+    name: str
+    tokens: Tokens
+
+    @property
+    def held_out(self) -> bool:
+        """Whether it is only measured on, never calibrated on."""
+        return self.name.startswith("h")
+
+
+@dataclasses.dataclass(frozen=True)
+class TokenChunks:
+    """Every chunk of a run, calibration first.
+
+    Attributes:
+        chunks: in the order in which they travel.
+        sha256: of all tokens, hex.
+    """
+
+    chunks: tuple[Chunk, ...]
+    sha256: str
+
+    @property
+    def held_out(self) -> tuple[Chunk, ...]:
+        """The chunks that are only measured on."""
+        return tuple(chunk for chunk in self.chunks if chunk.held_out)
+
+
+def read_documents(config: CalibrationConfig) -> list[str]:
+    """The documents of a calibration source.
+
+    Raises:
+        ConfigError: the source is unknown, cannot be read, or holds no text.
+    """
+    if config.source == "python-docs":
+        from pydoc_data import topics  # 465,000 characters that ship with CPython; not needed otherwise
+
+        documents = [text for _, text in sorted(topics.topics.items())]
+    else:
+        documents = _read_file(Path(config.source), config.text_column)
+    documents = [text for text in documents if text.strip()]
+    if not documents:
+        raise ConfigError(f"calibration.source {config.source}: holds no text")
+    return documents
+
+
+def tokenize(documents: Sequence[str], tokenizer: Any, config: CalibrationConfig) -> TokenChunks:
+    """Cut documents into sequences, every fourth document held out, and take as many as asked for.
+
+    A single document is split at three quarters of its length instead. Sequences begin with the tokenizer's BOS token
+    where the tokenizer itself puts one.
+
+    Args:
+        documents: texts.
+        tokenizer: of the model, as transformers loads it.
+        config: how many sequences of which length, and the seed that chooses them.
+
+    Raises:
+        ConfigError: the text is too short.
+    """
+    if len(documents) == 1:
+        cut = len(documents[0]) * (_HOLDOUT_EVERY - 1) // _HOLDOUT_EVERY
+        parts = [[documents[0][:cut]], [documents[0][cut:]]]
+    else:
+        rest = [text for i, text in enumerate(documents) if i % _HOLDOUT_EVERY != _HOLDOUT_EVERY - 1]
+        parts = [rest, list(documents[_HOLDOUT_EVERY - 1 :: _HOLDOUT_EVERY])]
+    calibration = _sequences(parts[0], tokenizer, config, config.samples, "samples")
+    holdout = _sequences(parts[1], tokenizer, config, config.holdout_samples, "holdout_samples")
+    chunks = [*_chunks("c", calibration, config.chunk_samples), *_chunks("h", holdout, config.chunk_samples)]
+    digest = hashlib.sha256()
+    for chunk in chunks:
+        digest.update(chunk.name.encode() + chunk.tokens.tobytes())
+    return TokenChunks(tuple(chunks), digest.hexdigest())
+
+
+def _read_file(path: Path, column: str) -> list[str]:
+    try:
+        if path.suffix == ".txt":
+            return [path.read_text(encoding="utf-8")]
+        if path.suffix == ".parquet":
+            import pyarrow.parquet  # slow to import, only for parquet files
+
+            return [str(text) for text in pyarrow.parquet.read_table(path, columns=[column])[column].to_pylist()]
+    except (OSError, ValueError, KeyError) as error:
+        raise ConfigError(f"calibration.source {path}: cannot be read: {error}") from error
+    raise ConfigError(f"calibration.source {path}: expected python-docs, a .txt file or a .parquet file")
+
+
+def _sequences(
+    documents: Sequence[str], tokenizer: Any, config: CalibrationConfig, count: int, option: str
+) -> Tokens:
+    length = config.sequence_length
+    bos = _leading_tokens(tokenizer)
+    body = length - len(bos)
+    tokens: list[int] = []
+    for text in documents if count else ():
+        tokens.extend(tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"])
+    available = len(tokens) // body
+    if available < count:
+        raise ConfigError(
+            f"calibration.{option}: {count} sequences of {length} tokens asked for, but the text of "
+            f"{config.source} gives {available}; use more text, fewer samples or shorter sequences"
+        )
+    chosen = sorted(random.Random(config.seed).sample(range(available), count))
+    rows = [bos + tokens[i * body : (i + 1) * body] for i in chosen]
+    return np.array(rows, dtype=np.int64).reshape(count, length)
+
+
+def _leading_tokens(tokenizer: Any) -> list[int]:
+    first = tokenizer("a", verbose=False)["input_ids"][:1]
+    return list(first) if first and first[0] == tokenizer.bos_token_id else []
+
+
+def _chunks(prefix: str, sequences: Tokens, size: int) -> list[Chunk]:
+    return [
+        Chunk(f"{prefix}{index:04d}", sequences[start : start + size])
+        for index, start in enumerate(range(0, len(sequences), size))
+    ]

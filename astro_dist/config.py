@@ -1,0 +1,178 @@
+"""RunConfig: one YAML file is one whole run. A key that is not known is an error that names its path."""
+
+import difflib
+import hashlib
+import json
+from pathlib import Path
+from typing import Any, Literal
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+
+from astro.config import Quantization, Regularizer
+from astro.errors import ConfigError
+
+__all__ = ["CalibrationConfig", "ExecutionConfig", "ModelConfig", "OutputConfig", "RunConfig", "load_config", "run_key"]
+
+
+class _Section(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+class ModelConfig(_Section):
+    """Where the model comes from."""
+
+    source: str
+    """Folder with config.json and *.safetensors, or `demo:smollm2-135m` (the quickstart's model)."""
+    trust_remote_code: bool = False
+    """Run Python code that the checkpoint ships. Only for sources that you trust like your own code."""
+    check_weights: bool = True
+    """Read every weight once before anything starts and refuse NaN and Inf."""
+
+
+class CalibrationConfig(_Section):
+    """Which text the statistics come from, and which text perplexity is measured on."""
+
+    source: str = "python-docs"
+    """`python-docs` (the Python language reference that every CPython ships), a .txt or a .parquet file."""
+    text_column: str = "text"
+    """Column of a parquet file that holds one document a row."""
+    samples: int = Field(128, ge=1)
+    """Calibration sequences."""
+    sequence_length: int = Field(2048, ge=8)
+    """Tokens a sequence."""
+    chunk_samples: int = Field(8, ge=1)
+    """Sequences that travel together. Part of the arithmetic."""
+    holdout_samples: int = Field(16, ge=0)
+    """Held-out sequences for both perplexities; 0 measures none."""
+    seed: int = Field(0, ge=0)
+    """Chooses which sequences of the text are taken."""
+
+
+class ExecutionConfig(_Section):
+    """Who does the work. Nothing here but `compute_dtype` and `threads_per_worker` touches the arithmetic."""
+
+    executor: Literal["ray", "local"] = "ray"
+    """`ray`: actors on a cluster; `local`: in this process, for debugging."""
+    workers: int | Literal["auto"] = "auto"
+    """Workers; `auto` is one a GPU of the cluster, or one for each `threads_per_worker` CPUs where there is none."""
+    threads_per_worker: int = Field(1, ge=1)
+    """CPU threads of a worker."""
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    """`auto` is cuda where the cluster has GPUs."""
+    compute_dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
+    """Of forward passes and activations. `auto` is the checkpoint's own dtype, but float32 for float16 on a CPU."""
+    ray_address: str = "auto"
+    """`auto`: the cluster in RAY_ADDRESS (set inside `ray job submit`), else a private one on this machine."""
+
+    @model_validator(mode="after")
+    def _check(self) -> "ExecutionConfig":
+        if isinstance(self.workers, int) and self.workers < 1:
+            raise ValueError(f"workers: expected auto or at least 1, got {self.workers}")
+        return self
+
+
+class OutputConfig(_Section):
+    """Where the run lives."""
+
+    dir: Path
+    """Run directory; the model grows in its `model` folder. On a cluster: a folder that every node sees."""
+
+
+class RunConfig(_Section):
+    """A whole run."""
+
+    model: ModelConfig
+    quantization: Quantization = Quantization()
+    regularizer: Regularizer = Regularizer()
+    calibration: CalibrationConfig = CalibrationConfig()
+    execution: ExecutionConfig = ExecutionConfig()
+    output: OutputConfig
+
+    def plain(self) -> dict[str, Any]:
+        """The configuration as JSON types, every default written out."""
+        return self.model_dump(mode="json")
+
+    def arithmetic(self) -> dict[str, Any]:
+        """The part that decides the bytes of the result: not where it runs, nor from which path."""
+        plain = self.plain()
+        execution = {name: plain["execution"][name] for name in ("compute_dtype", "threads_per_worker")}
+        kept = {name: plain[name] for name in ("quantization", "regularizer", "calibration")}
+        return {**kept, "execution": execution}
+
+    def to_yaml(self) -> str:
+        """The configuration as a YAML document that `load_config` reads back."""
+        return yaml.safe_dump(self.plain(), sort_keys=False)
+
+
+def run_key(config: RunConfig, source_fingerprint: str, version: str) -> str:
+    """Identity of a run: two runs with one key write the same bytes.
+
+    Args:
+        config: of the run.
+        source_fingerprint: of the source checkpoint.
+        version: of this package.
+    """
+    content = {"arithmetic": config.arithmetic(), "source": source_fingerprint, "version": version}
+    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
+
+
+def load_config(path: Path, assignments: list[str] | None = None) -> RunConfig:
+    """Read a YAML file, apply `key.path=value` assignments, validate.
+
+    Args:
+        path: of the YAML file.
+        assignments: each `section.key=value`, the value read as YAML.
+
+    Raises:
+        ConfigError: naming every key that is unknown or wrong.
+    """
+    try:
+        content = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except FileNotFoundError as error:
+        raise ConfigError(f"{path}: no such configuration file") from error
+    except (OSError, ValueError, yaml.YAMLError) as error:
+        raise ConfigError(f"{path}: cannot be read as YAML: {error}") from error
+    if not isinstance(content, dict):
+        raise ConfigError(f"{path}: expected a mapping of sections (model, quantization, ...), got {content!r:.80}")
+    for assignment in assignments or []:
+        _assign(content, assignment)
+    try:
+        return RunConfig.model_validate(content)
+    except ValidationError as error:
+        raise ConfigError(f"{path}: " + "; ".join(_explain(item) for item in error.errors())) from error
+
+
+def _assign(content: dict[str, Any], assignment: str) -> None:
+    name, separator, value = assignment.partition("=")
+    *sections, key = name.strip().split(".")
+    if not separator or not key or not all(sections):
+        raise ConfigError(f"--set {assignment}: expected section.key=value, e.g. quantization.bits=3")
+    target = content
+    for section in sections:
+        target = target.setdefault(section, {})
+        if not isinstance(target, dict):
+            raise ConfigError(f"--set {assignment}: {section!r} is not a section")
+    try:
+        target[key] = yaml.safe_load(value)
+    except yaml.YAMLError as error:
+        raise ConfigError(f"--set {assignment}: the value is no YAML: {error}") from error
+
+
+def _explain(item: Any) -> str:
+    # Union branches and generic markers are pydantic's, not the user's: the path keeps only keys of the file.
+    path = ".".join(str(part) for part in item["loc"])
+    if item["type"] in ("extra_forbidden", "unexpected_keyword_argument"):
+        return f"unknown key {path}{_suggest(item['loc'])}"
+    message = str(item["msg"]).removeprefix("Value error, ")
+    shown = "" if item["type"] in ("missing", "value_error") else f", got {item['input']!r:.80}"
+    return f"{path}: {message}{shown}"
+
+
+def _suggest(location: tuple[int | str, ...]) -> str:
+    names: Any = RunConfig.model_fields
+    for part in location[:-1]:
+        kind = names[str(part)].annotation if str(part) in names else None
+        names = getattr(kind, "model_fields", None) or getattr(kind, "__dataclass_fields__", {})
+    close = difflib.get_close_matches(str(location[-1]), list(names), n=1)
+    return f" (did you mean {close[0]}?)" if close else f"; known here: {', '.join(names)}"

@@ -1,0 +1,169 @@
+"""The run directory: what is finished is a file there, its record written last.
+
+    config.yaml    the resolved configuration        records/       one record a finished unit
+    run.json       identity of the run               activations/   only what unfinished blocks need
+    model/         the checkpoint, shard by shard    tokens.safetensors   every chunk's tokens
+    summary.json   the figures of the run            journal.jsonl  what happened when
+"""
+
+import dataclasses
+import json
+import shutil
+import time
+from pathlib import Path
+from typing import Any
+
+from astro.checkpoint import read_json, sha256_of, write_atomic, write_json
+from astro.errors import CheckpointError, ConfigError
+from astro_dist.config import RunConfig
+
+__all__ = ["RunDirectory"]
+
+
+@dataclasses.dataclass(frozen=True)
+class RunDirectory:
+    """Paths and records of one run.
+
+    Attributes:
+        root: the run directory.
+        key: identity of the run; every record carries it.
+    """
+
+    root: Path
+    key: str
+
+    @property
+    def model(self) -> Path:
+        """Folder of the result."""
+        return self.root / "model"
+
+    @property
+    def tokens(self) -> Path:
+        """File of every chunk's tokens."""
+        return self.root / "tokens.safetensors"
+
+    @property
+    def summary(self) -> Path:
+        """Figures of the finished run."""
+        return self.root / "summary.json"
+
+    def hidden(self, stream: str, block: int, chunk: str) -> Path:
+        """Input of a block for one chunk; the stream is `original` or `quantized`."""
+        return self.root / "activations" / stream / f"{block:04d}" / f"{chunk}.safetensors"
+
+    def calls(self, batch: int, length: int) -> Path:
+        """Arguments of every block for chunks of this shape."""
+        return self.root / "activations" / f"calls-{batch}x{length}.safetensors"
+
+    def drop_hidden(self, stream: str, block: int) -> None:
+        """Forget a block's inputs, which nothing needs any more."""
+        shutil.rmtree(self.root / "activations" / stream / f"{block:04d}", ignore_errors=True)
+
+    def drop_activations(self) -> None:
+        """Forget all inputs: the run is complete."""
+        shutil.rmtree(self.root / "activations", ignore_errors=True)
+
+    def finish(self, unit: str, files: list[Path], result: dict[str, Any]) -> dict[str, Any]:
+        """Write a unit's record, after all of its files.
+
+        Args:
+            unit: name.
+            files: that it wrote, inside the run directory.
+            result: its figures.
+
+        Returns:
+            The record.
+        """
+        described = [
+            {"name": str(path.relative_to(self.root)), "size_bytes": path.stat().st_size, "sha256": sha256_of(path)}
+            for path in files
+        ]
+        record = {"unit": unit, "key": self.key, "files": described, "result": result}
+        write_json(self._record(unit), record)
+        return record
+
+    def finished(self, unit: str) -> dict[str, Any] | None:
+        """A unit's record, if it is finished and every file is as it was written.
+
+        Raises:
+            ConfigError: the record is of another run.
+        """
+        path = self._record(unit)
+        if not path.is_file():
+            return None
+        try:
+            record = read_json(path)
+            if record["key"] != self.key:
+                raise ConfigError(f"{path}: belongs to another run; choose another output.dir")
+            intact = all(self._is_intact(file) for file in record["files"])
+        except (CheckpointError, KeyError, TypeError) as error:
+            self.note("damaged", unit=unit, reason=f"record: {error}")
+            return None
+        if not intact:
+            self.note("damaged", unit=unit, reason="a file is missing or differs from its checksum; the unit is redone")
+        return record if intact else None
+
+    def read(self, unit: str) -> dict[str, Any]:
+        """A finished unit's figures; empty where the run has no such unit."""
+        path = self._record(unit)
+        result: dict[str, Any] = read_json(path)["result"] if path.is_file() else {}
+        return result
+
+    def begun(self, config: RunConfig, identity: dict[str, Any]) -> bool:
+        """Whether this run was begun here before.
+
+        Args:
+            config: of the run.
+            identity: what else belongs to the run: fingerprints, version.
+
+        Raises:
+            ConfigError: the directory holds another run, or files that are none.
+        """
+        mark = self.root / "run.json"
+        if mark.is_file():
+            found = read_json(mark)
+            if found.get("key") != self.key or found.get("tokens_sha256") != identity["tokens_sha256"]:
+                raise ConfigError(
+                    f"{self.root}: holds another run ({self._difference(config, identity, found)}); "
+                    "choose another output.dir, or remove this one if it is not wanted"
+                )
+            return True
+        if self.root.exists() and (not self.root.is_dir() or any(self.root.iterdir())):
+            raise ConfigError(f"{self.root}: exists and is not a run directory; choose another output.dir")
+        return False
+
+    def begin(self, config: RunConfig, identity: dict[str, Any]) -> None:
+        """Make the directory this run's."""
+        text = config.to_yaml()
+        write_atomic(self.root / "config.yaml", lambda partial: _write(partial, text))
+        write_json(self.root / "run.json", {"key": self.key, **identity, "arithmetic": config.arithmetic()})
+
+    def note(self, event: str, **details: Any) -> None:
+        """Append one line to the journal."""
+        line = json.dumps({"time": round(time.time(), 3), "event": event, **details})
+        with (self.root / "journal.jsonl").open("a", encoding="utf-8") as journal:
+            journal.write(line + "\n")
+
+    def _record(self, unit: str) -> Path:
+        return self.root / "records" / f"{unit}.json"
+
+    def _is_intact(self, file: dict[str, Any]) -> bool:
+        path = self.root / file["name"]
+        return path.is_file() and path.stat().st_size == file["size_bytes"] and sha256_of(path) == file["sha256"]
+
+    def _difference(self, config: RunConfig, identity: dict[str, Any], found: dict[str, Any]) -> str:
+        there = _flatten({name: found.get(name) for name in (*identity, "arithmetic")})
+        here = _flatten({**identity, "arithmetic": config.arithmetic()})
+        changed = [name for name in sorted({*there, *here}) if there.get(name) != here.get(name)]
+        shown = [f"{name.removeprefix('arithmetic.')}: {there.get(name)} there, {here.get(name)} here" for name in changed]
+        return "; ".join(shown[:4]) or "of another kind"
+
+
+def _write(path: Path, text: str) -> None:
+    path.write_text(text, encoding="utf-8")
+
+
+def _flatten(content: Any, prefix: str = "") -> dict[str, Any]:
+    if not isinstance(content, dict):
+        return {prefix.rstrip("."): content}
+    return {name: leaf for key, value in content.items() for name, leaf in _flatten(value, f"{prefix}{key}.").items()}

@@ -1,0 +1,207 @@
+"""Config and headers to units of work. Pure: nothing is read but headers, nothing depends on the number of workers."""
+
+import dataclasses
+from collections.abc import Iterable, Mapping
+from fnmatch import fnmatchcase
+
+from torch import nn
+
+from astro.checkpoint import Checkpoint, TensorEntry
+from astro.config import Quantization
+from astro.errors import CheckpointError, ConfigError, UnsupportedError
+from astro.packing import words_per_row
+from astro.skeleton import LinearLayer, Skeleton
+
+__all__ = ["BlockUnit", "CopyUnit", "Plan", "make_plan"]
+
+_COPY_BYTES = 1 << 30
+"""Tensors that are copied go into shards of about this size."""
+
+
+@dataclasses.dataclass(frozen=True)
+class BlockUnit:
+    """One transformer block.
+
+    Attributes:
+        index: of the block.
+        keys: every checkpoint tensor of the block.
+        linears: its layers that are quantized.
+        file: shard that it becomes.
+        read_bytes: size of its tensors in the source.
+        written_bytes: size of its tensors in the result, headers not counted.
+    """
+
+    index: int
+    keys: tuple[str, ...]
+    linears: tuple[LinearLayer, ...]
+    file: str
+    read_bytes: int
+    written_bytes: int
+
+    @property
+    def name(self) -> str:
+        """Unit name, e.g. `block-0007`."""
+        return f"block-{self.index:04d}"
+
+
+@dataclasses.dataclass(frozen=True)
+class CopyUnit:
+    """Tensors outside the blocks (embeddings, norm, head), copied as they are.
+
+    Attributes:
+        index: of the unit.
+        keys: checkpoint tensors.
+        file: shard that they become.
+        read_bytes: their size.
+    """
+
+    index: int
+    keys: tuple[str, ...]
+    file: str
+    read_bytes: int
+
+    @property
+    def name(self) -> str:
+        """Unit name, e.g. `copy-0000`."""
+        return f"copy-{self.index:04d}"
+
+
+@dataclasses.dataclass(frozen=True)
+class Plan:
+    """Every unit of a run.
+
+    Attributes:
+        blocks: in the model's order.
+        copies: of everything else.
+        ignore: names of linear modules that are not quantized, for the written config.
+        outside: checkpoint tensors that the model has outside its blocks.
+        weights: number of weights that are quantized.
+    """
+
+    blocks: tuple[BlockUnit, ...]
+    copies: tuple[CopyUnit, ...]
+    ignore: tuple[str, ...]
+    outside: tuple[str, ...]
+    weights: int
+
+    @property
+    def read_bytes(self) -> int:
+        """Bytes of the source."""
+        return sum(unit.read_bytes for unit in (*self.blocks, *self.copies))
+
+    @property
+    def written_bytes(self) -> int:
+        """Bytes of the result, headers not counted."""
+        return sum(unit.written_bytes for unit in self.blocks) + sum(unit.read_bytes for unit in self.copies)
+
+
+def make_plan(checkpoint: Checkpoint, skeleton: Skeleton, quantization: Quantization) -> Plan:
+    """Cut a checkpoint into units.
+
+    Args:
+        checkpoint: source, opened.
+        skeleton: its meta model.
+        quantization: which layers are quantized, and to what.
+
+    Raises:
+        ConfigError: a group size that does not divide a layer, or patterns that leave nothing to quantize.
+        UnsupportedError: a block that cannot be quantized, or a checkpoint that is quantized already.
+        CheckpointError: a block's tensor is missing, or has another shape than in the model.
+    """
+    by_block, outside, rest = _assign(checkpoint, skeleton)
+    copied = _cut(checkpoint, rest)
+    total = len(copied) + len(skeleton.blocks)
+    blocks = []
+    for index in range(len(skeleton.blocks)):
+        keys = by_block.get(index, [])
+        linears = [
+            linear
+            for linear in skeleton.linear_layers(index, keys)
+            if not any(fnmatchcase(linear.name, pattern) for pattern in quantization.ignore)
+        ]
+        file = _shard_name(len(copied) + index, total)
+        written = _written_bytes(checkpoint.entries, keys, linears, quantization)
+        blocks.append(
+            BlockUnit(index, tuple(keys), tuple(linears), file, checkpoint.size_bytes(keys), written)
+        )
+    quantized = {linear.name: linear for unit in blocks for linear in unit.linears}
+    if not quantized:
+        raise ConfigError(f"quantization.ignore {list(quantization.ignore)}: leaves no linear layer to quantize")
+    ignore = [
+        name for name, module in skeleton.model.named_modules() if isinstance(module, nn.Linear) and name not in quantized
+    ]
+    copies = [
+        CopyUnit(index, tuple(keys), _shard_name(index, total), checkpoint.size_bytes(keys))
+        for index, keys in enumerate(copied)
+    ]
+    weights = sum(_count(checkpoint.entries[linear.key]) for linear in quantized.values())
+    return Plan(tuple(blocks), tuple(copies), tuple(ignore), tuple(outside), weights)
+
+
+def _assign(checkpoint: Checkpoint, skeleton: Skeleton) -> tuple[dict[int, list[str]], list[str], list[str]]:
+    """Tensors of each block; tensors the model has outside its blocks; all tensors outside blocks."""
+    by_block: dict[int, list[str]] = {}
+    outside, rest = [], []
+    for key, entry in checkpoint.entries.items():
+        target, converted = skeleton.target_of(key)
+        index = skeleton.block_of(target)
+        if index is not None:
+            by_block.setdefault(index, []).append(key)
+        else:
+            rest.append(key)
+        expected = skeleton.shape_of(target)
+        if expected is None:
+            continue
+        if index is None:
+            outside.append(key)
+        if not converted and expected != entry.shape:
+            raise CheckpointError(
+                f"{checkpoint.folder / entry.file}: tensor {key} is {list(entry.shape)}, but config.json makes it "
+                f"{list(expected)}; config.json and the shards are of different models"
+            )
+        if entry.float_dtype is None:
+            raise UnsupportedError(
+                f"{checkpoint.folder / entry.file}: tensor {key} is stored as {entry.dtype}, which is quantized already; "
+                "give the original 16-bit or 32-bit checkpoint"
+            )
+    return by_block, outside, rest
+
+
+def _cut(checkpoint: Checkpoint, keys: Iterable[str]) -> list[list[str]]:
+    groups: list[list[str]] = []
+    size = _COPY_BYTES
+    for key in keys:
+        size += checkpoint.entries[key].size_bytes
+        if size > _COPY_BYTES:
+            groups.append([])
+            size = checkpoint.entries[key].size_bytes
+        groups[-1].append(key)
+    return groups
+
+
+def _shard_name(index: int, total: int) -> str:
+    return f"model-{index + 1:05d}-of-{total:05d}.safetensors"
+
+
+def _count(entry: TensorEntry) -> int:
+    rows, columns = entry.shape
+    return rows * columns
+
+
+def _written_bytes(
+    entries: Mapping[str, TensorEntry], keys: Iterable[str], linears: Iterable[LinearLayer], settings: Quantization
+) -> int:
+    total = sum(entries[key].size_bytes for key in keys)
+    for linear in linears:
+        entry = entries[linear.key]
+        rows, columns = entry.shape
+        try:
+            groups = columns // settings.columns_per_group(columns)
+        except ConfigError as error:
+            raise ConfigError(f"quantization: {linear.name}: {error}") from error
+        scale_bytes = rows * groups * (entry.size_bytes // (rows * columns))
+        zero_bytes = 0 if settings.symmetric else 4 * groups * words_per_row(rows, settings.bits)
+        packed = 4 * rows * words_per_row(columns, settings.bits) + scale_bytes + zero_bytes + 16
+        total += packed - entry.size_bytes
+    return total
+

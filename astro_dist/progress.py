@@ -1,0 +1,79 @@
+"""What a person sees of a run: a live display on a terminal, plain lines in a log. Always on stderr."""
+
+import time
+from types import TracebackType
+from typing import Self
+
+from rich.console import Console
+from rich.live import Live
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeElapsedColumn
+
+from astro_dist.schedule import Call
+
+__all__ = ["ProgressDisplay"]
+
+_PHASES = {
+    "embed": "embedding",
+    "copy": "copying",
+    "open_block": "reading",
+    "forward": "forward",
+    "solve": "solving",
+    "advance": "evaluating",
+    "head": "measuring perplexity",
+}
+
+
+class ProgressDisplay:
+    """Units and blocks done, what each worker does, time left."""
+
+    def __init__(self, total: int, finished: int, num_blocks: int, blocks_done: int, num_workers: int) -> None:
+        self._console = Console(stderr=True)
+        self._begin, self._before = time.monotonic(), finished
+        self._total, self._finished = total, finished
+        self._num_blocks, self._blocks_done = num_blocks, blocks_done
+        self._bar = Progress(
+            TextColumn("[bold]{task.description}"),
+            BarColumn(bar_width=30),
+            MofNCompleteColumn(),
+            TextColumn("{task.fields[phase]}"),
+            TimeElapsedColumn(),
+            console=self._console,
+        )
+        self._all: TaskID = self._bar.add_task("blocks", total=num_blocks, completed=blocks_done, phase="")
+        self._rows = [self._bar.add_task(f"worker {i}", total=None, phase="idle") for i in range(num_workers)]
+        self._live = Live(self._bar, console=self._console, refresh_per_second=4) if self._console.is_terminal else None
+
+    def __enter__(self) -> Self:
+        if self._live:
+            self._live.start()
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        if self._live:
+            self._live.stop()
+
+    def started(self, worker: int, call: Call) -> None:
+        """A worker began a call."""
+        self._bar.update(self._rows[worker], phase=f"{_PHASES[call.method]} {call.unit}")
+
+    def ended(self, worker: int, call: Call, unit_finished: bool) -> None:
+        """A worker's call returned."""
+        self._bar.update(self._rows[worker], phase="idle")
+        if not unit_finished:
+            return
+        self._finished += 1
+        is_block = call.unit.startswith("block-")
+        self._blocks_done += is_block
+        left = self._time_left()
+        self._bar.update(self._all, completed=self._blocks_done, phase=left)
+        if not self._live and (is_block or call.method == "head"):
+            self.say(f"{call.unit} done by worker {worker}; {self._blocks_done} of {self._num_blocks} blocks, {left}")
+
+    def say(self, text: str) -> None:
+        """One line that stays."""
+        self._console.print(f"[{time.strftime('%H:%M:%S')}] {text}", markup=False, highlight=False, soft_wrap=True)
+
+    def _time_left(self) -> str:
+        done = self._finished - self._before
+        seconds = (time.monotonic() - self._begin) / done * (self._total - self._finished)
+        return f"about {seconds / 60:.0f} min left" if seconds > 90 else f"about {seconds:.0f} s left"
