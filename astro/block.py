@@ -48,9 +48,7 @@ class BlockStatistics:
 
     def run(self, action: Callable[[], torch.Tensor]) -> torch.Tensor:
         """Run a forward of the block under observation and return its result."""
-        handles = [
-            module.register_forward_pre_hook(self._hook(name)) for name, module in self._linears.items()
-        ]
+        handles = [module.register_forward_pre_hook(self._hook(name)) for name, module in self._linears.items()]
         try:
             return action()
         finally:
@@ -88,7 +86,7 @@ class BlockStatistics:
             self._accumulators[own].add_(X)
             self.seconds += time.perf_counter() - start
         elif not shares or group != own:
-            raise UnsupportedError(f"{name} shared its input with {self.groups[own][0]} in one forward but not in another")
+            raise UnsupportedError(f"{name} shared its input with {self.groups[own][0]} in one forward, not in another")
         self._last = (X, own)
 
     def _open(self, name: str, X: torch.Tensor, group: int | None) -> None:

@@ -11,12 +11,17 @@ import torch
 from astro.config import Quantization
 from astro.errors import NumericalError
 
-__all__ = ["Grid", "fit_grid", "require_finite_scales"]
+__all__ = ["Grid", "fit_grid", "grouped", "require_finite_scales"]
 
 _ERROR_NORM = 2.4
 """Exponent of the searched error, GPTQ's own choice."""
 _SHRINKS = tuple(1.0 - 0.02 * i for i in range(36))
 """Candidate factors of a group's range, 1.0 to 0.3: two-bit grids want the small ones."""
+
+
+def grouped(W: torch.Tensor, group_size: int) -> torch.Tensor:
+    """Rows [R, C] with their groups apart, [R, G, g]."""
+    return W.reshape(len(W), -1, group_size)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -56,7 +61,7 @@ class Grid:
         Returns:
             int8 [R, C].
         """
-        V = W.unflatten(1, (-1, self.group_size)) / self.scale.unsqueeze(-1)
+        V = grouped(W, self.group_size) / self.scale.unsqueeze(-1)
         return (V.round_() + self.zero.unsqueeze(-1)).clamp_(self.q_min, self.q_max).flatten(1).to(torch.int8)
 
     def dequantize(self, Q: torch.Tensor) -> torch.Tensor:
@@ -68,7 +73,7 @@ class Grid:
         Returns:
             float32 [R, C].
         """
-        V = Q.unflatten(1, (-1, self.group_size)).float()
+        V = grouped(Q, self.group_size).float()
         return ((V - self.zero.unsqueeze(-1)) * self.scale.unsqueeze(-1)).flatten(1)
 
 
@@ -86,7 +91,7 @@ def fit_grid(W: torch.Tensor, settings: Quantization, scale_dtype: torch.dtype) 
         The grid, its scales possibly infinite in a narrow `scale_dtype`: see `require_finite_scales`.
     """
     group_size = settings.columns_per_group(W.shape[1])
-    V = W.unflatten(1, (-1, group_size))
+    V = grouped(W, group_size)
     low, high = V.amin(-1).clamp_(max=0), V.amax(-1).clamp_(min=0)
     if settings.symmetric:
         high = torch.maximum(-low, high)

@@ -109,8 +109,8 @@ def factorize(H: torch.Tensor, order: torch.Tensor, damping: float, max_damping:
             return Factor(V / V.diagonal(), order, damping, attempts)
         if damping * 10 > max_damping * (1 + 1e-6):
             raise NumericalError(
-                f"{name}: the Hessian is not positive definite with damping {damping:g} (the limit is {max_damping:g}); "
-                "use more calibration tokens or raise quantization.max_damping"
+                f"{name}: the Hessian is not positive definite with damping {damping:g} "
+                f"(the limit is {max_damping:g}); use more calibration tokens or raise quantization.max_damping"
             )
         damping *= 10
 

@@ -74,7 +74,7 @@ def quantize_group(
     problem = regularizer.prepare(H, unit, regularization, group_size, name) if regularized else None
 
     integers, grids, maxima, error, energy = [], [], [], H.new_zeros(()), H.new_zeros(())
-    for tile in W.split(_ROW_TILE):
+    for tile in torch.split(W, _ROW_TILE):
         target = regularizer.regularize(tile, problem) if problem else tile
         grid = fit_grid(target, quantization, scale_dtype)
         Q = gptq.solve(target, factor, grid) if factor else grid.quantize(target)
@@ -104,9 +104,7 @@ def quantize_group(
     return _unstack(weights, torch.cat(integers), stacked), record
 
 
-def _unstack(
-    weights: Sequence[tuple[str, torch.Tensor]], Q: torch.Tensor, grid: Grid
-) -> dict[str, QuantizedLinear]:
+def _unstack(weights: Sequence[tuple[str, torch.Tensor]], Q: torch.Tensor, grid: Grid) -> dict[str, QuantizedLinear]:
     members, start = {}, 0
     for name, weight in weights:
         rows = slice(start, start + len(weight))

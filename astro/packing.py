@@ -34,7 +34,7 @@ def pack(Q: torch.Tensor, bits: int) -> torch.Tensor:
     """
     rows, columns = Q.shape
     stored = Q.long() + (1 << (bits - 1))
-    stored = torch.nn.functional.pad(stored, (0, -columns % _RUN)).unflatten(1, (-1, _RUN))
+    stored = torch.nn.functional.pad(stored, (0, -columns % _RUN)).reshape(rows, -1, _RUN)
     words = stored.new_zeros(rows, stored.shape[1], bits)
     for i in range(_RUN):
         word, shift = divmod(i * bits, 32)
@@ -64,7 +64,7 @@ def unpack(words: torch.Tensor, bits: int, num_columns: int) -> torch.Tensor:
             f"packed weight: expected {words_per_row(num_columns, bits)} words a row for {num_columns} columns "
             f"of {bits} bits, got {words.shape[1]}"
         )
-    W = torch.nn.functional.pad(words.long() & 0xFFFFFFFF, (0, -words.shape[1] % bits)).unflatten(1, (-1, bits))
+    W = torch.nn.functional.pad(words.long() & 0xFFFFFFFF, (0, -words.shape[1] % bits)).reshape(len(words), -1, bits)
     out = W.new_empty(W.shape[0], W.shape[1], _RUN)
     for i in range(_RUN):
         word, shift = divmod(i * bits, 32)

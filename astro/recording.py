@@ -125,7 +125,7 @@ def save_calls(path: Path, calls: Sequence[BlockCall], as_tuple: bool) -> None:
             return {"dict": {key: encode(item) for key, item in value.items()}}
         if value is None or isinstance(value, bool | int | float | str):
             return {"value": value}
-        raise UnsupportedError(f"a transformer block of this model takes a {type(value).__name__}, which cannot be kept")
+        raise UnsupportedError(f"a block of this model takes a {type(value).__name__} argument, which cannot be kept")
 
     structure = [encode((call.args, call.kwargs)) for call in calls]
     save_tensors(path, tensors, {"calls": json.dumps(structure), "as_tuple": json.dumps(as_tuple)})
@@ -160,7 +160,7 @@ def _split(args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[torch.Tensor,
 def _blocks_replaced(blocks: Sequence[nn.Module] | nn.ModuleList, forward: Callable[..., Any]) -> Iterator[None]:
     # Only `forward` is replaced: models read other attributes of their blocks, such as the type of attention.
     for block in blocks:
-        block.forward = forward  # type: ignore[assignment]
+        block.forward = forward
     try:
         yield
     finally:

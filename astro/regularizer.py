@@ -1,6 +1,7 @@
 """Astro: activation-guided structured regularization (arXiv 2602.07596), and MagR (arXiv 2406.00800) as its ablation.
 
-Replaces W by a float W̃ of the same shape whose group maxima are smaller where the activations are large. Per row (eq. 12):
+Replaces W by a float W̃ of the same shape whose group maxima are smaller where the activations are large.
+Per row (eq. 12):
 
     J(w) = ½ (w − w₀) H (w − w₀)ᵀ + β Σ_k α_k ‖w^(k)‖_∞,      H scaled to a largest eigenvalue of 1,
 
@@ -14,6 +15,7 @@ import torch
 
 from astro.config import Regularizer
 from astro.errors import NumericalError
+from astro.grid import grouped
 
 __all__ = ["Problem", "group_activations", "largest_eigenvalue", "mean_group_maximum", "prepare", "prox", "regularize"]
 
@@ -27,22 +29,22 @@ def group_activations(H: torch.Tensor, group_size: int) -> torch.Tensor:
 
     ‖X^(k)‖_F² is the sum of H's diagonal over the group, so that H is all that is needed, at any scale.
     """
-    norm = H.diagonal().clamp(min=0).unflatten(0, (-1, group_size)).sum(1).sqrt()
+    norm = H.diagonal().clamp(min=0).reshape(-1, group_size).sum(1).sqrt()
     return norm / norm.mean()
 
 
 def largest_eigenvalue(H: torch.Tensor) -> torch.Tensor:
     """Largest eigenvalue of a positive semidefinite matrix by power iteration, a scalar tensor on H's device."""
-    v = H.diagonal().clone()
+    v = H.diagonal()
     for _ in range(_POWER_STEPS):
-        v = v / torch.linalg.vector_norm(v)
-        v = H @ v
-    return torch.linalg.vector_norm(v)
+        v = H @ (v / torch.linalg.vector_norm(v))
+    norm: torch.Tensor = torch.linalg.vector_norm(v)
+    return norm
 
 
 def mean_group_maximum(W: torch.Tensor, group_size: int) -> torch.Tensor:
     """Mean over rows and groups of the group's largest |w|: the unit of a relative β, a scalar tensor."""
-    return W.unflatten(1, (-1, group_size)).abs().amax(-1).mean()
+    return grouped(W, group_size).abs().amax(-1).mean()
 
 
 def prox(V: torch.Tensor, tau: torch.Tensor, group_size: int) -> torch.Tensor:
@@ -59,14 +61,14 @@ def prox(V: torch.Tensor, tau: torch.Tensor, group_size: int) -> torch.Tensor:
     Returns:
         float32 [R, C].
     """
-    A = V.unflatten(1, (-1, group_size)).abs()
+    A = grouped(V, group_size).abs()
     theta = (A.amax(-1) - tau).clamp_(min=0)
     for _ in range(_NEWTON_STEPS):
         excess = (A - theta.unsqueeze(-1)).clamp_(min=0)
         count = (excess > 0).sum(-1).clamp_(min=1)
         theta = theta + (excess.sum(-1) - tau) / count
     level = theta.clamp_(min=0).unsqueeze(-1)
-    return torch.clamp(V.unflatten(1, (-1, group_size)), -level, level).flatten(1)
+    return torch.clamp(grouped(V, group_size), -level, level).flatten(1)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -86,9 +88,7 @@ class Problem:
     operator: torch.Tensor
 
 
-def prepare(
-    H: torch.Tensor, unit: torch.Tensor, settings: Regularizer, group_size: int, name: str
-) -> Problem:
+def prepare(H: torch.Tensor, unit: torch.Tensor, settings: Regularizer, group_size: int, name: str) -> Problem:
     """Compute what every row of the layer shares.
 
     Args:

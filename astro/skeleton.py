@@ -66,7 +66,7 @@ class Skeleton:
         mapping = get_model_conversion_mapping(self.model)
         self._renamings = [entry for entry in mapping if isinstance(entry, WeightRenaming)]
         self._converters = [entry for entry in mapping if isinstance(entry, WeightConverter)]
-        self._mapping = mapping
+        self._mapping: list[WeightConverter | WeightRenaming] = [*self._renamings, *self._converters]
         self._dtype = dtype
         self._state = dict(self.model.state_dict())
 
@@ -178,10 +178,14 @@ def _build_on_meta(folder: Path, dtype: torch.dtype, trust_remote_code: bool) ->
                 config, dtype=dtype, trust_remote_code=trust_remote_code
             )
     except Exception as error:  # transformers raises many kinds for a config it cannot use
-        own_code = " It ships its own code, which runs only with model.trust_remote_code: true." * ("auto_map" in content)
+        hint = (
+            " It ships its own code, which runs only with model.trust_remote_code: true."
+            if "auto_map" in content
+            else ""
+        )
         raise UnsupportedError(
             f"{folder / 'config.json'}: transformers {transformers.__version__} has no causal language model for "
-            f"model_type {kind!r}: {str(error).splitlines()[0] if str(error) else type(error).__name__:.300}.{own_code}"
+            f"model_type {kind!r}: {str(error).splitlines()[0] if str(error) else type(error).__name__:.300}.{hint}"
         ) from error
     model.tie_weights()
     return model.eval()

@@ -116,9 +116,7 @@ def _read_file(path: Path, column: str) -> list[str]:
     raise ConfigError(f"calibration.source {path}: expected python-docs, a .txt file or a .parquet file")
 
 
-def _sequences(
-    documents: Sequence[str], tokenizer: Any, config: CalibrationConfig, count: int, option: str
-) -> Tokens:
+def _sequences(documents: Sequence[str], tokenizer: Any, config: CalibrationConfig, count: int, option: str) -> Tokens:
     length = config.sequence_length
     bos = _leading_tokens(tokenizer)
     body = length - len(bos)

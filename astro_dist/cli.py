@@ -23,7 +23,8 @@ app = typer.Typer(
 
 _ConfigPath = Annotated[Path, typer.Argument(help="YAML file that describes the whole run.", metavar="CONFIG")]
 _Assignments = Annotated[
-    list[str] | None, typer.Option("--set", help="Override a value: section.key=value. Repeatable.", metavar="KEY=VALUE")
+    list[str] | None,
+    typer.Option("--set", help="Override a value: section.key=value. Repeatable.", metavar="KEY=VALUE"),
 ]
 _Json = Annotated[bool, typer.Option("--json", help="One JSON object on stdout and nothing else.")]
 _Debug = Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.", envvar="ASTRO_DEBUG")]

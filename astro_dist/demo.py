@@ -9,6 +9,7 @@ import os
 import shutil
 import tempfile
 from pathlib import Path
+from typing import Any
 
 from astro.errors import ConfigError
 
@@ -56,12 +57,13 @@ def _convert(weights: Path, target: Path) -> None:
 
     target.parent.mkdir(parents=True, exist_ok=True)
     transformers.utils.logging.disable_progress_bar()
-    model = transformers.AutoModelForCausalLM.from_pretrained(
+    model: Any = transformers.AutoModelForCausalLM.from_pretrained(
         weights.parent, gguf_file=weights.name, dtype=torch.float32
     )
     tokenizer = transformers.AutoTokenizer.from_pretrained(weights.parent, gguf_file=weights.name)
     # The tensors are plain floats by now; without this, saving would ask for a GGUF writer.
-    model.hf_quantizer, model.is_quantized = None, False
+    model.hf_quantizer = None
+    model.is_quantized = False
     del model.config.quantization_config
     partial = Path(tempfile.mkdtemp(dir=target.parent))
     try:

@@ -1,9 +1,9 @@
 """The run directory: what is finished is a file there, its record written last.
 
-    config.yaml    the resolved configuration        records/       one record a finished unit
-    run.json       identity of the run               activations/   only what unfinished blocks need
-    model/         the checkpoint, shard by shard    tokens.safetensors   every chunk's tokens
-    summary.json   the figures of the run            journal.jsonl  what happened when
+config.yaml    the resolved configuration        records/       one record a finished unit
+run.json       identity of the run               activations/   only what unfinished blocks need
+model/         the checkpoint, shard by shard    tokens.safetensors   every chunk's tokens
+summary.json   the figures of the run            journal.jsonl  what happened when
 """
 
 import dataclasses
@@ -149,13 +149,17 @@ class RunDirectory:
 
     def _is_intact(self, file: dict[str, Any]) -> bool:
         path = self.root / file["name"]
-        return path.is_file() and path.stat().st_size == file["size_bytes"] and sha256_of(path) == file["sha256"]
+        return path.is_file() and (
+            path.stat().st_size == int(file["size_bytes"]) and sha256_of(path) == str(file["sha256"])
+        )
 
     def _difference(self, config: RunConfig, identity: dict[str, Any], found: dict[str, Any]) -> str:
         there = _flatten({name: found.get(name) for name in (*identity, "arithmetic")})
         here = _flatten({**identity, "arithmetic": config.arithmetic()})
         changed = [name for name in sorted({*there, *here}) if there.get(name) != here.get(name)]
-        shown = [f"{name.removeprefix('arithmetic.')}: {there.get(name)} there, {here.get(name)} here" for name in changed]
+        shown = [
+            f"{name.removeprefix('arithmetic.')}: {there.get(name)} there, {here.get(name)} here" for name in changed
+        ]
         return "; ".join(shown[:4]) or "of another kind"
 
 

@@ -112,9 +112,7 @@ def quantize(config: RunConfig) -> dict[str, Any]:
 def _tokenize(config: RunConfig, source: Path) -> TokenChunks:
     documents = read_documents(config.calibration)
     try:
-        tokenizer = transformers.AutoTokenizer.from_pretrained(
-            source, trust_remote_code=config.model.trust_remote_code
-        )
+        tokenizer = transformers.AutoTokenizer.from_pretrained(source, trust_remote_code=config.model.trust_remote_code)
     except (OSError, ValueError, KeyError, ImportError) as error:
         raise CheckpointError(f"{source}: its tokenizer cannot be loaded: {error}") from error
     return tokenize(documents, tokenizer, config.calibration)
@@ -138,9 +136,7 @@ def _compute_dtype(config: RunConfig, plan: Plan, checkpoint: Checkpoint, device
     return torch.float32 if stored == torch.float16 and device == "cpu" else stored
 
 
-def _execute(
-    prepared: Prepared, run: RunDirectory, chunks: list[str], executor: Executor
-) -> list[dict[str, Any]]:
+def _execute(prepared: Prepared, run: RunDirectory, chunks: list[str], executor: Executor) -> list[dict[str, Any]]:
     """Do every unit that is not finished; what the workers say of themselves at the end."""
     config, plan = prepared.config, prepared.plan
     device = "cuda" if executor.has_gpus else "cpu"
@@ -222,28 +218,29 @@ def _assemble(prepared: Prepared, run: RunDirectory) -> None:
     plan, source = prepared.plan, prepared.source
     weight_map: dict[str, str] = {}
     total = 0
-    for file in sorted(unit.file for unit in (*plan.copies, *plan.blocks)):
+    for file in plan.files:
         for entry in read_header(run.model, file):
             weight_map[entry.name] = file
             total += entry.size_bytes
-    write_json(run.model / INDEX_NAME, {"metadata": {"total_size": total}, "weight_map": dict(sorted(weight_map.items()))})
+    index = {"metadata": {"total_size": total}, "weight_map": dict(sorted(weight_map.items()))}
+    write_json(run.model / INDEX_NAME, index)
     for name in _COPIED_FILES:
         if (source / name).is_file():
-            write_atomic(run.model / name, lambda partial, name=name: _copy(source / name, partial))
+            _copy(source / name, run.model / name)
     content = read_json(source / "config.json")
-    content["quantization_config"] = compressed_tensors.quantization_config(
-        prepared.config.quantization, plan.ignore
-    )
+    content["quantization_config"] = compressed_tensors.quantization_config(prepared.config.quantization, plan.ignore)
     write_json(run.model / "config.json", content)
 
 
 def _copy(source: Path, target: Path) -> None:
+    write_atomic(target, lambda partial: _copy_bytes(source, partial))
+
+
+def _copy_bytes(source: Path, target: Path) -> None:
     shutil.copyfile(source, target)
 
 
-def _summarize(
-    prepared: Prepared, run: RunDirectory, workers: list[dict[str, Any]], wall_s: float
-) -> dict[str, Any]:
+def _summarize(prepared: Prepared, run: RunDirectory, workers: list[dict[str, Any]], wall_s: float) -> dict[str, Any]:
     plan = prepared.plan
     records = [run.read(unit.name) for unit in plan.blocks]
     layers = [layer for record in records for layer in record["layers"]]

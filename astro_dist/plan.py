@@ -87,12 +87,17 @@ class Plan:
     @property
     def read_bytes(self) -> int:
         """Bytes of the source."""
-        return sum(unit.read_bytes for unit in (*self.blocks, *self.copies))
+        return sum(unit.read_bytes for unit in self.blocks) + sum(unit.read_bytes for unit in self.copies)
 
     @property
     def written_bytes(self) -> int:
         """Bytes of the result, headers not counted."""
         return sum(unit.written_bytes for unit in self.blocks) + sum(unit.read_bytes for unit in self.copies)
+
+    @property
+    def files(self) -> list[str]:
+        """Every shard of the result, in order."""
+        return sorted([unit.file for unit in self.blocks] + [unit.file for unit in self.copies])
 
 
 def make_plan(checkpoint: Checkpoint, skeleton: Skeleton, quantization: Quantization) -> Plan:
@@ -121,14 +126,14 @@ def make_plan(checkpoint: Checkpoint, skeleton: Skeleton, quantization: Quantiza
         ]
         file = _shard_name(len(copied) + index, total)
         written = _written_bytes(checkpoint.entries, keys, linears, quantization)
-        blocks.append(
-            BlockUnit(index, tuple(keys), tuple(linears), file, checkpoint.size_bytes(keys), written)
-        )
+        blocks.append(BlockUnit(index, tuple(keys), tuple(linears), file, checkpoint.size_bytes(keys), written))
     quantized = {linear.name: linear for unit in blocks for linear in unit.linears}
     if not quantized:
         raise ConfigError(f"quantization.ignore {list(quantization.ignore)}: leaves no linear layer to quantize")
     ignore = [
-        name for name, module in skeleton.model.named_modules() if isinstance(module, nn.Linear) and name not in quantized
+        name
+        for name, module in skeleton.model.named_modules()
+        if isinstance(module, nn.Linear) and name not in quantized
     ]
     copies = [
         CopyUnit(index, tuple(keys), _shard_name(index, total), checkpoint.size_bytes(keys))
@@ -161,7 +166,7 @@ def _assign(checkpoint: Checkpoint, skeleton: Skeleton) -> tuple[dict[int, list[
             )
         if entry.float_dtype is None:
             raise UnsupportedError(
-                f"{checkpoint.folder / entry.file}: tensor {key} is stored as {entry.dtype}, which is quantized already; "
+                f"{checkpoint.folder / entry.file}: tensor {key} is stored as {entry.dtype}: quantized already; "
                 "give the original 16-bit or 32-bit checkpoint"
             )
     return by_block, outside, rest
@@ -204,4 +209,3 @@ def _written_bytes(
         packed = 4 * rows * words_per_row(columns, settings.bits) + scale_bytes + zero_bytes + 16
         total += packed - entry.size_bytes
     return total
-

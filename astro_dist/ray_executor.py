@@ -86,9 +86,7 @@ class RayExecutor:
 
     def describe(self) -> list[dict[str, Any]]:
         """What each worker says of itself."""
-        return [
-            _get(actor.describe.remote(), f"starting worker {index}") for index, actor in enumerate(self._actors)
-        ]
+        return [_get(actor.describe.remote(), f"starting worker {index}") for index, actor in enumerate(self._actors)]
 
     def close(self) -> None:
         """End the actors, and the cluster where it is a private one."""

@@ -125,16 +125,16 @@ class Schedule:
             return Call("open_block", (int(rest),), unit)
         if kind == "head":
             return Call("head", (rest,), unit)
-        return Call({"embed": "embed", "copy": "copy", "quantized": "advance"}[kind], (int(rest),) if rest else (), unit)
+        method = {"embed": "embed", "copy": "copy", "quantized": "advance"}[kind]
+        return Call(method, (int(rest),) if rest else (), unit)
 
     def _candidates(self) -> list[str]:
         """Units whose inputs are there, the most urgent first."""
+        copies = [unit for unit in self._units if unit.startswith("copy-")]
         if "embed" not in self.finished:
-            first = ["embed"]
-        else:
-            # The chain through the quantized blocks is serial: never let it fall behind.
-            first = [*self._chain(), *self._next_block()]
-        return [*first, *(unit for unit in self._units if unit.startswith("copy-"))]
+            return ["embed", *copies]
+        # The chain through the quantized blocks is serial: never let it fall behind.
+        return [*self._chain(), *self._next_block(), *copies]
 
     def _chain(self) -> list[str]:
         if not self._held_out:

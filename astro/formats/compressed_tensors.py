@@ -21,10 +21,13 @@ from astro.grid import Grid
 from astro.layer import QuantizedLinear
 from astro.packing import pack, unpack
 
-__all__ = ["SUFFIXES", "pack_linear", "quantization_config", "server_notes", "unpack_linear"]
+__all__ = ["pack_linear", "quantization_config", "server_notes", "suffixes", "unpack_linear"]
 
-SUFFIXES = ("weight_packed", "weight_scale", "weight_shape", "weight_zero_point")
-"""What a linear layer's `weight` becomes."""
+
+def suffixes(settings: Quantization) -> tuple[str, ...]:
+    """What a linear layer's `weight` becomes."""
+    names = ("weight_packed", "weight_scale", "weight_shape")
+    return names if settings.symmetric else (*names, "weight_zero_point")
 
 
 def pack_linear(name: str, linear: QuantizedLinear, scale_dtype: torch.dtype) -> dict[str, torch.Tensor]:
@@ -60,8 +63,7 @@ def unpack_linear(name: str, tensors: Mapping[str, torch.Tensor], settings: Quan
     Raises:
         CheckpointError: a tensor is missing or has another shape than the others ask for.
     """
-    wanted = SUFFIXES[:3] if settings.symmetric else SUFFIXES
-    missing = [f"{name}.{suffix}" for suffix in wanted if f"{name}.{suffix}" not in tensors]
+    missing = [f"{name}.{suffix}" for suffix in suffixes(settings) if f"{name}.{suffix}" not in tensors]
     if missing:
         raise CheckpointError(f"packed layer {name}: missing {', '.join(missing)}")
     shape = tensors[f"{name}.weight_shape"].tolist()
@@ -121,5 +123,5 @@ def server_notes(settings: Quantization) -> list[str]:
     if settings.bits in (4, 8) and settings.group_size not in marlin:
         notes.append(f"group size {settings.group_size}: vLLM's CUDA Marlin kernels take only -1, 32, 64 and 128")
     if not settings.symmetric and settings.bits in (4, 8):
-        notes.append("asymmetric weights: vLLM's CUDA Marlin kernels are symmetric; another, slower kernel may serve it")
+        notes.append("asymmetric weights: vLLM's CUDA Marlin kernels are symmetric; a slower kernel may serve them")
     return notes

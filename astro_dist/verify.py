@@ -1,0 +1,119 @@
+"""Re-read a written model and compare it with what its own config promises and its loaders ask for."""
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from astro.checkpoint import Checkpoint, read_json
+from astro.config import PER_CHANNEL, Quantization
+from astro.errors import CheckpointError, InputError
+from astro.formats import compressed_tensors
+from astro.skeleton import Skeleton
+from astro_dist.source import resolve_source
+
+__all__ = ["verify_model"]
+
+
+def verify_model(folder: Path, against: Path | None = None) -> dict[str, Any]:
+    """Check a quantized model.
+
+    Every parameter of the model's transformers class has its tensor, or is a linear layer with all of its packed
+    tensors in the right shapes; every scale is finite and positive; nothing is left over.
+
+    Args:
+        folder: of the quantized model.
+        against: folder of its source; then each layer's ‖Ŵ − W‖_F / ‖W‖_F is measured too.
+
+    Returns:
+        Counts, and the errors by layer.
+
+    Raises:
+        CheckpointError: naming the first thing that is wrong.
+    """
+    checkpoint = Checkpoint.open(folder)
+    settings, ignore = _read_settings(folder)
+    skeleton = Skeleton(folder, torch.float32)
+    source = Checkpoint.open(resolve_source(str(against))) if against else None
+    stems = {
+        key.removesuffix(".weight_packed"): skeleton.target_of(key.replace(".weight_packed", ".weight"))[0]
+        for key in checkpoint.entries
+        if key.endswith(".weight_packed")
+    }
+    expected = {f"{stem}.{suffix}" for stem in stems for suffix in compressed_tensors.suffixes(settings)}
+    _check_parameters(checkpoint, skeleton, set(stems.values()), ignore, expected)
+    errors = {stem: _check_linear(checkpoint, skeleton, stem, settings, source) for stem in stems}
+    return {
+        "model": str(folder),
+        "linears": len(stems),
+        "tensors": len(checkpoint.entries),
+        "relative_weight_errors": {stem: error for stem, error in errors.items() if error is not None},
+    }
+
+
+def _read_settings(folder: Path) -> tuple[Quantization, list[str]]:
+    path = folder / "config.json"
+    try:
+        content = read_json(path)["quantization_config"]
+        if (content["quant_method"], content["format"]) != ("compressed-tensors", "pack-quantized"):
+            raise CheckpointError(
+                f"{path}: expected compressed-tensors pack-quantized, got {content['quant_method']} {content['format']}"
+            )
+        (group,) = content["config_groups"].values()
+        weights = group["weights"]
+        size = PER_CHANNEL if weights["strategy"] == "channel" else weights["group_size"]
+        settings = Quantization(bits=weights["num_bits"], group_size=size, symmetric=weights["symmetric"])
+        return settings, list(content["ignore"])
+    except (KeyError, TypeError, ValueError) as error:
+        if isinstance(error, InputError):
+            raise
+        raise CheckpointError(f"{path}: its quantization_config is missing or incomplete: {error!r}") from error
+
+
+def _check_parameters(
+    checkpoint: Checkpoint, skeleton: Skeleton, packed: set[str], ignore: list[str], expected: set[str]
+) -> None:
+    plain = {skeleton.target_of(key)[0]: key for key in checkpoint.entries if key not in expected}
+    tied = set(getattr(skeleton.model, "all_tied_weights_keys", None) or ())
+    for name, module in skeleton.model.named_modules():
+        for own, parameter in module.named_parameters(recurse=False):
+            target = f"{name}.{own}" if name else own
+            if target in packed:
+                continue
+            if target not in plain and target not in tied:
+                raise CheckpointError(f"{checkpoint.folder}: no tensor for {target} of {type(skeleton.model).__name__}")
+            if target in plain and checkpoint.entries[plain[target]].shape != tuple(parameter.shape):
+                raise CheckpointError(
+                    f"{checkpoint.folder}: {plain[target]} should be {list(parameter.shape)}, "
+                    f"got {list(checkpoint.entries[plain[target]].shape)}"
+                )
+            if isinstance(module, nn.Linear) and own == "weight" and name not in ignore:
+                raise CheckpointError(
+                    f"{checkpoint.folder}: {name} is neither packed nor in the config's ignore list; loaders would "
+                    "look for its packed tensors"
+                )
+
+
+def _check_linear(
+    checkpoint: Checkpoint, skeleton: Skeleton, stem: str, settings: Quantization, source: Checkpoint | None
+) -> float | None:
+    wanted = [f"{stem}.{suffix}" for suffix in compressed_tensors.suffixes(settings)]
+    tensors = checkpoint.read(name for name in wanted if name in checkpoint.entries)
+    linear = compressed_tensors.unpack_linear(stem, tensors, settings)
+    shape = skeleton.shape_of(skeleton.target_of(f"{stem}.weight")[0])
+    if tuple(linear.Q.shape) != shape:
+        raise CheckpointError(f"{checkpoint.folder}: {stem} is packed as {list(linear.Q.shape)}, the model has {shape}")
+    if not bool((torch.isfinite(linear.grid.scale) & (linear.grid.scale > 0)).all()):
+        raise CheckpointError(f"{checkpoint.folder}: {stem}.weight_scale holds values that are not finite and positive")
+    return _weight_error(source, stem, linear.dequantize()) if source else None
+
+
+def _weight_error(source: Checkpoint, stem: str, W_hat: torch.Tensor) -> float:
+    key = f"{stem}.weight"
+    if key not in source.entries:
+        raise CheckpointError(f"{source.folder}: has no tensor {key}; it is not the source of this model")
+    W = source.read([key])[key].float()
+    if W.shape != W_hat.shape:
+        raise CheckpointError(f"{source.folder}: {key} is {list(W.shape)}, the quantized layer {list(W_hat.shape)}")
+    return float(torch.linalg.vector_norm(W_hat - W) / torch.linalg.vector_norm(W).clamp(min=1e-30))

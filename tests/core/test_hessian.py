@@ -1,0 +1,98 @@
+"""Accumulation, damping and factorization against their definitions in float64."""
+
+import pytest
+import torch
+
+from astro.errors import NumericalError
+from astro.hessian import HessianAccumulator, factorize, layer_error
+from tests.conftest import correlated_inputs, random_weights
+
+CPU = torch.device("cpu")
+
+
+def hessian(X, pieces=1, name="layer"):
+    accumulator = HessianAccumulator(X.shape[1], CPU)
+    for piece in X.float().chunk(pieces):
+        accumulator.add_(piece)
+    return accumulator.finish_(name)
+
+
+@pytest.mark.parametrize("num_columns", [1, 48, 1025, 2100])
+def test_against_naive_float64_product(num_columns):
+    X = correlated_inputs(70, num_columns).float().double()
+    H = hessian(X, pieces=3)
+    expected = X.T @ X / 70
+    torch.testing.assert_close(H.double(), expected, rtol=1e-4, atol=float(expected.abs().max()) * 1e-5)
+    assert torch.equal(H, H.T)
+
+
+def test_tokens_of_every_leading_dimension_count():
+    X = correlated_inputs(24, 8).float()
+    accumulator = HessianAccumulator(8, CPU)
+    accumulator.add_(X.reshape(2, 3, 4, 8))
+    assert accumulator.num_tokens == 24
+    torch.testing.assert_close(accumulator.finish_("x"), X.T @ X / 24)
+
+
+def test_bfloat16_inputs_are_multiplied_exactly():
+    X = correlated_inputs(64, 16).to(torch.bfloat16)
+    accumulator = HessianAccumulator(16, CPU)
+    accumulator.add_(X)
+    assert torch.equal(accumulator.finish_("x"), hessian(X.double()))
+
+
+def test_no_token_is_an_error():
+    with pytest.raises(NumericalError, match="q_proj: no calibration token reached"):
+        HessianAccumulator(4, CPU).finish_("q_proj")
+
+
+def test_inputs_that_are_not_finite_are_an_error():
+    X = correlated_inputs(8, 4)
+    X[3, 2] = float("nan")
+    with pytest.raises(NumericalError, match="v_proj: its calibration inputs hold NaN"):
+        hessian(X, name="v_proj")
+
+
+def test_factor_reproduces_the_damped_reordered_matrix():
+    H = hessian(correlated_inputs(200, 40))
+    order = torch.randperm(40, generator=torch.Generator().manual_seed(3))
+    factor = factorize(H, order, 0.01, 1.0, "x")
+    P = H.double()[order][:, order]
+    P.diagonal().add_(0.01 * H.double().diagonal().mean())
+    N = factor.feedback.double()
+    assert torch.equal(N, N.triu())
+    assert bool((N.diagonal() == 1).all())
+    M = torch.linalg.solve_triangular(N, P, upper=True)
+    D = torch.linalg.solve_triangular(N, M.T, upper=True)  # N⁻¹ P N⁻ᵀ is the diagonal D²
+    off = D - torch.diag(D.diagonal())
+    assert float(off.abs().max()) < 1e-4 * float(D.diagonal().abs().max())
+
+
+def test_singular_hessian_needs_only_its_damping():
+    factor = factorize(hessian(correlated_inputs(5, 40)), torch.arange(40), 0.01, 1.0, "x")
+    assert (factor.damping, factor.attempts) == (0.01, 1)
+
+
+def test_damping_is_raised_and_counted_where_it_is_too_small():
+    H = torch.diag(torch.tensor([1.0, 1.0, 1.0, -0.2]))
+    factor = factorize(H, torch.arange(4), 0.01, 10.0, "x")
+    assert factor.attempts == 3
+    assert factor.damping == pytest.approx(1.0)
+
+
+def test_damping_beyond_its_limit_is_an_error():
+    H = torch.diag(torch.tensor([1.0, 1.0, 1.0, -0.2]))
+    with pytest.raises(NumericalError, match=r"down_proj: the Hessian is not positive definite with damping 0\.1"):
+        factorize(H, torch.arange(4), 0.01, 0.1, "down_proj")
+
+
+def test_hessian_of_zeros_is_an_error():
+    with pytest.raises(NumericalError, match="every calibration input of this layer is zero"):
+        factorize(torch.zeros(4, 4), torch.arange(4), 0.01, 1.0, "x")
+
+
+def test_layer_error_is_the_output_error():
+    X, W = correlated_inputs(50, 16), random_weights(6, 16).double()
+    W_hat = W.round(decimals=1)
+    expected = ((X @ (W - W_hat).T) ** 2).sum(0)
+    torch.testing.assert_close(layer_error(W, W_hat, X.T @ X), expected)

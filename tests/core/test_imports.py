@@ -1,0 +1,45 @@
+"""Imports go one way."""
+
+import ast
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[2]
+ORDER = {
+    "errors": 0, "config": 1, "packing": 2, "checkpoint": 2, "report": 2, "grid": 2, "hessian": 2, "skeleton": 3,
+    "recording": 4, "regularizer": 3, "gptq": 4, "layer": 5, "block": 6, "formats": 7, "formats.compressed_tensors": 7,
+}  # fmt: skip
+
+
+def imports(path):
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            assert not node.level, f"{path}: relative import"
+            yield node.module
+            yield from (f"{node.module}.{alias.name}" for alias in node.names)
+
+
+def modules(package):
+    return sorted((ROOT / package).rglob("*.py"))
+
+
+@pytest.mark.parametrize("path", modules("astro"), ids=str)
+def test_astro_never_imports_ray_or_the_run(path):
+    assert not {name.split(".")[0] for name in imports(path)} & {"ray", "astro_dist", "huggingface_hub"}
+
+
+@pytest.mark.parametrize("path", modules("astro_dist"), ids=str)
+def test_only_one_file_imports_ray(path):
+    assert path.name == "ray_executor.py" or "ray" not in {name.split(".")[0] for name in imports(path)}
+
+
+@pytest.mark.parametrize("path", [p for p in modules("astro") if p.parent.name != "astro" or p.stem != "__init__"], ids=str)
+def test_layers_of_astro(path):
+    own = ".".join(path.relative_to(ROOT / "astro").with_suffix("").parts).removesuffix(".__init__")
+    for name in imports(path):
+        other = name.removeprefix("astro.")
+        if name.startswith("astro.") and other in ORDER and other != own:
+            assert ORDER[other] <= ORDER[own], f"{own} imports {other}"
