@@ -231,20 +231,21 @@ def write_json(path: Path, content: Mapping[str, Any]) -> None:
     write_atomic(path, lambda partial: _write_text(partial, text))
 
 
-def save_tensors(path: Path, tensors: Mapping[str, torch.Tensor], metadata: Mapping[str, str] | None = None) -> None:
-    """Write a safetensors file atomically. Its bytes depend on names, values and metadata alone.
+def save_tensors(path: Path, tensors: Mapping[str, torch.Tensor], note: str | None = None) -> None:
+    """Write a safetensors file atomically. Its bytes depend on names, values and the note alone.
 
     Args:
         path: where to.
         tensors: by name, on any device.
-        metadata: strings for the header beside `format`.
+        note: text for the header in place of `format`. One entry only: the library writes several in any order.
     """
+    metadata = {"format": "pt"} if note is None else {"note": note}
     ready = {name: tensors[name].detach().cpu().contiguous() for name in sorted(tensors)}
-    write_atomic(path, lambda partial: save_file(ready, partial, metadata={"format": "pt", **(metadata or {})}))
+    write_atomic(path, lambda partial: save_file(ready, partial, metadata=metadata))
 
 
-def load_tensors(path: Path) -> tuple[dict[str, torch.Tensor], dict[str, str]]:
-    """Every tensor of a safetensors file in memory of its own, and the header's metadata.
+def load_tensors(path: Path) -> tuple[dict[str, torch.Tensor], str]:
+    """Every tensor of a safetensors file in memory of its own, and the header's note (empty where it has none).
 
     Raises:
         CheckpointError: the file is missing or damaged.
@@ -252,7 +253,7 @@ def load_tensors(path: Path) -> tuple[dict[str, torch.Tensor], dict[str, str]]:
     try:
         with safe_open(path, framework="pt", device="cpu") as handle:
             tensors = {name: handle.get_tensor(name).clone() for name in handle.keys()}  # noqa: SIM118
-            return tensors, handle.metadata() or {}
+            return tensors, (handle.metadata() or {}).get("note", "")
     except (OSError, SafetensorError) as error:
         raise CheckpointError(f"{path}: cannot be read: {error}") from error
 

@@ -128,12 +128,13 @@ def save_calls(path: Path, calls: Sequence[BlockCall], as_tuple: bool) -> None:
         raise UnsupportedError(f"a block of this model takes a {type(value).__name__} argument, which cannot be kept")
 
     structure = [encode((call.args, call.kwargs)) for call in calls]
-    save_tensors(path, tensors, {"calls": json.dumps(structure), "as_tuple": json.dumps(as_tuple)})
+    save_tensors(path, tensors, json.dumps({"calls": structure, "as_tuple": as_tuple}))
 
 
 def load_call(path: Path, index: int, device: torch.device) -> tuple[BlockCall, bool]:
     """The call of one block, its tensors on `device`, and whether blocks return a tuple."""
-    tensors, metadata = load_tensors(path)
+    tensors, note = load_tensors(path)
+    content = json.loads(note)
 
     def decode(node: Any) -> Any:
         (kind, value), *_ = node.items()
@@ -146,8 +147,8 @@ def load_call(path: Path, index: int, device: torch.device) -> tuple[BlockCall, 
             return tuple(items) if kind == "tuple" else items
         return value
 
-    args, kwargs = decode(json.loads(metadata["calls"])[index])
-    return BlockCall(args, kwargs), json.loads(metadata["as_tuple"])
+    args, kwargs = decode(content["calls"][index])
+    return BlockCall(args, kwargs), bool(content["as_tuple"])
 
 
 def _split(args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[torch.Tensor, BlockCall]:

@@ -1,5 +1,6 @@
 """RunConfig: one YAML file is one whole run. A key that is not known is an error that names its path."""
 
+import dataclasses
 import difflib
 import hashlib
 import json
@@ -173,6 +174,7 @@ def _suggest(location: tuple[int | str, ...]) -> str:
     names: Any = RunConfig.model_fields
     for part in location[:-1]:
         kind = names[str(part)].annotation if str(part) in names else None
-        names = getattr(kind, "model_fields", None) or getattr(kind, "__dataclass_fields__", {})
+        known = dataclasses.fields(kind) if dataclasses.is_dataclass(kind) else ()
+        names = getattr(kind, "model_fields", None) or {field.name: field for field in known}
     close = difflib.get_close_matches(str(location[-1]), list(names), n=1)
     return f" (did you mean {close[0]}?)" if close else f"; known here: {', '.join(names)}"

@@ -123,5 +123,8 @@ def server_notes(settings: Quantization) -> list[str]:
     if settings.bits in (4, 8) and settings.group_size not in marlin:
         notes.append(f"group size {settings.group_size}: vLLM's CUDA Marlin kernels take only -1, 32, 64 and 128")
     if not settings.symmetric and settings.bits in (4, 8):
-        notes.append("asymmetric weights: vLLM's CUDA Marlin kernels are symmetric; a slower kernel may serve them")
+        notes.append(
+            "asymmetric weights: vLLM's CUDA Marlin kernels are symmetric, a slower kernel may serve them; "
+            "transformers with compressed-tensors 0.20 refuses packed zero points"
+        )
     return notes

@@ -2,7 +2,8 @@
 
 import pytest
 import torch
-from compressed_tensors.quantization import QuantizationConfig
+from compressed_tensors.compressors import PackedQuantizationCompressor
+from compressed_tensors.quantization import QuantizationArgs, QuantizationConfig, QuantizationScheme
 
 from astro.config import Quantization
 from astro.errors import CheckpointError
@@ -29,6 +30,23 @@ def test_round_trip(bits, symmetric, group_size):
     after = ct.unpack_linear("m.q", tensors, settings)
     assert torch.equal(after.Q, before.Q)
     assert torch.equal(after.dequantize(), before.dequantize())
+
+
+@pytest.mark.parametrize("bits", [2, 3, 4, 8])
+@pytest.mark.parametrize("symmetric", [True, False])
+@pytest.mark.parametrize("group_size", [32, -1])
+def test_against_the_librarys_own_compressor(bits, symmetric, group_size):
+    settings = Quantization(bits=bits, symmetric=symmetric, group_size=group_size)
+    quantized = linear(settings)
+    state = {"weight": quantized.dequantize(), "weight_scale": quantized.grid.scale}
+    if not symmetric:
+        state["weight_zero_point"] = quantized.grid.zero.to(torch.int8)
+    weights = ct.quantization_config(settings, [])["config_groups"]["group_0"]["weights"]
+    scheme = QuantizationScheme(targets=["Linear"], weights=QuantizationArgs(**weights))
+    expected = PackedQuantizationCompressor.compress(state, scheme)
+    found = {name.removeprefix("m."): t for name, t in ct.pack_linear("m", quantized, torch.float32).items()}
+    assert set(found) == set(expected)
+    assert all(torch.equal(found[name], expected[name]) for name in expected)
 
 
 def test_layout_is_exact():

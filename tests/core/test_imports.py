@@ -36,7 +36,9 @@ def test_only_one_file_imports_ray(path):
     assert path.name == "ray_executor.py" or "ray" not in {name.split(".")[0] for name in imports(path)}
 
 
-@pytest.mark.parametrize("path", [p for p in modules("astro") if p.parent.name != "astro" or p.stem != "__init__"], ids=str)
+@pytest.mark.parametrize(
+    "path", [p for p in modules("astro") if p.parent.name != "astro" or p.stem != "__init__"], ids=str
+)
 def test_layers_of_astro(path):
     own = ".".join(path.relative_to(ROOT / "astro").with_suffix("").parts).removesuffix(".__init__")
     for name in imports(path):

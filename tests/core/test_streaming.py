@@ -78,7 +78,7 @@ def opened(folder, index=0):
 
 
 def test_layers_with_one_input_are_found(llama, tmp_path):
-    checkpoint, skeleton, keys, linears = opened(llama)
+    checkpoint, skeleton, _, linears = opened(llama)
     skeleton.load(skeleton.model, checkpoint.slices(checkpoint.entries), CPU)
     hidden, calls = record(skeleton, IDS, returns_tuple(skeleton, IDS[:1]))
     modules = {linear.name: skeleton.model.get_submodule(linear.name) for linear in linears}

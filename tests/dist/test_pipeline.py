@@ -1,0 +1,199 @@
+"""Whole runs on a tiny checkpoint, in this process."""
+
+import json
+import math
+
+import pytest
+import torch
+import transformers
+from safetensors.torch import load_file
+
+from astro.checkpoint import INDEX_NAME, Checkpoint, sha256_of
+from astro.errors import ConfigError
+from astro_dist import pipeline
+from astro_dist.actors import Worker
+from astro_dist.verify import verify_model
+
+
+def files_of(folder):
+    return {path.name: sha256_of(path) for path in sorted(folder.iterdir())}
+
+
+def model_of(summary):
+    from pathlib import Path
+
+    return Path(summary["model"])
+
+
+@torch.no_grad()
+def perplexity(model, tokens):
+    losses = [torch.nn.functional.cross_entropy(model(row[None]).logits[0, :-1], row[1:]) for row in tokens]
+    return math.exp(float(torch.stack(losses).mean()))
+
+
+@pytest.mark.parametrize("quantization", [{}, {"bits": 8}, {"bits": 3}, {"group_size": -1}])
+def test_transformers_loads_what_was_written_and_agrees(run_config, llama, tmp_path, quantization):
+    config = run_config(**{f"quantization__{key}": value for key, value in quantization.items()})
+    summary = pipeline.quantize(config)
+    folder = model_of(summary)
+    model, info = transformers.AutoModelForCausalLM.from_pretrained(
+        folder, dtype=torch.float32, output_loading_info=True
+    )
+    assert not any(info.values()), info
+    tokens = load_file(tmp_path / "run" / "tokens.safetensors")["h0000"]
+    assert perplexity(model, tokens) == pytest.approx(summary["perplexity"]["quantized"], rel=1e-5)
+    original = transformers.AutoModelForCausalLM.from_pretrained(llama, dtype=torch.float32)
+    assert perplexity(original, tokens) == pytest.approx(summary["perplexity"]["original"], rel=1e-5)
+
+
+def test_result_is_a_whole_checkpoint(run_config, llama, tmp_path):
+    folder = model_of(pipeline.quantize(run_config()))
+    checkpoint = Checkpoint.open(folder)
+    index = json.loads((folder / INDEX_NAME).read_text())
+    assert index["metadata"]["total_size"] == sum(entry.size_bytes for entry in checkpoint.entries.values())
+    source = Checkpoint.open(llama)
+    for key in ("model.embed_tokens.weight", "lm_head.weight", "model.layers.1.input_layernorm.weight"):
+        assert torch.equal(checkpoint.read([key])[key], source.read([key])[key])
+    assert {"config.json", "generation_config.json", "tokenizer.json", "tokenizer_config.json"} <= set(files_of(folder))
+    content = json.loads((folder / "config.json").read_text())
+    assert content["quantization_config"]["ignore"] == ["lm_head"]
+    assert not (tmp_path / "run" / "activations").exists()
+
+
+def test_plan_tells_the_bytes_that_are_written(run_config):
+    prepared = pipeline.prepare(run_config())
+    folder = model_of(pipeline.quantize(run_config()))
+    written = sum(entry.size_bytes for entry in Checkpoint.open(folder).entries.values())
+    assert prepared.plan.written_bytes == written
+
+
+def test_number_of_workers_does_not_change_a_byte(run_config, tmp_path):
+    results = []
+    for workers in (1, 2, 3):
+        config = run_config(execution__workers=workers, output__dir=str(tmp_path / f"run{workers}"))
+        results.append(files_of(model_of(pipeline.quantize(config))))
+    assert results[0] == results[1] == results[2]
+
+
+def test_asymmetric_and_rounded_runs_end_with_a_sound_model(run_config, tmp_path):
+    for name, changes in {"a": {"quantization__symmetric": False}, "r": {"quantization__method": "rtn"}}.items():
+        summary = pipeline.quantize(run_config(output__dir=str(tmp_path / name), **changes))
+        assert summary["perplexity"]["quantized"] == pytest.approx(summary["perplexity"]["original"], rel=0.05)
+        verify_model(model_of(summary))
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_compute_dtype_is_recorded(run_config, tmp_path, dtype):
+    pipeline.quantize(run_config(execution__compute_dtype=dtype))
+    record = json.loads((tmp_path / "run" / "records" / "embed.json").read_text())
+    assert record["result"]["compute_dtype"] == f"torch.{dtype}"
+
+
+def test_ignored_layers_are_copied_and_listed(run_config, llama):
+    folder = model_of(pipeline.quantize(run_config(quantization__ignore=["*.down_proj"])))
+    checkpoint = Checkpoint.open(folder)
+    key = "model.layers.2.mlp.down_proj.weight"
+    assert torch.equal(checkpoint.read([key])[key], Checkpoint.open(llama).read([key])[key])
+    ignore = json.loads((folder / "config.json").read_text())["quantization_config"]["ignore"]
+    assert ignore == [*(f"model.layers.{i}.mlp.down_proj" for i in range(3)), "lm_head"]
+    transformers.AutoModelForCausalLM.from_pretrained(folder)
+
+
+def test_run_without_held_out_text_has_no_perplexity(run_config):
+    summary = pipeline.quantize(run_config(calibration__holdout_samples=0))
+    assert summary["perplexity"] == {"original": None, "quantized": None}
+
+
+class _Interrupted(Exception):
+    pass
+
+
+@pytest.mark.parametrize("calls", [1, 3, 8, 14, 20])
+def test_interrupted_run_goes_on_and_writes_the_same_bytes(run_config, tmp_path, monkeypatch, calls):
+    expected = files_of(model_of(pipeline.quantize(run_config(output__dir=str(tmp_path / "whole")))))
+    left = [calls]
+
+    def counted(method):
+        def call(self, *args):
+            left[0] -= 1
+            if left[0] < 0:
+                raise _Interrupted
+            return method(self, *args)
+
+        return call
+
+    with monkeypatch.context() as patch:
+        for name in ("embed", "copy", "open_block", "forward", "solve", "advance", "head"):
+            patch.setattr(Worker, name, counted(getattr(Worker, name)))
+        with pytest.raises(_Interrupted):
+            pipeline.quantize(run_config())
+    before = {p.name: p.stat().st_mtime_ns for p in (tmp_path / "run" / "records").glob("*.json")}
+    assert files_of(model_of(pipeline.quantize(run_config(execution__workers=2)))) == expected
+    after = {p.name: p.stat().st_mtime_ns for p in (tmp_path / "run" / "records").glob("*.json")}
+    assert before.items() <= after.items(), "a finished unit was done again"
+
+
+def test_finished_run_is_only_summarized_again(run_config):
+    first, second = pipeline.quantize(run_config()), pipeline.quantize(run_config())
+    assert first["perplexity"] == second["perplexity"]
+    assert first["phases_s"] == second["phases_s"]
+
+
+def test_damaged_shard_is_redone_and_noted(run_config, tmp_path):
+    folder = model_of(pipeline.quantize(run_config()))
+    expected = files_of(folder)
+    shard = sorted(folder.glob("model-*.safetensors"))[-2]
+    shard.write_bytes(b"x" + shard.read_bytes()[1:])
+    pipeline.quantize(run_config())
+    assert files_of(folder) == expected
+    journal = [json.loads(line) for line in (tmp_path / "run" / "journal.jsonl").read_text().splitlines()]
+    assert [line["event"] for line in journal].count("damaged") == 1
+
+
+def test_output_folder_that_holds_another_run_is_refused(run_config, tmp_path):
+    pipeline.quantize(run_config())
+    before = files_of(tmp_path / "run" / "model")
+    with pytest.raises(ConfigError, match="holds another run .*quantization.bits: 4 there, 8 here"):
+        pipeline.quantize(run_config(quantization__bits=8))
+    assert files_of(tmp_path / "run" / "model") == before
+
+
+def test_output_folder_that_is_no_run_is_refused(run_config, tmp_path):
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "thesis.txt").write_text("precious")
+    with pytest.raises(ConfigError, match="exists and is not a run directory"):
+        pipeline.quantize(run_config())
+    assert [path.name for path in (tmp_path / "run").iterdir()] == ["thesis.txt"]
+
+
+def test_going_on_in_another_dtype_is_refused(run_config, tmp_path, monkeypatch):
+    pipeline.quantize(run_config())
+    (tmp_path / "run" / "records" / "block-0002.json").unlink()
+    monkeypatch.setattr(pipeline, "_compute_dtype", lambda *args: torch.bfloat16)
+    with pytest.raises(ConfigError, match=r"begun in torch.float32 .* set execution.compute_dtype: float32"):
+        pipeline.quantize(run_config())
+
+
+def test_raised_damping_is_reported(run_config, monkeypatch):
+    from astro import layer
+
+    real = layer.factorize
+
+    def stubborn(H, order, damping, limit, name):
+        # indefinite with the first damping, as a badly conditioned Hessian would be
+        if damping < 0.05:
+            H = H - 0.05 * H.diagonal().mean() * torch.eye(len(H))
+        factor = real(H, order, damping, limit, name)
+        assert factor.attempts > 1
+        return factor
+
+    monkeypatch.setattr(layer, "factorize", stubborn)
+    summary = pipeline.quantize(run_config())
+    assert len(summary["fallbacks"]["damping_raised"]) == 12
+
+
+def test_verify_accepts_the_result_and_measures_it(run_config, llama):
+    folder = model_of(pipeline.quantize(run_config()))
+    report = verify_model(folder, llama)
+    assert report["linears"] == 21
+    assert all(0 < error < 0.2 for error in report["relative_weight_errors"].values())

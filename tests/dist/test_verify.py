@@ -1,0 +1,73 @@
+"""`verify` finds what a loader would stumble over."""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from astro.checkpoint import INDEX_NAME
+from astro.errors import CheckpointError
+from astro_dist import pipeline
+from astro_dist.verify import verify_model
+
+
+@pytest.fixture
+def model(run_config):
+    return Path(pipeline.quantize(run_config(calibration__holdout_samples=0))["model"])
+
+
+def change_tensor(folder, key, change):
+    """Replace one tensor, or drop it where `change` returns None, and keep the index true."""
+    index = json.loads((folder / INDEX_NAME).read_text())
+    path = folder / index["weight_map"][key]
+    tensors = load_file(path)
+    tensor = change(tensors.pop(key))
+    if tensor is None:
+        del index["weight_map"][key]
+    else:
+        tensors[key] = tensor
+    save_file(tensors, path)
+    (folder / INDEX_NAME).write_text(json.dumps(index))
+
+
+Q = "model.layers.1.self_attn.q_proj"
+
+
+@pytest.mark.parametrize(
+    ("key", "change", "message"),
+    [
+        (f"{Q}.weight_scale", lambda t: None, r"missing model\.layers\.1\.self_attn\.q_proj\.weight_scale"),
+        (f"{Q}.weight_scale", lambda t: t * float("nan"), "weight_scale holds values that are not finite"),
+        (f"{Q}.weight_scale", lambda t: -t, "weight_scale holds values that are not finite and positive"),
+        (f"{Q}.weight_packed", lambda t: t[:, 1:].contiguous(), "expected 8 words a row"),
+        (f"{Q}.weight_packed", lambda t: None, r"no tensor for model\.layers\.1\.self_attn\.q_proj\.weight"),
+        (f"{Q}.weight_shape", lambda t: torch.tensor([32, 128]), "weight_scale should be"),
+        ("model.norm.weight", lambda t: None, r"no tensor for model\.norm\.weight"),
+        ("model.norm.weight", lambda t: t[1:].contiguous(), r"model\.norm\.weight should be \[64\], got \[63\]"),
+    ],
+)
+def test_damage_is_found(model, key, change, message):
+    change_tensor(model, key, change)
+    with pytest.raises(CheckpointError, match=message):
+        verify_model(model)
+
+
+def test_config_without_its_ignore_list(model):
+    content = json.loads((model / "config.json").read_text())
+    content["quantization_config"]["ignore"] = []
+    (model / "config.json").write_text(json.dumps(content))
+    with pytest.raises(CheckpointError, match="lm_head is neither packed nor in the config's ignore list"):
+        verify_model(model)
+
+
+def test_model_that_is_not_quantized(llama):
+    with pytest.raises(CheckpointError, match="quantization_config is missing or incomplete"):
+        verify_model(llama)
+
+
+def test_wrong_source(model, tmp_path):
+    save_file({"x": torch.ones(2)}, tmp_path / "model.safetensors")
+    with pytest.raises(CheckpointError, match="it is not the source of this model"):
+        verify_model(model, tmp_path)
