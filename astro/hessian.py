@@ -106,7 +106,8 @@ def factorize(H: torch.Tensor, order: torch.Tensor, damping: float, max_damping:
         del P
         if not int(info):
             V = L.flip(0, 1)
-            return Factor(V / V.diagonal(), order, damping, attempts)
+            del L  # a wide layer's matrices are gigabytes: never hold one more than needed
+            return Factor(V.div_(V.diagonal().clone()), order, damping, attempts)
         if damping * 10 > max_damping * (1 + 1e-6):
             raise NumericalError(
                 f"{name}: the Hessian is not positive definite with damping {damping:g} "

@@ -66,27 +66,9 @@ def quantize_group(
     name = "+".join(member for member, _ in weights)
     W = torch.cat([weight.float() for _, weight in weights])
     group_size = quantization.columns_per_group(W.shape[1])
-    solved = quantization.method == "gptq"
-    order = gptq.activation_order(H) if quantization.act_order == "static" else torch.arange(len(H), device=H.device)
-    factor = factorize(H, order, quantization.damping, quantization.max_damping, name) if solved else None
+    target = _regularize(W, H, regularization, group_size, name)
+    Q, grid, damping, attempts = _solve(target, H, quantization, scale_dtype, name)
     unit = regularizer.mean_group_maximum(W, group_size)
-    regularized = regularization.name != "none" and regularization.beta > 0
-    problem = regularizer.prepare(H, unit, regularization, group_size, name) if regularized else None
-
-    integers, grids, maxima, error, energy = [], [], [], H.new_zeros(()), H.new_zeros(())
-    for tile in torch.split(W, _ROW_TILE):
-        target = regularizer.regularize(tile, problem) if problem else tile
-        grid = fit_grid(target, quantization, scale_dtype)
-        Q = gptq.solve(target, factor, grid) if factor else grid.quantize(target)
-        maxima.append(regularizer.mean_group_maximum(target, group_size) * len(tile))
-        error = error + layer_error(tile, grid.dequantize(Q), H).sum()
-        energy = energy + layer_error(tile, torch.zeros_like(tile), H).sum()
-        integers.append(Q)
-        grids.append(grid)
-    stacked = dataclasses.replace(
-        grids[0], scale=torch.cat([g.scale for g in grids]), zero=torch.cat([g.zero for g in grids])
-    )
-    require_finite_scales(stacked, name)
     record = LayerRecord(
         name=name,
         bits=quantization.bits,
@@ -94,14 +76,59 @@ def quantize_group(
         columns=W.shape[1],
         group_size=group_size,
         num_tokens=num_tokens,
-        relative_error=float(error / energy.clamp(min=torch.finfo(torch.float32).tiny)),
-        group_maximum_ratio=float(torch.stack(maxima).sum() / len(W) / unit) if unit > 0 else 1.0,
-        damping=factor.damping if factor else 0.0,
-        factorizations=factor.attempts if factor else 0,
+        relative_error=_relative_error(W, Q, grid, H),
+        group_maximum_ratio=float(regularizer.mean_group_maximum(target, group_size) / unit) if unit > 0 else 1.0,
+        damping=damping,
+        factorizations=attempts,
     )
     if not record.relative_error < float("inf"):
         raise NumericalError(f"{name}: the layer error is {record.relative_error}; a weight or an input is not finite")
-    return _unstack(weights, torch.cat(integers), stacked), record
+    return _unstack(weights, Q, grid), record
+
+
+def _regularize(W: torch.Tensor, H: torch.Tensor, settings: Regularizer, group_size: int, name: str) -> torch.Tensor:
+    """W̃ [R, C], tile by tile; W itself where nothing is to be done. Its [C, C] operator is gone afterwards."""
+    if settings.name == "none" or settings.beta == 0:
+        return W
+    unit = regularizer.mean_group_maximum(W, group_size)
+    problem = regularizer.prepare(H, unit, settings, group_size, name)
+    target = torch.empty_like(W)
+    for start in range(0, len(W), _ROW_TILE):
+        rows = slice(start, start + _ROW_TILE)
+        target[rows] = regularizer.regularize(W[rows], problem)
+    return target
+
+
+def _solve(
+    target: torch.Tensor, H: torch.Tensor, settings: Quantization, scale_dtype: torch.dtype, name: str
+) -> tuple[torch.Tensor, Grid, float, int]:
+    """Integers and grid of a layer, the damping it took and the factorizations that were tried."""
+    factor = None
+    if settings.method == "gptq":
+        in_order = torch.arange(len(H), device=H.device)
+        order = gptq.activation_order(H) if settings.act_order == "static" else in_order
+        factor = factorize(H, order, settings.damping, settings.max_damping, name)
+    integers, grids = [], []
+    for tile in torch.split(target, _ROW_TILE):
+        grid = fit_grid(tile, settings, scale_dtype)
+        integers.append(gptq.solve(tile, factor, grid) if factor else grid.quantize(tile))
+        grids.append(grid)
+    scale, zero = torch.cat([grid.scale for grid in grids]), torch.cat([grid.zero for grid in grids])
+    stacked = dataclasses.replace(grids[0], scale=scale, zero=zero)
+    require_finite_scales(stacked, name)
+    damping, attempts = (factor.damping, factor.attempts) if factor else (0.0, 0)
+    return torch.cat(integers), stacked, damping, attempts
+
+
+def _relative_error(W: torch.Tensor, Q: torch.Tensor, grid: Grid, H: torch.Tensor) -> float:
+    """‖(Ŵ − W)X‖² / ‖WX‖² on the calibration tokens."""
+    error, energy = H.new_zeros(()), H.new_zeros(())
+    for start in range(0, len(W), _ROW_TILE):
+        rows = slice(start, start + _ROW_TILE)
+        tile = dataclasses.replace(grid, scale=grid.scale[rows], zero=grid.zero[rows])
+        error += layer_error(W[rows], tile.dequantize(Q[rows]), H).sum()
+        energy += layer_error(W[rows], torch.zeros_like(W[rows]), H).sum()
+    return float(error / energy.clamp(min=torch.finfo(torch.float32).tiny))
 
 
 def _unstack(weights: Sequence[tuple[str, torch.Tensor]], Q: torch.Tensor, grid: Grid) -> dict[str, QuantizedLinear]:

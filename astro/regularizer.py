@@ -109,6 +109,7 @@ def prepare(H: torch.Tensor, unit: torch.Tensor, settings: Regularizer, group_si
     if settings.solver == "admm":
         H.diagonal().add_(settings.rho)
         L, info = torch.linalg.cholesky_ex(H)
+        del H
         if int(info):
             raise NumericalError(f"{name}: H + {settings.rho:g} λ_max is not positive definite; raise regularizer.rho")
         H = torch.cholesky_inverse(L).mul_(settings.rho)

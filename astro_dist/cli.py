@@ -131,7 +131,8 @@ def main() -> None:
     except AstroError as error:
         if os.environ.get("ASTRO_DEBUG"):
             raise
-        typer.echo(f"error: {error}", err=True)
+        # Libraries explain themselves over many lines; here it is one paragraph.
+        typer.echo(f"error: {' '.join(str(error).split())}", err=True)
         sys.exit(2 if isinstance(error, InputError) else 1)
     except typer.Abort:
         sys.exit(1)

@@ -1,6 +1,7 @@
 """Small real things for tests: correlated inputs, tiny checkpoints written by transformers itself, a byte tokenizer."""
 
 import os
+import tempfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -12,7 +13,14 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+if "RAY_AUTH_MODE" not in os.environ:
+    # Ray reads this when it is imported. A token of its own keeps tests out of the home folder.
+    _token = Path(tempfile.mkdtemp(prefix="astro-test-")) / "token"
+    _token.write_text("0123456789abcdef" * 4)
+    _token.chmod(0o600)
+    os.environ |= {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN_PATH": str(_token)}
 torch.set_num_threads(1)
+transformers.utils.logging.disable_progress_bar()
 
 LLAMA = {
     "vocab_size": 260, "hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 3, "num_attention_heads": 4,

@@ -1,0 +1,193 @@
+"""The commands as a user runs them: output, exit codes, one readable paragraph for what is wrong."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from astro.checkpoint import INDEX_NAME
+from astro_dist import cli
+
+ROOT = Path(__file__).parents[2]
+
+
+@pytest.fixture
+def config(llama, tmp_path):
+    path = tmp_path / "config.yaml"
+    path.write_text(
+        f"""
+model: {{source: {llama}}}
+quantization: {{group_size: 32}}
+regularizer: {{iterations: 3}}
+calibration: {{samples: 4, sequence_length: 32, chunk_samples: 4, holdout_samples: 2}}
+execution: {{executor: local, device: cpu}}
+output: {{dir: {tmp_path / "run"}}}
+"""
+    )
+    return path
+
+
+@pytest.fixture
+def run(monkeypatch, capsys):
+    """Run a command in this process: exit code, stdout, stderr."""
+
+    def call(*arguments):
+        monkeypatch.setattr(sys, "argv", ["astro-dist", *map(str, arguments)])
+        code = 0
+        try:
+            cli.main()
+        except SystemExit as end:
+            code = end.code or 0
+        captured = capsys.readouterr()
+        return code, captured.out, captured.err
+
+    return call
+
+
+def test_quantize_prints_one_json_object(run, config):
+    code, out, _ = run("quantize", config, "--json")
+    summary = json.loads(out)
+    assert code == 0
+    assert summary["perplexity"]["quantized"] > 0
+    assert summary == json.loads((config.parent / "run" / "summary.json").read_text())
+
+
+def test_quantize_says_what_came_out(run, config):
+    code, out, err = run("quantize", config, "--set", "quantization.bits=3")
+    assert code == 0
+    assert "Hold-out perplexity" in out
+    assert "note: 3-bit weights: no server has a kernel" in out
+    assert "block-0002 done by worker 0; 3 of 3 blocks" in err
+
+
+def test_plan_writes_nothing(run, config):
+    code, out, _ = run("plan", config, "--json")
+    content = json.loads(out)
+    assert code == 0
+    assert [unit["linears"] for unit in content["blocks"]] == [7, 7, 7]
+    assert content["ignored"] == ["lm_head"]
+    assert not (config.parent / "run").exists()
+    assert "block-0002" in run("plan", config)[1]
+
+
+def test_verify_measures_against_the_source(run, config, llama):
+    run("quantize", config)
+    code, out, _ = run("verify", config.parent / "run" / "model", "--against", llama)
+    assert code == 0
+    assert "model.layers.2.mlp.down_proj: 0." in out
+    assert "21 packed layers" in out
+
+
+def edit_config(llama, **changes):
+    content = json.loads((llama / "config.json").read_text())
+    (llama / "config.json").write_text(json.dumps({**content, **changes}))
+
+
+def edit_index(llama, **changes):
+    content = json.loads((llama / INDEX_NAME).read_text())
+    content["weight_map"].update(changes)
+    (llama / INDEX_NAME).write_text(json.dumps(content))
+
+
+def last_shard(llama):
+    return sorted(llama.glob("*.safetensors"))[-1]
+
+
+def put_nan(llama):
+    tensors = load_file(last_shard(llama))
+    name = max(tensors, key=lambda n: tensors[n].ndim)
+    tensors[name][0, 0] = torch.nan
+    save_file(tensors, last_shard(llama))
+
+
+def only_pickle(llama):
+    for path in llama.glob("*.safetensors*"):
+        path.unlink()
+    (llama / "pytorch_model.bin").write_bytes(b"\x80\x04.")
+
+
+def only_gguf(llama):
+    for path in llama.glob("*.safetensors*"):
+        path.unlink()
+    (llama / "model.gguf").write_bytes(b"GGUF")
+
+
+WRONG = {
+    "a missing shard": (lambda m: last_shard(m).unlink(), [], "but it is missing"),
+    "a truncated shard": (lambda m: last_shard(m).write_bytes(last_shard(m).read_bytes()[:-4]), [], "cut short"),
+    "an index naming a tensor that is not there": (
+        lambda m: edit_index(m, ghost=last_shard(m).name), [], "'ghost'"),
+    "an index path that leaves the folder": (
+        lambda m: edit_index(m, **{"lm_head.weight": "../../x.safetensors"}), [], "leaves the folder"),
+    "NaN in a weight": (put_nan, [], "holds NaN or Inf"),
+    "a pickle": (only_pickle, [], "such a file is a pickle"),
+    "a GGUF file": (only_gguf, [], "Give the original safetensors"),
+    "an unknown architecture": (lambda m: edit_config(m, model_type="nonesuch"), [], "model_type 'nonesuch'"),
+    "a config of another model": (lambda m: edit_config(m, hidden_size=32), [], "of different models"),
+    "a model that is quantized already": (
+        lambda m: edit_config(m, quantization_config={"quant_method": "gptq"}), [], "quantized already"),
+    "a model without tokenizer": (lambda m: (m / "tokenizer.json").unlink(), [], "tokenizer cannot be loaded"),
+    "a group size that divides nothing": (
+        lambda m: None, ["quantization.group_size=48"], "group_size 48 does not divide a layer of 64"),
+    "a pattern that ignores everything": (lambda m: None, ["quantization.ignore=['*']"], "no linear layer to quantize"),
+    "an unknown key": (lambda m: None, ["quantization.bit=3"], "unknown key quantization.bit"),
+    "no such folder": (lambda m: None, ["model.source=nowhere"], "no such folder"),
+    "an unknown demo": (lambda m: None, ["model.source=demo:gpt5"], "unknown demo"),
+    "too little text": (lambda m: None, ["calibration.samples=1000000"], "use more text"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("case", WRONG)
+def test_bad_input_is_one_paragraph_and_starts_nothing(run, config, llama, case):
+    damage, assignments, message = WRONG[case]
+    damage(llama)
+    flags = [part for assignment in assignments for part in ("--set", assignment)]
+    code, out, err = run("quantize", config, *flags)
+    assert code == 2
+    assert err.startswith("error: ")
+    assert message in err
+    assert err.count("\n") == 1
+    assert "Traceback" not in err + out
+    assert not (config.parent / "run").exists()
+
+
+def test_output_folder_with_another_run(run, config):
+    run("quantize", config)
+    code, _, err = run("quantize", config, "--set", "quantization.bits=8")
+    assert code == 2
+    assert "quantization.bits: 4 there, 8 here" in err
+
+
+def test_failed_run_exits_with_one(run, config, monkeypatch):
+    monkeypatch.setattr("astro.checkpoint.os.fsync", lambda h: (_ for _ in ()).throw(OSError(28, "No space left")))
+    code, _, err = run("quantize", config)
+    assert code == 1
+    assert "the disk is full: free space" in err
+
+
+def test_usage_errors_exit_with_two(run):
+    code, _, err = run("quantize")
+    assert code == 2
+    assert "CONFIG" in err
+
+
+def test_debug_shows_where_an_error_came_from(run, config, monkeypatch):
+    monkeypatch.setenv("ASTRO_DEBUG", "")
+    with pytest.raises(Exception, match="no such folder"):
+        run("--debug", "quantize", config, "--set", "model.source=nowhere")
+
+
+def test_module_runs_as_a_submitted_job_would_run_it(config):
+    command = [sys.executable, "-m", "astro_dist", "plan", str(config), "--json"]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, env=dict(os.environ), check=True)
+    assert json.loads(done.stdout)["quantized_weights"] == 3 * (2 * 64 * 64 + 2 * 32 * 64 + 3 * 64 * 128)
+
+
+def test_help_does_not_wait_for_torch():
+    code = "import sys, astro_dist.cli; sys.exit('torch' in sys.modules or 'ray' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=False).returncode == 0
