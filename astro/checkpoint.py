@@ -10,7 +10,7 @@ import hashlib
 import json
 import os
 import struct
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path, PurePosixPath
 from typing import Any
 
@@ -39,13 +39,14 @@ _SINGLE_NAME = "model.safetensors"
 _PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt")
 _MAX_HEADER_BYTES = 100_000_000
 _SAMPLE_BYTES = 64
-_PIECE_ELEMENTS = 1 << 24
+_PIECE_ELEMENTS = 1 << 22
 
-_DTYPE_BYTES = {
-    "BOOL": 1, "U8": 1, "I8": 1, "F8_E4M3": 1, "F8_E5M2": 1, "U16": 2, "I16": 2, "F16": 2, "BF16": 2,
-    "U32": 4, "I32": 4, "F32": 4, "U64": 8, "I64": 8, "F64": 8,
+_TORCH_DTYPES = {
+    "BOOL": torch.bool, "U8": torch.uint8, "I8": torch.int8, "I16": torch.int16, "I32": torch.int32, "I64": torch.int64,
+    "U16": torch.uint16, "U32": torch.uint32, "U64": torch.uint64, "F16": torch.float16, "BF16": torch.bfloat16,
+    "F32": torch.float32, "F64": torch.float64, "F8_E4M3": torch.float8_e4m3fn, "F8_E5M2": torch.float8_e5m2,
 }  # fmt: skip
-_FLOATS = {"F16": torch.float16, "BF16": torch.bfloat16, "F32": torch.float32, "F64": torch.float64}
+_FLOATS = ("F16", "BF16", "F32", "F64")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -76,7 +77,7 @@ class TensorEntry:
     @property
     def float_dtype(self) -> torch.dtype | None:
         """The torch dtype, or None where the tensor is no plain float."""
-        return _FLOATS.get(self.dtype)
+        return _TORCH_DTYPES[self.dtype] if self.dtype in _FLOATS else None
 
 
 class Checkpoint:
@@ -135,27 +136,49 @@ class Checkpoint:
                 handle.close()
         return digest.hexdigest()
 
-    def slices(self, names: Iterable[str]) -> dict[str, Any]:
-        """Lazy slices of some tensors: nothing is read until they are indexed.
+    def read(self, names: Iterable[str]) -> dict[str, torch.Tensor]:
+        """Some tensors as they are stored, on the CPU, in memory of their own.
+
+        Nothing is mapped: a mapped file that is cut short while it is read ends the process instead of the call.
 
         Raises:
-            CheckpointError: a shard cannot be opened any more.
+            CheckpointError: a shard cannot be read any more, or a dtype is unknown.
         """
-        handles: dict[str, Any] = {}
         found = {}
-        for name in names:
-            file = self.entries[name].file
-            try:
-                if file not in handles:
-                    handles[file] = safe_open(self.folder / file, framework="pt", device="cpu")
-                found[name] = handles[file].get_slice(name)
-            except (OSError, SafetensorError) as error:
-                raise CheckpointError(f"{self.folder / file}: cannot read {name}: {error}") from error
+        for entry in sorted((self.entries[name] for name in names), key=lambda entry: (entry.file, entry.start)):
+            dtype = _TORCH_DTYPES.get(entry.dtype)
+            if dtype is None:
+                raise CheckpointError(f"{self.folder / entry.file}: {entry.name} has dtype {entry.dtype}, unknown here")
+            flat = torch.empty(entry.size_bytes // dtype.itemsize, dtype=dtype)
+            self._read_into(entry, 0, flat)
+            found[entry.name] = flat.reshape(entry.shape)
         return found
 
-    def read(self, names: Iterable[str]) -> dict[str, torch.Tensor]:
-        """Some tensors as they are stored, on the CPU, in memory of their own."""
-        return {name: piece[...].clone() for name, piece in self.slices(names).items()}
+    def pieces(self, name: str, num_elements: int) -> Iterator[torch.Tensor]:
+        """The values of one float tensor in order, at most `num_elements` at a time, each valid until the next."""
+        entry = self.entries[name]
+        dtype = entry.float_dtype or torch.float32
+        buffer = torch.empty(min(num_elements, entry.size_bytes // dtype.itemsize), dtype=dtype)
+        for offset in range(0, entry.size_bytes, num_elements * dtype.itemsize):
+            part = buffer[: (entry.size_bytes - offset) // dtype.itemsize]
+            self._read_into(entry, offset, part)
+            yield part
+
+    def _read_into(self, entry: TensorEntry, offset: int, flat: torch.Tensor) -> None:
+        path = self.folder / entry.file
+        view = flat.view(torch.uint8).numpy().data
+        try:
+            with path.open("rb", buffering=0) as handle:
+                handle.seek(entry.start + offset)
+                while view:
+                    count = handle.readinto(view)
+                    if not count:
+                        raise CheckpointError(
+                            f"{path}: ends inside tensor {entry.name}; it was cut short, fetch it again"
+                        )
+                    view = view[count:]
+        except OSError as error:
+            raise CheckpointError(f"{path}: cannot read {entry.name}: {error}") from error
 
     def size_bytes(self, names: Iterable[str]) -> int:
         """Bytes that reading some tensors moves."""
@@ -169,18 +192,13 @@ def require_finite(checkpoint: Checkpoint) -> None:
         CheckpointError: naming the first tensor that is not finite.
     """
     for name, entry in checkpoint.entries.items():
-        if entry.float_dtype is None or not entry.size_bytes:
+        if entry.float_dtype is None:
             continue
-        piece = checkpoint.slices([name])[name]
-        rows = entry.shape[0] if entry.shape else 0
-        step = max(1, _PIECE_ELEMENTS * max(rows, 1) // max(1, entry.size_bytes // _DTYPE_BYTES[entry.dtype]))
-        for start in range(0, max(rows, 1), step):
-            part = piece[start : start + step] if rows else piece[...]
-            if not bool(torch.isfinite(part).all()):
-                raise CheckpointError(
-                    f"{checkpoint.folder / entry.file}: tensor {name} holds NaN or Inf; "
-                    "the checkpoint is damaged or diverged in training, and quantizing it cannot work"
-                )
+        if not all(bool(torch.isfinite(piece).all()) for piece in checkpoint.pieces(name, _PIECE_ELEMENTS)):
+            raise CheckpointError(
+                f"{checkpoint.folder / entry.file}: tensor {name} holds NaN or Inf; "
+                "the checkpoint is damaged or diverged in training, and quantizing it cannot work"
+            )
 
 
 def read_json(path: Path) -> dict[str, Any]:
@@ -349,7 +367,7 @@ def _parse_entry(name: str, file: str, value: Mapping[str, Any], base: int) -> T
         if n < 0:
             raise ValueError(f"{name}: negative size in {shape}")
         count *= n
-    width = _DTYPE_BYTES.get(dtype)
-    if begin < 0 or end < begin or (width is not None and count * width != end - begin):
+    known = _TORCH_DTYPES.get(dtype)
+    if begin < 0 or end < begin or (known is not None and count * known.itemsize != end - begin):
         raise ValueError(f"{name}: {dtype} {list(shape)} does not fit the bytes {begin} to {end}")
     return TensorEntry(name, file, dtype, shape, base + begin, base + end)

@@ -18,7 +18,7 @@ from astro.report import LayerRecord
 
 __all__ = ["QuantizedLinear", "quantize_group"]
 
-_ROW_TILE = 2048
+_ROW_TILE = 1024
 """Rows that are worked on at once: bounds the memory of a solve. Part of the arithmetic."""
 
 

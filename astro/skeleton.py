@@ -121,12 +121,12 @@ class Skeleton:
                 linears.append(LinearLayer(name, key))
         return linears
 
-    def load(self, part: nn.Module, tensors: Mapping[str, Any], device: torch.device) -> None:
+    def load(self, part: nn.Module, tensors: Mapping[str, torch.Tensor], device: torch.device) -> None:
         """Fill a part of the model from checkpoint tensors, in place.
 
         Args:
             part: the model or one of its blocks.
-            tensors: tensors or lazy slices by checkpoint name, all that the part needs.
+            tensors: by checkpoint name, all that the part needs.
             device: where the part shall be.
 
         Raises:

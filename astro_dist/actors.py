@@ -136,7 +136,7 @@ class Worker:
         start = time.perf_counter()
         self._close_block()
         unit = self._spec.plan.blocks[index]
-        self._skeleton.load(self._skeleton.blocks[index], self._checkpoint.slices(unit.keys), self._device)
+        self._skeleton.load(self._skeleton.blocks[index], self._checkpoint.read(unit.keys), self._device)
         self._skeleton.require_filled(self._skeleton.blocks[index], unit.name)
         self._require_finite(unit)
         statistics = BlockStatistics(self._linear_modules(unit), self._device)
@@ -236,7 +236,7 @@ class Worker:
         self._close_block()
         skeleton = self._skeleton
         keys = (*self._spec.plan.outside, *(with_block.keys if with_block else ()))
-        skeleton.load(skeleton.model, self._checkpoint.slices(keys), self._device)
+        skeleton.load(skeleton.model, self._checkpoint.read(keys), self._device)
         skeleton.model.tie_weights()
         try:
             yield

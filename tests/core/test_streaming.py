@@ -46,7 +46,7 @@ def streamed_logits(folder, tmp_path):
     checkpoint, skeleton = Checkpoint.open(folder), Skeleton(folder, torch.float32)
     blocks = [keys_of(skeleton, checkpoint, i) for i in range(len(skeleton.blocks))]
     outside = [key for key in checkpoint.entries if not any(key in keys for keys in blocks)]
-    skeleton.load(skeleton.model, checkpoint.slices([*outside, *blocks[0]]), CPU)
+    skeleton.load(skeleton.model, checkpoint.read([*outside, *blocks[0]]), CPU)
     skeleton.model.tie_weights()
     as_tuple = returns_tuple(skeleton, IDS[:1, :4])
     skeleton.blocks[0].to("meta")
@@ -54,7 +54,7 @@ def streamed_logits(folder, tmp_path):
     save_calls(tmp_path / "calls", calls, as_tuple)
     for index, keys in enumerate(blocks):
         block = skeleton.blocks[index]
-        skeleton.load(block, checkpoint.slices(keys), CPU)
+        skeleton.load(block, checkpoint.read(keys), CPU)
         skeleton.require_filled(block, f"block {index}")
         hidden = forward(block, hidden, load_call(tmp_path / "calls", index, CPU)[0])
         block.to("meta")
@@ -79,7 +79,7 @@ def opened(folder, index=0):
 
 def test_layers_with_one_input_are_found(llama, tmp_path):
     checkpoint, skeleton, _, linears = opened(llama)
-    skeleton.load(skeleton.model, checkpoint.slices(checkpoint.entries), CPU)
+    skeleton.load(skeleton.model, checkpoint.read(checkpoint.entries), CPU)
     hidden, calls = record(skeleton, IDS, returns_tuple(skeleton, IDS[:1]))
     modules = {linear.name: skeleton.model.get_submodule(linear.name) for linear in linears}
     statistics = BlockStatistics(modules, CPU)
