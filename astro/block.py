@@ -4,7 +4,7 @@ Shapes: B sequences, T tokens, H hidden size.
 """
 
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 
 import torch
 from torch import nn
@@ -99,20 +99,20 @@ class BlockStatistics:
 
 
 def quantize_block(
-    linears: dict[str, nn.Linear],
+    weights: Mapping[str, torch.Tensor],
     statistics: Iterable[tuple[list[str], torch.Tensor, int]],
     quantization: Quantization,
     regularization: Regularizer,
-    scale_dtypes: dict[str, torch.dtype],
+    scale_dtype: torch.dtype,
 ) -> tuple[dict[str, QuantizedLinear], list[LayerRecord]]:
     """Quantize every linear layer of a block.
 
     Args:
-        linears: the layers by name, with their original weights.
+        weights: original weight [R, C] of each layer by name, on the device of the statistics.
         statistics: groups with Hessian and token count.
         quantization: grid and solver.
         regularization: what is done to the weights before.
-        scale_dtypes: dtype in which each layer's scales are stored.
+        scale_dtype: dtype in which scales are stored.
 
     Returns:
         Each layer on its grid by name, and one record a group.
@@ -120,8 +120,8 @@ def quantize_block(
     quantized: dict[str, QuantizedLinear] = {}
     records = []
     for names, H, num_tokens in statistics:
-        weights = [(name, linears[name].weight.detach()) for name in names]
-        members, record = quantize_group(weights, H, num_tokens, quantization, regularization, scale_dtypes[names[0]])
+        group = [(name, weights[name]) for name in names]
+        members, record = quantize_group(group, H, num_tokens, quantization, regularization, scale_dtype)
         quantized.update(members)
         records.append(record)
     return quantized, records

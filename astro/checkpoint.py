@@ -8,8 +8,10 @@ import dataclasses
 import errno
 import hashlib
 import json
+import math
 import os
 import struct
+import uuid
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path, PurePosixPath
 from typing import Any
@@ -22,6 +24,7 @@ from astro.errors import CheckpointError, RunError
 
 __all__ = [
     "INDEX_NAME",
+    "PARTIAL_SUFFIX",
     "Checkpoint",
     "TensorEntry",
     "load_tensors",
@@ -35,6 +38,8 @@ __all__ = [
 ]
 
 INDEX_NAME = "model.safetensors.index.json"
+PARTIAL_SUFFIX = ".part"
+"""Ending of files that are being written; one that is left over belongs to nobody."""
 _SINGLE_NAME = "model.safetensors"
 _PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt")
 _MAX_HEADER_BYTES = 100_000_000
@@ -117,23 +122,18 @@ class Checkpoint:
         return cls(folder, entries)
 
     def fingerprint(self) -> str:
-        """A hash of every name, dtype and shape, and of some bytes of every tensor, hex.
+        """A hash of config, code, every name, dtype and shape, and of some bytes of every tensor, hex.
 
         It does not read the weights: 64 bytes from the middle of each tensor tell one revision from another.
         """
         digest = hashlib.sha256()
-        handles: dict[str, Any] = {}
-        try:
-            for entry in self.entries.values():
-                if entry.file not in handles:
-                    handles[entry.file] = (self.folder / entry.file).open("rb")
-                handle = handles[entry.file]
-                handle.seek(max(entry.start, (entry.start + entry.stop - _SAMPLE_BYTES) // 2))
-                sample = handle.read(min(_SAMPLE_BYTES, entry.size_bytes))
-                digest.update(f"{entry.name}|{entry.dtype}|{entry.shape}|".encode() + sample)
-        finally:
-            for handle in handles.values():
-                handle.close()
+        for path in (self.folder / "config.json", *sorted(self.folder.glob("*.py"))):
+            digest.update(path.name.encode() + (path.read_bytes() if path.is_file() else b""))
+        for entry in self.entries.values():
+            length = min(_SAMPLE_BYTES, entry.size_bytes)
+            sample = torch.empty(length, dtype=torch.uint8)
+            self._read_into(entry, (entry.size_bytes - length) // 2, sample)
+            digest.update(f"{entry.name}|{entry.dtype}|{entry.shape}|".encode() + sample.numpy().tobytes())
         return digest.hexdigest()
 
     def read(self, names: Iterable[str]) -> dict[str, torch.Tensor]:
@@ -142,13 +142,11 @@ class Checkpoint:
         Nothing is mapped: a mapped file that is cut short while it is read ends the process instead of the call.
 
         Raises:
-            CheckpointError: a shard cannot be read any more, or a dtype is unknown.
+            CheckpointError: a shard cannot be read any more.
         """
         found = {}
         for entry in sorted((self.entries[name] for name in names), key=lambda entry: (entry.file, entry.start)):
-            dtype = _TORCH_DTYPES.get(entry.dtype)
-            if dtype is None:
-                raise CheckpointError(f"{self.folder / entry.file}: {entry.name} has dtype {entry.dtype}, unknown here")
+            dtype = _TORCH_DTYPES[entry.dtype]
             flat = torch.empty(entry.size_bytes // dtype.itemsize, dtype=dtype)
             self._read_into(entry, 0, flat)
             found[entry.name] = flat.reshape(entry.shape)
@@ -224,7 +222,7 @@ def write_atomic(path: Path, write: Callable[[Path], None]) -> None:
     Raises:
         RunError: the file system refused, e.g. because it is full. `path` is then as it was.
     """
-    partial = path.with_name(f".{path.name}.{os.getpid()}.part")
+    partial = path.with_name(f".{path.name}.{uuid.uuid4().hex[:12]}{PARTIAL_SUFFIX}")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         write(partial)
@@ -339,20 +337,23 @@ def read_header(folder: Path, file: str) -> list[TensorEntry]:
     path = folder / file
     if not path.is_file():
         raise CheckpointError(f"{path}: the index names this shard, but it is missing; fetch it again")
-    size = path.stat().st_size
-    with path.open("rb") as handle:
-        head = handle.read(8)
-        length = struct.unpack("<Q", head)[0] if len(head) == 8 else _MAX_HEADER_BYTES + 1
-        if length > min(_MAX_HEADER_BYTES, size - 8):
-            raise CheckpointError(f"{path}: no safetensors file, or cut short: {size} bytes, its header asks for more")
-        raw = handle.read(length)
+    try:
+        size = path.stat().st_size
+        with path.open("rb") as handle:
+            head = handle.read(8)
+            length = struct.unpack("<Q", head)[0] if len(head) == 8 else _MAX_HEADER_BYTES + 1
+            raw = handle.read(length) if length <= min(_MAX_HEADER_BYTES, size - 8) else None
+    except OSError as error:
+        raise CheckpointError(f"{path}: cannot be read: {error}") from error
+    if raw is None:
+        raise CheckpointError(f"{path}: no safetensors file, or cut short: {size} bytes, its header asks for more")
     try:
         header = json.loads(raw)
         tensors = {name: value for name, value in header.items() if name != "__metadata__"}
         entries = [_parse_entry(name, file, value, 8 + length) for name, value in tensors.items()]
     except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
         raise CheckpointError(f"{path}: its safetensors header is damaged: {error!r:.200}; fetch it again") from error
-    needed = max((entry.stop for entry in entries), default=8 + length)
+    needed = _require_contiguous(path, entries, 8 + length)
     if size != needed:
         kind = "cut short" if size < needed else "longer than its header says"
         raise CheckpointError(f"{path}: the shard is {kind}: expected {needed} bytes, got {size}; fetch it again")
@@ -360,14 +361,21 @@ def read_header(folder: Path, file: str) -> list[TensorEntry]:
 
 
 def _parse_entry(name: str, file: str, value: Mapping[str, Any], base: int) -> TensorEntry:
-    dtype, (begin, end) = value["dtype"], value["data_offsets"]
-    shape = tuple(int(n) for n in value["shape"])
-    count = 1
-    for n in shape:
-        if n < 0:
-            raise ValueError(f"{name}: negative size in {shape}")
-        count *= n
-    known = _TORCH_DTYPES.get(dtype)
-    if begin < 0 or end < begin or (known is not None and count * known.itemsize != end - begin):
+    dtype, (begin, end), shape = value["dtype"], value["data_offsets"], tuple(value["shape"])
+    if not all(type(n) is int and n >= 0 for n in (begin, end, *shape)):
+        raise ValueError(f"{name}: sizes and offsets must be whole numbers from 0, got {shape} and {begin} to {end}")
+    if dtype not in _TORCH_DTYPES:
+        raise ValueError(f"{name}: dtype {dtype!r} is not known here")
+    if math.prod(shape) * _TORCH_DTYPES[dtype].itemsize != end - begin:
         raise ValueError(f"{name}: {dtype} {list(shape)} does not fit the bytes {begin} to {end}")
     return TensorEntry(name, file, dtype, shape, base + begin, base + end)
+
+
+def _require_contiguous(path: Path, entries: Iterable[TensorEntry], start: int) -> int:
+    """End of the last tensor, if every tensor begins where the one before it ends, as the format demands."""
+    for entry in sorted(entries, key=lambda entry: (entry.start, entry.stop)):
+        if entry.start != start:
+            kind = "overlaps the one before it" if entry.start < start else "leaves a hole before it"
+            raise CheckpointError(f"{path}: its safetensors header is damaged: tensor {entry.name} {kind}")
+        start = entry.stop
+    return start

@@ -88,12 +88,17 @@ class Regularizer:
     """`relative`: beta is multiplied by the layer's mean group maximum; `absolute`: the papers' own units."""
     solver: Literal["admm", "pgd"] = "admm"
     """`admm` converges in about 20 iterations; `pgd` is the published proximal gradient (200 iterations)."""
-    iterations: int = 20
-    """Iterations of the solver, always all of them."""
+    iterations: int | None = None
+    """Iterations of the solver, always all of them; 20 for `admm` and 200 for `pgd` where not given."""
     rho: float = 1e-3
     """ADMM's penalty parameter, where the Hessian's largest eigenvalue is 1."""
 
     def __post_init__(self) -> None:
         _require(math.isfinite(self.beta) and self.beta >= 0, f"beta: expected a number >= 0, got {self.beta}")
-        _require(1 <= self.iterations <= 10_000, f"iterations: expected 1 to 10000, got {self.iterations}")
+        _require(1 <= self.steps <= 10_000, f"iterations: expected 1 to 10000, got {self.iterations}")
         _require(math.isfinite(self.rho) and self.rho > 0, f"rho: expected a number > 0, got {self.rho}")
+
+    @property
+    def steps(self) -> int:
+        """Iterations, the solver's own number where none is given."""
+        return self.iterations if self.iterations is not None else {"admm": 20, "pgd": 200}[self.solver]

@@ -117,9 +117,9 @@ def _make_grid(
     levels = (1 << settings.bits) - 1
     # eq. 2: a symmetric grid reaches the largest weight with its largest positive integer
     span = high / (levels // 2) if settings.symmetric else (high - low) / levels
-    tiny = torch.finfo(scale_dtype).tiny
+    smallest = torch.finfo(scale_dtype).tiny * torch.finfo(scale_dtype).eps
     # A group of zeros has no range of its own: any scale holds it, 1 is the one that stays finite when inverted.
-    scale = torch.where(span > 0, span.clamp(min=tiny), 1.0).to(scale_dtype).float()
+    scale = torch.where(span > 0, span.clamp(min=smallest), 1.0).to(scale_dtype).float()
     q_min = -(1 << (settings.bits - 1))
     zero = torch.zeros_like(scale) if settings.symmetric else (q_min - low / scale).round_().clamp_(q_min, -q_min - 1)
     return Grid(scale, zero, settings.bits, group_size, settings.symmetric)

@@ -20,7 +20,7 @@ from astro.grid import grouped
 __all__ = ["Problem", "group_activations", "largest_eigenvalue", "mean_group_maximum", "prepare", "prox", "regularize"]
 
 _NEWTON_STEPS = 5
-"""Newton's method from the left on a convex, falling, piecewise linear function: exact to 1e-8 after four."""
+"""At least; wide groups take more, one for each doubling. Residuals are then below 1e-5 of τ (tested)."""
 _POWER_STEPS = 50
 
 
@@ -36,8 +36,9 @@ def group_activations(H: torch.Tensor, group_size: int) -> torch.Tensor:
 def largest_eigenvalue(H: torch.Tensor) -> torch.Tensor:
     """Largest eigenvalue of a positive semidefinite matrix by power iteration, a scalar tensor on H's device."""
     v = H.diagonal()
+    tiny = torch.finfo(H.dtype).tiny
     for _ in range(_POWER_STEPS):
-        v = H @ (v / torch.linalg.vector_norm(v))
+        v = H @ (v / torch.linalg.vector_norm(v).clamp(min=tiny))
     norm: torch.Tensor = torch.linalg.vector_norm(v)
     return norm
 
@@ -51,7 +52,7 @@ def prox(V: torch.Tensor, tau: torch.Tensor, group_size: int) -> torch.Tensor:
     """Proximal map of τ_k‖·‖_∞ on each group (eq. 14-15): v − τ P₁(v/τ).
 
     By Moreau it clips the group at the level θ with Σ_i (|v_i| − θ)₊ = τ, and is zero where ‖v‖₁ <= τ. θ is found by
-    Newton's method from max|v| − τ, which lies left of it; no sort.
+    Newton's method; no sort.
 
     Args:
         V: float32 [R, C].
@@ -62,8 +63,9 @@ def prox(V: torch.Tensor, tau: torch.Tensor, group_size: int) -> torch.Tensor:
         float32 [R, C].
     """
     A = grouped(V, group_size).abs()
-    theta = (A.amax(-1) - tau).clamp_(min=0)
-    for _ in range(_NEWTON_STEPS):
+    # Both lie left of θ, from where Newton's method on a convex falling function never overshoots.
+    theta = torch.maximum(A.amax(-1) - tau, (A.sum(-1) - tau) / group_size).clamp_(min=0)
+    for _ in range(max(_NEWTON_STEPS, group_size.bit_length())):
         excess = (A - theta.unsqueeze(-1)).clamp_(min=0)
         count = (excess > 0).sum(-1).clamp_(min=1)
         theta = theta + (excess.sum(-1) - tau) / count
@@ -99,9 +101,12 @@ def prepare(H: torch.Tensor, unit: torch.Tensor, settings: Regularizer, group_si
         name: of the layer, for messages.
 
     Raises:
-        NumericalError: H/λ_max + ρI is not positive definite.
+        NumericalError: H is zero, or H/λ_max + ρI is not positive definite.
     """
-    H = H / largest_eigenvalue(H)
+    largest = largest_eigenvalue(H)
+    if not bool(largest > 0):
+        raise NumericalError(f"{name}: every calibration input of this layer is zero")
+    H = H / largest
     tau = group_activations(H, group_size) if settings.name == "astro" else H.new_ones(H.shape[0] // group_size)
     tau = tau * settings.beta
     if settings.beta_unit == "relative":
@@ -131,7 +136,7 @@ def regularize(W: torch.Tensor, problem: Problem) -> torch.Tensor:
 
 def _proximal_gradient(W: torch.Tensor, problem: Problem) -> torch.Tensor:
     Z = W
-    for _ in range(problem.settings.iterations):
+    for _ in range(problem.settings.steps):
         V = Z - (Z - W) @ problem.operator  # eq. 13, η = 1 because λ_max = 1
         Z = prox(V, problem.tau, problem.group_size)  # eq. 14-15
     return Z
@@ -140,7 +145,7 @@ def _proximal_gradient(W: torch.Tensor, problem: Problem) -> torch.Tensor:
 def _admm(W: torch.Tensor, problem: Problem) -> torch.Tensor:
     tau = problem.tau / problem.settings.rho
     Z, U = W, torch.zeros_like(W)
-    for _ in range(problem.settings.iterations):
+    for _ in range(problem.settings.steps):
         # argmin of the smooth part: (H + ρI) Y = H W + ρ(Z − U), written as a step from W
         Y = torch.addmm(W, Z - U - W, problem.operator)
         Y.add_(U)

@@ -5,7 +5,7 @@ convert layouts, so that a lone block equals the same block of the whole model f
 """
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Mapping, Set
 from pathlib import Path
 from typing import Any
 
@@ -146,6 +146,26 @@ class Skeleton:
                 f"a tensor does not fit {type(self.model).__name__}: {problems[0]:.300}; config.json and the shards "
                 "are of different models"
             )
+
+    def require_covered(self, targets: Set[str]) -> None:
+        """Refuse a checkpoint that leaves a parameter outside the blocks without a tensor.
+
+        Args:
+            targets: the model's names of all tensors that the checkpoint holds.
+
+        Raises:
+            CheckpointError: naming the first parameter that no tensor feeds, tied ones aside.
+        """
+        tied = getattr(self.model, "all_tied_weights_keys", None) or {}
+        for name, _ in self.model.named_parameters():
+            covered = name in targets or (name in tied and tied[name] in targets)
+            if self.block_of(name) is None and not covered:
+                raise CheckpointError(f"the checkpoint has no tensor for {name} of {type(self.model).__name__}")
+
+    def limits(self) -> tuple[int, int | None]:
+        """Size of the vocabulary, and the longest sequence the model has positions for (None where it says none)."""
+        config = self.model.config.get_text_config()
+        return int(config.vocab_size), getattr(config, "max_position_embeddings", None)
 
     def require_filled(self, part: nn.Module, name: str) -> None:
         """Refuse a part of the model of which something is still without weights.

@@ -4,6 +4,7 @@ What a worker hands on is a file in the run directory; what it returns is a smal
 """
 
 import dataclasses
+import math
 import platform
 import resource
 import time
@@ -18,12 +19,13 @@ import transformers
 from astro.block import BlockStatistics, forward, quantize_block
 from astro.checkpoint import Checkpoint, load_tensors, save_tensors
 from astro.config import Quantization, Regularizer
-from astro.errors import CheckpointError, RunError
+from astro.errors import CheckpointError, NumericalError, RunError
 from astro.formats import compressed_tensors
 from astro.recording import BlockCall, load_call, record, returns_tuple, run_head, save_calls
 from astro.skeleton import Skeleton
 from astro_dist.manifest import RunDirectory
 from astro_dist.plan import BlockUnit, Plan
+from astro_dist.schedule import is_held_out
 
 __all__ = ["Worker", "WorkerSpec", "configure_process", "peak_rss_bytes"]
 
@@ -36,6 +38,7 @@ class WorkerSpec:
 
     Attributes:
         source: folder of the source checkpoint.
+        fingerprint: of the source checkpoint.
         trust_remote_code: whether code of the checkpoint may run.
         run: the run directory.
         plan: every unit.
@@ -48,6 +51,7 @@ class WorkerSpec:
     """
 
     source: Path
+    fingerprint: str
     trust_remote_code: bool
     run: RunDirectory
     plan: Plan
@@ -87,13 +91,29 @@ class Worker:
     """Does units of a run on one device. Holds at most one block."""
 
     def __init__(self, spec: WorkerSpec) -> None:
-        configure_process(spec.threads)
         self._spec = spec
         self._device = torch.device(spec.device)
-        self._checkpoint = Checkpoint.open(spec.source)
-        self._skeleton = Skeleton(spec.source, spec.compute_dtype, spec.trust_remote_code)
         self._tokens: dict[str, torch.Tensor] | None = None
         self._open: _OpenBlock | None = None
+
+    def prepare(self) -> None:
+        """Open the source; called once before anything else. Apart from the constructor, so that its errors arrive.
+
+        Raises:
+            RunError: this machine does not see the run directory, or sees another source than the driver.
+        """
+        spec = self._spec
+        configure_process(spec.threads)
+        if not spec.run.tokens.is_file():
+            raise RunError(
+                f"{platform.node()}: does not see {spec.run.root}; output.dir must be a folder all nodes see"
+            )
+        self._checkpoint = Checkpoint.open(spec.source)
+        if self._checkpoint.fingerprint() != spec.fingerprint:
+            raise RunError(
+                f"{platform.node()}: {spec.source} is not the checkpoint that the driver sees under this path"
+            )
+        self._skeleton = Skeleton(spec.source, spec.compute_dtype, spec.trust_remote_code)
 
     def describe(self) -> dict[str, Any]:
         """Where this worker runs and the most memory it ever used."""
@@ -120,7 +140,7 @@ class Worker:
                 if not path.exists():
                     save_calls(path, calls, as_tuple)
                 self._hand_on("original", 0, chunk, hidden)
-                if chunk.startswith("h"):
+                if is_held_out(chunk):
                     self._hand_on("quantized", 0, chunk, hidden)
         return run.finish("embed", [], {"compute_dtype": str(self._spec.compute_dtype)})
 
@@ -149,11 +169,11 @@ class Worker:
         hidden = self._hidden("original", index, chunk)
         call = self._call(index, hidden, opened.calls)
         block = self._skeleton.blocks[index]
-        if chunk.startswith("h"):
+        if is_held_out(chunk):
             output = forward(block, hidden, call)
         else:
             output = opened.statistics.run(lambda: forward(block, hidden, call))
-        if index + 1 < len(self._spec.plan.blocks) or chunk.startswith("h"):
+        if index + 1 < len(self._spec.plan.blocks) or is_held_out(chunk):
             self._hand_on("original", index + 1, chunk, output)
         opened.seconds["forward"] += time.perf_counter() - start
 
@@ -162,16 +182,18 @@ class Worker:
         """Quantize the open block and write its shard, a final file of the model."""
         opened, spec = self._opened(index), self._spec
         start = time.perf_counter()
-        linears = self._linear_modules(opened.unit)
-        dtypes = {linear.name: self._stored_dtype(linear.key) for linear in opened.unit.linears}
+        scale_dtype = self._stored_dtype(opened.unit)
         quantized, records = quantize_block(
-            linears, opened.statistics.finish_(), spec.quantization, spec.regularization, dtypes
+            self._weights(opened.unit, scale_dtype),
+            opened.statistics.finish_(),
+            spec.quantization,
+            spec.regularization,
+            scale_dtype,
         )
         solved = time.perf_counter()
         tensors: dict[str, torch.Tensor] = {}
         for linear in opened.unit.linears:
-            packed = compressed_tensors.pack_linear(linear.stem, quantized.pop(linear.name), dtypes[linear.name])
-            tensors |= packed
+            tensors |= compressed_tensors.pack_linear(linear.stem, quantized.pop(linear.name), scale_dtype)
         replaced = {linear.key for linear in opened.unit.linears}
         tensors |= self._checkpoint.read(key for key in opened.unit.keys if key not in replaced)
         path = spec.run.model / opened.unit.file
@@ -226,6 +248,10 @@ class Worker:
                     logits = run_head(self._skeleton, ids, hidden[i : i + 1], as_tuple)[0, :-1].float()
                     total += float(torch.nn.functional.cross_entropy(logits, ids[0, 1:], reduction="sum"))
                     count += ids.shape[1] - 1
+        if not math.isfinite(total):
+            raise NumericalError(
+                f"the {stream} model's loss on the held-out text is {total}; a forward pass overflowed"
+            )
         finished = run.finish(f"head-{stream}", [], {"negative_log_likelihood": total, "tokens": count})
         run.drop_hidden(stream, last)
         return finished
@@ -263,11 +289,19 @@ class Worker:
             if not bool(torch.isfinite(parameter).all()):
                 raise CheckpointError(f"{self._spec.source}: {name} of {unit.name} holds NaN or Inf")
 
-    def _stored_dtype(self, key: str) -> torch.dtype:
-        return self._checkpoint.entries[key].float_dtype or self._spec.compute_dtype
+    def _stored_dtype(self, unit: BlockUnit) -> torch.dtype:
+        dtypes = [self._checkpoint.entries[linear.key].float_dtype for linear in unit.linears]
+        return dtypes[0] or self._spec.compute_dtype if dtypes else self._spec.compute_dtype
+
+    def _weights(self, unit: BlockUnit, stored: torch.dtype) -> dict[str, torch.Tensor]:
+        """Original weights of the open block: the loaded ones where the compute dtype holds them exactly."""
+        if torch.promote_types(stored, self._spec.compute_dtype) == self._spec.compute_dtype:
+            return {name: module.weight.detach() for name, module in self._linear_modules(unit).items()}
+        read = self._checkpoint.read(linear.key for linear in unit.linears)
+        return {linear.name: read[linear.key].to(self._device) for linear in unit.linears}
 
     def _held_out(self) -> list[str]:
-        return [chunk for chunk in self._spec.chunks if chunk.startswith("h")]
+        return [chunk for chunk in self._spec.chunks if is_held_out(chunk)]
 
     def _input_ids(self, chunk: str) -> torch.Tensor:
         if self._tokens is None:

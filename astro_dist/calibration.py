@@ -32,11 +32,6 @@ class Chunk:
     name: str
     tokens: Tokens
 
-    @property
-    def held_out(self) -> bool:
-        """Whether it is only measured on, never calibrated on."""
-        return self.name.startswith("h")
-
 
 @dataclasses.dataclass(frozen=True)
 class TokenChunks:
@@ -50,11 +45,6 @@ class TokenChunks:
     chunks: tuple[Chunk, ...]
     sha256: str
 
-    @property
-    def held_out(self) -> tuple[Chunk, ...]:
-        """The chunks that are only measured on."""
-        return tuple(chunk for chunk in self.chunks if chunk.held_out)
-
 
 def read_documents(config: CalibrationConfig) -> list[str]:
     """The documents of a calibration source.
@@ -67,7 +57,7 @@ def read_documents(config: CalibrationConfig) -> list[str]:
 
         documents = [text for _, text in sorted(topics.topics.items())]
     else:
-        documents = _read_file(Path(config.source), config.text_column)
+        documents = _read_file(Path(config.source).expanduser(), config.text_column)
     documents = [text for text in documents if text.strip()]
     if not documents:
         raise ConfigError(f"calibration.source {config.source}: holds no text")
@@ -108,12 +98,19 @@ def _read_file(path: Path, column: str) -> list[str]:
         if path.suffix == ".txt":
             return [path.read_text(encoding="utf-8")]
         if path.suffix == ".parquet":
-            import pyarrow.parquet  # slow to import, only for parquet files
-
-            return [str(text) for text in pyarrow.parquet.read_table(path, columns=[column])[column].to_pylist()]
-    except (OSError, ValueError, KeyError) as error:
+            return _read_column(path, column)
+    except (OSError, ValueError, KeyError, NotImplementedError) as error:
         raise ConfigError(f"calibration.source {path}: cannot be read: {error}") from error
     raise ConfigError(f"calibration.source {path}: expected python-docs, a .txt file or a .parquet file")
+
+
+def _read_column(path: Path, column: str) -> list[str]:
+    import pyarrow.parquet  # slow to import, only for parquet files
+
+    found = pyarrow.parquet.read_table(path, columns=[column])[column]
+    if not (pyarrow.types.is_string(found.type) or pyarrow.types.is_large_string(found.type)):
+        raise ValueError(f"column {column!r} holds {found.type}, expected text; see calibration.text_column")
+    return [text for text in found.to_pylist() if text]
 
 
 def _sequences(documents: Sequence[str], tokenizer: Any, config: CalibrationConfig, count: int, option: str) -> Tokens:

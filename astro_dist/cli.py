@@ -1,8 +1,8 @@
 """The command line. Exit code 0 done, 1 the run failed, 2 the input was wrong and nothing was started."""
 
 import json
-import os
 import sys
+import traceback
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -27,13 +27,16 @@ _Assignments = Annotated[
     typer.Option("--set", help="Override a value: section.key=value. Repeatable.", metavar="KEY=VALUE"),
 ]
 _Json = Annotated[bool, typer.Option("--json", help="One JSON object on stdout and nothing else.")]
-_Debug = Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.", envvar="ASTRO_DEBUG")]
+_Debug = Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")]
+
+_FAILED, _WRONG_INPUT, _INTERRUPTED = 1, 2, 130
+_shows_tracebacks = False
 
 
 @app.callback()
 def _options(debug: _Debug = False) -> None:
-    if debug:
-        os.environ["ASTRO_DEBUG"] = "1"
+    global _shows_tracebacks
+    _shows_tracebacks = debug
 
 
 @app.command()
@@ -47,21 +50,19 @@ def quantize(config: _ConfigPath, assignments: _Assignments = None, as_json: _Js
     if as_json:
         _print_json(summary)
         return
-    console = Console()
     perplexity = summary["perplexity"]
     if perplexity["original"] is not None:
-        console.print(
+        _say(
             f"Hold-out perplexity {perplexity['original']:.3f} → {perplexity['quantized']:.3f} "
-            f"({settings.calibration.source})",
-            highlight=False,
+            f"({settings.calibration.source})"
         )
     size = summary["bytes_written"] / summary["bytes_read"]
-    console.print(f"{summary['bytes_written'] / 1e6:.0f} MB written, {size:.0%} of the source", highlight=False)
+    _say(f"{summary['bytes_written'] / 1e6:.0f} MB written, {size:.0%} of the source")
     for layer in summary["fallbacks"]["damping_raised"]:
-        console.print(f"fallback: the damping of {layer} had to be raised", highlight=False)
+        _say(f"fallback: the damping of {layer} had to be raised")
     for note in summary["notes"]:
-        console.print(f"note: {note}", highlight=False)
-    console.print(f"Done in {summary['wall_s']:.0f} s: {summary['model']}", highlight=False, soft_wrap=True)
+        _say(f"note: {note}")
+    _say(f"Done in {summary['wall_s']:.0f} s: {summary['model']}")
 
 
 @app.command()
@@ -94,15 +95,13 @@ def plan(config: _ConfigPath, assignments: _Assignments = None, as_json: _Json =
     for block in found.blocks:
         sizes = (f"{block.read_bytes / 1e6:.1f}", f"{block.written_bytes / 1e6:.1f}")
         table.add_row(block.name, str(len(block.linears)), *sizes, block.file)
-    console = Console()
-    console.print(table)
-    console.print(
+    Console().print(table)
+    _say(
         f"{found.weights / 1e6:.1f} million weights quantized; "
-        f"{found.read_bytes / 1e6:.1f} MB read, {found.written_bytes / 1e6:.1f} MB written",
-        highlight=False,
+        f"{found.read_bytes / 1e6:.1f} MB read, {found.written_bytes / 1e6:.1f} MB written"
     )
     for note in prepared.notes:
-        console.print(f"note: {note}", highlight=False)
+        _say(f"note: {note}")
 
 
 @app.command()
@@ -118,34 +117,43 @@ def verify(
     if as_json:
         _print_json(report)
         return
-    console = Console()
     for name, error in report["relative_weight_errors"].items():
-        console.print(f"{name}: {error:.5f}", highlight=False)
-    console.print(f"{report['linears']} packed layers and {report['tensors']} tensors are sound", highlight=False)
+        _say(f"{name}: {error:.5f}")
+    _say(f"{report['linears']} packed layers and {report['tensors']} tensors are sound")
 
 
 def main() -> None:
     """Entry point: errors become one readable paragraph and an exit code."""
     try:
-        app(standalone_mode=False)
-    except AstroError as error:
-        if os.environ.get("ASTRO_DEBUG"):
-            raise
-        # Libraries explain themselves over many lines; here it is one paragraph.
-        typer.echo(f"error: {' '.join(str(error).split())}", err=True)
-        sys.exit(2 if isinstance(error, InputError) else 1)
+        code = app(standalone_mode=False)
     except typer.Abort:
-        sys.exit(1)
-    except KeyboardInterrupt:
-        typer.echo("interrupted; what is finished is kept, run the same command to go on", err=True)
-        sys.exit(130)
+        code = _INTERRUPTED
+    except AstroError as error:
+        _explain(str(error))
+        code = _WRONG_INPUT if isinstance(error, InputError) else _FAILED
     except Exception as error:
-        # click's own usage errors know how to show themselves.
         show = getattr(error, "show", None)
-        if show is None:
-            raise
-        show()
-        sys.exit(2)
+        if show is not None:  # a usage error, whose class lives elsewhere in every version of typer
+            show()
+            code = _WRONG_INPUT
+        else:  # a defect of ours or of a library: still one paragraph
+            _explain(f"{type(error).__name__}: {error}. This is unexpected; what is finished is kept. See --debug")
+            code = _FAILED
+    if code == _INTERRUPTED:
+        typer.echo("interrupted; what is finished is kept, run the same command to go on", err=True)
+    sys.exit(code or 0)
+
+
+def _explain(message: str) -> None:
+    if _shows_tracebacks:
+        traceback.print_exc()
+    # Libraries explain themselves over many lines; here it is one paragraph.
+    typer.echo(f"error: {' '.join(message.split())}", err=True)
+
+
+def _say(text: str) -> None:
+    # Names of files and layers may hold what rich takes for markup.
+    Console().print(text, markup=False, highlight=False, soft_wrap=True)
 
 
 def _print_json(content: dict[str, Any]) -> None:

@@ -95,8 +95,13 @@ class RunConfig(_Section):
         return self.model_dump(mode="json")
 
     def arithmetic(self) -> dict[str, Any]:
-        """The part that decides the bytes of the result: not where it runs, nor from which path."""
+        """The part that decides the bytes of the result: not where it runs, nor from which path.
+
+        The text itself is told apart by the hash of its tokens.
+        """
         plain = self.plain()
+        for name in ("source", "text_column"):
+            del plain["calibration"][name]
         execution = {name: plain["execution"][name] for name in ("compute_dtype", "threads_per_worker")}
         kept = {name: plain[name] for name in ("quantization", "regularizer", "calibration")}
         return {**kept, "execution": execution}

@@ -34,15 +34,17 @@ class Executor(Protocol):
 class LocalExecutor:
     """Workers in this process, called in turn: for tests and debugging, and the reference for every other executor."""
 
-    def __init__(self, num_workers: int) -> None:
+    def __init__(self, num_workers: int, on_gpu: bool = False) -> None:
         self.num_workers = num_workers
-        self.has_gpus = False
+        self.has_gpus = on_gpu
         self._workers: list[Worker] = []
         self._calls: deque[tuple[int, Call]] = deque()
 
     def start(self, spec: WorkerSpec) -> None:
         """Build the workers."""
         self._workers = [Worker(spec) for _ in range(self.num_workers)]
+        for worker in self._workers:
+            worker.prepare()
 
     def submit(self, worker: int, call: Call) -> None:
         """Note a call; it runs when it is waited for."""

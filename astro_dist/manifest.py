@@ -6,15 +6,20 @@ model/         the checkpoint, shard by shard    tokens.safetensors   every chun
 summary.json   the figures of the run            journal.jsonl  what happened when
 """
 
+import contextlib
 import dataclasses
+import fcntl
 import json
 import shutil
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from astro.checkpoint import read_json, sha256_of, write_atomic, write_json
-from astro.errors import CheckpointError, ConfigError
+import torch
+
+from astro.checkpoint import PARTIAL_SUFFIX, read_json, save_tensors, sha256_of, write_atomic, write_json
+from astro.errors import CheckpointError, ConfigError, RunError
 from astro_dist.config import RunConfig
 
 __all__ = ["RunDirectory"]
@@ -128,21 +133,60 @@ class RunDirectory:
                     "choose another output.dir, or remove this one if it is not wanted"
                 )
             return True
-        if self.root.exists() and (not self.root.is_dir() or any(self.root.iterdir())):
+        foreign = self.root.exists() and not self.root.is_dir()
+        if self.root.is_dir():
+            # What a run writes before its mark, it may leave behind when it dies there.
+            own = {"config.yaml", "lock", self.tokens.name}
+            foreign = any(path.name not in own and path.suffix != PARTIAL_SUFFIX for path in self.root.iterdir())
+        if foreign:
             raise ConfigError(f"{self.root}: exists and is not a run directory; choose another output.dir")
         return False
 
-    def begin(self, config: RunConfig, identity: dict[str, Any]) -> None:
-        """Make the directory this run's."""
+    def begin(self, config: RunConfig, identity: dict[str, Any], tokens: dict[str, torch.Tensor]) -> None:
+        """Make the directory this run's; its mark comes last.
+
+        Args:
+            config: of the run.
+            identity: what else belongs to the run.
+            tokens: of every chunk, int64 [B, T].
+        """
         text = config.to_yaml()
         write_atomic(self.root / "config.yaml", lambda partial: _write(partial, text))
+        save_tensors(self.tokens, tokens)
         write_json(self.root / "run.json", {"key": self.key, **identity, "arithmetic": config.arithmetic()})
+
+    @contextlib.contextmanager
+    def locked(self) -> Iterator[None]:
+        """Keep other drivers out for a while, and sweep up what a dead one left half written.
+
+        Raises:
+            RunError: another driver is at work here, or the folder cannot be written.
+        """
+        try:
+            self.root.mkdir(parents=True, exist_ok=True)
+            lock = (self.root / "lock").open("w")
+        except OSError as error:
+            raise RunError(f"{self.root}: cannot be written: {error}") from error
+        with lock:
+            try:
+                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except OSError as error:
+                raise RunError(
+                    f"{self.root}: another process is at work on this run; wait for it, or stop it first"
+                ) from error
+            for partial in self.root.rglob(f".*{PARTIAL_SUFFIX}"):
+                partial.unlink(missing_ok=True)
+            yield
 
     def note(self, event: str, **details: Any) -> None:
         """Append one line to the journal."""
         line = json.dumps({"time": round(time.time(), 3), "event": event, **details})
-        with (self.root / "journal.jsonl").open("a", encoding="utf-8") as journal:
-            journal.write(line + "\n")
+        path = self.root / "journal.jsonl"
+        try:
+            with path.open("a", encoding="utf-8") as journal:
+                journal.write(line + "\n")
+        except OSError as error:
+            raise RunError(f"{path}: cannot be written: {error}. What is finished is kept") from error
 
     def _record(self, unit: str) -> Path:
         return self.root / "records" / f"{unit}.json"

@@ -2,6 +2,7 @@
 
 import dataclasses
 import math
+import os
 import shutil
 import time
 from collections.abc import Mapping
@@ -18,11 +19,10 @@ from astro.checkpoint import (
     read_header,
     read_json,
     require_finite,
-    save_tensors,
     write_atomic,
     write_json,
 )
-from astro.errors import CheckpointError, ConfigError
+from astro.errors import CheckpointError, ConfigError, InputError, RunError
 from astro.formats import compressed_tensors
 from astro.skeleton import Skeleton
 from astro_dist.actors import WorkerSpec, configure_process, peak_rss_bytes
@@ -32,7 +32,7 @@ from astro_dist.executor import Executor, LocalExecutor
 from astro_dist.manifest import RunDirectory
 from astro_dist.plan import Plan, make_plan
 from astro_dist.progress import ProgressDisplay
-from astro_dist.schedule import Call, Schedule, unit_names
+from astro_dist.schedule import Call, Schedule, is_held_out, unit_names
 from astro_dist.source import resolve_source
 
 __all__ = ["Prepared", "prepare", "quantize"]
@@ -40,7 +40,8 @@ __all__ = ["Prepared", "prepare", "quantize"]
 _COPIED_FILES = (
     "generation_config.json", "tokenizer.json", "tokenizer_config.json", "tokenizer.model", "special_tokens_map.json",
     "added_tokens.json", "vocab.json", "vocab.txt", "merges.txt", "chat_template.jinja", "chat_template.json",
-    "preprocessor_config.json", "LICENSE", "LICENSE.txt", "LICENSE.md", "NOTICE", "USE_POLICY.md",
+    "*.tiktoken", "spiece.model", "*.spm", "preprocessor_config.json", "processor_config.json",
+    "LICENSE*", "NOTICE*", "USE_POLICY*",
 )  # fmt: skip
 
 
@@ -54,6 +55,8 @@ class Prepared:
         checkpoint: the source, opened.
         plan: every unit.
         notes: what the user should know before it starts.
+        vocab_size: tokens the model knows.
+        max_positions: longest sequence it has positions for, None where it says none.
     """
 
     config: RunConfig
@@ -61,6 +64,8 @@ class Prepared:
     checkpoint: Checkpoint
     plan: Plan
     notes: tuple[str, ...]
+    vocab_size: int
+    max_positions: int | None
 
 
 def prepare(config: RunConfig) -> Prepared:
@@ -72,11 +77,18 @@ def prepare(config: RunConfig) -> Prepared:
     configure_process(config.execution.threads_per_worker)
     source = resolve_source(config.model.source)
     checkpoint = Checkpoint.open(source)
-    if "quantization_config" in read_json(source / "config.json"):
+    if read_json(source / "config.json").get("quantization_config"):
         raise CheckpointError(f"{source / 'config.json'}: the model is quantized already; give the original checkpoint")
     skeleton = Skeleton(source, torch.float32, config.model.trust_remote_code)
     plan = make_plan(checkpoint, skeleton, config.quantization)
-    return Prepared(config, source, checkpoint, plan, tuple(compressed_tensors.server_notes(config.quantization)))
+    notes = compressed_tensors.server_notes(config.quantization)
+    if plan.unknown:
+        notes.append(
+            f"{len(plan.unknown)} tensors that {type(skeleton.model).__name__} does not have are copied as they are, "
+            f"the first is {plan.unknown[0]}"
+        )
+    vocab_size, max_positions = skeleton.limits()
+    return Prepared(config, source, checkpoint, plan, tuple(notes), vocab_size, max_positions)
 
 
 def quantize(config: RunConfig) -> dict[str, Any]:
@@ -87,21 +99,32 @@ def quantize(config: RunConfig) -> dict[str, Any]:
         AstroError: the run failed; what is finished is kept.
     """
     begin = time.perf_counter()
+    _refuse_relative_paths(config)
     prepared = prepare(config)
-    chunks = _tokenize(config, prepared.source)
+    chunks = _tokenize(prepared)
     fingerprint = prepared.checkpoint.fingerprint()
     run = RunDirectory(config.output.dir.expanduser().absolute(), run_key(config, fingerprint, astro.__version__))
     identity = {"source_sha256": fingerprint, "tokens_sha256": chunks.sha256, "version": astro.__version__}
-    if not run.begun(config, identity):
-        if config.model.check_weights:
-            require_finite(prepared.checkpoint)
-        run.begin(config, identity)
-        save_tensors(run.tokens, {chunk.name: torch.from_numpy(chunk.tokens) for chunk in chunks.chunks})
-    executor = _make_executor(config)
-    try:
-        workers = _execute(prepared, run, [chunk.name for chunk in chunks.chunks], executor)
-    finally:
-        executor.close()
+    begun = run.begun(config, identity)
+    if not begun and config.model.check_weights:
+        require_finite(prepared.checkpoint)
+    with run.locked():
+        if not begun:
+            run.begin(config, identity, {chunk.name: torch.from_numpy(chunk.tokens) for chunk in chunks.chunks})
+        return _run(prepared, run, fingerprint, [chunk.name for chunk in chunks.chunks], begin)
+
+
+def _run(prepared: Prepared, run: RunDirectory, fingerprint: str, chunks: list[str], begin: float) -> dict[str, Any]:
+    schedule = _schedule(prepared.plan, run, chunks)
+    workers: list[dict[str, Any]] = []
+    if schedule.complete and run.summary.is_file():
+        return read_json(run.summary)
+    if not schedule.complete:
+        executor = _make_executor(prepared.config)
+        try:
+            workers = _execute(prepared, run, fingerprint, chunks, schedule, executor)
+        finally:
+            executor.close()
     _assemble(prepared, run)
     summary = _summarize(prepared, run, workers, time.perf_counter() - begin)
     write_json(run.summary, summary)
@@ -109,18 +132,43 @@ def quantize(config: RunConfig) -> dict[str, Any]:
     return summary
 
 
-def _tokenize(config: RunConfig, source: Path) -> TokenChunks:
+def _refuse_relative_paths(config: RunConfig) -> None:
+    """On a cluster a relative path means another folder on every node."""
+    private = config.execution.ray_address == "auto" and not os.environ.get("RAY_ADDRESS")
+    if config.execution.executor == "local" or private:
+        return
+    for name, path in (("output.dir", config.output.dir), ("model.source", Path(config.model.source))):
+        if not path.expanduser().is_absolute():
+            raise ConfigError(f"{name}: {path} is relative; on a cluster give an absolute path that every node sees")
+
+
+def _tokenize(prepared: Prepared) -> TokenChunks:
+    config, source = prepared.config, prepared.source
+    limit = prepared.max_positions
+    if limit is not None and config.calibration.sequence_length > limit:
+        raise ConfigError(
+            f"calibration.sequence_length: {config.calibration.sequence_length} is more than the {limit} positions "
+            "of this model (max_position_embeddings)"
+        )
     documents = read_documents(config.calibration)
     try:
         tokenizer = transformers.AutoTokenizer.from_pretrained(source, trust_remote_code=config.model.trust_remote_code)
-    except (OSError, ValueError, KeyError, ImportError) as error:
+    except Exception as error:  # tokenizers raises bare Exceptions for files it cannot parse
         raise CheckpointError(f"{source}: its tokenizer cannot be loaded: {error}") from error
-    return tokenize(documents, tokenizer, config.calibration)
+    chunks = tokenize(documents, tokenizer, config.calibration)
+    largest = max(int(chunk.tokens.max()) for chunk in chunks.chunks)
+    if largest >= prepared.vocab_size:
+        raise CheckpointError(
+            f"{source}: its tokenizer gives token {largest}, but the model has a vocabulary of {prepared.vocab_size}; "
+            "tokenizer and config.json are of different models"
+        )
+    return chunks
 
 
 def _make_executor(config: RunConfig) -> Executor:
     if config.execution.executor == "local":
-        return LocalExecutor(config.execution.workers if isinstance(config.execution.workers, int) else 1)
+        workers = config.execution.workers if isinstance(config.execution.workers, int) else 1
+        return LocalExecutor(workers, on_gpu=config.execution.device == "cuda")
     from astro_dist.ray_executor import RayExecutor  # Ray is slow to import and not needed for validation
 
     return RayExecutor(config.execution)
@@ -136,39 +184,46 @@ def _compute_dtype(config: RunConfig, plan: Plan, checkpoint: Checkpoint, device
     return torch.float32 if stored == torch.float16 and device == "cpu" else stored
 
 
-def _execute(prepared: Prepared, run: RunDirectory, chunks: list[str], executor: Executor) -> list[dict[str, Any]]:
+def _execute(
+    prepared: Prepared,
+    run: RunDirectory,
+    fingerprint: str,
+    chunks: list[str],
+    schedule: Schedule,
+    executor: Executor,
+) -> list[dict[str, Any]]:
     """Do every unit that is not finished; what the workers say of themselves at the end."""
     config, plan = prepared.config, prepared.plan
     device = "cuda" if executor.has_gpus else "cpu"
     dtype = _compute_dtype(config, plan, prepared.checkpoint, device)
-    schedule = _schedule(plan, run, chunks)
     _refuse_other_dtype(run, dtype)
     run.note("started", finished_units=len(schedule.finished), workers=executor.num_workers, compute_dtype=str(dtype))
-    if schedule.complete:
-        return []
-    executor.start(
-        WorkerSpec(
-            source=prepared.source,
-            trust_remote_code=config.model.trust_remote_code,
-            run=run,
-            plan=plan,
-            chunks=tuple(chunks),
-            quantization=config.quantization,
-            regularization=config.regularizer,
-            compute_dtype=dtype,
-            device=device,
-            threads=config.execution.threads_per_worker,
-        )
+    spec = WorkerSpec(
+        source=prepared.source,
+        fingerprint=fingerprint,
+        trust_remote_code=config.model.trust_remote_code,
+        run=run,
+        plan=plan,
+        chunks=tuple(chunks),
+        quantization=config.quantization,
+        regularization=config.regularizer,
+        compute_dtype=dtype,
+        device=device,
+        threads=config.execution.threads_per_worker,
     )
     blocks_done = sum(unit.name in schedule.finished for unit in plan.blocks)
     display = ProgressDisplay(
         schedule.total, len(schedule.finished), len(plan.blocks), blocks_done, executor.num_workers
     )
-    with display:
-        if blocks_done:
-            display.say(f"going on: {blocks_done} of {len(plan.blocks)} blocks are finished")
-        _drive(schedule, executor, display, run)
-    return executor.describe()
+    try:
+        executor.start(spec)
+        with display:
+            if blocks_done:
+                display.say(f"going on: {blocks_done} of {len(plan.blocks)} blocks are finished")
+            _drive(schedule, executor, display, run)
+        return executor.describe()
+    except InputError as error:  # found too late to be a matter of nothing having been started
+        raise RunError(f"{error}. What is finished is kept") from error
 
 
 def _drive(schedule: Schedule, executor: Executor, display: ProgressDisplay, run: RunDirectory) -> None:
@@ -190,7 +245,7 @@ def _drive(schedule: Schedule, executor: Executor, display: ProgressDisplay, run
 
 
 def _schedule(plan: Plan, run: RunDirectory, chunks: list[str]) -> Schedule:
-    evaluated = any(chunk.startswith("h") for chunk in chunks)
+    evaluated = any(is_held_out(chunk) for chunk in chunks)
     units = unit_names(len(plan.blocks), len(plan.copies), evaluated)
     finished = [unit for unit in units if run.finished(unit) is not None]
     present = {
@@ -224,9 +279,9 @@ def _assemble(prepared: Prepared, run: RunDirectory) -> None:
             total += entry.size_bytes
     index = {"metadata": {"total_size": total}, "weight_map": dict(sorted(weight_map.items()))}
     write_json(run.model / INDEX_NAME, index)
-    for name in _COPIED_FILES:
-        if (source / name).is_file():
-            _copy(source / name, run.model / name)
+    patterns = (*_COPIED_FILES, *(("*.py",) if prepared.config.model.trust_remote_code else ()))
+    for path in sorted({path for pattern in patterns for path in source.glob(pattern) if path.is_file()}):
+        _copy(path, run.model / path.name)
     content = read_json(source / "config.json")
     content["quantization_config"] = compressed_tensors.quantization_config(prepared.config.quantization, plan.ignore)
     write_json(run.model / "config.json", content)
@@ -268,4 +323,5 @@ def _summarize(prepared: Prepared, run: RunDirectory, workers: list[dict[str, An
 
 
 def _perplexity(result: Mapping[str, Any]) -> float | None:
-    return math.exp(result["negative_log_likelihood"] / result["tokens"]) if result else None
+    # e^700 is the largest that a float holds, and no more of a language model than infinity
+    return math.exp(min(result["negative_log_likelihood"] / result["tokens"], 700)) if result else None

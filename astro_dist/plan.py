@@ -76,6 +76,7 @@ class Plan:
         ignore: names of linear modules that are not quantized, for the written config.
         outside: checkpoint tensors that the model has outside its blocks.
         weights: number of weights that are quantized.
+        unknown: checkpoint tensors that the model's class does not have; they are copied too.
     """
 
     blocks: tuple[BlockUnit, ...]
@@ -83,6 +84,7 @@ class Plan:
     ignore: tuple[str, ...]
     outside: tuple[str, ...]
     weights: int
+    unknown: tuple[str, ...]
 
     @property
     def read_bytes(self) -> int:
@@ -113,7 +115,7 @@ def make_plan(checkpoint: Checkpoint, skeleton: Skeleton, quantization: Quantiza
         UnsupportedError: a block that cannot be quantized, or a checkpoint that is quantized already.
         CheckpointError: a block's tensor is missing, or has another shape than in the model.
     """
-    by_block, outside, rest = _assign(checkpoint, skeleton)
+    by_block, outside, rest, unknown = _assign(checkpoint, skeleton)
     copied = _cut(checkpoint, rest)
     total = len(copied) + len(skeleton.blocks)
     blocks = []
@@ -127,6 +129,7 @@ def make_plan(checkpoint: Checkpoint, skeleton: Skeleton, quantization: Quantiza
         file = _shard_name(len(copied) + index, total)
         written = _written_bytes(checkpoint.entries, keys, linears, quantization)
         blocks.append(BlockUnit(index, tuple(keys), tuple(linears), file, checkpoint.size_bytes(keys), written))
+    _require_matching(quantization, skeleton)
     quantized = {linear.name: linear for unit in blocks for linear in unit.linears}
     if not quantized:
         raise ConfigError(f"quantization.ignore {list(quantization.ignore)}: leaves no linear layer to quantize")
@@ -140,13 +143,14 @@ def make_plan(checkpoint: Checkpoint, skeleton: Skeleton, quantization: Quantiza
         for index, keys in enumerate(copied)
     ]
     weights = sum(_count(checkpoint.entries[linear.key]) for linear in quantized.values())
-    return Plan(tuple(blocks), tuple(copies), tuple(ignore), tuple(outside), weights)
+    return Plan(tuple(blocks), tuple(copies), tuple(ignore), tuple(outside), weights, tuple(unknown))
 
 
-def _assign(checkpoint: Checkpoint, skeleton: Skeleton) -> tuple[dict[int, list[str]], list[str], list[str]]:
-    """Tensors of each block; tensors the model has outside its blocks; all tensors outside blocks."""
+def _assign(checkpoint: Checkpoint, skeleton: Skeleton) -> tuple[dict[int, list[str]], list[str], list[str], list[str]]:
+    """Tensors of each block; those the model has outside its blocks; all outside blocks; those it does not have."""
     by_block: dict[int, list[str]] = {}
-    outside, rest = [], []
+    targets: set[str] = set()
+    outside, rest, unknown = [], [], []
     for key, entry in checkpoint.entries.items():
         target, converted = skeleton.target_of(key)
         index = skeleton.block_of(target)
@@ -156,7 +160,9 @@ def _assign(checkpoint: Checkpoint, skeleton: Skeleton) -> tuple[dict[int, list[
             rest.append(key)
         expected = skeleton.shape_of(target)
         if expected is None:
+            unknown.append(key)
             continue
+        targets.add(target)
         if index is None:
             outside.append(key)
         if not converted and expected != entry.shape:
@@ -169,7 +175,15 @@ def _assign(checkpoint: Checkpoint, skeleton: Skeleton) -> tuple[dict[int, list[
                 f"{checkpoint.folder / entry.file}: tensor {key} is stored as {entry.dtype}: quantized already; "
                 "give the original 16-bit or 32-bit checkpoint"
             )
-    return by_block, outside, rest
+    skeleton.require_covered(targets)
+    return by_block, outside, rest, unknown
+
+
+def _require_matching(quantization: Quantization, skeleton: Skeleton) -> None:
+    names = [name for name, module in skeleton.blocks.named_modules(prefix=skeleton.blocks_name)]
+    for pattern in quantization.ignore:
+        if not any(fnmatchcase(name, pattern) for name in names):
+            raise ConfigError(f"quantization.ignore: {pattern!r} matches no layer of the blocks, e.g. {names[-1]}")
 
 
 def _cut(checkpoint: Checkpoint, keys: Iterable[str]) -> list[list[str]]:

@@ -14,6 +14,7 @@ from astro_dist.schedule import Call
 
 __all__ = ["RayExecutor"]
 
+_START_TIMEOUT_S = 600
 _OBJECT_STORE_BYTES = 100_000_000
 """Of a private cluster: large arrays travel as files, so next to nothing lies in the object store."""
 
@@ -38,16 +39,17 @@ class RayExecutor:
         self._started_here = not ray.is_initialized()
         if self._started_here:
             _connect(config)
-        resources = ray.cluster_resources()
-        gpus, cpus = int(resources.get("GPU", 0)), int(resources.get("CPU", 0))
+        nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
+        gpus, cpus = (int(sum(node.get(name, 0) for node in nodes)) for name in ("GPU", "CPU"))
         self.has_gpus = config.device == "cuda" or (config.device == "auto" and gpus > 0)
-        found = gpus if self.has_gpus else cpus // config.threads_per_worker
+        found = sum(self._places(node) for node in nodes)
         self.num_workers = config.workers if isinstance(config.workers, int) else found
         if self.num_workers > found or not found:
             self.close()
             raise RunError(
-                f"execution.workers: {self.num_workers} asked for, but the cluster has {gpus} GPUs and {cpus} CPUs, "
-                f"enough for {found} workers of {config.threads_per_worker} threads; add nodes or set execution.workers"
+                f"execution.workers: {self.num_workers} asked for, but the cluster has {gpus} GPUs and {cpus} CPUs on "
+                f"{len(nodes)} node(s), enough for {found} workers of {config.threads_per_worker} CPUs"
+                f"{' and one GPU' if self.has_gpus else ''}; add nodes, or lower workers or threads_per_worker"
             )
 
     def start(self, spec: WorkerSpec) -> None:
@@ -66,7 +68,21 @@ class RayExecutor:
         }
         remote = ray.remote(Worker).options(**options)
         self._actors = [remote.remote(spec) for _ in range(self.num_workers)]
-        self.describe()
+        starting = [actor.prepare.remote() for actor in self._actors]
+        up, waiting = ray.wait(starting, num_returns=len(starting), timeout=_START_TIMEOUT_S)
+        for index, reference in enumerate(starting):
+            if reference in up:
+                _get(reference, f"starting worker {index}")
+        if waiting:
+            raise RunError(
+                f"{len(waiting)} of {len(starting)} workers did not start within {_START_TIMEOUT_S} s; another job may "
+                "hold the cluster's CPUs or GPUs (see `ray status`). What is finished is kept"
+            )
+
+    def _places(self, node: dict[str, float]) -> int:
+        """Workers that a node has room for."""
+        places = int(node.get("CPU", 0)) // self._config.threads_per_worker
+        return min(places, int(node.get("GPU", 0))) if self.has_gpus else places
 
     def submit(self, worker: int, call: Call) -> None:
         """Let a worker begin a call."""
@@ -125,8 +141,10 @@ def _get(reference: Any, what: str) -> Any:
         if isinstance(cause, AstroError):
             raise cause from None
         raise RunError(f"{what}: {cause!r}. What is finished is kept; run the same command to go on") from error
-    except RayActorError as error:
+    except RayActorError as error:  # its first line says which process ended and how
         raise RunError(
             f"{what}: the worker died ({str(error).splitlines()[0]}), often for want of memory. "
             "What is finished is kept; run the same command to go on"
         ) from error
+    except RayError as error:
+        raise RunError(f"{what}: {str(error).splitlines()[0]}. What is finished is kept") from error

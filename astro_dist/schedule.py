@@ -8,7 +8,7 @@ the quantized blocks as they were written: that is the perplexity of the result.
 import dataclasses
 from collections.abc import Collection, Mapping, Sequence
 
-__all__ = ["Call", "Schedule", "unit_names"]
+__all__ = ["Call", "Schedule", "is_held_out", "unit_names"]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -24,6 +24,11 @@ class Call:
     method: str
     args: tuple[int | str, ...]
     unit: str
+
+
+def is_held_out(chunk: str) -> bool:
+    """Whether a chunk is only measured on, never calibrated on: its name begins with `h`."""
+    return chunk.startswith("h")
 
 
 def unit_names(num_blocks: int, num_copies: int, evaluated: bool) -> list[str]:
@@ -59,14 +64,14 @@ class Schedule:
         Args:
             num_blocks: of the model.
             num_copies: units of copied tensors.
-            chunks: names in the order in which they travel; those that begin with `h` are held out.
+            chunks: names in the order in which they travel; see `is_held_out`.
             finished: names of the units that are finished.
             present: chunks that are there as input of each block.
             present_quantized: held-out chunks that are there as input of each quantized block.
         """
         self._num_blocks = num_blocks
         self._chunks = list(chunks)
-        self._held_out = [name for name in chunks if name.startswith("h")]
+        self._held_out = [name for name in chunks if is_held_out(name)]
         self._units = unit_names(num_blocks, num_copies, bool(self._held_out))
         self.finished = set(finished) & set(self._units)
         self._ready = {block: set(present.get(block, ())) for block in range(num_blocks + 1)}

@@ -6,7 +6,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from astro.checkpoint import Checkpoint, read_json
+from astro.checkpoint import Checkpoint, read_json, require_finite
 from astro.config import PER_CHANNEL, Quantization
 from astro.errors import CheckpointError, InputError
 from astro.formats import compressed_tensors
@@ -20,7 +20,7 @@ def verify_model(folder: Path, against: Path | None = None) -> dict[str, Any]:
     """Check a quantized model.
 
     Every parameter of the model's transformers class has its tensor, or is a linear layer with all of its packed
-    tensors in the right shapes; every scale is finite and positive; nothing is left over.
+    tensors in the right shapes; every float is finite and every scale positive; no layer is there twice.
 
     Args:
         folder: of the quantized model.
@@ -33,6 +33,7 @@ def verify_model(folder: Path, against: Path | None = None) -> dict[str, Any]:
         CheckpointError: naming the first thing that is wrong.
     """
     checkpoint = Checkpoint.open(folder)
+    require_finite(checkpoint)
     settings, ignore = _read_settings(folder)
     skeleton = Skeleton(folder, torch.float32)
     source = Checkpoint.open(resolve_source(str(against))) if against else None
@@ -60,7 +61,7 @@ def _read_settings(folder: Path) -> tuple[Quantization, list[str]]:
             raise CheckpointError(
                 f"{path}: expected compressed-tensors pack-quantized, got {content['quant_method']} {content['format']}"
             )
-        (group,) = content["config_groups"].values()
+        (group,) = dict(content["config_groups"]).values()
         weights = group["weights"]
         size = PER_CHANNEL if weights["strategy"] == "channel" else weights["group_size"]
         settings = Quantization(bits=weights["num_bits"], group_size=size, symmetric=weights["symmetric"])
@@ -76,6 +77,8 @@ def _check_parameters(
 ) -> None:
     plain = {skeleton.target_of(key)[0]: key for key in checkpoint.entries if key not in expected}
     tied = set(getattr(skeleton.model, "all_tied_weights_keys", None) or ())
+    for target in sorted(packed & set(plain)):
+        raise CheckpointError(f"{checkpoint.folder}: {plain[target]} is there beside its packed tensors")
     for name, module in skeleton.model.named_modules():
         for own, parameter in module.named_parameters(recurse=False):
             target = f"{name}.{own}" if name else own
@@ -104,8 +107,8 @@ def _check_linear(
     shape = skeleton.shape_of(skeleton.target_of(f"{stem}.weight")[0])
     if tuple(linear.Q.shape) != shape:
         raise CheckpointError(f"{checkpoint.folder}: {stem} is packed as {list(linear.Q.shape)}, the model has {shape}")
-    if not bool((torch.isfinite(linear.grid.scale) & (linear.grid.scale > 0)).all()):
-        raise CheckpointError(f"{checkpoint.folder}: {stem}.weight_scale holds values that are not finite and positive")
+    if not bool((linear.grid.scale > 0).all()):
+        raise CheckpointError(f"{checkpoint.folder}: {stem}.weight_scale holds values that are not positive")
     return _weight_error(source, stem, linear.dequantize()) if source else None
 
 

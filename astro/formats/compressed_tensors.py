@@ -76,12 +76,17 @@ def unpack_linear(name: str, tensors: Mapping[str, torch.Tensor], settings: Quan
         raise CheckpointError(
             f"packed layer {name}: weight_scale should be {[rows, columns // group_size]}, got {list(scale.shape)}"
         )
+    if tensors[f"{name}.weight_packed"].ndim != 2:
+        raise CheckpointError(f"packed layer {name}: weight_packed should have two dimensions")
     Q = unpack(tensors[f"{name}.weight_packed"], settings.bits, columns)
     if len(Q) != rows:
         raise CheckpointError(f"packed layer {name}: weight_packed should have {rows} rows, got {len(Q)}")
     zero = torch.zeros_like(scale)
     if not settings.symmetric:
-        zero = unpack(tensors[f"{name}.weight_zero_point"].T, settings.bits, rows).T.float()
+        packed = tensors[f"{name}.weight_zero_point"]
+        if packed.ndim != 2 or packed.shape[1] != scale.shape[1]:
+            raise CheckpointError(f"packed layer {name}: weight_zero_point should have {scale.shape[1]} columns")
+        zero = unpack(packed.T, settings.bits, rows).T.float()
     return QuantizedLinear(Q, Grid(scale, zero, settings.bits, group_size, settings.symmetric))
 
 

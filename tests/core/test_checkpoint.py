@@ -73,7 +73,18 @@ def test_shard_with_bytes_behind_its_end(folder):
 
 @pytest.mark.parametrize(
     "header",
-    [b"{", b"[1]", b'{"a": 3}', b'{"a": {"dtype": "F32", "shape": [3], "data_offsets": [0, 8]}}', b'{"a": {}}'],
+    [
+        b"{",
+        b"[1]",
+        b'{"a": 3}',
+        b'{"a": {"dtype": "F32", "shape": [3], "data_offsets": [0, 8]}}',
+        b'{"a": {}}',
+        b'{"a": {"dtype": "F32", "shape": [2.0], "data_offsets": [0, 8]}}',
+        b'{"a": {"dtype": "F32", "shape": [1], "data_offsets": [4, 8]}}',
+        b'{"a": {"dtype": "U8", "shape": [8], "data_offsets": [0, 8]},'
+        b' "b": {"dtype": "U8", "shape": [1], "data_offsets": [7, 8]}}',
+        b'{"a": {"dtype": "F8_X", "shape": [8], "data_offsets": [0, 8]}}',
+    ],
 )
 def test_damaged_header(folder, header):
     (folder / "one.safetensors").write_bytes(struct.pack("<Q", len(header)) + header + bytes(8))
@@ -141,6 +152,20 @@ def test_fingerprint_tells_weights_apart(folder):
     assert Checkpoint.open(folder).fingerprint() == before
     save_file({"a": torch.zeros(3, 4), "b": torch.zeros(3, 4)}, folder / "one.safetensors")
     assert Checkpoint.open(folder).fingerprint() != before
+
+
+def test_fingerprint_covers_the_models_config(folder):
+    before = Checkpoint.open(folder).fingerprint()
+    (folder / "config.json").write_text("{}")
+    assert Checkpoint.open(folder).fingerprint() != before
+
+
+def test_shard_that_is_cut_short_while_it_is_read_is_an_error(folder):
+    checkpoint = Checkpoint.open(folder)
+    path = folder / "one.safetensors"
+    path.write_bytes(path.read_bytes()[:-8])
+    with pytest.raises(CheckpointError, match="ends inside tensor b"):
+        checkpoint.read("ab")
 
 
 def test_written_bytes_do_not_depend_on_the_order_of_tensors(tmp_path):

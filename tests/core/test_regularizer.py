@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from astro.config import Regularizer
-from astro.errors import ConfigError
+from astro.errors import ConfigError, NumericalError
 from astro.regularizer import (
     group_activations,
     largest_eigenvalue,
@@ -67,6 +67,16 @@ def test_prox_against_bisection_in_float64(tau):
     V = random_weights(5, 32)
     expected = torch.stack([torch.cat([naive_prox(g, tau) for g in row.split(G)]) for row in V.double()])
     torch.testing.assert_close(prox(V, torch.full((4,), tau), G).double(), expected, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("group_size", [64, 128, 1024, 4096])
+@pytest.mark.parametrize("share", [0.05, 0.8, 5.0])
+def test_prox_of_wide_groups_has_converged(group_size, share):
+    V = random_weights(4, group_size)
+    tau = share * V.abs().max()
+    level = prox(V, tau.reshape(1), group_size).abs().amax(-1, keepdim=True).double()
+    excess = (V.double().abs() - level).clamp(min=0).sum(-1)
+    torch.testing.assert_close(excess, tau.double().expand(4), rtol=1e-5, atol=0)
 
 
 def test_prox_takes_a_threshold_for_each_group():
@@ -142,6 +152,15 @@ def test_relative_beta_follows_the_size_of_the_weights():
 def test_beta_zero_changes_nothing(solver):
     _, H, W = layer()
     torch.testing.assert_close(run(H, W, beta=0.0, solver=solver), W)
+
+
+def test_solvers_bring_their_own_number_of_iterations():
+    assert [Regularizer(solver=solver).steps for solver in ("admm", "pgd")] == [20, 200]
+
+
+def test_hessian_of_zeros_is_an_error():
+    with pytest.raises(NumericalError, match="x: every calibration input of this layer is zero"):
+        run(torch.zeros(8, 8), random_weights(2, 8))
 
 
 def test_wrong_settings_are_refused():

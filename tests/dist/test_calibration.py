@@ -7,6 +7,7 @@ import pytest
 from astro.errors import ConfigError
 from astro_dist.calibration import read_documents, tokenize
 from astro_dist.config import CalibrationConfig
+from astro_dist.schedule import is_held_out
 from tests.conftest import byte_tokenizer
 
 DOCUMENTS = [f"document {i:02d} " * 20 for i in range(8)]
@@ -21,7 +22,6 @@ def test_chunks_have_fixed_sizes_and_names():
     assert [(chunk.name, chunk.tokens.shape) for chunk in found.chunks] == [
         ("c0000", (4, 32)), ("c0001", (4, 32)), ("c0002", (2, 32)), ("h0000", (4, 32)), ("h0001", (1, 32)),
     ]  # fmt: skip
-    assert [chunk.name for chunk in found.held_out] == ["h0000", "h0001"]
 
 
 def test_every_fourth_document_is_held_out():
@@ -29,14 +29,14 @@ def test_every_fourth_document_is_held_out():
     found = tokenize(DOCUMENTS, tokenizer, settings(samples=40, holdout_samples=15))
     texts = {True: "", False: ""}
     for chunk in found.chunks:
-        texts[chunk.held_out] += "".join(tokenizer.decode(row) for row in chunk.tokens)
+        texts[is_held_out(chunk.name)] += "".join(tokenizer.decode(row) for row in chunk.tokens)
     assert [f"document {i:02d}" in texts[True] for i in range(8)] == [i in (3, 7) for i in range(8)]
     assert [f"document {i:02d}" in texts[False] for i in range(8)] == [i not in (3, 7) for i in range(8)]
 
 
 def test_single_document_is_split_at_three_quarters():
     found = tokenize(["a" * 900 + "b" * 300], byte_tokenizer(), settings())
-    calibration, holdout = ({t for c in found.chunks if c.held_out is h for t in c.tokens.ravel()} for h in (False, True))
+    calibration, holdout = ({t for c in found.chunks if is_held_out(c.name) is h for t in c.tokens.ravel()} for h in (False, True))
     assert len(calibration) == len(holdout) == 1
     assert calibration != holdout
 
@@ -59,7 +59,8 @@ def test_bos_begins_each_sequence_where_the_tokenizer_puts_one():
 
 
 def test_no_holdout_is_allowed():
-    assert not tokenize(DOCUMENTS, byte_tokenizer(), settings(holdout_samples=0)).held_out
+    found = tokenize(DOCUMENTS, byte_tokenizer(), settings(holdout_samples=0))
+    assert [chunk.name for chunk in found.chunks] == ["c0000", "c0001", "c0002"]
 
 
 def test_too_little_text_says_how_much_there_is():
@@ -74,7 +75,7 @@ def test_python_docs_need_no_download():
 
 def test_files(tmp_path):
     (tmp_path / "a.txt").write_text("some text")
-    pq.write_table(pa.table({"text": ["one", "", "two"]}), tmp_path / "a.parquet")
+    pq.write_table(pa.table({"text": ["one", "", None, "two"]}), tmp_path / "a.parquet")
     read = {name: read_documents(CalibrationConfig(source=str(tmp_path / name))) for name in ("a.txt", "a.parquet")}
     assert read == {"a.txt": ["some text"], "a.parquet": ["one", "two"]}
 
@@ -82,11 +83,13 @@ def test_files(tmp_path):
 @pytest.mark.parametrize(
     ("name", "message"),
     [("a.csv", "expected python-docs, a .txt file or a .parquet"), ("no.txt", "cannot be read"),
-     ("bad.parquet", "cannot be read"), ("column.parquet", "cannot be read"), ("empty.txt", "holds no text")],
+     ("bad.parquet", "cannot be read"), ("column.parquet", "cannot be read"),
+     ("numbers.parquet", "holds int64, expected text"), ("empty.txt", "holds no text")],
 )  # fmt: skip
 def test_wrong_files_are_explained(tmp_path, name, message):
     (tmp_path / "bad.parquet").write_bytes(b"PAR1 nonsense")
     (tmp_path / "empty.txt").write_text("  \n")
     pq.write_table(pa.table({"other": ["x"]}), tmp_path / "column.parquet")
+    pq.write_table(pa.table({"text": [1]}), tmp_path / "numbers.parquet")
     with pytest.raises(ConfigError, match=message):
         read_documents(CalibrationConfig(source=str(tmp_path / name)))

@@ -94,8 +94,21 @@ def edit_index(llama, **changes):
     (llama / INDEX_NAME).write_text(json.dumps(content))
 
 
+def drop_from_index(llama, key):
+    content = json.loads((llama / INDEX_NAME).read_text())
+    del content["weight_map"][key]
+    (llama / INDEX_NAME).write_text(json.dumps(content))
+
+
 def last_shard(llama):
     return sorted(llama.glob("*.safetensors"))[-1]
+
+
+def shrink(llama):
+    """Cut every matrix of 260 tokens to 32."""
+    for path in llama.glob("*.safetensors"):
+        tensors = {name: t[:32].clone() if t.shape[0] == 260 else t for name, t in load_file(path).items()}
+        save_file(tensors, path)
 
 
 def put_nan(llama):
@@ -132,6 +145,16 @@ WRONG = {
     "a model that is quantized already": (
         lambda m: edit_config(m, quantization_config={"quant_method": "gptq"}), [], "quantized already"),
     "a model without tokenizer": (lambda m: (m / "tokenizer.json").unlink(), [], "tokenizer cannot be loaded"),
+    "a tokenizer that is damaged": (
+        lambda m: (m / "tokenizer.json").write_text("{"), [], "tokenizer cannot be loaded"),
+    "a tokenizer of another model": (lambda m: edit_config(m, vocab_size=32) or shrink(m), [], "a vocabulary of 32"),
+    "a checkpoint without its last norm": (
+        lambda m: drop_from_index(m, "model.norm.weight"), [], "no tensor for model.norm.weight"),
+    "sequences longer than the model's positions": (
+        lambda m: None, ["calibration.sequence_length=4096"], "more than the 128 positions"),
+    "a pattern that matches nothing": (lambda m: None, ["quantization.ignore=['*.w1']"], "'*.w1' matches no layer"),
+    "a relative path on a cluster": (
+        lambda m: None, ["execution.executor=ray", "execution.ray_address=1.2.3.4:1", "output.dir=runs/x"], "is relative"),
     "a group size that divides nothing": (
         lambda m: None, ["quantization.group_size=48"], "group_size 48 does not divide a layer of 64"),
     "a pattern that ignores everything": (lambda m: None, ["quantization.ignore=['*']"], "no linear layer to quantize"),
@@ -176,10 +199,29 @@ def test_usage_errors_exit_with_two(run):
     assert "CONFIG" in err
 
 
-def test_debug_shows_where_an_error_came_from(run, config, monkeypatch):
-    monkeypatch.setenv("ASTRO_DEBUG", "")
-    with pytest.raises(Exception, match="no such folder"):
-        run("--debug", "quantize", config, "--set", "model.source=nowhere")
+@pytest.mark.parametrize("flags", [[], ["--debug"]])
+def test_debug_shows_where_an_error_came_from(run, config, flags):
+    code, _, err = run(*flags, "quantize", config, "--set", "model.source=nowhere")
+    assert code == 2
+    assert "no such folder" in err
+    assert ("Traceback" in err) == bool(flags)
+
+
+def test_unexpected_error_is_one_paragraph_too(run, config, monkeypatch):
+    monkeypatch.setattr("astro_dist.pipeline.quantize", lambda config: {}["defect"])
+    code, _, err = run("quantize", config)
+    assert code == 1
+    assert err.startswith("error: KeyError: 'defect'. This is unexpected")
+
+
+def test_interrupt_is_said_and_exits_with_130(run, config, monkeypatch):
+    def interrupt(config):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("astro_dist.pipeline.quantize", interrupt)
+    code, _, err = run("quantize", config)
+    assert code == 130
+    assert "run the same command to go on" in err
 
 
 def test_module_runs_as_a_submitted_job_would_run_it(config):

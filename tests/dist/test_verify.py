@@ -39,11 +39,13 @@ Q = "model.layers.1.self_attn.q_proj"
     ("key", "change", "message"),
     [
         (f"{Q}.weight_scale", lambda t: None, r"missing model\.layers\.1\.self_attn\.q_proj\.weight_scale"),
-        (f"{Q}.weight_scale", lambda t: t * float("nan"), "weight_scale holds values that are not finite"),
-        (f"{Q}.weight_scale", lambda t: -t, "weight_scale holds values that are not finite and positive"),
+        (f"{Q}.weight_scale", lambda t: t * float("nan"), "weight_scale holds NaN or Inf"),
+        (f"{Q}.weight_scale", lambda t: -t, "weight_scale holds values that are not positive"),
         (f"{Q}.weight_packed", lambda t: t[:, 1:].contiguous(), "expected 8 words a row"),
         (f"{Q}.weight_packed", lambda t: None, r"no tensor for model\.layers\.1\.self_attn\.q_proj\.weight"),
         (f"{Q}.weight_shape", lambda t: torch.tensor([32, 128]), "weight_scale should be"),
+        (f"{Q}.weight_packed", lambda t: t[0].contiguous(), "weight_packed should have two dimensions"),
+        ("model.norm.weight", lambda t: t * float("inf"), r"model\.norm\.weight holds NaN or Inf"),
         ("model.norm.weight", lambda t: None, r"no tensor for model\.norm\.weight"),
         ("model.norm.weight", lambda t: t[1:].contiguous(), r"model\.norm\.weight should be \[64\], got \[63\]"),
     ],
@@ -51,6 +53,16 @@ Q = "model.layers.1.self_attn.q_proj"
 def test_damage_is_found(model, key, change, message):
     change_tensor(model, key, change)
     with pytest.raises(CheckpointError, match=message):
+        verify_model(model)
+
+
+def test_layer_that_is_there_twice(model):
+    index = json.loads((model / INDEX_NAME).read_text())
+    path = model / index["weight_map"][f"{Q}.weight_packed"]
+    save_file({**load_file(path), f"{Q}.weight": torch.ones(64, 64)}, path)
+    index["weight_map"][f"{Q}.weight"] = path.name
+    (model / INDEX_NAME).write_text(json.dumps(index))
+    with pytest.raises(CheckpointError, match="q_proj.weight is there beside its packed tensors"):
         verify_model(model)
 
 
