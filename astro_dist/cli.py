@@ -89,7 +89,7 @@ def plan(config: _ConfigPath, assignments: _Assignments = None, as_json: _Json =
     if as_json:
         _print_json(content)
         return
-    table = Table("unit", "linear layers", "read MB", "written MB", "file")
+    table = Table("unit", "layers", "read MB", "written MB", "file")
     for unit in found.copies:
         table.add_row(unit.name, "-", f"{unit.read_bytes / 1e6:.1f}", f"{unit.read_bytes / 1e6:.1f}", unit.file)
     for block in found.blocks:

@@ -4,7 +4,7 @@ import time
 from types import TracebackType
 from typing import Self
 
-from rich.console import Console
+from rich.console import Console, Group
 from rich.live import Live
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeElapsedColumn
 
@@ -32,16 +32,18 @@ class ProgressDisplay:
         self._total, self._finished = total, finished
         self._num_blocks, self._blocks_done = num_blocks, blocks_done
         self._bar = Progress(
-            TextColumn("[bold]{task.description}"),
-            BarColumn(bar_width=30),
+            TextColumn("[bold]blocks  "),
+            BarColumn(bar_width=40),
             MofNCompleteColumn(),
-            TextColumn("{task.fields[phase]}"),
+            TextColumn("{task.fields[left]}"),
             TimeElapsedColumn(),
             console=self._console,
         )
-        self._all: TaskID = self._bar.add_task("blocks", total=num_blocks, completed=blocks_done, phase="")
-        self._rows = [self._bar.add_task(f"worker {i}", total=None, phase="idle") for i in range(num_workers)]
-        self._live = Live(self._bar, console=self._console, refresh_per_second=4) if self._console.is_terminal else None
+        self._phases = Progress(TextColumn("{task.description}"), TextColumn("{task.fields[phase]}"))
+        self._all: TaskID = self._bar.add_task("blocks", total=num_blocks, completed=blocks_done, left="")
+        self._rows = [self._phases.add_task(f"worker {i}", phase="idle") for i in range(num_workers)]
+        shown = Group(self._bar, self._phases)
+        self._live = Live(shown, console=self._console, refresh_per_second=4) if self._console.is_terminal else None
 
     def __enter__(self) -> Self:
         if self._live:
@@ -56,18 +58,19 @@ class ProgressDisplay:
 
     def started(self, worker: int, call: Call) -> None:
         """A worker began a call."""
-        self._bar.update(self._rows[worker], phase=f"{_PHASES[call.method]} {call.unit}")
+        chunk = f" {call.args[1]}" if call.method == "forward" else ""
+        self._phases.update(self._rows[worker], phase=f"{call.unit}: {_PHASES[call.method]}{chunk}")
 
     def ended(self, worker: int, call: Call, unit_finished: bool) -> None:
         """A worker's call returned."""
-        self._bar.update(self._rows[worker], phase="idle")
+        self._phases.update(self._rows[worker], phase="idle")
         if not unit_finished:
             return
         self._finished += 1
         is_block = call.unit.startswith("block-")
         self._blocks_done += is_block
         left = self._time_left()
-        self._bar.update(self._all, completed=self._blocks_done, phase=left)
+        self._bar.update(self._all, completed=self._blocks_done, left=left)
         if not self._live and (is_block or call.method == "head"):
             self.say(f"{call.unit} done by worker {worker}; {self._blocks_done} of {self._num_blocks} blocks, {left}")
 
