@@ -18,6 +18,8 @@ __all__ = ["Chunk", "TokenChunks", "read_documents", "tokenize"]
 Tokens = npt.NDArray[np.int64]
 _HOLDOUT_EVERY = 4
 """Every fourth document is held out."""
+_CHARACTERS_PER_TOKEN_WANTED = 64
+"""A larger text is sampled by document before it is tokenized: some ten times what is needed to choose from."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -84,6 +86,10 @@ def tokenize(documents: Sequence[str], tokenizer: Any, config: CalibrationConfig
     else:
         rest = [text for i, text in enumerate(documents) if i % _HOLDOUT_EVERY != _HOLDOUT_EVERY - 1]
         parts = [rest, list(documents[_HOLDOUT_EVERY - 1 :: _HOLDOUT_EVERY])]
+    parts = [
+        _enough(part, count * config.sequence_length, config.seed)
+        for part, count in zip(parts, (config.samples, config.holdout_samples), strict=True)
+    ]
     calibration = _sequences(parts[0], tokenizer, config, config.samples, "samples")
     holdout = _sequences(parts[1], tokenizer, config, config.holdout_samples, "holdout_samples")
     chunks = [*_chunks("c", calibration, config.chunk_samples), *_chunks("h", holdout, config.chunk_samples)]
@@ -129,6 +135,19 @@ def _sequences(documents: Sequence[str], tokenizer: Any, config: CalibrationConf
     chosen = sorted(random.Random(config.seed).sample(range(available), count))
     rows = [bos + tokens[i * body : (i + 1) * body] for i in chosen]
     return np.array(rows, dtype=np.int64).reshape(count, length)
+
+
+def _enough(documents: list[str], num_tokens: int, seed: int) -> list[str]:
+    """Documents to tokenize: all, or of a large text a random part that is much more than needed."""
+    limit = _CHARACTERS_PER_TOKEN_WANTED * num_tokens
+    if len(documents) < 2 or sum(map(len, documents)) <= limit:
+        return documents
+    chosen, size = [], 0
+    for index in random.Random(seed).sample(range(len(documents)), len(documents)):
+        if size < limit:
+            chosen.append(index)
+            size += len(documents[index])
+    return [documents[index] for index in sorted(chosen)]
 
 
 def _leading_tokens(tokenizer: Any) -> list[int]:

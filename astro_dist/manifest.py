@@ -56,6 +56,13 @@ class RunDirectory:
         """Input of a block for one chunk; the stream is `original` or `quantized`."""
         return self.root / "activations" / stream / f"{block:04d}" / f"{chunk}.safetensors"
 
+    def present(self, stream: str) -> dict[int, set[str]]:
+        """Chunks that are there as input of each block. Lists folders: asking for a file that another machine is yet
+        to write would make a network file system remember that it is missing.
+        """
+        folders = (self.root / "activations" / stream).glob("[0-9]*")
+        return {int(folder.name): {path.stem for path in folder.glob("*.safetensors")} for folder in folders}
+
     def calls(self, batch: int, length: int) -> Path:
         """Arguments of every block for chunks of this shape."""
         return self.root / "activations" / f"calls-{batch}x{length}.safetensors"

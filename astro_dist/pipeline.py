@@ -116,6 +116,7 @@ def quantize(config: RunConfig) -> dict[str, Any]:
 
 def _run(prepared: Prepared, run: RunDirectory, fingerprint: str, chunks: list[str], begin: float) -> dict[str, Any]:
     schedule = _schedule(prepared.plan, run, chunks)
+    resumed = len(schedule.finished)
     workers: list[dict[str, Any]] = []
     if schedule.complete and run.summary.is_file():
         return read_json(run.summary)
@@ -126,7 +127,7 @@ def _run(prepared: Prepared, run: RunDirectory, fingerprint: str, chunks: list[s
         finally:
             executor.close()
     _assemble(prepared, run)
-    summary = _summarize(prepared, run, workers, time.perf_counter() - begin)
+    summary = _summarize(prepared, run, workers, time.perf_counter() - begin, resumed)
     write_json(run.summary, summary)
     run.drop_activations()
     return summary
@@ -248,14 +249,8 @@ def _schedule(plan: Plan, run: RunDirectory, chunks: list[str]) -> Schedule:
     evaluated = any(is_held_out(chunk) for chunk in chunks)
     units = unit_names(len(plan.blocks), len(plan.copies), evaluated)
     finished = [unit for unit in units if run.finished(unit) is not None]
-    present = {
-        stream: {
-            block: [chunk for chunk in chunks if run.hidden(stream, block, chunk).is_file()]
-            for block in range(len(plan.blocks) + 1)
-        }
-        for stream in ("original", "quantized")
-    }
-    return Schedule(len(plan.blocks), len(plan.copies), chunks, finished, present["original"], present["quantized"])
+    present, quantized = run.present("original"), run.present("quantized")
+    return Schedule(len(plan.blocks), len(plan.copies), chunks, finished, present, quantized)
 
 
 def _refuse_other_dtype(run: RunDirectory, dtype: torch.dtype) -> None:
@@ -295,7 +290,10 @@ def _copy_bytes(source: Path, target: Path) -> None:
     shutil.copyfile(source, target)
 
 
-def _summarize(prepared: Prepared, run: RunDirectory, workers: list[dict[str, Any]], wall_s: float) -> dict[str, Any]:
+def _summarize(
+    prepared: Prepared, run: RunDirectory, workers: list[dict[str, Any]], wall_s: float, resumed: int
+) -> dict[str, Any]:
+    """Figures of the whole run from its records; wall time and peak memory are those of this session."""
     plan = prepared.plan
     records = [run.read(unit.name) for unit in plan.blocks]
     layers = [layer for record in records for layer in record["layers"]]
@@ -308,6 +306,7 @@ def _summarize(prepared: Prepared, run: RunDirectory, workers: list[dict[str, An
         "perplexity": {stream: _perplexity(run.read(f"head-{stream}")) for stream in ("original", "quantized")},
         "mean_relative_error": sum(layer["relative_error"] for layer in layers) / len(layers),
         "wall_s": round(wall_s, 2),
+        "resumed_units": resumed,
         "phases_s": {phase: round(seconds, 2) for phase, seconds in phases.items()},
         "peak_rss_bytes": {
             "driver": peak_rss_bytes(),

@@ -63,6 +63,20 @@ def test_no_holdout_is_allowed():
     assert [chunk.name for chunk in found.chunks] == ["c0000", "c0001", "c0002"]
 
 
+def test_large_text_is_sampled_before_it_is_tokenized():
+    seen = []
+    tokenizer = byte_tokenizer()
+
+    def counting(text, **options):
+        seen.append(text)
+        return tokenizer(text, **options)
+
+    counting.bos_token_id = None
+    found = tokenize(DOCUMENTS * 100, counting, settings(samples=2, holdout_samples=1))
+    assert 2 * 32 * 64 <= sum(len(text) for text in seen if len(text) > 1) < 4 * 32 * 64
+    assert [chunk.tokens.shape for chunk in found.chunks] == [(2, 32), (1, 32)]
+
+
 def test_too_little_text_says_how_much_there_is():
     with pytest.raises(ConfigError, match=r"calibration.samples: 1000 sequences of 32 tokens .* gives 45"):
         tokenize(DOCUMENTS, byte_tokenizer(), settings(samples=1000))
