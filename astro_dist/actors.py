@@ -3,6 +3,7 @@
 What a worker hands on is a file in the run directory; what it returns is a small record.
 """
 
+import ctypes
 import dataclasses
 import math
 import platform
@@ -75,6 +76,13 @@ def configure_process(threads: int) -> None:
 def peak_rss_bytes() -> int:
     """Largest resident memory this process ever had."""
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+
+
+def _return_freed_memory() -> None:
+    """Give the C library's free memory back to the system; a worker lives for hours and would keep its largest ever."""
+    trim = getattr(ctypes.CDLL(None), "malloc_trim", None)  # glibc has it
+    if trim is not None:
+        trim(0)
 
 
 @dataclasses.dataclass
@@ -269,6 +277,7 @@ class Worker:
         finally:
             skeleton.model.to("meta")
             skeleton.model.tie_weights()
+            _return_freed_memory()
 
     def _opened(self, index: int) -> _OpenBlock:
         if self._open is None or self._open.unit.index != index:
@@ -279,6 +288,7 @@ class Worker:
         if self._open is not None:
             self._skeleton.blocks[self._open.unit.index].to("meta")
             self._open = None
+            _return_freed_memory()
 
     def _linear_modules(self, unit: BlockUnit) -> dict[str, torch.nn.Linear]:
         modules = {linear.name: self._skeleton.model.get_submodule(linear.name) for linear in unit.linears}
