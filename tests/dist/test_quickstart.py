@@ -80,4 +80,5 @@ def test_it_generates_text(run):
 def test_verify_accepts_it(run):
     report = verify_model(run / "model", resolve_demo("demo:smollm2-135m"))
     assert report["linears"] == 210
-    assert max(report["relative_weight_errors"].values()) < 0.2
+    # GPTQ trades error of the weights for error of the outputs; weights that are wrong differ by 1 and more
+    assert max(report["relative_weight_errors"].values()) < 0.5
