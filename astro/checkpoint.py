@@ -35,6 +35,7 @@ __all__ = [
     "sha256_of",
     "write_atomic",
     "write_json",
+    "write_text",
 ]
 
 INDEX_NAME = "model.safetensors.index.json"
@@ -241,10 +242,19 @@ def write_atomic(path: Path, write: Callable[[Path], None]) -> None:
         raise RunError(f"{path}: cannot be written: {error}; {advice}. What is finished is kept") from error
 
 
+def write_text(path: Path, text: str) -> None:
+    """Write a text file atomically, as UTF-8."""
+    content = text.encode("utf-8")
+
+    def write(partial: Path) -> None:
+        partial.write_bytes(content)
+
+    write_atomic(path, write)
+
+
 def write_json(path: Path, content: Mapping[str, Any]) -> None:
     """Write a JSON object atomically, indented."""
-    text = json.dumps(content, indent=2, ensure_ascii=False) + "\n"
-    write_atomic(path, lambda partial: _write_text(partial, text))
+    write_text(path, json.dumps(content, indent=2, ensure_ascii=False) + "\n")
 
 
 def save_tensors(path: Path, tensors: Mapping[str, torch.Tensor], note: str | None = None) -> None:
@@ -278,10 +288,6 @@ def sha256_of(path: Path) -> str:
     """Hash of a file's bytes, hex."""
     with path.open("rb") as handle:
         return hashlib.file_digest(handle, "sha256").hexdigest()
-
-
-def _write_text(path: Path, text: str) -> None:
-    path.write_text(text, encoding="utf-8")
 
 
 def _refuse_other_kinds(folder: Path) -> None:

@@ -18,7 +18,7 @@ from typing import Any
 
 import torch
 
-from astro.checkpoint import PARTIAL_SUFFIX, read_json, save_tensors, sha256_of, write_atomic, write_json
+from astro.checkpoint import PARTIAL_SUFFIX, read_json, save_tensors, sha256_of, write_json, write_text
 from astro.errors import CheckpointError, ConfigError, RunError
 from astro_dist.config import RunConfig
 
@@ -157,8 +157,7 @@ class RunDirectory:
             identity: what else belongs to the run.
             tokens: of every chunk, int64 [B, T].
         """
-        text = config.to_yaml()
-        write_atomic(self.root / "config.yaml", lambda partial: _write(partial, text))
+        write_text(self.root / "config.yaml", config.to_yaml())
         save_tensors(self.tokens, tokens)
         write_json(self.root / "run.json", {"key": self.key, **identity, "arithmetic": config.arithmetic()})
 
@@ -212,10 +211,6 @@ class RunDirectory:
             f"{name.removeprefix('arithmetic.')}: {there.get(name)} there, {here.get(name)} here" for name in changed
         ]
         return "; ".join(shown[:4]) or "of another kind"
-
-
-def _write(path: Path, text: str) -> None:
-    path.write_text(text, encoding="utf-8")
 
 
 def _flatten(content: Any, prefix: str = "") -> dict[str, Any]:

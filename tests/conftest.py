@@ -11,6 +11,8 @@ import torch
 import transformers
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 
+from astro.checkpoint import sha256_of
+
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
 if "RAY_AUTH_MODE" not in os.environ:
@@ -40,6 +42,11 @@ def random_weights(rows: int, columns: int, seed: int = 1) -> torch.Tensor:
     """Heavy-tailed weights, float32 [R, C]."""
     generator = torch.Generator().manual_seed(seed)
     return torch.randn(rows, columns, generator=generator) * torch.rand(rows, columns, generator=generator)
+
+
+def files_of(folder: Path) -> dict[str, str]:
+    """SHA-256 of every file of a folder, by name."""
+    return {path.name: sha256_of(path) for path in sorted(folder.iterdir())}
 
 
 def byte_tokenizer() -> Any:

@@ -9,15 +9,12 @@ import torch
 import transformers
 from safetensors.torch import load_file
 
-from astro.checkpoint import INDEX_NAME, Checkpoint, sha256_of
+from astro.checkpoint import INDEX_NAME, Checkpoint
 from astro.errors import CheckpointError, ConfigError, RunError
 from astro_dist import pipeline
 from astro_dist.actors import Worker
 from astro_dist.verify import verify_model
-
-
-def files_of(folder):
-    return {path.name: sha256_of(path) for path in sorted(folder.iterdir())}
+from tests.conftest import files_of
 
 
 def model_of(summary):
@@ -153,7 +150,7 @@ def test_run_that_died_while_it_began_begins_again(run_config, tmp_path, monkeyp
         return call
 
     with monkeypatch.context() as patch:
-        for name in ("write_atomic", "write_json", "save_tensors"):
+        for name in ("write_text", "write_json", "save_tensors"):
             patch.setattr(manifest, name, dying(getattr(manifest, name)))
         with pytest.raises(_Interrupted):
             pipeline.quantize(run_config())

@@ -6,11 +6,11 @@ import signal
 import pytest
 import ray
 
-from astro.checkpoint import sha256_of
 from astro.errors import AstroError, CheckpointError, InputError, NumericalError, RunError
 from astro_dist import pipeline
 from astro_dist.config import ExecutionConfig
 from astro_dist.ray_executor import RayExecutor
+from tests.conftest import files_of
 
 pytestmark = pytest.mark.ray
 
@@ -21,10 +21,6 @@ def cluster():
     ray.init(address="local", num_cpus=3, include_dashboard=False, object_store_memory=80_000_000, log_to_driver=False)
     yield
     ray.shutdown()
-
-
-def files_of(folder):
-    return {path.name: sha256_of(path) for path in sorted(folder.iterdir())}
 
 
 def test_local_and_ray_with_one_two_and_three_workers_write_the_same_bytes(cluster, run_config, tmp_path):
