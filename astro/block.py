@@ -4,7 +4,7 @@ Shapes: B sequences, T tokens, H hidden size.
 """
 
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 
 import torch
 from torch import nn
@@ -16,7 +16,7 @@ from astro.layer import QuantizedLinear, quantize_group
 from astro.recording import BlockCall
 from astro.report import LayerRecord
 
-__all__ = ["BlockStatistics", "forward", "quantize_block"]
+__all__ = ["BlockStatistics", "by_settings", "forward", "quantize_block"]
 
 
 def forward(block: nn.Module, hidden: torch.Tensor, call: BlockCall) -> torch.Tensor:
@@ -56,18 +56,31 @@ class BlockStatistics:
             for handle in handles:
                 handle.remove()
 
+    def partials(self) -> list[tuple[list[str], torch.Tensor, int]]:
+        """Groups with their sum so far and its token count, to be merged elsewhere.
+
+        Raises:
+            NumericalError: a layer was never reached.
+        """
+        self._require_reached()
+        sums = ((accumulator.partial, accumulator.num_tokens) for accumulator in self._accumulators)
+        return [(names, *partial) for names, partial in zip(self.groups, sums, strict=True)]
+
     def finish_(self) -> Iterator[tuple[list[str], torch.Tensor, int]]:
         """Groups with their Hessian and token count, each handed out once and then forgotten.
 
         Raises:
             NumericalError: a layer was never reached, or saw values that are not finite.
         """
-        unreached = [name for name in self._linears if name not in self._group_of]
-        if unreached:
-            raise NumericalError(f"{unreached[0]}: no calibration token reached this layer; use more calibration text")
+        self._require_reached()
         accumulators, self._accumulators = self._accumulators, []
         for names, accumulator in zip(self.groups, accumulators, strict=True):
             yield names, accumulator.finish_("+".join(names)), accumulator.num_tokens
+
+    def _require_reached(self) -> None:
+        unreached = [name for name in self._linears if name not in self._group_of]
+        if unreached:
+            raise NumericalError(f"{unreached[0]}: no calibration token reached this layer; use more calibration text")
 
     def _hook(self, name: str) -> Callable[[nn.Module, tuple[torch.Tensor, ...]], None]:
         def observe(module: nn.Module, args: tuple[torch.Tensor, ...]) -> None:
@@ -101,18 +114,20 @@ class BlockStatistics:
 def quantize_block(
     weights: Mapping[str, torch.Tensor],
     statistics: Iterable[tuple[list[str], torch.Tensor, int]],
-    quantization: Quantization,
+    quantization: Mapping[str, Quantization],
     regularization: Regularizer,
     scale_dtype: torch.dtype,
+    widths: Sequence[int] = (),
 ) -> tuple[dict[str, QuantizedLinear], list[LayerRecord]]:
     """Quantize every linear layer of a block.
 
     Args:
         weights: original weight [R, C] of each layer by name, on the device of the statistics.
         statistics: groups with Hessian and token count.
-        quantization: grid and solver.
+        quantization: grid and solver of each layer by name.
         regularization: what is done to the weights before.
         scale_dtype: dtype in which scales are stored.
+        widths: that are measured besides.
 
     Returns:
         Each layer on its grid by name, and one record a group.
@@ -120,8 +135,21 @@ def quantize_block(
     quantized: dict[str, QuantizedLinear] = {}
     records = []
     for names, H, num_tokens in statistics:
-        group = [(name, weights[name]) for name in names]
-        members, record = quantize_group(group, H, num_tokens, quantization, regularization, scale_dtype)
-        quantized.update(members)
-        records.append(record)
+        for settings, members in by_settings(names, quantization):
+            group = [(name, weights[name]) for name in members]
+            solved, record = quantize_group(group, H, num_tokens, settings, regularization, scale_dtype, widths)
+            quantized.update(solved)
+            records.append(record)
     return quantized, records
+
+
+def by_settings(names: Sequence[str], quantization: Mapping[str, Quantization]) -> list[tuple[Quantization, list[str]]]:
+    """Layers that share an input, apart where an override gives them different grids."""
+    groups: list[tuple[Quantization, list[str]]] = []
+    for name in names:
+        found = next((members for settings, members in groups if settings == quantization[name]), None)
+        if found is None:
+            groups.append((quantization[name], [name]))
+        else:
+            found.append(name)
+    return groups

@@ -284,6 +284,20 @@ def load_tensors(path: Path) -> tuple[dict[str, torch.Tensor], str]:
         raise CheckpointError(f"{path}: cannot be read: {error}") from error
 
 
+def read_note(path: Path) -> str:
+    """The note in a safetensors file's header, its tensors unread; empty where it has none.
+
+    Raises:
+        CheckpointError: the file is missing or damaged.
+    """
+    try:
+        with safe_open(path, framework="pt", device="cpu") as handle:
+            note: str = (handle.metadata() or {}).get("note", "")
+            return note
+    except (OSError, SafetensorError) as error:
+        raise CheckpointError(f"{path}: cannot be read: {error}") from error
+
+
 def sha256_of(path: Path) -> str:
     """Hash of a file's bytes, hex."""
     with path.open("rb") as handle:

@@ -13,8 +13,8 @@ from astro.errors import NumericalError
 
 __all__ = ["Grid", "fit_grid", "grouped", "require_finite_scales"]
 
-_ERROR_NORM = 2.4
-"""Exponent of the searched error, GPTQ's own choice."""
+_PLAIN_NORM = 2.4
+"""Exponent of the unweighted error, GPTQ's own choice."""
 _SHRINKS = tuple(1.0 - 0.02 * i for i in range(36))
 """Candidate factors of a group's range, 1.0 to 0.3: two-bit grids want the small ones."""
 
@@ -77,7 +77,9 @@ class Grid:
         return ((V - self.zero.unsqueeze(-1)) * self.scale.unsqueeze(-1)).flatten(1)
 
 
-def fit_grid(W: torch.Tensor, settings: Quantization, scale_dtype: torch.dtype) -> Grid:
+def fit_grid(
+    W: torch.Tensor, settings: Quantization, scale_dtype: torch.dtype, cost: torch.Tensor | None = None
+) -> Grid:
     """Choose the scale and zero point of every group of a layer.
 
     The scale is rounded to `scale_dtype` before anything is quantized with it, so that what is stored is what was used.
@@ -86,6 +88,7 @@ def fit_grid(W: torch.Tensor, settings: Quantization, scale_dtype: torch.dtype) 
         W: float32 [R, C], finite.
         settings: bits, group size, symmetry and how scales are searched.
         scale_dtype: dtype in which scales are stored.
+        cost: of a unit squared error in each column, float32 [C]; needed for the search `hessian` alone.
 
     Returns:
         The grid, its scales possibly infinite in a narrow `scale_dtype`: see `require_finite_scales`.
@@ -96,14 +99,18 @@ def fit_grid(W: torch.Tensor, settings: Quantization, scale_dtype: torch.dtype) 
     if settings.symmetric:
         high = torch.maximum(-low, high)
         low = -high
-    shrinks = _SHRINKS if settings.scale_search == "mse" else _SHRINKS[:1]
+    shrinks = _SHRINKS[:1] if settings.scale_search == "minmax" else _SHRINKS
+    weight = None
+    if settings.scale_search == "hessian":
+        assert cost is not None, "the search `hessian` needs the cost of each column"
+        weight = cost.reshape(-1, group_size)
     best = _make_grid(low, high, settings, group_size, scale_dtype)
     if len(shrinks) == 1:
         return best
-    least = _group_error(V, best)
+    least = _group_error(V, best, weight)
     for shrink in shrinks[1:]:
         grid = _make_grid(low * shrink, high * shrink, settings, group_size, scale_dtype)
-        error = _group_error(V, grid)
+        error = _group_error(V, grid, weight)
         better = error < least
         scale = torch.where(better, grid.scale, best.scale)
         best = dataclasses.replace(best, scale=scale, zero=torch.where(better, grid.zero, best.zero))
@@ -114,22 +121,22 @@ def fit_grid(W: torch.Tensor, settings: Quantization, scale_dtype: torch.dtype) 
 def _make_grid(
     low: torch.Tensor, high: torch.Tensor, settings: Quantization, group_size: int, scale_dtype: torch.dtype
 ) -> Grid:
-    levels = (1 << settings.bits) - 1
+    levels = (1 << settings.width) - 1
     # eq. 2: a symmetric grid reaches the largest weight with its largest positive integer
     span = high / (levels // 2) if settings.symmetric else (high - low) / levels
     smallest = torch.finfo(scale_dtype).tiny * torch.finfo(scale_dtype).eps
     # A group of zeros has no range of its own: any scale holds it, 1 is the one that stays finite when inverted.
     scale = torch.where(span > 0, span.clamp(min=smallest), 1.0).to(scale_dtype).float()
-    q_min = -(1 << (settings.bits - 1))
+    q_min = -(1 << (settings.width - 1))
     zero = torch.zeros_like(scale) if settings.symmetric else (q_min - low / scale).round_().clamp_(q_min, -q_min - 1)
-    return Grid(scale, zero, settings.bits, group_size, settings.symmetric)
+    return Grid(scale, zero, settings.width, group_size, settings.symmetric)
 
 
-def _group_error(V: torch.Tensor, grid: Grid) -> torch.Tensor:
-    """Error of each group [R, G] for V [R, G, g]."""
+def _group_error(V: torch.Tensor, grid: Grid, weight: torch.Tensor | None) -> torch.Tensor:
+    """Error of each group [R, G] for V [R, G, g]: squares weighted by column [G, g], or the plain norm."""
     scale, zero = grid.scale.unsqueeze(-1), grid.zero.unsqueeze(-1)
     E = (V / scale).round_().add_(zero).clamp_(grid.q_min, grid.q_max).sub_(zero).mul_(scale).sub_(V)
-    return E.abs_().pow_(_ERROR_NORM).sum(-1)
+    return E.abs_().pow_(_PLAIN_NORM).sum(-1) if weight is None else E.square_().mul_(weight).sum(-1)
 
 
 def require_finite_scales(grid: Grid, name: str) -> None:

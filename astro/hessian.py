@@ -39,6 +39,21 @@ class HessianAccumulator:
             self._sum[rows, start:] += X[:, rows].T @ X[:, start:]
         self.num_tokens += X.shape[0]
 
+    @property
+    def partial(self) -> torch.Tensor:
+        """The sum so far, float32 [C, C]; only its tiles on and above the diagonal are filled."""
+        return self._sum
+
+    def merge_(self, partial: torch.Tensor, num_tokens: int) -> None:
+        """Add a sum that was begun elsewhere.
+
+        Args:
+            partial: of another accumulator, on this one's device.
+            num_tokens: tokens in it.
+        """
+        self._sum += partial
+        self.num_tokens += num_tokens
+
     def finish_(self, name: str) -> torch.Tensor:
         """The mean of xxᵀ over all tokens, symmetric [C, C] float32. The accumulator is empty afterwards.
 
@@ -66,12 +81,15 @@ class Factor:
     Attributes:
         feedback: unit upper triangular N [C, C] float32 with H[order][:, order] + λI = (N D)(N D)ᵀ, D diagonal.
         order: int64 [C], the column that is visited first, second, ...
+        cost: D², float32 [C] in the original column order: what a unit error of a column costs once the columns
+            visited after it have made up for it as well as they can. GPTQ's squared error is Σ_i D_i² e_i².
         damping: the share of the mean diagonal that was added.
         attempts: factorizations that were tried; 1 where nothing had to be raised.
     """
 
     feedback: torch.Tensor
     order: torch.Tensor
+    cost: torch.Tensor
     damping: float
     attempts: int
 
@@ -107,7 +125,10 @@ def factorize(H: torch.Tensor, order: torch.Tensor, damping: float, max_damping:
         if not int(info):
             V = L.flip(0, 1)
             del L  # a wide layer's matrices are gigabytes: never hold one more than needed
-            return Factor(V.div_(V.diagonal().clone()), order, damping, attempts)
+            D = V.diagonal().clone()
+            cost = torch.empty_like(D)
+            cost[order] = D.square()
+            return Factor(V.div_(D), order, cost, damping, attempts)
         if damping * 10 > max_damping * (1 + 1e-6):
             raise NumericalError(
                 f"{name}: the Hessian is not positive definite with damping {damping:g} "

@@ -6,7 +6,7 @@ Per row (eq. 12):
     J(w) = ½ (w − w₀) H (w − w₀)ᵀ + β Σ_k α_k ‖w^(k)‖_∞,      H scaled to a largest eigenvalue of 1,
 
 for groups k of g contiguous columns. Shapes: R rows, C columns, G = C/g groups.
-Two solvers: the published proximal gradient, and ADMM, which reaches the minimum in some 20 iterations.
+Two solvers: the published proximal gradient, and ADMM, which comes close to the minimum in some 8 iterations.
 """
 
 import dataclasses
@@ -17,7 +17,10 @@ from astro.config import Regularizer
 from astro.errors import NumericalError
 from astro.grid import grouped
 
-__all__ = ["Problem", "group_activations", "largest_eigenvalue", "mean_group_maximum", "prepare", "prox", "regularize"]
+__all__ = [
+    "Iterate", "Problem", "group_activations", "largest_eigenvalue", "mean_group_maximum", "prepare", "prox",
+    "regularize",
+]  # fmt: skip
 
 _NEWTON_STEPS = 5
 """At least; wide groups take more, one for each doubling. Residuals are then below 1e-5 of τ (tested)."""
@@ -75,19 +78,34 @@ def prox(V: torch.Tensor, tau: torch.Tensor, group_size: int) -> torch.Tensor:
 
 @dataclasses.dataclass(frozen=True)
 class Problem:
-    """A layer's regularization, prepared once for all of its rows.
+    """A layer's regularization, prepared once for all of its rows and every β.
 
     Attributes:
         settings: which regularizer and which solver.
         group_size: columns a group.
-        tau: β α_k, float32 [G].
+        guidance: α_k in units in which β is given, float32 [G].
         operator: H/λ_max for proximal gradient; ρ(H/λ_max + ρI)⁻¹ for ADMM; float32 [C, C].
     """
 
     settings: Regularizer
     group_size: int
-    tau: torch.Tensor
+    guidance: torch.Tensor
     operator: torch.Tensor
+
+
+@dataclasses.dataclass(frozen=True)
+class Iterate:
+    """Where a solver arrived, and where it can go on with another β.
+
+    Attributes:
+        Z: W̃, float32 [R, C].
+        U: ADMM's scaled dual variable, float32 [R, C]; None for proximal gradient.
+        beta: strength of the penalty it was solved for.
+    """
+
+    Z: torch.Tensor
+    U: torch.Tensor | None
+    beta: float
 
 
 def prepare(H: torch.Tensor, unit: torch.Tensor, settings: Regularizer, group_size: int, name: str) -> Problem:
@@ -107,10 +125,9 @@ def prepare(H: torch.Tensor, unit: torch.Tensor, settings: Regularizer, group_si
     if not bool(largest > 0):
         raise NumericalError(f"{name}: every calibration input of this layer is zero")
     H = H / largest
-    tau = group_activations(H, group_size) if settings.name == "astro" else H.new_ones(H.shape[0] // group_size)
-    tau = tau * settings.beta
+    guidance = group_activations(H, group_size) if settings.name == "astro" else H.new_ones(H.shape[0] // group_size)
     if settings.beta_unit == "relative":
-        tau = tau * unit
+        guidance = guidance * unit
     if settings.solver == "admm":
         H.diagonal().add_(settings.rho)
         L, info = torch.linalg.cholesky_ex(H)
@@ -118,37 +135,39 @@ def prepare(H: torch.Tensor, unit: torch.Tensor, settings: Regularizer, group_si
         if int(info):
             raise NumericalError(f"{name}: H + {settings.rho:g} λ_max is not positive definite; raise regularizer.rho")
         H = torch.cholesky_inverse(L).mul_(settings.rho)
-    return Problem(settings, group_size, tau, H)
+    return Problem(settings, group_size, guidance, H)
 
 
-def regularize(W: torch.Tensor, problem: Problem) -> torch.Tensor:
+def regularize(W: torch.Tensor, problem: Problem, beta: float, start: Iterate | None = None) -> Iterate:
     """W̃ for some rows of a layer. Rows are independent.
 
     Args:
         W: original weights, float32 [R, C].
         problem: prepared for the layer.
-
-    Returns:
-        float32 [R, C].
+        beta: strength of the penalty.
+        start: the same rows solved for another β > 0; W itself where not given.
     """
-    return _admm(W, problem) if problem.settings.solver == "admm" else _proximal_gradient(W, problem)
+    solve = _admm if problem.settings.solver == "admm" else _proximal_gradient
+    return solve(W, problem, beta, start)
 
 
-def _proximal_gradient(W: torch.Tensor, problem: Problem) -> torch.Tensor:
-    Z = W
+def _proximal_gradient(W: torch.Tensor, problem: Problem, beta: float, start: Iterate | None) -> Iterate:
+    Z = start.Z if start else W
     for _ in range(problem.settings.steps):
         V = Z - (Z - W) @ problem.operator  # eq. 13, η = 1 because λ_max = 1
-        Z = prox(V, problem.tau, problem.group_size)  # eq. 14-15
-    return Z
+        Z = prox(V, beta * problem.guidance, problem.group_size)  # eq. 14-15
+    return Iterate(Z, None, beta)
 
 
-def _admm(W: torch.Tensor, problem: Problem) -> torch.Tensor:
-    tau = problem.tau / problem.settings.rho
-    Z, U = W, torch.zeros_like(W)
+def _admm(W: torch.Tensor, problem: Problem, beta: float, start: Iterate | None) -> Iterate:
+    tau = beta * problem.guidance / problem.settings.rho
+    Z, U = (start.Z, start.U) if start else (W, None)
+    # The dual variable lies in a ball of radius τ: it grows with β.
+    U = torch.zeros_like(W) if U is None or start is None else U * (beta / start.beta)
     for _ in range(problem.settings.steps):
         # argmin of the smooth part: (H + ρI) Y = H W + ρ(Z − U), written as a step from W
         Y = torch.addmm(W, Z - U - W, problem.operator)
         Y.add_(U)
         Z = prox(Y, tau, problem.group_size)
         U = Y.sub_(Z)
-    return Z
+    return Iterate(Z, U, beta)

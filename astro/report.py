@@ -19,9 +19,17 @@ class LayerRecord:
     """Calibration tokens in the Hessian."""
     relative_error: float
     """‖(Ŵ − W)X‖² / ‖WX‖² on the calibration tokens, against the original weights."""
+    beta: float
+    """Strength of the regularization; 0 where none was done."""
+    beta_gain: float
+    """Share of the sampled rows' layer error that the chosen beta saved against beta 0; 0 where not searched."""
+    width_errors: dict[int, float]
+    """Relative error of the sampled rows at each width that was measured, without regularization."""
     group_maximum_ratio: float
     """Mean group maximum after regularization over before; 1 without a regularizer."""
     damping: float
     """Share of the mean diagonal that the Hessian needed; 0 where no factorization was done."""
     factorizations: int
     """Factorizations tried; more than 1 means that the damping was raised. 0 where none was done."""
+    seconds: dict[str, float]
+    """Time by phase: factor, beta, regularize, grid, gptq, refine."""

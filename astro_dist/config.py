@@ -16,6 +16,10 @@ from astro.errors import ConfigError
 __all__ = ["CalibrationConfig", "ExecutionConfig", "ModelConfig", "OutputConfig", "RunConfig", "load_config", "run_key"]
 
 
+_ARITHMETIC = ("mode", "rounds", "hessian_shares", "compute_dtype", "threads_per_worker")
+"""Keys of `execution` that decide the bytes of the result."""
+
+
 class _Section(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True)
 
@@ -51,18 +55,26 @@ class CalibrationConfig(_Section):
 
 
 class ExecutionConfig(_Section):
-    """Who does the work. Nothing here but `compute_dtype` and `threads_per_worker` touches the arithmetic."""
+    """Who does the work and in which order. The arithmetic depends on the first five alone."""
+
+    mode: Literal["blocks", "sequential"] = "blocks"
+    """`blocks`: all blocks in parallel, calibrated on the source model, or on the round before; `sequential`: each
+    block calibrated on what the quantized blocks before it give, all workers at one block."""
+    rounds: int = Field(1, ge=1, le=16)
+    """In mode `blocks`: passes over the model; each calibrates on the quantized model of the one before."""
+    hessian_shares: int = Field(4, ge=1)
+    """In mode `sequential`: parts of the calibration chunks that workers share out among them."""
+    compute_dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
+    """Of forward passes and activations. `auto` is the checkpoint's own dtype, but float32 for float16 on a CPU."""
+    threads_per_worker: int = Field(1, ge=1)
+    """CPU threads of a worker."""
 
     executor: Literal["ray", "local"] = "ray"
     """`ray`: actors on a cluster; `local`: in this process, for debugging."""
     workers: int | Literal["auto"] = "auto"
     """Workers; `auto` is one a GPU of the cluster, or one for each `threads_per_worker` CPUs where there is none."""
-    threads_per_worker: int = Field(1, ge=1)
-    """CPU threads of a worker."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """`auto` is cuda where the cluster has GPUs."""
-    compute_dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
-    """Of forward passes and activations. `auto` is the checkpoint's own dtype, but float32 for float16 on a CPU."""
     ray_address: str = "auto"
     """`auto`: the cluster in RAY_ADDRESS (set inside `ray job submit`), else a private one on this machine."""
 
@@ -70,6 +82,8 @@ class ExecutionConfig(_Section):
     def _check(self) -> "ExecutionConfig":
         if isinstance(self.workers, int) and self.workers < 1:
             raise ValueError(f"workers: expected auto or at least 1, got {self.workers}")
+        if self.mode == "sequential" and self.rounds > 1:
+            raise ValueError(f"rounds: only in mode blocks, got {self.rounds} in mode sequential")
         return self
 
 
@@ -90,6 +104,15 @@ class RunConfig(_Section):
     execution: ExecutionConfig = ExecutionConfig()
     output: OutputConfig
 
+    @model_validator(mode="after")
+    def _check(self) -> "RunConfig":
+        if self.quantization.bits == "auto" and self.execution.rounds < 2:
+            raise ValueError(
+                "quantization.bits: auto wants execution.mode: blocks and execution.rounds of at least 2; the first "
+                "round measures what each width costs"
+            )
+        return self
+
     def plain(self) -> dict[str, Any]:
         """The configuration as JSON types, every default written out."""
         return self.model_dump(mode="json")
@@ -102,7 +125,7 @@ class RunConfig(_Section):
         plain = self.plain()
         for name in ("source", "text_column"):
             del plain["calibration"][name]
-        execution = {name: plain["execution"][name] for name in ("compute_dtype", "threads_per_worker")}
+        execution = {name: plain["execution"][name] for name in _ARITHMETIC}
         kept = {name: plain[name] for name in ("quantization", "regularizer", "calibration")}
         return {**kept, "execution": execution}
 

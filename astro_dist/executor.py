@@ -3,8 +3,9 @@
 from collections import deque
 from typing import Any, Protocol
 
-from astro_dist.actors import Worker, WorkerSpec
+from astro_dist.actors import Worker
 from astro_dist.schedule import Call
+from astro_dist.stage import WorkerSpec
 
 __all__ = ["Executor", "LocalExecutor"]
 

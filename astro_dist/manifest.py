@@ -32,10 +32,12 @@ class RunDirectory:
     Attributes:
         root: the run directory.
         key: identity of the run; every record carries it.
+        rounds: passes over the model; the last one's shards are the model.
     """
 
     root: Path
     key: str
+    rounds: int = 1
 
     @property
     def model(self) -> Path:
@@ -52,15 +54,32 @@ class RunDirectory:
         """Figures of the finished run."""
         return self.root / "summary.json"
 
+    @property
+    def allocation(self) -> Path:
+        """Width of every layer, where the run chose them."""
+        return self.root / "allocation.json"
+
+    def shard(self, round_index: int, file: str) -> Path:
+        """A block's shard of a round; those of the last round are the model's own files."""
+        return (self.model if round_index == self.rounds - 1 else self.root / "rounds" / str(round_index)) / file
+
     def hidden(self, stream: str, block: int, chunk: str) -> Path:
-        """Input of a block for one chunk; the stream is `original` or `quantized`."""
-        return self.root / "activations" / stream / f"{block:04d}" / f"{chunk}.safetensors"
+        """Input of a block for one chunk on its way through a model; before the first block all streams are one."""
+        return self._inputs(stream, block) / f"{chunk}.safetensors"
+
+    def partial(self, block: int, name: str) -> Path:
+        """A part of a block's solve that workers hand each other."""
+        return self.root / "activations" / "parts" / f"{block:04d}" / f"{name}.safetensors"
+
+    def drop_partials(self, block: int) -> None:
+        """Forget the parts of a block's solve."""
+        shutil.rmtree(self.partial(block, "any").parent, ignore_errors=True)
 
     def present(self, stream: str) -> dict[int, set[str]]:
         """Chunks that are there as input of each block. Lists folders: asking for a file that another machine is yet
         to write would make a network file system remember that it is missing.
         """
-        folders = (self.root / "activations" / stream).glob("[0-9]*")
+        folders = [*(self.root / "activations" / stream).glob("[0-9]*"), self._inputs(stream, 0)]
         return {int(folder.name): {path.stem for path in folder.glob("*.safetensors")} for folder in folders}
 
     def calls(self, batch: int, length: int) -> Path:
@@ -68,8 +87,9 @@ class RunDirectory:
         return self.root / "activations" / f"calls-{batch}x{length}.safetensors"
 
     def drop_hidden(self, stream: str, block: int) -> None:
-        """Forget a block's inputs, which nothing needs any more."""
-        shutil.rmtree(self.root / "activations" / stream / f"{block:04d}", ignore_errors=True)
+        """Forget a block's inputs, which nothing needs any more. Those of the first block serve every stream."""
+        if block:
+            shutil.rmtree(self._inputs(stream, block), ignore_errors=True)
 
     def drop_activations(self) -> None:
         """Forget all inputs: the run is complete."""
@@ -94,8 +114,12 @@ class RunDirectory:
         write_json(self._record(unit), record)
         return record
 
-    def finished(self, unit: str) -> dict[str, Any] | None:
+    def finished(self, unit: str, superseded: bool = False) -> dict[str, Any] | None:
         """A unit's record, if it is finished and every file is as it was written.
+
+        Args:
+            unit: name.
+            superseded: whether its files may be gone, because what needed them is finished.
 
         Raises:
             ConfigError: the record is of another run.
@@ -107,7 +131,8 @@ class RunDirectory:
             record = read_json(path)
             if record["key"] != self.key:
                 raise ConfigError(f"{path}: belongs to another run; choose another output.dir")
-            intact = all(self._is_intact(file) for file in record["files"])
+            files = [file for file in record["files"] if not superseded or (self.root / file["name"]).exists()]
+            intact = all(self._is_intact(file) for file in files)
         except (CheckpointError, KeyError, TypeError) as error:
             self.note("damaged", unit=unit, reason=f"record: {error}")
             return None
@@ -193,6 +218,9 @@ class RunDirectory:
                 journal.write(line + "\n")
         except OSError as error:
             raise RunError(f"{path}: cannot be written: {error}. What is finished is kept") from error
+
+    def _inputs(self, stream: str, block: int) -> Path:
+        return self.root / "activations" / (stream if block else "embedded") / f"{block:04d}"
 
     def _record(self, unit: str) -> Path:
         return self.root / "records" / f"{unit}.json"

@@ -5,6 +5,7 @@ import math
 import os
 import shutil
 import time
+from collections import Counter
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -22,18 +23,32 @@ from astro.checkpoint import (
     write_atomic,
     write_json,
 )
+from astro.config import Quantization
 from astro.errors import CheckpointError, ConfigError, InputError, RunError
 from astro.formats import compressed_tensors
 from astro.skeleton import Skeleton
-from astro_dist.actors import WorkerSpec, configure_process, peak_rss_bytes
+from astro_dist.actors import configure_process, peak_rss_bytes
+from astro_dist.budget import allocate, layer_settings, read_choices
 from astro_dist.calibration import TokenChunks, read_documents, tokenize
 from astro_dist.config import RunConfig, run_key
 from astro_dist.executor import Executor, LocalExecutor
 from astro_dist.manifest import RunDirectory
 from astro_dist.plan import Plan, make_plan
 from astro_dist.progress import ProgressDisplay
-from astro_dist.schedule import Call, Schedule, is_held_out, unit_names
+from astro_dist.schedule import (
+    BlockSchedule,
+    Call,
+    Schedule,
+    block_unit,
+    evaluate_unit,
+    head_unit,
+    is_held_out,
+    stream_names,
+    unit_names,
+)
+from astro_dist.sequential_schedule import SequentialSchedule
 from astro_dist.source import resolve_source
+from astro_dist.stage import WorkerSpec
 
 __all__ = ["Prepared", "prepare", "quantize"]
 
@@ -81,7 +96,8 @@ def prepare(config: RunConfig) -> Prepared:
         raise CheckpointError(f"{source / 'config.json'}: the model is quantized already; give the original checkpoint")
     skeleton = Skeleton(source, torch.float32, config.model.trust_remote_code)
     plan = make_plan(checkpoint, skeleton, config.quantization)
-    notes = compressed_tensors.server_notes(config.quantization)
+    names = [linear.name for unit in plan.blocks for linear in unit.linears]
+    notes = compressed_tensors.server_notes({name: config.quantization.for_layer(name) for name in names})
     if plan.unknown:
         notes.append(
             f"{len(plan.unknown)} tensors that {type(skeleton.model).__name__} does not have are copied as they are, "
@@ -103,7 +119,8 @@ def quantize(config: RunConfig) -> dict[str, Any]:
     prepared = prepare(config)
     chunks = _tokenize(prepared)
     fingerprint = prepared.checkpoint.fingerprint()
-    run = RunDirectory(config.output.dir.expanduser().absolute(), run_key(config, fingerprint, astro.__version__))
+    key = run_key(config, fingerprint, astro.__version__)
+    run = RunDirectory(config.output.dir.expanduser().absolute(), key, config.execution.rounds)
     identity = {"source_sha256": fingerprint, "tokens_sha256": chunks.sha256, "version": astro.__version__}
     begun = run.begun(config, identity)
     if not begun and config.model.check_weights:
@@ -115,7 +132,7 @@ def quantize(config: RunConfig) -> dict[str, Any]:
 
 
 def _run(prepared: Prepared, run: RunDirectory, fingerprint: str, chunks: list[str], begin: float) -> dict[str, Any]:
-    schedule = _schedule(prepared.plan, run, chunks)
+    schedule = _schedule(prepared, run, chunks)
     resumed = len(schedule.finished)
     workers: list[dict[str, Any]] = []
     if schedule.complete and run.summary.is_file():
@@ -206,29 +223,33 @@ def _execute(
         run=run,
         plan=plan,
         chunks=tuple(chunks),
+        shares=config.execution.hessian_shares,
         quantization=config.quantization,
         regularization=config.regularizer,
         compute_dtype=dtype,
         device=device,
         threads=config.execution.threads_per_worker,
     )
-    blocks_done = sum(unit.name in schedule.finished for unit in plan.blocks)
-    display = ProgressDisplay(
-        schedule.total, len(schedule.finished), len(plan.blocks), blocks_done, executor.num_workers
-    )
+    blocks = len(plan.blocks) * run.rounds
+    blocks_done = sum("block-" in unit for unit in schedule.finished)
+    total, finished = len(schedule.units), len(schedule.finished)
+    display = ProgressDisplay(total, finished, blocks, blocks_done, executor.num_workers)
     try:
         executor.start(spec)
         with display:
             if blocks_done:
-                display.say(f"going on: {blocks_done} of {len(plan.blocks)} blocks are finished")
-            _drive(schedule, executor, display, run)
+                display.say(f"going on: {blocks_done} of {blocks} blocks are finished")
+            _drive(prepared, schedule, executor, display, run)
         return executor.describe()
     except InputError as error:  # found too late to be a matter of nothing having been started
         raise RunError(f"{error}. What is finished is kept") from error
 
 
-def _drive(schedule: Schedule, executor: Executor, display: ProgressDisplay, run: RunDirectory) -> None:
+def _drive(
+    prepared: Prepared, schedule: Schedule, executor: Executor, display: ProgressDisplay, run: RunDirectory
+) -> None:
     running: dict[int, Call] = {}
+    _settle_widths(prepared, schedule, run)
     while not schedule.complete:
         for worker in range(executor.num_workers):
             call = schedule.next_call(worker) if worker not in running else None
@@ -239,18 +260,46 @@ def _drive(schedule: Schedule, executor: Executor, display: ProgressDisplay, run
         assert running, "the schedule waits for itself"
         worker, result = executor.wait()
         call = running.pop(worker)
-        schedule.done(worker, call)
-        display.ended(worker, call, call.unit in schedule.finished)
-        if isinstance(result, dict):
+        schedule.done(worker, call, result)
+        finished = call.unit in schedule.finished
+        display.ended(worker, call, finished)
+        if finished:
             run.note("finished", unit=call.unit, worker=worker, seconds=result["result"].get("seconds", {}))
+            _settle_widths(prepared, schedule, run)
 
 
-def _schedule(plan: Plan, run: RunDirectory, chunks: list[str]) -> Schedule:
-    evaluated = any(is_held_out(chunk) for chunk in chunks)
-    units = unit_names(len(plan.blocks), len(plan.copies), evaluated)
-    finished = [unit for unit in units if run.finished(unit) is not None]
-    present, quantized = run.present("original"), run.present("quantized")
-    return Schedule(len(plan.blocks), len(plan.copies), chunks, finished, present, quantized)
+def _settle_widths(prepared: Prepared, schedule: Schedule, run: RunDirectory) -> None:
+    """With a width budget: spend it as soon as the first round has measured every block."""
+    quantization, blocks = prepared.config.quantization, range(len(prepared.plan.blocks))
+    if quantization.bits != "auto" or run.allocation.is_file():
+        return
+    if all(block_unit(0, block) in schedule.finished for block in blocks):
+        layers = [layer for block in blocks for layer in run.read(block_unit(0, block))["layers"]]
+        widths = allocate(read_choices(layers, quantization), quantization.average_bits or 0.0)
+        write_json(run.allocation, {name: bits for group, bits in widths.items() for name in group.split("+")})
+
+
+def _schedule(prepared: Prepared, run: RunDirectory, chunks: list[str]) -> Schedule:
+    config, blocks, copies = prepared.config, len(prepared.plan.blocks), len(prepared.plan.copies)
+    present = {stream: run.present(stream) for stream in stream_names(run.rounds)}
+    if config.execution.mode == "sequential":
+        empty = SequentialSchedule(blocks, copies, chunks, config.execution.hessian_shares, (), {})
+        finished = [unit for unit in empty.units if run.finished(unit) is not None]
+        return SequentialSchedule(blocks, copies, chunks, config.execution.hessian_shares, finished, present)
+    written = [
+        unit
+        for unit in unit_names(blocks, copies, run.rounds, any(is_held_out(chunk) for chunk in chunks))
+        if run.finished(unit) is not None
+    ]
+    finished = list(written)
+    for r in reversed(range(run.rounds - 1)):
+        for block in range(blocks):
+            unit = block_unit(r, block)
+            superseded = block_unit(r + 1, block) in finished
+            if unit not in finished and superseded and run.finished(unit, superseded=True) is not None:
+                finished.append(unit)
+    measured_first = config.quantization.bits == "auto"
+    return BlockSchedule(blocks, copies, chunks, finished, present, run.rounds, written, measured_first)
 
 
 def _refuse_other_dtype(run: RunDirectory, dtype: torch.dtype) -> None:
@@ -278,8 +327,16 @@ def _assemble(prepared: Prepared, run: RunDirectory) -> None:
     for path in sorted({path for pattern in patterns for path in source.glob(pattern) if path.is_file()}):
         _copy(path, run.model / path.name)
     content = read_json(source / "config.json")
-    content["quantization_config"] = compressed_tensors.quantization_config(prepared.config.quantization, plan.ignore)
+    settings = _final_settings(prepared, run)
+    content["quantization_config"] = compressed_tensors.quantization_config(settings, plan.ignore)
     write_json(run.model / "config.json", content)
+
+
+def _final_settings(prepared: Prepared, run: RunDirectory) -> dict[str, Quantization]:
+    settings: dict[str, Quantization] = {}
+    for unit in prepared.plan.blocks:
+        settings |= layer_settings(run, prepared.config.quantization, unit, run.rounds - 1)
+    return settings
 
 
 def _copy(source: Path, target: Path) -> None:
@@ -295,19 +352,25 @@ def _summarize(
 ) -> dict[str, Any]:
     """Figures of the whole run from its records; wall time and peak memory are those of this session."""
     plan = prepared.plan
-    records = [run.read(unit.name) for unit in plan.blocks]
-    layers = [layer for record in records for layer in record["layers"]]
-    phases: dict[str, float] = {}
-    for unit in [*(unit.name for unit in plan.blocks), *(f"quantized-{unit.index:04d}" for unit in plan.blocks)]:
-        for phase, seconds in run.read(unit).get("seconds", {}).items():
-            phases[phase] = phases.get(phase, 0.0) + seconds
-    raised = [layer["name"] for layer in layers if layer["factorizations"] > 1]
+    notes = compressed_tensors.server_notes(_final_settings(prepared, run))
+    streams = stream_names(run.rounds)
+    rounds = [[run.read(block_unit(r, unit.index)) for unit in plan.blocks] for r in range(run.rounds)]
+    layers = [[layer for record in records for layer in record["layers"]] for records in rounds]
+    raised = [layer["name"] for layer in layers[-1] if layer["factorizations"] > 1]
+    weights = sum(layer["rows"] * layer["columns"] for layer in layers[-1])
+    original, *results = (_perplexity(run.read(head_unit(stream))) for stream in streams)
     return {
-        "perplexity": {stream: _perplexity(run.read(f"head-{stream}")) for stream in ("original", "quantized")},
-        "mean_relative_error": sum(layer["relative_error"] for layer in layers) / len(layers),
+        "perplexity": {"original": original, "quantized": results[-1]},
+        "rounds": [
+            {"perplexity": perplexity, "mean_relative_error": _mean([layer["relative_error"] for layer in own])}
+            for perplexity, own in zip(results, layers, strict=True)
+        ],
+        "mean_relative_error": _mean([layer["relative_error"] for layer in layers[-1]]),
+        "average_bits": sum(layer["bits"] * layer["rows"] * layer["columns"] for layer in layers[-1]) / weights,
+        "betas": {f"{beta:g}": count for beta, count in sorted(Counter(layer["beta"] for layer in layers[-1]).items())},
         "wall_s": round(wall_s, 2),
         "resumed_units": resumed,
-        "phases_s": {phase: round(seconds, 2) for phase, seconds in phases.items()},
+        "phases_s": _phases(run, rounds),
         "peak_rss_bytes": {
             "driver": peak_rss_bytes(),
             **{f"worker-{index}": worker["peak_rss_bytes"] for index, worker in enumerate(workers)},
@@ -315,10 +378,25 @@ def _summarize(
         "bytes_read": plan.read_bytes,
         "bytes_written": plan.written_bytes,
         "fallbacks": {"damping_raised": raised},
-        "notes": list(prepared.notes),
+        "notes": [*prepared.notes, *(note for note in notes if note not in prepared.notes)],
         "units": {"blocks": len(plan.blocks), "copies": len(plan.copies)},
         "model": str(run.model),
     }
+
+
+def _phases(run: RunDirectory, rounds: list[list[dict[str, Any]]]) -> dict[str, float]:
+    """Seconds of all workers and rounds together, by phase."""
+    records = [*(record for records in rounds for record in records)]
+    records += [run.read(evaluate_unit(block)) for block in range(len(rounds[0]))]
+    phases: dict[str, float] = {}
+    for record in records:
+        for phase, seconds in record.get("seconds", {}).items():
+            phases[phase] = phases.get(phase, 0.0) + seconds
+    return {phase: round(seconds, 2) for phase, seconds in phases.items()}
+
+
+def _mean(values: list[float]) -> float:
+    return sum(values) / len(values)
 
 
 def _perplexity(result: Mapping[str, Any]) -> float | None:

@@ -1,6 +1,7 @@
 """Config and headers to units of work. Pure: nothing is read but headers, nothing depends on the number of workers."""
 
 import dataclasses
+import math
 from collections.abc import Iterable, Mapping
 from fnmatch import fnmatchcase
 
@@ -28,7 +29,7 @@ class BlockUnit:
         linears: its layers that are quantized.
         file: shard that it becomes.
         read_bytes: size of its tensors in the source.
-        written_bytes: size of its tensors in the result, headers not counted.
+        written_bytes: size of its tensors in the result, headers not counted; an upper bound with a width budget.
     """
 
     index: int
@@ -129,7 +130,8 @@ def make_plan(checkpoint: Checkpoint, skeleton: Skeleton, quantization: Quantiza
         file = _shard_name(len(copied) + index, total)
         written = _written_bytes(checkpoint.entries, keys, linears, quantization)
         blocks.append(BlockUnit(index, tuple(keys), tuple(linears), file, checkpoint.size_bytes(keys), written))
-    _require_matching(quantization, skeleton)
+    _require_matching("quantization.ignore", quantization.ignore, skeleton)
+    _require_matching("quantization.overrides", quantization.overrides, skeleton)
     quantized = {linear.name: linear for unit in blocks for linear in unit.linears}
     if not quantized:
         raise ConfigError(f"quantization.ignore {list(quantization.ignore)}: leaves no linear layer to quantize")
@@ -179,11 +181,11 @@ def _assign(checkpoint: Checkpoint, skeleton: Skeleton) -> tuple[dict[int, list[
     return by_block, outside, rest, unknown
 
 
-def _require_matching(quantization: Quantization, skeleton: Skeleton) -> None:
+def _require_matching(option: str, patterns: Iterable[str], skeleton: Skeleton) -> None:
     names = [name for name, module in skeleton.blocks.named_modules(prefix=skeleton.blocks_name)]
-    for pattern in quantization.ignore:
+    for pattern in patterns:
         if not any(fnmatchcase(name, pattern) for name in names):
-            raise ConfigError(f"quantization.ignore: {pattern!r} matches no layer of the blocks, e.g. {names[-1]}")
+            raise ConfigError(f"{option}: {pattern!r} matches no layer of the blocks, e.g. {names[-1]}")
 
 
 def _cut(checkpoint: Checkpoint, keys: Iterable[str]) -> list[list[str]]:
@@ -214,12 +216,15 @@ def _written_bytes(
     for linear in linears:
         entry = entries[linear.key]
         rows, columns = entry.shape
+        own = settings.for_layer(linear.name)
+        # With a budget the width is only known after the measuring round.
+        bits = math.ceil(own.average_bits or 0) if own.bits == "auto" else own.bits
         try:
-            groups = columns // settings.columns_per_group(columns)
+            groups = columns // own.columns_per_group(columns)
         except ConfigError as error:
             raise ConfigError(f"quantization: {linear.name}: {error}") from error
         scale_bytes = rows * groups * (entry.size_bytes // (rows * columns))
-        zero_bytes = 0 if settings.symmetric else 4 * groups * words_per_row(rows, settings.bits)
-        packed = 4 * rows * words_per_row(columns, settings.bits) + scale_bytes + zero_bytes + 16
+        zero_bytes = 0 if own.symmetric else 4 * groups * words_per_row(rows, bits)
+        packed = 4 * rows * words_per_row(columns, bits) + scale_bytes + zero_bytes + 16
         total += packed - entry.size_bytes
     return total

@@ -18,6 +18,10 @@ _PHASES = {
     "open_block": "reading",
     "forward": "forward",
     "solve": "solving",
+    "share": "collecting",
+    "tile": "solving",
+    "write": "writing",
+    "pass_on": "passing on",
     "advance": "evaluating",
     "head": "measuring perplexity",
 }
@@ -58,7 +62,7 @@ class ProgressDisplay:
 
     def started(self, worker: int, call: Call) -> None:
         """A worker began a call."""
-        chunk = f" {call.args[1]}" if call.method == "forward" else ""
+        chunk = f" {call.args[-1]}" if call.method in ("forward", "share", "tile", "pass_on") else ""
         self._phases.update(self._rows[worker], phase=f"{call.unit}: {_PHASES[call.method]}{chunk}")
 
     def ended(self, worker: int, call: Call, unit_finished: bool) -> None:
@@ -67,7 +71,7 @@ class ProgressDisplay:
         if not unit_finished:
             return
         self._finished += 1
-        is_block = call.unit.startswith("block-")
+        is_block = "block-" in call.unit
         self._blocks_done += is_block
         left = self._time_left()
         self._bar.update(self._all, completed=self._blocks_done, left=left)

@@ -8,9 +8,10 @@ import ray
 from ray.exceptions import RayActorError, RayError, RayTaskError
 
 from astro.errors import AstroError, RunError
-from astro_dist.actors import Worker, WorkerSpec
+from astro_dist.actors import Worker
 from astro_dist.config import ExecutionConfig
 from astro_dist.schedule import Call
+from astro_dist.stage import WorkerSpec
 
 __all__ = ["RayExecutor"]
 

@@ -1,14 +1,21 @@
 """Who does what next. Pure: it is told what was finished and answers what a free worker shall do.
 
-A block is opened by one worker, fed with its input chunks as the block before it produces them, and solved there while
-other workers already feed the next blocks. Behind the solved blocks, the held-out chunks travel a second time, through
-the quantized blocks as they were written: that is the perplexity of the result.
+A *stream* is the hidden states of every chunk on their way through one model: `original` through the source,
+`round-0`, `round-1`, ... through what that round wrote. Round 0 calibrates on the stream `original`, round r on the
+stream `round-(r−1)`; behind the last round, only the held-out chunks travel, for the perplexity of the result.
 """
 
 import dataclasses
 from collections.abc import Collection, Mapping, Sequence
+from typing import Any, Protocol
 
-__all__ = ["Call", "Schedule", "is_held_out", "unit_names"]
+__all__ = [
+    "BlockSchedule", "Call", "Schedule", "block_unit", "evaluate_unit", "head_unit", "is_held_out", "stream_names",
+    "unit_names",
+]  # fmt: skip
+
+Present = Mapping[str, Mapping[int, Collection[str]]]
+"""Chunks that are there as input of each block, by stream."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -26,15 +33,55 @@ class Call:
     unit: str
 
 
+class Schedule(Protocol):
+    """State of a run."""
+
+    finished: set[str]
+
+    @property
+    def complete(self) -> bool:
+        """Whether every unit is finished."""
+
+    @property
+    def units(self) -> list[str]:
+        """Every unit."""
+
+    def next_call(self, worker: int) -> Call | None:
+        """What a free worker shall do now; None where it must wait for another."""
+
+    def done(self, worker: int, call: Call, result: Any) -> None:
+        """Take note that a call returned."""
+
+
 def is_held_out(chunk: str) -> bool:
     """Whether a chunk is only measured on, never calibrated on: its name begins with `h`."""
     return chunk.startswith("h")
 
 
-def unit_names(num_blocks: int, num_copies: int, evaluated: bool) -> list[str]:
-    """Every unit of a run."""
-    blocks = [f"block-{i:04d}" for i in range(num_blocks)]
-    chain = [f"quantized-{i:04d}" for i in range(num_blocks)] + ["head-original", "head-quantized"]
+def stream_names(rounds: int) -> list[str]:
+    """Streams of a run, in the order in which they arise."""
+    return ["original", *(f"round-{r}" for r in range(rounds))]
+
+
+def block_unit(round_index: int, block: int) -> str:
+    """Unit that quantizes a block in a round."""
+    return f"round-{round_index}-block-{block:04d}"
+
+
+def evaluate_unit(block: int) -> str:
+    """Unit that takes the held-out chunks through a block of the result."""
+    return f"evaluate-{block:04d}"
+
+
+def head_unit(stream: str) -> str:
+    """Unit that measures a stream's loss."""
+    return f"head-{stream}"
+
+
+def unit_names(num_blocks: int, num_copies: int, rounds: int, evaluated: bool) -> list[str]:
+    """Every unit of a run in mode `blocks`."""
+    blocks = [block_unit(r, b) for r in range(rounds) for b in range(num_blocks)]
+    chain = [evaluate_unit(b) for b in range(num_blocks)] + [head_unit(stream) for stream in stream_names(rounds)]
     return ["embed", *(f"copy-{i:04d}" for i in range(num_copies)), *blocks, *(chain if evaluated else [])]
 
 
@@ -42,13 +89,19 @@ def unit_names(num_blocks: int, num_copies: int, evaluated: bool) -> list[str]:
 class _Task:
     """A block in the hands of a worker."""
 
+    round_index: int
     block: int
     next_chunk: int = 0
     opened: bool = False
 
 
-class Schedule:
-    """State of a run in mode `blocks`."""
+class BlockSchedule:
+    """Mode `blocks`: every block on its own, in one or more rounds.
+
+    A block is opened by one worker, fed with its input chunks as the block before it produces them, and solved there
+    while other workers already feed the next blocks. A block of a later round waits for nothing but its inputs and its
+    own result of the round before, so rounds follow each other without a gap.
+    """
 
     def __init__(
         self,
@@ -56,8 +109,10 @@ class Schedule:
         num_copies: int,
         chunks: Sequence[str],
         finished: Collection[str],
-        present: Mapping[int, Collection[str]],
-        present_quantized: Mapping[int, Collection[str]],
+        present: Present,
+        rounds: int = 1,
+        written: Collection[str] | None = None,
+        measured_first: bool = False,
     ) -> None:
         """Begin, or go on.
 
@@ -67,108 +122,130 @@ class Schedule:
             chunks: names in the order in which they travel; see `is_held_out`.
             finished: names of the units that are finished.
             present: chunks that are there as input of each block.
-            present_quantized: held-out chunks that are there as input of each quantized block.
+            rounds: passes over the model.
+            written: the finished units whose files are still there; all of them where not given.
+            measured_first: whether round 1 must wait until all of round 0 is measured.
         """
         self._num_blocks = num_blocks
+        self._rounds = rounds
         self._chunks = list(chunks)
         self._held_out = [name for name in chunks if is_held_out(name)]
-        self._units = unit_names(num_blocks, num_copies, bool(self._held_out))
-        self.finished = set(finished) & set(self._units)
-        self._ready = {block: set(present.get(block, ())) for block in range(num_blocks + 1)}
-        self._reopen(present_quantized)
+        self._streams = stream_names(rounds)
+        self._measured_first = measured_first
+        self.units = unit_names(num_blocks, num_copies, rounds, bool(self._held_out))
+        self.finished = set(finished) & set(self.units)
+        self._ready = {
+            (stream, block): set(present.get(name, {}).get(block, ()))
+            for stream, name in enumerate(self._streams)
+            for block in range(num_blocks + 1)
+        }
+        self._reopen(set(finished if written is None else written))
         self._active: dict[int, _Task] = {}
         self._taken: set[str] = set()
 
     @property
     def complete(self) -> bool:
         """Whether every unit is finished."""
-        return len(self.finished) == len(self._units)
-
-    @property
-    def total(self) -> int:
-        """Number of units."""
-        return len(self._units)
+        return len(self.finished) == len(self.units)
 
     def next_call(self, worker: int) -> Call | None:
         """What a free worker shall do now; None where it must wait for another."""
         task = self._active.get(worker)
         if task is not None:
             return self._continue(task)
-        for unit in self._candidates():
+        for unit, call in self._candidates():
             if unit not in self.finished and unit not in self._taken:
                 self._taken.add(unit)
-                return self._begin(worker, unit)
+                if call.method == "open_block":
+                    self._active[worker] = _Task(int(call.args[0]), int(call.args[1]))
+                return call
         return None
 
-    def done(self, worker: int, call: Call) -> None:
+    def done(self, worker: int, call: Call, result: Any) -> None:
         """Take note that a call returned."""
         task = self._active.get(worker)
         if call.method == "open_block" and task:
             task.opened = True
         elif call.method == "forward" and task:
             task.next_chunk += 1
-            self._ready[task.block + 1].add(str(call.args[1]))
+            self._ready[task.round_index, task.block + 1].add(str(call.args[2]))
         else:
             self.finished.add(call.unit)
             self._active.pop(worker, None)
-        if call.unit == "embed":
-            self._ready[0].update(self._chunks)
+        if call.method == "embed":
+            for stream in range(self._rounds + 1):
+                self._ready[stream, 0].update(self._chunks)
+        if call.method == "advance":
+            self._ready[self._rounds, int(call.args[0]) + 1].update(self._held_out)
 
     def _continue(self, task: _Task) -> Call | None:
-        unit = f"block-{task.block:04d}"
+        unit, place = block_unit(task.round_index, task.block), (task.round_index, task.block)
         if not task.opened:
-            return Call("open_block", (task.block,), unit)
+            return Call("open_block", place, unit)
         if task.next_chunk == len(self._chunks):
-            return Call("solve", (task.block,), unit)
+            return Call("solve", place, unit)
         chunk = self._chunks[task.next_chunk]
-        return Call("forward", (task.block, chunk), unit) if chunk in self._ready[task.block] else None
+        return Call("forward", (*place, chunk), unit) if chunk in self._ready[place] else None
 
-    def _begin(self, worker: int, unit: str) -> Call:
-        kind, _, rest = unit.partition("-")
-        if kind == "block":
-            self._active[worker] = _Task(int(rest))
-            return Call("open_block", (int(rest),), unit)
-        if kind == "head":
-            return Call("head", (rest,), unit)
-        method = {"embed": "embed", "copy": "copy", "quantized": "advance"}[kind]
-        return Call(method, (int(rest),) if rest else (), unit)
-
-    def _candidates(self) -> list[str]:
+    def _candidates(self) -> list[tuple[str, Call]]:
         """Units whose inputs are there, the most urgent first."""
-        copies = [unit for unit in self._units if unit.startswith("copy-")]
+        copies = [unit for unit in self.units if unit.startswith("copy-")]
+        copying = [(unit, Call("copy", (int(unit.removeprefix("copy-")),), unit)) for unit in copies]
         if "embed" not in self.finished:
-            return ["embed", *copies]
-        # The chain through the quantized blocks is serial: never let it fall behind.
-        return [*self._chain(), *self._next_block(), *copies]
+            return [("embed", Call("embed", (), "embed")), *copying]
+        # The chain through the result is serial: never let it fall behind.
+        return [*self._chain(), *self._next_blocks(), *copying]
 
-    def _chain(self) -> list[str]:
+    def _chain(self) -> list[tuple[str, Call]]:
         if not self._held_out:
             return []
+        behind = next((b for b in range(self._num_blocks) if evaluate_unit(b) not in self.finished), None)
         ready = []
-        behind = next((b for b in range(self._num_blocks) if f"quantized-{b:04d}" not in self.finished), None)
-        if behind is None:
-            ready.append("head-quantized")
-        elif f"block-{behind:04d}" in self.finished:
-            ready.append(f"quantized-{behind:04d}")
-        if self._ready[self._num_blocks].issuperset(self._held_out):
-            ready.append("head-original")
+        if behind is not None and block_unit(self._rounds - 1, behind) in self.finished:
+            ready.append((evaluate_unit(behind), Call("advance", (behind,), evaluate_unit(behind))))
+        for index, stream in enumerate(self._streams):
+            if self._ready[index, self._num_blocks].issuperset(self._held_out):
+                ready.append((head_unit(stream), Call("head", (stream,), head_unit(stream))))
         return ready
 
-    def _next_block(self) -> list[str]:
-        blocks = (f"block-{b:04d}" for b in range(self._num_blocks))
-        return [unit for unit in blocks if unit not in self.finished and unit not in self._taken][:1]
+    def _next_blocks(self) -> list[tuple[str, Call]]:
+        """The next block of each round that can begin. Blocks begin in order, so that their inputs are on the way."""
+        found = []
+        for r in range(self._rounds):
+            units = ((b, block_unit(r, b)) for b in range(self._num_blocks))
+            pending = next(((b, u) for b, u in units if u not in self.finished and u not in self._taken), None)
+            if pending is not None and self._may_begin(r, pending[0]):
+                found.append((pending[1], Call("open_block", (r, pending[0]), pending[1])))
+        return found
 
-    def _reopen(self, present_quantized: Mapping[int, Collection[str]]) -> None:
+    def _may_begin(self, r: int, block: int) -> bool:
+        if r == 0:
+            return True
+        if self._measured_first and any(block_unit(0, b) not in self.finished for b in range(self._num_blocks)):
+            return False
+        return block_unit(r - 1, block) in self.finished
+
+    def _reopen(self, written: set[str]) -> None:
         """A finished unit whose outputs are gone is done again where an unfinished one needs them."""
-        last = self._num_blocks
-        for block in reversed(range(last + 1)):
-            chain = f"quantized-{block:04d}" if block < last else "head-quantized"
-            if self._lacks(chain, self._held_out, present_quantized.get(block, ())):
-                self.finished.discard(f"quantized-{block - 1:04d}" if block else "embed")
-        for block in reversed(range(last + 1)):
-            unit, needed = (f"block-{block:04d}", self._chunks) if block < last else ("head-original", self._held_out)
-            if self._lacks(unit, needed, self._ready[block]):
-                self.finished.discard(f"block-{block - 1:04d}" if block else "embed")
+        for stream in reversed(range(self._rounds + 1)):
+            for block in reversed(range(self._num_blocks + 1)):
+                unit, needed = self._consumer(stream, block)
+                if unit not in self.units or unit in self.finished:
+                    continue
+                if stream and block < self._num_blocks and block_unit(stream - 1, block) not in written:
+                    self.finished.discard(block_unit(stream - 1, block))
+                if not self._ready[stream, block].issuperset(needed):
+                    self.finished.discard(self._producer(stream, block))
 
-    def _lacks(self, unit: str, needed: Collection[str], present: Collection[str]) -> bool:
-        return unit in self._units and unit not in self.finished and not set(present).issuperset(needed)
+    def _consumer(self, stream: int, block: int) -> tuple[str, list[str]]:
+        """The unit that reads a block's inputs of a stream, and the chunks that it reads."""
+        if block == self._num_blocks:
+            return head_unit(self._streams[stream]), self._held_out
+        if stream == self._rounds:
+            return evaluate_unit(block), self._held_out
+        return block_unit(stream, block), self._chunks
+
+    def _producer(self, stream: int, block: int) -> str:
+        if not block:
+            return "embed"
+        return evaluate_unit(block - 1) if stream == self._rounds else block_unit(stream, block - 1)

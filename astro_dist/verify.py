@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 from astro.checkpoint import Checkpoint, read_json, require_finite
-from astro.config import PER_CHANNEL, Quantization
+from astro.config import Quantization
 from astro.errors import CheckpointError, InputError
 from astro.formats import compressed_tensors
 from astro.skeleton import Skeleton
@@ -34,7 +34,6 @@ def verify_model(folder: Path, against: Path | None = None) -> dict[str, Any]:
     """
     checkpoint = Checkpoint.open(folder)
     require_finite(checkpoint)
-    settings, ignore = _read_settings(folder)
     skeleton = Skeleton(folder, torch.float32)
     source = Checkpoint.open(resolve_source(str(against))) if against else None
     stems = {
@@ -42,9 +41,11 @@ def verify_model(folder: Path, against: Path | None = None) -> dict[str, Any]:
         for key in checkpoint.entries
         if key.endswith(".weight_packed")
     }
-    expected = {f"{stem}.{suffix}" for stem in stems for suffix in compressed_tensors.suffixes(settings)}
+    names = {stem: target.removesuffix(".weight") for stem, target in stems.items()}
+    settings, ignore = _read_settings(folder, list(names.values()))
+    expected = {f"{stem}.{suffix}" for stem in stems for suffix in compressed_tensors.suffixes(settings[names[stem]])}
     _check_parameters(checkpoint, skeleton, set(stems.values()), ignore, expected)
-    errors = {stem: _check_linear(checkpoint, skeleton, stem, settings, source) for stem in stems}
+    errors = {stem: _check_linear(checkpoint, skeleton, stem, settings[names[stem]], source) for stem in stems}
     return {
         "model": str(folder),
         "linears": len(stems),
@@ -53,22 +54,14 @@ def verify_model(folder: Path, against: Path | None = None) -> dict[str, Any]:
     }
 
 
-def _read_settings(folder: Path) -> tuple[Quantization, list[str]]:
+def _read_settings(folder: Path, names: list[str]) -> tuple[dict[str, Quantization], list[str]]:
     path = folder / "config.json"
     try:
         content = read_json(path)["quantization_config"]
-        if (content["quant_method"], content["format"]) != ("compressed-tensors", "pack-quantized"):
-            raise CheckpointError(
-                f"{path}: expected compressed-tensors pack-quantized, got {content['quant_method']} {content['format']}"
-            )
-        (group,) = dict(content["config_groups"]).values()
-        weights = group["weights"]
-        size = PER_CHANNEL if weights["strategy"] == "channel" else weights["group_size"]
-        settings = Quantization(bits=weights["num_bits"], group_size=size, symmetric=weights["symmetric"])
-        return settings, list(content["ignore"])
-    except (KeyError, TypeError, ValueError) as error:
-        if isinstance(error, InputError):
-            raise
+        return compressed_tensors.read_settings(content, names), list(content["ignore"])
+    except InputError as error:
+        raise CheckpointError(f"{path}: {error}") from error
+    except (KeyError, TypeError, ValueError, AttributeError) as error:
         raise CheckpointError(f"{path}: its quantization_config is missing or incomplete: {error!r}") from error
 
 

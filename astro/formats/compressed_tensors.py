@@ -21,7 +21,10 @@ from astro.grid import Grid
 from astro.layer import QuantizedLinear
 from astro.packing import pack, unpack
 
-__all__ = ["pack_linear", "quantization_config", "server_notes", "suffixes", "unpack_linear"]
+__all__ = ["pack_linear", "quantization_config", "read_settings", "server_notes", "suffixes", "unpack_linear"]
+
+_FUSED = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"))
+"""Layers that vLLM makes one of."""
 
 
 def suffixes(settings: Quantization) -> tuple[str, ...]:
@@ -78,7 +81,7 @@ def unpack_linear(name: str, tensors: Mapping[str, torch.Tensor], settings: Quan
         )
     if tensors[f"{name}.weight_packed"].ndim != 2:
         raise CheckpointError(f"packed layer {name}: weight_packed should have two dimensions")
-    Q = unpack(tensors[f"{name}.weight_packed"], settings.bits, columns)
+    Q = unpack(tensors[f"{name}.weight_packed"], settings.width, columns)
     if len(Q) != rows:
         raise CheckpointError(f"packed layer {name}: weight_packed should have {rows} rows, got {len(Q)}")
     zero = torch.zeros_like(scale)
@@ -86,20 +89,101 @@ def unpack_linear(name: str, tensors: Mapping[str, torch.Tensor], settings: Quan
         packed = tensors[f"{name}.weight_zero_point"]
         if packed.ndim != 2 or packed.shape[1] != scale.shape[1]:
             raise CheckpointError(f"packed layer {name}: weight_zero_point should have {scale.shape[1]} columns")
-        zero = unpack(packed.T, settings.bits, rows).T.float()
-    return QuantizedLinear(Q, Grid(scale, zero, settings.bits, group_size, settings.symmetric))
+        zero = unpack(packed.T, settings.width, rows).T.float()
+    return QuantizedLinear(Q, Grid(scale, zero, settings.width, group_size, settings.symmetric))
 
 
-def quantization_config(settings: Quantization, ignore: Sequence[str]) -> dict[str, Any]:
+def quantization_config(settings: Mapping[str, Quantization], ignore: Sequence[str]) -> dict[str, Any]:
     """The `quantization_config` of config.json.
 
     Args:
-        settings: bits, group size, symmetry and activation order.
+        settings: bits, group size, symmetry and activation order of each quantized layer by module name.
         ignore: names of the linear modules that are not quantized.
     """
+    schemes: list[tuple[dict[str, Any], list[str]]] = []
+    for name, own in settings.items():
+        weights = _weights_scheme(own)
+        members = next((members for scheme, members in schemes if scheme == weights), None)
+        if members is None:
+            schemes.append((weights, [name]))
+        else:
+            members.append(name)
+    groups = {
+        f"group_{i}": {"targets": ["Linear"] if len(schemes) == 1 else members, "weights": weights}
+        for i, (weights, members) in enumerate(schemes)
+    }
+    return {
+        "quant_method": "compressed-tensors",
+        "format": "pack-quantized",
+        "quantization_status": "compressed",
+        "config_groups": groups,
+        "ignore": list(ignore),
+    }
+
+
+def read_settings(config: Mapping[str, Any], names: Sequence[str]) -> dict[str, Quantization]:
+    """The settings of each layer by name, from a `quantization_config` as `quantization_config` writes it.
+
+    Args:
+        config: read from config.json.
+        names: module names of the packed layers.
+
+    Raises:
+        CheckpointError: the method or format is another, or no group of the config, or more than one, names a layer.
+    """
+    if (config["quant_method"], config["format"]) != ("compressed-tensors", "pack-quantized"):
+        raise CheckpointError(
+            f"expected compressed-tensors pack-quantized, got {config['quant_method']} {config['format']}"
+        )
+    found: dict[str, Quantization] = {}
+    for group in config["config_groups"].values():
+        weights = group["weights"]
+        size = PER_CHANNEL if weights["strategy"] == "channel" else weights["group_size"]
+        settings = Quantization(bits=weights["num_bits"], group_size=size, symmetric=weights["symmetric"])
+        for name in names if group["targets"] == ["Linear"] else group["targets"]:
+            if name in found:
+                raise CheckpointError(f"two config_groups name layer {name}")
+            found[name] = settings
+    lacking = [name for name in names if name not in found]
+    if lacking:
+        raise CheckpointError(f"no config_group names the packed layer {lacking[0]}")
+    return found
+
+
+def server_notes(settings: Mapping[str, Quantization]) -> list[str]:
+    """What servers are known to refuse about these settings, one sentence each; empty where all load it.
+
+    Args:
+        settings: of each quantized layer by module name; a width that is not settled yet is not judged.
+    """
+    notes = []
+    widths = sorted({own.width for own in settings.values() if own.bits in (2, 3)})
+    if widths:
+        notes.append(
+            f"{' and '.join(map(str, widths))}-bit weights: no server has a kernel for this layout (vLLM and SGLang "
+            "refuse it); transformers with compressed-tensors loads it"
+        )
+    marlin = (PER_CHANNEL, 32, 64, 128)
+    sizes = sorted({own.group_size for own in settings.values() if own.bits in (4, 8)} - set(marlin))
+    if sizes:
+        notes.append(
+            f"group size {', '.join(map(str, sizes))}: vLLM's CUDA Marlin kernels take only -1, 32, 64 and 128"
+        )
+    if any(not own.symmetric and own.bits in (4, 8) for own in settings.values()):
+        notes.append(
+            "asymmetric weights: vLLM's CUDA Marlin kernels are symmetric, a slower kernel may serve them; "
+            "transformers with compressed-tensors 0.20 refuses packed zero points"
+        )
+    mixed = _mixed_fusion(settings)
+    if mixed:
+        notes.append(f"{mixed} differ in width, group size or symmetry: vLLM fuses them and refuses such a model")
+    return notes
+
+
+def _weights_scheme(settings: Quantization) -> dict[str, Any]:
     per_channel = settings.group_size == PER_CHANNEL
-    weights = {
-        "num_bits": settings.bits,
+    return {
+        "num_bits": settings.width,
         "type": "int",
         "symmetric": settings.symmetric,
         "strategy": "channel" if per_channel else "group",
@@ -107,29 +191,14 @@ def quantization_config(settings: Quantization, ignore: Sequence[str]) -> dict[s
         "actorder": "static" if settings.act_order == "static" and not per_channel else None,
         "dynamic": False,
     }
-    return {
-        "quant_method": "compressed-tensors",
-        "format": "pack-quantized",
-        "quantization_status": "compressed",
-        "config_groups": {"group_0": {"targets": ["Linear"], "weights": weights}},
-        "ignore": list(ignore),
-    }
 
 
-def server_notes(settings: Quantization) -> list[str]:
-    """What servers are known to refuse about these settings, one sentence each; empty where all load it."""
-    notes = []
-    if settings.bits in (2, 3):
-        notes.append(
-            f"{settings.bits}-bit weights: no server has a kernel for this layout (vLLM and SGLang refuse it); "
-            "transformers with compressed-tensors loads it"
-        )
-    marlin = (PER_CHANNEL, 32, 64, 128)
-    if settings.bits in (4, 8) and settings.group_size not in marlin:
-        notes.append(f"group size {settings.group_size}: vLLM's CUDA Marlin kernels take only -1, 32, 64 and 128")
-    if not settings.symmetric and settings.bits in (4, 8):
-        notes.append(
-            "asymmetric weights: vLLM's CUDA Marlin kernels are symmetric, a slower kernel may serve them; "
-            "transformers with compressed-tensors 0.20 refuses packed zero points"
-        )
-    return notes
+def _mixed_fusion(settings: Mapping[str, Quantization]) -> str | None:
+    """The first layers that servers fuse although their settings differ."""
+    for name, own in settings.items():
+        parent, _, leaf = name.rpartition(".")
+        for fused in _FUSED:
+            members = [f"{parent}.{member}" for member in fused if f"{parent}.{member}" in settings]
+            if leaf == fused[0] and any(settings[member] != own for member in members):
+                return " and ".join(members)
+    return None

@@ -5,7 +5,7 @@ import torch
 from compressed_tensors.compressors import PackedQuantizationCompressor
 from compressed_tensors.quantization import QuantizationArgs, QuantizationConfig, QuantizationScheme
 
-from astro.config import Quantization
+from astro.config import Override, Quantization
 from astro.errors import CheckpointError
 from astro.formats import compressed_tensors as ct
 from astro.grid import fit_grid
@@ -15,7 +15,7 @@ from tests.conftest import random_weights
 
 def linear(settings, rows=16, columns=64):
     W = random_weights(rows, columns)
-    grid = fit_grid(W, settings, torch.float16)
+    grid = fit_grid(W, settings, torch.float16, torch.ones(columns))
     return QuantizedLinear(grid.quantize(W), grid)
 
 
@@ -41,7 +41,7 @@ def test_against_the_librarys_own_compressor(bits, symmetric, group_size):
     state = {"weight": quantized.dequantize(), "weight_scale": quantized.grid.scale}
     if not symmetric:
         state["weight_zero_point"] = quantized.grid.zero.to(torch.int8)
-    weights = ct.quantization_config(settings, [])["config_groups"]["group_0"]["weights"]
+    weights = ct.quantization_config({"m": settings}, [])["config_groups"]["group_0"]["weights"]
     scheme = QuantizationScheme(targets=["Linear"], weights=QuantizationArgs(**weights))
     expected = PackedQuantizationCompressor.compress(state, scheme)
     found = {name.removeprefix("m."): t for name, t in ct.pack_linear("m", quantized, torch.float32).items()}
@@ -64,7 +64,7 @@ def test_layout_is_exact():
 @pytest.mark.parametrize("symmetric", [True, False])
 def test_config_is_accepted_by_the_library(group_size, symmetric):
     settings = Quantization(group_size=group_size, symmetric=symmetric)
-    parsed = QuantizationConfig.model_validate(ct.quantization_config(settings, ["lm_head"]))
+    parsed = QuantizationConfig.model_validate(ct.quantization_config({"m.q": settings}, ["lm_head"]))
     weights = parsed.config_groups["group_0"].weights
     assert (weights.num_bits, weights.symmetric, parsed.ignore) == (4, symmetric, ["lm_head"])
     assert weights.group_size == (32 if group_size == 32 else None)
@@ -97,5 +97,33 @@ def test_damaged_layers_are_refused(suffix, tensor, message):
     ],
 )
 def test_what_servers_refuse_is_said(changes, note):
-    notes = ct.server_notes(Quantization(**changes))
+    notes = ct.server_notes({"m.q": Quantization(**changes)})
     assert (note is None and not notes) or any(note in text for text in notes)
+
+
+def mixed(overrides, names=("a.q_proj", "a.k_proj", "a.v_proj", "a.o_proj")):
+    settings = Quantization(group_size=32, overrides=overrides)
+    return {name: settings.for_layer(name) for name in names}
+
+
+def test_layers_with_settings_of_their_own_are_named_in_the_config():
+    settings = mixed({"*.o_proj": Override(bits=8), "*.v_proj": Override(group_size=64)})
+    config = ct.quantization_config(settings, ["lm_head"])
+    parsed = QuantizationConfig.model_validate(config)
+    found = {tuple(g.targets): (g.weights.num_bits, g.weights.group_size) for g in parsed.config_groups.values()}
+    assert found == {("a.q_proj", "a.k_proj"): (4, 32), ("a.v_proj",): (4, 64), ("a.o_proj",): (8, 32)}
+    read = ct.read_settings(config, list(settings))
+    assert {name: (own.bits, own.group_size) for name, own in read.items()} == {
+        name: (own.bits, own.group_size) for name, own in settings.items()
+    }
+    with pytest.raises(CheckpointError, match=r"no config_group names the packed layer a\.x"):
+        ct.read_settings(config, ["a.x"])
+    config["config_groups"]["group_1"]["targets"].append("a.o_proj")
+    with pytest.raises(CheckpointError, match=r"two config_groups name layer a\.o_proj"):
+        ct.read_settings(config, list(settings))
+
+
+def test_layers_that_servers_fuse_and_that_differ_are_said():
+    assert not ct.server_notes(mixed({"*.o_proj": Override(bits=8)}))
+    notes = ct.server_notes(mixed({"*.v_proj": Override(bits=8)}))
+    assert any("a.q_proj and a.k_proj and a.v_proj differ" in note for note in notes)

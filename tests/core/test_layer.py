@@ -47,7 +47,7 @@ def test_members_are_cut_out_of_the_stack(H):
 def test_tiles_do_not_change_the_result(H, monkeypatch):
     W = random_weights(10, 48)
     whole, _ = run([("a", W)], H, NONE)
-    monkeypatch.setattr(layer_module, "_ROW_TILE", 4)
+    monkeypatch.setattr(layer_module, "ROW_TILE", 4)
     tiled, _ = run([("a", W)], H, NONE)
     assert torch.equal(tiled["a"].Q, whole["a"].Q)
 

@@ -62,7 +62,7 @@ def test_quantize_says_what_came_out(run, config):
     assert code == 0
     assert "Hold-out perplexity" in out
     assert "note: 3-bit weights: no server has a kernel" in out
-    assert "block-0002 done by worker 0; 3 of 3 blocks" in err
+    assert "round-0-block-0002 done by worker 0; 3 of 3 blocks" in err
 
 
 def test_plan_writes_nothing(run, config):

@@ -160,7 +160,7 @@ def test_run_that_died_while_it_began_begins_again(run_config, tmp_path, monkeyp
 
 def test_second_driver_on_a_run_is_refused(run_config, tmp_path):
     pipeline.quantize(run_config())
-    (tmp_path / "run" / "records" / "block-0002.json").unlink()
+    (tmp_path / "run" / "records" / "round-0-block-0002.json").unlink()
     with (tmp_path / "run" / "lock").open("w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
         with pytest.raises(RunError, match="another process is at work on this run"):
@@ -196,7 +196,7 @@ def test_weights_are_quantized_as_they_are_stored_not_as_they_are_computed_with(
 
 
 def test_input_error_of_a_worker_is_a_failed_run(run_config, tmp_path, monkeypatch):
-    def damaged(self, index):
+    def damaged(self, round_index, index):
         raise CheckpointError("shard gone")
 
     monkeypatch.setattr(Worker, "solve", damaged)
@@ -233,16 +233,16 @@ def test_output_folder_that_is_no_run_is_refused(run_config, tmp_path):
 
 def test_going_on_in_another_dtype_is_refused(run_config, tmp_path, monkeypatch):
     pipeline.quantize(run_config())
-    (tmp_path / "run" / "records" / "block-0002.json").unlink()
+    (tmp_path / "run" / "records" / "round-0-block-0002.json").unlink()
     monkeypatch.setattr(pipeline, "_compute_dtype", lambda *args: torch.bfloat16)
     with pytest.raises(ConfigError, match=r"begun in torch.float32 .* set execution.compute_dtype: float32"):
         pipeline.quantize(run_config())
 
 
 def test_raised_damping_is_reported(run_config, monkeypatch):
-    from astro import layer
+    from astro import group
 
-    real = layer.factorize
+    real = group.factorize
 
     def stubborn(H, order, damping, limit, name):
         # indefinite with the first damping, as a badly conditioned Hessian would be
@@ -252,7 +252,7 @@ def test_raised_damping_is_reported(run_config, monkeypatch):
         assert factor.attempts > 1
         return factor
 
-    monkeypatch.setattr(layer, "factorize", stubborn)
+    monkeypatch.setattr(group, "factorize", stubborn)
     summary = pipeline.quantize(run_config())
     assert len(summary["fallbacks"]["damping_raised"]) == 12
 

@@ -50,23 +50,23 @@ def test_worker_that_is_killed_ends_the_run_with_its_unit_and_the_next_goes_on(c
     config = run_config(execution__executor="ray", execution__workers=2)
     real = pipeline._drive
 
-    def drive(schedule, executor, display, run):
+    def drive(prepared, schedule, executor, display, run):
         done = schedule.done
         pids = [ray.get(actor.__ray_call__.remote(lambda self: os.getpid())) for actor in executor._actors]
 
-        def kill_after_the_first_block(worker, call):
-            done(worker, call)
-            if call.method == "solve" and call.args == (0,):
+        def kill_after_the_first_block(worker, call, result):
+            done(worker, call, result)
+            if call.method == "solve" and call.args == (0, 0):
                 os.kill(pids[worker], signal.SIGKILL)
 
         monkeypatch.setattr(schedule, "done", kill_after_the_first_block)
-        return real(schedule, executor, display, run)
+        return real(prepared, schedule, executor, display, run)
 
     with monkeypatch.context() as patch:
         patch.setattr(pipeline, "_drive", drive)
-        with pytest.raises(RunError, match=r"(block|copy|quantized)-000\d, \w+ on worker \d: the worker died"):
+        with pytest.raises(RunError, match=r"(block|copy|evaluate)-000\d, \w+ on worker \d: the worker died"):
             pipeline.quantize(config)
-    assert (tmp_path / "run" / "records" / "block-0000.json").is_file()
+    assert (tmp_path / "run" / "records" / "round-0-block-0000.json").is_file()
     pipeline.quantize(config)
     pipeline.quantize(run_config(output__dir=str(tmp_path / "whole")))
     assert files_of(tmp_path / "run" / "model") == files_of(tmp_path / "whole" / "model")

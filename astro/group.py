@@ -1,0 +1,231 @@
+"""What the rows of a group of linear layers share, and the solve of some of them.
+
+Prepared once: the factor of the Hessian, the operator of the regularizer, the strength β. With these rows are
+independent, so a tile of rows can be solved anywhere. Shapes: R rows of all members together, C columns.
+"""
+
+import dataclasses
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+
+from astro import gptq, regularizer
+from astro.config import Quantization, Regularizer
+from astro.grid import Grid, fit_grid, grouped, require_finite_scales
+from astro.hessian import Factor, factorize, layer_error
+from astro.refine import refine
+from astro.regularizer import Problem, mean_group_maximum
+
+__all__ = ["Figures", "GroupOutcome", "LinearGroup", "SolvedRows", "measure_width", "prepare_group", "solve_rows"]
+
+_BETAS = (1e-5, 3e-5, 1e-4, 3e-4, 1e-3)
+"""Strengths that are tried beside 0, relative to the mean group maximum."""
+_SAMPLED_ROWS = 256
+"""Rows, evenly spaced over the group, that β and widths are measured on; of a small group one row in four."""
+_LEAST_GAIN = 2e-3
+"""Share of the layer error that a β must save on the sample to be worth its time on all rows."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Figures:
+    """What is measured of each row, float32 [R].
+
+    Attributes:
+        error: ‖(ŵ − w)X‖².
+        energy: ‖wX‖².
+        maximum_before: mean group maximum of the original weights.
+        maximum_after: mean group maximum of the regularized weights.
+    """
+
+    error: torch.Tensor
+    energy: torch.Tensor
+    maximum_before: torch.Tensor
+    maximum_after: torch.Tensor
+
+
+@dataclasses.dataclass(frozen=True)
+class SolvedRows:
+    """Some rows on their grid: integers int8 [R, C], the grid, figures of each row."""
+
+    Q: torch.Tensor
+    grid: Grid
+    figures: Figures
+
+
+@dataclasses.dataclass(frozen=True)
+class GroupOutcome:
+    """What was decided for all rows of a group.
+
+    Attributes:
+        beta: strength of the regularization.
+        beta_gain: share of the sampled rows' error that it saved against 0; 0 where it was not searched.
+        damping: share of the mean diagonal that the Hessian needed.
+        factorizations: that were tried.
+        seconds: time by phase.
+    """
+
+    beta: float
+    beta_gain: float
+    damping: float
+    factorizations: int
+    seconds: dict[str, float]
+
+
+@dataclasses.dataclass(frozen=True)
+class LinearGroup:
+    """What all rows of a group share.
+
+    Attributes:
+        name: names of the members, joined by '+'.
+        H: mean of xxᵀ, float32 [C, C].
+        quantization: grid and solver, the width settled.
+        scale_dtype: dtype in which scales are stored.
+        factor: of the damped H; None for rounding to nearest.
+        problem: regularization; None where β is 0.
+        beta: strength of the regularization.
+        beta_gain: share of the sampled rows' error that it saved against 0; 0 where it was not searched.
+        seconds: time by phase, added to by every solve.
+    """
+
+    name: str
+    H: torch.Tensor
+    quantization: Quantization
+    scale_dtype: torch.dtype
+    factor: Factor | None
+    problem: Problem | None
+    beta: float
+    beta_gain: float
+    seconds: dict[str, float]
+
+    def outcome_(self) -> GroupOutcome:
+        """What was decided, and the time since this was last asked."""
+        seconds = dict(self.seconds)
+        self.seconds.clear()
+        damping, attempts = (self.factor.damping, self.factor.attempts) if self.factor else (0.0, 0)
+        return GroupOutcome(self.beta, self.beta_gain, damping, attempts, seconds)
+
+
+def prepare_group(
+    name: str,
+    W: torch.Tensor,
+    H: torch.Tensor,
+    quantization: Quantization,
+    regularization: Regularizer,
+    scale_dtype: torch.dtype,
+) -> LinearGroup:
+    """Factor, regularizer and β of a group.
+
+    Args:
+        name: names of the members, joined by '+'.
+        W: weights of all members, float32 [R, C].
+        H: mean of xxᵀ over the calibration tokens, float32 [C, C].
+        quantization: grid and solver, the width settled.
+        regularization: what is done to the weights before.
+        scale_dtype: dtype in which scales are stored.
+
+    Raises:
+        NumericalError: H is zero, or cannot be factored within the damping limit.
+    """
+    seconds: dict[str, float] = {}
+    group_size = quantization.columns_per_group(W.shape[1])
+    factor = None
+    if quantization.method == "gptq":
+        with _timed(seconds, "factor"):
+            in_order = torch.arange(len(H), device=H.device)
+            order = gptq.activation_order(H) if quantization.act_order == "static" else in_order
+            factor = factorize(H, order, quantization.damping, quantization.max_damping, name)
+    group = LinearGroup(name, H, quantization, scale_dtype, factor, None, 0.0, 0.0, seconds)
+    if regularization.name == "none" or regularization.beta == 0:
+        return group
+    with _timed(seconds, "regularize"):
+        problem = regularizer.prepare(H, mean_group_maximum(W, group_size), regularization, group_size, name)
+    group = dataclasses.replace(group, problem=problem)
+    if regularization.beta != "auto":
+        return dataclasses.replace(group, beta=regularization.beta)
+    # Its own clock: what the search spends on grids, GPTQ and refinement is the search's.
+    with _timed(seconds, "beta"):
+        beta, gain = _choose_beta(dataclasses.replace(group, seconds={}), _sampled(W))
+    return dataclasses.replace(group, beta=beta, beta_gain=gain, problem=problem if beta else None)
+
+
+def solve_rows(group: LinearGroup, W: torch.Tensor, target: torch.Tensor | None = None) -> SolvedRows:
+    """Regularize, fit the grid, solve and refine some rows.
+
+    Args:
+        group: prepared from all rows.
+        W: original weights of these rows, float32 [R, C].
+        target: their regularized form [R, C], where it is known already.
+
+    Raises:
+        NumericalError: a scale overflows the dtype in which it is stored.
+    """
+    settings, seconds = group.quantization, group.seconds
+    if target is None:
+        target = W
+        if group.problem is not None:
+            with _timed(seconds, "regularize"):
+                target = regularizer.regularize(W, group.problem, group.beta).Z
+    with _timed(seconds, "grid"):
+        cost = group.factor.cost if group.factor else group.H.diagonal()
+        grid = fit_grid(target, settings, group.scale_dtype, cost)
+        require_finite_scales(grid, group.name)
+    if group.factor is None:
+        Q = grid.quantize(target)
+    else:
+        with _timed(seconds, "gptq"):
+            Q = gptq.solve(target, group.factor, grid)
+        with _timed(seconds, "refine"):
+            Q, grid = refine(W, Q, grid, group.H, settings.refine_passes, settings.refine_tolerance, group.scale_dtype)
+    figures = Figures(
+        error=layer_error(W, grid.dequantize(Q), group.H),
+        energy=layer_error(W, torch.zeros_like(W), group.H),
+        maximum_before=grouped(W, grid.group_size).abs().amax(-1).mean(-1),
+        maximum_after=grouped(target, grid.group_size).abs().amax(-1).mean(-1),
+    )
+    return SolvedRows(Q, grid, figures)
+
+
+def measure_width(group: LinearGroup, W: torch.Tensor, bits: int) -> float:
+    """Relative layer error of sampled rows at some width: what it would cost, without solving all rows.
+
+    Args:
+        group: prepared with any width.
+        W: weights of all members, float32 [R, C].
+        bits: the width. Not regularized: the best β of one width is not that of another.
+    """
+    quantization = dataclasses.replace(group.quantization, bits=bits)
+    measured = dataclasses.replace(group, quantization=quantization, problem=None, beta=0.0, seconds={})
+    figures = solve_rows(measured, _sampled(W)).figures
+    return float(figures.error.sum() / figures.energy.sum().clamp(min=torch.finfo(torch.float32).tiny))
+
+
+def _choose_beta(group: LinearGroup, W: torch.Tensor) -> tuple[float, float]:
+    """The β of least error on some rows, and the share of the error that it saves against β = 0.
+
+    Each β goes on from the one before.
+    """
+    assert group.problem is not None
+    targets, iterate = [W], None
+    for beta in _BETAS:
+        iterate = regularizer.regularize(W, group.problem, beta, iterate)
+        targets.append(iterate.Z)
+    # Rows are independent: all candidates are quantized in one solve, as rows over each other.
+    solved = solve_rows(group, W.repeat(len(targets), 1), torch.cat(targets))
+    errors = solved.figures.error.reshape(len(targets), -1).sum(1).tolist()
+    least = min(errors)
+    gain = 1.0 - least / errors[0] if errors[0] > 0 else 0.0
+    return ((0.0, *_BETAS)[errors.index(least)], gain) if gain >= _LEAST_GAIN else (0.0, 0.0)
+
+
+def _sampled(W: torch.Tensor) -> torch.Tensor:
+    count = min(max(len(W) // 4, 1), _SAMPLED_ROWS)
+    return W[torch.linspace(0, len(W) - 1, count, device=W.device).round().long()]
+
+
+@contextmanager
+def _timed(seconds: dict[str, float], phase: str) -> Iterator[None]:
+    start = time.perf_counter()
+    yield
+    seconds[phase] = seconds.get(phase, 0.0) + time.perf_counter() - start

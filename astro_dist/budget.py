@@ -1,0 +1,129 @@
+"""Which width every layer gets: from the configuration, or, with `bits: auto`, from measured layer errors.
+
+Round 0 measures what each width would cost each group of layers; a knapsack then spends the average width where it
+saves the most error.
+"""
+
+import dataclasses
+import heapq
+import itertools
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from astro.checkpoint import read_json
+from astro.config import Quantization
+from astro.errors import ConfigError
+from astro_dist.manifest import RunDirectory
+from astro_dist.plan import BlockUnit
+
+__all__ = ["Choice", "allocate", "layer_settings", "read_choices"]
+
+
+@dataclasses.dataclass(frozen=True)
+class Choice:
+    """One group of layers that must share a width.
+
+    Attributes:
+        name: of the group.
+        weights: number of its weights.
+        errors: relative layer error by width; one width alone where it is set.
+    """
+
+    name: str
+    weights: int
+    errors: Mapping[int, float]
+
+
+def allocate(choices: Sequence[Choice], average_bits: float) -> dict[str, int]:
+    """Widths that make the sum of all relative layer errors small within an average width.
+
+    Greedy on each group's lower convex hull: beginning at the smallest widths, the step that saves the most error a bit
+    is taken until the next one does not fit; smaller ones that do are still taken. This is the optimum up to the last
+    step.
+
+    Args:
+        choices: every group.
+        average_bits: bits a weight over all groups, at most.
+
+    Raises:
+        ConfigError: even the smallest widths are more.
+    """
+    widths = {choice.name: min(choice.errors) for choice in choices}
+    budget = average_bits * sum(choice.weights for choice in choices)
+    spent = float(sum(choice.weights * widths[choice.name] for choice in choices))
+    if spent > budget:
+        raise ConfigError(
+            f"average_bits: {average_bits} is less than the smallest widths that overrides allow "
+            f"({spent / sum(choice.weights for choice in choices):.3f})"
+        )
+    heap = [step for choice in choices for step in _steps(choice)]
+    heapq.heapify(heap)
+    blocked: set[str] = set()
+    while heap:
+        _, name, width, cost = heapq.heappop(heap)
+        if name in blocked or spent + cost > budget:
+            blocked.add(name)  # steps build on each other
+            continue
+        widths[name] = width
+        spent += cost
+    return widths
+
+
+def _steps(choice: Choice) -> list[tuple[float, str, int, float]]:
+    """Steps up the lower convex hull of error against width: minus the saving a bit, name, new width, bits spent."""
+    hull: list[tuple[int, float]] = []
+    for width, error in sorted(choice.errors.items()):
+        while len(hull) > 1 and _slope(hull[-2], hull[-1]) >= _slope(hull[-1], (width, error)):
+            hull.pop()
+        if not hull or error < hull[-1][1]:
+            hull.append((width, error))
+    return [
+        (_slope(low, high) / choice.weights, choice.name, high[0], float(choice.weights * (high[0] - low[0])))
+        for low, high in itertools.pairwise(hull)
+    ]
+
+
+def _slope(low: tuple[int, float], high: tuple[int, float]) -> float:
+    return (high[1] - low[1]) / (high[0] - low[0])
+
+
+def read_choices(layers: Sequence[Mapping[str, Any]], quantization: Quantization) -> list[Choice]:
+    """What round 0 measured of every group.
+
+    Args:
+        layers: records of the round's groups, as plain dictionaries.
+        quantization: of the whole run.
+    """
+    choices = []
+    for layer in layers:
+        own = quantization.for_layer(layer["name"].split("+")[0])
+        measured = {int(bits): float(error) for bits, error in layer["width_errors"].items()}
+        errors = measured if own.bits == "auto" else {own.bits: float(layer["relative_error"])}
+        choices.append(Choice(layer["name"], layer["rows"] * layer["columns"], errors))
+    return choices
+
+
+def provisional_width(quantization: Quantization) -> int:
+    """The width of round 0, which measures: of the choices the one nearest to the average."""
+    average = quantization.average_bits or 0.0
+    return min(quantization.bit_choices, key=lambda bits: (abs(bits - average), bits))
+
+
+def layer_settings(
+    run: RunDirectory, quantization: Quantization, unit: BlockUnit, round_index: int
+) -> dict[str, Quantization]:
+    """The settings of each layer of a block in a round, its width settled.
+
+    Args:
+        run: where the chosen widths are, from round 1 on.
+        quantization: of the whole run.
+        unit: the block.
+        round_index: of the round.
+    """
+    if quantization.bits != "auto":
+        return {linear.name: quantization.for_layer(linear.name) for linear in unit.linears}
+    if round_index == 0:
+        width = provisional_width(quantization)
+        return {linear.name: quantization.for_layer(linear.name, width) for linear in unit.linears}
+    widths = read_json(run.allocation)
+    return {linear.name: quantization.for_layer(linear.name, int(widths[linear.name])) for linear in unit.linears}

@@ -1,0 +1,150 @@
+"""Mode `sequential`: all workers serve one block, and the next is calibrated on what it wrote.
+
+For each block: shares of the calibration chunks give partial Hessians, in any order; then tiles of rows are solved
+against their sum; one worker writes the shard; then every chunk goes on through the block as it was written. Pure, as
+every schedule.
+"""
+
+import itertools
+from collections.abc import Collection, Sequence
+from typing import Any
+
+from astro_dist.schedule import Call, Present, block_unit, head_unit, is_held_out
+
+__all__ = ["SequentialSchedule", "shares"]
+
+STREAMS = ("original", "round-0")
+
+
+def shares(chunks: Sequence[str], count: int) -> list[list[str]]:
+    """Calibration chunks in `count` contiguous shares, as even as can be; fewer where there are fewer chunks."""
+    calibration = [chunk for chunk in chunks if not is_held_out(chunk)]
+    count = min(count, len(calibration))
+    cuts = [len(calibration) * i // count for i in range(count + 1)]
+    return [calibration[start:stop] for start, stop in itertools.pairwise(cuts)]
+
+
+class SequentialSchedule:
+    """State of a run in mode `sequential`. What is not finished of a block is begun anew when a run goes on."""
+
+    def __init__(
+        self,
+        num_blocks: int,
+        num_copies: int,
+        chunks: Sequence[str],
+        num_shares: int,
+        finished: Collection[str],
+        present: Present,
+    ) -> None:
+        """Begin, or go on.
+
+        Args:
+            num_blocks: of the model.
+            num_copies: units of copied tensors.
+            chunks: names in the order in which they travel.
+            num_shares: shares of the calibration chunks.
+            finished: names of the units that are finished, their files in place.
+            present: chunks that are there as input of each block.
+        """
+        self._num_blocks = num_blocks
+        self._chunks = list(chunks)
+        self._held_out = [name for name in chunks if is_held_out(name)]
+        self._shares = shares(chunks, num_shares)
+        heads = [head_unit(stream) for stream in STREAMS] if self._held_out else []
+        copies = [f"copy-{i:04d}" for i in range(num_copies)]
+        blocks = [block_unit(0, b) for b in range(num_blocks)]
+        self.units = ["embed", *copies, *blocks, *heads]
+        self.finished = set(finished) & set(self.units)
+        self._ready = {
+            (stream, block): set(present.get(stream, {}).get(block, ()))
+            for stream in STREAMS
+            for block in range(num_blocks + 1)
+        }
+        self._reopen()
+        self._tiles: dict[int, int] = {}
+        self._done: set[Call] = set()
+        self._taken: set[Call] = set()
+
+    @property
+    def complete(self) -> bool:
+        """Whether every unit is finished."""
+        return len(self.finished) == len(self.units)
+
+    def next_call(self, worker: int) -> Call | None:
+        """What a free worker shall do now; None where it must wait for another."""
+        for call in self._candidates():
+            if call not in self._taken:
+                self._taken.add(call)
+                return call
+        return None
+
+    def done(self, worker: int, call: Call, result: Any) -> None:
+        """Take note that a call returned."""
+        self._done.add(call)
+        if call.method == "embed":
+            for stream in STREAMS:
+                self._ready[stream, 0].update(self._chunks)
+        if call.method == "pass_on":
+            stream, block, chunk = str(call.args[0]), int(call.args[1]), str(call.args[2])
+            self._ready[stream, block + 1].add(chunk)
+        elif call.method == "share":
+            self._tiles[int(call.args[0])] = int(result["tiles"])
+        elif call.method != "tile":
+            self.finished.add(call.unit)
+
+    def _candidates(self) -> list[Call]:
+        """Calls whose inputs are there, the most urgent first."""
+        copies = [unit for unit in self.units if unit.startswith("copy-") and unit not in self.finished]
+        copying = [Call("copy", (int(unit.removeprefix("copy-")),), unit) for unit in copies]
+        if "embed" not in self.finished:
+            return [Call("embed", (), "embed"), *copying]
+        blocks = range(self._num_blocks)
+        current = next((b for b in blocks if block_unit(0, b) not in self.finished), self._num_blocks)
+        behind = [call for b in range(current) for call in self._pass_on("round-0", b)]
+        side = [call for b in range(min(current + 1, self._num_blocks)) for call in self._pass_on("original", b)]
+        return [*behind, *self._quantize(current, bool(behind or side)), *side, *self._heads(), *copying]
+
+    def _pass_on(self, stream: str, block: int) -> list[Call]:
+        """Chunks that a block has as input and the next one still lacks."""
+        wanted = self._chunks if stream == "round-0" and block + 1 < self._num_blocks else self._held_out
+        unit = block_unit(0, block)
+        lacking = [chunk for chunk in wanted if chunk not in self._ready[stream, block + 1]]
+        return [Call("pass_on", (stream, block, c), unit) for c in lacking if c in self._ready[stream, block]]
+
+    def _quantize(self, block: int, chunks_behind: bool) -> list[Call]:
+        """Shares, then tiles, then the shard of the block that is next."""
+        if block == self._num_blocks:
+            return []
+        unit = block_unit(0, block)
+        sharing = [Call("share", (block, i), unit) for i in range(len(self._shares))]
+        ready = self._ready["round-0", block]
+        if not self._done.issuperset(sharing):
+            return [call for call in sharing if ready.issuperset(self._shares[int(call.args[1])])]
+        tiling = [Call("tile", (block, i), unit) for i in range(self._tiles[block])]
+        if not self._done.issuperset(tiling):
+            return tiling
+        # Writing the shard drops the block's inputs of both streams that the block before still hands on.
+        return [] if chunks_behind else [Call("write", (block,), unit)]
+
+    def _heads(self) -> list[Call]:
+        heads = [(stream, head_unit(stream)) for stream in STREAMS if self._held_out]
+        there = [(stream, unit) for stream, unit in heads if self._passed_through(stream) and unit not in self.finished]
+        return [Call("head", (stream,), unit) for stream, unit in there]
+
+    def _passed_through(self, stream: str) -> bool:
+        return self._ready[stream, self._num_blocks].issuperset(self._held_out)
+
+    def _reopen(self) -> None:
+        """A finished block whose outputs are gone, and whose inputs are too, is done again with all before it."""
+        for block in reversed(range(self._num_blocks + 1)):
+            unit = block_unit(0, block) if block < self._num_blocks else head_unit("round-0")
+            needed = self._chunks if block < self._num_blocks else self._held_out
+            if unit in self.units and unit not in self.finished:
+                ready = self._ready["round-0", block]
+                before = self._ready["round-0", block - 1] if block else set()
+                if not all(chunk in ready or chunk in before for chunk in needed):
+                    self.finished.discard(block_unit(0, block - 1) if block else "embed")
+        # The held-out chunks' way through the source can always begin anew.
+        there = {chunk for (stream, _), ready in self._ready.items() if stream == "original" for chunk in ready}
+        if head_unit("original") in self.units and not there.issuperset(self._held_out):
+            self.finished -= {"embed"} if head_unit("original") not in self.finished else set()

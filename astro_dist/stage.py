@@ -1,0 +1,218 @@
+"""What a worker works on: one block of one model on its device, and the hidden states that pass through it."""
+
+import ctypes
+import dataclasses
+import platform
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import torch
+
+from astro.block import forward
+from astro.checkpoint import Checkpoint, load_tensors, save_tensors
+from astro.config import Quantization, Regularizer
+from astro.errors import CheckpointError, RunError
+from astro.formats import compressed_tensors
+from astro.layer import QuantizedLinear
+from astro.recording import BlockCall, load_call
+from astro.skeleton import Skeleton
+from astro_dist.budget import layer_settings
+from astro_dist.manifest import RunDirectory
+from astro_dist.plan import BlockUnit, Plan
+from astro_dist.schedule import is_held_out
+
+__all__ = ["Stage", "WorkerSpec"]
+
+
+@dataclasses.dataclass(frozen=True)
+class WorkerSpec:
+    """Everything a worker is built from, and rebuilt from after a failure.
+
+    Attributes:
+        source: folder of the source checkpoint.
+        fingerprint: of the source checkpoint.
+        trust_remote_code: whether code of the checkpoint may run.
+        run: the run directory.
+        plan: every unit.
+        chunks: chunk names in the order in which they travel.
+        shares: of the calibration chunks, in mode `sequential`.
+        quantization: grid and solver.
+        regularization: what is done to the weights before.
+        compute_dtype: of forwards and activations.
+        device: "cpu" or "cuda".
+        threads: CPU threads.
+    """
+
+    source: Path
+    fingerprint: str
+    trust_remote_code: bool
+    run: RunDirectory
+    plan: Plan
+    chunks: tuple[str, ...]
+    shares: int
+    quantization: Quantization
+    regularization: Regularizer
+    compute_dtype: torch.dtype
+    device: str
+    threads: int
+
+
+class Stage:
+    """Holds at most one block, of the source or of what a round wrote.
+
+    Attributes:
+        spec: of the worker.
+        device: where the block is.
+        checkpoint: the source.
+        skeleton: the model, on meta but for what is loaded.
+    """
+
+    def __init__(self, spec: WorkerSpec) -> None:
+        """Open the source.
+
+        Raises:
+            RunError: this machine does not see the run directory, or sees another source than the driver.
+        """
+        self.spec = spec
+        self.device = torch.device(spec.device)
+        if not spec.run.tokens.is_file():
+            raise RunError(
+                f"{platform.node()}: does not see {spec.run.root}; output.dir must be a folder all nodes see"
+            )
+        self.checkpoint = Checkpoint.open(spec.source)
+        if self.checkpoint.fingerprint() != spec.fingerprint:
+            raise RunError(
+                f"{platform.node()}: {spec.source} is not the checkpoint that the driver sees under this path"
+            )
+        self.skeleton = Skeleton(spec.source, spec.compute_dtype, spec.trust_remote_code)
+        self._tokens: dict[str, torch.Tensor] | None = None
+        self._loaded: tuple[str, int] | None = None
+        self._calls: dict[tuple[int, int, int], BlockCall] = {}
+
+    @property
+    def held_out(self) -> list[str]:
+        """Chunks that are only measured on."""
+        return [chunk for chunk in self.spec.chunks if is_held_out(chunk)]
+
+    def load(self, stream: str, index: int) -> BlockUnit:
+        """Bring a block onto the device, if it is not there already.
+
+        Args:
+            stream: `original` for the source's weights, `round-r` for what that round wrote.
+            index: of the block.
+
+        Raises:
+            CheckpointError: a tensor is missing, or holds NaN or Inf.
+        """
+        unit = self.spec.plan.blocks[index]
+        if self._loaded == (stream, index):
+            return unit
+        self.close()
+        tensors = self.checkpoint.read(unit.keys) if stream == "original" else self._read_result(stream, unit)
+        block = self.skeleton.blocks[index]
+        self.skeleton.load(block, tensors, self.device)
+        self.skeleton.require_filled(block, unit.name)
+        self._loaded = (stream, index)
+        for name, parameter in block.named_parameters():
+            if not bool(torch.isfinite(parameter).all()):
+                raise CheckpointError(f"{self.spec.source}: {name} of {unit.name} holds NaN or Inf")
+        return unit
+
+    def close(self) -> None:
+        """Take the block off the device."""
+        if self._loaded is not None:
+            self.skeleton.blocks[self._loaded[1]].to("meta")
+            self._loaded = None
+            self._calls.clear()
+            _return_freed_memory()
+
+    @contextmanager
+    def outside_loaded(self, with_block: BlockUnit | None = None) -> Iterator[None]:
+        """Embeddings, norm and head, and one block where wanted, on the device for a while."""
+        self.close()
+        skeleton = self.skeleton
+        keys = (*self.spec.plan.outside, *(with_block.keys if with_block else ()))
+        skeleton.load(skeleton.model, self.checkpoint.read(keys), self.device)
+        skeleton.model.tie_weights()
+        try:
+            yield
+        finally:
+            skeleton.model.to("meta")
+            skeleton.model.tie_weights()
+            _return_freed_memory()
+
+    def linears(self, unit: BlockUnit) -> dict[str, torch.nn.Linear]:
+        """The modules that are quantized, by name."""
+        modules = {linear.name: self.skeleton.model.get_submodule(linear.name) for linear in unit.linears}
+        return {name: module for name, module in modules.items() if isinstance(module, torch.nn.Linear)}
+
+    def weights(self, unit: BlockUnit) -> dict[str, torch.Tensor]:
+        """Original weights of a block's linear layers by name, exact: the loaded ones where those are."""
+        exact = torch.promote_types(self.scale_dtype(unit), self.spec.compute_dtype) == self.spec.compute_dtype
+        if self._loaded == ("original", unit.index) and exact:
+            return {name: module.weight.detach() for name, module in self.linears(unit).items()}
+        read = self.checkpoint.read(linear.key for linear in unit.linears)
+        return {linear.name: read[linear.key].to(self.device) for linear in unit.linears}
+
+    def scale_dtype(self, unit: BlockUnit) -> torch.dtype:
+        """Dtype in which a block's scales are stored: that of its weights in the source."""
+        dtypes = [self.checkpoint.entries[linear.key].float_dtype for linear in unit.linears]
+        return dtypes[0] or self.spec.compute_dtype if dtypes else self.spec.compute_dtype
+
+    def write_block(self, unit: BlockUnit, round_index: int, quantized: dict[str, QuantizedLinear]) -> Path:
+        """Write a block's shard: packed layers, and every other tensor as it was."""
+        dtype = self.scale_dtype(unit)
+        tensors: dict[str, torch.Tensor] = {}
+        for linear in unit.linears:
+            tensors |= compressed_tensors.pack_linear(linear.stem, quantized.pop(linear.name), dtype)
+        replaced = {linear.key for linear in unit.linears}
+        tensors |= self.checkpoint.read(key for key in unit.keys if key not in replaced)
+        path = self.spec.run.shard(round_index, unit.file)
+        save_tensors(path, tensors)
+        return path
+
+    def pass_on(self, stream: str, index: int, chunk: str) -> None:
+        """One chunk through the block of a stream; the output is handed on."""
+        self.load(stream, index)
+        self.hand_on(stream, index + 1, chunk, self.forward(index, self.hidden(stream, index, chunk)))
+
+    def forward(self, index: int, hidden: torch.Tensor) -> torch.Tensor:
+        """The loaded block's output for input hidden states [B, T, H]."""
+        shape = (index, hidden.shape[0], hidden.shape[1])
+        if shape not in self._calls:
+            self._calls[shape], _ = load_call(self.spec.run.calls(*shape[1:]), index, self.device)
+        return forward(self.skeleton.blocks[index], hidden, self._calls[shape])
+
+    def input_ids(self, chunk: str) -> torch.Tensor:
+        """A chunk's tokens, int64 [B, T]."""
+        if self._tokens is None:
+            self._tokens, _ = load_tensors(self.spec.run.tokens)
+        return self._tokens[chunk].to(self.device)
+
+    def hidden(self, stream: str, index: int, chunk: str) -> torch.Tensor:
+        """A chunk's hidden states before a block, [B, T, H]."""
+        tensors, _ = load_tensors(self.spec.run.hidden(stream, index, chunk))
+        return tensors["hidden"].to(self.device)
+
+    def hand_on(self, stream: str, index: int, chunk: str, hidden: torch.Tensor) -> None:
+        """Keep a chunk's hidden states before a block. What is there stays: other hardware may round differently."""
+        path = self.spec.run.hidden(stream, index, chunk)
+        if not path.exists():
+            save_tensors(path, {"hidden": hidden})
+
+    def _read_result(self, stream: str, unit: BlockUnit) -> dict[str, torch.Tensor]:
+        round_index = int(stream.removeprefix("round-"))
+        tensors, _ = load_tensors(self.spec.run.shard(round_index, unit.file))
+        settings = layer_settings(self.spec.run, self.spec.quantization, unit, round_index)
+        for linear in unit.linears:
+            weight = compressed_tensors.unpack_linear(linear.stem, tensors, settings[linear.name]).dequantize()
+            tensors[linear.key] = weight.to(self.spec.compute_dtype)
+        return {key: tensors[key] for key in unit.keys}
+
+
+def _return_freed_memory() -> None:
+    """Give the C library's free memory back to the system; a worker lives for hours and would keep its largest ever."""
+    trim = getattr(ctypes.CDLL(None), "malloc_trim", None)  # glibc has it
+    if trim is not None:
+        trim(0)

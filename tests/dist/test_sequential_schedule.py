@@ -1,0 +1,80 @@
+"""Mode `sequential`: shares, tiles, shard and passing on come in the only order that is allowed."""
+
+import pytest
+
+from astro_dist.sequential_schedule import SequentialSchedule, shares
+from tests.dist.test_schedule import simulate
+
+CHUNKS = ["c0000", "c0001", "c0002", "h0000"]
+BLOCKS = 4
+
+
+def run(num_workers, seed, finished=(), present=None, chunks=CHUNKS):
+    return simulate(num_workers, seed, SequentialSchedule(BLOCKS, 2, chunks, 2, finished, present or {}))
+
+
+@pytest.mark.parametrize("num_workers", [1, 2, 5])
+@pytest.mark.parametrize("seed", range(4))
+def test_nothing_is_used_before_it_is_there(num_workers, seed):
+    seen = []
+    for _, call in run(num_workers, seed):
+        key, block = (call.method, *call.args), call.args[0] if call.args else None
+        if call.method == "share":
+            chunks = shares(CHUNKS, 2)[call.args[1]]
+            assert block == 0 or all(("pass_on", "round-0", block - 1, c) in seen for c in chunks)
+        if call.method == "tile":
+            assert all(("share", block, i) in seen for i in range(2))
+        if call.method == "write":
+            assert all(("tile", block, i) in seen for i in range(3))
+        if call.method == "pass_on" and call.args[0] == "round-0":
+            assert ("write", call.args[1]) in seen
+        assert key not in seen
+        seen.append(key)
+    assert seen.count(("head", "round-0")) == seen.count(("head", "original")) == 1
+    assert sum(key[0] == "write" for key in seen) == BLOCKS
+
+
+def test_only_held_out_chunks_leave_the_last_block_or_pass_through_the_source():
+    calls = [call.args for _, call in run(2, 0) if call.method == "pass_on"]
+    assert {args[2] for args in calls if args[1] == BLOCKS - 1 or args[0] == "original"} == {"h0000"}
+
+
+def test_all_workers_share_a_block():
+    workers = {worker for worker, call in run(3, 1) if call.method in ("share", "tile") and call.args[0] == 2}
+    assert len(workers) == 3
+
+
+def test_going_on_begins_with_the_first_unfinished_block():
+    finished = ["embed", "copy-0000", "copy-0001", "round-0-block-0000", "round-0-block-0001"]
+    present = {"round-0": {1: CHUNKS, 2: CHUNKS[:1]}, "original": {2: ["h0000"]}}
+    log = [(call.method, *call.args) for _, call in run(1, 0, finished, present)]
+    assert log[0] == ("pass_on", "round-0", 1, "c0001")
+    assert ("share", 2, 0) in log
+    assert ("share", 1, 0) not in log
+
+
+def test_lost_inputs_are_made_again_from_the_last_block_that_has_them():
+    finished = ["embed", "round-0-block-0000", "round-0-block-0001"]
+    present = {"round-0": {0: CHUNKS, 2: CHUNKS[1:]}, "original": {0: ["h0000"]}}
+    log = [(call.method, *call.args) for _, call in run(1, 0, finished, present)]
+    assert log[0] == ("pass_on", "round-0", 0, "c0000")
+    assert ("write", 1) in log
+    assert ("write", 0) not in log
+
+
+def test_held_out_chunks_that_are_lost_on_the_way_through_the_source_begin_anew():
+    finished = ["embed", "round-0-block-0000"]
+    log = [(call.method, *call.args) for _, call in run(1, 0, finished, {"round-0": {0: CHUNKS, 1: CHUNKS}})]
+    assert ("embed",) in log
+    assert ("pass_on", "original", 0, "h0000") in log
+
+
+@pytest.mark.parametrize(("count", "expected"), [(1, [3]), (2, [1, 2]), (3, [1, 1, 1]), (9, [1, 1, 1])])
+def test_shares_are_contiguous_and_whole(count, expected):
+    found = shares(CHUNKS, count)
+    assert [len(part) for part in found] == expected
+    assert [chunk for part in found for chunk in part] == CHUNKS[:3]
+
+
+def test_without_held_out_text_there_is_no_head():
+    assert not {call.method for _, call in run(2, 0, chunks=CHUNKS[:3])} & {"head"}
