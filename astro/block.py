@@ -3,8 +3,9 @@
 Shapes: B sequences, T tokens, H hidden size.
 """
 
+import contextlib
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Container, Iterable, Iterator, Mapping, Sequence
 
 import torch
 from torch import nn
@@ -16,7 +17,7 @@ from astro.layer import QuantizedLinear, quantize_group
 from astro.recording import BlockCall
 from astro.report import LayerRecord
 
-__all__ = ["BlockStatistics", "by_settings", "forward", "quantize_block"]
+__all__ = ["BlockStatistics", "by_settings", "forward", "input_groups", "input_of", "quantize_block"]
 
 
 def forward(block: nn.Module, hidden: torch.Tensor, call: BlockCall) -> torch.Tensor:
@@ -56,31 +57,16 @@ class BlockStatistics:
             for handle in handles:
                 handle.remove()
 
-    def partials(self) -> list[tuple[list[str], torch.Tensor, int]]:
-        """Groups with their sum so far and its token count, to be merged elsewhere.
-
-        Raises:
-            NumericalError: a layer was never reached.
-        """
-        self._require_reached()
-        sums = ((accumulator.partial, accumulator.num_tokens) for accumulator in self._accumulators)
-        return [(names, *partial) for names, partial in zip(self.groups, sums, strict=True)]
-
     def finish_(self) -> Iterator[tuple[list[str], torch.Tensor, int]]:
         """Groups with their Hessian and token count, each handed out once and then forgotten.
 
         Raises:
             NumericalError: a layer was never reached, or saw values that are not finite.
         """
-        self._require_reached()
+        _require_reached(self._linears, self._group_of)
         accumulators, self._accumulators = self._accumulators, []
         for names, accumulator in zip(self.groups, accumulators, strict=True):
             yield names, accumulator.finish_("+".join(names)), accumulator.num_tokens
-
-    def _require_reached(self) -> None:
-        unreached = [name for name in self._linears if name not in self._group_of]
-        if unreached:
-            raise NumericalError(f"{unreached[0]}: no calibration token reached this layer; use more calibration text")
 
     def _hook(self, name: str) -> Callable[[nn.Module, tuple[torch.Tensor, ...]], None]:
         def observe(module: nn.Module, args: tuple[torch.Tensor, ...]) -> None:
@@ -109,6 +95,72 @@ class BlockStatistics:
             self._accumulators.append(HessianAccumulator(X.shape[-1], self._device))
         self.groups[group].append(name)
         self._group_of[name] = group
+
+
+class _Reached(Exception):
+    """Ends a forward that is only wanted up to one layer."""
+
+
+def input_groups(linears: Mapping[str, nn.Linear], action: Callable[[], torch.Tensor]) -> list[list[str]]:
+    """Names of the layers that share an input, in the order in which a forward calls them.
+
+    Args:
+        linears: layers of a block by name.
+        action: a forward of the block.
+
+    Raises:
+        NumericalError: the forward does not reach a layer.
+    """
+    groups: list[list[str]] = []
+    last: list[torch.Tensor] = []  # kept, so that no other input can take its place in memory
+
+    def note(name: str, X: torch.Tensor) -> None:
+        if last and last[0].data_ptr() == X.data_ptr() and last[0].shape == X.shape:
+            groups[-1].append(name)
+        else:
+            groups.append([name])
+        last[:] = [X]
+
+    handles = [
+        module.register_forward_pre_hook(lambda _, args, name=name: note(name, args[0]))
+        for name, module in linears.items()
+    ]
+    try:
+        action()
+    finally:
+        for handle in handles:
+            handle.remove()
+    _require_reached(linears, {name for names in groups for name in names})
+    return groups
+
+
+def input_of(linear: nn.Linear, action: Callable[[], torch.Tensor]) -> torch.Tensor:
+    """The input [..., C] that a layer gets in a forward, which goes no further.
+
+    Raises:
+        NumericalError: the forward does not reach the layer.
+    """
+    seen: list[torch.Tensor] = []
+
+    def note(module: nn.Module, args: tuple[torch.Tensor, ...]) -> None:
+        seen.append(args[0])
+        raise _Reached
+
+    handle = linear.register_forward_pre_hook(note)
+    try:
+        with contextlib.suppress(_Reached):
+            action()
+    finally:
+        handle.remove()
+    if not seen:
+        raise NumericalError("a layer that was reached before is not reached by this chunk")
+    return seen[0]
+
+
+def _require_reached(linears: Iterable[str], reached: Container[str]) -> None:
+    unreached = [name for name in linears if name not in reached]
+    if unreached:
+        raise NumericalError(f"{unreached[0]}: no calibration token reached this layer; use more calibration text")
 
 
 def quantize_block(

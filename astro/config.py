@@ -74,6 +74,8 @@ class Quantization:
     """Passes of coordinate descent over integers and scales after GPTQ, at most; 0 is none."""
     refine_tolerance: float = 1e-3
     """A pass that lowers the layer error by a smaller share is the last."""
+    compensation: float = 0.25
+    """In mode `sequential`: share of the errors made before a layer that its own weights make up for; 0 is none."""
     damping: float = 0.01
     """Share of the mean diagonal that is added to the Hessian's diagonal."""
     max_damping: float = 1.0
@@ -88,6 +90,7 @@ class Quantization:
     def __post_init__(self) -> None:
         _require_grid(None if self.bits == "auto" else self.bits, self.group_size)
         self._check_budget()
+        _require(0 <= self.compensation <= 1, f"compensation: expected 0 to 1, got {self.compensation}")
         _require(0 <= self.refine_passes <= 100, f"refine_passes: expected 0 to 100, got {self.refine_passes}")
         _require(
             math.isfinite(self.refine_tolerance) and self.refine_tolerance >= 0,

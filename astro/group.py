@@ -18,7 +18,16 @@ from astro.hessian import Factor, factorize, layer_error
 from astro.refine import refine
 from astro.regularizer import Problem, mean_group_maximum
 
-__all__ = ["Figures", "GroupOutcome", "LinearGroup", "SolvedRows", "measure_width", "prepare_group", "solve_rows"]
+__all__ = [
+    "Figures",
+    "GroupOutcome",
+    "LinearGroup",
+    "SolvedRows",
+    "compensate",
+    "measure_width",
+    "prepare_group",
+    "solve_rows",
+]
 
 _BETAS = (1e-5, 3e-5, 1e-4, 3e-4, 1e-3)
 """Strengths that are tried beside 0, relative to the mean group maximum."""
@@ -80,6 +89,7 @@ class LinearGroup:
     Attributes:
         name: names of the members, joined by '+'.
         H: mean of xxᵀ, float32 [C, C].
+        drift: mean of (x_s − x)xᵀ times the share that is made up for, float32 [C, C]; None for none.
         quantization: grid and solver, the width settled.
         scale_dtype: dtype in which scales are stored.
         factor: of the damped H; None for rounding to nearest.
@@ -91,6 +101,7 @@ class LinearGroup:
 
     name: str
     H: torch.Tensor
+    drift: torch.Tensor | None
     quantization: Quantization
     scale_dtype: torch.dtype
     factor: Factor | None
@@ -114,6 +125,7 @@ def prepare_group(
     quantization: Quantization,
     regularization: Regularizer,
     scale_dtype: torch.dtype,
+    drift: torch.Tensor | None = None,
 ) -> LinearGroup:
     """Factor, regularizer and β of a group.
 
@@ -124,6 +136,7 @@ def prepare_group(
         quantization: grid and solver, the width settled.
         regularization: what is done to the weights before.
         scale_dtype: dtype in which scales are stored.
+        drift: mean of (x_s − x)xᵀ, x_s the same tokens' inputs in the source model, float32 [C, C].
 
     Raises:
         NumericalError: H is zero, or cannot be factored within the damping limit.
@@ -136,7 +149,8 @@ def prepare_group(
             in_order = torch.arange(len(H), device=H.device)
             order = gptq.activation_order(H) if quantization.act_order == "static" else in_order
             factor = factorize(H, order, quantization.damping, quantization.max_damping, name)
-    group = LinearGroup(name, H, quantization, scale_dtype, factor, None, 0.0, 0.0, seconds)
+    drift = None if drift is None or factor is None else drift * quantization.compensation
+    group = LinearGroup(name, H, drift, quantization, scale_dtype, factor, None, 0.0, 0.0, seconds)
     if regularization.name == "none" or regularization.beta == 0:
         return group
     with _timed(seconds, "regularize"):
@@ -146,7 +160,7 @@ def prepare_group(
         return dataclasses.replace(group, beta=regularization.beta)
     # Its own clock: what the search spends on grids, GPTQ and refinement is the search's.
     with _timed(seconds, "beta"):
-        beta, gain = _choose_beta(dataclasses.replace(group, seconds={}), _sampled(W))
+        beta, gain = _choose_beta(dataclasses.replace(group, seconds={}, drift=None), compensate(group, _sampled(W)))
     return dataclasses.replace(group, beta=beta, beta_gain=gain, problem=problem if beta else None)
 
 
@@ -155,13 +169,14 @@ def solve_rows(group: LinearGroup, W: torch.Tensor, target: torch.Tensor | None 
 
     Args:
         group: prepared from all rows.
-        W: original weights of these rows, float32 [R, C].
+        W: original weights of these rows, float32 [R, C]; errors are those of their compensated form.
         target: their regularized form [R, C], where it is known already.
 
     Raises:
         NumericalError: a scale overflows the dtype in which it is stored.
     """
     settings, seconds = group.quantization, group.seconds
+    W = compensate(group, W)
     if target is None:
         target = W
         if group.problem is not None:
@@ -185,6 +200,25 @@ def solve_rows(group: LinearGroup, W: torch.Tensor, target: torch.Tensor | None 
         maximum_after=grouped(target, grid.group_size).abs().amax(-1).mean(-1),
     )
     return SolvedRows(Q, grid, figures)
+
+
+def compensate(group: LinearGroup, W: torch.Tensor) -> torch.Tensor:
+    """The weights that bring a layer's outputs back towards those of the source model.
+
+    With x_s = x + d the inputs in the source model, W* minimizes ‖W (x + γ d) − W* x‖² + λ‖W* − W‖² over the tokens:
+
+        W* = W + γ W (Σ d xᵀ) (H + λI)⁻¹
+
+    Args:
+        group: prepared from all rows.
+        W: original weights of some rows, float32 [R, C].
+
+    Source: quantization error propagation, arXiv 2504.09629; asymmetric calibration, arXiv 2504.02692.
+    """
+    if group.drift is None or group.factor is None:
+        return W
+    with _timed(group.seconds, "compensate"):
+        return W + group.factor.solve(W @ group.drift)
 
 
 def measure_width(group: LinearGroup, W: torch.Tensor, bits: int) -> float:

@@ -10,7 +10,7 @@ import torch
 
 from astro.errors import NumericalError
 
-__all__ = ["Factor", "HessianAccumulator", "factorize", "layer_error"]
+__all__ = ["DriftAccumulator", "Factor", "HessianAccumulator", "factorize", "layer_error"]
 
 _TILE = 1024
 """Rows of H in one product. Part of the arithmetic: another tile rounds differently."""
@@ -74,6 +74,38 @@ class HessianAccumulator:
         return H.div_(self.num_tokens)
 
 
+class DriftAccumulator:
+    """Sums (X_s − X)ᵀ X over chunks: how the inputs X of a layer drifted from those of the source model, X_s.
+
+    Order and merging are those of `HessianAccumulator`.
+    """
+
+    def __init__(self, num_columns: int, device: torch.device) -> None:
+        self.partial = torch.zeros(num_columns, num_columns, dtype=torch.float32, device=device)
+        self.num_tokens = 0
+
+    def add_(self, X_source: torch.Tensor, X: torch.Tensor) -> None:
+        """Add one chunk.
+
+        Args:
+            X_source: inputs of the layer in the source model [..., C].
+            X: inputs of the layer behind quantized layers, for the same tokens [..., C].
+        """
+        X = X.reshape(-1, X.shape[-1]).float()
+        self.partial += (X_source.reshape(X.shape).float() - X).T @ X
+        self.num_tokens += X.shape[0]
+
+    def merge_(self, partial: torch.Tensor, num_tokens: int) -> None:
+        """Add a sum that was begun elsewhere, [C, C] on this one's device."""
+        self.partial += partial
+        self.num_tokens += num_tokens
+
+    def finish_(self) -> torch.Tensor:
+        """The mean over all tokens, [C, C] float32. The accumulator is empty afterwards."""
+        drift, self.partial = self.partial, torch.empty(0)
+        return drift.div_(max(self.num_tokens, 1))
+
+
 @dataclasses.dataclass(frozen=True)
 class Factor:
     """Triangular factor of a damped, reordered Hessian.
@@ -92,6 +124,15 @@ class Factor:
     cost: torch.Tensor
     damping: float
     attempts: int
+
+    def solve(self, B: torch.Tensor) -> torch.Tensor:
+        """B (H + λI)⁻¹ for B [R, C], float32 [R, C]."""
+        V = self.feedback * self.cost[self.order].sqrt()
+        # B P (V Vᵀ)⁻¹ with the columns in the order of the factor
+        half = torch.linalg.solve_triangular(V.T, B[:, self.order], upper=False, left=False)
+        out = torch.empty_like(B)
+        out[:, self.order] = torch.linalg.solve_triangular(V, half, upper=True, left=False)
+        return out
 
 
 def factorize(H: torch.Tensor, order: torch.Tensor, damping: float, max_damping: float, name: str) -> Factor:

@@ -18,7 +18,8 @@ class LayerRecord:
     num_tokens: int
     """Calibration tokens in the Hessian."""
     relative_error: float
-    """‖(Ŵ − W)X‖² / ‖WX‖² on the calibration tokens, against the original weights."""
+    """‖(Ŵ − W)X‖² / ‖WX‖² on the calibration tokens, W the original weights, or where earlier errors are compensated
+    the weights that do so."""
     beta: float
     """Strength of the regularization; 0 where none was done."""
     beta_gain: float

@@ -8,6 +8,7 @@ import math
 import platform
 import resource
 import time
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -136,8 +137,7 @@ class Worker:
         hessian_s = opened.statistics.seconds
         seconds = {**opened.seconds, "forward": opened.seconds["forward"] - hessian_s, "hessian": hessian_s}
         for layer in records:
-            for phase, spent in layer.seconds.items():
-                seconds[phase] = seconds.get(phase, 0.0) + spent
+            _add(seconds, layer.seconds)
         start = time.perf_counter()
         path = stage.write_block(unit, round_index, quantized)
         seconds["write"] = time.perf_counter() - start
@@ -164,28 +164,28 @@ class Worker:
         return finished
 
     @torch.no_grad()
-    def pass_on(self, stream: str, index: int, chunk: str) -> float:
-        """One chunk through a block of a stream; the seconds it took."""
-        start = time.perf_counter()
+    def pass_on(self, stream: str, index: int, chunk: str) -> None:
+        """One chunk through a block of a stream."""
         self._stage.pass_on(stream, index, chunk)
-        return time.perf_counter() - start
 
     @torch.no_grad()
-    def share(self, index: int, number: int) -> dict[str, Any]:
-        """Partial Hessians of a block from one share of the calibration chunks."""
-        return self._tiles.share(index, number)
+    def share(self, index: int, stage_index: int, number: int) -> dict[str, Any]:
+        """Partial sums of one group of a block's layers from one share of the calibration chunks."""
+        return self._tiles.share(index, stage_index, number)
 
     @torch.no_grad()
-    def tile(self, index: int, number: int) -> None:
-        """Solve one tile of a block's rows."""
-        self._tiles.tile(index, number)
+    def tile(self, index: int, stage_index: int, number: int) -> None:
+        """Solve one tile of the group's rows."""
+        self._tiles.tile(index, stage_index, number)
 
     @torch.no_grad()
     def write(self, index: int) -> dict[str, Any]:
         """Put a block's tiles together and write its shard, a final file of the model."""
         spec, start = self._spec, time.perf_counter()
-        quantized, records = self._tiles.merge(index)
-        unit, seconds = spec.plan.blocks[index], self._tiles.seconds_of(index, records)
+        quantized, records, seconds = self._tiles.merge(index)
+        for layer in records:
+            _add(seconds, layer.seconds)
+        unit = spec.plan.blocks[index]
         path = self._stage.write_block(unit, 0, quantized)
         seconds["write"] = time.perf_counter() - start
         result = {"layers": [dataclasses.asdict(layer) for layer in records], "seconds": seconds, **self.describe()}
@@ -223,3 +223,9 @@ class Worker:
         if opened is None or (opened.round_index, opened.unit.index) != (round_index, index):
             raise RunError(f"{block_unit(round_index, index)} is not open on this worker; it was restarted in between")
         return opened
+
+
+def _add(seconds: dict[str, float], more: Mapping[str, float]) -> None:
+    """Add times by phase."""
+    for phase, spent in more.items():
+        seconds[phase] = seconds.get(phase, 0.0) + spent

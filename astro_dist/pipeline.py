@@ -46,7 +46,7 @@ from astro_dist.schedule import (
     stream_names,
     unit_names,
 )
-from astro_dist.sequential_schedule import SequentialSchedule
+from astro_dist.sequential_schedule import SequentialSchedule, sequential_units
 from astro_dist.source import resolve_source
 from astro_dist.stage import WorkerSpec
 
@@ -260,8 +260,9 @@ def _drive(
         assert running, "the schedule waits for itself"
         worker, result = executor.wait()
         call = running.pop(worker)
+        known = call.unit in schedule.finished
         schedule.done(worker, call, result)
-        finished = call.unit in schedule.finished
+        finished = call.unit in schedule.finished and not known
         display.ended(worker, call, finished)
         if finished:
             run.note("finished", unit=call.unit, worker=worker, seconds=result["result"].get("seconds", {}))
@@ -281,16 +282,15 @@ def _settle_widths(prepared: Prepared, schedule: Schedule, run: RunDirectory) ->
 
 def _schedule(prepared: Prepared, run: RunDirectory, chunks: list[str]) -> Schedule:
     config, blocks, copies = prepared.config, len(prepared.plan.blocks), len(prepared.plan.copies)
+    evaluated = any(is_held_out(chunk) for chunk in chunks)
     present = {stream: run.present(stream) for stream in stream_names(run.rounds)}
     if config.execution.mode == "sequential":
-        empty = SequentialSchedule(blocks, copies, chunks, config.execution.hessian_shares, (), {})
-        finished = [unit for unit in empty.units if run.finished(unit) is not None]
-        return SequentialSchedule(blocks, copies, chunks, config.execution.hessian_shares, finished, present)
-    written = [
-        unit
-        for unit in unit_names(blocks, copies, run.rounds, any(is_held_out(chunk) for chunk in chunks))
-        if run.finished(unit) is not None
-    ]
+        units = sequential_units(blocks, copies, evaluated)
+        finished = [unit for unit in units if run.finished(unit) is not None]
+        compensated = config.quantization.compensation > 0 and config.quantization.method == "gptq"
+        count = config.execution.hessian_shares
+        return SequentialSchedule(blocks, copies, chunks, count, finished, present, compensated)
+    written = [unit for unit in unit_names(blocks, copies, run.rounds, evaluated) if run.finished(unit) is not None]
     finished = list(written)
     for r in reversed(range(run.rounds - 1)):
         for block in range(blocks):

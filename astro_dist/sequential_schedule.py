@@ -1,8 +1,8 @@
 """Mode `sequential`: all workers serve one block, and the next is calibrated on what it wrote.
 
-For each block: shares of the calibration chunks give partial Hessians, in any order; then tiles of rows are solved
-against their sum; one worker writes the shard; then every chunk goes on through the block as it was written. Pure, as
-every schedule.
+A block is solved in stages, one for each group of layers that share an input. For each stage: shares of the
+calibration chunks give partial Hessians, in any order; then tiles of rows are solved against their sum. Then one worker
+writes the shard, and every chunk goes on through the block as it was written. Pure, as every schedule.
 """
 
 import itertools
@@ -11,7 +11,7 @@ from typing import Any
 
 from astro_dist.schedule import Call, Present, block_unit, head_unit, is_held_out
 
-__all__ = ["SequentialSchedule", "shares"]
+__all__ = ["SequentialSchedule", "sequential_units", "shares"]
 
 STREAMS = ("original", "round-0")
 
@@ -22,6 +22,12 @@ def shares(chunks: Sequence[str], count: int) -> list[list[str]]:
     count = min(count, len(calibration))
     cuts = [len(calibration) * i // count for i in range(count + 1)]
     return [calibration[start:stop] for start, stop in itertools.pairwise(cuts)]
+
+
+def sequential_units(num_blocks: int, num_copies: int, evaluated: bool) -> list[str]:
+    """Every unit of a run in mode `sequential`."""
+    copies, blocks = [f"copy-{i:04d}" for i in range(num_copies)], [block_unit(0, b) for b in range(num_blocks)]
+    return ["embed", *copies, *blocks, *([head_unit(stream) for stream in STREAMS] if evaluated else [])]
 
 
 class SequentialSchedule:
@@ -35,6 +41,7 @@ class SequentialSchedule:
         num_shares: int,
         finished: Collection[str],
         present: Present,
+        compensated: bool = False,
     ) -> None:
         """Begin, or go on.
 
@@ -45,15 +52,14 @@ class SequentialSchedule:
             num_shares: shares of the calibration chunks.
             finished: names of the units that are finished, their files in place.
             present: chunks that are there as input of each block.
+            compensated: whether the calibration chunks pass through the source's blocks too.
         """
         self._num_blocks = num_blocks
+        self._compensated = compensated
         self._chunks = list(chunks)
         self._held_out = [name for name in chunks if is_held_out(name)]
         self._shares = shares(chunks, num_shares)
-        heads = [head_unit(stream) for stream in STREAMS] if self._held_out else []
-        copies = [f"copy-{i:04d}" for i in range(num_copies)]
-        blocks = [block_unit(0, b) for b in range(num_blocks)]
-        self.units = ["embed", *copies, *blocks, *heads]
+        self.units = sequential_units(num_blocks, num_copies, bool(self._held_out))
         self.finished = set(finished) & set(self.units)
         self._ready = {
             (stream, block): set(present.get(stream, {}).get(block, ()))
@@ -61,7 +67,8 @@ class SequentialSchedule:
             for block in range(num_blocks + 1)
         }
         self._reopen()
-        self._tiles: dict[int, int] = {}
+        self._stages: dict[int, int] = {}
+        self._tiles: dict[tuple[int, int], int] = {}
         self._done: set[Call] = set()
         self._taken: set[Call] = set()
 
@@ -88,7 +95,9 @@ class SequentialSchedule:
             stream, block, chunk = str(call.args[0]), int(call.args[1]), str(call.args[2])
             self._ready[stream, block + 1].add(chunk)
         elif call.method == "share":
-            self._tiles[int(call.args[0])] = int(result["tiles"])
+            block, stage = int(call.args[0]), int(call.args[1])
+            self._stages[block] = int(result["stages"])
+            self._tiles[block, stage] = int(result["tiles"])
         elif call.method != "tile":
             self.finished.add(call.unit)
 
@@ -106,23 +115,27 @@ class SequentialSchedule:
 
     def _pass_on(self, stream: str, block: int) -> list[Call]:
         """Chunks that a block has as input and the next one still lacks."""
-        wanted = self._chunks if stream == "round-0" and block + 1 < self._num_blocks else self._held_out
+        calibrating = (stream == "round-0" or self._compensated) and block + 1 < self._num_blocks
+        wanted = self._chunks if calibrating else self._held_out
         unit = block_unit(0, block)
         lacking = [chunk for chunk in wanted if chunk not in self._ready[stream, block + 1]]
         return [Call("pass_on", (stream, block, c), unit) for c in lacking if c in self._ready[stream, block]]
 
     def _quantize(self, block: int, chunks_behind: bool) -> list[Call]:
-        """Shares, then tiles, then the shard of the block that is next."""
+        """Shares, then tiles of each stage, then the shard of the block that is next."""
         if block == self._num_blocks:
             return []
         unit = block_unit(0, block)
-        sharing = [Call("share", (block, i), unit) for i in range(len(self._shares))]
-        ready = self._ready["round-0", block]
-        if not self._done.issuperset(sharing):
-            return [call for call in sharing if ready.issuperset(self._shares[int(call.args[1])])]
-        tiling = [Call("tile", (block, i), unit) for i in range(self._tiles[block])]
-        if not self._done.issuperset(tiling):
-            return tiling
+        ready = self._ready["round-0", block] & (
+            self._ready["original", block] if self._compensated else {*self._chunks}
+        )
+        for stage in range(self._stages.get(block, 1)):
+            sharing = [Call("share", (block, stage, i), unit) for i in range(len(self._shares))]
+            if not self._done.issuperset(sharing):
+                return [call for call in sharing if ready.issuperset(self._shares[int(call.args[2])])]
+            tiling = [Call("tile", (block, stage, i), unit) for i in range(self._tiles[block, stage])]
+            if not self._done.issuperset(tiling):
+                return tiling
         # Writing the shard drops the block's inputs of both streams that the block before still hands on.
         return [] if chunks_behind else [Call("write", (block,), unit)]
 
@@ -144,7 +157,15 @@ class SequentialSchedule:
                 before = self._ready["round-0", block - 1] if block else set()
                 if not all(chunk in ready or chunk in before for chunk in needed):
                     self.finished.discard(block_unit(0, block - 1) if block else "embed")
-        # The held-out chunks' way through the source can always begin anew.
-        there = {chunk for (stream, _), ready in self._ready.items() if stream == "original" for chunk in ready}
-        if head_unit("original") in self.units and not there.issuperset(self._held_out):
-            self.finished -= {"embed"} if head_unit("original") not in self.finished else set()
+        # What is lost on its way through the source can always begin anew.
+        current = next((b for b in range(self._num_blocks) if block_unit(0, b) not in self.finished), None)
+        lost = head_unit("original") in self.units and head_unit("original") not in self.finished
+        lost = lost and not self._source_inputs(self._num_blocks).issuperset(self._held_out)
+        if current is not None and self._compensated:
+            lost = lost or not self._source_inputs(current).issuperset(self._chunks)
+        if lost:
+            self.finished.discard("embed")
+
+    def _source_inputs(self, last: int) -> set[str]:
+        """Chunks that are somewhere on their way through the source's blocks, up to the inputs of one."""
+        return {chunk for block in range(last + 1) for chunk in self._ready["original", block]}

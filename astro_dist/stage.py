@@ -57,6 +57,11 @@ class WorkerSpec:
     device: str
     threads: int
 
+    @property
+    def compensated(self) -> bool:
+        """Whether, in mode `sequential`, layers make up for the errors of those before."""
+        return self.quantization.compensation > 0 and self.quantization.method == "gptq"
+
 
 class Stage:
     """Holds at most one block, of the source or of what a round wrote.

@@ -53,19 +53,16 @@ def naive(W, Q, grid, H, scale_dtype):
     for r in range(len(W)):
         for k in range(scale.shape[1]):
             B = slice(k * g, (k + 1) * g)
-
-            def e():
-                return W[r] - V[r] * scale[r].repeat_interleave(g)
-
             v = V[r, B]
-            slope, curvature = (e() @ H[:, B]) @ v, v @ H[B, B] @ v
+            slope, curvature = ((W[r] - V[r] * scale[r].repeat_interleave(g)) @ H[:, B]) @ v, v @ H[B, B] @ v
             new = (scale[r, k] + slope / curvature).to(scale_dtype).double()
             step = new - scale[r, k]
             if step * (2 * slope - step * curvature) > 0 and new > 0:
                 scale[r, k] = new
             low, high = grid.q_min - float(grid.zero[r, k]), grid.q_max - float(grid.zero[r, k])
             for i in range(B.start, B.stop):
-                best = V[r, i] + (e() @ H[:, i]) / (H[i, i] * scale[r, k])
+                e = W[r] - V[r] * scale[r].repeat_interleave(g)
+                best = V[r, i] + (e @ H[:, i]) / (H[i, i] * scale[r, k])
                 V[r, i] = best.round().clamp(low, high)
     Q = (V.reshape(len(Q), -1, g) + grid.zero.double().unsqueeze(-1)).flatten(1).to(torch.int8)
     return Q, dataclasses.replace(grid, scale=scale.float())

@@ -22,7 +22,7 @@ def simulate(num_workers, seed, schedule):
         worker = dice.choice(sorted(running))
         call = running.pop(worker)
         log.append((worker, call))
-        schedule.done(worker, call, {"tiles": 3})
+        schedule.done(worker, call, {"tiles": 3, "stages": 2})
     return log
 
 

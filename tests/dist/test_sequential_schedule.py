@@ -9,23 +9,27 @@ CHUNKS = ["c0000", "c0001", "c0002", "h0000"]
 BLOCKS = 4
 
 
-def run(num_workers, seed, finished=(), present=None, chunks=CHUNKS):
-    return simulate(num_workers, seed, SequentialSchedule(BLOCKS, 2, chunks, 2, finished, present or {}))
+def run(num_workers, seed, finished=(), present=None, chunks=CHUNKS, compensated=False):
+    schedule = SequentialSchedule(BLOCKS, 2, chunks, 2, finished, present or {}, compensated)
+    return simulate(num_workers, seed, schedule)
 
 
 @pytest.mark.parametrize("num_workers", [1, 2, 5])
-@pytest.mark.parametrize("seed", range(4))
-def test_nothing_is_used_before_it_is_there(num_workers, seed):
+@pytest.mark.parametrize("compensated", [False, True])
+@pytest.mark.parametrize("seed", range(3))
+def test_nothing_is_used_before_it_is_there(num_workers, seed, compensated):
     seen = []
-    for _, call in run(num_workers, seed):
+    for _, call in run(num_workers, seed, compensated=compensated):
         key, block = (call.method, *call.args), call.args[0] if call.args else None
         if call.method == "share":
-            chunks = shares(CHUNKS, 2)[call.args[1]]
+            chunks = shares(CHUNKS, 2)[call.args[2]]
             assert block == 0 or all(("pass_on", "round-0", block - 1, c) in seen for c in chunks)
+            assert call.args[1] == 0 or all(("tile", block, call.args[1] - 1, i) in seen for i in range(3))
+            assert not compensated or block == 0 or all(("pass_on", "original", block - 1, c) in seen for c in chunks)
         if call.method == "tile":
-            assert all(("share", block, i) in seen for i in range(2))
+            assert all(("share", block, call.args[1], i) in seen for i in range(2))
         if call.method == "write":
-            assert all(("tile", block, i) in seen for i in range(3))
+            assert all(("tile", block, 1, i) in seen for i in range(3))
         if call.method == "pass_on" and call.args[0] == "round-0":
             assert ("write", call.args[1]) in seen
         assert key not in seen
@@ -49,8 +53,8 @@ def test_going_on_begins_with_the_first_unfinished_block():
     present = {"round-0": {1: CHUNKS, 2: CHUNKS[:1]}, "original": {2: ["h0000"]}}
     log = [(call.method, *call.args) for _, call in run(1, 0, finished, present)]
     assert log[0] == ("pass_on", "round-0", 1, "c0001")
-    assert ("share", 2, 0) in log
-    assert ("share", 1, 0) not in log
+    assert ("share", 2, 1, 0) in log
+    assert ("share", 1, 0, 0) not in log
 
 
 def test_lost_inputs_are_made_again_from_the_last_block_that_has_them():
