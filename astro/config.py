@@ -70,7 +70,7 @@ class Quantization:
     scale_search: Literal["hessian", "mse", "minmax"] = "hessian"
     """`hessian` shrinks each group's range to the least error with each column's error at the cost that is left when
     later columns have made up for it; `mse` weighs all columns alike; `minmax` covers the range."""
-    refine_passes: int = 2
+    refine_passes: int = 4
     """Passes of coordinate descent over integers and scales after GPTQ, at most; 0 is none."""
     refine_tolerance: float = 1e-3
     """A pass that lowers the layer error by a smaller share is the last."""
@@ -175,7 +175,7 @@ class Regularizer:
     solver: Literal["admm", "pgd"] = "admm"
     """`admm` converges in about 20 iterations; `pgd` is the published proximal gradient (200 iterations)."""
     iterations: int | None = None
-    """Iterations of the solver, always all of them; 8 for `admm` and 200 for `pgd` where not given."""
+    """Iterations of the solver, always all of them; 6 for `admm` and 200 for `pgd` where not given."""
     rho: float = 1e-3
     """ADMM's penalty parameter, where the Hessian's largest eigenvalue is 1."""
 
@@ -191,4 +191,4 @@ class Regularizer:
     @property
     def steps(self) -> int:
         """Iterations, the solver's own number where none is given."""
-        return self.iterations if self.iterations is not None else {"admm": 8, "pgd": 200}[self.solver]
+        return self.iterations if self.iterations is not None else {"admm": 6, "pgd": 200}[self.solver]

@@ -32,9 +32,9 @@ __all__ = [
 _BETAS = (1e-5, 3e-5, 1e-4, 3e-4, 1e-3)
 """Strengths that are tried beside 0, relative to the mean group maximum."""
 _SAMPLED_ROWS = 256
-"""Rows, evenly spaced over the group, that β and widths are measured on; of a small group one row in four."""
+"""Rows, evenly spaced over the group, that β and widths are measured on; of a small group one row in eight."""
 _LEAST_GAIN = 2e-3
-"""Share of the layer error that a β must save on the sample to be worth its time on all rows."""
+"""Share of the layer error that a β must save on the sample, beyond one standard error, to be used."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -181,7 +181,7 @@ def solve_rows(group: LinearGroup, W: torch.Tensor, target: torch.Tensor | None 
         target = W
         if group.problem is not None:
             with _timed(seconds, "regularize"):
-                target = regularizer.regularize(W, group.problem, group.beta).Z
+                target = regularizer.regularize(W, group.problem, group.beta)
     with _timed(seconds, "grid"):
         cost = group.factor.cost if group.factor else group.H.diagonal()
         grid = fit_grid(target, settings, group.scale_dtype, cost)
@@ -236,25 +236,26 @@ def measure_width(group: LinearGroup, W: torch.Tensor, bits: int) -> float:
 
 
 def _choose_beta(group: LinearGroup, W: torch.Tensor) -> tuple[float, float]:
-    """The β of least error on some rows, and the share of the error that it saves against β = 0.
+    """The β that surely saves most of the error of some rows, and the share that it saves against β = 0.
 
-    Each β goes on from the one before.
+    The rows get just what all rows will get, so that the choice holds for them.
     """
     assert group.problem is not None
-    targets, iterate = [W], None
-    for beta in _BETAS:
-        iterate = regularizer.regularize(W, group.problem, beta, iterate)
-        targets.append(iterate.Z)
+    targets = [W, *(regularizer.regularize(W, group.problem, beta) for beta in _BETAS)]
     # Rows are independent: all candidates are quantized in one solve, as rows over each other.
     solved = solve_rows(group, W.repeat(len(targets), 1), torch.cat(targets))
-    errors = solved.figures.error.reshape(len(targets), -1).sum(1).tolist()
-    least = min(errors)
-    gain = 1.0 - least / errors[0] if errors[0] > 0 else 0.0
-    return ((0.0, *_BETAS)[errors.index(least)], gain) if gain >= _LEAST_GAIN else (0.0, 0.0)
+    errors = solved.figures.error.reshape(len(targets), -1)
+    plain = errors[0].sum().clamp(min=torch.finfo(torch.float32).tiny)
+    saved = errors[0] - errors[1:]
+    gains = saved.sum(1) / plain
+    # The sample's own noise is taken off, so that a β is not chosen for a few lucky rows.
+    sure = gains - saved.std(1, correction=0) * len(W) ** 0.5 / plain
+    best = int(sure.argmax())
+    return (_BETAS[best], float(gains[best])) if float(sure[best]) >= _LEAST_GAIN else (0.0, 0.0)
 
 
 def _sampled(W: torch.Tensor) -> torch.Tensor:
-    count = min(max(len(W) // 4, 1), _SAMPLED_ROWS)
+    count = min(max(len(W) // 8, 1), _SAMPLED_ROWS)
     return W[torch.linspace(0, len(W) - 1, count, device=W.device).round().long()]
 
 

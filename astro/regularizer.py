@@ -6,7 +6,7 @@ Per row (eq. 12):
     J(w) = ½ (w − w₀) H (w − w₀)ᵀ + β Σ_k α_k ‖w^(k)‖_∞,      H scaled to a largest eigenvalue of 1,
 
 for groups k of g contiguous columns. Shapes: R rows, C columns, G = C/g groups.
-Two solvers: the published proximal gradient, and ADMM, which comes close to the minimum in some 8 iterations.
+Two solvers: the published proximal gradient, and ADMM, which comes close to the minimum in a few iterations.
 """
 
 import dataclasses
@@ -17,10 +17,7 @@ from astro.config import Regularizer
 from astro.errors import NumericalError
 from astro.grid import grouped
 
-__all__ = [
-    "Iterate", "Problem", "group_activations", "largest_eigenvalue", "mean_group_maximum", "prepare", "prox",
-    "regularize",
-]  # fmt: skip
+__all__ = ["Problem", "group_activations", "largest_eigenvalue", "mean_group_maximum", "prepare", "prox", "regularize"]
 
 _NEWTON_STEPS = 5
 """At least; wide groups take more, one for each doubling. Residuals are then below 1e-5 of τ (tested)."""
@@ -93,21 +90,6 @@ class Problem:
     operator: torch.Tensor
 
 
-@dataclasses.dataclass(frozen=True)
-class Iterate:
-    """Where a solver arrived, and where it can go on with another β.
-
-    Attributes:
-        Z: W̃, float32 [R, C].
-        U: ADMM's scaled dual variable, float32 [R, C]; None for proximal gradient.
-        beta: strength of the penalty it was solved for.
-    """
-
-    Z: torch.Tensor
-    U: torch.Tensor | None
-    beta: float
-
-
 def prepare(H: torch.Tensor, unit: torch.Tensor, settings: Regularizer, group_size: int, name: str) -> Problem:
     """Compute what every row of the layer shares.
 
@@ -138,36 +120,36 @@ def prepare(H: torch.Tensor, unit: torch.Tensor, settings: Regularizer, group_si
     return Problem(settings, group_size, guidance, H)
 
 
-def regularize(W: torch.Tensor, problem: Problem, beta: float, start: Iterate | None = None) -> Iterate:
+def regularize(W: torch.Tensor, problem: Problem, beta: float) -> torch.Tensor:
     """W̃ for some rows of a layer. Rows are independent.
 
     Args:
         W: original weights, float32 [R, C].
         problem: prepared for the layer.
         beta: strength of the penalty.
-        start: the same rows solved for another β > 0; W itself where not given.
+
+    Returns:
+        float32 [R, C].
     """
-    solve = _admm if problem.settings.solver == "admm" else _proximal_gradient
-    return solve(W, problem, beta, start)
+    tau = beta * problem.guidance
+    return _admm(W, problem, tau) if problem.settings.solver == "admm" else _proximal_gradient(W, problem, tau)
 
 
-def _proximal_gradient(W: torch.Tensor, problem: Problem, beta: float, start: Iterate | None) -> Iterate:
-    Z = start.Z if start else W
+def _proximal_gradient(W: torch.Tensor, problem: Problem, tau: torch.Tensor) -> torch.Tensor:
+    Z = W
     for _ in range(problem.settings.steps):
         V = Z - (Z - W) @ problem.operator  # eq. 13, η = 1 because λ_max = 1
-        Z = prox(V, beta * problem.guidance, problem.group_size)  # eq. 14-15
-    return Iterate(Z, None, beta)
+        Z = prox(V, tau, problem.group_size)  # eq. 14-15
+    return Z
 
 
-def _admm(W: torch.Tensor, problem: Problem, beta: float, start: Iterate | None) -> Iterate:
-    tau = beta * problem.guidance / problem.settings.rho
-    Z, U = (start.Z, start.U) if start else (W, None)
-    # The dual variable lies in a ball of radius τ: it grows with β.
-    U = torch.zeros_like(W) if U is None or start is None else U * (beta / start.beta)
+def _admm(W: torch.Tensor, problem: Problem, tau: torch.Tensor) -> torch.Tensor:
+    tau = tau / problem.settings.rho
+    Z, U = W, torch.zeros_like(W)
     for _ in range(problem.settings.steps):
         # argmin of the smooth part: (H + ρI) Y = H W + ρ(Z − U), written as a step from W
         Y = torch.addmm(W, Z - U - W, problem.operator)
         Y.add_(U)
         Z = prox(Y, tau, problem.group_size)
         U = Y.sub_(Z)
-    return Iterate(Z, U, beta)
+    return Z

@@ -32,7 +32,7 @@ def objective(W, W0, X, beta, alpha):
 
 def run(H, W, **changes):
     settings = Regularizer(**{"beta": 1e-3, "beta_unit": "absolute", "iterations": 20, **changes})
-    return regularize(W, prepare(H, mean_group_maximum(W, G), settings, G, "x"), settings.beta).Z
+    return regularize(W, prepare(H, mean_group_maximum(W, G), settings, G, "x"), settings.beta)
 
 
 def naive_prox(v, tau):
@@ -149,23 +149,13 @@ def test_relative_beta_follows_the_size_of_the_weights():
 
 
 @pytest.mark.parametrize("solver", ["admm", "pgd"])
-def test_going_on_from_another_beta_comes_nearer_to_the_minimum(solver):
-    X, H, W = layer()
-    settings = Regularizer(beta=1e-3, beta_unit="absolute", solver=solver, iterations=5)
-    problem, alpha = prepare(H, mean_group_maximum(W, G), settings, G, "x"), group_activations(H, G).double()
-    start = regularize(W, problem, 5e-4)
-    cold, warm = regularize(W, problem, 1e-3), regularize(W, problem, 1e-3, start)
-    assert objective(warm.Z, W, X, 1e-3, alpha) < objective(cold.Z, W, X, 1e-3, alpha)
-
-
-@pytest.mark.parametrize("solver", ["admm", "pgd"])
 def test_beta_zero_changes_nothing(solver):
     _, H, W = layer()
     torch.testing.assert_close(run(H, W, beta=0.0, solver=solver), W)
 
 
 def test_solvers_bring_their_own_number_of_iterations():
-    assert [Regularizer(solver=solver).steps for solver in ("admm", "pgd")] == [8, 200]
+    assert [Regularizer(solver=solver).steps for solver in ("admm", "pgd")] == [6, 200]
 
 
 def test_hessian_of_zeros_is_an_error():
