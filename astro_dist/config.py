@@ -4,6 +4,7 @@ import dataclasses
 import difflib
 import hashlib
 import json
+import typing
 from pathlib import Path
 from typing import Any, Literal
 
@@ -195,14 +196,20 @@ def _explain(item: Any) -> str:
         return f"unknown key {path}{_suggest(item['loc'])}"
     message = str(item["msg"]).removeprefix("Value error, ")
     shown = "" if item["type"] in ("missing", "value_error") else f", got {item['input']!r:.80}"
-    return f"{path}: {message}{shown}"
+    return f"{path}: {message}{shown}" if path else message
 
 
 def _suggest(location: tuple[int | str, ...]) -> str:
-    names: Any = RunConfig.model_fields
+    kind: Any = RunConfig
     for part in location[:-1]:
-        kind = names[str(part)].annotation if str(part) in names else None
-        known = dataclasses.fields(kind) if dataclasses.is_dataclass(kind) else ()
-        names = getattr(kind, "model_fields", None) or {field.name: field for field in known}
-    close = difflib.get_close_matches(str(location[-1]), list(names), n=1)
+        kind = typing.get_args(kind)[1] if typing.get_origin(kind) is dict else _keys(kind).get(str(part))
+    names = list(_keys(kind))
+    close = difflib.get_close_matches(str(location[-1]), names, n=1)
     return f" (did you mean {close[0]}?)" if close else f"; known here: {', '.join(names)}"
+
+
+def _keys(kind: Any) -> dict[str, Any]:
+    """Keys of a section with their types."""
+    if dataclasses.is_dataclass(kind):
+        return {field.name: typing.get_type_hints(kind)[field.name] for field in dataclasses.fields(kind)}
+    return {name: field.annotation for name, field in getattr(kind, "model_fields", {}).items()}

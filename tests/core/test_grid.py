@@ -86,3 +86,32 @@ def test_against_naive_float64_rounding():
         for row, s, z in zip(W.double(), grid.scale[:, 0], grid.zero[:, 0], strict=True)
     ]
     assert grid.quantize(W).tolist() == expected
+
+
+@pytest.mark.parametrize("symmetric", [True, False])
+def test_hessian_search_against_trying_every_shrink_in_float64(symmetric):
+    W, cost = random_weights(4, 32), torch.rand(32, generator=torch.Generator().manual_seed(3)) ** 4
+    own = settings(scale_search="hessian", bits=3, symmetric=symmetric)
+
+    def error(grid):
+        squared = (grid.dequantize(grid.quantize(W)) - W).double().square() * cost.double()
+        return squared.reshape(4, 2, 16).sum(-1)
+
+    found = error(fit_grid(W, own, torch.float32, cost))
+    for i in range(36):
+        low, high = (getattr(W.reshape(4, 2, 16), end)(-1) * (1 - 0.02 * i) for end in ("amin", "amax"))
+        low, high = low.clamp(max=0), high.clamp(min=0)
+        high = torch.maximum(-low, high) if symmetric else high
+        scale = high / 3 if symmetric else (high - low) / 7
+        zero = torch.zeros_like(scale) if symmetric else (-4 - low / scale).round().clamp(-4, 3)
+        assert bool((found <= error(Grid(scale, zero, 3, 16, symmetric)) * (1 + 1e-5)).all())
+
+
+def test_hessian_search_spends_its_precision_where_columns_cost_most():
+    W, cost = random_weights(64, 16), torch.full((16,), 1e-3)
+    cost[:4] = 1.0
+    errors = {}
+    for search in ("mse", "hessian"):
+        grid = fit_grid(W, settings(scale_search=search, bits=2), torch.float32, cost)
+        errors[search] = float((grid.dequantize(grid.quantize(W)) - W)[:, :4].square().sum())
+    assert errors["hessian"] < 0.8 * errors["mse"]

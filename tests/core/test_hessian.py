@@ -96,3 +96,39 @@ def test_layer_error_is_the_output_error():
     W_hat = W.round(decimals=1)
     expected = ((X @ (W - W_hat).T) ** 2).sum(0)
     torch.testing.assert_close(layer_error(W, W_hat, X.T @ X), expected)
+
+
+def test_partial_sums_merged_in_order_give_the_sum_over_all():
+    X = correlated_inputs(40, 24).float()
+    parts = []
+    for rows in (X[:8], X[8:24], X[24:]):
+        parts.append(HessianAccumulator(24, torch.device("cpu")))
+        parts[-1].add_(rows)
+    whole, merged = (HessianAccumulator(24, torch.device("cpu")) for _ in range(2))
+    for part, rows in zip(parts, (X[:8], X[8:24], X[24:]), strict=True):
+        merged.merge_(part.partial, part.num_tokens)
+        whole.add_(rows)
+    assert torch.equal(merged.finish_("x"), whole.finish_("x"))
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_factor_solves_against_float64(seed):
+    X = correlated_inputs(200, 32, seed)
+    H, B = (X.T @ X / 200).float(), random_weights(5, 32)
+    factor = factorize(H, torch.randperm(32, generator=torch.Generator().manual_seed(seed)), 0.05, 1.0, "x")
+    damped = H.double() + 0.05 * H.double().diagonal().mean() * torch.eye(32)
+    torch.testing.assert_close(
+        factor.solve(B).double(), torch.linalg.solve(damped, B.double(), left=False), rtol=1e-3, atol=1e-4
+    )
+
+
+def test_cost_is_the_variance_of_a_column_given_those_after_it():
+    X = correlated_inputs(200, 12)
+    H, order = (X.T @ X / 200).float(), torch.tensor([3, 0, 7, 1, 2, 4, 5, 6, 11, 10, 9, 8])
+    cost = factorize(H, order, 1e-6, 1.0, "x").cost
+    for i, column in enumerate(order.tolist()):
+        after = order[i + 1 :]
+        rest = X[:, column]
+        if len(after):
+            rest = rest - X[:, after] @ torch.linalg.lstsq(X[:, after], rest).solution
+        assert float(cost[column]) == pytest.approx(float(rest.square().mean()), rel=1e-2)

@@ -41,6 +41,18 @@ def test_resolved_config_reads_back_the_same(write):
         (MINIMAL + "calibration: {samples: 0}", "calibration.samples: .*got 0"),
         (MINIMAL + "execution: {workers: 0}", "workers: expected auto or at least 1, got 0"),
         (MINIMAL + "execution: {device: tpu}", "execution.device: .*got 'tpu'"),
+        (MINIMAL + "execution: {mode: sequential, rounds: 2}", "rounds: only in mode blocks, got 2"),
+        (MINIMAL + "quantization: {bits: auto, average_bits: 3}", "c.yaml: quantization.bits: auto wants .*rounds of at least 2"),
+        (MINIMAL + "quantization: {bits: auto}", "bits: auto wants average_bits, e.g. 3.5"),
+        (MINIMAL + "quantization: {average_bits: 3}", "average_bits: only with bits: auto"),
+        (MINIMAL + "quantization: {bits: auto, average_bits: 9}", r"average_bits: expected 2 to 8 \(bit_choices\), got 9"),
+        (MINIMAL + "quantization: {bit_choices: [4, 5]}", r"bit_choices: expected different widths .* got \[4, 5\]"),
+        (MINIMAL + "quantization: {compensation: 2}", "compensation: expected 0 to 1, got 2"),
+        (MINIMAL + "quantization: {refine_passes: -1}", "refine_passes: expected 0 to 100, got -1"),
+        (MINIMAL + "quantization: {refine_tolerance: -1}", "refine_tolerance: expected a number >= 0, got -1"),
+        (MINIMAL + "quantization: {overrides: {'*.o': {bits: 5}}}", "bits: expected 2, 3, 4 or 8, got 5"),
+        (MINIMAL + "quantization: {overrides: {'*.o': {}}}", "expected at least one of bits, group_size, symmetric"),
+        (MINIMAL + "quantization: {overrides: {'*.o': {bit: 4}}}", r"unknown key quantization.overrides.*\.bit \(did you mean bits"),
         ("model: {source: x}", "output: Field required"),
         ("- 1", "expected a mapping of sections"),
         ("{", "cannot be read as YAML"),
@@ -49,6 +61,24 @@ def test_resolved_config_reads_back_the_same(write):
 def test_wrong_configs_are_explained(write, text, message):
     with pytest.raises(ConfigError, match=message):
         load_config(write(text))
+
+
+def test_overrides_apply_in_their_order(write):
+    text = MINIMAL + "quantization: {overrides: {'*.down': {bits: 8}, 'm.0.*': {bits: 3, symmetric: false}}}"
+    settings = load_config(write(text)).quantization
+    found = {name: settings.for_layer(name) for name in ("m.0.down", "m.1.down", "m.1.up")}
+    assert {name: (own.bits, own.symmetric) for name, own in found.items()} == {
+        "m.0.down": (3, False), "m.1.down": (8, True), "m.1.up": (4, True),
+    }  # fmt: skip
+
+
+def test_width_that_is_set_is_not_touched_by_the_budget(write):
+    text = MINIMAL + (
+        "execution: {rounds: 2}\nquantization: {bits: auto, average_bits: 3.5, overrides: {'*.down': {bits: 8}}}"
+    )
+    settings = load_config(write(text)).quantization
+    assert settings.for_layer("a.up").bits == "auto"
+    assert [settings.for_layer(name, 2).bits for name in ("a.up", "a.down")] == [2, 8]
 
 
 def test_missing_file():

@@ -6,23 +6,36 @@ from pathlib import Path
 import pytest
 import torch
 import transformers
+from safetensors.torch import load_file
 
-from astro.checkpoint import Checkpoint
+from astro.errors import ConfigError, RunError
 from astro_dist import pipeline
+from astro_dist.actors import Worker
 from astro_dist.verify import verify_model
 from tests.conftest import files_of
+from tests.dist.test_pipeline import perplexity
 
 SEQUENTIAL = {"execution__mode": "sequential", "execution__hessian_shares": 2}
 MODES = {
-    "rounds": {"execution__rounds": 2, "quantization__bits": 3},
+    "rounds": {"execution__rounds": 3, "quantization__bits": 3},
     "sequential": {**SEQUENTIAL, "quantization__bits": 3},
     "uncompensated": {**SEQUENTIAL, "quantization__compensation": 0.0},
+    "rounded": {**SEQUENTIAL, "quantization__method": "rtn"},
     "budget": {"execution__rounds": 2, "quantization__bits": "auto", "quantization__average_bits": 3.5},
+    "overrides": {
+        **SEQUENTIAL,
+        "quantization__overrides": {"*.v_proj": {"bits": 8}, "*.mlp.*": {"group_size": 64, "symmetric": False}},
+    },
 }
+STEPS = ("embed", "copy", "open_block", "forward", "solve", "advance", "head", "share", "tile", "write", "pass_on")
 
 
 def model_of(summary):
     return Path(summary["model"])
+
+
+def config_of(folder):
+    return json.loads((folder / "config.json").read_text())["quantization_config"]
 
 
 @pytest.mark.parametrize("mode", MODES)
@@ -36,3 +49,118 @@ def test_number_of_workers_does_not_change_a_byte(run_config, tmp_path, mode):
     verify_model(model_of(summary))
     assert not (tmp_path / "run1" / "activations").exists()
     assert not list((tmp_path / "run1").glob("rounds/*/*"))
+
+
+class _Interrupted(Exception):
+    pass
+
+
+@pytest.mark.parametrize("mode", ["rounds", "sequential", "budget"])
+@pytest.mark.parametrize("calls", [2, 9, 23, 35])
+def test_interrupted_run_goes_on_and_writes_the_same_bytes(run_config, tmp_path, monkeypatch, mode, calls):
+    expected = files_of(model_of(pipeline.quantize(run_config(output__dir=str(tmp_path / "whole"), **MODES[mode]))))
+    left = [calls]
+
+    def counted(method):
+        def call(self, *args):
+            left[0] -= 1
+            if left[0] < 0:
+                raise _Interrupted
+            return method(self, *args)
+
+        return call
+
+    with monkeypatch.context() as patch:
+        for name in STEPS:
+            patch.setattr(Worker, name, counted(getattr(Worker, name)))
+        with pytest.raises(_Interrupted):
+            pipeline.quantize(run_config(**MODES[mode]))
+    before = {p.name: p.stat().st_mtime_ns for p in (tmp_path / "run" / "records").glob("*.json")}
+    summary = pipeline.quantize(run_config(execution__workers=2, **MODES[mode]))
+    assert files_of(model_of(summary)) == expected
+    after = {p.name: p.stat().st_mtime_ns for p in (tmp_path / "run" / "records").glob("*.json")}
+    assert before.items() <= after.items(), "a finished unit was done again"
+
+
+@pytest.mark.parametrize("mode", ["rounds", "sequential", "uncompensated"])
+def test_perplexity_of_every_round_is_that_of_what_was_written(run_config, tmp_path, mode):
+    summary = pipeline.quantize(run_config(**MODES[mode]))
+    model = transformers.AutoModelForCausalLM.from_pretrained(model_of(summary), dtype=torch.float32)
+    tokens = load_file(tmp_path / "run" / "tokens.safetensors")["h0000"]
+    assert perplexity(model, tokens) == pytest.approx(summary["perplexity"]["quantized"], rel=1e-5)
+    assert summary["rounds"][-1]["perplexity"] == summary["perplexity"]["quantized"]
+    assert len(summary["rounds"]) == (3 if mode == "rounds" else 1)
+
+
+def test_first_round_is_the_run_of_one_round_and_later_ones_differ(run_config, tmp_path, monkeypatch):
+    one = pipeline.quantize(run_config(output__dir=str(tmp_path / "one"), quantization__bits=3))
+    two = pipeline.quantize(run_config(execution__rounds=2, quantization__bits=3))
+    assert two["rounds"][0]["perplexity"] == pytest.approx(one["perplexity"]["quantized"], rel=1e-9)
+    assert files_of(model_of(one)) != files_of(model_of(two))
+
+
+def test_compensation_lowers_the_loss_of_the_tiny_model_at_two_bits(run_config, tmp_path):
+    results = {}
+    for share in (0.0, 0.5):
+        changes = {**SEQUENTIAL, "quantization__bits": 2, "quantization__compensation": share}
+        config = run_config(output__dir=str(tmp_path / str(share)), calibration__samples=24, **changes)
+        results[share] = model_of(pipeline.quantize(config))
+    tokens = load_file(tmp_path / "0.5" / "tokens.safetensors")["c0000"]
+    source = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "llama", dtype=torch.float32)
+
+    def distance(folder):
+        model = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+        with torch.no_grad():
+            return float((model(tokens).logits - source(tokens).logits).square().mean())
+
+    assert distance(results[0.5]) < distance(results[0.0])
+
+
+def test_budget_is_spent_and_not_exceeded(run_config, tmp_path):
+    summary = pipeline.quantize(run_config(**MODES["budget"]))
+    assert 3.0 < summary["average_bits"] <= 3.5
+    widths = json.loads((tmp_path / "run" / "allocation.json").read_text())
+    assert len(widths) == 21
+    for i in range(3):
+        attention, mlp = f"model.layers.{i}.self_attn", f"model.layers.{i}.mlp"
+        assert len({widths[f"{attention}.{name}_proj"] for name in "qkv"}) == 1
+        assert widths[f"{mlp}.gate_proj"] == widths[f"{mlp}.up_proj"]
+    written = {
+        target: group["weights"]["num_bits"]
+        for group in config_of(model_of(summary))["config_groups"].values()
+        for target in group["targets"]
+    }
+    assert written == widths
+    _, info = transformers.AutoModelForCausalLM.from_pretrained(model_of(summary), output_loading_info=True)
+    assert not any(info.values())
+
+
+def test_overrides_of_other_widths_are_written_noted_and_load(run_config):
+    overrides = {"*.down_proj": {"bits": 8}, "*.q_proj": {"bits": 3}}
+    summary = pipeline.quantize(run_config(quantization__overrides=overrides))
+    groups = config_of(model_of(summary))["config_groups"].values()
+    assert sorted((g["weights"]["num_bits"], len(g["targets"])) for g in groups) == [(3, 3), (4, 15), (8, 3)]
+    assert any("q_proj" in note and "vLLM fuses them" in note for note in summary["notes"])
+    _, info = transformers.AutoModelForCausalLM.from_pretrained(model_of(summary), output_loading_info=True)
+    assert not any(info.values())
+
+
+def test_override_that_matches_nothing_is_refused(run_config):
+    with pytest.raises(ConfigError, match=r"quantization.overrides: '\*.w1' matches no layer of the blocks"):
+        pipeline.prepare(run_config(quantization__overrides={"*.w1": {"bits": 8}}))
+
+
+def test_error_in_a_tile_is_a_failed_run_that_keeps_what_is_finished(run_config, tmp_path, monkeypatch):
+    real = Worker.tile
+
+    def failing(self, index, stage, number):
+        if index == 1:
+            raise RunError("disk gone")
+        real(self, index, stage, number)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Worker, "tile", failing)
+        with pytest.raises(RunError, match="disk gone"):
+            pipeline.quantize(run_config(**MODES["sequential"]))
+    assert (tmp_path / "run" / "records" / "round-0-block-0000.json").is_file()
+    assert pipeline.quantize(run_config(**MODES["sequential"]))["resumed_units"] >= 2

@@ -34,6 +34,15 @@ def test_local_and_ray_with_one_two_and_three_workers_write_the_same_bytes(clust
         assert len(summary["peak_rss_bytes"]) == workers + 1
 
 
+@pytest.mark.parametrize("mode", [{"execution__mode": "sequential"}, {"execution__rounds": 2}], ids=str)
+def test_other_modes_write_the_same_bytes_on_ray(cluster, run_config, tmp_path, mode):
+    pipeline.quantize(run_config(output__dir=str(tmp_path / "local"), **mode))
+    folder = tmp_path / "ray"
+    config = run_config(execution__executor="ray", execution__workers=3, output__dir=str(folder), **mode)
+    pipeline.quantize(config)
+    assert files_of(folder / "model") == files_of(tmp_path / "local" / "model")
+
+
 def test_source_that_differs_from_the_drivers_is_refused_by_the_worker(cluster, run_config, llama, monkeypatch):
     real = pipeline._make_executor
 
