@@ -1,0 +1,102 @@
+"""Hold-out perplexity of every method, and of other tools, on one model and text: the README's tables.
+
+    python tests/bench/accuracy.py MODEL TEXT.parquet --out DIR --grids 4:64 3:64 4:-1 2:32 \
+        --peer llm-compressor=/venvs/llm-compressor/bin/python --peer gptqmodel=/venvs/gptqmodel/bin/python
+
+Runs the command line once a row and grid, one after the other; other tools run `peers.py` in their own environments on
+the very same tokens. What is finished in DIR is not repeated. Prints Markdown: perplexity, then seconds.
+"""
+
+import argparse
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+NONE = ["regularizer.name=none"]
+PLAIN = [*NONE, "quantization.scale_search=mse", "quantization.refine_passes=0", "quantization.compensation=0"]
+# LLaMA-2's published beta of 5e-5 in units of its own mean group maximum, so that it means the same on other models.
+PAPER = [*PLAIN[1:], "regularizer.solver=pgd", "regularizer.iterations=200", "regularizer.beta=8e-4"]
+SEQUENTIAL = ["execution.mode=sequential"]
+METHODS = {
+    "RTN": ["quantization.method=rtn", "quantization.scale_search=minmax", *NONE],
+    "GPTQ": PLAIN,
+    "GPTQ, sequential": [*PLAIN, *SEQUENTIAL],
+    "MagR + GPTQ (published solver)": ["regularizer.name=magr", *PAPER],
+    "Astro + GPTQ (published solver)": ["regularizer.name=astro", *PAPER],
+    "ours, beta 0": NONE,
+    "ours, no refinement": ["quantization.refine_passes=0"],
+    "ours": [],
+    "ours, 2 rounds": ["execution.rounds=2"],
+    "ours, 3 rounds": ["execution.rounds=3"],
+    "ours, sequential, uncompensated": [*SEQUENTIAL, "quantization.compensation=0"],
+    "ours, sequential": SEQUENTIAL,
+}
+
+
+def our_run(options: argparse.Namespace, name: str, grid: str, changes: list[str]) -> dict:
+    """One run of the command line; perplexity and seconds."""
+    bits, group_size = grid.split(":")
+    out = options.out / f"{name.replace(' ', '-')}-{grid.replace(':', 'g')}"
+    assignments = [
+        f"quantization.bits={bits}", f"quantization.group_size={group_size}", f"calibration.samples={options.samples}",
+        f"calibration.holdout_samples={options.samples}", f"calibration.source={options.text}",
+        f"calibration.sequence_length={options.sequence_length}", f"execution.workers={options.workers}",
+        f"model.source={options.model}", f"output.dir={out}", "model.check_weights=false", *changes,
+    ]  # fmt: skip
+    config = options.out / "empty.yaml"
+    config.write_text("{}")
+    command = [sys.executable, "-m", "astro_dist", "quantize", str(config), "--json"]
+    command += [part for assignment in assignments for part in ("--set", assignment)]
+    summary = json.loads(subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True).stdout)
+    return {"tokens": out / "tokens.safetensors", "wall_s": summary["wall_s"], **summary["perplexity"]}
+
+
+def peer_run(options: argparse.Namespace, tool: str, python: str, grid: str, tokens: Path) -> dict:
+    """One run of another tool; perplexity and seconds."""
+    kept = options.out / f"{tool}-{grid.replace(':', 'g')}.json"
+    if not kept.exists():
+        bits, group_size = grid.split(":")
+        script = str(Path(__file__).with_name("peers.py"))
+        job = ["--bits", bits, "--group-size", group_size, *options.peer_argument]
+        command = [python, script, tool, str(options.model), str(tokens), *job]
+        done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True)
+        kept.write_text(done.stdout.splitlines()[-1])
+    found = json.loads(kept.read_text())
+    return {"quantized": found["perplexity"], "wall_s": found["wall_s"]}
+
+
+def main() -> None:
+    """Run what is missing, print the tables."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("model", type=Path)
+    parser.add_argument("text", type=Path)
+    parser.add_argument("--out", type=Path, required=True)
+    parser.add_argument("--grids", nargs="+", default=["4:64", "3:64", "4:-1", "2:32"], metavar="BITS:GROUP")
+    parser.add_argument("--methods", nargs="+", default=list(METHODS), choices=list(METHODS))
+    parser.add_argument("--peer", action="append", default=[], metavar="TOOL=PYTHON")
+    parser.add_argument("--peer-argument", action="append", default=[], metavar="ARGUMENT")
+    parser.add_argument("--samples", type=int, default=32)
+    parser.add_argument("--sequence-length", type=int, default=512)
+    parser.add_argument("--workers", type=int, default=2)
+    options = parser.parse_args()
+    options.out = options.out.resolve()
+    options.out.mkdir(parents=True, exist_ok=True)
+    rows: dict[str, list[dict]] = {}
+    for grid in options.grids:
+        for name in options.methods:
+            rows.setdefault(name, []).append(our_run(options, name, grid, METHODS[name]))
+        tokens = rows[options.methods[0]][-1]["tokens"]
+        for peer in options.peer:
+            tool, _, python = peer.partition("=")
+            rows.setdefault(tool, []).append(peer_run(options, tool, python, grid, tokens))
+    print(f"original: {rows[options.methods[0]][0]['original']:.3f}\n")
+    for figure, form in (("quantized", ".3f"), ("wall_s", ".0f")):
+        print("| | " + " | ".join(options.grids) + " |\n" + "|---" * (len(options.grids) + 1) + "|")
+        for name, results in rows.items():
+            print(f"| {name} | " + " | ".join(format(result[figure], form) for result in results) + " |")
+        print()
+
+
+if __name__ == "__main__":
+    main()
