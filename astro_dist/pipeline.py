@@ -1,12 +1,8 @@
 """A whole run: validate, plan, execute, assemble, summarize."""
 
 import dataclasses
-import math
 import os
-import shutil
 import time
-from collections import Counter
-from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -15,20 +11,17 @@ import transformers
 
 import astro
 from astro.checkpoint import (
-    INDEX_NAME,
     Checkpoint,
-    read_header,
     read_json,
     require_finite,
-    write_atomic,
     write_json,
 )
-from astro.config import Quantization
 from astro.errors import CheckpointError, ConfigError, InputError, RunError
 from astro.formats import compressed_tensors
 from astro.skeleton import Skeleton
-from astro_dist.actors import configure_process, peak_rss_bytes
-from astro_dist.budget import allocate, layer_settings, read_choices
+from astro_dist.actors import configure_process
+from astro_dist.assemble import assemble
+from astro_dist.budget import allocate, read_choices
 from astro_dist.calibration import TokenChunks, read_documents, tokenize
 from astro_dist.config import RunConfig, run_key
 from astro_dist.executor import Executor, LocalExecutor
@@ -40,8 +33,6 @@ from astro_dist.schedule import (
     Call,
     Schedule,
     block_unit,
-    evaluate_unit,
-    head_unit,
     is_held_out,
     stream_names,
     unit_names,
@@ -49,15 +40,9 @@ from astro_dist.schedule import (
 from astro_dist.sequential_schedule import SequentialSchedule, sequential_units
 from astro_dist.source import resolve_source
 from astro_dist.stage import WorkerSpec
+from astro_dist.summary import summarize
 
 __all__ = ["Prepared", "prepare", "quantize"]
-
-_COPIED_FILES = (
-    "generation_config.json", "tokenizer.json", "tokenizer_config.json", "tokenizer.model", "special_tokens_map.json",
-    "added_tokens.json", "vocab.json", "vocab.txt", "merges.txt", "chat_template.jinja", "chat_template.json",
-    "*.tiktoken", "spiece.model", "*.spm", "preprocessor_config.json", "processor_config.json",
-    "LICENSE*", "NOTICE*", "USE_POLICY*",
-)  # fmt: skip
 
 
 @dataclasses.dataclass(frozen=True)
@@ -143,8 +128,10 @@ def _run(prepared: Prepared, run: RunDirectory, fingerprint: str, chunks: list[s
             workers = _execute(prepared, run, fingerprint, chunks, schedule, executor)
         finally:
             executor.close()
-    _assemble(prepared, run)
-    summary = _summarize(prepared, run, workers, time.perf_counter() - begin, resumed)
+    assemble(prepared.source, prepared.plan, run, prepared.config)
+    told = prepared.notes
+    wall_s = time.perf_counter() - begin
+    summary = summarize(prepared.plan, run, prepared.config.quantization, told, workers, wall_s, resumed)
     write_json(run.summary, summary)
     run.drop_activations()
     return summary
@@ -310,95 +297,3 @@ def _refuse_other_dtype(run: RunDirectory, dtype: torch.dtype) -> None:
             f"{run.root}: this run was begun in {before} and would go on in {dtype} on this hardware; "
             f"set execution.compute_dtype: {before.removeprefix('torch.')}, or choose another output.dir"
         )
-
-
-def _assemble(prepared: Prepared, run: RunDirectory) -> None:
-    """Write what makes the shards a model: index, config, tokenizer."""
-    plan, source = prepared.plan, prepared.source
-    weight_map: dict[str, str] = {}
-    total = 0
-    for file in plan.files:
-        for entry in read_header(run.model, file):
-            weight_map[entry.name] = file
-            total += entry.size_bytes
-    index = {"metadata": {"total_size": total}, "weight_map": dict(sorted(weight_map.items()))}
-    write_json(run.model / INDEX_NAME, index)
-    patterns = (*_COPIED_FILES, *(("*.py",) if prepared.config.model.trust_remote_code else ()))
-    for path in sorted({path for pattern in patterns for path in source.glob(pattern) if path.is_file()}):
-        _copy(path, run.model / path.name)
-    content = read_json(source / "config.json")
-    settings = _final_settings(prepared, run)
-    content["quantization_config"] = compressed_tensors.quantization_config(settings, plan.ignore)
-    write_json(run.model / "config.json", content)
-
-
-def _final_settings(prepared: Prepared, run: RunDirectory) -> dict[str, Quantization]:
-    settings: dict[str, Quantization] = {}
-    for unit in prepared.plan.blocks:
-        settings |= layer_settings(run, prepared.config.quantization, unit, run.rounds - 1)
-    return settings
-
-
-def _copy(source: Path, target: Path) -> None:
-    write_atomic(target, lambda partial: _copy_bytes(source, partial))
-
-
-def _copy_bytes(source: Path, target: Path) -> None:
-    shutil.copyfile(source, target)
-
-
-def _summarize(
-    prepared: Prepared, run: RunDirectory, workers: list[dict[str, Any]], wall_s: float, resumed: int
-) -> dict[str, Any]:
-    """Figures of the whole run from its records; wall time and peak memory are those of this session."""
-    plan = prepared.plan
-    notes = compressed_tensors.server_notes(_final_settings(prepared, run))
-    streams = stream_names(run.rounds)
-    rounds = [[run.read(block_unit(r, unit.index)) for unit in plan.blocks] for r in range(run.rounds)]
-    layers = [[layer for record in records for layer in record["layers"]] for records in rounds]
-    raised = [layer["name"] for layer in layers[-1] if layer["factorizations"] > 1]
-    weights = sum(layer["rows"] * layer["columns"] for layer in layers[-1])
-    original, *results = (_perplexity(run.read(head_unit(stream))) for stream in streams)
-    return {
-        "perplexity": {"original": original, "quantized": results[-1]},
-        "rounds": [
-            {"perplexity": perplexity, "mean_relative_error": _mean([layer["relative_error"] for layer in own])}
-            for perplexity, own in zip(results, layers, strict=True)
-        ],
-        "mean_relative_error": _mean([layer["relative_error"] for layer in layers[-1]]),
-        "average_bits": sum(layer["bits"] * layer["rows"] * layer["columns"] for layer in layers[-1]) / weights,
-        "betas": {f"{beta:g}": count for beta, count in sorted(Counter(layer["beta"] for layer in layers[-1]).items())},
-        "wall_s": round(wall_s, 2),
-        "resumed_units": resumed,
-        "phases_s": _phases(run, rounds),
-        "peak_rss_bytes": {
-            "driver": peak_rss_bytes(),
-            **{f"worker-{index}": worker["peak_rss_bytes"] for index, worker in enumerate(workers)},
-        },
-        "bytes_read": plan.read_bytes,
-        "bytes_written": plan.written_bytes,
-        "fallbacks": {"damping_raised": raised},
-        "notes": [*prepared.notes, *(note for note in notes if note not in prepared.notes)],
-        "units": {"blocks": len(plan.blocks), "copies": len(plan.copies)},
-        "model": str(run.model),
-    }
-
-
-def _phases(run: RunDirectory, rounds: list[list[dict[str, Any]]]) -> dict[str, float]:
-    """Seconds of all workers and rounds together, by phase."""
-    records = [*(record for records in rounds for record in records)]
-    records += [run.read(evaluate_unit(block)) for block in range(len(rounds[0]))]
-    phases: dict[str, float] = {}
-    for record in records:
-        for phase, seconds in record.get("seconds", {}).items():
-            phases[phase] = phases.get(phase, 0.0) + seconds
-    return {phase: round(seconds, 2) for phase, seconds in phases.items()}
-
-
-def _mean(values: list[float]) -> float:
-    return sum(values) / len(values)
-
-
-def _perplexity(result: Mapping[str, Any]) -> float | None:
-    # e^700 is the largest that a float holds, and no more of a language model than infinity
-    return math.exp(min(result["negative_log_likelihood"] / result["tokens"], 700)) if result else None

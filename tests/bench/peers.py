@@ -47,13 +47,11 @@ def gptqmodel(model_folder: Path, sequences: torch.Tensor, bits: int, group_size
     model = GPTQModel.load(str(model_folder), config, dtype=torch.float32)
     rows = [{"input_ids": row[None], "attention_mask": torch.ones_like(row[None])} for row in sequences]
     model.quantize(rows, batch_size=1, backend=BACKEND.TORCH)
-    weights = {}
-    for name, module in model.model.named_modules():
-        if hasattr(module, "dequantize_weight") and hasattr(module, "qweight"):
-            if not hasattr(module, "wf_unsqueeze_zero"):
-                module.post_init()
-            weights[name] = module.dequantize_weight().T.float().contiguous()
-    return weights
+    with tempfile.TemporaryDirectory() as folder:
+        model.save(folder)
+        read = GPTQModel.load(folder, backend=BACKEND.TORCH, device="cpu", dtype=torch.float32).model
+    packed = {name: module for name, module in read.named_modules() if hasattr(module, "qweight")}
+    return {name: module.dequantize_weight().T.float().contiguous() for name, module in packed.items()}
 
 
 def auto_round(model_folder: Path, sequences: torch.Tensor, bits: int, group_size: int, iters: int) -> dict:
@@ -112,13 +110,12 @@ def main() -> None:
     sequences = {kind: torch.cat([tokens[n] for n in sorted(tokens) if n[0] == kind]) for kind in "ch"}
     job = (options.model, sequences["c"], options.bits, options.group_size)
     start = time.perf_counter()
-    with tempfile.TemporaryDirectory():
-        weights = {
-            "llm-compressor": lambda: llm_compressor(*job),
-            "gptqmodel": lambda: gptqmodel(*job),
-            "auto-round": lambda: auto_round(*job, options.iters),
-            "none": dict,
-        }[options.tool]()
+    weights = {
+        "llm-compressor": lambda: llm_compressor(*job),
+        "gptqmodel": lambda: gptqmodel(*job),
+        "auto-round": lambda: auto_round(*job, options.iters),
+        "none": dict,
+    }[options.tool]()
     wall_s = time.perf_counter() - start
     value = perplexity(options.model, weights, sequences["h"])
     print(json.dumps({"tool": options.tool, "perplexity": value, "wall_s": round(wall_s, 1)}))

@@ -261,4 +261,4 @@ def test_verify_accepts_the_result_and_measures_it(run_config, llama):
     folder = model_of(pipeline.quantize(run_config()))
     report = verify_model(folder, llama)
     assert report["linears"] == 21
-    assert all(0 < error < 0.2 for error in report["relative_weight_errors"].values())
+    assert all(0 < error < 0.5 for error in report["relative_weight_errors"].values())

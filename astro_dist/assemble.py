@@ -1,0 +1,63 @@
+"""What makes finished shards a model: index, config, tokenizer. Nothing that is a shard is touched."""
+
+import shutil
+from pathlib import Path
+
+from astro.checkpoint import INDEX_NAME, read_header, read_json, write_atomic, write_json
+from astro.config import Quantization
+from astro.formats import compressed_tensors
+from astro_dist.budget import layer_settings
+from astro_dist.config import RunConfig
+from astro_dist.manifest import RunDirectory
+from astro_dist.plan import Plan
+
+__all__ = ["assemble", "final_settings"]
+
+_COPIED_FILES = (
+    "generation_config.json", "tokenizer.json", "tokenizer_config.json", "tokenizer.model", "special_tokens_map.json",
+    "added_tokens.json", "vocab.json", "vocab.txt", "merges.txt", "chat_template.jinja", "chat_template.json",
+    "*.tiktoken", "spiece.model", "*.spm", "preprocessor_config.json", "processor_config.json",
+    "LICENSE*", "NOTICE*", "USE_POLICY*",
+)  # fmt: skip
+
+
+def assemble(source: Path, plan: Plan, run: RunDirectory, config: RunConfig) -> None:
+    """Write what is missing beside the shards.
+
+    Args:
+        source: folder of the source checkpoint.
+        plan: of the run, all of its units finished.
+        run: the run directory.
+        config: of the run.
+    """
+    weight_map: dict[str, str] = {}
+    total = 0
+    for file in plan.files:
+        for entry in read_header(run.model, file):
+            weight_map[entry.name] = file
+            total += entry.size_bytes
+    index = {"metadata": {"total_size": total}, "weight_map": dict(sorted(weight_map.items()))}
+    write_json(run.model / INDEX_NAME, index)
+    patterns = (*_COPIED_FILES, *(("*.py",) if config.model.trust_remote_code else ()))
+    for path in sorted({path for pattern in patterns for path in source.glob(pattern) if path.is_file()}):
+        _copy(path, run.model / path.name)
+    content = read_json(source / "config.json")
+    settings = final_settings(config.quantization, plan, run)
+    content["quantization_config"] = compressed_tensors.quantization_config(settings, plan.ignore)
+    write_json(run.model / "config.json", content)
+
+
+def final_settings(quantization: Quantization, plan: Plan, run: RunDirectory) -> dict[str, Quantization]:
+    """Settings of every quantized layer by name, their widths settled: the last round's."""
+    settings: dict[str, Quantization] = {}
+    for unit in plan.blocks:
+        settings |= layer_settings(run, quantization, unit, run.rounds - 1)
+    return settings
+
+
+def _copy(source: Path, target: Path) -> None:
+    write_atomic(target, lambda partial: _copy_bytes(source, partial))
+
+
+def _copy_bytes(source: Path, target: Path) -> None:
+    shutil.copyfile(source, target)

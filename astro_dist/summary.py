@@ -1,0 +1,88 @@
+"""The figures of a finished run, from its records."""
+
+import math
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from astro.config import Quantization
+from astro.formats import compressed_tensors
+from astro_dist.actors import peak_rss_bytes
+from astro_dist.assemble import final_settings
+from astro_dist.manifest import RunDirectory
+from astro_dist.plan import Plan
+from astro_dist.schedule import block_unit, evaluate_unit, head_unit, stream_names
+
+__all__ = ["summarize"]
+
+
+def summarize(
+    plan: Plan,
+    run: RunDirectory,
+    quantization: Quantization,
+    notes: Sequence[str],
+    workers: Sequence[Mapping[str, Any]],
+    wall_s: float,
+    resumed: int,
+) -> dict[str, Any]:
+    """Figures of the whole run; wall time and peak memory are those of this session.
+
+    Args:
+        plan: of the run, all of its units finished.
+        run: the run directory.
+        quantization: of the run.
+        notes: what the user was told before it started.
+        workers: what each says of itself.
+        wall_s: seconds of this session.
+        resumed: units that were finished before it.
+    """
+    final = compressed_tensors.server_notes(final_settings(quantization, plan, run))
+    streams = stream_names(run.rounds)
+    rounds = [[run.read(block_unit(r, unit.index)) for unit in plan.blocks] for r in range(run.rounds)]
+    layers = [[layer for record in records for layer in record["layers"]] for records in rounds]
+    raised = [layer["name"] for layer in layers[-1] if layer["factorizations"] > 1]
+    weights = sum(layer["rows"] * layer["columns"] for layer in layers[-1])
+    original, *results = (_perplexity(run.read(head_unit(stream))) for stream in streams)
+    return {
+        "perplexity": {"original": original, "quantized": results[-1]},
+        "rounds": [
+            {"perplexity": perplexity, "mean_relative_error": _mean([layer["relative_error"] for layer in own])}
+            for perplexity, own in zip(results, layers, strict=True)
+        ],
+        "mean_relative_error": _mean([layer["relative_error"] for layer in layers[-1]]),
+        "average_bits": sum(layer["bits"] * layer["rows"] * layer["columns"] for layer in layers[-1]) / weights,
+        "betas": {f"{beta:g}": count for beta, count in sorted(Counter(layer["beta"] for layer in layers[-1]).items())},
+        "wall_s": round(wall_s, 2),
+        "resumed_units": resumed,
+        "phases_s": _phases(run, rounds),
+        "peak_rss_bytes": {
+            "driver": peak_rss_bytes(),
+            **{f"worker-{index}": worker["peak_rss_bytes"] for index, worker in enumerate(workers)},
+        },
+        "bytes_read": plan.read_bytes,
+        "bytes_written": sum((run.model / file).stat().st_size for file in plan.files),
+        "fallbacks": {"damping_raised": raised},
+        "notes": [*notes, *(note for note in final if note not in notes)],
+        "units": {"blocks": len(plan.blocks), "copies": len(plan.copies)},
+        "model": str(run.model),
+    }
+
+
+def _phases(run: RunDirectory, rounds: list[list[dict[str, Any]]]) -> dict[str, float]:
+    """Seconds of all workers and rounds together, by phase."""
+    records = [*(record for records in rounds for record in records)]
+    records += [run.read(evaluate_unit(block)) for block in range(len(rounds[0]))]
+    phases: dict[str, float] = {}
+    for record in records:
+        for phase, seconds in record.get("seconds", {}).items():
+            phases[phase] = phases.get(phase, 0.0) + seconds
+    return {phase: round(seconds, 2) for phase, seconds in phases.items()}
+
+
+def _mean(values: list[float]) -> float:
+    return sum(values) / len(values)
+
+
+def _perplexity(result: Mapping[str, Any]) -> float | None:
+    # e^700 is the largest that a float holds, and no more of a language model than infinity
+    return math.exp(min(result["negative_log_likelihood"] / result["tokens"], 700)) if result else None
