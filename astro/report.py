@@ -1,8 +1,9 @@
 """What is recorded of every quantized group of linear layers."""
 
 import dataclasses
+from collections.abc import Mapping
 
-__all__ = ["LayerRecord"]
+__all__ = ["LayerRecord", "add_seconds"]
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -34,3 +35,9 @@ class LayerRecord:
     """Factorizations tried; more than 1 means that the damping was raised. 0 where none was done."""
     seconds: dict[str, float]
     """Time by phase: factor, beta, regularize, grid, gptq, refine."""
+
+
+def add_seconds(total: dict[str, float], more: Mapping[str, float]) -> None:
+    """Add times by phase to those of `total`, in place."""
+    for phase, seconds in more.items():
+        total[phase] = total.get(phase, 0.0) + seconds

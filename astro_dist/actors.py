@@ -8,7 +8,6 @@ import math
 import platform
 import resource
 import time
-from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -18,6 +17,7 @@ from astro.block import BlockStatistics, quantize_block
 from astro.checkpoint import save_tensors
 from astro.errors import NumericalError, RunError
 from astro.recording import load_call, record, returns_tuple, run_head, save_calls
+from astro.report import add_seconds
 from astro_dist.budget import layer_settings
 from astro_dist.plan import BlockUnit
 from astro_dist.schedule import block_unit, evaluate_unit, head_unit, is_held_out, stream_names
@@ -137,7 +137,7 @@ class Worker:
         hessian_s = opened.statistics.seconds
         seconds = {**opened.seconds, "forward": opened.seconds["forward"] - hessian_s, "hessian": hessian_s}
         for layer in records:
-            _add(seconds, layer.seconds)
+            add_seconds(seconds, layer.seconds)
         start = time.perf_counter()
         path = stage.write_block(unit, round_index, quantized)
         seconds["write"] = time.perf_counter() - start
@@ -184,7 +184,7 @@ class Worker:
         spec, start = self._spec, time.perf_counter()
         quantized, records, seconds = self._tiles.merge(index)
         for layer in records:
-            _add(seconds, layer.seconds)
+            add_seconds(seconds, layer.seconds)
         unit = spec.plan.blocks[index]
         path = self._stage.write_block(unit, 0, quantized)
         seconds["write"] = time.perf_counter() - start
@@ -223,9 +223,3 @@ class Worker:
         if opened is None or (opened.round_index, opened.unit.index) != (round_index, index):
             raise RunError(f"{block_unit(round_index, index)} is not open on this worker; it was restarted in between")
         return opened
-
-
-def _add(seconds: dict[str, float], more: Mapping[str, float]) -> None:
-    """Add times by phase."""
-    for phase, spent in more.items():
-        seconds[phase] = seconds.get(phase, 0.0) + spent

@@ -7,6 +7,7 @@ from typing import Any
 
 from astro.config import Quantization
 from astro.formats import compressed_tensors
+from astro.report import add_seconds
 from astro_dist.actors import peak_rss_bytes
 from astro_dist.assemble import final_settings
 from astro_dist.manifest import RunDirectory
@@ -74,8 +75,7 @@ def _phases(run: RunDirectory, rounds: list[list[dict[str, Any]]]) -> dict[str, 
     records += [run.read(evaluate_unit(block)) for block in range(len(rounds[0]))]
     phases: dict[str, float] = {}
     for record in records:
-        for phase, seconds in record.get("seconds", {}).items():
-            phases[phase] = phases.get(phase, 0.0) + seconds
+        add_seconds(phases, record.get("seconds", {}))
     return {phase: round(seconds, 2) for phase, seconds in phases.items()}
 
 

@@ -10,6 +10,7 @@ import functools
 import json
 import time
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -21,7 +22,7 @@ from astro.grid import Grid
 from astro.group import Figures, GroupOutcome, LinearGroup, SolvedRows, prepare_group, solve_rows
 from astro.hessian import DriftAccumulator, HessianAccumulator
 from astro.layer import QuantizedLinear, merge_rows, row_tiles, stack
-from astro.report import LayerRecord
+from astro.report import LayerRecord, add_seconds
 from astro_dist.budget import layer_settings
 from astro_dist.plan import BlockUnit
 from astro_dist.sequential_schedule import shares
@@ -100,8 +101,7 @@ class TileSolver:
         seconds: dict[str, float] = {}
         for stage_index in range(len(block.groups)):
             for note in self._share_notes(index, stage_index):
-                for phase, spent in note["seconds"].items():
-                    seconds[phase] = seconds.get(phase, 0.0) + spent
+                add_seconds(seconds, note["seconds"])
         layers = {name: layer for quantized, _ in parts for name, layer in quantized.items()}
         records = [record for _, own in parts for record in own]
         self._block = None
@@ -197,10 +197,10 @@ class TileSolver:
         figures = Figures(**{field.name: tensors[field.name] for field in dataclasses.fields(Figures)})
         return SolvedRows(tensors["Q"], grid, figures), GroupOutcome(**json.loads(note))
 
-    def _share_path(self, index: int, stage_index: int, number: int) -> Any:
+    def _share_path(self, index: int, stage_index: int, number: int) -> Path:
         return self._stage.spec.run.partial(index, f"share-{stage_index}-{number}")
 
-    def _tile_path(self, index: int, stage_index: int, number: int) -> Any:
+    def _tile_path(self, index: int, stage_index: int, number: int) -> Path:
         return self._stage.spec.run.partial(index, f"tile-{stage_index}-{number}")
 
 
@@ -208,8 +208,7 @@ def _together(outcomes: list[GroupOutcome]) -> GroupOutcome:
     """What was decided for a group, the same in every tile; the seconds of all."""
     seconds: dict[str, float] = {}
     for outcome in outcomes:
-        for phase, spent in outcome.seconds.items():
-            seconds[phase] = seconds.get(phase, 0.0) + spent
+        add_seconds(seconds, outcome.seconds)
     return dataclasses.replace(outcomes[0], seconds=seconds)
 
 

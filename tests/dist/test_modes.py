@@ -17,6 +17,7 @@ from tests.dist.test_pipeline import perplexity
 
 SEQUENTIAL = {"execution__mode": "sequential", "execution__hessian_shares": 2}
 MODES = {
+    "blocks": {},
     "rounds": {"execution__rounds": 3, "quantization__bits": 3},
     "sequential": {**SEQUENTIAL, "quantization__bits": 3},
     "uncompensated": {**SEQUENTIAL, "quantization__compensation": 0.0},
@@ -55,8 +56,13 @@ class _Interrupted(Exception):
     pass
 
 
-@pytest.mark.parametrize("mode", ["rounds", "sequential", "budget"])
-@pytest.mark.parametrize("calls", [2, 9, 23, 35])
+@pytest.mark.parametrize(
+    ("mode", "calls"),
+    [
+        *(("blocks", calls) for calls in (1, 3, 8, 14, 20)),
+        *((mode, calls) for mode in ("rounds", "sequential", "budget") for calls in (2, 9, 23, 35)),
+    ],
+)
 def test_interrupted_run_goes_on_and_writes_the_same_bytes(run_config, tmp_path, monkeypatch, mode, calls):
     expected = files_of(model_of(pipeline.quantize(run_config(output__dir=str(tmp_path / "whole"), **MODES[mode]))))
     left = [calls]

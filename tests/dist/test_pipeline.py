@@ -106,31 +106,6 @@ class _Interrupted(Exception):
     pass
 
 
-@pytest.mark.parametrize("calls", [1, 3, 8, 14, 20])
-def test_interrupted_run_goes_on_and_writes_the_same_bytes(run_config, tmp_path, monkeypatch, calls):
-    expected = files_of(model_of(pipeline.quantize(run_config(output__dir=str(tmp_path / "whole")))))
-    left = [calls]
-
-    def counted(method):
-        def call(self, *args):
-            left[0] -= 1
-            if left[0] < 0:
-                raise _Interrupted
-            return method(self, *args)
-
-        return call
-
-    with monkeypatch.context() as patch:
-        for name in ("embed", "copy", "open_block", "forward", "solve", "advance", "head"):
-            patch.setattr(Worker, name, counted(getattr(Worker, name)))
-        with pytest.raises(_Interrupted):
-            pipeline.quantize(run_config())
-    before = {p.name: p.stat().st_mtime_ns for p in (tmp_path / "run" / "records").glob("*.json")}
-    assert files_of(model_of(pipeline.quantize(run_config(execution__workers=2)))) == expected
-    after = {p.name: p.stat().st_mtime_ns for p in (tmp_path / "run" / "records").glob("*.json")}
-    assert before.items() <= after.items(), "a finished unit was done again"
-
-
 def test_finished_run_is_only_summarized_again(run_config):
     first, second = pipeline.quantize(run_config()), pipeline.quantize(run_config())
     assert first == second
