@@ -49,7 +49,7 @@ def gptqmodel(model_folder: Path, sequences: torch.Tensor, bits: int, group_size
     model.quantize(rows, batch_size=1, backend=BACKEND.TORCH)
     with tempfile.TemporaryDirectory() as folder:
         model.save(folder)
-        read = GPTQModel.load(folder, backend=BACKEND.TORCH, device="cpu", dtype=torch.float32).model
+        read = GPTQModel.load(folder, backend=BACKEND.TORCH, device="cpu", dtype=torch.float16).model
     packed = {name: module for name, module in read.named_modules() if hasattr(module, "qweight")}
     return {name: module.dequantize_weight().T.float().contiguous() for name, module in packed.items()}
 

@@ -4,7 +4,7 @@ import pytest
 import torch
 import transformers
 
-from astro.block import BlockStatistics, forward
+from astro.block import BlockStatistics, forward, input_groups, input_of
 from astro.checkpoint import Checkpoint
 from astro.errors import CheckpointError, NumericalError, UnsupportedError
 from astro.recording import load_call, record, returns_tuple, run_head, save_calls
@@ -91,6 +91,10 @@ def test_layers_with_one_input_are_found(llama, tmp_path):
     handle.remove()
     short = [[name.rsplit(".", 1)[1] for name in group] for group in statistics.groups]
     assert short == [["q_proj", "k_proj", "v_proj"], ["o_proj"], ["gate_proj", "up_proj"], ["down_proj"]]
+    with torch.no_grad():
+        assert input_groups(modules, lambda: forward(skeleton.blocks[0], hidden, calls[0])) == statistics.groups
+        found = input_of(modules["model.layers.0.mlp.down_proj"], lambda: forward(skeleton.blocks[0], hidden, calls[0]))
+    assert torch.equal(found, seen["x"])
     *_, (_, H, num_tokens) = statistics.finish_()
     X = seen["x"].reshape(-1, 128)
     assert num_tokens == 80
@@ -102,6 +106,8 @@ def test_layer_that_no_token_reached_is_an_error(llama):
     statistics = BlockStatistics({linears[0].name: skeleton.model.get_submodule(linears[0].name)}, CPU)
     with pytest.raises(NumericalError, match="q_proj: no calibration token reached"):
         list(statistics.finish_())
+    with pytest.raises(NumericalError, match="q_proj: no calibration token reached"):
+        input_groups({linears[0].name: skeleton.model.get_submodule(linears[0].name)}, lambda: IDS)
 
 
 def test_mixture_of_experts_is_refused_by_name(tmp_path):
