@@ -134,8 +134,13 @@ def input_groups(linears: Mapping[str, nn.Linear], action: Callable[[], torch.Te
     return groups
 
 
-def input_of(linear: nn.Linear, action: Callable[[], torch.Tensor]) -> torch.Tensor:
+def input_of(name: str, linear: nn.Linear, action: Callable[[], torch.Tensor]) -> torch.Tensor:
     """The input [..., C] that a layer gets in a forward, which goes no further.
+
+    Args:
+        name: of the layer, for messages.
+        linear: the layer.
+        action: a forward of its block.
 
     Raises:
         NumericalError: the forward does not reach the layer.
@@ -153,7 +158,7 @@ def input_of(linear: nn.Linear, action: Callable[[], torch.Tensor]) -> torch.Ten
     finally:
         handle.remove()
     if not seen:
-        raise NumericalError("a layer that was reached before is not reached by this chunk")
+        raise NumericalError(f"{name}: reached by some calibration chunks, not by all; use longer sequences")
     return seen[0]
 
 

@@ -30,6 +30,7 @@ __all__ = [
     "load_tensors",
     "read_header",
     "read_json",
+    "read_note",
     "require_finite",
     "save_tensors",
     "sha256_of",

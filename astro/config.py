@@ -119,6 +119,11 @@ class Quantization:
         )
 
     @property
+    def compensates(self) -> bool:
+        """Whether, in mode `sequential`, layers make up for the errors of those before."""
+        return self.compensation > 0 and self.method == "gptq"
+
+    @property
     def width(self) -> int:
         """Bits of one weight, where they are settled: see `for_layer`."""
         assert self.bits != "auto", "the width of this layer is not settled yet"
@@ -173,7 +178,7 @@ class Regularizer:
     beta_unit: Literal["relative", "absolute"] = "relative"
     """`relative`: beta is multiplied by the layer's mean group maximum; `absolute`: the papers' own units."""
     solver: Literal["admm", "pgd"] = "admm"
-    """`admm` converges in about 20 iterations; `pgd` is the published proximal gradient (200 iterations)."""
+    """`admm` comes close in a few iterations; `pgd` is the published proximal gradient (200 iterations)."""
     iterations: int | None = None
     """Iterations of the solver, always all of them; 6 for `admm` and 200 for `pgd` where not given."""
     rho: float = 1e-3

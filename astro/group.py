@@ -159,8 +159,9 @@ def prepare_group(
     if regularization.beta != "auto":
         return dataclasses.replace(group, beta=regularization.beta)
     # Its own clock: what the search spends on grids, GPTQ and refinement is the search's.
+    rows = compensate(group, _sampled(W))
     with _timed(seconds, "beta"):
-        beta, gain = _choose_beta(dataclasses.replace(group, seconds={}, drift=None), compensate(group, _sampled(W)))
+        beta, gain = _choose_beta(dataclasses.replace(group, seconds={}, drift=None), rows)
     return dataclasses.replace(group, beta=beta, beta_gain=gain, problem=problem if beta else None)
 
 
@@ -192,7 +193,9 @@ def solve_rows(group: LinearGroup, W: torch.Tensor, target: torch.Tensor | None 
         with _timed(seconds, "gptq"):
             Q = gptq.solve(target, group.factor, grid)
         with _timed(seconds, "refine"):
-            Q, grid = refine(W, Q, grid, group.H, settings.refine_passes, settings.refine_tolerance, group.scale_dtype)
+            damping = group.factor.damping * group.H.diagonal().mean()
+            passes, tolerance = settings.refine_passes, settings.refine_tolerance
+            Q, grid = refine(W, Q, grid, group.H, damping, passes, tolerance, group.scale_dtype)
     figures = Figures(
         error=layer_error(W, grid.dequantize(Q), group.H),
         energy=layer_error(W, torch.zeros_like(W), group.H),
@@ -231,7 +234,8 @@ def measure_width(group: LinearGroup, W: torch.Tensor, bits: int) -> float:
     """
     quantization = dataclasses.replace(group.quantization, bits=bits)
     measured = dataclasses.replace(group, quantization=quantization, problem=None, beta=0.0, seconds={})
-    figures = solve_rows(measured, _sampled(W)).figures
+    with _timed(group.seconds, "widths"):
+        figures = solve_rows(measured, _sampled(W)).figures
     return float(figures.error.sum() / figures.energy.sum().clamp(min=torch.finfo(torch.float32).tiny))
 
 

@@ -19,8 +19,8 @@ _TILE = 1024
 class HessianAccumulator:
     """Sums XᵀX over chunks, in the order in which they are added, in float32.
 
-    Each chunk's product is formed on its own and then added, so that partial sums computed elsewhere and merged in
-    chunk order give the same bits. Only the tiles on and above the diagonal are computed.
+    Each chunk's product is formed on its own and then added. Sums over shares of the chunks that are merged in a fixed
+    order give the same bits wherever they were computed. Only the tiles on and above the diagonal are computed.
     """
 
     def __init__(self, num_columns: int, device: torch.device) -> None:
@@ -100,9 +100,18 @@ class DriftAccumulator:
         self.partial += partial
         self.num_tokens += num_tokens
 
-    def finish_(self) -> torch.Tensor:
-        """The mean over all tokens, [C, C] float32. The accumulator is empty afterwards."""
+    def finish_(self, name: str) -> torch.Tensor:
+        """The mean over all tokens, [C, C] float32. The accumulator is empty afterwards.
+
+        Raises:
+            NumericalError: an input was not finite.
+        """
         drift, self.partial = self.partial, torch.empty(0)
+        if not bool(torch.isfinite(drift).all()):
+            raise NumericalError(
+                f"{name}: its inputs in the source model hold NaN or Inf; check the model in this compute dtype "
+                "(execution.compute_dtype)"
+            )
         return drift.div_(max(self.num_tokens, 1))
 
 

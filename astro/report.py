@@ -34,7 +34,7 @@ class LayerRecord:
     factorizations: int
     """Factorizations tried; more than 1 means that the damping was raised. 0 where none was done."""
     seconds: dict[str, float]
-    """Time by phase: factor, beta, regularize, grid, gptq, refine."""
+    """Time by phase: factor, compensate, beta, regularize, grid, gptq, refine, widths."""
 
 
 def add_seconds(total: dict[str, float], more: Mapping[str, float]) -> None:

@@ -164,14 +164,21 @@ class Worker:
         return finished
 
     @torch.no_grad()
-    def pass_on(self, stream: str, index: int, chunk: str) -> None:
-        """One chunk through a block of a stream."""
+    def pass_on(self, stream: str, index: int, chunk: str) -> float:
+        """One chunk through a block of a stream; the seconds it took."""
+        start = time.perf_counter()
         self._stage.pass_on(stream, index, chunk)
+        return time.perf_counter() - start
 
     @torch.no_grad()
     def share(self, index: int, stage_index: int, number: int) -> dict[str, Any]:
         """Partial sums of one group of a block's layers from one share of the calibration chunks."""
         return self._tiles.share(index, stage_index, number)
+
+    @torch.no_grad()
+    def decide(self, index: int, stage_index: int) -> None:
+        """Sum the group's shares and decide what holds for all of its rows."""
+        self._tiles.decide(index, stage_index)
 
     @torch.no_grad()
     def tile(self, index: int, stage_index: int, number: int) -> None:

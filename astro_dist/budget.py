@@ -16,7 +16,7 @@ from astro.errors import ConfigError
 from astro_dist.manifest import RunDirectory
 from astro_dist.plan import BlockUnit
 
-__all__ = ["Choice", "allocate", "layer_settings", "read_choices"]
+__all__ = ["Choice", "allocate", "layer_settings", "provisional_width", "read_choices", "require_affordable"]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -67,6 +67,23 @@ def allocate(choices: Sequence[Choice], average_bits: float) -> dict[str, int]:
         widths[name] = width
         spent += cost
     return widths
+
+
+def require_affordable(quantization: Quantization, weights: Mapping[str, int]) -> None:
+    """Refuse a budget that the widths set by overrides exceed already.
+
+    Args:
+        quantization: of the whole run, `bits` being `auto`.
+        weights: number of weights of each quantized layer by name.
+
+    Raises:
+        ConfigError: even the smallest widths are more.
+    """
+    choices = []
+    for name, count in weights.items():
+        own = quantization.for_layer(name)
+        choices.append(Choice(name, count, {min(quantization.bit_choices) if own.bits == "auto" else own.bits: 0.0}))
+    allocate(choices, quantization.average_bits or 0.0)
 
 
 def _steps(choice: Choice) -> list[tuple[float, str, int, float]]:

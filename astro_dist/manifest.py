@@ -4,6 +4,7 @@ config.yaml    the resolved configuration        records/       one record a fin
 run.json       identity of the run               activations/   only what unfinished blocks need
 model/         the checkpoint, shard by shard    tokens.safetensors   every chunk's tokens
 summary.json   the figures of the run            journal.jsonl  what happened when
+rounds/        shards of earlier rounds          allocation.json  with a width budget: every layer's width
 """
 
 import contextlib
@@ -91,9 +92,10 @@ class RunDirectory:
         if block:
             shutil.rmtree(self._inputs(stream, block), ignore_errors=True)
 
-    def drop_activations(self) -> None:
-        """Forget all inputs: the run is complete."""
-        shutil.rmtree(self.root / "activations", ignore_errors=True)
+    def drop_leftovers(self) -> None:
+        """Forget all inputs and what earlier rounds left: the run is complete."""
+        for name in ("activations", "rounds"):
+            shutil.rmtree(self.root / name, ignore_errors=True)
 
     def finish(self, unit: str, files: list[Path], result: dict[str, Any]) -> dict[str, Any]:
         """Write a unit's record, after all of its files.
@@ -139,6 +141,18 @@ class RunDirectory:
         if not intact:
             self.note("damaged", unit=unit, reason="a file is missing or differs from its checksum; the unit is redone")
         return record if intact else None
+
+    def has_files(self, unit: str) -> bool:
+        """Whether everything that a finished unit wrote is still there."""
+        return all((self.root / file["name"]).exists() for file in read_json(self._record(unit))["files"])
+
+    def noted(self, event: str) -> list[dict[str, Any]]:
+        """The journal's lines of one kind."""
+        path = self.root / "journal.jsonl"
+        lines = path.read_text(encoding="utf-8").splitlines() if path.is_file() else []
+        # A line that a killed process left half written is no line.
+        whole = [json.loads(line) for line in lines if line.startswith("{") and line.endswith("}")]
+        return [line for line in whole if line.get("event") == event]
 
     def read(self, unit: str) -> dict[str, Any]:
         """A finished unit's figures; empty where the run has no such unit."""

@@ -1,6 +1,7 @@
 """A whole run: validate, plan, execute, assemble, summarize."""
 
 import dataclasses
+import math
 import os
 import time
 from pathlib import Path
@@ -21,7 +22,7 @@ from astro.formats import compressed_tensors
 from astro.skeleton import Skeleton
 from astro_dist.actors import configure_process
 from astro_dist.assemble import assemble
-from astro_dist.budget import allocate, read_choices
+from astro_dist.budget import allocate, read_choices, require_affordable
 from astro_dist.calibration import TokenChunks, read_documents, tokenize
 from astro_dist.config import RunConfig, run_key
 from astro_dist.executor import Executor, LocalExecutor
@@ -81,8 +82,13 @@ def prepare(config: RunConfig) -> Prepared:
         raise CheckpointError(f"{source / 'config.json'}: the model is quantized already; give the original checkpoint")
     skeleton = Skeleton(source, torch.float32, config.model.trust_remote_code)
     plan = make_plan(checkpoint, skeleton, config.quantization)
-    names = [linear.name for unit in plan.blocks for linear in unit.linears]
-    notes = compressed_tensors.server_notes({name: config.quantization.for_layer(name) for name in names})
+    weights = {
+        linear.name: math.prod(checkpoint.entries[linear.key].shape) for unit in plan.blocks for linear in unit.linears
+    }
+    if config.quantization.bits == "auto":
+        require_affordable(config.quantization, weights)
+    settings = {name: config.quantization.for_layer(name) for name in weights}
+    notes = compressed_tensors.server_notes(settings, plan.ignore)
     if plan.unknown:
         notes.append(
             f"{len(plan.unknown)} tensors that {type(skeleton.model).__name__} does not have are copied as they are, "
@@ -121,6 +127,7 @@ def _run(prepared: Prepared, run: RunDirectory, fingerprint: str, chunks: list[s
     resumed = len(schedule.finished)
     workers: list[dict[str, Any]] = []
     if schedule.complete and run.summary.is_file():
+        run.drop_leftovers()
         return read_json(run.summary)
     if not schedule.complete:
         executor = _make_executor(prepared.config)
@@ -133,7 +140,7 @@ def _run(prepared: Prepared, run: RunDirectory, fingerprint: str, chunks: list[s
     wall_s = time.perf_counter() - begin
     summary = summarize(prepared.plan, run, prepared.config.quantization, told, workers, wall_s, resumed)
     write_json(run.summary, summary)
-    run.drop_activations()
+    run.drop_leftovers()
     return summary
 
 
@@ -251,6 +258,8 @@ def _drive(
         schedule.done(worker, call, result)
         finished = call.unit in schedule.finished and not known
         display.ended(worker, call, finished)
+        if call.method == "pass_on":
+            run.note("passed", chunk=call.args[2], block=call.args[1], stream=call.args[0], seconds=result)
         if finished:
             run.note("finished", unit=call.unit, worker=worker, seconds=result["result"].get("seconds", {}))
             _settle_widths(prepared, schedule, run)
@@ -271,20 +280,19 @@ def _schedule(prepared: Prepared, run: RunDirectory, chunks: list[str]) -> Sched
     config, blocks, copies = prepared.config, len(prepared.plan.blocks), len(prepared.plan.copies)
     evaluated = any(is_held_out(chunk) for chunk in chunks)
     present = {stream: run.present(stream) for stream in stream_names(run.rounds)}
+    finished: set[str] = set()
     if config.execution.mode == "sequential":
         units = sequential_units(blocks, copies, evaluated)
-        finished = [unit for unit in units if run.finished(unit) is not None]
-        compensated = config.quantization.compensation > 0 and config.quantization.method == "gptq"
-        count = config.execution.hessian_shares
+        finished.update(unit for unit in units if run.finished(unit) is not None)
+        count, compensated = config.execution.hessian_shares, config.quantization.compensates
         return SequentialSchedule(blocks, copies, chunks, count, finished, present, compensated)
-    written = [unit for unit in unit_names(blocks, copies, run.rounds, evaluated) if run.finished(unit) is not None]
-    finished = list(written)
-    for r in reversed(range(run.rounds - 1)):
-        for block in range(blocks):
-            unit = block_unit(r, block)
-            superseded = block_unit(r + 1, block) in finished
-            if unit not in finished and superseded and run.finished(unit, superseded=True) is not None:
-                finished.append(unit)
+    for unit in reversed(unit_names(blocks, copies, run.rounds, evaluated)):
+        r, _, block = unit.removeprefix("round-").partition("-block-")
+        # What an earlier round wrote of a block is gone when the next round has done that block.
+        superseded = bool(block) and block_unit(int(r) + 1, int(block)) in finished
+        if run.finished(unit, superseded) is not None:
+            finished.add(unit)
+    written = {unit for unit in finished if run.has_files(unit)}
     measured_first = config.quantization.bits == "auto"
     return BlockSchedule(blocks, copies, chunks, finished, present, run.rounds, written, measured_first)
 

@@ -29,7 +29,7 @@ class BlockUnit:
         linears: its layers that are quantized.
         file: shard that it becomes.
         read_bytes: size of its tensors in the source.
-        written_bytes: size of its tensors in the result, headers not counted; an upper bound with a width budget.
+        written_bytes: size of its tensors in the result, headers not counted; with a width budget an estimate.
     """
 
     index: int
@@ -41,7 +41,7 @@ class BlockUnit:
 
     @property
     def name(self) -> str:
-        """Unit name, e.g. `block-0007`."""
+        """Short name, e.g. `block-0007`; the unit of a round that quantizes it carries the round's too."""
         return f"block-{self.index:04d}"
 
 
@@ -182,10 +182,11 @@ def _assign(checkpoint: Checkpoint, skeleton: Skeleton) -> tuple[dict[int, list[
 
 
 def _require_matching(option: str, patterns: Iterable[str], skeleton: Skeleton) -> None:
-    names = [name for name, module in skeleton.blocks.named_modules(prefix=skeleton.blocks_name)]
+    modules = skeleton.blocks.named_modules(prefix=skeleton.blocks_name)
+    names = [name for name, module in modules if isinstance(module, nn.Linear)]
     for pattern in patterns:
         if not any(fnmatchcase(name, pattern) for name in names):
-            raise ConfigError(f"{option}: {pattern!r} matches no layer of the blocks, e.g. {names[-1]}")
+            raise ConfigError(f"{option}: {pattern!r} matches no linear layer of the blocks, e.g. {names[-1]}")
 
 
 def _cut(checkpoint: Checkpoint, keys: Iterable[str]) -> list[list[str]]:

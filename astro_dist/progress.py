@@ -19,6 +19,7 @@ _PHASES = {
     "forward": "forward",
     "solve": "solving",
     "share": "collecting",
+    "decide": "deciding",
     "tile": "solving",
     "write": "writing",
     "pass_on": "passing on",

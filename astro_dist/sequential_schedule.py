@@ -1,7 +1,8 @@
 """Mode `sequential`: all workers serve one block, and the next is calibrated on what it wrote.
 
 A block is solved in stages, one for each group of layers that share an input. For each stage: shares of the
-calibration chunks give partial Hessians, in any order; then tiles of rows are solved against their sum. Then one worker
+calibration chunks give partial Hessians, in any order; one worker sums them and decides what holds for all rows; then
+tiles of rows are solved. Then one worker
 writes the shard, and every chunk goes on through the block as it was written. Pure, as every schedule.
 """
 
@@ -98,8 +99,14 @@ class SequentialSchedule:
             block, stage = int(call.args[0]), int(call.args[1])
             self._stages[block] = int(result["stages"])
             self._tiles[block, stage] = int(result["tiles"])
-        elif call.method != "tile":
+        elif call.method not in ("decide", "tile"):
             self.finished.add(call.unit)
+
+    @property
+    def _current(self) -> int:
+        """The first block that is not finished."""
+        blocks = range(self._num_blocks)
+        return next((b for b in blocks if block_unit(0, b) not in self.finished), self._num_blocks)
 
     def _candidates(self) -> list[Call]:
         """Calls whose inputs are there, the most urgent first."""
@@ -107,36 +114,54 @@ class SequentialSchedule:
         copying = [Call("copy", (int(unit.removeprefix("copy-")),), unit) for unit in copies]
         if "embed" not in self.finished:
             return [Call("embed", (), "embed"), *copying]
-        blocks = range(self._num_blocks)
-        current = next((b for b in blocks if block_unit(0, b) not in self.finished), self._num_blocks)
-        behind = [call for b in range(current) for call in self._pass_on("round-0", b)]
-        side = [call for b in range(min(current + 1, self._num_blocks)) for call in self._pass_on("original", b)]
-        return [*behind, *self._quantize(current, bool(behind or side)), *side, *self._heads(), *copying]
+        behind, side = (self._passes(stream) for stream in ("round-0", "original"))
+        return [*behind, *self._quantize(self._current, bool(behind or side)), *side, *self._heads(), *copying]
 
-    def _pass_on(self, stream: str, block: int) -> list[Call]:
-        """Chunks that a block has as input and the next one still lacks."""
-        calibrating = (stream == "round-0" or self._compensated) and block + 1 < self._num_blocks
-        wanted = self._chunks if calibrating else self._held_out
-        unit = block_unit(0, block)
-        lacking = [chunk for chunk in wanted if chunk not in self._ready[stream, block + 1]]
-        return [Call("pass_on", (stream, block, c), unit) for c in lacking if c in self._ready[stream, block]]
+    def _passes(self, stream: str) -> list[Call]:
+        """Chunks that shall go through the next block on their way, each from the furthest it has come."""
+        calls = []
+        for chunk in self._chunks:
+            target = self._target(stream, chunk)
+            place = self._place(stream, chunk, target)
+            if place is not None and place < target:
+                calls.append(Call("pass_on", (stream, place, chunk), block_unit(0, place)))
+        return calls
+
+    def _target(self, stream: str, chunk: str) -> int:
+        """The block that a chunk is wanted at, as far as its way is open; 0 where it is not wanted any more."""
+        current = self._current
+        if is_held_out(chunk):
+            wanted = self._num_blocks if head_unit(stream) not in self.finished else 0
+        else:
+            calibrates = current < self._num_blocks and (stream == "round-0" or self._compensated)
+            wanted = self._num_blocks - 1 if calibrates else 0
+        # The result's blocks are there up to the current one. The source's could all be passed at once, but what is
+        # kept for each block costs space.
+        return min(wanted, current if stream == "round-0" else current + 1)
+
+    def _place(self, stream: str, chunk: str, target: int) -> int | None:
+        """The furthest block up to the target whose input of a chunk is there."""
+        return next((b for b in range(target, -1, -1) if chunk in self._ready[stream, b]), None)
 
     def _quantize(self, block: int, chunks_behind: bool) -> list[Call]:
-        """Shares, then tiles of each stage, then the shard of the block that is next."""
+        """For each stage shares, a decision, tiles; then the shard of the block that is next."""
         if block == self._num_blocks:
             return []
         unit = block_unit(0, block)
-        ready = self._ready["round-0", block] & (
-            self._ready["original", block] if self._compensated else {*self._chunks}
-        )
+        ready = self._ready["round-0", block]
+        if self._compensated:
+            ready = ready & self._ready["original", block]
         for stage in range(self._stages.get(block, 1)):
             sharing = [Call("share", (block, stage, i), unit) for i in range(len(self._shares))]
             if not self._done.issuperset(sharing):
                 return [call for call in sharing if ready.issuperset(self._shares[int(call.args[2])])]
+            deciding = Call("decide", (block, stage), unit)
+            if deciding not in self._done:
+                return [deciding]
             tiling = [Call("tile", (block, stage, i), unit) for i in range(self._tiles[block, stage])]
             if not self._done.issuperset(tiling):
                 return tiling
-        # Writing the shard drops the block's inputs of both streams that the block before still hands on.
+        # Writing the shard drops the inputs of the block before, which chunks on their way may still need.
         return [] if chunks_behind else [Call("write", (block,), unit)]
 
     def _heads(self) -> list[Call]:
@@ -148,24 +173,10 @@ class SequentialSchedule:
         return self._ready[stream, self._num_blocks].issuperset(self._held_out)
 
     def _reopen(self) -> None:
-        """A finished block whose outputs are gone, and whose inputs are too, is done again with all before it."""
-        for block in reversed(range(self._num_blocks + 1)):
-            unit = block_unit(0, block) if block < self._num_blocks else head_unit("round-0")
-            needed = self._chunks if block < self._num_blocks else self._held_out
-            if unit in self.units and unit not in self.finished:
-                ready = self._ready["round-0", block]
-                before = self._ready["round-0", block - 1] if block else set()
-                if not all(chunk in ready or chunk in before for chunk in needed):
-                    self.finished.discard(block_unit(0, block - 1) if block else "embed")
-        # What is lost on its way through the source can always begin anew.
-        current = next((b for b in range(self._num_blocks) if block_unit(0, b) not in self.finished), None)
-        lost = head_unit("original") in self.units and head_unit("original") not in self.finished
-        lost = lost and not self._source_inputs(self._num_blocks).issuperset(self._held_out)
-        if current is not None and self._compensated:
-            lost = lost or not self._source_inputs(current).issuperset(self._chunks)
-        if lost:
-            self.finished.discard("embed")
-
-    def _source_inputs(self, last: int) -> set[str]:
-        """Chunks that are somewhere on their way through the source's blocks, up to the inputs of one."""
-        return {chunk for block in range(last + 1) for chunk in self._ready["original", block]}
+        """Begin again with the embeddings where a chunk that is still wanted is nowhere on its way."""
+        for stream in STREAMS:
+            for chunk in self._chunks:
+                target = self._target(stream, chunk)
+                wanted = target > 0 or self._current == 0
+                if wanted and self._place(stream, chunk, target) is None:
+                    self.finished.discard("embed")

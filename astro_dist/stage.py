@@ -57,11 +57,6 @@ class WorkerSpec:
     device: str
     threads: int
 
-    @property
-    def compensated(self) -> bool:
-        """Whether, in mode `sequential`, layers make up for the errors of those before."""
-        return self.quantization.compensation > 0 and self.quantization.method == "gptq"
-
 
 class Stage:
     """Holds at most one block, of the source or of what a round wrote.
@@ -121,7 +116,8 @@ class Stage:
         self._loaded = (stream, index)
         for name, parameter in block.named_parameters():
             if not bool(torch.isfinite(parameter).all()):
-                raise CheckpointError(f"{self.spec.source}: {name} of {unit.name} holds NaN or Inf")
+                origin = self.spec.source if stream == "original" else f"the shard of {stream}"
+                raise CheckpointError(f"{origin}: {name} of {unit.name} holds NaN or Inf")
         return unit
 
     def close(self) -> None:

@@ -37,7 +37,7 @@ def summarize(
         wall_s: seconds of this session.
         resumed: units that were finished before it.
     """
-    final = compressed_tensors.server_notes(final_settings(quantization, plan, run))
+    final = compressed_tensors.server_notes(final_settings(quantization, plan, run), plan.ignore)
     streams = stream_names(run.rounds)
     rounds = [[run.read(block_unit(r, unit.index)) for unit in plan.blocks] for r in range(run.rounds)]
     layers = [[layer for record in records for layer in record["layers"]] for records in rounds]
@@ -74,6 +74,9 @@ def _phases(run: RunDirectory, rounds: list[list[dict[str, Any]]]) -> dict[str, 
     records = [*(record for records in rounds for record in records)]
     records += [run.read(evaluate_unit(block)) for block in range(len(rounds[0]))]
     phases: dict[str, float] = {}
+    passed = sum(line["seconds"] for line in run.noted("passed"))
+    if passed:
+        phases["pass_on"] = passed
     for record in records:
         add_seconds(phases, record.get("seconds", {}))
     return {phase: round(seconds, 2) for phase, seconds in phases.items()}

@@ -9,7 +9,7 @@ import dataclasses
 import functools
 import json
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +17,8 @@ import torch
 
 from astro.block import by_settings, input_groups, input_of
 from astro.checkpoint import load_tensors, read_note, save_tensors
-from astro.config import Quantization
+from astro.config import Quantization, Regularizer
+from astro.errors import RunError
 from astro.grid import Grid
 from astro.group import Figures, GroupOutcome, LinearGroup, SolvedRows, prepare_group, solve_rows
 from astro.hessian import DriftAccumulator, HessianAccumulator
@@ -65,99 +66,141 @@ class TileSolver:
             `stages` of the block, and `tiles`: into how many this stage's rows are cut.
         """
         stage, start = self._stage, time.perf_counter()
-        block = self._enter(index)
-        first = stage.linears(block.unit)[block.groups[stage_index][0]]
-        H = HessianAccumulator(first.in_features, stage.device)
-        drift = DriftAccumulator(first.in_features, stage.device) if stage.spec.compensated else None
-        quantized = [layers for j in range(stage_index) for layers in self._solved(index, j)[0].items()]
+        chunks = shares(stage.spec.chunks, stage.spec.shares)[number]
+        block = self._enter(index, chunks[0])
+        name = block.groups[stage_index][0]
+        columns = stage.linears(block.unit)[name].in_features
+        H = HessianAccumulator(columns, stage.device)
+        drift = DriftAccumulator(columns, stage.device) if stage.spec.quantization.compensates else None
+        quantized = self._dequantized(index, stage_index)
         seconds = {"hessian": 0.0, "compensate": 0.0}
-        for chunk in shares(stage.spec.chunks, stage.spec.shares)[number]:
-            X = self._input(first, index, "round-0", chunk, quantized)
+        for chunk in chunks:
+            X = self._input(name, index, "round-0", chunk, quantized)
             _timed(seconds, "hessian", functools.partial(H.add_, X))
             if drift is not None:
-                X_source = self._input(first, index, "original", chunk, [])
+                X_source = self._input(name, index, "original", chunk, {})
                 _timed(seconds, "compensate", functools.partial(drift.add_, X_source, X))
         sums = {"hessian": H.partial} | ({"drift": drift.partial} if drift is not None else {})
         seconds["forward"] = time.perf_counter() - start - sum(seconds.values())
-        note = {"num_tokens": H.num_tokens, "seconds": seconds}
-        save_tensors(self._share_path(index, stage_index, number), sums, json.dumps(note))
+        note = {"groups": block.groups, "num_tokens": H.num_tokens, "seconds": seconds}
+        save_tensors(self._path(index, stage_index, f"share-{number}"), sums, json.dumps(note))
         return {"stages": len(block.groups), "tiles": len(self._tiles(block, stage_index))}
+
+    def decide(self, index: int, stage_index: int) -> None:
+        """Sum a stage's shares, in their order, and decide what holds for all of its rows."""
+        stage, paths = self._stage, self._share_paths(index, stage_index)
+        block = self._enter(index)
+        name = "+".join(block.groups[stage_index])
+        columns = stage.linears(block.unit)[block.groups[stage_index][0]].in_features
+        H = HessianAccumulator(columns, stage.device)
+        drift = DriftAccumulator(columns, stage.device) if stage.spec.quantization.compensates else None
+        seconds: dict[str, float] = {}
+        for path in paths:
+            tensors, text = load_tensors(path)
+            note = json.loads(text)
+            add_seconds(seconds, note["seconds"])
+            H.merge_(tensors["hessian"].to(stage.device), note["num_tokens"])
+            if drift is not None:
+                drift.merge_(tensors["drift"].to(stage.device), note["num_tokens"])
+        sums = {"hessian": H.finish_(name)} | ({"drift": drift.finish_(name)} if drift is not None else {})
+        decided = {}
+        for settings, members in by_settings(block.groups[stage_index], self._settings(block)):
+            group, _ = self._prepare(block, settings, tuple(members), sums, stage.spec.regularization)
+            outcome = group.outcome_()
+            add_seconds(seconds, outcome.seconds)
+            decided["+".join(members)] = [outcome.beta, outcome.beta_gain]
+        content = {"groups": block.groups, "num_tokens": H.num_tokens, "seconds": seconds, "decided": decided}
+        save_tensors(self._path(index, stage_index, "sum"), sums, json.dumps(content))
+        for path in paths:
+            path.unlink(missing_ok=True)
 
     def tile(self, index: int, stage_index: int, number: int) -> None:
         """Solve one tile of a stage's rows."""
         block = self._enter(index)
         tile = self._tiles(block, stage_index)[number]
-        group, W = self._group(block, stage_index, tile)
+        if block.prepared is None or block.prepared[0] != tile.members:
+            block.prepared = None
+            sums, text = load_tensors(self._path(index, stage_index, "sum"))
+            beta, gain = json.loads(text)["decided"]["+".join(tile.members)]
+            regularization = dataclasses.replace(self._stage.spec.regularization, beta=beta)
+            group, W = self._prepare(block, tile.settings, tile.members, sums, regularization)
+            block.prepared = (tile.members, dataclasses.replace(group, beta_gain=gain), W)
+        _, group, W = block.prepared
         solved = solve_rows(group, W[tile.rows])
         tensors = {"Q": solved.Q, "scale": solved.grid.scale, "zero": solved.grid.zero}
         tensors |= {field.name: getattr(solved.figures, field.name) for field in dataclasses.fields(Figures)}
-        path = self._tile_path(index, stage_index, number)
+        path = self._path(index, stage_index, f"tile-{number}")
         save_tensors(path, tensors, json.dumps(dataclasses.asdict(group.outcome_())))
 
     def merge(self, index: int) -> tuple[dict[str, QuantizedLinear], list[LayerRecord], dict[str, float]]:
-        """Every layer of a block, the records of its groups, the seconds that the shares took by phase."""
+        """Every layer of a block, the records of its groups, the seconds that all but the tiles took by phase."""
         block = self._enter(index)
-        parts = [self._solved(index, stage_index) for stage_index in range(len(block.groups))]
         seconds: dict[str, float] = {}
+        layers: dict[str, QuantizedLinear] = {}
+        records: list[LayerRecord] = []
         for stage_index in range(len(block.groups)):
-            for note in self._share_notes(index, stage_index):
-                add_seconds(seconds, note["seconds"])
-        layers = {name: layer for quantized, _ in parts for name, layer in quantized.items()}
-        records = [record for _, own in parts for record in own]
+            add_seconds(seconds, self._note(index, stage_index)["seconds"])
+            solved, own = self._solved(index, stage_index)
+            layers |= solved
+            records += own
         self._block = None
         return layers, records, seconds
 
-    def _enter(self, index: int) -> _Block:
-        """Load a block of the source and find which of its layers share an input."""
+    def _enter(self, index: int, chunk: str | None = None) -> _Block:
+        """Load a block of the source; which of its layers share an input is found with a chunk, or was noted."""
         stage = self._stage
         unit = stage.load("original", index)
         if self._block is None or self._block.unit.index != index:
-            hidden = stage.hidden("round-0", index, shares(stage.spec.chunks, stage.spec.shares)[0][0])
-            groups = input_groups(stage.linears(unit), lambda: stage.forward(index, hidden))
+            if chunk is not None:
+                hidden = stage.hidden("round-0", index, chunk)
+                groups = input_groups(stage.linears(unit), lambda: stage.forward(index, hidden))
+            else:
+                groups = self._note(index, 0)["groups"]
             self._block = _Block(unit, groups, stage.weights(unit), {})
         return self._block
 
     def _input(
-        self, linear: torch.nn.Linear, index: int, stream: str, chunk: str, quantized: list[tuple[str, QuantizedLinear]]
+        self, name: str, index: int, stream: str, chunk: str, weights: Mapping[str, torch.Tensor]
     ) -> torch.Tensor:
-        """What a layer reads of one chunk, with some layers of the block as they were quantized."""
+        """What a layer reads of one chunk, with other weights in some layers of the block."""
         stage = self._stage
         modules = stage.linears(stage.spec.plan.blocks[index])
-        kept = {name: modules[name].weight.data for name, _ in quantized}
-        for name, layer in quantized:
-            modules[name].weight.data = layer.dequantize().to(stage.device, stage.spec.compute_dtype)
+        kept = {other: modules[other].weight.data for other in weights}
+        for other, weight in weights.items():
+            modules[other].weight.data = weight
         try:
             hidden = stage.hidden(stream, index, chunk)
-            return input_of(linear, lambda: stage.forward(index, hidden))
+            return input_of(name, modules[name], lambda: stage.forward(index, hidden))
         finally:
-            for name, weight in kept.items():
-                modules[name].weight.data = weight
+            for other, weight in kept.items():
+                modules[other].weight.data = weight
 
-    def _group(self, block: _Block, stage_index: int, tile: _Tile) -> tuple[LinearGroup, torch.Tensor]:
-        """What a tile's group shares, and the stack of its weights; kept, because the next tile may be of it too."""
-        if block.prepared is None or block.prepared[0] != tile.members:
-            block.prepared = None
-            stage, index = self._stage, block.unit.index
-            name, W = stack([(member, block.weights[member]) for member in tile.members])
-            H = HessianAccumulator(W.shape[1], stage.device)
-            drift = DriftAccumulator(W.shape[1], stage.device) if stage.spec.compensated else None
-            for number in range(len(shares(stage.spec.chunks, stage.spec.shares))):
-                tensors, note = load_tensors(self._share_path(index, stage_index, number))
-                count = json.loads(note)["num_tokens"]
-                H.merge_(tensors["hessian"].to(stage.device), count)
-                if drift is not None:
-                    drift.merge_(tensors["drift"].to(stage.device), count)
-            scale_dtype, spec = stage.scale_dtype(block.unit), stage.spec
-            mean_drift = drift.finish_() if drift is not None else None
-            group = prepare_group(name, W, H.finish_(name), tile.settings, spec.regularization, scale_dtype, mean_drift)
-            block.prepared = (tile.members, group, W)
-        return block.prepared[1:]
+    def _dequantized(self, index: int, stage_index: int) -> dict[str, torch.Tensor]:
+        """Weights of the stages before as they were quantized, in the compute dtype."""
+        solved = [self._solved(index, before)[0] for before in range(stage_index)]
+        dtype, device = self._stage.spec.compute_dtype, self._stage.device
+        return {name: layer.dequantize().to(device, dtype) for layers in solved for name, layer in layers.items()}
+
+    def _prepare(
+        self,
+        block: _Block,
+        settings: Quantization,
+        members: tuple[str, ...],
+        sums: Mapping[str, torch.Tensor],
+        regularization: Regularizer,
+    ) -> tuple[LinearGroup, torch.Tensor]:
+        """What a group's rows share, and the stack of its weights."""
+        stage = self._stage
+        name, W = stack([(member, block.weights[member]) for member in members])
+        H, drift = sums["hessian"].to(stage.device), sums.get("drift")
+        drift = drift.to(stage.device) if drift is not None else None
+        return prepare_group(name, W, H, settings, regularization, stage.scale_dtype(block.unit), drift), W
 
     def _solved(self, index: int, stage_index: int) -> tuple[dict[str, QuantizedLinear], list[LayerRecord]]:
         """Layers and records of a stage whose tiles are all solved."""
         block = self._enter(index)
         if stage_index not in block.solved:
-            num_tokens = sum(note["num_tokens"] for note in self._share_notes(index, stage_index))
+            num_tokens = self._note(index, stage_index)["num_tokens"]
             parts: dict[tuple[str, ...], list[tuple[_Tile, SolvedRows, GroupOutcome]]] = {}
             for number, tile in enumerate(self._tiles(block, stage_index)):
                 solved, outcome = self._read_tile(index, stage_index, number, tile.settings)
@@ -166,7 +209,7 @@ class TileSolver:
             records = []
             for members, tiles in parts.items():
                 weights = [(name, block.weights[name]) for name in members]
-                outcome = _together([outcome for _, _, outcome in tiles])
+                outcome = _together("+".join(members), [outcome for _, _, outcome in tiles])
                 solved_rows = [rows for _, rows, _ in tiles]
                 quantized, record = merge_rows(weights, tiles[0][0].settings, solved_rows, outcome, num_tokens)
                 layers |= quantized
@@ -174,38 +217,50 @@ class TileSolver:
             block.solved[stage_index] = (layers, records)
         return block.solved[stage_index]
 
+    def _settings(self, block: _Block) -> dict[str, Quantization]:
+        return layer_settings(self._stage.spec.run, self._stage.spec.quantization, block.unit, 0)
+
     def _tiles(self, block: _Block, stage_index: int) -> list[_Tile]:
-        spec = self._stage.spec
-        settings = layer_settings(spec.run, spec.quantization, block.unit, 0)
         return [
             _Tile(own, tuple(members), tile)
-            for own, members in by_settings(block.groups[stage_index], settings)
+            for own, members in by_settings(block.groups[stage_index], self._settings(block))
             for tile in row_tiles(sum(len(block.weights[name]) for name in members))
         ]
-
-    def _share_notes(self, index: int, stage_index: int) -> list[dict[str, Any]]:
-        count = len(shares(self._stage.spec.chunks, self._stage.spec.shares))
-        paths = [self._share_path(index, stage_index, number) for number in range(count)]
-        return [json.loads(read_note(path)) for path in paths]
 
     def _read_tile(
         self, index: int, stage_index: int, number: int, settings: Quantization
     ) -> tuple[SolvedRows, GroupOutcome]:
-        tensors, note = load_tensors(self._tile_path(index, stage_index, number))
+        tensors, note = load_tensors(self._path(index, stage_index, f"tile-{number}"))
         group_size = settings.columns_per_group(tensors["Q"].shape[1])
         grid = Grid(tensors["scale"], tensors["zero"], settings.width, group_size, settings.symmetric)
         figures = Figures(**{field.name: tensors[field.name] for field in dataclasses.fields(Figures)})
         return SolvedRows(tensors["Q"], grid, figures), GroupOutcome(**json.loads(note))
 
-    def _share_path(self, index: int, stage_index: int, number: int) -> Path:
-        return self._stage.spec.run.partial(index, f"share-{stage_index}-{number}")
+    def _note(self, index: int, stage_index: int) -> dict[str, Any]:
+        """What is noted of a stage: with its sum, or before that with its first share."""
+        path = self._path(index, stage_index, "sum")
+        note: dict[str, Any] = json.loads(
+            read_note(path if path.exists() else self._share_paths(index, stage_index)[0])
+        )
+        return note
 
-    def _tile_path(self, index: int, stage_index: int, number: int) -> Path:
-        return self._stage.spec.run.partial(index, f"tile-{stage_index}-{number}")
+    def _share_paths(self, index: int, stage_index: int) -> list[Path]:
+        count = len(shares(self._stage.spec.chunks, self._stage.spec.shares))
+        return [self._path(index, stage_index, f"share-{number}") for number in range(count)]
+
+    def _path(self, index: int, stage_index: int, name: str) -> Path:
+        return self._stage.spec.run.partial(index, f"{stage_index}-{name}")
 
 
-def _together(outcomes: list[GroupOutcome]) -> GroupOutcome:
-    """What was decided for a group, the same in every tile; the seconds of all."""
+def _together(name: str, outcomes: list[GroupOutcome]) -> GroupOutcome:
+    """What was decided for a group, the same in every tile; the seconds of all.
+
+    Raises:
+        RunError: tiles were damped differently, as other hardware may do.
+    """
+    dampings = sorted({outcome.damping for outcome in outcomes})
+    if len(dampings) > 1:
+        raise RunError(f"{name}: workers needed different dampings for one Hessian: {dampings}; use one kind of device")
     seconds: dict[str, float] = {}
     for outcome in outcomes:
         add_seconds(seconds, outcome.seconds)

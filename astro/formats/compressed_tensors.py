@@ -150,11 +150,12 @@ def read_settings(config: Mapping[str, Any], names: Sequence[str]) -> dict[str, 
     return found
 
 
-def server_notes(settings: Mapping[str, Quantization]) -> list[str]:
+def server_notes(settings: Mapping[str, Quantization], ignore: Sequence[str]) -> list[str]:
     """What servers are known to refuse about these settings, one sentence each; empty where all load it.
 
     Args:
         settings: of each quantized layer by module name; a width that is not settled yet is not judged.
+        ignore: names of the linear modules that are not quantized.
     """
     notes = []
     widths = sorted({own.width for own in settings.values() if own.bits in (2, 3)})
@@ -174,9 +175,12 @@ def server_notes(settings: Mapping[str, Quantization]) -> list[str]:
             "asymmetric weights: vLLM's CUDA Marlin kernels are symmetric, a slower kernel may serve them; "
             "transformers with compressed-tensors 0.20 refuses packed zero points"
         )
-    mixed = _mixed_fusion(settings)
+    mixed = _mixed_fusion({**dict.fromkeys(ignore), **settings})
     if mixed:
-        notes.append(f"{mixed} differ in width, group size or symmetry: vLLM fuses them and refuses such a model")
+        notes.append(
+            f"{mixed} differ in width, group size or symmetry, or not all are quantized: vLLM fuses them and refuses "
+            "such a model"
+        )
     return notes
 
 
@@ -193,8 +197,8 @@ def _weights_scheme(settings: Quantization) -> dict[str, Any]:
     }
 
 
-def _mixed_fusion(settings: Mapping[str, Quantization]) -> str | None:
-    """The first layers that servers fuse although their settings differ."""
+def _mixed_fusion(settings: Mapping[str, Quantization | None]) -> str | None:
+    """The first layers that servers fuse although their settings differ; None is not quantized."""
     for name, own in settings.items():
         parent, _, leaf = name.rpartition(".")
         for fused in _FUSED:

@@ -97,7 +97,7 @@ def test_damaged_layers_are_refused(suffix, tensor, message):
     ],
 )
 def test_what_servers_refuse_is_said(changes, note):
-    notes = ct.server_notes({"m.q": Quantization(**changes)})
+    notes = ct.server_notes({"m.q": Quantization(**changes)}, [])
     assert (note is None and not notes) or any(note in text for text in notes)
 
 
@@ -124,6 +124,7 @@ def test_layers_with_settings_of_their_own_are_named_in_the_config():
 
 
 def test_layers_that_servers_fuse_and_that_differ_are_said():
-    assert not ct.server_notes(mixed({"*.o_proj": Override(bits=8)}))
-    notes = ct.server_notes(mixed({"*.v_proj": Override(bits=8)}))
-    assert any("a.q_proj and a.k_proj and a.v_proj differ" in note for note in notes)
+    assert not ct.server_notes(mixed({"*.o_proj": Override(bits=8)}), ["lm_head"])
+    ignored = mixed({}, ("a.q_proj", "a.v_proj"))
+    for notes in (ct.server_notes(mixed({"*.v_proj": Override(bits=8)}), []), ct.server_notes(ignored, ["a.k_proj"])):
+        assert any("a.q_proj and a.k_proj and a.v_proj differ" in note for note in notes)

@@ -98,7 +98,7 @@ def test_layer_error_is_the_output_error():
     torch.testing.assert_close(layer_error(W, W_hat, X.T @ X), expected)
 
 
-def test_partial_sums_merged_in_order_give_the_sum_over_all():
+def test_shares_of_one_chunk_merged_in_order_give_the_sum_over_all():
     X = correlated_inputs(40, 24).float()
     parts = []
     for rows in (X[:8], X[8:24], X[24:]):

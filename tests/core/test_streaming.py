@@ -93,7 +93,8 @@ def test_layers_with_one_input_are_found(llama, tmp_path):
     assert short == [["q_proj", "k_proj", "v_proj"], ["o_proj"], ["gate_proj", "up_proj"], ["down_proj"]]
     with torch.no_grad():
         assert input_groups(modules, lambda: forward(skeleton.blocks[0], hidden, calls[0])) == statistics.groups
-        found = input_of(modules["model.layers.0.mlp.down_proj"], lambda: forward(skeleton.blocks[0], hidden, calls[0]))
+        down = modules["model.layers.0.mlp.down_proj"]
+        found = input_of("down", down, lambda: forward(skeleton.blocks[0], hidden, calls[0]))
     assert torch.equal(found, seen["x"])
     *_, (_, H, num_tokens) = statistics.finish_()
     X = seen["x"].reshape(-1, 128)
@@ -106,6 +107,8 @@ def test_layer_that_no_token_reached_is_an_error(llama):
     statistics = BlockStatistics({linears[0].name: skeleton.model.get_submodule(linears[0].name)}, CPU)
     with pytest.raises(NumericalError, match="q_proj: no calibration token reached"):
         list(statistics.finish_())
+    with pytest.raises(NumericalError, match="q: reached by some calibration chunks, not by all"):
+        input_of("q", skeleton.model.get_submodule(linears[0].name), lambda: IDS)
     with pytest.raises(NumericalError, match="q_proj: no calibration token reached"):
         input_groups({linears[0].name: skeleton.model.get_submodule(linears[0].name)}, lambda: IDS)
 

@@ -28,7 +28,7 @@ MODES = {
         "quantization__overrides": {"*.v_proj": {"bits": 8}, "*.mlp.*": {"group_size": 64, "symmetric": False}},
     },
 }
-STEPS = ("embed", "copy", "open_block", "forward", "solve", "advance", "head", "share", "tile", "write", "pass_on")
+STEPS = ("embed", "copy", "open_block", "forward", "solve", "advance", "head", "share", "decide", "tile", "write", "pass_on")
 
 
 def model_of(summary):
@@ -49,7 +49,7 @@ def test_number_of_workers_does_not_change_a_byte(run_config, tmp_path, mode):
     assert results[0] == results[1] == results[2]
     verify_model(model_of(summary))
     assert not (tmp_path / "run1" / "activations").exists()
-    assert not list((tmp_path / "run1").glob("rounds/*/*"))
+    assert not (tmp_path / "run1" / "rounds").exists()
 
 
 class _Interrupted(Exception):
@@ -89,7 +89,7 @@ def test_interrupted_run_goes_on_and_writes_the_same_bytes(run_config, tmp_path,
 
 
 @pytest.mark.parametrize("mode", ["rounds", "sequential", "uncompensated"])
-def test_perplexity_of_every_round_is_that_of_what_was_written(run_config, tmp_path, mode):
+def test_perplexity_of_the_last_round_is_that_of_what_was_written(run_config, tmp_path, mode):
     summary = pipeline.quantize(run_config(**MODES[mode]))
     model = transformers.AutoModelForCausalLM.from_pretrained(model_of(summary), dtype=torch.float32)
     tokens = load_file(tmp_path / "run" / "tokens.safetensors")["h0000"]
@@ -152,8 +152,25 @@ def test_overrides_of_other_widths_are_written_noted_and_load(run_config):
 
 
 def test_override_that_matches_nothing_is_refused(run_config):
-    with pytest.raises(ConfigError, match=r"quantization.overrides: '\*.w1' matches no layer of the blocks"):
-        pipeline.prepare(run_config(quantization__overrides={"*.w1": {"bits": 8}}))
+    for pattern in ("*.w1", "*.mlp"):
+        with pytest.raises(ConfigError, match=r"quantization.overrides: '\*.\w+' matches no linear layer"):
+            pipeline.prepare(run_config(quantization__overrides={pattern: {"bits": 8}}))
+
+
+def test_budget_that_overrides_exceed_is_refused_before_anything_starts(run_config, tmp_path):
+    config = run_config(**{**MODES["budget"], "quantization__overrides": {"*.mlp.*": {"bits": 8}}})
+    with pytest.raises(ConfigError, match="average_bits: 3.5 is less than the smallest widths"):
+        pipeline.quantize(config)
+    assert not (tmp_path / "run").exists()
+
+
+def test_rerun_of_finished_rounds_notes_no_damage_and_leaves_nothing_behind(run_config, tmp_path):
+    first = pipeline.quantize(run_config(**MODES["rounds"]))
+    (tmp_path / "run" / "activations").mkdir()
+    assert pipeline.quantize(run_config(**MODES["rounds"])) == first
+    assert "damaged" not in (tmp_path / "run" / "journal.jsonl").read_text()
+    assert not (tmp_path / "run" / "activations").exists()
+    assert not (tmp_path / "run" / "rounds").exists()
 
 
 def test_error_in_a_tile_is_a_failed_run_that_keeps_what_is_finished(run_config, tmp_path, monkeypatch):

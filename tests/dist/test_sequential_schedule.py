@@ -2,7 +2,7 @@
 
 import pytest
 
-from astro_dist.sequential_schedule import SequentialSchedule, shares
+from astro_dist.sequential_schedule import SequentialSchedule, sequential_units, shares
 from tests.dist.test_schedule import simulate
 
 CHUNKS = ["c0000", "c0001", "c0002", "h0000"]
@@ -26,8 +26,10 @@ def test_nothing_is_used_before_it_is_there(num_workers, seed, compensated):
             assert block == 0 or all(("pass_on", "round-0", block - 1, c) in seen for c in chunks)
             assert call.args[1] == 0 or all(("tile", block, call.args[1] - 1, i) in seen for i in range(3))
             assert not compensated or block == 0 or all(("pass_on", "original", block - 1, c) in seen for c in chunks)
+        if call.method == "decide":
+            assert all(("share", *call.args, i) in seen for i in range(2))
         if call.method == "tile":
-            assert all(("share", block, call.args[1], i) in seen for i in range(2))
+            assert ("decide", *call.args[:2]) in seen
         if call.method == "write":
             assert all(("tile", block, 1, i) in seen for i in range(3))
         if call.method == "pass_on" and call.args[0] == "round-0":
@@ -48,28 +50,35 @@ def test_all_workers_share_a_block():
     assert len(workers) == 3
 
 
-def test_going_on_begins_with_the_first_unfinished_block():
+@pytest.mark.parametrize("compensated", [False, True])
+def test_going_on_repeats_no_pass(compensated):
     finished = ["embed", "copy-0000", "copy-0001", "round-0-block-0000", "round-0-block-0001"]
-    present = {"round-0": {1: CHUNKS, 2: CHUNKS[:1]}, "original": {2: ["h0000"]}}
-    log = [(call.method, *call.args) for _, call in run(1, 0, finished, present)]
-    assert log[0] == ("pass_on", "round-0", 1, "c0001")
+    # The inputs of the first block are never dropped.
+    present = {"round-0": {0: CHUNKS, 1: CHUNKS, 2: CHUNKS[:1]}, "original": {0: CHUNKS, 2: [*CHUNKS[:2], "h0000"]}}
+    log = [(c.method, *c.args) for _, c in run(1, 0, finished, present, compensated=compensated)]
+    passes = [args for method, *args in log if method == "pass_on"]
+    assert [args for args in passes if args[0] == "round-0" and args[1] < 2] == [["round-0", 1, c] for c in CHUNKS[1:]]
+    again = [["original", 0, "c0002"], ["original", 1, "c0002"]] if compensated else []
+    assert [args for args in passes if args[0] == "original" and args[1] < 2] == again
     assert ("share", 2, 1, 0) in log
     assert ("share", 1, 0, 0) not in log
 
 
-def test_lost_inputs_are_made_again_from_the_last_block_that_has_them():
-    finished = ["embed", "round-0-block-0000", "round-0-block-0001"]
-    present = {"round-0": {0: CHUNKS, 2: CHUNKS[1:]}, "original": {0: ["h0000"]}}
-    log = [(call.method, *call.args) for _, call in run(1, 0, finished, present)]
-    assert log[0] == ("pass_on", "round-0", 0, "c0000")
-    assert ("write", 1) in log
-    assert ("write", 0) not in log
+def test_damaged_shard_is_redone_alone():
+    finished = [unit for unit in sequential_units(BLOCKS, 2, True) if unit != "round-0-block-0002"]
+    log = [(c.method, *c.args) for _, c in run(1, 0, finished, {s: {0: CHUNKS} for s in ("round-0", "original")})]
+    assert [args for method, *args in log if method == "write"] == [[2]]
+    assert not {method for method, *_ in log} & {"embed", "head"}
+
+
+def test_run_that_is_finished_has_nothing_to_do():
+    assert not run(1, 0, sequential_units(BLOCKS, 2, True), {})
 
 
 def test_held_out_chunks_that_are_lost_on_the_way_through_the_source_begin_anew():
     finished = ["embed", "round-0-block-0000"]
     log = [(call.method, *call.args) for _, call in run(1, 0, finished, {"round-0": {0: CHUNKS, 1: CHUNKS}})]
-    assert ("embed",) in log
+    assert log[0] == ("embed",)
     assert ("pass_on", "original", 0, "h0000") in log
 
 
