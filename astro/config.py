@@ -70,6 +70,9 @@ class Quantization:
     scale_search: Literal["hessian", "mse", "minmax"] = "hessian"
     """`hessian` shrinks each group's range to the least error with each column's error at the cost that is left when
     later columns have made up for it; `mse` weighs all columns alike; `minmax` covers the range."""
+    signed_scales: bool = True
+    """Let a symmetric group's scale be negative where that fits better: an even number of levels reaches one step
+    further on one side, and the sign chooses which. Costs nothing at inference; not with `minmax`."""
     refine_passes: int = 4
     """Passes of coordinate descent over integers and scales after GPTQ, at most; 0 is none."""
     refine_tolerance: float = 1e-3

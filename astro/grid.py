@@ -5,6 +5,7 @@ Integers are signed, in [−2^(b−1), 2^(b−1)−1]; a weight is (q − zero) 
 """
 
 import dataclasses
+import itertools
 
 import torch
 
@@ -29,7 +30,8 @@ class Grid:
     """Where the weights of a layer may lie.
 
     Attributes:
-        scale: float32 [R, G], already rounded to the dtype it is stored in.
+        scale: float32 [R, G], never 0, already rounded to the dtype it is stored in. A negative scale turns the
+            grid around: the side that reaches one step further is then the positive one.
         zero: float32 [R, G], whole numbers in the integer range; 0 where symmetric.
         bits: width of one weight.
         group_size: columns that share a scale.
@@ -108,8 +110,10 @@ def fit_grid(
     if len(shrinks) == 1:
         return best
     least = _group_error(V, best, weight)
-    for shrink in shrinks[1:]:
+    signs = (1, -1) if settings.symmetric and settings.signed_scales else (1,)
+    for shrink, sign in itertools.islice(itertools.product(shrinks, signs), 1, None):
         grid = _make_grid(low * shrink, high * shrink, settings, group_size, scale_dtype)
+        grid = dataclasses.replace(grid, scale=grid.scale * sign)
         error = _group_error(V, grid, weight)
         better = error < least
         scale = torch.where(better, grid.scale, best.scale)

@@ -115,7 +115,7 @@ class _State:
         stored = best.to(self.scale_dtype).float()
         step = stored - s
         gain = step * (2 * _CAUTION * slope - step * curvature)
-        wanted = (gain > 0) & (stored > 0)
+        wanted = (gain > 0) & (stored * s > 0)
         step = torch.where(wanted, step, 0.0)
         self.scale[k] += step
         self.E[group] -= V * step

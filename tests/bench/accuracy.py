@@ -14,7 +14,10 @@ import sys
 from pathlib import Path
 
 NONE = ["regularizer.name=none"]
-PLAIN = [*NONE, "quantization.scale_search=mse", "quantization.refine_passes=0", "quantization.compensation=0"]
+PLAIN = [
+    *NONE, "quantization.scale_search=mse", "quantization.signed_scales=false", "quantization.refine_passes=0",
+    "quantization.compensation=0",
+]  # fmt: skip
 # LLaMA-2's published beta of 5e-5 in units of its own mean group maximum, so that it means the same on other models.
 PAPER = [*PLAIN[1:], "regularizer.solver=pgd", "regularizer.iterations=200", "regularizer.beta=8e-4"]
 SEQUENTIAL = ["execution.mode=sequential"]

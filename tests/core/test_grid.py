@@ -107,6 +107,19 @@ def test_hessian_search_against_trying_every_shrink_in_float64(symmetric):
         assert bool((found <= error(Grid(scale, zero, 3, 16, symmetric)) * (1 + 1e-5)).all())
 
 
+@pytest.mark.parametrize("bits", [2, 3, 4])
+def test_signed_scales_reach_further_on_the_longer_side(bits):
+    W = random_weights(64, 32)
+    errors = {}
+    for signed in (False, True):
+        own = settings(scale_search="hessian", bits=bits, signed_scales=signed)
+        grid = fit_grid(W, own, torch.float16, torch.ones(32))
+        errors[signed] = (grid.dequantize(grid.quantize(W)) - W).square().reshape(64, 2, 16).sum(-1)
+        assert bool((grid.scale < 0).any()) == signed
+    assert bool((errors[True] <= errors[False]).all())
+    assert float(errors[True].sum()) < 0.95 * float(errors[False].sum())
+
+
 def test_hessian_search_spends_its_precision_where_columns_cost_most():
     W, cost = random_weights(64, 16), torch.full((16,), 1e-3)
     cost[:4] = 1.0
