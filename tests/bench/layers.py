@@ -1,0 +1,89 @@
+"""What each part of the solve gives: layer error on tokens it never saw, and seconds, over some blocks of a model.
+
+    python tests/bench/layers.py MODEL RUN/tokens.safetensors --bits 3 --group-size 64 --blocks 5 17 27
+
+Hessians come from the source model's own activations: chunks `c*` calibrate, chunks `h*` judge. Prints Markdown: the
+geometric mean over all groups of the held-out layer error, the first row being 1; seconds of all groups together.
+"""
+
+import argparse
+import math
+from pathlib import Path
+
+import torch
+import transformers
+from safetensors.torch import load_file
+
+from astro.config import Quantization, Regularizer
+from astro.hessian import HessianAccumulator, layer_error
+from astro.layer import quantize_group
+
+NONE, AUTO = Regularizer(name="none"), Regularizer()
+PLAIN = {"scale_search": "mse", "signed_scales": False, "refine_passes": 0}
+METHODS = {
+    "GPTQ, scales by MSE": (PLAIN, NONE),
+    "GPTQ, min-max scales": ({**PLAIN, "scale_search": "minmax"}, NONE),
+    "the same after Astro, beta auto": ({**PLAIN, "scale_search": "minmax"}, AUTO),
+    "scales by the Hessian": ({**PLAIN, "scale_search": "hessian"}, NONE),
+    "and signed": ({"refine_passes": 0}, NONE),
+    "and refined": ({}, NONE),
+    "and after Astro, beta auto: the default": ({}, AUTO),
+}
+
+
+@torch.no_grad()
+def hessians(model: torch.nn.Module, tokens: dict, firsts: list[str], kind: str) -> dict:
+    """Mean of xxᵀ for the input of some layers, from chunks whose name begins with `kind`."""
+    sums = {n: HessianAccumulator(model.get_submodule(n).in_features, torch.device("cpu")) for n in firsts}
+    handles = [
+        model.get_submodule(n).register_forward_pre_hook(lambda _, args, total=total: total.add_(args[0]))
+        for n, total in sums.items()
+    ]
+    for name in sorted(tokens):
+        if name.startswith(kind):
+            model(tokens[name])
+    for handle in handles:
+        handle.remove()
+    return {name: total.finish_(name) for name, total in sums.items()}
+
+
+def held_out_error(members: dict, weights: dict, H: torch.Tensor) -> float:
+    """Relative layer error under another Hessian."""
+    error = sum(float(layer_error(weights[n].float(), members[n].dequantize(), H).sum()) for n in weights)
+    return error / sum(float(layer_error(W.float(), torch.zeros_like(W.float()), H).sum()) for W in weights.values())
+
+
+def main() -> None:
+    """Print the table."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("model", type=Path)
+    parser.add_argument("tokens", type=Path)
+    parser.add_argument("--bits", type=int, default=3)
+    parser.add_argument("--group-size", type=int, default=64)
+    parser.add_argument("--blocks", type=int, nargs="+", default=[5, 17, 27])
+    options = parser.parse_args()
+    torch.set_num_threads(1)
+    model = transformers.AutoModelForCausalLM.from_pretrained(options.model, dtype=torch.float32).eval()
+    tokens = load_file(options.tokens)
+    parts = (("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"), ("self_attn.o_proj",),
+             ("mlp.gate_proj", "mlp.up_proj"), ("mlp.down_proj",))  # fmt: skip
+    groups = [[f"model.layers.{b}.{name}" for name in part] for b in options.blocks for part in parts]
+    calibration, judge = (hessians(model, tokens, [group[0] for group in groups], kind) for kind in "ch")
+    logs, seconds = {}, {}
+    for method, (changes, regularizer) in METHODS.items():
+        settings = Quantization(**{"bits": options.bits, "group_size": options.group_size, **changes})
+        for group in groups:
+            weights = {name: model.get_submodule(name).weight.detach() for name in group}
+            H = calibration[group[0]]
+            members, record = quantize_group(list(weights.items()), H, 1, settings, regularizer, torch.float16)
+            logs.setdefault(method, []).append(math.log(held_out_error(members, weights, judge[group[0]])))
+            seconds[method] = seconds.get(method, 0.0) + sum(record.seconds.values())
+    print(f"| {options.bits} bits, group {options.group_size} | held-out layer error | seconds |\n|---|---|---|")
+    for method, values in logs.items():
+        first = next(iter(logs.values()))
+        ratio = math.exp(sum(value - other for value, other in zip(values, first, strict=True)) / len(values))
+        print(f"| {method} | {ratio:.3f} | {seconds[method]:.1f} |")
+
+
+if __name__ == "__main__":
+    main()
