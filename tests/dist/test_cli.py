@@ -152,7 +152,7 @@ WRONG = {
         lambda m: drop_from_index(m, "model.norm.weight"), [], "no tensor for model.norm.weight"),
     "sequences longer than the model's positions": (
         lambda m: None, ["calibration.sequence_length=4096"], "more than the 128 positions"),
-    "a pattern that matches nothing": (lambda m: None, ["quantization.ignore=['*.w1']"], "'*.w1' matches no layer"),
+    "a pattern that matches nothing": (lambda m: None, ["quantization.ignore=['*.w1']"], "'*.w1' matches no linear layer"),
     "a relative path on a cluster": (
         lambda m: None, ["execution.executor=ray", "execution.ray_address=1.2.3.4:1", "output.dir=runs/x"], "is relative"),
     "a group size that divides nothing": (
