@@ -41,7 +41,7 @@ def hessians(model: torch.nn.Module, tokens: dict, firsts: list[str], kind: str)
     ]
     for name in sorted(tokens):
         if name.startswith(kind):
-            model.model(tokens[name])
+            model.base_model(tokens[name])
     for handle in handles:
         handle.remove()
     return {name: total.finish_(name) for name, total in sums.items()}

@@ -40,7 +40,7 @@ def regularize_model(model: torch.nn.Module, layers: list[dict], sequences: torc
         module = model.get_submodule(name)
         module.register_forward_pre_hook(lambda _, args, accumulator=accumulator: accumulator.add_(args[0]))
     for chunk in sequences.split(8):
-        model(chunk)
+        model.base_model(chunk)
     for name, layer in firsts.items():
         modules = [model.get_submodule(member) for member in layer["name"].split("+")]
         W, H = torch.cat([module.weight.float() for module in modules]), sums.pop(name).finish_(name)
