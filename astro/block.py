@@ -76,7 +76,7 @@ class BlockStatistics:
 
     def _observe(self, name: str, X: torch.Tensor) -> None:
         last, group = self._last if self._last is not None else (None, -1)
-        shares = last is not None and last.data_ptr() == X.data_ptr() and last.shape == X.shape
+        shares = last is not None and _is_same(last, X)
         if name not in self._group_of:
             self._open(name, X, group if shares else None)
         own = self._group_of[name]
@@ -115,7 +115,7 @@ def input_groups(linears: Mapping[str, nn.Linear], action: Callable[[], torch.Te
     last: list[torch.Tensor] = []  # kept, so that no other input can take its place in memory
 
     def note(name: str, X: torch.Tensor) -> None:
-        if last and last[0].data_ptr() == X.data_ptr() and last[0].shape == X.shape:
+        if last and _is_same(last[0], X):
             groups[-1].append(name)
         else:
             groups.append([name])
@@ -160,6 +160,11 @@ def input_of(name: str, linear: nn.Linear, action: Callable[[], torch.Tensor]) -
     if not seen:
         raise NumericalError(f"{name}: reached by some calibration chunks, not by all; use longer sequences")
     return seen[0]
+
+
+def _is_same(X: torch.Tensor, other: torch.Tensor) -> bool:
+    """Whether two inputs, both still alive, are one."""
+    return X.data_ptr() == other.data_ptr() and X.shape == other.shape
 
 
 def _require_reached(linears: Iterable[str], reached: Container[str]) -> None:

@@ -13,6 +13,7 @@ import os
 import struct
 import uuid
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path, PurePosixPath
 from typing import Any
 
@@ -277,12 +278,9 @@ def load_tensors(path: Path) -> tuple[dict[str, torch.Tensor], str]:
     Raises:
         CheckpointError: the file is missing or damaged.
     """
-    try:
-        with safe_open(path, framework="pt", device="cpu") as handle:
-            tensors = {name: handle.get_tensor(name).clone() for name in handle.keys()}  # noqa: SIM118
-            return tensors, (handle.metadata() or {}).get("note", "")
-    except (OSError, SafetensorError) as error:
-        raise CheckpointError(f"{path}: cannot be read: {error}") from error
+    with _opened(path) as handle:
+        tensors = {name: handle.get_tensor(name).clone() for name in handle.keys()}  # noqa: SIM118
+        return tensors, _note_of(handle)
 
 
 def read_note(path: Path) -> str:
@@ -291,12 +289,22 @@ def read_note(path: Path) -> str:
     Raises:
         CheckpointError: the file is missing or damaged.
     """
+    with _opened(path) as handle:
+        return _note_of(handle)
+
+
+@contextmanager
+def _opened(path: Path) -> Iterator[Any]:
     try:
         with safe_open(path, framework="pt", device="cpu") as handle:
-            note: str = (handle.metadata() or {}).get("note", "")
-            return note
+            yield handle
     except (OSError, SafetensorError) as error:
         raise CheckpointError(f"{path}: cannot be read: {error}") from error
+
+
+def _note_of(handle: Any) -> str:
+    note: str = (handle.metadata() or {}).get("note", "")
+    return note
 
 
 def sha256_of(path: Path) -> str:

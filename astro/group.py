@@ -5,9 +5,6 @@ independent, so a tile of rows can be solved anywhere. Shapes: R rows of all mem
 """
 
 import dataclasses
-import time
-from collections.abc import Iterator
-from contextlib import contextmanager
 
 import torch
 
@@ -17,6 +14,7 @@ from astro.grid import Grid, fit_grid, grouped, require_finite_scales
 from astro.hessian import Factor, factorize, layer_error
 from astro.refine import refine
 from astro.regularizer import Problem, mean_group_maximum
+from astro.report import timed
 
 __all__ = [
     "Figures",
@@ -145,7 +143,7 @@ def prepare_group(
     group_size = quantization.columns_per_group(W.shape[1])
     factor = None
     if quantization.method == "gptq":
-        with _timed(seconds, "factor"):
+        with timed(seconds, "factor"):
             in_order = torch.arange(len(H), device=H.device)
             order = gptq.activation_order(H) if quantization.act_order == "static" else in_order
             factor = factorize(H, order, quantization.damping, quantization.max_damping, name)
@@ -153,14 +151,14 @@ def prepare_group(
     group = LinearGroup(name, H, drift, quantization, scale_dtype, factor, None, 0.0, 0.0, seconds)
     if regularization.name == "none" or regularization.beta == 0:
         return group
-    with _timed(seconds, "regularize"):
+    with timed(seconds, "regularize"):
         problem = regularizer.prepare(H, mean_group_maximum(W, group_size), regularization, group_size, name)
     group = dataclasses.replace(group, problem=problem)
     if regularization.beta != "auto":
         return dataclasses.replace(group, beta=regularization.beta)
     # Its own clock: what the search spends on grids, GPTQ and refinement is the search's.
     rows = compensate(group, _sampled(W))
-    with _timed(seconds, "beta"):
+    with timed(seconds, "beta"):
         beta, gain = _choose_beta(dataclasses.replace(group, seconds={}, drift=None), rows)
     return dataclasses.replace(group, beta=beta, beta_gain=gain, problem=problem if beta else None)
 
@@ -181,18 +179,18 @@ def solve_rows(group: LinearGroup, W: torch.Tensor, target: torch.Tensor | None 
     if target is None:
         target = W
         if group.problem is not None:
-            with _timed(seconds, "regularize"):
+            with timed(seconds, "regularize"):
                 target = regularizer.regularize(W, group.problem, group.beta)
-    with _timed(seconds, "grid"):
+    with timed(seconds, "grid"):
         cost = group.factor.cost if group.factor else group.H.diagonal()
         grid = fit_grid(target, settings, group.scale_dtype, cost)
         require_finite_scales(grid, group.name)
     if group.factor is None:
         Q = grid.quantize(target)
     else:
-        with _timed(seconds, "gptq"):
+        with timed(seconds, "gptq"):
             Q = gptq.solve(target, group.factor, grid)
-        with _timed(seconds, "refine"):
+        with timed(seconds, "refine"):
             damping = group.factor.damping * group.H.diagonal().mean()
             passes, tolerance = settings.refine_passes, settings.refine_tolerance
             Q, grid = refine(W, Q, grid, group.H, damping, passes, tolerance, group.scale_dtype)
@@ -220,7 +218,7 @@ def compensate(group: LinearGroup, W: torch.Tensor) -> torch.Tensor:
     """
     if group.drift is None or group.factor is None:
         return W
-    with _timed(group.seconds, "compensate"):
+    with timed(group.seconds, "compensate"):
         return W + group.factor.solve(W @ group.drift)
 
 
@@ -234,7 +232,7 @@ def measure_width(group: LinearGroup, W: torch.Tensor, bits: int) -> float:
     """
     quantization = dataclasses.replace(group.quantization, bits=bits)
     measured = dataclasses.replace(group, quantization=quantization, problem=None, beta=0.0, seconds={})
-    with _timed(group.seconds, "widths"):
+    with timed(group.seconds, "widths"):
         figures = solve_rows(measured, _sampled(W)).figures
     return float(figures.error.sum() / figures.energy.sum().clamp(min=torch.finfo(torch.float32).tiny))
 
@@ -261,10 +259,3 @@ def _choose_beta(group: LinearGroup, W: torch.Tensor) -> tuple[float, float]:
 def _sampled(W: torch.Tensor) -> torch.Tensor:
     count = min(max(len(W) // 8, 1), _SAMPLED_ROWS)
     return W[torch.linspace(0, len(W) - 1, count, device=W.device).round().long()]
-
-
-@contextmanager
-def _timed(seconds: dict[str, float], phase: str) -> Iterator[None]:
-    start = time.perf_counter()
-    yield
-    seconds[phase] = seconds.get(phase, 0.0) + time.perf_counter() - start

@@ -16,8 +16,9 @@ import transformers
 from astro.block import BlockStatistics, quantize_block
 from astro.checkpoint import save_tensors
 from astro.errors import NumericalError, RunError
+from astro.layer import QuantizedLinear
 from astro.recording import load_call, record, returns_tuple, run_head, save_calls
-from astro.report import add_seconds
+from astro.report import LayerRecord, add_seconds, timed
 from astro_dist.budget import layer_settings
 from astro_dist.plan import BlockUnit
 from astro_dist.schedule import block_unit, evaluate_unit, head_unit, is_held_out, stream_names
@@ -136,16 +137,9 @@ class Worker:
         quantized, records = quantize_block(weights, statistics, settings, spec.regularization, scale_dtype, widths)
         hessian_s = opened.statistics.seconds
         seconds = {**opened.seconds, "forward": opened.seconds["forward"] - hessian_s, "hessian": hessian_s}
-        for layer in records:
-            add_seconds(seconds, layer.seconds)
-        start = time.perf_counter()
-        path = stage.write_block(unit, round_index, quantized)
-        seconds["write"] = time.perf_counter() - start
         self._open = None
+        finished = self._finish_block(round_index, unit, quantized, records, seconds)
         stage.close()
-        layers = [dataclasses.asdict(layer) for layer in records]
-        result = {"layers": layers, "seconds": seconds, **self.describe()}
-        finished = spec.run.finish(block_unit(round_index, index), [path], result)
         spec.run.drop_hidden(stream_names(spec.run.rounds)[round_index], index)
         if round_index:
             spec.run.shard(round_index - 1, unit.file).unlink(missing_ok=True)
@@ -190,13 +184,8 @@ class Worker:
         """Put a block's tiles together and write its shard, a final file of the model."""
         spec, start = self._spec, time.perf_counter()
         quantized, records, seconds = self._tiles.merge(index)
-        for layer in records:
-            add_seconds(seconds, layer.seconds)
-        unit = spec.plan.blocks[index]
-        path = self._stage.write_block(unit, 0, quantized)
         seconds["write"] = time.perf_counter() - start
-        result = {"layers": [dataclasses.asdict(layer) for layer in records], "seconds": seconds, **self.describe()}
-        finished = spec.run.finish(block_unit(0, index), [path], result)
+        finished = self._finish_block(0, spec.plan.blocks[index], quantized, records, seconds)
         spec.run.drop_partials(index)
         if index:
             for stream in stream_names(1):
@@ -224,6 +213,22 @@ class Worker:
         finished = run.finish(head_unit(stream), [], {"negative_log_likelihood": total, "tokens": count})
         run.drop_hidden(stream, last)
         return finished
+
+    def _finish_block(
+        self,
+        round_index: int,
+        unit: BlockUnit,
+        quantized: dict[str, QuantizedLinear],
+        records: list[LayerRecord],
+        seconds: dict[str, float],
+    ) -> dict[str, Any]:
+        """Write a quantized block's shard, then its record."""
+        for layer in records:
+            add_seconds(seconds, layer.seconds)
+        with timed(seconds, "write"):
+            path = self._stage.write_block(unit, round_index, quantized)
+        result = {"layers": [dataclasses.asdict(layer) for layer in records], "seconds": seconds, **self.describe()}
+        return self._spec.run.finish(block_unit(round_index, unit.index), [path], result)
 
     def _opened(self, round_index: int, index: int) -> _OpenBlock:
         opened = self._open

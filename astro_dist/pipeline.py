@@ -11,12 +11,7 @@ import torch
 import transformers
 
 import astro
-from astro.checkpoint import (
-    Checkpoint,
-    read_json,
-    require_finite,
-    write_json,
-)
+from astro.checkpoint import Checkpoint, read_json, require_finite, write_json
 from astro.errors import CheckpointError, ConfigError, InputError, RunError
 from astro.formats import compressed_tensors
 from astro.skeleton import Skeleton
@@ -29,15 +24,7 @@ from astro_dist.executor import Executor, LocalExecutor
 from astro_dist.manifest import RunDirectory
 from astro_dist.plan import Plan, make_plan
 from astro_dist.progress import ProgressDisplay
-from astro_dist.schedule import (
-    BlockSchedule,
-    Call,
-    Schedule,
-    block_unit,
-    is_held_out,
-    stream_names,
-    unit_names,
-)
+from astro_dist.schedule import BlockSchedule, Call, Schedule, block_unit, is_held_out, stream_names, unit_names
 from astro_dist.sequential_schedule import SequentialSchedule, sequential_units
 from astro_dist.source import resolve_source
 from astro_dist.stage import WorkerSpec
@@ -136,9 +123,8 @@ def _run(prepared: Prepared, run: RunDirectory, fingerprint: str, chunks: list[s
         finally:
             executor.close()
     assemble(prepared.source, prepared.plan, run, prepared.config)
-    told = prepared.notes
     wall_s = time.perf_counter() - begin
-    summary = summarize(prepared.plan, run, prepared.config.quantization, told, workers, wall_s, resumed)
+    summary = summarize(prepared.plan, run, prepared.config.quantization, prepared.notes, workers, wall_s, resumed)
     write_json(run.summary, summary)
     run.drop_leftovers()
     return summary

@@ -6,12 +6,12 @@ stream `round-(r−1)`; behind the last round, only the held-out chunks travel, 
 """
 
 import dataclasses
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from typing import Any, Protocol
 
 __all__ = [
-    "BlockSchedule", "Call", "Schedule", "block_unit", "evaluate_unit", "head_unit", "is_held_out", "stream_names",
-    "unit_names",
+    "BlockSchedule", "Call", "Present", "Schedule", "block_unit", "copy_calls", "evaluate_unit", "head_unit",
+    "is_held_out", "stream_names", "unit_names",
 ]  # fmt: skip
 
 Present = Mapping[str, Mapping[int, Collection[str]]]
@@ -85,6 +85,12 @@ def unit_names(num_blocks: int, num_copies: int, rounds: int, evaluated: bool) -
     return ["embed", *(f"copy-{i:04d}" for i in range(num_copies)), *blocks, *(chain if evaluated else [])]
 
 
+def copy_calls(units: Iterable[str]) -> list[Call]:
+    """The calls of those units that copy tensors."""
+    copies = [unit for unit in units if unit.startswith("copy-")]
+    return [Call("copy", (int(unit.removeprefix("copy-")),), unit) for unit in copies]
+
+
 @dataclasses.dataclass
 class _Task:
     """A block in the hands of a worker."""
@@ -153,9 +159,9 @@ class BlockSchedule:
         task = self._active.get(worker)
         if task is not None:
             return self._continue(task)
-        for unit, call in self._candidates():
-            if unit not in self.finished and unit not in self._taken:
-                self._taken.add(unit)
+        for call in self._candidates():
+            if call.unit not in self.finished and call.unit not in self._taken:
+                self._taken.add(call.unit)
                 if call.method == "open_block":
                     self._active[worker] = _Task(int(call.args[0]), int(call.args[1]))
                 return call
@@ -187,35 +193,34 @@ class BlockSchedule:
         chunk = self._chunks[task.next_chunk]
         return Call("forward", (*place, chunk), unit) if chunk in self._ready[place] else None
 
-    def _candidates(self) -> list[tuple[str, Call]]:
-        """Units whose inputs are there, the most urgent first."""
-        copies = [unit for unit in self.units if unit.startswith("copy-")]
-        copying = [(unit, Call("copy", (int(unit.removeprefix("copy-")),), unit)) for unit in copies]
+    def _candidates(self) -> list[Call]:
+        """First calls of units whose inputs are there, the most urgent first."""
+        copying = copy_calls(self.units)
         if "embed" not in self.finished:
-            return [("embed", Call("embed", (), "embed")), *copying]
+            return [Call("embed", (), "embed"), *copying]
         # The chain through the result is serial: never let it fall behind.
         return [*self._chain(), *self._next_blocks(), *copying]
 
-    def _chain(self) -> list[tuple[str, Call]]:
+    def _chain(self) -> list[Call]:
         if not self._held_out:
             return []
         behind = next((b for b in range(self._num_blocks) if evaluate_unit(b) not in self.finished), None)
         ready = []
         if behind is not None and block_unit(self._rounds - 1, behind) in self.finished:
-            ready.append((evaluate_unit(behind), Call("advance", (behind,), evaluate_unit(behind))))
+            ready.append(Call("advance", (behind,), evaluate_unit(behind)))
         for index, stream in enumerate(self._streams):
             if self._ready[index, self._num_blocks].issuperset(self._held_out):
-                ready.append((head_unit(stream), Call("head", (stream,), head_unit(stream))))
+                ready.append(Call("head", (stream,), head_unit(stream)))
         return ready
 
-    def _next_blocks(self) -> list[tuple[str, Call]]:
+    def _next_blocks(self) -> list[Call]:
         """The next block of each round that can begin. Blocks begin in order, so that their inputs are on the way."""
         found = []
         for r in range(self._rounds):
-            units = ((b, block_unit(r, b)) for b in range(self._num_blocks))
-            pending = next(((b, u) for b, u in units if u not in self.finished and u not in self._taken), None)
-            if pending is not None and self._may_begin(r, pending[0]):
-                found.append((pending[1], Call("open_block", (r, pending[0]), pending[1])))
+            calls = (Call("open_block", (r, b), block_unit(r, b)) for b in range(self._num_blocks))
+            pending = next((c for c in calls if c.unit not in self.finished and c.unit not in self._taken), None)
+            if pending is not None and self._may_begin(r, int(pending.args[1])):
+                found.append(pending)
         return found
 
     def _may_begin(self, r: int, block: int) -> bool:

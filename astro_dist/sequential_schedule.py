@@ -2,19 +2,19 @@
 
 A block is solved in stages, one for each group of layers that share an input. For each stage: shares of the
 calibration chunks give partial Hessians, in any order; one worker sums them and decides what holds for all rows; then
-tiles of rows are solved. Then one worker
-writes the shard, and every chunk goes on through the block as it was written. Pure, as every schedule.
+tiles of rows are solved. At the end one worker writes the shard, and every chunk goes on through the block as it was
+written. Pure, as every schedule.
 """
 
 import itertools
 from collections.abc import Collection, Sequence
 from typing import Any
 
-from astro_dist.schedule import Call, Present, block_unit, head_unit, is_held_out
+from astro_dist.schedule import Call, Present, block_unit, copy_calls, head_unit, is_held_out, stream_names
 
 __all__ = ["SequentialSchedule", "sequential_units", "shares"]
 
-STREAMS = ("original", "round-0")
+STREAMS = stream_names(1)
 
 
 def shares(chunks: Sequence[str], count: int) -> list[list[str]]:
@@ -110,8 +110,7 @@ class SequentialSchedule:
 
     def _candidates(self) -> list[Call]:
         """Calls whose inputs are there, the most urgent first."""
-        copies = [unit for unit in self.units if unit.startswith("copy-") and unit not in self.finished]
-        copying = [Call("copy", (int(unit.removeprefix("copy-")),), unit) for unit in copies]
+        copying = copy_calls(unit for unit in self.units if unit not in self.finished)
         if "embed" not in self.finished:
             return [Call("embed", (), "embed"), *copying]
         behind, side = (self._passes(stream) for stream in ("round-0", "original"))

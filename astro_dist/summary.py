@@ -44,13 +44,14 @@ def summarize(
     raised = [layer["name"] for layer in layers[-1] if layer["factorizations"] > 1]
     weights = sum(layer["rows"] * layer["columns"] for layer in layers[-1])
     original, *results = (_perplexity(run.read(head_unit(stream))) for stream in streams)
+    by_round = [
+        {"perplexity": perplexity, "mean_relative_error": sum(layer["relative_error"] for layer in own) / len(own)}
+        for perplexity, own in zip(results, layers, strict=True)
+    ]
     return {
         "perplexity": {"original": original, "quantized": results[-1]},
-        "rounds": [
-            {"perplexity": perplexity, "mean_relative_error": _mean([layer["relative_error"] for layer in own])}
-            for perplexity, own in zip(results, layers, strict=True)
-        ],
-        "mean_relative_error": _mean([layer["relative_error"] for layer in layers[-1]]),
+        "rounds": by_round,
+        "mean_relative_error": by_round[-1]["mean_relative_error"],
         "average_bits": sum(layer["bits"] * layer["rows"] * layer["columns"] for layer in layers[-1]) / weights,
         "betas": {f"{beta:g}": count for beta, count in sorted(Counter(layer["beta"] for layer in layers[-1]).items())},
         "wall_s": round(wall_s, 2),
@@ -71,7 +72,7 @@ def summarize(
 
 def _phases(run: RunDirectory, rounds: list[list[dict[str, Any]]]) -> dict[str, float]:
     """Seconds of all workers and rounds together, by phase."""
-    records = [*(record for records in rounds for record in records)]
+    records = [record for records in rounds for record in records]
     records += [run.read(evaluate_unit(block)) for block in range(len(rounds[0]))]
     phases: dict[str, float] = {}
     passed = sum(line["seconds"] for line in run.noted("passed"))
@@ -80,10 +81,6 @@ def _phases(run: RunDirectory, rounds: list[list[dict[str, Any]]]) -> dict[str, 
     for record in records:
         add_seconds(phases, record.get("seconds", {}))
     return {phase: round(seconds, 2) for phase, seconds in phases.items()}
-
-
-def _mean(values: list[float]) -> float:
-    return sum(values) / len(values)
 
 
 def _perplexity(result: Mapping[str, Any]) -> float | None:

@@ -6,10 +6,9 @@ share is a fixed part of the calibration chunks and a tile a fixed part of the r
 """
 
 import dataclasses
-import functools
 import json
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +22,7 @@ from astro.grid import Grid
 from astro.group import Figures, GroupOutcome, LinearGroup, SolvedRows, prepare_group, solve_rows
 from astro.hessian import DriftAccumulator, HessianAccumulator
 from astro.layer import QuantizedLinear, merge_rows, row_tiles, stack
-from astro.report import LayerRecord, add_seconds
+from astro.report import LayerRecord, add_seconds, timed
 from astro_dist.budget import layer_settings
 from astro_dist.plan import BlockUnit
 from astro_dist.sequential_schedule import shares
@@ -69,17 +68,17 @@ class TileSolver:
         chunks = shares(stage.spec.chunks, stage.spec.shares)[number]
         block = self._enter(index, chunks[0])
         name = block.groups[stage_index][0]
-        columns = stage.linears(block.unit)[name].in_features
-        H = HessianAccumulator(columns, stage.device)
-        drift = DriftAccumulator(columns, stage.device) if stage.spec.quantization.compensates else None
+        H, drift = self._accumulators(block, stage_index)
         quantized = self._dequantized(index, stage_index)
         seconds = {"hessian": 0.0, "compensate": 0.0}
         for chunk in chunks:
             X = self._input(name, index, "round-0", chunk, quantized)
-            _timed(seconds, "hessian", functools.partial(H.add_, X))
+            with timed(seconds, "hessian"):
+                H.add_(X)
             if drift is not None:
                 X_source = self._input(name, index, "original", chunk, {})
-                _timed(seconds, "compensate", functools.partial(drift.add_, X_source, X))
+                with timed(seconds, "compensate"):
+                    drift.add_(X_source, X)
         sums = {"hessian": H.partial} | ({"drift": drift.partial} if drift is not None else {})
         seconds["forward"] = time.perf_counter() - start - sum(seconds.values())
         note = {"groups": block.groups, "num_tokens": H.num_tokens, "seconds": seconds}
@@ -91,9 +90,7 @@ class TileSolver:
         stage, paths = self._stage, self._share_paths(index, stage_index)
         block = self._enter(index)
         name = "+".join(block.groups[stage_index])
-        columns = stage.linears(block.unit)[block.groups[stage_index][0]].in_features
-        H = HessianAccumulator(columns, stage.device)
-        drift = DriftAccumulator(columns, stage.device) if stage.spec.quantization.compensates else None
+        H, drift = self._accumulators(block, stage_index)
         seconds: dict[str, float] = {}
         for path in paths:
             tensors, text = load_tensors(path)
@@ -105,7 +102,8 @@ class TileSolver:
         sums = {"hessian": H.finish_(name)} | ({"drift": drift.finish_(name)} if drift is not None else {})
         decided = {}
         for settings, members in by_settings(block.groups[stage_index], self._settings(block)):
-            group, _ = self._prepare(block, settings, tuple(members), sums, stage.spec.regularization)
+            group, W = self._prepare(block, settings, tuple(members), sums, stage.spec.regularization)
+            block.prepared = (tuple(members), group, W)
             outcome = group.outcome_()
             add_seconds(seconds, outcome.seconds)
             decided["+".join(members)] = [outcome.beta, outcome.beta_gain]
@@ -174,6 +172,13 @@ class TileSolver:
         finally:
             for other, weight in kept.items():
                 modules[other].weight.data = weight
+
+    def _accumulators(self, block: _Block, stage_index: int) -> tuple[HessianAccumulator, DriftAccumulator | None]:
+        """Empty sums for a stage; the drift's only where errors are compensated."""
+        stage = self._stage
+        columns = stage.linears(block.unit)[block.groups[stage_index][0]].in_features
+        drift = DriftAccumulator(columns, stage.device) if stage.spec.quantization.compensates else None
+        return HessianAccumulator(columns, stage.device), drift
 
     def _dequantized(self, index: int, stage_index: int) -> dict[str, torch.Tensor]:
         """Weights of the stages before as they were quantized, in the compute dtype."""
@@ -265,9 +270,3 @@ def _together(name: str, outcomes: list[GroupOutcome]) -> GroupOutcome:
     for outcome in outcomes:
         add_seconds(seconds, outcome.seconds)
     return dataclasses.replace(outcomes[0], seconds=seconds)
-
-
-def _timed(seconds: dict[str, float], phase: str, action: Callable[[], None]) -> None:
-    start = time.perf_counter()
-    action()
-    seconds[phase] += time.perf_counter() - start

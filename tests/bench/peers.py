@@ -88,11 +88,17 @@ def perplexity(model_folder: Path, weights: dict, sequences: torch.Tensor) -> fl
     for name, weight in weights.items():
         assert not torch.equal(linears[name].weight, weight), f"{name} was not quantized"
         linears[name].weight.copy_(weight)
+    return perplexity_of(model, sequences)
+
+
+@torch.no_grad()
+def perplexity_of(model: torch.nn.Module, sequences: torch.Tensor) -> float:
+    """Of a model on held-out sequences."""
     total = 0.0
     for row in sequences:
         logits = model(row[None]).logits[0, :-1].float()
         total += float(torch.nn.functional.cross_entropy(logits, row[1:], reduction="sum"))
-    return math.exp(total / (sequences[:, 1:].numel()))
+    return math.exp(total / sequences[:, 1:].numel())
 
 
 def main() -> None:
