@@ -21,7 +21,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
-from astro.errors import CheckpointError, RunError
+from astro.errors import CheckpointError, StorageError
 
 __all__ = [
     "INDEX_NAME",
@@ -223,7 +223,7 @@ def write_atomic(path: Path, write: Callable[[Path], None]) -> None:
     """Let `write` fill a file beside `path`, sync it to disk and rename it into place.
 
     Raises:
-        RunError: the file system refused, e.g. because it is full. `path` is then as it was.
+        StorageError: the file system refused, e.g. because it is full. `path` is then as it was.
     """
     partial = path.with_name(f".{path.name}.{uuid.uuid4().hex[:12]}{PARTIAL_SUFFIX}")
     try:
@@ -241,7 +241,7 @@ def write_atomic(path: Path, write: Callable[[Path], None]) -> None:
         partial.unlink(missing_ok=True)
         full = getattr(error, "errno", None) == errno.ENOSPC or "No space left" in str(error)
         advice = "the disk is full: free space and run the same command again" if full else "check the folder"
-        raise RunError(f"{path}: cannot be written: {error}; {advice}. What is finished is kept") from error
+        raise StorageError(f"{path}: cannot be written: {error}; {advice}. What is finished is kept") from error
 
 
 def write_text(path: Path, text: str) -> None:

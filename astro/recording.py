@@ -15,8 +15,8 @@ from typing import Any
 import torch
 from torch import nn
 
-from astro.checkpoint import load_tensors, save_tensors
 from astro.errors import UnsupportedError
+from astro.parts import load_part, save_part
 from astro.skeleton import Skeleton
 
 __all__ = ["BlockCall", "load_call", "record", "returns_tuple", "run_head", "save_calls"]
@@ -128,12 +128,12 @@ def save_calls(path: Path, calls: Sequence[BlockCall], as_tuple: bool) -> None:
         raise UnsupportedError(f"a block of this model takes a {type(value).__name__} argument, which cannot be kept")
 
     structure = [encode((call.args, call.kwargs)) for call in calls]
-    save_tensors(path, tensors, json.dumps({"calls": structure, "as_tuple": as_tuple}))
+    save_part(path, tensors, json.dumps({"calls": structure, "as_tuple": as_tuple}))
 
 
 def load_call(path: Path, index: int, device: torch.device) -> tuple[BlockCall, bool]:
     """The call of one block, its tensors on `device`, and whether blocks return a tuple."""
-    tensors, note = load_tensors(path)
+    tensors, note = load_part(path)
     content = json.loads(note)
 
     def decode(node: Any) -> Any:

@@ -34,10 +34,14 @@ class LinearLayer:
     Attributes:
         name: of the module in the model.
         key: of the checkpoint tensor that holds its weight.
+        rows: output size.
+        columns: input size.
     """
 
     name: str
     key: str
+    rows: int
+    columns: int
 
     @property
     def stem(self) -> str:
@@ -118,7 +122,7 @@ class Skeleton:
                         "only blocks whose matrices are linear layers can be quantized "
                         "(mixture-of-experts blocks and Conv1D are not supported yet)"
                     )
-                linears.append(LinearLayer(name, key))
+                linears.append(LinearLayer(name, key, module.out_features, module.in_features))
         return linears
 
     def load(self, part: nn.Module, tensors: Mapping[str, torch.Tensor], device: torch.device) -> None:

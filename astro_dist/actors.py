@@ -140,9 +140,6 @@ class Worker:
         self._open = None
         finished = self._finish_block(round_index, unit, quantized, records, seconds)
         stage.close()
-        spec.run.drop_hidden(stream_names(spec.run.rounds)[round_index], index)
-        if round_index:
-            spec.run.shard(round_index - 1, unit.file).unlink(missing_ok=True)
         return finished
 
     @torch.no_grad()
@@ -153,9 +150,7 @@ class Worker:
         for chunk in stage.held_out:
             stage.pass_on(stream, index, chunk)
         stage.close()
-        finished = run.finish(evaluate_unit(index), [], {"seconds": {"evaluate": time.perf_counter() - start}})
-        run.drop_hidden(stream, index)
-        return finished
+        return run.finish(evaluate_unit(index), [], {"seconds": {"evaluate": time.perf_counter() - start}})
 
     @torch.no_grad()
     def pass_on(self, stream: str, index: int, chunk: str) -> float:
@@ -182,15 +177,10 @@ class Worker:
     @torch.no_grad()
     def write(self, index: int) -> dict[str, Any]:
         """Put a block's tiles together and write its shard, a final file of the model."""
-        spec, start = self._spec, time.perf_counter()
+        start = time.perf_counter()
         quantized, records, seconds = self._tiles.merge(index)
         seconds["write"] = time.perf_counter() - start
-        finished = self._finish_block(0, spec.plan.blocks[index], quantized, records, seconds)
-        spec.run.drop_partials(index)
-        if index:
-            for stream in stream_names(1):
-                spec.run.drop_hidden(stream, index - 1)
-        return finished
+        return self._finish_block(0, self._spec.plan.blocks[index], quantized, records, seconds)
 
     @torch.no_grad()
     def head(self, stream: str) -> dict[str, Any]:
@@ -210,9 +200,7 @@ class Worker:
             raise NumericalError(
                 f"the loss on the held-out text is {total} (stream {stream}); a forward pass overflowed"
             )
-        finished = run.finish(head_unit(stream), [], {"negative_log_likelihood": total, "tokens": count})
-        run.drop_hidden(stream, last)
-        return finished
+        return run.finish(head_unit(stream), [], {"negative_log_likelihood": total, "tokens": count})
 
     def _finish_block(
         self,

@@ -78,11 +78,19 @@ class ExecutionConfig(_Section):
     """`auto` is cuda where the cluster has GPUs."""
     ray_address: str = "auto"
     """`auto`: the cluster in RAY_ADDRESS (set inside `ray job submit`), else a private one on this machine."""
+    max_retries: int = Field(3, ge=0)
+    """How often a unit is tried again after a worker died, hung or raised at it."""
+    call_timeout_s: float | Literal["auto"] = "auto"
+    """Seconds after which a worker's call is taken to hang and given to another; `auto` by what it computes."""
+    worker_timeout_s: float = Field(1800, gt=0)
+    """Seconds that the run waits without any worker before it fails."""
 
     @model_validator(mode="after")
     def _check(self) -> "ExecutionConfig":
         if isinstance(self.workers, int) and self.workers < 1:
             raise ValueError(f"workers: expected auto or at least 1, got {self.workers}")
+        if self.call_timeout_s != "auto" and self.call_timeout_s <= 0:
+            raise ValueError(f"call_timeout_s: expected auto or more than 0, got {self.call_timeout_s}")
         if self.mode == "sequential" and self.rounds > 1:
             raise ValueError(f"rounds: only in mode blocks, got {self.rounds} in mode sequential")
         return self

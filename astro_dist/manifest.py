@@ -19,9 +19,11 @@ from typing import Any
 
 import torch
 
-from astro.checkpoint import PARTIAL_SUFFIX, read_json, save_tensors, sha256_of, write_json, write_text
-from astro.errors import CheckpointError, ConfigError, RunError
+from astro.checkpoint import PARTIAL_SUFFIX, read_json, sha256_of, write_json, write_text
+from astro.errors import CheckpointError, ConfigError, RunError, StorageError
+from astro.parts import save_part
 from astro_dist.config import RunConfig
+from astro_dist.schedule import Spent, block_unit
 
 __all__ = ["RunDirectory"]
 
@@ -72,10 +74,6 @@ class RunDirectory:
         """A part of a block's solve that workers hand each other."""
         return self.root / "activations" / "parts" / f"{block:04d}" / f"{name}.safetensors"
 
-    def drop_partials(self, block: int) -> None:
-        """Forget the parts of a block's solve."""
-        shutil.rmtree(self.partial(block, "any").parent, ignore_errors=True)
-
     def present(self, stream: str) -> dict[int, set[str]]:
         """Chunks that are there as input of each block. Lists folders: asking for a file that another machine is yet
         to write would make a network file system remember that it is missing.
@@ -87,10 +85,19 @@ class RunDirectory:
         """Arguments of every block for chunks of this shape."""
         return self.root / "activations" / f"calls-{batch}x{length}.safetensors"
 
-    def drop_hidden(self, stream: str, block: int) -> None:
-        """Forget a block's inputs, which nothing needs any more. Those of the first block serve every stream."""
-        if block:
-            shutil.rmtree(self._inputs(stream, block), ignore_errors=True)
+    def drop(self, spent: Spent) -> None:
+        """Delete what nothing needs any more. Inputs of the first block serve every stream and stay."""
+        parts = self.partial(spent.block, "any").parent
+        if spent.kind == "inputs" and spent.block:
+            shutil.rmtree(self._inputs(spent.stream, spent.block), ignore_errors=True)
+        elif spent.kind == "parts":
+            shutil.rmtree(parts, ignore_errors=True)
+        elif spent.kind == "shares":
+            for path in parts.glob(f"{spent.number}-share-*"):
+                path.unlink(missing_ok=True)
+        elif spent.kind == "shard":
+            for file in read_json(self._record(block_unit(spent.number, spent.block)))["files"]:
+                (self.root / file["name"]).unlink(missing_ok=True)
 
     def drop_leftovers(self) -> None:
         """Forget all inputs and what earlier rounds left: the run is complete."""
@@ -197,7 +204,7 @@ class RunDirectory:
             tokens: of every chunk, int64 [B, T].
         """
         write_text(self.root / "config.yaml", config.to_yaml())
-        save_tensors(self.tokens, tokens)
+        save_part(self.tokens, tokens)
         write_json(self.root / "run.json", {"key": self.key, **identity, "arithmetic": config.arithmetic()})
 
     @contextlib.contextmanager
@@ -225,13 +232,13 @@ class RunDirectory:
 
     def note(self, event: str, **details: Any) -> None:
         """Append one line to the journal."""
-        line = json.dumps({"time": round(time.time(), 3), "event": event, **details})
+        line = json.dumps({"time": round(time.time(), 3), "event": event} | details)
         path = self.root / "journal.jsonl"
         try:
             with path.open("a", encoding="utf-8") as journal:
                 journal.write(line + "\n")
         except OSError as error:
-            raise RunError(f"{path}: cannot be written: {error}. What is finished is kept") from error
+            raise StorageError(f"{path}: cannot be written: {error}. What is finished is kept") from error
 
     def _inputs(self, stream: str, block: int) -> Path:
         return self.root / "activations" / (stream if block else "embedded") / f"{block:04d}"

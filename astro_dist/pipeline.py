@@ -1,9 +1,9 @@
 """A whole run: validate, plan, execute, assemble, summarize."""
 
 import dataclasses
-import math
 import os
 import time
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -12,25 +12,33 @@ import transformers
 
 import astro
 from astro.checkpoint import Checkpoint, read_json, require_finite, write_json
-from astro.errors import CheckpointError, ConfigError, InputError, RunError
+from astro.errors import CheckpointError, ConfigError
 from astro.formats import compressed_tensors
 from astro.skeleton import Skeleton
 from astro_dist.actors import configure_process
 from astro_dist.assemble import assemble
 from astro_dist.budget import allocate, read_choices, require_affordable
-from astro_dist.calibration import TokenChunks, read_documents, tokenize
+from astro_dist.calibration import Chunk, TokenChunks, read_documents, tokenize
 from astro_dist.config import RunConfig, run_key
+from astro_dist.cost import CostModel
+from astro_dist.driver import Driver
 from astro_dist.executor import Executor, LocalExecutor
+from astro_dist.failure import FailureHistory
 from astro_dist.manifest import RunDirectory
 from astro_dist.plan import Plan, make_plan
 from astro_dist.progress import ProgressDisplay
-from astro_dist.schedule import BlockSchedule, Call, Schedule, block_unit, is_held_out, stream_names, unit_names
-from astro_dist.sequential_schedule import SequentialSchedule, sequential_units
+from astro_dist.resume import make_schedule
+from astro_dist.schedule import Call, Schedule, block_unit
 from astro_dist.source import resolve_source
 from astro_dist.stage import WorkerSpec
 from astro_dist.summary import summarize
 
 __all__ = ["Prepared", "prepare", "quantize"]
+
+_CALL_PATIENCE_S = 600.0
+_SLACK = 20.0
+_SLOWEST_CORE, _SLOWEST_GPU = 5e9, 1e12
+"""Operations a second below which no device in use is."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -69,9 +77,7 @@ def prepare(config: RunConfig) -> Prepared:
         raise CheckpointError(f"{source / 'config.json'}: the model is quantized already; give the original checkpoint")
     skeleton = Skeleton(source, torch.float32, config.model.trust_remote_code)
     plan = make_plan(checkpoint, skeleton, config.quantization)
-    weights = {
-        linear.name: math.prod(checkpoint.entries[linear.key].shape) for unit in plan.blocks for linear in unit.linears
-    }
+    weights = {linear.name: linear.rows * linear.columns for unit in plan.blocks for linear in unit.linears}
     if config.quantization.bits == "auto":
         require_affordable(config.quantization, weights)
     settings = {name: config.quantization.for_layer(name) for name in weights}
@@ -106,13 +112,15 @@ def quantize(config: RunConfig) -> dict[str, Any]:
     with run.locked():
         if not begun:
             run.begin(config, identity, {chunk.name: torch.from_numpy(chunk.tokens) for chunk in chunks.chunks})
-        return _run(prepared, run, fingerprint, [chunk.name for chunk in chunks.chunks], begin)
+        return _run(prepared, run, fingerprint, chunks.chunks, begin)
 
 
-def _run(prepared: Prepared, run: RunDirectory, fingerprint: str, chunks: list[str], begin: float) -> dict[str, Any]:
-    schedule = _schedule(prepared, run, chunks)
+def _run(
+    prepared: Prepared, run: RunDirectory, fingerprint: str, chunks: Sequence[Chunk], begin: float
+) -> dict[str, Any]:
+    schedule = make_schedule(prepared.config, prepared.plan, run, chunks)
     resumed = len(schedule.finished)
-    workers: list[dict[str, Any]] = []
+    workers: dict[int, dict[str, Any]] = {}
     if schedule.complete and run.summary.is_file():
         run.drop_leftovers()
         return read_json(run.summary)
@@ -186,12 +194,12 @@ def _execute(
     prepared: Prepared,
     run: RunDirectory,
     fingerprint: str,
-    chunks: list[str],
+    chunks: Sequence[Chunk],
     schedule: Schedule,
     executor: Executor,
-) -> list[dict[str, Any]]:
+) -> dict[int, dict[str, Any]]:
     """Do every unit that is not finished; what the workers say of themselves at the end."""
-    config, plan = prepared.config, prepared.plan
+    config, plan, execution = prepared.config, prepared.plan, prepared.config.execution
     device = "cuda" if executor.has_gpus else "cpu"
     dtype = _compute_dtype(config, plan, prepared.checkpoint, device)
     _refuse_other_dtype(run, dtype)
@@ -202,53 +210,42 @@ def _execute(
         trust_remote_code=config.model.trust_remote_code,
         run=run,
         plan=plan,
-        chunks=tuple(chunks),
-        shares=config.execution.hessian_shares,
+        chunks=tuple(chunk.name for chunk in chunks),
+        shares=execution.hessian_shares,
         quantization=config.quantization,
         regularization=config.regularizer,
         compute_dtype=dtype,
         device=device,
-        threads=config.execution.threads_per_worker,
+        threads=execution.threads_per_worker,
     )
     blocks = len(plan.blocks) * run.rounds
     blocks_done = sum("block-" in unit for unit in schedule.finished)
-    total, finished = len(schedule.units), len(schedule.finished)
-    display = ProgressDisplay(total, finished, blocks, blocks_done, executor.num_workers)
-    try:
-        executor.start(spec)
-        with display:
-            if blocks_done:
-                display.say(f"going on: {blocks_done} of {blocks} blocks are finished")
-            _drive(prepared, schedule, executor, display, run)
-        return executor.describe()
-    except InputError as error:  # found too late to be a matter of nothing having been started
-        raise RunError(f"{error}. What is finished is kept") from error
+    display = ProgressDisplay(len(schedule.units), len(schedule.finished), blocks, blocks_done)
+    driver = Driver(
+        executor, run, lambda: make_schedule(config, plan, run, chunks), display, FailureHistory(execution.max_retries),
+        _deadlines(prepared, chunks, device), execution.worker_timeout_s,
+        lambda schedule: _settle_widths(prepared, schedule, run),
+    )  # fmt: skip
+    executor.start(spec)
+    with display:
+        if blocks_done:
+            display.say(f"going on: {blocks_done} of {blocks} blocks are finished")
+        driver.run(schedule)
+    return executor.describe()
 
 
-def _drive(
-    prepared: Prepared, schedule: Schedule, executor: Executor, display: ProgressDisplay, run: RunDirectory
-) -> None:
-    running: dict[int, Call] = {}
-    _settle_widths(prepared, schedule, run)
-    while not schedule.complete:
-        for worker in range(executor.num_workers):
-            call = schedule.next_call(worker) if worker not in running else None
-            if call is not None:
-                running[worker] = call
-                executor.submit(worker, call)
-                display.started(worker, call)
-        assert running, "the schedule waits for itself"
-        worker, result = executor.wait()
-        call = running.pop(worker)
-        known = call.unit in schedule.finished
-        schedule.done(worker, call, result)
-        finished = call.unit in schedule.finished and not known
-        display.ended(worker, call, finished)
-        if call.method == "pass_on":
-            run.note("passed", chunk=call.args[2], block=call.args[1], stream=call.args[0], seconds=result)
-        if finished:
-            run.note("finished", unit=call.unit, worker=worker, seconds=result["result"].get("seconds", {}))
-            _settle_widths(prepared, schedule, run)
+def _deadlines(prepared: Prepared, chunks: Sequence[Chunk], device: str) -> Callable[[Call], float]:
+    """After how many seconds a call is taken to hang: many times what a slow device would need."""
+    config, execution = prepared.config, prepared.config.execution
+    if execution.call_timeout_s != "auto":
+        timeout_s = execution.call_timeout_s
+        return lambda call: timeout_s
+    tokens = [chunk.tokens.size for chunk in chunks]
+    cost = CostModel(
+        prepared.plan, config.quantization, config.regularizer, max(tokens), sum(tokens), execution.hessian_shares
+    )
+    rate = _SLOWEST_GPU if device == "cuda" else _SLOWEST_CORE * execution.threads_per_worker
+    return lambda call: _CALL_PATIENCE_S + _SLACK * cost.operations(call) / rate
 
 
 def _settle_widths(prepared: Prepared, schedule: Schedule, run: RunDirectory) -> None:
@@ -260,27 +257,6 @@ def _settle_widths(prepared: Prepared, schedule: Schedule, run: RunDirectory) ->
         layers = [layer for block in blocks for layer in run.read(block_unit(0, block))["layers"]]
         widths = allocate(read_choices(layers, quantization), quantization.average_bits or 0.0)
         write_json(run.allocation, {name: bits for group, bits in widths.items() for name in group.split("+")})
-
-
-def _schedule(prepared: Prepared, run: RunDirectory, chunks: list[str]) -> Schedule:
-    config, blocks, copies = prepared.config, len(prepared.plan.blocks), len(prepared.plan.copies)
-    evaluated = any(is_held_out(chunk) for chunk in chunks)
-    present = {stream: run.present(stream) for stream in stream_names(run.rounds)}
-    finished: set[str] = set()
-    if config.execution.mode == "sequential":
-        units = sequential_units(blocks, copies, evaluated)
-        finished.update(unit for unit in units if run.finished(unit) is not None)
-        count, compensated = config.execution.hessian_shares, config.quantization.compensates
-        return SequentialSchedule(blocks, copies, chunks, count, finished, present, compensated)
-    for unit in reversed(unit_names(blocks, copies, run.rounds, evaluated)):
-        r, _, block = unit.removeprefix("round-").partition("-block-")
-        # What an earlier round wrote of a block is gone when the next round has done that block.
-        superseded = bool(block) and block_unit(int(r) + 1, int(block)) in finished
-        if run.finished(unit, superseded) is not None:
-            finished.add(unit)
-    written = {unit for unit in finished if run.has_files(unit)}
-    measured_first = config.quantization.bits == "auto"
-    return BlockSchedule(blocks, copies, chunks, finished, present, run.rounds, written, measured_first)
 
 
 def _refuse_other_dtype(run: RunDirectory, dtype: torch.dtype) -> None:

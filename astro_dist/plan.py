@@ -76,6 +76,7 @@ class Plan:
         copies: of everything else.
         ignore: names of linear modules that are not quantized, for the written config.
         outside: checkpoint tensors that the model has outside its blocks.
+        outside_weights: their number of elements.
         weights: number of weights that are quantized.
         unknown: checkpoint tensors that the model's class does not have; they are copied too.
     """
@@ -84,6 +85,7 @@ class Plan:
     copies: tuple[CopyUnit, ...]
     ignore: tuple[str, ...]
     outside: tuple[str, ...]
+    outside_weights: int
     weights: int
     unknown: tuple[str, ...]
 
@@ -144,8 +146,9 @@ def make_plan(checkpoint: Checkpoint, skeleton: Skeleton, quantization: Quantiza
         CopyUnit(index, tuple(keys), _shard_name(index, total), checkpoint.size_bytes(keys))
         for index, keys in enumerate(copied)
     ]
-    weights = sum(_count(checkpoint.entries[linear.key]) for linear in quantized.values())
-    return Plan(tuple(blocks), tuple(copies), tuple(ignore), tuple(outside), weights, tuple(unknown))
+    weights = sum(linear.rows * linear.columns for linear in quantized.values())
+    outside_weights = sum(math.prod(checkpoint.entries[key].shape) for key in outside)
+    return Plan(tuple(blocks), tuple(copies), tuple(ignore), tuple(outside), outside_weights, weights, tuple(unknown))
 
 
 def _assign(checkpoint: Checkpoint, skeleton: Skeleton) -> tuple[dict[int, list[str]], list[str], list[str], list[str]]:
@@ -203,11 +206,6 @@ def _cut(checkpoint: Checkpoint, keys: Iterable[str]) -> list[list[str]]:
 
 def _shard_name(index: int, total: int) -> str:
     return f"model-{index + 1:05d}-of-{total:05d}.safetensors"
-
-
-def _count(entry: TensorEntry) -> int:
-    rows, columns = entry.shape
-    return rows * columns
 
 
 def _written_bytes(

@@ -31,7 +31,7 @@ _PHASES = {
 class ProgressDisplay:
     """Units and blocks done, what each worker does, time left."""
 
-    def __init__(self, total: int, finished: int, num_blocks: int, blocks_done: int, num_workers: int) -> None:
+    def __init__(self, total: int, finished: int, num_blocks: int, blocks_done: int) -> None:
         self._console = Console(stderr=True)
         self._begin, self._before = time.monotonic(), finished
         self._total, self._finished = total, finished
@@ -46,7 +46,7 @@ class ProgressDisplay:
         )
         self._phases = Progress(TextColumn("{task.description}"), TextColumn("{task.fields[phase]}"))
         self._all: TaskID = self._bar.add_task("blocks", total=num_blocks, completed=blocks_done, left="")
-        self._rows = [self._phases.add_task(f"worker {i}", phase="idle") for i in range(num_workers)]
+        self._rows: dict[int, TaskID] = {}
         shown = Group(self._bar, self._phases)
         self._live = Live(shown, console=self._console, refresh_per_second=4) if self._console.is_terminal else None
 
@@ -61,14 +61,23 @@ class ProgressDisplay:
         if self._live:
             self._live.stop()
 
+    def joined(self, worker: int) -> None:
+        """A worker is up."""
+        self._rows[worker] = self._phases.add_task(f"worker {worker}", phase="idle")
+
+    def left(self, worker: int) -> None:
+        """A worker is gone."""
+        if worker in self._rows:
+            self._phases.remove_task(self._rows.pop(worker))
+
     def started(self, worker: int, call: Call) -> None:
         """A worker began a call."""
         chunk = f" {call.args[-1]}" if call.method in ("forward", "share", "tile", "pass_on") else ""
-        self._phases.update(self._rows[worker], phase=f"{call.unit}: {_PHASES[call.method]}{chunk}")
+        self._show(worker, f"{call.unit}: {_PHASES[call.method]}{chunk}")
 
     def ended(self, worker: int, call: Call, unit_finished: bool) -> None:
         """A worker's call returned."""
-        self._phases.update(self._rows[worker], phase="idle")
+        self._show(worker, "idle")
         if not unit_finished:
             return
         self._finished += 1
@@ -82,6 +91,10 @@ class ProgressDisplay:
     def say(self, text: str) -> None:
         """One line that stays."""
         self._console.print(f"[{time.strftime('%H:%M:%S')}] {text}", markup=False, highlight=False, soft_wrap=True)
+
+    def _show(self, worker: int, phase: str) -> None:
+        if worker in self._rows:
+            self._phases.update(self._rows[worker], phase=phase)
 
     def _time_left(self) -> str:
         done = self._finished - self._before

@@ -1,21 +1,26 @@
 """Workers as Ray actors. The only file that knows Ray."""
 
+import contextlib
 import logging
 import os
+import time
 from typing import Any
 
 import ray
 from ray.exceptions import RayActorError, RayError, RayTaskError
 
-from astro.errors import AstroError, RunError
+from astro.errors import RunError
 from astro_dist.actors import Worker
 from astro_dist.config import ExecutionConfig
+from astro_dist.executor import Event, Failed, Joined, Returned
 from astro_dist.schedule import Call
 from astro_dist.stage import WorkerSpec
 
 __all__ = ["RayExecutor"]
 
-_START_TIMEOUT_S = 600
+_LOOK_AROUND_S = 5.0
+"""How often nodes that have joined the cluster are looked for."""
+_DESCRIBE_TIMEOUT_S = 30.0
 _OBJECT_STORE_BYTES = 100_000_000
 """Of a private cluster: large arrays travel as files, so next to nothing lies in the object store."""
 
@@ -23,9 +28,12 @@ _OBJECT_STORE_BYTES = 100_000_000
 class RayExecutor:
     """One single-threaded actor a GPU, or for each `threads_per_worker` CPUs where there is none.
 
+    An actor that died is never revived behind the driver's back, because it lost its open block; a new one is asked
+    for in its place, and waits for room where its node is gone. With `workers: auto` nodes that join are used too.
+
     Attributes:
-        num_workers: actors.
-        has_gpus: whether the cluster has GPUs.
+        num_workers: actors that were asked for at the start.
+        has_gpus: whether the workers have GPUs.
     """
 
     def __init__(self, config: ExecutionConfig) -> None:
@@ -35,83 +43,118 @@ class RayExecutor:
             RunError: no cluster can be reached.
         """
         self._config = config
-        self._actors: list[Any] = []
-        self._running: dict[Any, tuple[int, Call]] = {}
+        self._actors: dict[int, Any] = {}
+        self._idle: set[int] = set()
+        self._calls: dict[Any, tuple[int, bool]] = {}
+        self._next, self._looked_around = 0, time.monotonic()
         self._started_here = not ray.is_initialized()
         if self._started_here:
             _connect(config)
         nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
         gpus, cpus = (int(sum(node.get(name, 0) for node in nodes)) for name in ("GPU", "CPU"))
         self.has_gpus = config.device == "cuda" or (config.device == "auto" and gpus > 0)
-        found = sum(self._places(node) for node in nodes)
-        self.num_workers = config.workers if isinstance(config.workers, int) else found
-        if self.num_workers > found or not found:
+        self.num_workers = config.workers if isinstance(config.workers, int) else self._places()
+        if not self.num_workers:
             self.close()
             raise RunError(
-                f"execution.workers: {self.num_workers} asked for, but the cluster has {gpus} GPUs and {cpus} CPUs on "
-                f"{len(nodes)} node(s), enough for {found} workers of {config.threads_per_worker} CPUs"
-                f"{' and one GPU' if self.has_gpus else ''}; add nodes, or lower workers or threads_per_worker"
+                f"execution.workers: auto, but the cluster has {gpus} GPUs and {cpus} CPUs on {len(nodes)} node(s), "
+                f"not enough for one worker of {config.threads_per_worker} CPUs"
+                f"{' and one GPU' if self.has_gpus else ''}; add nodes, lower threads_per_worker, or give a number of "
+                "workers for the cluster to grow to"
             )
 
     def start(self, spec: WorkerSpec) -> None:
-        """Create the actors, spread over the nodes, and wait until each is up."""
+        """Ask for the actors, spread over the nodes in mode `blocks` and close together in mode `sequential`."""
         threads = str(spec.threads)
         # Read when the libraries load, so before the actor's own code could set them.
         variables = {"OMP_NUM_THREADS": threads, "MKL_NUM_THREADS": threads, "TOKENIZERS_PARALLELISM": "false"}
-        options = {
-            "num_cpus": spec.threads,
-            "num_gpus": 1 if self.has_gpus else 0,
-            "scheduling_strategy": "SPREAD",
-            "runtime_env": {"env_vars": variables},
-            # A worker that died is not revived behind the driver's back: it lost its open block.
-            "max_restarts": 0,
-            "max_task_retries": 0,
-        }
-        remote = ray.remote(Worker).options(**options)
-        self._actors = [remote.remote(spec) for _ in range(self.num_workers)]
-        starting = [actor.prepare.remote() for actor in self._actors]
-        up, waiting = ray.wait(starting, num_returns=len(starting), timeout=_START_TIMEOUT_S)
-        for index, reference in enumerate(starting):
-            if reference in up:
-                _get(reference, f"starting worker {index}")
-        if waiting:
-            raise RunError(
-                f"{len(waiting)} of {len(starting)} workers did not start within {_START_TIMEOUT_S} s; another job may "
-                "hold the cluster's CPUs or GPUs (see `ray status`). What is finished is kept"
-            )
+        self._spec = spec
+        self._remote = ray.remote(Worker).options(
+            num_cpus=spec.threads,
+            num_gpus=1 if self.has_gpus else 0,
+            scheduling_strategy="SPREAD" if self._config.mode == "blocks" else "DEFAULT",
+            runtime_env={"env_vars": variables},
+            max_restarts=0,
+            max_task_retries=0,
+        )
+        for _ in range(self.num_workers):
+            self._add()
 
-    def _places(self, node: dict[str, float]) -> int:
-        """Workers that a node has room for."""
-        places = int(node.get("CPU", 0)) // self._config.threads_per_worker
-        return min(places, int(node.get("GPU", 0))) if self.has_gpus else places
+    def idle(self) -> list[int]:
+        """Actors that are up and have nothing to do."""
+        return sorted(self._idle)
 
     def submit(self, worker: int, call: Call) -> None:
-        """Let a worker begin a call."""
-        reference = getattr(self._actors[worker], call.method).remote(*call.args)
-        self._running[reference] = (worker, call)
+        """Let an actor begin a call."""
+        self._idle.discard(worker)
+        self._calls[getattr(self._actors[worker], call.method).remote(*call.args)] = (worker, False)
 
-    def wait(self) -> tuple[int, Any]:
-        """Block until some call returns.
+    def wait(self, timeout_s: float) -> Event | None:
+        """Block until something happens; None where nothing did for so long."""
+        self._look_around()
+        if not self._calls:
+            time.sleep(timeout_s)
+            return None
+        ready, _ = ray.wait(list(self._calls), num_returns=1, timeout=timeout_s)
+        if not ready:
+            return None
+        worker, starting = self._calls.pop(ready[0])
+        try:
+            result = ray.get(ready[0])
+        except RayTaskError as error:
+            self.discard(worker)
+            return Failed(worker, _cause(error), lost=False)
+        except RayError as error:
+            self.discard(worker)
+            return Failed(worker, _explain(error), lost=True)
+        self._idle.add(worker)
+        return Joined(worker) if starting else Returned(worker, result)
 
-        Raises:
-            RunError: the worker died.
-            AstroError: what the call raised.
-        """
-        (reference, *_), _ = ray.wait(list(self._running), num_returns=1)
-        worker, call = self._running.pop(reference)
-        return worker, _get(reference, f"{call.unit}, {call.method} on worker {worker}")
+    def discard(self, worker: int) -> None:
+        """Kill an actor, wherever it is, and ask for another."""
+        ray.kill(self._actors.pop(worker))
+        self._idle.discard(worker)
+        self._calls = {reference: call for reference, call in self._calls.items() if call[0] != worker}
+        self._add()
 
-    def describe(self) -> list[dict[str, Any]]:
-        """What each worker says of itself."""
-        return [_get(actor.describe.remote(), f"starting worker {index}") for index, actor in enumerate(self._actors)]
+    def describe(self) -> dict[int, dict[str, Any]]:
+        """What each idle worker says of itself; one that dies meanwhile says nothing."""
+        asked = {worker: self._actors[worker].describe.remote() for worker in self.idle()}
+        told = {}
+        for worker, reference in asked.items():
+            with contextlib.suppress(RayError):
+                told[worker] = ray.get(reference, timeout=_DESCRIBE_TIMEOUT_S)
+        return told
 
     def close(self) -> None:
         """End the actors, and the cluster where it is a private one."""
-        for actor in self._actors:
+        for actor in self._actors.values():
             ray.kill(actor)
-        self._actors, self._running = [], {}
+        self._actors, self._calls = {}, {}
         if self._started_here:
             ray.shutdown()
+
+    def _add(self) -> None:
+        worker, self._next = self._next, self._next + 1
+        self._actors[worker] = self._remote.remote(self._spec)
+        self._calls[self._actors[worker].prepare.remote()] = (worker, True)
+
+    def _places(self) -> int:
+        """Workers that the nodes have room for, were they all ours."""
+        found = 0
+        for node in ray.nodes():
+            resources = node["Resources"] if node["Alive"] else {}
+            places = int(resources.get("CPU", 0)) // self._config.threads_per_worker
+            found += min(places, int(resources.get("GPU", 0))) if self.has_gpus else places
+        return found
+
+    def _look_around(self) -> None:
+        """Use nodes that have joined."""
+        now = time.monotonic()
+        if self._config.workers == "auto" and now - self._looked_around > _LOOK_AROUND_S:
+            self._looked_around = now
+            for _ in range(self._places() - len(self._actors)):
+                self._add()
 
 
 def _connect(config: ExecutionConfig) -> None:
@@ -134,18 +177,12 @@ def _connect(config: ExecutionConfig) -> None:
         raise RunError(f"Ray cluster {address or 'on this machine'}: cannot be reached or started: {error}") from error
 
 
-def _get(reference: Any, what: str) -> Any:
-    try:
-        return ray.get(reference)
-    except RayTaskError as error:
-        cause = error.cause
-        if isinstance(cause, AstroError):
-            raise cause from None
-        raise RunError(f"{what}: {cause!r}. What is finished is kept; run the same command to go on") from error
-    except RayActorError as error:  # its first line says which process ended and how
-        raise RunError(
-            f"{what}: the worker died ({str(error).splitlines()[0]}), often for want of memory. "
-            "What is finished is kept; run the same command to go on"
-        ) from error
-    except RayError as error:
-        raise RunError(f"{what}: {str(error).splitlines()[0]}. What is finished is kept") from error
+def _cause(error: RayTaskError) -> Exception:
+    """What the call raised."""
+    return error.cause if isinstance(error.cause, Exception) else RunError(str(error).strip().splitlines()[-1])
+
+
+def _explain(error: RayError) -> RunError:
+    """How a worker was lost. The first line of what Ray says tells which process ended and how."""
+    first = str(error).strip().splitlines()[0]
+    return RunError(f"the worker died ({first})" if isinstance(error, RayActorError) else first)

@@ -7,10 +7,10 @@ stream `round-(r−1)`; behind the last round, only the held-out chunks travel, 
 
 import dataclasses
 from collections.abc import Collection, Iterable, Mapping, Sequence
-from typing import Any, Protocol
+from typing import Any, Literal, Protocol
 
 __all__ = [
-    "BlockSchedule", "Call", "Present", "Schedule", "block_unit", "copy_calls", "evaluate_unit", "head_unit",
+    "BlockSchedule", "Call", "Present", "Schedule", "Spent", "block_unit", "copy_calls", "evaluate_unit", "head_unit",
     "is_held_out", "stream_names", "unit_names",
 ]  # fmt: skip
 
@@ -33,6 +33,25 @@ class Call:
     unit: str
 
 
+@dataclasses.dataclass(frozen=True)
+class Spent:
+    """Files that no unfinished unit needs any more. Only the driver deletes: a worker that was given up for dead may
+    still be at work on what another has taken over.
+
+    Attributes:
+        kind: `inputs` of a block in a `stream`; `shard` of a block in the round `number`; `shares` of a block's stage
+            `number`; `parts`, all that was left of a block's solve.
+        block: index.
+        stream: of the inputs.
+        number: round or stage.
+    """
+
+    kind: Literal["inputs", "shard", "shares", "parts"]
+    block: int
+    stream: str = ""
+    number: int = 0
+
+
 class Schedule(Protocol):
     """State of a run."""
 
@@ -49,8 +68,11 @@ class Schedule(Protocol):
     def next_call(self, worker: int) -> Call | None:
         """What a free worker shall do now; None where it must wait for another."""
 
-    def done(self, worker: int, call: Call, result: Any) -> None:
-        """Take note that a call returned."""
+    def done(self, worker: int, call: Call, result: Any) -> list[Spent]:
+        """Take note that a call returned; what is not needed any more."""
+
+    def failed(self, worker: int, call: Call) -> None:
+        """Take note that a call came to nothing, and that the worker has lost what it held."""
 
 
 def is_held_out(chunk: str) -> bool:
@@ -100,6 +122,16 @@ class _Task:
     next_chunk: int = 0
     opened: bool = False
 
+    @property
+    def place(self) -> tuple[int, int]:
+        """Where in the run it is; a block before another one comes first."""
+        return self.round_index, self.block
+
+    @property
+    def opening(self) -> Call:
+        """The call that it begins with."""
+        return Call("open_block", self.place, block_unit(*self.place))
+
 
 class BlockSchedule:
     """Mode `blocks`: every block on its own, in one or more rounds.
@@ -107,6 +139,9 @@ class BlockSchedule:
     A block is opened by one worker, fed with its input chunks as the block before it produces them, and solved there
     while other workers already feed the next blocks. A block of a later round waits for nothing but its inputs and its
     own result of the round before, so rounds follow each other without a gap.
+
+    A block whose worker was lost begins anew with the next worker that is free. Where none is, because all of them wait
+    for what it hands on, the worker at the furthest block gives its own up for it.
     """
 
     def __init__(
@@ -145,9 +180,10 @@ class BlockSchedule:
             for stream, name in enumerate(self._streams)
             for block in range(num_blocks + 1)
         }
+        self._repeated: dict[tuple[int, int], set[str]] = {}
         self._reopen(set(finished if written is None else written))
         self._active: dict[int, _Task] = {}
-        self._taken: set[str] = set()
+        self._taken: set[Call] = set()
 
     @property
     def complete(self) -> bool:
@@ -158,58 +194,107 @@ class BlockSchedule:
         """What a free worker shall do now; None where it must wait for another."""
         task = self._active.get(worker)
         if task is not None:
-            return self._continue(task)
-        for call in self._candidates():
-            if call.unit not in self.finished and call.unit not in self._taken:
-                self._taken.add(call.unit)
-                if call.method == "open_block":
-                    self._active[worker] = _Task(int(call.args[0]), int(call.args[1]))
+            call = self._continue(task)
+            if call is not None or self._has_later(task):
                 return call
+        for call in self._candidates():
+            if call in self._taken or (task and not self._is_waited_for(call, task)):
+                continue
+            if task:
+                self.failed(worker, task.opening)
+            if call.method == "open_block":
+                self._active[worker] = _Task(int(call.args[0]), int(call.args[1]))
+            self._taken.add(call)
+            return call
         return None
 
-    def done(self, worker: int, call: Call, result: Any) -> None:
-        """Take note that a call returned."""
+    def done(self, worker: int, call: Call, result: Any) -> list[Spent]:
+        """Take note that a call returned; what is not needed any more."""
         task = self._active.get(worker)
         if call.method == "open_block" and task:
             task.opened = True
-        elif call.method == "forward" and task:
+            return []
+        if call.method == "forward" and task:
             task.next_chunk += 1
             self._ready[task.round_index, task.block + 1].add(str(call.args[2]))
-        else:
-            self.finished.add(call.unit)
-            self._active.pop(worker, None)
+            return []
+        self._taken.discard(call)
+        if call.method == "pass_on":
+            return self._passed(self._streams.index(str(call.args[0])), int(call.args[1]), str(call.args[2]))
+        self.finished.add(call.unit)
+        if task:
+            self._taken.discard(self._active.pop(worker).opening)
         if call.method == "embed":
             for stream in range(self._rounds + 1):
                 self._ready[stream, 0].update(self._chunks)
         if call.method == "advance":
             self._ready[self._rounds, int(call.args[0]) + 1].update(self._held_out)
+        return self._spent(call)
+
+    def failed(self, worker: int, call: Call) -> None:
+        """Take note that a call came to nothing, and that the worker has lost what it held."""
+        self._taken.discard(call)
+        if worker in self._active:
+            self._taken.discard(self._active.pop(worker).opening)
 
     def _continue(self, task: _Task) -> Call | None:
-        unit, place = block_unit(task.round_index, task.block), (task.round_index, task.block)
+        unit = block_unit(*task.place)
         if not task.opened:
-            return Call("open_block", place, unit)
+            return task.opening
         if task.next_chunk == len(self._chunks):
-            return Call("solve", place, unit)
+            return Call("solve", task.place, unit)
         chunk = self._chunks[task.next_chunk]
-        return Call("forward", (*place, chunk), unit) if chunk in self._ready[place] else None
+        return Call("forward", (*task.place, chunk), unit) if chunk in self._ready[task.place] else None
+
+    def _has_later(self, task: _Task) -> bool:
+        """Whether a worker holds a later block of the same round."""
+        return any(
+            other.round_index == task.round_index and other.block > task.block for other in self._active.values()
+        )
+
+    def _is_waited_for(self, call: Call, task: _Task) -> bool:
+        """Whether a block in a worker's hands waits, maybe through others in workers' hands, for a call to be made."""
+        held = {other.place: other for other in self._active.values()}
+        first = task
+        while (first.round_index, first.block - 1) in held:
+            first = held[first.round_index, first.block - 1]
+        if call.method == "open_block":
+            return call.args == (first.round_index, first.block - 1)
+        return call.method in ("embed", "pass_on") and self._continue(first) is None
 
     def _candidates(self) -> list[Call]:
         """First calls of units whose inputs are there, the most urgent first."""
-        copying = copy_calls(self.units)
+        copying = copy_calls(unit for unit in self.units if unit not in self.finished)
         if "embed" not in self.finished:
             return [Call("embed", (), "embed"), *copying]
         # The chain through the result is serial: never let it fall behind.
-        return [*self._chain(), *self._next_blocks(), *copying]
+        return [*self._repeats(), *self._chain(), *self._next_blocks(), *copying]
+
+    def _repeats(self) -> list[Call]:
+        """Chunks that pass through a finished block once more, because what it handed on is lost."""
+        calls = []
+        for (stream, block), chunks in sorted(self._repeated.items()):
+            if stream and block_unit(stream - 1, block) not in self.finished:
+                continue
+            unit = self._producer(stream, block + 1)
+            for chunk in sorted(chunks & self._ready[stream, block]):
+                calls.append(Call("pass_on", (self._streams[stream], block, chunk), unit))
+        return calls
 
     def _chain(self) -> list[Call]:
         if not self._held_out:
             return []
         behind = next((b for b in range(self._num_blocks) if evaluate_unit(b) not in self.finished), None)
         ready = []
-        if behind is not None and block_unit(self._rounds - 1, behind) in self.finished:
+        if (
+            behind is not None
+            and block_unit(self._rounds - 1, behind) in self.finished
+            and self._ready[self._rounds, behind].issuperset(self._held_out)
+        ):
             ready.append(Call("advance", (behind,), evaluate_unit(behind)))
         for index, stream in enumerate(self._streams):
-            if self._ready[index, self._num_blocks].issuperset(self._held_out):
+            there = self._ready[index, self._num_blocks].issuperset(self._held_out)
+            if there and head_unit(stream) not in self.finished:
                 ready.append(Call("head", (stream,), head_unit(stream)))
         return ready
 
@@ -217,8 +302,8 @@ class BlockSchedule:
         """The next block of each round that can begin. Blocks begin in order, so that their inputs are on the way."""
         found = []
         for r in range(self._rounds):
-            calls = (Call("open_block", (r, b), block_unit(r, b)) for b in range(self._num_blocks))
-            pending = next((c for c in calls if c.unit not in self.finished and c.unit not in self._taken), None)
+            calls = (_Task(r, b).opening for b in range(self._num_blocks))
+            pending = next((c for c in calls if c.unit not in self.finished and c not in self._taken), None)
             if pending is not None and self._may_begin(r, int(pending.args[1])):
                 found.append(pending)
         return found
@@ -230,17 +315,41 @@ class BlockSchedule:
             return False
         return block_unit(r - 1, block) in self.finished
 
+    def _passed(self, stream: int, block: int, chunk: str) -> list[Spent]:
+        """A chunk was passed through a finished block once more; behind the last one, the block's inputs are spent."""
+        self._ready[stream, block + 1].add(chunk)
+        self._repeated[stream, block].discard(chunk)
+        if self._repeated[stream, block] or self._consumer(stream, block)[0] not in self.finished:
+            return []
+        return [Spent("inputs", block, self._streams[stream])]
+
+    def _spent(self, call: Call) -> list[Spent]:
+        """What nothing needs any more once a unit is finished."""
+        if call.method == "solve":
+            r, block = int(call.args[0]), int(call.args[1])
+            before = [Spent("shard", block, number=r - 1)] if r else []
+            return [Spent("inputs", block, self._streams[r]), *before]
+        if call.method == "advance":
+            return [Spent("inputs", int(call.args[0]), self._streams[-1])]
+        return [Spent("inputs", self._num_blocks, str(call.args[0]))] if call.method == "head" else []
+
     def _reopen(self, written: set[str]) -> None:
-        """A finished unit whose outputs are gone is done again where an unfinished one needs them."""
+        """What an unfinished unit needs and is gone is made again: inputs by passing chunks through the blocks before
+        it, which are not solved again; a shard of an earlier round by solving that.
+        """
         for stream in reversed(range(self._rounds + 1)):
             for block in reversed(range(self._num_blocks + 1)):
-                unit, needed = self._consumer(stream, block)
-                if unit not in self.units or unit in self.finished:
-                    continue
-                if stream and block < self._num_blocks and block_unit(stream - 1, block) not in written:
+                unit, inputs = self._consumer(stream, block)
+                wanted = set(self._repeated.get((stream, block), ()))
+                if unit in self.units and unit not in self.finished:
+                    wanted |= set(inputs)
+                missing = wanted - self._ready[stream, block]
+                if wanted and stream and block < self._num_blocks and block_unit(stream - 1, block) not in written:
                     self.finished.discard(block_unit(stream - 1, block))
-                if not self._ready[stream, block].issuperset(needed):
-                    self.finished.discard(self._producer(stream, block))
+                if missing and not block:
+                    self.finished.discard("embed")
+                elif missing and self._producer(stream, block) in self.finished:
+                    self._repeated[stream, block - 1] = missing
 
     def _consumer(self, stream: int, block: int) -> tuple[str, list[str]]:
         """The unit that reads a block's inputs of a stream, and the chunks that it reads."""

@@ -10,7 +10,7 @@ import itertools
 from collections.abc import Collection, Sequence
 from typing import Any
 
-from astro_dist.schedule import Call, Present, block_unit, copy_calls, head_unit, is_held_out, stream_names
+from astro_dist.schedule import Call, Present, Spent, block_unit, copy_calls, head_unit, is_held_out, stream_names
 
 __all__ = ["SequentialSchedule", "sequential_units", "shares"]
 
@@ -86,8 +86,8 @@ class SequentialSchedule:
                 return call
         return None
 
-    def done(self, worker: int, call: Call, result: Any) -> None:
-        """Take note that a call returned."""
+    def done(self, worker: int, call: Call, result: Any) -> list[Spent]:
+        """Take note that a call returned; what is not needed any more."""
         self._done.add(call)
         if call.method == "embed":
             for stream in STREAMS:
@@ -101,6 +101,20 @@ class SequentialSchedule:
             self._tiles[block, stage] = int(result["tiles"])
         elif call.method not in ("decide", "tile"):
             self.finished.add(call.unit)
+        return self._spent(call)
+
+    def failed(self, worker: int, call: Call) -> None:
+        """Take note that a call came to nothing; no worker holds anything from one call to the next."""
+        self._taken.discard(call)
+
+    def _spent(self, call: Call) -> list[Spent]:
+        if call.method == "decide":
+            return [Spent("shares", int(call.args[0]), number=int(call.args[1]))]
+        if call.method == "write":
+            block = int(call.args[0])
+            before = [Spent("inputs", block - 1, stream) for stream in STREAMS] if block else []
+            return [Spent("parts", block), *before]
+        return [Spent("inputs", self._num_blocks, str(call.args[0]))] if call.method == "head" else []
 
     @property
     def _current(self) -> int:

@@ -12,9 +12,10 @@ import torch
 from astro.block import forward
 from astro.checkpoint import Checkpoint, load_tensors, save_tensors
 from astro.config import Quantization, Regularizer
-from astro.errors import CheckpointError, RunError
+from astro.errors import CheckpointError, DamagedError, RunError
 from astro.formats import compressed_tensors
 from astro.layer import QuantizedLinear
+from astro.parts import load_part, save_part
 from astro.recording import BlockCall, load_call
 from astro.skeleton import Skeleton
 from astro_dist.budget import layer_settings
@@ -188,23 +189,27 @@ class Stage:
     def input_ids(self, chunk: str) -> torch.Tensor:
         """A chunk's tokens, int64 [B, T]."""
         if self._tokens is None:
-            self._tokens, _ = load_tensors(self.spec.run.tokens)
+            self._tokens, _ = load_part(self.spec.run.tokens)
         return self._tokens[chunk].to(self.device)
 
     def hidden(self, stream: str, index: int, chunk: str) -> torch.Tensor:
         """A chunk's hidden states before a block, [B, T, H]."""
-        tensors, _ = load_tensors(self.spec.run.hidden(stream, index, chunk))
+        tensors, _ = load_part(self.spec.run.hidden(stream, index, chunk))
         return tensors["hidden"].to(self.device)
 
     def hand_on(self, stream: str, index: int, chunk: str, hidden: torch.Tensor) -> None:
         """Keep a chunk's hidden states before a block. What is there stays: other hardware may round differently."""
         path = self.spec.run.hidden(stream, index, chunk)
         if not path.exists():
-            save_tensors(path, {"hidden": hidden})
+            save_part(path, {"hidden": hidden})
 
     def _read_result(self, stream: str, unit: BlockUnit) -> dict[str, torch.Tensor]:
         round_index = int(stream.removeprefix("round-"))
-        tensors, _ = load_tensors(self.spec.run.shard(round_index, unit.file))
+        path = self.spec.run.shard(round_index, unit.file)
+        try:
+            tensors, _ = load_tensors(path)
+        except CheckpointError as error:
+            raise DamagedError(path, str(error)) from error
         settings = layer_settings(self.spec.run, self.spec.quantization, unit, round_index)
         for linear in unit.linears:
             weight = compressed_tensors.unpack_linear(linear.stem, tensors, settings[linear.name]).dequantize()

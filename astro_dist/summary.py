@@ -22,7 +22,7 @@ def summarize(
     run: RunDirectory,
     quantization: Quantization,
     notes: Sequence[str],
-    workers: Sequence[Mapping[str, Any]],
+    workers: Mapping[int, Mapping[str, Any]],
     wall_s: float,
     resumed: int,
 ) -> dict[str, Any]:
@@ -59,11 +59,12 @@ def summarize(
         "phases_s": _phases(run, rounds),
         "peak_rss_bytes": {
             "driver": peak_rss_bytes(),
-            **{f"worker-{index}": worker["peak_rss_bytes"] for index, worker in enumerate(workers)},
+            **{f"worker-{number}": worker["peak_rss_bytes"] for number, worker in workers.items()},
         },
         "bytes_read": plan.read_bytes,
         "bytes_written": sum((run.model / file).stat().st_size for file in plan.files),
         "fallbacks": {"damping_raised": raised},
+        "retries": run.noted("failed"),
         "notes": [*notes, *(note for note in final if note not in notes)],
         "units": {"blocks": len(plan.blocks), "copies": len(plan.copies)},
         "model": str(run.model),

@@ -15,13 +15,13 @@ from typing import Any
 import torch
 
 from astro.block import by_settings, input_groups, input_of
-from astro.checkpoint import load_tensors, read_note, save_tensors
 from astro.config import Quantization, Regularizer
 from astro.errors import RunError
 from astro.grid import Grid
 from astro.group import Figures, GroupOutcome, LinearGroup, SolvedRows, prepare_group, solve_rows
 from astro.hessian import DriftAccumulator, HessianAccumulator
 from astro.layer import QuantizedLinear, merge_rows, row_tiles, stack
+from astro.parts import load_part, read_part_note, save_part
 from astro.report import LayerRecord, add_seconds, timed
 from astro_dist.budget import layer_settings
 from astro_dist.plan import BlockUnit
@@ -82,7 +82,7 @@ class TileSolver:
         sums = {"hessian": H.partial} | ({"drift": drift.partial} if drift is not None else {})
         seconds["forward"] = time.perf_counter() - start - sum(seconds.values())
         note = {"groups": block.groups, "num_tokens": H.num_tokens, "seconds": seconds}
-        save_tensors(self._path(index, stage_index, f"share-{number}"), sums, json.dumps(note))
+        save_part(self._path(index, stage_index, f"share-{number}"), sums, json.dumps(note))
         return {"stages": len(block.groups), "tiles": len(self._tiles(block, stage_index))}
 
     def decide(self, index: int, stage_index: int) -> None:
@@ -93,7 +93,7 @@ class TileSolver:
         H, drift = self._accumulators(block, stage_index)
         seconds: dict[str, float] = {}
         for path in paths:
-            tensors, text = load_tensors(path)
+            tensors, text = load_part(path)
             note = json.loads(text)
             add_seconds(seconds, note["seconds"])
             H.merge_(tensors["hessian"].to(stage.device), note["num_tokens"])
@@ -108,9 +108,7 @@ class TileSolver:
             add_seconds(seconds, outcome.seconds)
             decided["+".join(members)] = [outcome.beta, outcome.beta_gain]
         content = {"groups": block.groups, "num_tokens": H.num_tokens, "seconds": seconds, "decided": decided}
-        save_tensors(self._path(index, stage_index, "sum"), sums, json.dumps(content))
-        for path in paths:
-            path.unlink(missing_ok=True)
+        save_part(self._path(index, stage_index, "sum"), sums, json.dumps(content))
 
     def tile(self, index: int, stage_index: int, number: int) -> None:
         """Solve one tile of a stage's rows."""
@@ -118,7 +116,7 @@ class TileSolver:
         tile = self._tiles(block, stage_index)[number]
         if block.prepared is None or block.prepared[0] != tile.members:
             block.prepared = None
-            sums, text = load_tensors(self._path(index, stage_index, "sum"))
+            sums, text = load_part(self._path(index, stage_index, "sum"))
             beta, gain = json.loads(text)["decided"]["+".join(tile.members)]
             regularization = dataclasses.replace(self._stage.spec.regularization, beta=beta)
             group, W = self._prepare(block, tile.settings, tile.members, sums, regularization)
@@ -128,7 +126,7 @@ class TileSolver:
         tensors = {"Q": solved.Q, "scale": solved.grid.scale, "zero": solved.grid.zero}
         tensors |= {field.name: getattr(solved.figures, field.name) for field in dataclasses.fields(Figures)}
         path = self._path(index, stage_index, f"tile-{number}")
-        save_tensors(path, tensors, json.dumps(dataclasses.asdict(group.outcome_())))
+        save_part(path, tensors, json.dumps(dataclasses.asdict(group.outcome_())))
 
     def merge(self, index: int) -> tuple[dict[str, QuantizedLinear], list[LayerRecord], dict[str, float]]:
         """Every layer of a block, the records of its groups, the seconds that all but the tiles took by phase."""
@@ -235,7 +233,7 @@ class TileSolver:
     def _read_tile(
         self, index: int, stage_index: int, number: int, settings: Quantization
     ) -> tuple[SolvedRows, GroupOutcome]:
-        tensors, note = load_tensors(self._path(index, stage_index, f"tile-{number}"))
+        tensors, note = load_part(self._path(index, stage_index, f"tile-{number}"))
         group_size = settings.columns_per_group(tensors["Q"].shape[1])
         grid = Grid(tensors["scale"], tensors["zero"], settings.width, group_size, settings.symmetric)
         figures = Figures(**{field.name: tensors[field.name] for field in dataclasses.fields(Figures)})
@@ -245,7 +243,7 @@ class TileSolver:
         """What is noted of a stage: with its sum, or before that with its first share."""
         path = self._path(index, stage_index, "sum")
         note: dict[str, Any] = json.loads(
-            read_note(path if path.exists() else self._share_paths(index, stage_index)[0])
+            read_part_note(path if path.exists() else self._share_paths(index, stage_index)[0])
         )
         return note
 

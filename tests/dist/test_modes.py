@@ -52,7 +52,7 @@ def test_number_of_workers_does_not_change_a_byte(run_config, tmp_path, mode):
     assert not (tmp_path / "run1" / "rounds").exists()
 
 
-class _Interrupted(Exception):
+class _Interrupted(BaseException):
     pass
 
 

@@ -1,5 +1,6 @@
 """Whole runs on a tiny checkpoint, in this process."""
 
+import errno
 import fcntl
 import json
 import math
@@ -10,8 +11,8 @@ import transformers
 from safetensors.torch import load_file
 
 from astro.checkpoint import INDEX_NAME, Checkpoint
-from astro.errors import CheckpointError, ConfigError, RunError
-from astro_dist import pipeline
+from astro.errors import CheckpointError, ConfigError, NumericalError, RunError, StorageError
+from astro_dist import failure, pipeline
 from astro_dist.actors import Worker
 from astro_dist.verify import verify_model
 from tests.conftest import files_of
@@ -102,7 +103,7 @@ def test_run_without_held_out_text_has_no_perplexity(run_config):
     assert summary["perplexity"] == {"original": None, "quantized": None}
 
 
-class _Interrupted(Exception):
+class _Interrupted(BaseException):
     pass
 
 
@@ -125,7 +126,7 @@ def test_run_that_died_while_it_began_begins_again(run_config, tmp_path, monkeyp
         return call
 
     with monkeypatch.context() as patch:
-        for name in ("write_text", "write_json", "save_tensors"):
+        for name in ("write_text", "write_json", "save_part"):
             patch.setattr(manifest, name, dying(getattr(manifest, name)))
         with pytest.raises(_Interrupted):
             pipeline.quantize(run_config())
@@ -175,7 +176,7 @@ def test_input_error_of_a_worker_is_a_failed_run(run_config, tmp_path, monkeypat
         raise CheckpointError("shard gone")
 
     monkeypatch.setattr(Worker, "solve", damaged)
-    with pytest.raises(RunError, match="shard gone. What is finished is kept"):
+    with pytest.raises(RunError, match="block-0000, solve on worker 3: shard gone. Attempt 4 of 4 .*What is finished is kept"):
         pipeline.quantize(run_config())
 
 
@@ -237,3 +238,54 @@ def test_verify_accepts_the_result_and_measures_it(run_config, llama):
     report = verify_model(folder, llama)
     assert report["linears"] == 21
     assert all(0 < error < 0.5 for error in report["relative_weight_errors"].values())
+
+
+def test_file_that_was_damaged_on_its_way_is_made_again_and_reported(run_config, tmp_path, monkeypatch):
+    pipeline.quantize(run_config(output__dir=str(tmp_path / "whole")))
+    real, harm = Worker.forward, tmp_path / "run" / "activations" / "original" / "0001" / "c0000.safetensors"
+
+    def damaging(self, round_index, index, chunk):
+        if (index, chunk) == (1, "c0000") and not list(tmp_path.glob("harmed")):
+            (tmp_path / "harmed").touch()
+            content = bytearray(harm.read_bytes())
+            content[-1] ^= 1
+            harm.write_bytes(content)
+        return real(self, round_index, index, chunk)
+
+    monkeypatch.setattr(Worker, "forward", damaging)
+    summary = pipeline.quantize(run_config(execution__workers=2))
+    assert files_of(tmp_path / "run" / "model") == files_of(tmp_path / "whole" / "model")
+    (retry,) = summary["retries"]
+    assert retry["kind"] == "damaged"
+    assert f"{harm}: its checksum is wrong" in retry["cause"]
+
+
+def test_full_disk_that_is_freed_delays_the_run(run_config, tmp_path, monkeypatch):
+    monkeypatch.setattr(failure, "_STORAGE_WAIT_S", 0.0)
+    real, refusals = Worker.solve, iter([OSError(errno.ENOSPC, "No space left on device")] * 2)
+
+    def solve(self, round_index, index):
+        for refusal in refusals:
+            raise StorageError(f"shard: cannot be written: {refusal}")
+        return real(self, round_index, index)
+
+    monkeypatch.setattr(Worker, "solve", solve)
+    summary = pipeline.quantize(run_config())
+    assert [retry["kind"] for retry in summary["retries"]] == ["storage", "storage"]
+
+
+def test_error_that_comes_back_ends_the_run_with_its_unit_and_the_same_command_goes_on(run_config, monkeypatch):
+    with monkeypatch.context() as patch:
+        patch.setattr(Worker, "solve", lambda self, r, index: {}["layer"])
+        with pytest.raises(RunError, match="block-0000, solve on worker 2: KeyError: 'layer'. Attempt 3 of 3 .*max_retries: 2"):
+            pipeline.quantize(run_config(execution__max_retries=2))
+    assert len(pipeline.quantize(run_config())["retries"]) == 3
+
+
+def test_numerical_error_is_not_tried_again(run_config, monkeypatch):
+    def fail(self, round_index, index):
+        raise NumericalError("a Hessian that cannot be factored")
+
+    monkeypatch.setattr(Worker, "solve", fail)
+    with pytest.raises(NumericalError, match="cannot be factored"):
+        pipeline.quantize(run_config())

@@ -2,12 +2,14 @@
 
 import os
 import signal
+import time
 
 import pytest
 import ray
 
 from astro.errors import AstroError, CheckpointError, InputError, NumericalError, RunError
 from astro_dist import pipeline
+from astro_dist.actors import Worker
 from astro_dist.config import ExecutionConfig
 from astro_dist.ray_executor import RayExecutor
 from tests.conftest import files_of
@@ -55,35 +57,42 @@ def test_source_that_differs_from_the_drivers_is_refused_by_the_worker(cluster, 
         pipeline.quantize(run_config(execution__executor="ray"))
 
 
-def test_worker_that_is_killed_ends_the_run_with_its_unit_and_the_next_goes_on(cluster, run_config, tmp_path, monkeypatch):
-    config = run_config(execution__executor="ray", execution__workers=2)
-    real = pipeline._drive
+def test_worker_that_is_killed_is_replaced_and_the_bytes_are_the_same(cluster, run_config, tmp_path, monkeypatch):
+    """Killed in its solve by itself, as the kernel does when memory runs out."""
+    once = tmp_path / "killed"
+    real = Worker.solve
 
-    def drive(prepared, schedule, executor, display, run):
-        done = schedule.done
-        pids = [ray.get(actor.__ray_call__.remote(lambda self: os.getpid())) for actor in executor._actors]
+    def killed_once(self, round_index, index):
+        if index == 1 and not once.exists():
+            once.touch()
+            os.kill(os.getpid(), signal.SIGKILL)
+        return real(self, round_index, index)
 
-        def kill_after_the_first_block(worker, call, result):
-            done(worker, call, result)
-            if call.method == "solve" and call.args == (0, 0):
-                os.kill(pids[worker], signal.SIGKILL)
-
-        monkeypatch.setattr(schedule, "done", kill_after_the_first_block)
-        return real(prepared, schedule, executor, display, run)
-
-    with monkeypatch.context() as patch:
-        patch.setattr(pipeline, "_drive", drive)
-        with pytest.raises(RunError, match=r"(block|copy|evaluate)-000\d, \w+ on worker \d: the worker died"):
-            pipeline.quantize(config)
-    assert (tmp_path / "run" / "records" / "round-0-block-0000.json").is_file()
-    pipeline.quantize(config)
     pipeline.quantize(run_config(output__dir=str(tmp_path / "whole")))
+    monkeypatch.setattr(Worker, "solve", killed_once)
+    summary = pipeline.quantize(run_config(execution__executor="ray", execution__workers=2))
     assert files_of(tmp_path / "run" / "model") == files_of(tmp_path / "whole" / "model")
+    (retry,) = summary["retries"]
+    assert (retry["unit"], retry["method"], retry["kind"]) == ("round-0-block-0001", "solve", "lost")
 
 
-def test_more_workers_than_the_cluster_has(cluster):
-    with pytest.raises(RunError, match=r"execution.workers: 4 asked for, but the cluster has 0 GPUs and 3 CPUs on 1 node"):
-        RayExecutor(ExecutionConfig(workers=4))
+def test_worker_that_hangs_is_given_up_and_past_the_retries_the_error_names_the_unit(cluster, run_config, monkeypatch):
+    monkeypatch.setattr(Worker, "solve", lambda self, round_index, index: time.sleep(3600))
+    config = run_config(
+        execution__executor="ray", execution__workers=3, execution__call_timeout_s=2.0, execution__max_retries=1
+    )
+    with pytest.raises(RunError, match=r"block-000\d, solve on worker \d: took longer than its deadline of 2 s. Attempt 2 of 2"):
+        pipeline.quantize(config)
+
+
+def test_more_workers_than_the_cluster_has_wait_for_room(cluster, run_config):
+    summary = pipeline.quantize(run_config(execution__executor="ray", execution__workers=4))
+    assert set(summary["peak_rss_bytes"]) == {"driver", "worker-0", "worker-1", "worker-2"}
+
+
+def test_cluster_without_room_for_a_worker(cluster):
+    with pytest.raises(RunError, match=r"the cluster has 0 GPUs and 3 CPUs on 1 node\(s\), not enough for one worker of 4"):
+        RayExecutor(ExecutionConfig(threads_per_worker=4))
 
 
 def test_cluster_that_cannot_be_reached(monkeypatch):

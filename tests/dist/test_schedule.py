@@ -4,7 +4,8 @@ import random
 
 import pytest
 
-from astro_dist.schedule import BlockSchedule, unit_names
+from astro_dist.schedule import BlockSchedule, Spent, unit_names
+from astro_dist.sequential_schedule import SequentialSchedule
 
 CHUNKS = ["c0000", "c0001", "h0000"]
 BLOCKS = 5
@@ -24,6 +25,65 @@ def simulate(num_workers, seed, schedule):
         log.append((worker, call))
         schedule.done(worker, call, {"tiles": 3, "stages": 2})
     return log
+
+
+def simulate_with_losses(num_workers, seed, schedule, losses):
+    """As `simulate`, but now and then a worker is lost, and another one joins later or never."""
+    dice, running, workers = random.Random(seed), {}, list(range(num_workers))
+    newest = num_workers
+    while not schedule.complete:
+        for worker in workers:
+            call = schedule.next_call(worker) if worker not in running else None
+            if call:
+                running[worker] = call
+        assert running, "stuck"
+        worker = dice.choice(sorted(running))
+        call = running.pop(worker)
+        if losses and dice.random() < 0.15:
+            losses -= 1
+            workers.remove(worker)
+            schedule.failed(worker, call)
+            if len(workers) == 0 or dice.random() < 0.5:
+                workers.append(newest)
+                newest += 1
+        else:
+            schedule.done(worker, call, {"tiles": 3, "stages": 2})
+
+
+@pytest.mark.parametrize("num_workers", [1, 2, 3, 8])
+@pytest.mark.parametrize("seed", range(25))
+def test_whichever_workers_are_lost_every_unit_is_finished(num_workers, seed):
+    for rounds in (1, 3):
+        schedule = BlockSchedule(BLOCKS, 2, CHUNKS, [], {}, rounds)
+        simulate_with_losses(num_workers, seed, schedule, losses=12)
+        assert schedule.finished == set(schedule.units)
+    schedule = SequentialSchedule(BLOCKS, 2, CHUNKS, 2, [], {}, seed % 2 == 0)
+    simulate_with_losses(num_workers, seed, schedule, losses=12)
+    assert schedule.finished == set(schedule.units)
+
+
+def test_worker_that_waits_for_a_block_in_nobodys_hands_takes_it():
+    schedule = BlockSchedule(3, 0, CHUNKS, [], {})
+    schedule.done(0, schedule.next_call(0), {})
+    for worker in (0, 1, 2):
+        schedule.done(worker, schedule.next_call(worker), None)
+    lost = schedule.next_call(0)
+    assert schedule.next_call(1) is None
+    schedule.failed(0, lost)
+    assert schedule.next_call(1) is None, "the one at the furthest block gives that up, no other"
+    assert schedule.next_call(2).args == (0, 0)
+
+
+def test_what_is_spent_is_named_once_and_is_not_used_after():
+    schedule, spent = BlockSchedule(BLOCKS, 2, CHUNKS, [], {}, 2), []
+    while not schedule.complete:
+        call = schedule.next_call(0)
+        stream = {"forward": ["original", "round-0"], "advance": ["round-1"]}.get(call.method)
+        if stream:
+            r, block = call.args[:2] if call.method == "forward" else (0, call.args[0])
+            assert Spent("inputs", block, stream[r]) not in spent
+        spent += schedule.done(0, call, {})
+    assert len(spent) == len(set(spent)) == 3 * (BLOCKS + 1) + BLOCKS
 
 
 def blocks(num_workers, seed, rounds=1, chunks=CHUNKS, finished=(), present=None, **options):
@@ -87,6 +147,10 @@ def test_second_worker_opens_the_next_block_while_the_first_is_fed():
     assert [schedule.next_call(w).args for w in (0, 1, 2)] == [(0, 0), (0, 1), (0, 2)]
 
 
+def passes(log):
+    return [call.args for _, call in log if call.method == "pass_on"]
+
+
 def there(*indices, chunks=CHUNKS):
     return dict.fromkeys(indices, chunks)
 
@@ -97,18 +161,21 @@ def test_finished_units_are_not_done_again():
     assert not {call.unit for _, call in log} & set(finished)
 
 
-def test_block_whose_outputs_are_gone_is_done_again_and_so_is_what_it_needs():
+def test_lost_outputs_of_finished_blocks_are_passed_on_again_and_nothing_is_solved_again():
     finished = ["embed", "round-0-block-0000", "round-0-block-0001", "evaluate-0000", "evaluate-0001"]
     ours = {"round-0": there(2, chunks=["h0000"])}
     log = blocks(1, 0, finished=finished, present={"original": {0: CHUNKS, 1: CHUNKS, 2: CHUNKS[:1]}, **ours})
-    assert [call.unit for _, call in log if call.method == "solve"][0] == "round-0-block-0001"
-    log = blocks(1, 0, finished=finished, present={"original": {2: CHUNKS[:1]}, **ours})
-    assert [call.unit for _, call in log if call.method in ("embed", "solve")][:2] == ["embed", "round-0-block-0000"]
+    assert passes(log) == [("original", 1, "c0001"), ("original", 1, "h0000")]
+    log = blocks(3, 0, finished=finished, present={"original": {2: CHUNKS[:1]}, **ours})
+    assert next(call for _, call in log if call.method != "copy").method == "embed"
+    assert sorted(passes(log)) == [("original", block, chunk) for block in (0, 1) for chunk in CHUNKS[1:]]
+    assert sorted(call.args for _, call in log if call.method == "solve") == [(0, block) for block in (2, 3, 4)]
 
 
-def test_lost_result_chunks_are_made_again():
+def test_lost_chunks_on_their_way_through_the_result_are_made_again():
     log = blocks(1, 0, finished=unit_names(5, 2, 1, True)[:-2], present={"original": there(5)})
-    assert [call.unit for _, call in log if call.method == "advance"] == [f"evaluate-{i:04d}" for i in range(5)]
+    assert passes(log) == [("round-0", block, "h0000") for block in range(5)]
+    assert not {call.method for _, call in log} & {"solve", "advance"}
 
 
 def test_shard_of_an_earlier_round_that_is_gone_is_made_again():
@@ -117,5 +184,6 @@ def test_shard_of_an_earlier_round_that_is_gone_is_made_again():
     present = {"original": there(0, BLOCKS), "round-0": there(0)}
     log = blocks(1, 0, 2, finished=finished, present=present, written=written)
     solved = [call.args for _, call in log if call.method == "solve"]
-    assert [args for args in solved if args[0] == 0] == [(0, 0), (0, 1), (0, 2)]
+    assert [args for args in solved if args[0] == 0] == [(0, 2)]
+    assert passes(log) == [("original", block, chunk) for block in (0, 1) for chunk in CHUNKS]
     assert [args for args in solved if args[0] == 1] == [(1, b) for b in range(BLOCKS)]

@@ -1,0 +1,178 @@
+"""The driver's loop: hands calls to whichever worker is free, and outlives whatever they come to."""
+
+import dataclasses
+import time
+from collections.abc import Callable
+from typing import Any
+
+from astro.errors import AstroError, DamagedError, RunError, StorageError
+from astro_dist.executor import Event, Executor, Failed, Joined, Returned
+from astro_dist.failure import Failure, FailureHistory, kind_of
+from astro_dist.manifest import RunDirectory
+from astro_dist.progress import ProgressDisplay
+from astro_dist.schedule import Call, Schedule
+
+__all__ = ["Driver"]
+
+_TICK_S = 1.0
+
+
+@dataclasses.dataclass(frozen=True)
+class _Running:
+    call: Call
+    since: float
+
+
+class Driver:
+    """Runs a schedule to its end.
+
+    A failed call goes back to the schedule and is done by another worker, as often as the history of failures allows.
+    After a file of the run was found damaged, the state of the run is read anew from the run directory, as it is when
+    a run goes on.
+    """
+
+    def __init__(
+        self,
+        executor: Executor,
+        run: RunDirectory,
+        plan_anew: Callable[[], Schedule],
+        display: ProgressDisplay,
+        history: FailureHistory,
+        deadline_s: Callable[[Call], float],
+        worker_timeout_s: float,
+        on_finished: Callable[[Schedule], None],
+    ) -> None:
+        """Prepare to run; nothing is started.
+
+        Args:
+            executor: whose workers were started.
+            run: the run directory.
+            plan_anew: the schedule, from what the run directory holds.
+            display: what a person sees.
+            history: of failures, and what is to be done about them.
+            deadline_s: seconds after which a call is taken to hang.
+            worker_timeout_s: seconds without any worker after which the run fails.
+            on_finished: called at the beginning and after each unit, before more is handed out.
+        """
+        self._executor, self._run, self._display, self._history = executor, run, display, history
+        self._plan_anew, self._deadline_s, self._on_finished = plan_anew, deadline_s, on_finished
+        self._worker_timeout_s = worker_timeout_s
+        self._running: dict[int, _Running] = {}
+        self._not_before = 0.0
+        self._last_worker = time.monotonic()
+        self._stale = False
+        self._unnoted: list[tuple[str, dict[str, Any]]] = []
+        self._joined = False
+
+    def run(self, schedule: Schedule) -> None:
+        """Do every unit that is not finished.
+
+        Args:
+            schedule: at the beginning.
+
+        Raises:
+            AstroError: a unit failed too often, or there is no worker left. What is finished is kept.
+        """
+        self._on_finished(schedule)
+        while not schedule.complete:
+            if self._stale and not self._running:
+                schedule, self._stale = self._plan_anew(), False
+            self._hand_out(schedule)
+            event = self._executor.wait(_TICK_S)
+            if event is not None:
+                self._take(schedule, event)
+            self._end_overdue(schedule)
+            self._require_workers()
+        self._note_again()
+
+    def _hand_out(self, schedule: Schedule) -> None:
+        if self._stale or time.monotonic() < self._not_before:
+            return
+        for worker in self._executor.idle():
+            call = schedule.next_call(worker)
+            if call is not None:
+                self._running[worker] = _Running(call, time.monotonic())
+                self._executor.submit(worker, call)
+                self._display.started(worker, call)
+        assert self._running or not self._executor.idle(), "the schedule waits for itself"
+
+    def _take(self, schedule: Schedule, event: Event) -> None:
+        if isinstance(event, Joined):
+            self._joined = True
+            self._display.joined(event.worker)
+            self._note("joined", worker=event.worker)
+        elif isinstance(event, Failed):
+            self._judge(schedule, event.worker, event.error, kind_of(event.error, event.lost))
+        else:
+            self._take_result(schedule, event)
+
+    def _take_result(self, schedule: Schedule, event: Returned) -> None:
+        call = self._running.pop(event.worker).call
+        known = call.unit in schedule.finished
+        for spent in schedule.done(event.worker, call, event.result):
+            self._run.drop(spent)
+        finished = call.unit in schedule.finished and not known
+        self._display.ended(event.worker, call, finished)
+        if call.method == "pass_on":
+            stream, block, chunk = call.args
+            self._note("passed", chunk=chunk, block=block, stream=stream, seconds=event.result)
+        if finished:
+            seconds = event.result["result"].get("seconds", {})
+            self._note("finished", unit=call.unit, worker=event.worker, seconds=seconds)
+            self._on_finished(schedule)
+
+    def _judge(self, schedule: Schedule, worker: int, error: Exception, kind: Any) -> None:
+        """What to do about a worker that is gone; its call, if it had one, goes back to the schedule."""
+        running = self._running.pop(worker, None)
+        self._display.left(worker)
+        unit, method = (running.call.unit, running.call.method) if running else ("start", f"worker {worker}")
+        failure = Failure(unit, method, worker, kind, _one_line(error))
+        self._note("failed", **dataclasses.asdict(failure))
+        self._display.say(f"{unit}, {method} on worker {worker}: {failure.cause}")
+        if running:
+            schedule.failed(worker, running.call)
+        elif isinstance(error, AstroError) and not self._joined:
+            raise error  # the very first workers do not find what the driver sees: nothing will get better
+        if isinstance(error, DamagedError):
+            error.path.unlink(missing_ok=True)
+            self._stale = True
+        self._not_before = time.monotonic() + self._history.judge(failure, error)
+
+    def _end_overdue(self, schedule: Schedule) -> None:
+        now = time.monotonic()
+        for worker, running in list(self._running.items()):
+            limit = self._deadline_s(running.call)
+            if now - running.since > limit:
+                self._executor.discard(worker)
+                self._judge(schedule, worker, RunError(f"took longer than its deadline of {limit:.0f} s"), "overdue")
+
+    def _require_workers(self) -> None:
+        now = time.monotonic()
+        if self._running or self._executor.idle():
+            self._last_worker = now
+        elif now - self._last_worker > self._worker_timeout_s:
+            raise RunError(
+                f"no worker was up for {self._worker_timeout_s:.0f} s (execution.worker_timeout_s); the cluster is "
+                "down, or another job holds its CPUs or GPUs (see `ray status`). What is finished is kept; run the "
+                "same command to go on"
+            )
+
+    def _note(self, event: str, **details: Any) -> None:
+        """Append to the journal; what a full disk refuses is kept for later."""
+        self._unnoted.append((event, {"time": round(time.time(), 3), **details}))
+        try:
+            self._note_again()
+        except StorageError as error:
+            self._display.say(str(error))
+
+    def _note_again(self) -> None:
+        while self._unnoted:
+            event, details = self._unnoted[0]
+            self._run.note(event, **details)
+            self._unnoted.pop(0)
+
+
+def _one_line(error: Exception) -> str:
+    lines = str(error).strip().splitlines()
+    text = lines[0] if lines else ""
+    return text if isinstance(error, AstroError) else f"{type(error).__name__}: {text}"

@@ -1,0 +1,51 @@
+"""The schedule of a run, from what its directory holds: nothing at the beginning, or what is finished already."""
+
+from collections.abc import Sequence
+
+from astro_dist.calibration import Chunk
+from astro_dist.config import RunConfig
+from astro_dist.manifest import RunDirectory
+from astro_dist.plan import Plan
+from astro_dist.schedule import BlockSchedule, Schedule, block_unit, is_held_out, stream_names, unit_names
+from astro_dist.sequential_schedule import SequentialSchedule, sequential_units
+
+__all__ = ["make_schedule"]
+
+
+def make_schedule(config: RunConfig, plan: Plan, run: RunDirectory, chunks: Sequence[Chunk]) -> Schedule:
+    """Read every record, check every file against its checksum, and go on from there.
+
+    Args:
+        config: of the run.
+        plan: every unit.
+        run: the run directory.
+        chunks: in the order in which they travel.
+    """
+    names, blocks, copies = [chunk.name for chunk in chunks], len(plan.blocks), len(plan.copies)
+    evaluated = any(is_held_out(name) for name in names)
+    present = {stream: run.present(stream) for stream in stream_names(run.rounds)}
+    sequential = config.execution.mode == "sequential"
+    units = (
+        sequential_units(blocks, copies, evaluated) if sequential else unit_names(blocks, copies, run.rounds, evaluated)
+    )
+    finished = _finished(run, units)
+    calls_there = all(run.calls(*chunk.tokens.shape).is_file() for chunk in chunks)
+    if not calls_there and any(unit not in finished for unit in units):
+        finished.discard("embed")
+    if sequential:
+        count, compensated = config.execution.hessian_shares, config.quantization.compensates
+        return SequentialSchedule(blocks, copies, names, count, finished, present, compensated)
+    written = {unit for unit in finished if run.has_files(unit)}
+    measured_first = config.quantization.bits == "auto"
+    return BlockSchedule(blocks, copies, names, finished, present, run.rounds, written, measured_first)
+
+
+def _finished(run: RunDirectory, units: Sequence[str]) -> set[str]:
+    """Units whose records hold. Later rounds come first: they tell which shards of earlier ones may be gone."""
+    finished: set[str] = set()
+    for unit in reversed(units):
+        r, _, block = unit.removeprefix("round-").partition("-block-")
+        superseded = bool(block) and block_unit(int(r) + 1, int(block)) in finished
+        if run.finished(unit, superseded) is not None:
+            finished.add(unit)
+    return finished
