@@ -105,6 +105,51 @@ def plan(config: _ConfigPath, assignments: _Assignments = None, as_json: _Json =
 
 
 @app.command()
+def submit(
+    config: _ConfigPath,
+    address: Annotated[str, typer.Option(help="Of the job server, e.g. http://127.0.0.1:8265.")],
+    assignments: _Assignments = None,
+    follow: Annotated[bool, typer.Option(help="Show the job's log until it ends, and end with its exit code.")] = True,
+) -> None:
+    """Run `quantize` as a job of a Ray cluster. Submitted again after a failure, it goes on where it was."""
+    from astro_dist.config import load_config
+    from astro_dist.submit import submit as submit_job
+
+    code = submit_job(load_config(config, assignments), address, _say, follow)
+    if code:
+        raise typer.Exit(code)
+
+
+@app.command()
+def status(
+    run: Annotated[Path, typer.Argument(help="Run directory (output.dir).")],
+    as_json: _Json = False,
+) -> None:
+    """What is done, in flight and left of a run; retries, fallbacks, time left."""
+    from astro_dist.status import read_status
+
+    found = read_status(run)
+    if as_json:
+        _print_json(found)
+        return
+    units, blocks, left = found["units"], found["blocks"], found["seconds_left"]
+    time_left = f", about {left / 60:.0f} min left" if left is not None else ""
+    _say(
+        f"{found['state']}: {blocks['done']} of {blocks['total']} blocks, {units['done']} of {units['total']} units "
+        f"done{time_left}; {found['workers']} workers up"
+    )
+    for doing in found["in_flight"]:
+        _say(f"in flight: {doing['unit']} on worker {doing['worker']} for {doing['seconds']} s")
+    for retry in found["retries"]:
+        _say(
+            f"retried: {retry['unit']}, {retry['method']} on worker {retry['worker']} "
+            f"({retry['kind']}): {retry['cause']}"
+        )
+    for layer in found["damping_raised"]:
+        _say(f"fallback: the damping of {layer} had to be raised")
+
+
+@app.command()
 def verify(
     model: Annotated[Path, typer.Argument(help="Folder of a quantized model.")],
     against: Annotated[Path | None, typer.Option(help="Folder of the source: also the error of each layer.")] = None,

@@ -63,6 +63,7 @@ class Driver:
         self._stale = False
         self._unnoted: list[tuple[str, dict[str, Any]]] = []
         self._joined = False
+        self._begun: set[str] = set()
 
     def run(self, schedule: Schedule) -> None:
         """Do every unit that is not finished.
@@ -94,6 +95,9 @@ class Driver:
                 self._running[worker] = _Running(call, time.monotonic())
                 self._executor.submit(worker, call)
                 self._display.started(worker, call)
+                if call.unit not in self._begun:
+                    self._begun.add(call.unit)
+                    self._note("began", unit=call.unit, worker=worker)
         assert self._running or not self._executor.idle(), "the schedule waits for itself"
 
     def _take(self, schedule: Schedule, event: Event) -> None:
@@ -130,6 +134,7 @@ class Driver:
         self._note("failed", **dataclasses.asdict(failure))
         self._display.say(f"{unit}, {method} on worker {worker}: {failure.cause}")
         if running:
+            self._begun.discard(unit)
             schedule.failed(worker, running.call)
         elif isinstance(error, AstroError) and not self._joined:
             raise error  # the very first workers do not find what the driver sees: nothing will get better

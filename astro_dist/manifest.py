@@ -153,13 +153,16 @@ class RunDirectory:
         """Whether everything that a finished unit wrote is still there."""
         return all((self.root / file["name"]).exists() for file in read_json(self._record(unit))["files"])
 
-    def noted(self, event: str) -> list[dict[str, Any]]:
-        """The journal's lines of one kind."""
+    def journal(self) -> list[dict[str, Any]]:
+        """The journal's lines, oldest first."""
         path = self.root / "journal.jsonl"
         lines = path.read_text(encoding="utf-8").splitlines() if path.is_file() else []
         # A line that a killed process left half written is no line.
-        whole = [json.loads(line) for line in lines if line.startswith("{") and line.endswith("}")]
-        return [line for line in whole if line.get("event") == event]
+        return [json.loads(line) for line in lines if line.startswith("{") and line.endswith("}")]
+
+    def noted(self, event: str) -> list[dict[str, Any]]:
+        """The journal's lines of one kind."""
+        return [line for line in self.journal() if line.get("event") == event]
 
     def read(self, unit: str) -> dict[str, Any]:
         """A finished unit's figures; empty where the run has no such unit."""

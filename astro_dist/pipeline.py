@@ -203,7 +203,6 @@ def _execute(
     device = "cuda" if executor.has_gpus else "cpu"
     dtype = _compute_dtype(config, plan, prepared.checkpoint, device)
     _refuse_other_dtype(run, dtype)
-    run.note("started", finished_units=len(schedule.finished), workers=executor.num_workers, compute_dtype=str(dtype))
     spec = WorkerSpec(
         source=prepared.source,
         fingerprint=fingerprint,
@@ -219,6 +218,10 @@ def _execute(
         threads=execution.threads_per_worker,
     )
     blocks = len(plan.blocks) * run.rounds
+    run.note(
+        "started", finished_units=len(schedule.finished), units=len(schedule.units), blocks=blocks,
+        workers=executor.num_workers, compute_dtype=str(dtype),
+    )  # fmt: skip
     blocks_done = sum("block-" in unit for unit in schedule.finished)
     display = ProgressDisplay(len(schedule.units), len(schedule.finished), blocks, blocks_done)
     driver = Driver(

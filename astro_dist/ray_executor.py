@@ -1,4 +1,4 @@
-"""Workers as Ray actors. The only file that knows Ray."""
+"""Workers as Ray actors."""
 
 import contextlib
 import logging

@@ -33,8 +33,8 @@ def test_astro_never_imports_ray_or_the_run(path):
 
 
 @pytest.mark.parametrize("path", modules("astro_dist"), ids=str)
-def test_only_one_file_imports_ray(path):
-    assert path.name == "ray_executor.py" or "ray" not in {name.split(".")[0] for name in imports(path)}
+def test_only_the_executor_and_the_job_client_import_ray(path):
+    assert path.name in ("ray_executor.py", "submit.py") or "ray" not in {name.split(".")[0] for name in imports(path)}
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,87 @@
+"""What a run directory says of its run, while it goes on or after."""
+
+import fcntl
+import time
+from pathlib import Path
+from typing import Any
+
+from astro.checkpoint import read_json
+from astro.errors import ConfigError
+from astro_dist.manifest import RunDirectory
+
+__all__ = ["read_status"]
+
+
+def read_status(root: Path) -> dict[str, Any]:
+    """What is done, in flight and left.
+
+    Args:
+        root: the run directory.
+
+    Returns:
+        `state` (running, stopped, complete), `units` and `blocks` with `done` and `total`, `workers` that are up,
+        `in_flight` units with their worker and seconds, `retries`, layers with a `damping_raised`, `seconds_left`
+        (None where nothing was finished yet in this session).
+
+    Raises:
+        ConfigError: the folder holds no run.
+    """
+    mark = root / "run.json"
+    if not mark.is_file():
+        raise ConfigError(f"{root}: holds no run.json, so it is no run directory, or its run has not begun yet")
+    run = RunDirectory(root, read_json(mark)["key"])
+    lines = run.journal()
+    starts = [index for index, line in enumerate(lines) if line["event"] == "started"]
+    session = lines[starts[-1] :] if starts else []
+    start = session[0] if session else {}
+    records = {path.stem for path in (root / "records").glob("*.json")}
+    blocks = [unit for unit in records if "block-" in unit]
+    running = _is_locked(root / "lock")
+    workers, in_flight = _at_work(session if running else [])
+    total = start.get("units", len(records))
+    state = "running" if running else "complete" if run.summary.is_file() and len(records) == total else "stopped"
+    return {
+        "state": state,
+        "units": {"done": len(records), "total": total},
+        "blocks": {"done": len(blocks), "total": start.get("blocks", len(blocks))},
+        "workers": workers,
+        "in_flight": in_flight,
+        "retries": [line for line in lines if line["event"] == "failed"],
+        "damping_raised": [
+            layer["name"] for unit in blocks for layer in run.read(unit)["layers"] if layer["factorizations"] > 1
+        ],
+        "seconds_left": _seconds_left(session, total - len(records)) if running else None,
+    }
+
+
+def _is_locked(path: Path) -> bool:
+    if not path.is_file():
+        return False
+    with path.open() as lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_SH | fcntl.LOCK_NB)
+        except OSError:
+            return True
+    return False
+
+
+def _at_work(session: list[dict[str, Any]]) -> tuple[int, list[dict[str, Any]]]:
+    """Workers that are up, and what they do, by the journal of a session."""
+    workers: set[int] = set()
+    doing: dict[str, dict[str, Any]] = {}
+    for line in session:
+        unit, worker = line.get("unit", ""), line.get("worker", -1)
+        if line["event"] == "joined":
+            workers.add(worker)
+        elif line["event"] == "began":
+            doing[unit] = {"unit": unit, "worker": worker, "seconds": round(time.time() - line["time"])}
+        elif line["event"] in ("finished", "failed"):
+            doing.pop(unit, None)
+        if line["event"] == "failed":
+            workers.discard(worker)
+    return len(workers), sorted(doing.values(), key=lambda item: str(item["unit"]))
+
+
+def _seconds_left(session: list[dict[str, Any]], units_left: int) -> float | None:
+    finished = sum(line["event"] == "finished" for line in session)
+    return (time.time() - session[0]["time"]) / finished * units_left if finished else None

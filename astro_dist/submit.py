@@ -1,0 +1,84 @@
+"""`ray job submit` of a run: this package and the configuration travel, logs come back, the exit code too."""
+
+import asyncio
+import shutil
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import ray.exceptions
+from ray.job_submission import JobSubmissionClient
+
+import astro
+import astro_dist
+from astro.errors import RunError
+from astro_dist.config import RunConfig
+
+__all__ = ["submit"]
+
+_FAILED = 1
+_CONFIG = "run.yaml"
+
+
+def submit(config: RunConfig, address: str, say: Callable[[str], Any], follow: bool = True) -> int:
+    """Submit a run as a job.
+
+    What travels is a folder with this package's own code and the resolved configuration, so that the cluster runs what
+    was asked for; libraries must be installed there. No token and no variable of this machine travels with it.
+
+    Args:
+        config: of the run; its paths are those of the cluster.
+        address: of the job server, e.g. http://127.0.0.1:8265.
+        say: takes what the user shall see.
+        follow: whether to wait for the end and show the job's log.
+
+    Returns:
+        The exit code of the job: 0 done, 1 failed, 2 wrong input, 130 interrupted; 0 where it is not followed.
+
+    Raises:
+        RunError: the job server cannot be reached, or refuses.
+    """
+    with tempfile.TemporaryDirectory(prefix="astro-dist-") as folder:
+        _fill(Path(folder), config)
+        try:
+            client = JobSubmissionClient(address)
+            job = client.submit_job(
+                entrypoint=f"python -m astro_dist quantize {_CONFIG}", runtime_env={"working_dir": folder}
+            )
+        except (ConnectionError, RuntimeError, ValueError, ray.exceptions.RayError) as error:
+            reason = str(error).strip().splitlines()[-1]
+            raise RunError(
+                f"job server {address}: {reason}. It listens on the head node's dashboard port, mostly reached through "
+                "an SSH tunnel; with token authentication RAY_AUTH_MODE and RAY_AUTH_TOKEN_PATH must be set here too"
+            ) from error
+    say(f"submitted as {job}")
+    if not follow:
+        return 0
+    try:
+        asyncio.run(_follow(client, job, say))
+    except KeyboardInterrupt:
+        say(f"the job goes on; `ray job logs --follow {job}` shows it, `ray job stop {job}` ends it")
+        raise
+    return _exit_code(client, job, say)
+
+
+def _fill(folder: Path, config: RunConfig) -> None:
+    for package in (astro, astro_dist):
+        origin = Path(str(package.__file__)).parent
+        shutil.copytree(origin, folder / origin.name, ignore=shutil.ignore_patterns("__pycache__"))
+    (folder / _CONFIG).write_text(config.to_yaml(), encoding="utf-8")
+
+
+async def _follow(client: JobSubmissionClient, job: str, say: Callable[[str], Any]) -> None:
+    async for lines in client.tail_job_logs(job):
+        for line in lines.splitlines():
+            say(line)
+
+
+def _exit_code(client: JobSubmissionClient, job: str, say: Callable[[str], Any]) -> int:
+    info = client.get_job_info(job)
+    if info.status.is_terminal() and info.driver_exit_code is not None:
+        return int(info.driver_exit_code)
+    say(f"{job}: {info.status.value}. {info.message or ''} What is finished is kept; submit it again to go on")
+    return _FAILED

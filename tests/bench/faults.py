@@ -1,0 +1,310 @@
+"""Everything that a run may lose, lost for real on a Ray cluster of several nodes on this machine: the README's table.
+
+    python tests/bench/faults.py --out DIR [--only NAME ...]
+
+Starts a head and three nodes of one CPU each (127.0.0.2 to .5), quantizes a small random model once undisturbed in one
+process, and then once for each fault, and compares every byte of the result. As root, two more rows: a run directory
+on a small file system that fills up and is freed, and a node in a network namespace whose cable is pulled and put back.
+Prints Markdown.
+"""
+
+import argparse
+import dataclasses
+import hashlib
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+import transformers
+
+ROOT = Path(__file__).parents[2]
+sys.path.insert(0, str(ROOT))
+
+from tests.conftest import LLAMA, write_checkpoint  # noqa: E402
+
+BLOCKS = 8
+RAY = [sys.executable, "-m", "ray.scripts.scripts"]
+HEAD = "127.0.0.2"
+PORT = 6399
+# Short, so that a node that is gone is noticed within seconds.
+HEALTH = {
+    "RAY_health_check_initial_delay_ms": "1000", "RAY_health_check_period_ms": "500",
+    "RAY_health_check_timeout_ms": "1000", "RAY_health_check_failure_threshold": "3",
+}  # fmt: skip
+QUIET = {
+    "RAY_USAGE_STATS_ENABLED": "0", "RAY_DEDUP_LOGS": "0", "RAY_enable_metrics_collection": "0",
+    "RAY_memory_monitor_refresh_ms": "0", "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1",
+}  # fmt: skip
+
+
+class Cluster:
+    """A head without CPUs and nodes of one CPU, each a process of ours."""
+
+    def __init__(self, folder: Path, prefix: Callable[[str], list[str]] = lambda name: [], head: str = HEAD) -> None:
+        self.folder, self.head, self._prefix = folder, head, prefix
+        token = folder / "token"
+        folder.mkdir(parents=True, exist_ok=True)
+        token.write_text(os.urandom(32).hex())
+        token.chmod(0o600)
+        self.fault = folder / "fault.json"
+        # Ray wants short paths for its sockets.
+        self._short = Path(
+            subprocess.run(["mktemp", "-d", "/tmp/f-XXXX"], capture_output=True, text=True).stdout.strip()
+        )
+        self.environment = {
+            **os.environ, **HEALTH, **QUIET, "RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN_PATH": str(token),
+        }  # fmt: skip
+        self.nodes: dict[str, subprocess.Popen] = {}
+
+    def start_head(self) -> None:
+        address = ["--head", f"--node-ip-address={self.head}", f"--port={PORT}", "--num-cpus=0"]
+        self._start("head", [*address, "--include-dashboard=false"])
+        time.sleep(6)
+
+    def start_node(self, name: str, address: str) -> None:
+        self._start(name, [f"--address={self.head}:{PORT}", f"--node-ip-address={address}", "--num-cpus=1"])
+
+    def _start(self, name: str, arguments: list[str]) -> None:
+        command = [*self._prefix(name), *RAY, "start", "--block", "--disable-usage-stats", *arguments]
+        command += ["--object-store-memory=80000000", f"--temp-dir={self._short / name}"]
+        hook = {"PYTHONPATH": f"{Path(__file__).parent / 'fault_hook'}:{ROOT}", "ASTRO_FAULT": str(self.fault)}
+        with (self.folder / f"{name}.log").open("a") as log:
+            self.nodes[name] = subprocess.Popen(
+                command, env={**self.environment, **hook}, stdout=log, stderr=log, start_new_session=True
+            )
+
+    def processes(self, name: str) -> list[int]:
+        """A node's process and all of its descendants."""
+        listing = subprocess.run(["ps", "-eo", "pid=,ppid="], capture_output=True, text=True).stdout
+        children: dict[int, list[int]] = {}
+        for line in listing.splitlines():
+            pid, parent = map(int, line.split())
+            children.setdefault(parent, []).append(pid)
+        found = [self.nodes[name].pid]
+        for pid in found:
+            found += children.get(pid, [])
+        return found
+
+    def signal(self, name: str, number: int) -> None:
+        for pid in self.processes(name):
+            try:
+                os.kill(pid, number)
+            except ProcessLookupError:
+                continue
+
+    def close(self) -> None:
+        for name in self.nodes:
+            self.signal(name, signal.SIGKILL)
+        subprocess.run(["rm", "-rf", str(self._short)])
+
+
+@dataclasses.dataclass
+class Job:
+    """One run of the command line against a cluster."""
+
+    cluster: Cluster
+    config: Path
+    run: Path
+    prefix: list[str]
+
+    def start(self) -> subprocess.Popen:
+        environment = {
+            **self.cluster.environment,
+            "RAY_ADDRESS": f"{self.cluster.head}:{PORT}",
+            "PYTHONPATH": str(ROOT),
+        }
+        command = [*self.prefix, sys.executable, "-m", "astro_dist", "quantize", str(self.config), "--json"]
+        log = (self.run.parent / f"{self.run.name}.log").open("a")
+        return subprocess.Popen(command, env=environment, stdout=log, stderr=log)
+
+    def journal(self) -> list[dict]:
+        path = self.run / "journal.jsonl"
+        lines = path.read_text().splitlines() if path.is_file() else []
+        return [json.loads(line) for line in lines if line.endswith("}")]
+
+    def wait_for(self, event: str, unit: str, timeout_s: float = 120) -> None:
+        end = time.monotonic() + timeout_s
+        while not any(line["event"] == event and unit in line.get("unit", "") for line in self.journal()):
+            if time.monotonic() > end:
+                raise TimeoutError(f"{event} {unit}: {self.journal()[-3:]}")
+            time.sleep(0.05)
+
+
+def write_config(out: Path, name: str, model: Path, **execution: object) -> tuple[Path, Path]:
+    run = out / name
+    content = {
+        "model": {"source": str(model)},
+        "quantization": {"group_size": 32, "bits": 3},
+        "calibration": {"samples": 24, "sequence_length": 96, "chunk_samples": 4, "holdout_samples": 4},
+        "execution": {"device": "cpu", "workers": "auto", "worker_timeout_s": 90, **execution},
+        "output": {"dir": str(run)},
+    }
+    path = out / f"{name}.yaml"
+    path.write_text(json.dumps(content))
+    return path, run
+
+
+def hashes(folder: Path) -> dict[str, str]:
+    return {path.name: hashlib.sha256(path.read_bytes()).hexdigest() for path in sorted(folder.glob("*"))}
+
+
+def worker_fault(phase: str, call: int, action: str) -> Callable[[Job], str]:
+    """One call of one worker goes wrong."""
+
+    def happen(job: Job) -> str:
+        plan = job.cluster.fault
+        plan.with_suffix(".new").write_text(json.dumps({"phase": phase, "call": call, "action": action}))
+        plan.with_suffix(".new").rename(plan)
+        code = job.start().wait()
+        if not plan.with_suffix(".done").exists():
+            raise RuntimeError(f"{phase} {action} never happened")
+        plan.with_suffix(".done").unlink()
+        return str(code)
+
+    return happen
+
+
+def node_killed(job: Job) -> str:
+    driver = job.start()
+    job.wait_for("finished", "block-0001")
+    job.cluster.signal("w1", signal.SIGKILL)
+    code = driver.wait()
+    job.cluster.start_node("w1", "127.0.0.3")
+    time.sleep(8)
+    return str(code)
+
+
+def node_frozen(job: Job) -> str:
+    """No process of the node does anything for so long that the node is declared dead; then all go on."""
+    driver = job.start()
+    job.wait_for("finished", "block-0001")
+    job.cluster.signal("w1", signal.SIGSTOP)
+    time.sleep(12)
+    job.cluster.signal("w1", signal.SIGCONT)
+    code = driver.wait()
+    job.cluster.signal("w1", signal.SIGKILL)
+    job.cluster.start_node("w1", "127.0.0.3")
+    time.sleep(8)
+    return str(code)
+
+
+def node_joins(job: Job) -> str:
+    job.cluster.signal("w3", signal.SIGKILL)
+    time.sleep(6)
+    driver = job.start()
+    job.wait_for("finished", "block-0001")
+    before = sum(line["event"] == "joined" for line in job.journal())
+    job.cluster.start_node("w3", "127.0.0.5")
+    code = driver.wait()
+    joined = sum(line["event"] == "joined" for line in job.journal())
+    used = {line["worker"] for line in job.journal() if line["event"] == "finished"}
+    return f"{code}, {joined - before} worker joined, {len(used)} used"
+
+
+def driver_killed(job: Job) -> str:
+    driver = job.start()
+    job.wait_for("finished", "block-0002")
+    driver.kill()
+    driver.wait()
+    return f"killed; again: {job.start().wait()}"
+
+
+def disk_full(job: Job) -> str:
+    """On a file system of 3 MB that something else fills up, and frees after a while."""
+    job.run.mkdir()
+    subprocess.run(["mount", "-t", "tmpfs", "-o", "size=6m", "tmpfs", str(job.run)], check=True)
+    driver = job.start()
+    job.wait_for("finished", "block-0001")
+    filler = job.run / ".filler.part"
+    with filler.open("wb") as handle:
+        try:
+            while True:
+                handle.write(bytes(4096))
+                handle.flush()
+        except OSError:
+            pass
+    job_failed = time.monotonic() + 60
+    while not any(line["event"] == "failed" for line in job.journal()) and time.monotonic() < job_failed:
+        log = (job.run.parent / f"{job.run.name}.log").read_text()
+        if "No space left" in log:
+            break
+        time.sleep(0.2)
+    filler.unlink()
+    return str(driver.wait())
+
+
+FAULTS: dict[str, tuple[str, Callable[[Job], str], dict]] = {
+    **{
+        f"worker killed, {phase}": (f"kill -9 in the phase `{phase}`", worker_fault(phase, call, "kill"), {})
+        for phase, call in (("reading", 2), ("forward", 9), ("Hessian", 9), ("solve", 2), ("write", 2), ("record", 2))
+    },
+    "worker killed, tile": (
+        "kill -9 in a tile of mode `sequential`", worker_fault("tile", 3, "kill"), {"mode": "sequential"},
+    ),
+    "worker raises": ("an exception in a solve", worker_fault("solve", 2, "raise"), {}),
+    "worker hangs": ("a solve that never ends", worker_fault("solve", 2, "hang"), {"call_timeout_s": 15}),
+    "node killed": ("kill -9 of every process of a node", node_killed, {}),
+    "node killed, sequential": ("the same in mode `sequential`", node_killed, {"mode": "sequential"}),
+    "node frozen": ("a node that stands still for 12 s and goes on", node_frozen, {}),
+    "node joins": ("a node that joins late", node_joins, {}),
+    "driver killed": ("kill -9 of the driver, same command again", driver_killed, {}),
+    "disk full": ("the run directory's disk fills up and is freed", disk_full, {}),
+}  # fmt: skip
+
+
+def main() -> None:
+    """Run every fault, print the table."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--out", type=Path, required=True)
+    parser.add_argument("--only", nargs="+", default=list(FAULTS), choices=list(FAULTS), metavar="NAME")
+    options = parser.parse_args()
+    out = options.out.resolve()
+    out.mkdir(parents=True)
+    torch.set_num_threads(1)
+    shape = {**LLAMA, "num_hidden_layers": BLOCKS, "hidden_size": 128, "intermediate_size": 256}
+    model = write_checkpoint(out / "source", transformers.LlamaConfig(**shape), shard="500KB")
+    expected = {}
+    for mode in ("blocks", "sequential"):
+        config, run = write_config(out, f"whole-{mode}", model, executor="local", workers=1, mode=mode)
+        command = [sys.executable, "-m", "astro_dist", "quantize", str(config), "--json"]
+        subprocess.run(command, check=True, stdout=subprocess.DEVNULL, env={**os.environ, **QUIET}, cwd=ROOT)
+        expected[mode] = hashes(run / "model")
+    cluster = Cluster(out / "cluster")
+    rows = []
+    try:
+        cluster.start_head()
+        for number in (1, 2, 3):
+            cluster.start_node(f"w{number}", f"127.0.0.{number + 2}")
+        time.sleep(10)
+        for name in options.only:
+            what, happen, execution = FAULTS[name]
+            if name == "disk full" and os.geteuid() != 0:
+                continue
+            config, run = write_config(out, name.replace(" ", "-").replace(",", ""), model, **execution)
+            job, start = Job(cluster, config, run, []), time.monotonic()
+            code = happen(job)
+            seconds = time.monotonic() - start
+            failed = [
+                f"{line['kind']} at {line['unit']}, {line['method']}"
+                for line in job.journal()
+                if line["event"] == "failed"
+            ]
+            equal = (run / "model").is_dir() and hashes(run / "model") == expected[execution.get("mode", "blocks")]
+            rows.append(
+                f"| {what} | {code} | {'; '.join(failed) or '-'} | {seconds:.0f} | {'yes' if equal else '**no**'} |"
+            )
+            print(rows[-1], file=sys.stderr, flush=True)
+    finally:
+        cluster.close()
+    print("| what was lost | exit code | what was retried | seconds | bytes equal |\n|---|---|---|---|---|")
+    print("\n".join(rows))
+
+
+if __name__ == "__main__":
+    main()
