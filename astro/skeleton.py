@@ -171,6 +171,11 @@ class Skeleton:
         config = self.model.config.get_text_config()
         return int(config.vocab_size), getattr(config, "max_position_embeddings", None)
 
+    @property
+    def hidden_size(self) -> int:
+        """Width of the hidden states that pass from block to block."""
+        return int(self.model.config.get_text_config().hidden_size)
+
     def require_filled(self, part: nn.Module, name: str) -> None:
         """Refuse a part of the model of which something is still without weights.
 

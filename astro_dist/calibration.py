@@ -13,7 +13,7 @@ import numpy.typing as npt
 from astro.errors import ConfigError
 from astro_dist.config import CalibrationConfig
 
-__all__ = ["Chunk", "TokenChunks", "read_documents", "tokenize"]
+__all__ = ["Chunk", "TokenChunks", "chunk_tokens", "read_documents", "tokenize"]
 
 Tokens = npt.NDArray[np.int64]
 _HOLDOUT_EVERY = 4
@@ -97,6 +97,15 @@ def tokenize(documents: Sequence[str], tokenizer: Any, config: CalibrationConfig
     for chunk in chunks:
         digest.update(chunk.name.encode() + chunk.tokens.tobytes())
     return TokenChunks(tuple(chunks), digest.hexdigest())
+
+
+def chunk_tokens(config: CalibrationConfig) -> dict[str, int]:
+    """Tokens of each chunk that a configuration asks for, by name, no text read."""
+    sizes = {}
+    for kind, count in (("c", config.samples), ("h", config.holdout_samples)):
+        for number, start in enumerate(range(0, count, config.chunk_samples)):
+            sizes[f"{kind}{number:04d}"] = min(config.chunk_samples, count - start) * config.sequence_length
+    return sizes
 
 
 def _read_file(path: Path, column: str) -> list[str]:

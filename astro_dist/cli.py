@@ -1,5 +1,6 @@
 """The command line. Exit code 0 done, 1 the run failed, 2 the input was wrong and nothing was started."""
 
+import dataclasses
 import json
 import sys
 import traceback
@@ -66,28 +67,28 @@ def quantize(config: _ConfigPath, assignments: _Assignments = None, as_json: _Js
 
 
 @app.command()
-def plan(config: _ConfigPath, assignments: _Assignments = None, as_json: _Json = False) -> None:
-    """Units and bytes of a run, from the headers alone: no weight is read, nothing is written."""
+def plan(
+    config: _ConfigPath,
+    assignments: _Assignments = None,
+    workers: Annotated[int | None, typer.Option(min=1, help="To plan for; as configured, or 1.")] = None,
+    device: Annotated[str, typer.Option(help="cpu (this machine, measured), or a GPU: h100, a100, ...")] = "cpu",
+    as_json: _Json = False,
+) -> None:
+    """What a run will need, from the headers alone: units, bytes, memory, disk, time. Nothing is read or written."""
     from astro_dist import pipeline
     from astro_dist.config import load_config
 
-    prepared = pipeline.prepare(load_config(config, assignments))
-    found = prepared.plan
-    content = {
-        "blocks": [
-            {"unit": unit.name, "linears": len(unit.linears), "read_bytes": unit.read_bytes,
-             "written_bytes": unit.written_bytes, "file": unit.file}
-            for unit in found.blocks
-        ],
-        "copies": [{"unit": unit.name, "read_bytes": unit.read_bytes, "file": unit.file} for unit in found.copies],
-        "quantized_weights": found.weights,
-        "ignored": list(found.ignore),
-        "read_bytes": found.read_bytes,
-        "written_bytes": found.written_bytes,
-        "notes": list(prepared.notes),
-    }  # fmt: skip
+    settings = load_config(config, assignments)
+    prepared = pipeline.prepare(settings)
+    found, needed = prepared.plan, pipeline.forecast(prepared, workers, device)
     if as_json:
-        _print_json(content)
+        _print_json(
+            {
+                **found.summary(),
+                "needed": dataclasses.asdict(needed),
+                "notes": list(prepared.notes),
+            }
+        )
         return
     table = Table("unit", "layers", "read MB", "written MB", "file")
     for unit in found.copies:
@@ -99,6 +100,12 @@ def plan(config: _ConfigPath, assignments: _Assignments = None, as_json: _Json =
     _say(
         f"{found.weights / 1e6:.1f} million weights quantized; "
         f"{found.read_bytes / 1e6:.1f} MB read, {found.written_bytes / 1e6:.1f} MB written"
+    )
+    _say(
+        f"with {needed.workers} worker(s), {needed.device}: about {needed.wall_s / 60:.1f} min, "
+        f"{needed.device_hours:.2f} device-hours, {needed.efficiency:.0%} of them at work; "
+        f"{needed.worker_bytes / 1e9:.2f} GB of memory a worker, {needed.disk_bytes / 1e9:.2f} GB of disk, "
+        f"{needed.moved_bytes / 1e9:.1f} GB moved"
     )
     for note in prepared.notes:
         _say(f"note: {note}")

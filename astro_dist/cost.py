@@ -1,74 +1,211 @@
-"""What calls cost: floating-point operations, from the plan alone. Pure."""
+"""What a run costs, from headers and configuration alone: operations, bytes, time and memory. Pure.
+
+A product of [m, k] and [k, n] counts 2 m k n operations. Which layers share an input is not known from headers: layers
+of one module with inputs of one width are taken to.
+"""
 
 import dataclasses
+from collections.abc import Iterable, Mapping, Sequence
 
 from astro.config import Quantization, Regularizer
+from astro.layer import ROW_TILE
+from astro_dist.config import RunConfig
+from astro_dist.devices import Device
 from astro_dist.plan import BlockUnit, Plan
-from astro_dist.schedule import Call
+from astro_dist.schedule import Call, is_held_out
+from astro_dist.sequential_schedule import shares
 
-__all__ = ["CostModel"]
+__all__ = ["CostModel", "Work"]
 
-_NEWTON_PASSES = 5
-_BETA_CANDIDATES = 6
-_BETA_ROW_SHARE = 1 / 8
+_NEWTON_PASSES = 12
+"""Elementwise passes of the proximal map and its surroundings in one iteration of ADMM, each some 2 operations."""
+_BETA_CANDIDATES, _BETA_ROWS = 6, 256
+_LIBRARIES_BYTES = 430_000_000
+"""Resident memory of a CPU worker before it does anything: Python, torch, transformers, Ray."""
+_STATES = 6
+"""Hidden states that a block's forward holds at its peak, attention's queries, keys and values among them."""
+_LOGITS = 3
+_SQUARES, _TILES = 3, 8
+"""Matrices of columns × columns beside the Hessian, and of a row tile, that a solve holds at its peak."""
 
 
 @dataclasses.dataclass(frozen=True)
-class CostModel:
-    """Floating-point operations of each call. A product of [m, k] and [k, n] counts 2 m k n.
+class Work:
+    """What a call does.
 
     Attributes:
-        plan: of the run.
-        quantization: of the run.
-        regularization: of the run.
-        chunk_tokens: tokens of the largest chunk.
-        num_tokens: calibration tokens.
-        shares: of the calibration chunks in mode `sequential`.
+        compute: operations in the compute dtype: forward passes.
+        exact: operations in float32: statistics and solve.
+        steps: dependent small operations: columns of GPTQ and refinement.
+        moved_bytes: read from and written to the shared folder.
     """
 
-    plan: Plan
-    quantization: Quantization
-    regularization: Regularizer
-    chunk_tokens: int
-    num_tokens: int
-    shares: int
+    compute: float = 0.0
+    exact: float = 0.0
+    steps: float = 0.0
+    moved_bytes: float = 0.0
+
+    def seconds(self, device: Device, half: bool) -> float:
+        """Time on a device; `half` where forward passes run in 16 bits."""
+        rate = device.bfloat16 if half else device.float32
+        return (
+            self.compute / rate + self.exact / device.float32 + self.steps * device.step_s
+            + self.moved_bytes / device.storage
+        )  # fmt: skip
+
+
+@dataclasses.dataclass(frozen=True)
+class _Group:
+    """Layers that read one input."""
+
+    rows: int
+    columns: int
+
+
+class CostModel:
+    """Costs of a run's calls."""
+
+    def __init__(self, plan: Plan, config: RunConfig, chunk_tokens: Mapping[str, int], itemsize: int) -> None:
+        """Look at a run.
+
+        Args:
+            plan: every unit.
+            config: of the run.
+            chunk_tokens: tokens of each chunk by name, in the order in which they travel.
+            itemsize: bytes of an element in the compute dtype.
+        """
+        self._plan, self._tokens, self._itemsize = plan, dict(chunk_tokens), itemsize
+        self._quantization: Quantization = config.quantization
+        self._regularization: Regularizer = config.regularizer
+        self._shares = shares(list(chunk_tokens), config.execution.hessian_shares)
+        self._compensated = config.execution.mode == "sequential" and config.quantization.compensates
+        self._sequence_length = config.calibration.sequence_length
+        self._held_out = sum(n for chunk, n in self._tokens.items() if is_held_out(chunk))
+
+    def work(self, call: Call) -> Work:
+        """What a call does; attention's products of queries with keys are not counted."""
+        plan, args = self._plan, call.args
+        if call.method == "embed":
+            return Work(moved_bytes=self._activations(self._tokens) + plan.outside_weights * self._itemsize)
+        if call.method == "head":
+            compute = 2.0 * self._held_out * plan.outside_weights
+            return Work(compute, moved_bytes=self._activations(self._held_out_chunks))
+        if call.method == "copy":
+            return Work(moved_bytes=2.0 * plan.copies[int(args[0])].read_bytes)
+        if call.method in ("open_block", "forward", "solve", "pass_on"):
+            unit = plan.blocks[int(args[1])]
+        else:
+            unit = plan.blocks[int(args[0])]
+        if call.method == "open_block":
+            return Work(moved_bytes=unit.read_bytes)
+        if call.method in ("forward", "pass_on"):
+            chunk = str(args[2])
+            exact = self._hessian(unit, self._tokens[chunk]) if not is_held_out(chunk) else 0.0
+            moved = 2.0 * self._activations([chunk])
+            return Work(self._forward(unit, self._tokens[chunk]), exact * (call.method == "forward"), 0.0, moved)
+        if call.method == "advance":
+            moved = 2.0 * self._activations(self._held_out_chunks) + unit.written_bytes
+            return Work(self._forward(unit, self._held_out), moved_bytes=moved)
+        if call.method == "solve":
+            return self._solve(unit.written_bytes, self._groups(unit))
+        return self._stage_part(call, unit)
 
     def operations(self, call: Call) -> float:
-        """Operations of a call; attention's products of queries and keys are not counted."""
-        if call.method in ("embed", "head"):
-            return 2.0 * self.num_tokens * self.plan.outside_weights
-        if call.method in ("copy", "open_block"):
-            return 0.0
-        unit = self.plan.blocks[int(call.args[1] if call.method in ("forward", "solve", "pass_on") else call.args[0])]
-        if call.method == "forward":
-            return self.forward(unit, self.chunk_tokens) + self.hessians(unit, self.chunk_tokens)
-        if call.method == "pass_on":
-            return self.forward(unit, self.chunk_tokens)
-        if call.method == "advance":
-            return self.forward(unit, self.num_tokens)
-        if call.method == "share":
-            tokens = -(-self.num_tokens // self.shares)
-            return 2 * self.forward(unit, tokens) + 2 * self.hessians(unit, tokens)
-        return self.solve(unit)
+        """Operations of a call of both kinds."""
+        work = self.work(call)
+        return work.compute + work.exact
 
-    def forward(self, unit: BlockUnit, tokens: int) -> float:
-        """Of a block's linear layers on some tokens."""
+    def result(self, call: Call) -> dict[str, int]:
+        """What a schedule reads from the result of a call."""
+        if call.method != "share":
+            return {}
+        groups = self._groups(self._plan.blocks[int(call.args[0])])
+        return {"stages": len(groups), "tiles": -(-groups[int(call.args[1])].rows // ROW_TILE)}
+
+    def worker_bytes(self, sequential: bool) -> int:
+        """Peak memory of a CPU worker; a GPU's is less by the libraries. The largest of all blocks."""
+        blocks = max(self._block_bytes(unit, sequential) for unit in self._plan.blocks)
+        # Embeddings and head as they are stored and as they are used; the logits of one sequence, some copies of them.
+        outside = self._plan.outside_weights * (self._itemsize + 2)
+        logits = 4 * _LOGITS * self._sequence_length * self._plan.vocab_size
+        return int(_LIBRARIES_BYTES + max(blocks, outside + logits))
+
+    def disk_bytes(self, rounds: int, window: int) -> int:
+        """What the run directory holds at most: the result, an earlier round, and inputs of the blocks in flight."""
+        frontier = (window + 2) * rounds * self._activations(self._tokens)
+        return int(self._plan.written_bytes * min(rounds, 2) + frontier)
+
+    def _block_bytes(self, unit: BlockUnit, sequential: bool) -> int:
+        groups = self._groups(unit)
+        weights = sum(group.rows * group.columns for group in groups)
+        hessians = 0 if sequential else sum(4 * group.columns**2 for group in groups)
+        solving = max(
+            (_SQUARES + (2 if sequential else 0)) * 4 * group.columns**2
+            + 4 * group.rows * group.columns + _TILES * 4 * min(group.rows, ROW_TILE) * group.columns
+            for group in groups
+        )  # fmt: skip
+        widest = max(max(group.columns for group in groups), self._plan.hidden_size)
+        tokens = max(self._tokens.values())
+        forwarding = tokens * (_STATES * self._plan.hidden_size * self._itemsize + widest * (3 * self._itemsize + 4))
+        # Quantized layers wait as bytes until the shard is written.
+        phase = max(forwarding, solving + weights)
+        return int(weights * self._itemsize + hessians + phase)
+
+    def _stage_part(self, call: Call, unit: BlockUnit) -> Work:
+        """A call of mode `sequential`."""
+        groups = self._groups(unit)
+        if call.method == "write":
+            return Work(moved_bytes=2.0 * unit.written_bytes)
+        group = groups[min(int(call.args[1]), len(groups) - 1)]
+        square = 4.0 * group.columns**2 * (1 + self._compensated)
+        if call.method == "share":
+            chunks = self._shares[int(call.args[2])]
+            tokens = sum(self._tokens[chunk] for chunk in chunks)
+            streams = 1 + self._compensated
+            exact = 2.0 * tokens * group.columns**2 * (1 + 2 * self._compensated)
+            moved = streams * self._activations(chunks) + square
+            return Work(streams * self._forward(unit, tokens), exact, 0.0, moved)
+        if call.method == "decide":
+            return Work(exact=6.0 * group.columns**3, moved_bytes=square * (len(self._shares) + 1))
+        tile = _Group(min(group.rows, ROW_TILE), group.columns)
+        return self._solve(5.0 * tile.rows * tile.columns + square, [tile])
+
+    def _solve(self, moved_bytes: float, groups: Iterable[_Group]) -> Work:
+        """Factorization, search of β, regularization, GPTQ and refinement."""
+        settings, regularization = self._quantization, self._regularization
+        passes = 1 + 2 * settings.refine_passes  # a pass multiplies by H twice: for scales and for integers
+        iterations = 0
+        if regularization.name != "none":
+            iterations = regularization.iterations or (6 if regularization.solver == "admm" else 200)
+        exact, steps = 0.0, 0.0
+        for group in groups:
+            searched = 0
+            if iterations and regularization.beta == "auto":
+                searched = _BETA_CANDIDATES * min(max(group.rows // 8, 1), _BETA_ROWS)
+            rows = group.rows + searched
+            per_row = (passes + iterations) * 2.0 * group.columns**2 + iterations * 2 * _NEWTON_PASSES * group.columns
+            exact += rows * per_row + 2.0 * group.columns**3
+            tiles = -(-group.rows // ROW_TILE) + bool(searched)
+            steps += tiles * group.columns * (6 + 8 * settings.refine_passes)
+        return Work(0.0, exact, steps, moved_bytes)
+
+    def _forward(self, unit: BlockUnit, tokens: int) -> float:
         return 2.0 * tokens * sum(linear.rows * linear.columns for linear in unit.linears)
 
-    def hessians(self, unit: BlockUnit, tokens: int) -> float:
-        """Of the Hessians: XᵀX as a symmetric product, once for every width of input. Layers that share their input
-        are not known from headers, so that layers of one width count as one, and twice for safety.
-        """
-        return 2.0 * tokens * sum(columns**2 for columns in {linear.columns for linear in unit.linears})
+    def _hessian(self, unit: BlockUnit, tokens: int) -> float:
+        """XᵀX on and above the diagonal."""
+        return 1.0 * tokens * sum(group.columns**2 for group in self._groups(unit))
 
-    def solve(self, unit: BlockUnit) -> float:
-        """Of factorization, regularization with its search, GPTQ and refinement of a block."""
-        settings, regularization = self.quantization, self.regularization
-        iterations = regularization.iterations or (6 if regularization.solver == "admm" else 200)
-        passes = 1 + 2 * settings.refine_passes
-        regularized = iterations if regularization.name != "none" else 0
-        share = 1.0
-        if regularized and regularization.beta == "auto":
-            share += _BETA_CANDIDATES * _BETA_ROW_SHARE
-        solved = sum(2.0 * linear.rows * linear.columns**2 for linear in unit.linears) * (passes + regularized) * share
-        return solved + sum(3.0 * columns**3 for columns in {linear.columns for linear in unit.linears})
+    def _groups(self, unit: BlockUnit) -> list[_Group]:
+        found: dict[tuple[str, int], int] = {}
+        for linear in unit.linears:
+            key = (linear.name.rpartition(".")[0], linear.columns)
+            found[key] = found.get(key, 0) + linear.rows
+        return [_Group(rows, columns) for (_, columns), rows in found.items()]
+
+    @property
+    def _held_out_chunks(self) -> list[str]:
+        return [chunk for chunk in self._tokens if is_held_out(chunk)]
+
+    def _activations(self, chunks: Iterable[str] | Sequence[str]) -> float:
+        return float(sum(self._tokens[chunk] for chunk in chunks) * self._plan.hidden_size * self._itemsize)

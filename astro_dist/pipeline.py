@@ -18,10 +18,12 @@ from astro.skeleton import Skeleton
 from astro_dist.actors import configure_process
 from astro_dist.assemble import assemble
 from astro_dist.budget import allocate, read_choices, require_affordable
-from astro_dist.calibration import Chunk, TokenChunks, read_documents, tokenize
+from astro_dist.calibration import Chunk, TokenChunks, chunk_tokens, read_documents, tokenize
 from astro_dist.config import RunConfig, run_key
 from astro_dist.cost import CostModel
+from astro_dist.devices import DEVICES, measure
 from astro_dist.driver import Driver
+from astro_dist.estimate import Estimate, estimate, require_room
 from astro_dist.executor import Executor, LocalExecutor
 from astro_dist.failure import FailureHistory
 from astro_dist.manifest import RunDirectory
@@ -33,7 +35,7 @@ from astro_dist.source import resolve_source
 from astro_dist.stage import WorkerSpec
 from astro_dist.summary import summarize
 
-__all__ = ["Prepared", "prepare", "quantize"]
+__all__ = ["Prepared", "forecast", "prepare", "quantize"]
 
 _CALL_PATIENCE_S = 600.0
 _SLACK = 20.0
@@ -51,7 +53,6 @@ class Prepared:
         checkpoint: the source, opened.
         plan: every unit.
         notes: what the user should know before it starts.
-        vocab_size: tokens the model knows.
         max_positions: longest sequence it has positions for, None where it says none.
     """
 
@@ -60,7 +61,6 @@ class Prepared:
     checkpoint: Checkpoint
     plan: Plan
     notes: tuple[str, ...]
-    vocab_size: int
     max_positions: int | None
 
 
@@ -87,8 +87,37 @@ def prepare(config: RunConfig) -> Prepared:
             f"{len(plan.unknown)} tensors that {type(skeleton.model).__name__} does not have are copied as they are, "
             f"the first is {plan.unknown[0]}"
         )
-    vocab_size, max_positions = skeleton.limits()
-    return Prepared(config, source, checkpoint, plan, tuple(notes), vocab_size, max_positions)
+    return Prepared(config, source, checkpoint, plan, tuple(notes), skeleton.limits()[1])
+
+
+def forecast(prepared: Prepared, workers: int | None, device_name: str) -> Estimate:
+    """What a run will need on workers of some kind.
+
+    Args:
+        prepared: the run.
+        workers: their number; what the configuration says where not given, or 1.
+        device_name: of a GPU, or `cpu` for this machine.
+
+    Raises:
+        ConfigError: a device that is not known, or that is too small.
+    """
+    config, execution = prepared.config, prepared.config.execution
+    if device_name == "cpu":
+        device = measure(execution.threads_per_worker)
+    elif device_name in DEVICES:
+        device = DEVICES[device_name]
+    else:
+        raise ConfigError(f"--device {device_name}: expected cpu or one of {', '.join(DEVICES)}")
+    count = workers or (execution.workers if isinstance(execution.workers, int) else 1)
+    kind = "cuda" if device.memory_bytes else "cpu"
+    dtype = _compute_dtype(config, prepared.plan, prepared.checkpoint, kind)
+    needed = estimate(config, prepared.plan, dtype, count, device)
+    if device.memory_bytes and needed.worker_bytes > device.memory_bytes:
+        raise ConfigError(
+            f"a worker needs about {needed.worker_bytes / 1e9:.1f} GB, but a {device.name} has "
+            f"{device.memory_bytes / 1e9:.0f} GB; lower calibration.chunk_samples, or use devices with more memory"
+        )
+    return needed
 
 
 def quantize(config: RunConfig) -> dict[str, Any]:
@@ -107,12 +136,21 @@ def quantize(config: RunConfig) -> dict[str, Any]:
     run = RunDirectory(config.output.dir.expanduser().absolute(), key, config.execution.rounds)
     identity = {"source_sha256": fingerprint, "tokens_sha256": chunks.sha256, "version": astro.__version__}
     begun = run.begun(config, identity)
-    if not begun and config.model.check_weights:
-        require_finite(prepared.checkpoint)
+    if not begun:
+        _require_disk(prepared, run)
+        if config.model.check_weights:
+            require_finite(prepared.checkpoint)
     with run.locked():
         if not begun:
             run.begin(config, identity, {chunk.name: torch.from_numpy(chunk.tokens) for chunk in chunks.chunks})
         return _run(prepared, run, fingerprint, chunks.chunks, begin)
+
+
+def _require_disk(prepared: Prepared, run: RunDirectory) -> None:
+    config, execution = prepared.config, prepared.config.execution
+    window = execution.workers if isinstance(execution.workers, int) and execution.mode == "blocks" else 1
+    cost = CostModel(prepared.plan, config, chunk_tokens(config.calibration), itemsize=4)
+    require_room(cost.disk_bytes(execution.rounds, window), run.root)
 
 
 def _run(
@@ -163,10 +201,10 @@ def _tokenize(prepared: Prepared) -> TokenChunks:
         raise CheckpointError(f"{source}: its tokenizer cannot be loaded: {error}") from error
     chunks = tokenize(documents, tokenizer, config.calibration)
     largest = max(int(chunk.tokens.max()) for chunk in chunks.chunks)
-    if largest >= prepared.vocab_size:
+    if largest >= prepared.plan.vocab_size:
         raise CheckpointError(
-            f"{source}: its tokenizer gives token {largest}, but the model has a vocabulary of {prepared.vocab_size}; "
-            "tokenizer and config.json are of different models"
+            f"{source}: its tokenizer gives token {largest}, but the model has a vocabulary of "
+            f"{prepared.plan.vocab_size}; tokenizer and config.json are of different models"
         )
     return chunks
 
@@ -203,6 +241,7 @@ def _execute(
     device = "cuda" if executor.has_gpus else "cpu"
     dtype = _compute_dtype(config, plan, prepared.checkpoint, device)
     _refuse_other_dtype(run, dtype)
+    cost = CostModel(plan, config, {chunk.name: chunk.tokens.size for chunk in chunks}, dtype.itemsize)
     spec = WorkerSpec(
         source=prepared.source,
         fingerprint=fingerprint,
@@ -216,6 +255,7 @@ def _execute(
         compute_dtype=dtype,
         device=device,
         threads=execution.threads_per_worker,
+        needed_bytes=cost.worker_bytes(execution.mode == "sequential"),
     )
     blocks = len(plan.blocks) * run.rounds
     run.note(
@@ -226,7 +266,7 @@ def _execute(
     display = ProgressDisplay(len(schedule.units), len(schedule.finished), blocks, blocks_done)
     driver = Driver(
         executor, run, lambda: make_schedule(config, plan, run, chunks), display, FailureHistory(execution.max_retries),
-        _deadlines(prepared, chunks, device), execution.worker_timeout_s,
+        _deadlines(config, cost, device), execution.worker_timeout_s,
         lambda schedule: _settle_widths(prepared, schedule, run),
     )  # fmt: skip
     executor.start(spec)
@@ -237,18 +277,13 @@ def _execute(
     return executor.describe()
 
 
-def _deadlines(prepared: Prepared, chunks: Sequence[Chunk], device: str) -> Callable[[Call], float]:
+def _deadlines(config: RunConfig, cost: CostModel, device: str) -> Callable[[Call], float]:
     """After how many seconds a call is taken to hang: many times what a slow device would need."""
-    config, execution = prepared.config, prepared.config.execution
-    if execution.call_timeout_s != "auto":
-        timeout_s = execution.call_timeout_s
-        return lambda call: timeout_s
-    tokens = [chunk.tokens.size for chunk in chunks]
-    cost = CostModel(
-        prepared.plan, config.quantization, config.regularizer, max(tokens), sum(tokens), execution.hessian_shares
-    )
-    rate = _SLOWEST_GPU if device == "cuda" else _SLOWEST_CORE * execution.threads_per_worker
-    return lambda call: _CALL_PATIENCE_S + _SLACK * cost.operations(call) / rate
+    timeout_s = config.execution.call_timeout_s
+    rate = _SLOWEST_GPU if device == "cuda" else _SLOWEST_CORE * config.execution.threads_per_worker
+    if timeout_s == "auto":
+        return lambda call: _CALL_PATIENCE_S + _SLACK * cost.operations(call) / rate
+    return lambda call: timeout_s
 
 
 def _settle_widths(prepared: Prepared, schedule: Schedule, run: RunDirectory) -> None:

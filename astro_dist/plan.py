@@ -4,6 +4,7 @@ import dataclasses
 import math
 from collections.abc import Iterable, Mapping
 from fnmatch import fnmatchcase
+from typing import Any
 
 from torch import nn
 
@@ -77,6 +78,8 @@ class Plan:
         ignore: names of linear modules that are not quantized, for the written config.
         outside: checkpoint tensors that the model has outside its blocks.
         outside_weights: their number of elements.
+        hidden_size: width of the hidden states between blocks.
+        vocab_size: tokens that the model knows.
         weights: number of weights that are quantized.
         unknown: checkpoint tensors that the model's class does not have; they are copied too.
     """
@@ -86,6 +89,8 @@ class Plan:
     ignore: tuple[str, ...]
     outside: tuple[str, ...]
     outside_weights: int
+    hidden_size: int
+    vocab_size: int
     weights: int
     unknown: tuple[str, ...]
 
@@ -98,6 +103,21 @@ class Plan:
     def written_bytes(self) -> int:
         """Bytes of the result, headers not counted."""
         return sum(unit.written_bytes for unit in self.blocks) + sum(unit.read_bytes for unit in self.copies)
+
+    def summary(self) -> dict[str, Any]:
+        """Units and bytes as JSON types."""
+        return {
+            "blocks": [
+                {"unit": unit.name, "linears": len(unit.linears), "read_bytes": unit.read_bytes,
+                 "written_bytes": unit.written_bytes, "file": unit.file}
+                for unit in self.blocks
+            ],
+            "copies": [{"unit": unit.name, "read_bytes": unit.read_bytes, "file": unit.file} for unit in self.copies],
+            "quantized_weights": self.weights,
+            "ignored": list(self.ignore),
+            "read_bytes": self.read_bytes,
+            "written_bytes": self.written_bytes,
+        }  # fmt: skip
 
     @property
     def files(self) -> list[str]:
@@ -148,7 +168,10 @@ def make_plan(checkpoint: Checkpoint, skeleton: Skeleton, quantization: Quantiza
     ]
     weights = sum(linear.rows * linear.columns for linear in quantized.values())
     outside_weights = sum(math.prod(checkpoint.entries[key].shape) for key in outside)
-    return Plan(tuple(blocks), tuple(copies), tuple(ignore), tuple(outside), outside_weights, weights, tuple(unknown))
+    return Plan(
+        tuple(blocks), tuple(copies), tuple(ignore), tuple(outside), outside_weights, skeleton.hidden_size,
+        skeleton.limits()[0], weights, tuple(unknown),
+    )  # fmt: skip
 
 
 def _assign(checkpoint: Checkpoint, skeleton: Skeleton) -> tuple[dict[int, list[str]], list[str], list[str], list[str]]:

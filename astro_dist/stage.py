@@ -2,6 +2,7 @@
 
 import ctypes
 import dataclasses
+import os
 import platform
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -43,6 +44,7 @@ class WorkerSpec:
         compute_dtype: of forwards and activations.
         device: "cpu" or "cuda".
         threads: CPU threads.
+        needed_bytes: memory that a worker is expected to need.
     """
 
     source: Path
@@ -57,6 +59,7 @@ class WorkerSpec:
     compute_dtype: torch.dtype
     device: str
     threads: int
+    needed_bytes: int
 
 
 class Stage:
@@ -81,6 +84,7 @@ class Stage:
             raise RunError(
                 f"{platform.node()}: does not see {spec.run.root}; output.dir must be a folder all nodes see"
             )
+        require_memory(spec.needed_bytes, self.device)
         self.checkpoint = Checkpoint.open(spec.source)
         if self.checkpoint.fingerprint() != spec.fingerprint:
             raise RunError(
@@ -215,6 +219,23 @@ class Stage:
             weight = compressed_tensors.unpack_linear(linear.stem, tensors, settings[linear.name]).dequantize()
             tensors[linear.key] = weight.to(self.spec.compute_dtype)
         return {key: tensors[key] for key in unit.keys}
+
+
+def require_memory(needed_bytes: int, device: torch.device) -> None:
+    """Refuse a device that is too small, before anything is loaded.
+
+    Raises:
+        RunError: naming both sizes.
+    """
+    if device.type == "cuda":
+        total = torch.cuda.get_device_properties(device).total_memory
+    else:
+        total = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    if needed_bytes > total:
+        raise RunError(
+            f"{platform.node()}: a worker needs about {needed_bytes / 1e9:.1f} GB, but its device has "
+            f"{total / 1e9:.1f} GB; lower calibration.chunk_samples, or use devices with more memory"
+        )
 
 
 def _return_freed_memory() -> None:
