@@ -5,7 +5,7 @@ of one module with inputs of one width are taken to.
 """
 
 import dataclasses
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 
 from astro.config import Quantization, Regularizer
 from astro.layer import ROW_TILE
@@ -60,12 +60,20 @@ class _Group:
 
     rows: int
     columns: int
+    reach: float = 1.0
 
 
 class CostModel:
     """Costs of a run's calls."""
 
-    def __init__(self, plan: Plan, config: RunConfig, chunk_tokens: Mapping[str, int], itemsize: int) -> None:
+    def __init__(
+        self,
+        plan: Plan,
+        config: RunConfig,
+        chunk_tokens: Mapping[str, int],
+        itemsize: int,
+        reach: Callable[[str], float] = lambda name: 1.0,
+    ) -> None:
         """Look at a run.
 
         Args:
@@ -73,7 +81,10 @@ class CostModel:
             config: of the run.
             chunk_tokens: tokens of each chunk by name, in the order in which they travel.
             itemsize: bytes of an element in the compute dtype.
+            reach: share of the tokens that reaches the layers of a module, by its name: all but for experts.
         """
+        self._reach = reach
+        self._known: dict[int, list[_Group]] = {}
         self._plan, self._tokens, self._itemsize = plan, dict(chunk_tokens), itemsize
         self._quantization: Quantization = config.quantization
         self._regularization: Regularizer = config.regularizer
@@ -190,18 +201,22 @@ class CostModel:
         return Work(0.0, exact, steps, moved_bytes)
 
     def _forward(self, unit: BlockUnit, tokens: int) -> float:
-        return 2.0 * tokens * sum(linear.rows * linear.columns for linear in unit.linears)
+        return 2.0 * tokens * sum(group.reach * group.rows * group.columns for group in self._groups(unit))
 
     def _hessian(self, unit: BlockUnit, tokens: int) -> float:
         """XᵀX on and above the diagonal."""
-        return 1.0 * tokens * sum(group.columns**2 for group in self._groups(unit))
+        return 1.0 * tokens * sum(group.reach * group.columns**2 for group in self._groups(unit))
 
     def _groups(self, unit: BlockUnit) -> list[_Group]:
-        found: dict[tuple[str, int], int] = {}
-        for linear in unit.linears:
-            key = (linear.name.rpartition(".")[0], linear.columns)
-            found[key] = found.get(key, 0) + linear.rows
-        return [_Group(rows, columns) for (_, columns), rows in found.items()]
+        if unit.index not in self._known:
+            found: dict[tuple[str, int], int] = {}
+            for linear in unit.linears:
+                key = (linear.name.rpartition(".")[0], linear.columns)
+                found[key] = found.get(key, 0) + linear.rows
+            self._known[unit.index] = [
+                _Group(rows, columns, self._reach(name)) for (name, columns), rows in found.items()
+            ]
+        return self._known[unit.index]
 
     @property
     def _held_out_chunks(self) -> list[str]:

@@ -89,9 +89,14 @@ class Driver:
     def _hand_out(self, schedule: Schedule) -> None:
         if self._stale or time.monotonic() < self._not_before:
             return
+        nothing_new = False
         for worker in self._executor.idle():
+            if nothing_new and not schedule.holds(worker):
+                continue
             call = schedule.next_call(worker)
-            if call is not None:
+            if call is None:
+                nothing_new |= not schedule.holds(worker)
+            else:
                 self._running[worker] = _Running(call, time.monotonic())
                 self._executor.submit(worker, call)
                 self._display.started(worker, call)

@@ -16,7 +16,7 @@ from astro_dist.schedule import BlockSchedule, Call, Schedule
 from astro_dist.sequential_schedule import SequentialSchedule
 from astro_dist.simulate import simulate
 
-__all__ = ["Estimate", "estimate", "require_room"]
+__all__ = ["Estimate", "estimate", "first_schedule", "require_room"]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -65,7 +65,7 @@ def estimate(config: RunConfig, plan: Plan, dtype: torch.dtype, workers: int, de
         moved[0] += work.moved_bytes
         return work.seconds(device, half)
 
-    schedule = _schedule(config, plan, list(tokens))
+    schedule = first_schedule(config, plan, list(tokens))
     found = simulate(schedule, workers, seconds, cost.result)
     sequential = config.execution.mode == "sequential"
     return Estimate(
@@ -100,7 +100,8 @@ def require_room(needed_bytes: int, folder: Path) -> None:
         )
 
 
-def _schedule(config: RunConfig, plan: Plan, chunks: list[str]) -> Schedule:
+def first_schedule(config: RunConfig, plan: Plan, chunks: list[str]) -> Schedule:
+    """The schedule of a run that has not begun."""
     blocks, copies, execution = len(plan.blocks), len(plan.copies), config.execution
     if execution.mode == "sequential":
         shares, compensated = execution.hessian_shares, config.quantization.compensates

@@ -74,6 +74,11 @@ class Schedule(Protocol):
     def failed(self, worker: int, call: Call) -> None:
         """Take note that a call came to nothing, and that the worker has lost what it held."""
 
+    def holds(self, worker: int) -> bool:
+        """Whether a worker has something in hand that only it can go on with. What one worker with empty hands cannot
+        get, no other such worker can.
+        """
+
 
 def is_held_out(chunk: str) -> bool:
     """Whether a chunk is only measured on, never calibrated on: its name begins with `h`."""
@@ -236,6 +241,10 @@ class BlockSchedule:
         self._taken.discard(call)
         if worker in self._active:
             self._taken.discard(self._active.pop(worker).opening)
+
+    def holds(self, worker: int) -> bool:
+        """Whether a worker has an open block."""
+        return worker in self._active
 
     def _continue(self, task: _Task) -> Call | None:
         unit = block_unit(*task.place)

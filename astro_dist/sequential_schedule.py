@@ -67,6 +67,7 @@ class SequentialSchedule:
             for stream in STREAMS
             for block in range(num_blocks + 1)
         }
+        self._before_current = 0
         self._reopen()
         self._stages: dict[int, int] = {}
         self._tiles: dict[tuple[int, int], int] = {}
@@ -103,6 +104,10 @@ class SequentialSchedule:
             self.finished.add(call.unit)
         return self._spent(call)
 
+    def holds(self, worker: int) -> bool:
+        """Whether a worker has something in hand that only it can go on with: never in this mode."""
+        return False
+
     def failed(self, worker: int, call: Call) -> None:
         """Take note that a call came to nothing; no worker holds anything from one call to the next."""
         self._taken.discard(call)
@@ -119,8 +124,9 @@ class SequentialSchedule:
     @property
     def _current(self) -> int:
         """The first block that is not finished."""
-        blocks = range(self._num_blocks)
-        return next((b for b in blocks if block_unit(0, b) not in self.finished), self._num_blocks)
+        while self._before_current < self._num_blocks and block_unit(0, self._before_current) in self.finished:
+            self._before_current += 1
+        return self._before_current
 
     def _candidates(self) -> list[Call]:
         """Calls whose inputs are there, the most urgent first."""
@@ -133,17 +139,18 @@ class SequentialSchedule:
     def _passes(self, stream: str) -> list[Call]:
         """Chunks that shall go through the next block on their way, each from the furthest it has come."""
         calls = []
+        targets = {held_out: self._target(stream, held_out) for held_out in (False, True)}
         for chunk in self._chunks:
-            target = self._target(stream, chunk)
+            target = targets[is_held_out(chunk)]
             place = self._place(stream, chunk, target)
             if place is not None and place < target:
                 calls.append(Call("pass_on", (stream, place, chunk), block_unit(0, place)))
         return calls
 
-    def _target(self, stream: str, chunk: str) -> int:
-        """The block that a chunk is wanted at, as far as its way is open; 0 where it is not wanted any more."""
+    def _target(self, stream: str, held_out: bool) -> int:
+        """The block that chunks are wanted at, as far as their way is open; 0 where they are not wanted any more."""
         current = self._current
-        if is_held_out(chunk):
+        if held_out:
             wanted = self._num_blocks if head_unit(stream) not in self.finished else 0
         else:
             calibrates = current < self._num_blocks and (stream == "round-0" or self._compensated)
@@ -189,7 +196,7 @@ class SequentialSchedule:
         """Begin again with the embeddings where a chunk that is still wanted is nowhere on its way."""
         for stream in STREAMS:
             for chunk in self._chunks:
-                target = self._target(stream, chunk)
+                target = self._target(stream, is_held_out(chunk))
                 wanted = target > 0 or self._current == 0
                 if wanted and self._place(stream, chunk, target) is None:
                     self.finished.discard("embed")

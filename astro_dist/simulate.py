@@ -45,10 +45,12 @@ def simulate(
     ends: list[tuple[float, int, Call]] = []
     free = list(range(workers))
     while not schedule.complete:
-        waiting = []
+        waiting: list[int] = []
+        nothing_new = False
         for worker in free:
-            call = schedule.next_call(worker)
+            call = None if nothing_new and not schedule.holds(worker) else schedule.next_call(worker)
             if call is None:
+                nothing_new |= not schedule.holds(worker)
                 waiting.append(worker)
                 continue
             took = seconds(call)

@@ -1,0 +1,169 @@
+"""How a run scales: the run's own schedule in simulated time, 1 to 512 workers, both modes, four large models.
+
+    python tests/bench/scaling.py [--device h100] [--models 8B 70B ...]
+    python tests/bench/scaling.py --measured RUN --workers 1 2
+
+The first prints Markdown: wall time and efficiency by number of workers, and what limits. The second checks the
+simulator: call times are taken from the journal and records of a real run instead, and its wall time is simulated for
+some numbers of workers, to be held against real runs.
+"""
+
+import argparse
+import json
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).parents[2]))
+
+from astro.skeleton import LinearLayer
+from astro_dist.calibration import chunk_tokens
+from astro_dist.config import RunConfig, load_config
+from astro_dist.cost import CostModel
+from astro_dist.devices import DEVICES
+from astro_dist.estimate import first_schedule
+from astro_dist.plan import BlockUnit, CopyUnit, Plan
+from astro_dist.schedule import Call
+from astro_dist.simulate import simulate
+
+WORKERS = [1, 2, 4, 8, 16, 32, 64, 128, 256, 512]
+CONFIG = {
+    "model": {"source": "none"},
+    "calibration": {"samples": 128, "sequence_length": 2048, "chunk_samples": 2, "holdout_samples": 16},
+    "output": {"dir": "none"},
+}
+
+
+def dense(hidden: int, intermediate: int, kv: int) -> list[tuple[str, int, int]]:
+    """Name, rows and columns of the linear layers of a Llama block."""
+    attention = [
+        ("self_attn.q_proj", hidden, hidden),
+        ("self_attn.k_proj", kv, hidden),
+        ("self_attn.v_proj", kv, hidden),
+    ]
+    mlp = [("mlp.gate_proj", intermediate, hidden), ("mlp.up_proj", intermediate, hidden)]
+    return [*attention, ("self_attn.o_proj", hidden, hidden), *mlp, ("mlp.down_proj", hidden, intermediate)]
+
+
+def deepseek(block: int) -> list[tuple[str, int, int]]:
+    """Of a block of DeepSeek-V3: 256 routed experts behind three dense blocks."""
+    layers = [
+        ("self_attn.q_a_proj", 1536, 7168), ("self_attn.q_b_proj", 24576, 1536), ("self_attn.kv_a_proj", 576, 7168),
+        ("self_attn.kv_b_proj", 32768, 512), ("self_attn.o_proj", 7168, 16384),
+    ]  # fmt: skip
+    mlps = ["mlp"] if block < 3 else ["mlp.shared", *(f"mlp.experts.{i}" for i in range(256))]
+    width = 18432 if block < 3 else 2048
+    for mlp in mlps:
+        layers += [
+            (f"{mlp}.gate_proj", width, 7168),
+            (f"{mlp}.up_proj", width, 7168),
+            (f"{mlp}.down_proj", 7168, width),
+        ]
+    return layers
+
+
+MODELS = {
+    "8B": (32, 4096, 128256, lambda block: dense(4096, 14336, 1024)),
+    "70B": (80, 8192, 128256, lambda block: dense(8192, 28672, 1024)),
+    "405B": (126, 16384, 128256, lambda block: dense(16384, 53248, 1024)),
+    "671B MoE": (61, 7168, 129280, deepseek),
+}
+
+
+def make_plan(name: str) -> Plan:
+    """A plan as headers of such a model would give."""
+    num_blocks, hidden, vocabulary, layers = MODELS[name]
+    blocks = []
+    for index in range(num_blocks):
+        linears = tuple(LinearLayer(f"layers.{index}.{n}", f"{n}.weight", r, c) for n, r, c in layers(index))
+        weights = sum(linear.rows * linear.columns for linear in linears)
+        blocks.append(BlockUnit(index, (), linears, "", 2 * weights, int(0.53 * weights)))
+    outside = 2 * vocabulary * hidden
+    total = sum(linear.rows * linear.columns for unit in blocks for linear in unit.linears)
+    copies = tuple(CopyUnit(index, (), "", outside) for index in range(2))
+    return Plan(tuple(blocks), copies, (), (), outside, hidden, vocabulary, total, ())
+
+
+def reach(module: str) -> float:
+    """Eight of 256 experts see a token."""
+    return 8 / 256 if ".experts." in module else 1.0
+
+
+def table(name: str, device_name: str) -> None:
+    """Print one model's table."""
+    plan, device = make_plan(name), DEVICES[device_name]
+    print(f"\n{name} on {device_name}, 128 × 2048 tokens\n")
+    print("| mode | | " + " | ".join(map(str, WORKERS)) + " |\n" + "|---" * (len(WORKERS) + 2) + "|")
+    for mode in ("blocks", "sequential"):
+        shares = {"hessian_shares": 8} if mode == "sequential" else {}
+        config = RunConfig.model_validate({**CONFIG, "execution": {"mode": mode, **shares}})
+        tokens = chunk_tokens(config.calibration)
+        cost = CostModel(plan, config, tokens, 2, reach)
+        walls, efficiencies = [], []
+        for workers in WORKERS:
+            schedule = first_schedule(config, plan, list(tokens))
+            found = simulate(
+                schedule, workers, lambda call, cost=cost: cost.work(call).seconds(device, True), cost.result
+            )
+            walls.append(f"{found.wall_s / 60:.1f}")
+            efficiencies.append(f"{found.efficiency(workers):.0%}")
+        most = sorted(found.by_method.items(), key=lambda item: -item[1])[:3]
+        print(f"| {mode} | minutes | " + " | ".join(walls) + " |")
+        print("| | at work | " + " | ".join(efficiencies) + " |")
+        print(
+            f"most time ({mode}): " + ", ".join(f"{method} {s / found.busy_s:.0%}" for method, s in most),
+            file=sys.stderr,
+        )
+
+
+def measured(run: Path, workers: list[int]) -> None:
+    """Simulate a run of mode `blocks` with its own call times."""
+    config = load_config(run / "config.yaml")
+    lines = [json.loads(line) for line in (run / "journal.jsonl").read_text().splitlines()]
+    began = {line["unit"]: line["time"] for line in lines if line["event"] == "began"}
+    took = {line["unit"]: line["time"] - began[line["unit"]] for line in lines if line["event"] == "finished"}
+    records = {path.stem: json.loads(path.read_text())["result"] for path in (run / "records").glob("round-0-*.json")}
+    tokens = chunk_tokens(config.calibration)
+    total = sum(tokens.values())
+    calibration = sum(n for chunk, n in tokens.items() if chunk.startswith("c"))
+
+    def seconds(call: Call) -> float:
+        if call.method not in ("open_block", "forward", "solve"):
+            return took[call.unit]
+        phases = records[call.unit]["seconds"]
+        if call.method == "open_block":
+            return phases["read"]
+        if call.method == "forward":
+            chunk = str(call.args[2])
+            own = phases["hessian"] * tokens[chunk] / calibration if chunk.startswith("c") else 0.0
+            return phases["forward"] * tokens[chunk] / total + own
+        return sum(value for name, value in phases.items() if name not in ("read", "forward", "hessian"))
+
+    units = [path.stem for path in (run / "records").glob("*.json")]
+    plan = Plan(
+        tuple(BlockUnit(i, (), (), "", 0, 0) for i in range(len(records))),
+        tuple(CopyUnit(i, (), "", 0) for i in range(sum(unit.startswith("copy-") for unit in units))),
+        (), (), 0, 0, 0, 0, (),
+    )  # fmt: skip
+    for count in workers:
+        found = simulate(first_schedule(config, plan, list(tokens)), count, seconds, lambda call: {})
+        print(f"{count} workers: simulated {found.wall_s:.0f} s, {found.efficiency(count):.0%} at work")
+    print(f"the run itself: {max(line['time'] for line in lines) - min(began.values()):.0f} s after its first call")
+
+
+def main() -> None:
+    """Print tables, or check the simulator."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--device", default="h100", choices=sorted(DEVICES))
+    parser.add_argument("--models", nargs="+", default=list(MODELS), choices=list(MODELS))
+    parser.add_argument("--measured", type=Path)
+    parser.add_argument("--workers", type=int, nargs="+", default=[1, 2])
+    options = parser.parse_args()
+    if options.measured:
+        measured(options.measured, options.workers)
+        return
+    for name in options.models:
+        table(name, options.device)
+
+
+if __name__ == "__main__":
+    main()
