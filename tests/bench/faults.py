@@ -9,6 +9,7 @@ Prints Markdown.
 """
 
 import argparse
+import contextlib
 import dataclasses
 import hashlib
 import json
@@ -29,6 +30,7 @@ sys.path.insert(0, str(ROOT))
 from tests.conftest import LLAMA, write_checkpoint  # noqa: E402
 
 BLOCKS = 8
+CABLE = "cable pulled"
 RAY = [sys.executable, "-m", "ray.scripts.scripts"]
 HEAD = "127.0.0.2"
 PORT = 6399
@@ -214,6 +216,52 @@ def driver_killed(job: Job) -> str:
     return f"killed; again: {job.start().wait()}"
 
 
+def cable_pulled(job: Job) -> str:
+    """A node loses its network for so long that it is declared dead; then the network is back."""
+    driver = job.start()
+    job.wait_for("finished", "block-0000")
+    subprocess.run(["ip", "-n", namespace("w1"), "link", "set", "eth0", "down"], check=True)
+    time.sleep(15)
+    subprocess.run(["ip", "-n", namespace("w1"), "link", "set", "eth0", "up"], check=True)
+    return str(driver.wait())
+
+
+def namespace(name: str) -> str:
+    return f"astro-{name}"
+
+
+class Network:
+    """A network namespace for each node, joined by a bridge in another one."""
+
+    def __init__(self, names: list[str]) -> None:
+        self._all = [namespace(name) for name in ("switch", *names)]
+        self.addresses = {name: f"10.77.0.{number + 11}" for number, name in enumerate(names)}
+
+    def __enter__(self) -> "Network":
+        for own in self._all:
+            self._ip("netns", "add", own)
+        switch = self._all[0]
+        self._ip("-n", switch, "link", "add", "br0", "type", "bridge")
+        self._ip("-n", switch, "addr", "add", "10.77.0.1/24", "dev", "br0")
+        self._ip("-n", switch, "link", "set", "br0", "up")
+        for name, address in self.addresses.items():
+            own, port = namespace(name), f"to-{name}"
+            self._ip("link", "add", port, "netns", switch, "type", "veth", "peer", "name", "eth0", "netns", own)
+            self._ip("-n", switch, "link", "set", port, "master", "br0", "up")
+            self._ip("-n", own, "link", "set", "lo", "up")
+            self._ip("-n", own, "addr", "add", f"{address}/24", "dev", "eth0")
+            self._ip("-n", own, "link", "set", "eth0", "up")
+            self._ip("-n", own, "route", "add", "default", "via", "10.77.0.1")
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for own in self._all:
+            subprocess.run(["ip", "netns", "del", own], check=False)
+
+    def _ip(self, *arguments: str) -> None:
+        subprocess.run(["ip", *arguments], check=True)
+
+
 def disk_full(job: Job) -> str:
     """On a file system of 16 MB that something else fills up, and frees after a while."""
     job.run.mkdir()
@@ -221,13 +269,9 @@ def disk_full(job: Job) -> str:
     driver = job.start()
     job.wait_for("finished", "block-0001")
     filler = job.run / ".filler.part"
-    with filler.open("wb") as handle:
-        try:
-            while True:
-                handle.write(bytes(4096))
-                handle.flush()
-        except OSError:
-            pass
+    with filler.open("wb", buffering=0) as handle, contextlib.suppress(OSError):
+        while handle.write(bytes(4096)):
+            continue
     job_failed = time.monotonic() + 60
     while not any(line["event"] == "failed" for line in job.journal()) and time.monotonic() < job_failed:
         log = (job.run.parent / f"{job.run.name}.log").read_text()
@@ -251,8 +295,9 @@ FAULTS: dict[str, tuple[str, Callable[[Job], str], dict]] = {
     "node killed": ("kill -9 of every process of a node", node_killed, {}),
     "node killed, sequential": ("the same in mode `sequential`", node_killed, {"mode": "sequential"}),
     "node frozen": ("a node that stands still for 12 s and goes on", node_frozen, {}),
-    "node joins": ("a node that joins late", node_joins, {"samples": 240}),
+    "node joins": ("a node that joins late", node_joins, {"samples": 960}),
     "driver killed": ("kill -9 of the driver, same command again", driver_killed, {}),
+    CABLE: ("the cable of a node pulled for 15 s and put back", cable_pulled, {"samples": 240}),
     "disk full": ("the run directory's disk fills up and is freed", disk_full, {}),
 }  # fmt: skip
 
@@ -281,33 +326,48 @@ def main() -> None:
             expected[mode, samples] = hashes(run / "model")
         return expected[mode, samples]
 
-    cluster = Cluster(out / "cluster")
     rows = []
-    try:
-        cluster.start_head()
-        for number in (1, 2, 3):
-            cluster.start_node(f"w{number}", f"127.0.0.{number + 2}")
-        time.sleep(10)
-        for name in options.only:
-            what, happen, changes = FAULTS[name]
-            if name == "disk full" and os.geteuid() != 0:
-                continue
-            config, run = write_config(out, name.replace(" ", "-").replace(",", ""), model, **changes)
-            job, start = Job(cluster, config, run, []), time.monotonic()
-            code = happen(job)
-            seconds = time.monotonic() - start
-            failed = [
-                f"{line['kind']} at {line['unit']}, {line['method']}"
-                for line in job.journal()
-                if line["event"] == "failed"
-            ]
-            equal = (run / "model").is_dir() and hashes(run / "model") == undisturbed(**changes)
-            rows.append(
-                f"| {what} | {code} | {'; '.join(failed) or '-'} | {seconds:.0f} | {'yes' if equal else '**no**'} |"
-            )
-            print(rows[-1], file=sys.stderr, flush=True)
-    finally:
-        cluster.close()
+
+    def suffer(name: str, cluster: Cluster, prefix: list[str]) -> None:
+        what, happen, changes = FAULTS[name]
+        config, run = write_config(out, name.replace(" ", "-").replace(",", ""), model, **changes)
+        job, start = Job(cluster, config, run, prefix), time.monotonic()
+        code = happen(job)
+        seconds = time.monotonic() - start
+        failed = [line for line in job.journal() if line["event"] == "failed"]
+        retried = "; ".join(f"{line['kind']} at {line['unit']}, {line['method']}" for line in failed)
+        equal = (run / "model").is_dir() and hashes(run / "model") == undisturbed(**changes)
+        rows.append(f"| {what} | {code} | {retried or '-'} | {seconds:.0f} | {'yes' if equal else '**no**'} |")
+        print(rows[-1], file=sys.stderr, flush=True)
+        if run.is_mount():
+            subprocess.run(["umount", "--lazy", str(run)], check=True)
+
+    needs_root = {"disk full", CABLE}
+    chosen = [name for name in options.only if name not in needs_root or os.geteuid() == 0]
+    ordinary = [name for name in chosen if name != CABLE]
+    if ordinary:
+        cluster = Cluster(out / "cluster")
+        try:
+            cluster.start_head()
+            for number in (1, 2, 3):
+                cluster.start_node(f"w{number}", f"127.0.0.{number + 2}")
+            time.sleep(10)
+            for name in ordinary:
+                suffer(name, cluster, [])
+        finally:
+            cluster.close()
+    if CABLE in chosen:
+        with Network(["head", "w1", "w2"]) as network:
+            enter = {name: ["ip", "netns", "exec", namespace(name)] for name in network.addresses}
+            cluster = Cluster(out / "networked", enter.__getitem__, network.addresses["head"])
+            try:
+                cluster.start_head()
+                for name in ("w1", "w2"):
+                    cluster.start_node(name, network.addresses[name])
+                time.sleep(12)
+                suffer(CABLE, cluster, enter["head"])
+            finally:
+                cluster.close()
     print("| what was lost | exit code | what was retried | seconds | bytes equal |\n|---|---|---|---|---|")
     print("\n".join(rows))
 
