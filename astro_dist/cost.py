@@ -8,7 +8,7 @@ import dataclasses
 from collections.abc import Callable, Iterable, Mapping, Sequence
 
 from astro.config import Quantization, Regularizer
-from astro.layer import ROW_TILE
+from astro.layer import row_tile
 from astro_dist.config import RunConfig
 from astro_dist.devices import Device
 from astro_dist.plan import BlockUnit, Plan
@@ -72,6 +72,7 @@ class CostModel:
         config: RunConfig,
         chunk_tokens: Mapping[str, int],
         itemsize: int,
+        device_type: str,
         reach: Callable[[str], float] = lambda name: 1.0,
     ) -> None:
         """Look at a run.
@@ -81,9 +82,10 @@ class CostModel:
             config: of the run.
             chunk_tokens: tokens of each chunk by name, in the order in which they travel.
             itemsize: bytes of an element in the compute dtype.
+            device_type: "cpu" or "cuda".
             reach: share of the tokens that reaches the layers of a module, by its name: all but for experts.
         """
-        self._reach = reach
+        self._reach, self._device_type = reach, device_type
         self._known: dict[int, list[_Group]] = {}
         self._plan, self._tokens, self._itemsize = plan, dict(chunk_tokens), itemsize
         self._quantization: Quantization = config.quantization
@@ -131,7 +133,7 @@ class CostModel:
         if call.method != "share":
             return {}
         groups = self._groups(self._plan.blocks[int(call.args[0])])
-        return {"stages": len(groups), "tiles": -(-groups[int(call.args[1])].rows // ROW_TILE)}
+        return {"stages": len(groups), "tiles": self._tiles(groups[int(call.args[1])])}
 
     def worker_bytes(self, sequential: bool) -> int:
         """Peak memory of a CPU worker; a GPU's is less by the libraries. The largest of all blocks."""
@@ -152,7 +154,7 @@ class CostModel:
         hessians = 0 if sequential else sum(4 * group.columns**2 for group in groups)
         solving = max(
             (_SQUARES + (2 if sequential else 0)) * 4 * group.columns**2
-            + 4 * group.rows * group.columns + _TILES * 4 * min(group.rows, ROW_TILE) * group.columns
+            + 4 * group.rows * group.columns + _TILES * 4 * self._tile_rows(group) * group.columns
             for group in groups
         )  # fmt: skip
         widest = max(max(group.columns for group in groups), self._plan.hidden_size)
@@ -178,7 +180,7 @@ class CostModel:
             return Work(streams * self._forward(unit, tokens), exact, 0.0, moved)
         if call.method == "decide":
             return Work(exact=6.0 * group.columns**3, moved_bytes=square * (len(self._shares) + 1))
-        tile = _Group(min(group.rows, ROW_TILE), group.columns)
+        tile = _Group(self._tile_rows(group), group.columns)
         return self._solve(5.0 * tile.rows * tile.columns + square, [tile])
 
     def _solve(self, moved_bytes: float, groups: Iterable[_Group]) -> Work:
@@ -196,7 +198,7 @@ class CostModel:
             rows = group.rows + searched
             per_row = (passes + iterations) * 2.0 * group.columns**2 + iterations * 2 * _NEWTON_PASSES * group.columns
             exact += rows * per_row + 2.0 * group.columns**3
-            tiles = -(-group.rows // ROW_TILE) + bool(searched)
+            tiles = self._tiles(group) + bool(searched)
             steps += tiles * group.columns * (6 + 8 * settings.refine_passes)
         return Work(0.0, exact, steps, moved_bytes)
 
@@ -217,6 +219,12 @@ class CostModel:
                 _Group(rows, columns, self._reach(name)) for (name, columns), rows in found.items()
             ]
         return self._known[unit.index]
+
+    def _tile_rows(self, group: _Group) -> int:
+        return min(group.rows, row_tile(group.columns, self._device_type))
+
+    def _tiles(self, group: _Group) -> int:
+        return -(-group.rows // row_tile(group.columns, self._device_type))
 
     @property
     def _held_out_chunks(self) -> list[str]:

@@ -149,7 +149,7 @@ def quantize(config: RunConfig) -> dict[str, Any]:
 def _require_disk(prepared: Prepared, run: RunDirectory) -> None:
     config, execution = prepared.config, prepared.config.execution
     window = execution.workers if isinstance(execution.workers, int) and execution.mode == "blocks" else 1
-    cost = CostModel(prepared.plan, config, chunk_tokens(config.calibration), itemsize=4)
+    cost = CostModel(prepared.plan, config, chunk_tokens(config.calibration), itemsize=4, device_type="cpu")
     require_room(cost.disk_bytes(execution.rounds, window), run.root)
 
 
@@ -241,7 +241,7 @@ def _execute(
     device = "cuda" if executor.has_gpus else "cpu"
     dtype = _compute_dtype(config, plan, prepared.checkpoint, device)
     _refuse_other_dtype(run, dtype)
-    cost = CostModel(plan, config, {chunk.name: chunk.tokens.size for chunk in chunks}, dtype.itemsize)
+    cost = CostModel(plan, config, {chunk.name: chunk.tokens.size for chunk in chunks}, dtype.itemsize, device)
     spec = WorkerSpec(
         source=prepared.source,
         fingerprint=fingerprint,

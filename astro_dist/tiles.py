@@ -227,8 +227,11 @@ class TileSolver:
         return [
             _Tile(own, tuple(members), tile)
             for own, members in by_settings(block.groups[stage_index], self._settings(block))
-            for tile in row_tiles(sum(len(block.weights[name]) for name in members))
+            for tile in self._cut([block.weights[name] for name in members])
         ]
+
+    def _cut(self, weights: list[torch.Tensor]) -> list[slice]:
+        return row_tiles(sum(map(len, weights)), weights[0].shape[1], self._stage.device.type)
 
     def _read_tile(
         self, index: int, stage_index: int, number: int, settings: Quantization

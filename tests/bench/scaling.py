@@ -97,7 +97,7 @@ def table(name: str, device_name: str) -> None:
         shares = {"hessian_shares": 8} if mode == "sequential" else {}
         config = RunConfig.model_validate({**CONFIG, "execution": {"mode": mode, **shares}})
         tokens = chunk_tokens(config.calibration)
-        cost = CostModel(plan, config, tokens, 2, reach)
+        cost = CostModel(plan, config, tokens, 2, "cuda", reach)
         walls, efficiencies = [], []
         for workers in WORKERS:
             schedule = first_schedule(config, plan, list(tokens))

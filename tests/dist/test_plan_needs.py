@@ -27,7 +27,7 @@ def prepared(run_config):
 def every_call(prepared, workers=1):
     calls = []
     tokens = chunk_tokens(prepared.config.calibration)
-    cost = CostModel(prepared.plan, prepared.config, tokens, 4)
+    cost = CostModel(prepared.plan, prepared.config, tokens, 4, "cpu")
     schedule = first_schedule(prepared.config, prepared.plan, list(tokens))
     simulate(schedule, workers, lambda call: calls.append(call) or 1.0, cost.result)
     return calls, cost
@@ -109,5 +109,5 @@ def test_disk_is_never_needed_beyond_the_estimate(run_config, tmp_path, monkeypa
     config = run_config(execution__workers=2, calibration__samples=60)
     prepared = pipeline.prepare(config)
     pipeline.quantize(config)
-    cost = CostModel(prepared.plan, config, chunk_tokens(config.calibration), 4)
+    cost = CostModel(prepared.plan, config, chunk_tokens(config.calibration), 4, "cpu")
     assert 0.5 * cost.disk_bytes(1, 2) < largest[0] < 1.1 * cost.disk_bytes(1, 2)
