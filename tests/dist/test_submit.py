@@ -22,7 +22,7 @@ def job_server(tmp_path_factory, address, port):
     token.write_text("0123456789abcdef" * 4)
     token.chmod(0o600)
     environment = {
-        **os.environ, "RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN_PATH": str(token), "RAY_USAGE_STATS_ENABLED": "0",
+        **os.environ, "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}", "RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN_PATH": str(token), "RAY_USAGE_STATS_ENABLED": "0",
     }  # fmt: skip
     command = [
         *RAY, "start", "--block", "--head", f"--node-ip-address={address}", f"--port={port}", "--num-cpus=2",
@@ -47,29 +47,88 @@ def wait_until_it_answers(url, token, head):
     raise TimeoutError(url)
 
 
-def test_submitted_job_quantizes_and_passes_its_exit_code_through(run_config, tmp_path_factory, tmp_path):
+@pytest.fixture(scope="module")
+def server(tmp_path_factory):
+    """Address of a job server, and the environment of its users."""
     head, environment = job_server(tmp_path_factory, "127.0.0.2", 6479)
+    url = "http://127.0.0.1:6480"
     try:
-        url = "http://127.0.0.1:6480"
         wait_until_it_answers(f"{url}/api/version", "0123456789abcdef" * 4, head)
-        config = run_config(execution__executor="ray", execution__workers=2)
-        path = tmp_path / "config.yaml"
-        path.write_text(config.to_yaml())
-        submit = [
-            *RAY, "job", "submit", "--address", url, "--working-dir", ".", "--runtime-env", "cluster/runtime-env.yaml",
-            "--", sys.executable, "-m", "astro_dist", "quantize", str(path),
-        ]  # fmt: skip
-        for _ in range(30):  # the server answers before its agent takes jobs
-            done = subprocess.run(submit, env=environment, cwd=ROOT, capture_output=True, text=True)
-            if "No available agent" not in done.stderr:
-                break
-            time.sleep(1)
-        assert done.returncode == 0, done.stdout + done.stderr
-        assert "3 of 3 blocks" in done.stdout
-        assert json.loads((tmp_path / "run" / "summary.json").read_text())["units"]["blocks"] == 3
-        wrong = subprocess.run([*submit, "--set", "quantization.bits=5"], env=environment, cwd=ROOT, capture_output=True)
-        assert wrong.returncode == 1
-        assert b"bits: expected 2, 3, 4 or 8" in wrong.stdout
+        yield url, environment
     finally:
         head.terminate()
         head.wait(30)
+
+
+def run_until_the_agent_is_up(command, environment):
+    for _ in range(30):  # the server answers before its agent takes jobs
+        done = subprocess.run(command, env=environment, cwd=ROOT, capture_output=True, text=True)
+        if "No available agent" not in done.stderr:
+            break
+        time.sleep(1)
+    return done
+
+
+@pytest.fixture
+def config(run_config, tmp_path):
+    """A configuration on two Ray workers, as a file."""
+    path = tmp_path / "config.yaml"
+    path.write_text(run_config(execution__executor="ray", execution__workers=2).to_yaml())
+    return path
+
+
+def test_plain_ray_job_quantizes_and_passes_a_failure_through(server, config, tmp_path):
+    url, environment = server
+    submit = [
+        *RAY, "job", "submit", "--address", url, "--working-dir", ".", "--runtime-env", "cluster/runtime-env.yaml",
+        "--", sys.executable, "-m", "astro_dist", "quantize", str(config),
+    ]  # fmt: skip
+    done = run_until_the_agent_is_up(submit, environment)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "3 of 3 blocks" in done.stdout
+    assert json.loads((tmp_path / "run" / "summary.json").read_text())["units"]["blocks"] == 3
+    wrong = subprocess.run([*submit, "--set", "quantization.bits=5"], env=environment, cwd=ROOT, capture_output=True)
+    assert wrong.returncode == 1
+    assert b"bits: expected 2, 3, 4 or 8" in wrong.stdout
+
+
+def test_submit_shows_the_log_and_passes_the_exit_code_through(server, config, tmp_path):
+    url, environment = server
+    submit = [sys.executable, "-m", "astro_dist", "submit", str(config), "--address", url]
+    done = run_until_the_agent_is_up(submit, environment)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "3 of 3 blocks" in done.stdout
+    assert (tmp_path / "run" / "summary.json").is_file()
+    # Only the cluster can see that its own source is missing: the run's own exit code says that the input was wrong.
+    gone = subprocess.run([*submit, "--set", "model.source=/nowhere"], env=environment, cwd=ROOT, capture_output=True)
+    assert gone.returncode == 2
+    assert b"/nowhere: no such folder" in gone.stdout
+    assert b"0123456789abcdef" not in done.stdout.encode() + done.stderr.encode() + gone.stdout + gone.stderr
+
+
+def test_job_that_is_stopped_goes_on_when_it_is_submitted_again(server, config, tmp_path):
+    url, environment = server
+    submit = [sys.executable, "-m", "astro_dist", "submit", str(config), "--address", url]
+    slow = [*submit, "--no-follow", "--set", "calibration.samples=60", "--set", "calibration.sequence_length=96"]
+    started = run_until_the_agent_is_up(slow, environment)
+    assert started.returncode == 0, started.stderr
+    job = started.stdout.split()[-1]
+    record = tmp_path / "run" / "records" / "round-0-block-0000.json"
+    for _ in range(600):
+        if record.is_file():
+            break
+        time.sleep(0.1)
+    subprocess.run([*RAY, "job", "stop", "--address", url, job], env=environment, check=True, capture_output=True)
+    before = record.stat().st_mtime_ns
+    again = subprocess.run([part for part in slow if part != "--no-follow"], env=environment, cwd=ROOT, capture_output=True)
+    assert again.returncode == 0, again.stdout
+    assert record.stat().st_mtime_ns == before
+    assert (tmp_path / "run" / "summary.json").is_file()
+
+
+def test_server_that_does_not_answer(config):
+    command = [sys.executable, "-m", "astro_dist", "submit", str(config), "--address", "http://127.0.0.1:9"]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 1
+    assert "error: job server http://127.0.0.1:9: " in done.stderr
+    assert "SSH tunnel" in done.stderr
