@@ -9,11 +9,12 @@ from typing import Any
 
 import numpy as np
 import numpy.typing as npt
+import torch
 
 from astro.errors import ConfigError
 from astro_dist.config import CalibrationConfig
 
-__all__ = ["Chunk", "TokenChunks", "chunk_tokens", "read_documents", "tokenize"]
+__all__ = ["Chunk", "TokenChunks", "as_tensors", "chunk_tokens", "read_documents", "tokenize"]
 
 Tokens = npt.NDArray[np.int64]
 _HOLDOUT_EVERY = 4
@@ -46,6 +47,11 @@ class TokenChunks:
 
     chunks: tuple[Chunk, ...]
     sha256: str
+
+
+def as_tensors(chunks: Sequence[Chunk]) -> dict[str, torch.Tensor]:
+    """Tokens of each chunk by name, int64 [B, T]."""
+    return {chunk.name: torch.from_numpy(chunk.tokens) for chunk in chunks}
 
 
 def read_documents(config: CalibrationConfig) -> list[str]:

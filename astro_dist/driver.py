@@ -134,15 +134,16 @@ class Driver:
         """What to do about a worker that is gone; its call, if it had one, goes back to the schedule."""
         running = self._running.pop(worker, None)
         self._display.left(worker)
-        unit, method = (running.call.unit, running.call.method) if running else ("start", f"worker {worker}")
+        unit, method = (running.call.unit, running.call.method) if running else ("start", "prepare")
         failure = Failure(unit, method, worker, kind, _one_line(error))
         self._note("failed", **dataclasses.asdict(failure))
         self._display.say(f"{unit}, {method} on worker {worker}: {failure.cause}")
-        if running:
-            self._begun.discard(unit)
-            schedule.failed(worker, running.call)
-        elif isinstance(error, AstroError) and not self._joined:
-            raise error  # the very first workers do not find what the driver sees: nothing will get better
+        if running is None:
+            if isinstance(error, AstroError) and not self._joined:
+                raise error  # the very first workers do not find what the driver sees: nothing will get better
+            return  # one node that is not fit does not end a run that others go on with
+        self._begun.discard(unit)
+        schedule.failed(worker, running.call)
         if isinstance(error, DamagedError):
             error.path.unlink(missing_ok=True)
             self._stale = True

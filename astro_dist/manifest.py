@@ -20,8 +20,8 @@ from typing import Any
 import torch
 
 from astro.checkpoint import PARTIAL_SUFFIX, read_json, sha256_of, write_json, write_text
-from astro.errors import CheckpointError, ConfigError, RunError, StorageError
-from astro.parts import save_part
+from astro.errors import CheckpointError, ConfigError, DamagedError, RunError, StorageError
+from astro.parts import load_part, save_part
 from astro_dist.config import RunConfig
 from astro_dist.schedule import Spent, block_unit
 
@@ -209,6 +209,14 @@ class RunDirectory:
         write_text(self.root / "config.yaml", config.to_yaml())
         save_part(self.tokens, tokens)
         write_json(self.root / "run.json", {"key": self.key, **identity, "arithmetic": config.arithmetic()})
+
+    def mend_tokens(self, tokens: dict[str, torch.Tensor]) -> None:
+        """Write the tokens again where their file is missing or damaged. They are part of the run's identity."""
+        try:
+            load_part(self.tokens)
+        except DamagedError as error:
+            self.note("damaged", unit="tokens", reason=str(error))
+            save_part(self.tokens, tokens)
 
     @contextlib.contextmanager
     def locked(self) -> Iterator[None]:

@@ -18,7 +18,7 @@ from astro.skeleton import Skeleton
 from astro_dist.actors import configure_process
 from astro_dist.assemble import assemble
 from astro_dist.budget import allocate, read_choices, require_affordable
-from astro_dist.calibration import Chunk, TokenChunks, chunk_tokens, read_documents, tokenize
+from astro_dist.calibration import Chunk, TokenChunks, as_tensors, chunk_tokens, read_documents, tokenize
 from astro_dist.config import RunConfig, run_key
 from astro_dist.cost import CostModel
 from astro_dist.devices import DEVICES, measure
@@ -142,7 +142,7 @@ def quantize(config: RunConfig) -> dict[str, Any]:
             require_finite(prepared.checkpoint)
     with run.locked():
         if not begun:
-            run.begin(config, identity, {chunk.name: torch.from_numpy(chunk.tokens) for chunk in chunks.chunks})
+            run.begin(config, identity, as_tensors(chunks.chunks))
         return _run(prepared, run, fingerprint, chunks.chunks, begin)
 
 

@@ -20,6 +20,7 @@ __all__ = ["RayExecutor"]
 
 _LOOK_AROUND_S = 5.0
 """How often nodes that have joined the cluster are looked for."""
+_START_AGAIN_S = 60.0
 _DESCRIBE_TIMEOUT_S = 30.0
 _OBJECT_STORE_BYTES = 100_000_000
 """Of a private cluster: large arrays travel as files, so next to nothing lies in the object store."""
@@ -47,6 +48,7 @@ class RayExecutor:
         self._idle: set[int] = set()
         self._calls: dict[Any, tuple[int, bool]] = {}
         self._next, self._looked_around = 0, time.monotonic()
+        self._postponed: list[float] = []
         self._started_here = not ray.is_initialized()
         if self._started_here:
             _connect(config)
@@ -102,7 +104,11 @@ class RayExecutor:
         try:
             result = ray.get(ready[0])
         except RayTaskError as error:
-            self.discard(worker)
+            if starting:  # where one cannot start, the next cannot either for a while
+                self._remove(worker)
+                self._postponed.append(time.monotonic() + _START_AGAIN_S)
+            else:
+                self.discard(worker)
             return Failed(worker, _cause(error), lost=False)
         except RayError as error:
             self.discard(worker)
@@ -112,9 +118,7 @@ class RayExecutor:
 
     def discard(self, worker: int) -> None:
         """Kill an actor, wherever it is, and ask for another."""
-        ray.kill(self._actors.pop(worker))
-        self._idle.discard(worker)
-        self._calls = {reference: call for reference, call in self._calls.items() if call[0] != worker}
+        self._remove(worker)
         self._add()
 
     def describe(self) -> dict[int, dict[str, Any]]:
@@ -134,6 +138,11 @@ class RayExecutor:
         if self._started_here:
             ray.shutdown()
 
+    def _remove(self, worker: int) -> None:
+        ray.kill(self._actors.pop(worker))
+        self._idle.discard(worker)
+        self._calls = {reference: call for reference, call in self._calls.items() if call[0] != worker}
+
     def _add(self) -> None:
         worker, self._next = self._next, self._next + 1
         self._actors[worker] = self._remote.remote(self._spec)
@@ -149,12 +158,16 @@ class RayExecutor:
         return found
 
     def _look_around(self) -> None:
-        """Use nodes that have joined."""
+        """Try again what could not start, and use nodes that have joined."""
         now = time.monotonic()
+        due = [moment for moment in self._postponed if moment <= now]
+        self._postponed = [moment for moment in self._postponed if moment > now]
+        missing = len(due)
         if self._config.workers == "auto" and now - self._looked_around > _LOOK_AROUND_S:
             self._looked_around = now
-            for _ in range(self._places() - len(self._actors)):
-                self._add()
+            missing = max(missing, self._places() - len(self._actors) - len(self._postponed))
+        for _ in range(missing):
+            self._add()
 
 
 def _connect(config: ExecutionConfig) -> None:

@@ -2,7 +2,7 @@
 
 from collections.abc import Sequence
 
-from astro_dist.calibration import Chunk
+from astro_dist.calibration import Chunk, as_tensors
 from astro_dist.config import RunConfig
 from astro_dist.manifest import RunDirectory
 from astro_dist.plan import Plan
@@ -21,6 +21,7 @@ def make_schedule(config: RunConfig, plan: Plan, run: RunDirectory, chunks: Sequ
         run: the run directory.
         chunks: in the order in which they travel.
     """
+    run.mend_tokens(as_tensors(chunks))
     names, blocks, copies = [chunk.name for chunk in chunks], len(plan.blocks), len(plan.copies)
     evaluated = any(is_held_out(name) for name in names)
     present = {stream: run.present(stream) for stream in stream_names(run.rounds)}

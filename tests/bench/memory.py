@@ -1,8 +1,9 @@
-"""Peak resident memory of driver and workers on a fabricated checkpoint of random weights.
+"""Peak resident memory of driver and workers on fabricated checkpoints of random weights, beside what `plan` foretells.
 
-    python tests/bench/memory.py --folder DIR --layers 22
+    python tests/bench/memory.py --folder DIR --shapes tinyllama --layers 22 --workers 2
+    python tests/bench/memory.py --folder DIR --layers 2
 
-TinyLlama's shape (hidden 2048, intermediate 5632), bfloat16, eight shards: 22 layers are 2.2 GB.
+bfloat16, eight shards; 22 layers of TinyLlama's shape are 2.2 GB. Without `--shapes` all of them. Prints Markdown.
 """
 
 import argparse
@@ -17,9 +18,15 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 sys.path.insert(0, str(Path(__file__).parents[2]))
 
 SHARDS = 8
+# hidden, intermediate, heads, heads of keys and values, vocabulary
+SHAPES = {
+    "tinyllama": (2048, 5632, 32, 4, 32000),
+    "wide": (1024, 8192, 16, 16, 32000),
+    "large-vocabulary": (1536, 4096, 12, 2, 151936),
+}
 
 
-def fabricate(folder: Path, layers: int) -> None:
+def fabricate(folder: Path, shape: str, layers: int) -> None:
     """Write the checkpoint shard by shard, never whole in memory."""
     import torch
     import transformers
@@ -28,9 +35,11 @@ def fabricate(folder: Path, layers: int) -> None:
     from astro.checkpoint import INDEX_NAME, write_json
     from tests.conftest import byte_tokenizer
 
+    hidden, intermediate, heads, kv_heads, vocabulary = SHAPES[shape]
     config = transformers.LlamaConfig(
-        vocab_size=32000, hidden_size=2048, intermediate_size=5632, num_hidden_layers=layers, num_attention_heads=32,
-        num_key_value_heads=4, max_position_embeddings=2048, dtype="bfloat16", architectures=["LlamaForCausalLM"],
+        vocab_size=vocabulary, hidden_size=hidden, intermediate_size=intermediate, num_hidden_layers=layers,
+        num_attention_heads=heads, num_key_value_heads=kv_heads, max_position_embeddings=2048, dtype="bfloat16",
+        architectures=["LlamaForCausalLM"],
     )  # fmt: skip
     with torch.device("meta"):
         shapes = {n: p.shape for n, p in transformers.AutoModelForCausalLM.from_config(config).named_parameters()}
@@ -53,31 +62,46 @@ def fabricate(folder: Path, layers: int) -> None:
     byte_tokenizer().save_pretrained(folder)
 
 
+def astro_dist(*arguments: str) -> dict:
+    """What a command prints as JSON."""
+    command = [sys.executable, "-m", "astro_dist", *arguments, "--json"]
+    return json.loads(subprocess.run(command, stdout=subprocess.PIPE, check=True).stdout)
+
+
 def main() -> None:
-    """Fabricate, quantize, print the peaks."""
+    """Fabricate, plan, quantize, print the peaks."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--folder", type=Path, required=True)
-    parser.add_argument("--layers", type=int, default=22)
-    parser.add_argument("--workers", type=int, default=2)
+    parser.add_argument("--shapes", nargs="+", default=list(SHAPES), choices=list(SHAPES))
+    parser.add_argument("--layers", type=int, default=2)
+    parser.add_argument("--workers", type=int, default=1)
     options = parser.parse_args()
-    source = options.folder / f"source-{options.layers}"
-    if not (source / "tokenizer.json").exists():
-        source.mkdir(parents=True, exist_ok=True)
-        fabricate(source, options.layers)
-    size = sum(path.stat().st_size for path in source.glob("*.safetensors"))
-    config = options.folder / "config.json"  # JSON is YAML
-    content = {
-        "model": {"source": str(source)},
-        "regularizer": {"iterations": 2},
-        "calibration": {"samples": 4, "sequence_length": 256, "chunk_samples": 2, "holdout_samples": 2},
-        "execution": {"workers": options.workers, "device": "cpu"},
-        "output": {"dir": str(options.folder / f"run-{options.layers}")},
-    }
-    config.write_text(json.dumps(content))
-    command = [sys.executable, "-m", "astro_dist", "quantize", str(config), "--json"]
-    summary = json.loads(subprocess.run(command, stdout=subprocess.PIPE, check=True).stdout)
-    peaks = {name: f"{peak / 1e6:.0f} MB" for name, peak in summary["peak_rss_bytes"].items()}
-    print(f"source {size / 1e9:.2f} GB, wall {summary['wall_s']:.0f} s, peak resident memory: {peaks}")
+    print("| shape | layers | source GB | driver MB | worker MB | planned MB | planned / worker | seconds |")
+    print("|---|---|---|---|---|---|---|---|")
+    for shape in options.shapes:
+        name = f"{shape}-{options.layers}"
+        source = options.folder / f"source-{name}"
+        if not (source / "tokenizer.json").exists():
+            source.mkdir(parents=True, exist_ok=True)
+            fabricate(source, shape, options.layers)
+        config = options.folder / f"{name}.json"  # JSON is YAML
+        content = {
+            "model": {"source": str(source)},
+            "calibration": {"samples": 4, "sequence_length": 256, "chunk_samples": 2, "holdout_samples": 2},
+            "execution": {"workers": options.workers, "device": "cpu"},
+            "output": {"dir": str(options.folder / f"run-{name}")},
+        }
+        config.write_text(json.dumps(content))
+        planned = astro_dist("plan", str(config))["needed"]["worker_bytes"]
+        summary = astro_dist("quantize", str(config))
+        driver = summary["peak_rss_bytes"].pop("driver")
+        worker = max(summary["peak_rss_bytes"].values())
+        size = sum(path.stat().st_size for path in source.glob("*.safetensors"))
+        print(
+            f"| {shape} | {options.layers} | {size / 1e9:.2f} | {driver / 1e6:.0f} | {worker / 1e6:.0f} | "
+            f"{planned / 1e6:.0f} | {planned / worker:.2f} | {summary['wall_s']:.0f} |",
+            flush=True,
+        )
 
 
 if __name__ == "__main__":

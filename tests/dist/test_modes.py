@@ -11,6 +11,7 @@ from safetensors.torch import load_file
 from astro.errors import ConfigError, RunError
 from astro_dist import pipeline
 from astro_dist.actors import Worker
+from astro_dist.manifest import RunDirectory
 from astro_dist.verify import verify_model
 from tests.conftest import files_of
 from tests.dist.test_pipeline import perplexity
@@ -187,3 +188,26 @@ def test_error_in_a_tile_is_a_failed_run_that_keeps_what_is_finished(run_config,
             pipeline.quantize(run_config(**MODES["sequential"]))
     assert (tmp_path / "run" / "records" / "round-0-block-0000.json").is_file()
     assert pipeline.quantize(run_config(**MODES["sequential"]))["resumed_units"] >= 2
+
+
+@pytest.mark.parametrize("part", ["0-share-0", "1-sum", "2-tile-0"])
+def test_part_of_a_solve_that_was_damaged_is_made_again(run_config, tmp_path, monkeypatch, part):
+    expected = files_of(model_of(pipeline.quantize(run_config(output__dir=str(tmp_path / "whole"), **MODES["sequential"]))))
+    path, method = RunDirectory(tmp_path / "run", "").partial(1, part), {"share": "decide", "sum": "tile", "tile": "write"}
+    name = method[part.split("-")[1]]
+    real = getattr(Worker, name)
+
+    def damaging(self, *args):
+        if path.exists() and not (tmp_path / "harmed").exists():
+            (tmp_path / "harmed").touch()
+            content = bytearray(path.read_bytes())
+            content[-1] ^= 1
+            path.write_bytes(content)
+            self._tiles._block = None  # as another worker, which must read it
+        return real(self, *args)
+
+    monkeypatch.setattr(Worker, name, damaging)
+    summary = pipeline.quantize(run_config(**MODES["sequential"]))
+    assert files_of(model_of(summary)) == expected
+    assert [retry["kind"] for retry in summary["retries"]] == ["damaged"]
+    assert not list((tmp_path / "run").glob("activations"))

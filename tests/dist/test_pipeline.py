@@ -14,6 +14,7 @@ from astro.checkpoint import INDEX_NAME, Checkpoint
 from astro.errors import CheckpointError, ConfigError, NumericalError, RunError, StorageError
 from astro_dist import failure, pipeline
 from astro_dist.actors import Worker
+from astro_dist.executor import Failed, LocalExecutor
 from astro_dist.verify import verify_model
 from tests.conftest import files_of
 
@@ -289,3 +290,17 @@ def test_numerical_error_is_not_tried_again(run_config, monkeypatch):
     monkeypatch.setattr(Worker, "solve", fail)
     with pytest.raises(NumericalError, match="cannot be factored"):
         pipeline.quantize(run_config())
+
+
+def test_tokens_that_were_damaged_are_written_again(run_config, tmp_path):
+    expected = files_of(model_of(pipeline.quantize(run_config())))
+    (tmp_path / "run" / "records" / "round-0-block-0002.json").unlink()
+    (tmp_path / "run" / "tokens.safetensors").write_bytes(b"")
+    assert files_of(model_of(pipeline.quantize(run_config()))) == expected
+
+
+def test_node_that_is_not_fit_does_not_end_a_run_that_others_go_on_with(run_config, monkeypatch):
+    real, events = LocalExecutor.wait, iter([None, Failed(99, RunError("does not see the run directory"), lost=False)])
+    monkeypatch.setattr(LocalExecutor, "wait", lambda self, timeout: next(events, None) or real(self, timeout))
+    summary = pipeline.quantize(run_config())
+    assert [(retry["unit"], retry["worker"]) for retry in summary["retries"]] == [("start", 99)]

@@ -3,11 +3,20 @@
 import os
 import signal
 import time
+from pathlib import Path
 
 import pytest
 import ray
 
-from astro.errors import AstroError, CheckpointError, InputError, NumericalError, RunError
+from astro.errors import (
+    AstroError,
+    CheckpointError,
+    DamagedError,
+    InputError,
+    NumericalError,
+    RunError,
+    StorageError,
+)
 from astro_dist import pipeline
 from astro_dist.actors import Worker
 from astro_dist.config import ExecutionConfig
@@ -102,7 +111,18 @@ def test_cluster_that_cannot_be_reached(monkeypatch):
         RayExecutor(ExecutionConfig(ray_address="127.0.0.1:1"))
 
 
-@pytest.mark.parametrize("kind", [AstroError, InputError, CheckpointError, NumericalError, RunError])
+def test_damage_survives_the_way_through_a_cluster_with_its_path(cluster):
+    @ray.remote
+    def fail():
+        raise DamagedError(Path("run/part"), "its checksum is wrong")
+
+    with pytest.raises(ray.exceptions.RayTaskError) as caught:
+        ray.get(fail.remote())
+    assert caught.value.cause.path == Path("run/part")
+    assert str(caught.value.cause) == "run/part: its checksum is wrong"
+
+
+@pytest.mark.parametrize("kind", [AstroError, InputError, CheckpointError, NumericalError, RunError, StorageError])
 def test_errors_survive_the_way_through_a_cluster(cluster, kind):
     @ray.remote
     def fail():
