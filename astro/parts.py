@@ -15,13 +15,13 @@ _CHECKSUM = "crc32 {:08x}\n"
 
 
 def save_part(path: Path, tensors: Mapping[str, torch.Tensor], note: str = "") -> None:
-    """Write tensors, a note and a checksum of the tensors atomically.
+    """Write tensors, a note and a checksum of both atomically.
 
     Raises:
         StorageError: the file system refused.
     """
     ready = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
-    save_tensors(path, ready, _checksum(ready) + note)
+    save_tensors(path, ready, _checksum(ready, note) + note)
 
 
 def load_part(path: Path) -> tuple[dict[str, torch.Tensor], str]:
@@ -33,11 +33,12 @@ def load_part(path: Path) -> tuple[dict[str, torch.Tensor], str]:
     try:
         tensors, text = load_tensors(path)
     except CheckpointError as error:
-        raise DamagedError(path, f"part of the run: {error}") from error
-    checksum = _checksum(tensors)
-    if not text.startswith(checksum):
-        raise DamagedError(path, f"its checksum is wrong: expected {text[:14]!r}, got {checksum.strip()!r}")
-    return tensors, text.removeprefix(checksum)
+        raise DamagedError(path, _reason(path, error)) from error
+    expected, _, note = text.partition("\n")
+    checksum = _checksum(tensors, note)
+    if f"{expected}\n" != checksum:
+        raise DamagedError(path, f"its checksum is wrong: expected {expected!r}, got {checksum.strip()!r}")
+    return tensors, note
 
 
 def read_part_note(path: Path) -> str:
@@ -49,11 +50,18 @@ def read_part_note(path: Path) -> str:
     try:
         return read_note(path).partition("\n")[2]
     except CheckpointError as error:
-        raise DamagedError(path, f"part of the run: {error}") from error
+        raise DamagedError(path, _reason(path, error)) from error
 
 
-def _checksum(tensors: Mapping[str, torch.Tensor]) -> str:
-    value = 0
+def _reason(path: Path, error: CheckpointError) -> str:
+    return str(error).removeprefix(f"{path}: ")
+
+
+def _checksum(tensors: Mapping[str, torch.Tensor], note: str) -> str:
+    """Over the note, and over names, dtypes, shapes and values."""
+    value = zlib.crc32(note.encode())
     for name in sorted(tensors):
-        value = zlib.crc32(tensors[name].reshape(-1).view(torch.uint8).numpy().data, value)
+        tensor = tensors[name]
+        value = zlib.crc32(f"{name}|{tensor.dtype}|{tuple(tensor.shape)}".encode(), value)
+        value = zlib.crc32(tensor.reshape(-1).view(torch.uint8).numpy().data, value)
     return _CHECKSUM.format(value)

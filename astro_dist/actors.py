@@ -93,7 +93,7 @@ class Worker:
                 if not path.exists():
                     save_calls(path, calls, as_tuple)
                 stage.hand_on("original", 0, chunk, hidden)
-        return spec.run.finish("embed", [], {"compute_dtype": str(spec.compute_dtype)})
+        return spec.run.finish("embed", [], {"compute_dtype": str(spec.compute_dtype), "device": spec.device})
 
     def copy(self, index: int) -> dict[str, Any]:
         """Tensors outside the blocks, as they are, to a shard of the result."""

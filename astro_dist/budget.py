@@ -12,7 +12,7 @@ from typing import Any
 
 from astro.checkpoint import read_json
 from astro.config import Quantization
-from astro.errors import ConfigError
+from astro.errors import CheckpointError, ConfigError, DamagedError
 from astro_dist.manifest import RunDirectory
 from astro_dist.plan import BlockUnit
 
@@ -142,5 +142,8 @@ def layer_settings(
     if round_index == 0:
         width = provisional_width(quantization)
         return {linear.name: quantization.for_layer(linear.name, width) for linear in unit.linears}
-    widths = read_json(run.allocation)
+    try:
+        widths = read_json(run.allocation)
+    except CheckpointError as error:
+        raise DamagedError(run.allocation, str(error)) from error
     return {linear.name: quantization.for_layer(linear.name, int(widths[linear.name])) for linear in unit.linears}

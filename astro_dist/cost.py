@@ -1,7 +1,7 @@
 """What a run costs, from headers and configuration alone: operations, bytes, time and memory. Pure.
 
 A product of [m, k] and [k, n] counts 2 m k n operations. Which layers share an input is not known from headers: layers
-of one module with inputs of one width are taken to.
+of one module with inputs of one width are taken to, but for attention's output, which goes by its name.
 """
 
 import dataclasses
@@ -17,6 +17,7 @@ from astro_dist.sequential_schedule import shares
 
 __all__ = ["CostModel", "Work"]
 
+_ATTENTION_OUTPUTS = ("o_proj", "out_proj", "dense", "wo", "c_proj")
 _NEWTON_PASSES = 12
 """Elementwise passes of the proximal map and its surroundings in one iteration of ADMM, each some 2 operations."""
 _BETA_CANDIDATES, _BETA_ROWS = 6, 256
@@ -91,7 +92,8 @@ class CostModel:
         self._quantization: Quantization = config.quantization
         self._regularization: Regularizer = config.regularizer
         self._shares = shares(list(chunk_tokens), config.execution.hessian_shares)
-        self._compensated = config.execution.mode == "sequential" and config.quantization.compensates
+        self._sequential, self._rounds = config.execution.mode == "sequential", config.execution.rounds
+        self._compensated = self._sequential and config.quantization.compensates
         self._sequence_length = config.calibration.sequence_length
         self._held_out = sum(n for chunk, n in self._tokens.items() if is_held_out(chunk))
 
@@ -123,11 +125,6 @@ class CostModel:
             return self._solve(unit.written_bytes, self._groups(unit))
         return self._stage_part(call, unit)
 
-    def operations(self, call: Call) -> float:
-        """Operations of a call of both kinds."""
-        work = self.work(call)
-        return work.compute + work.exact
-
     def result(self, call: Call) -> dict[str, int]:
         """What a schedule reads from the result of a call."""
         if call.method != "share":
@@ -135,25 +132,36 @@ class CostModel:
         groups = self._groups(self._plan.blocks[int(call.args[0])])
         return {"stages": len(groups), "tiles": self._tiles(groups[int(call.args[1])])}
 
-    def worker_bytes(self, sequential: bool) -> int:
+    def worker_bytes(self) -> int:
         """Peak memory of a CPU worker; a GPU's is less by the libraries. The largest of all blocks."""
-        blocks = max(self._block_bytes(unit, sequential) for unit in self._plan.blocks)
+        blocks = max(self._block_bytes(unit) for unit in self._plan.blocks)
         # Embeddings and head as they are stored and as they are used; the logits of one sequence, some copies of them.
         outside = self._plan.outside_weights * (self._itemsize + 2)
         logits = 4 * _LOGITS * self._sequence_length * self._plan.vocab_size
         return int(_LIBRARIES_BYTES + max(blocks, outside + logits))
 
-    def disk_bytes(self, rounds: int, window: int) -> int:
-        """What the run directory holds at most: the result, an earlier round, and inputs of the blocks in flight."""
-        frontier = (window + 2) * rounds * self._activations(self._tokens)
-        return int(self._plan.written_bytes * min(rounds, 2) + frontier)
+    def disk_bytes(self, workers: int) -> int:
+        """What the run directory holds at most: the result, an earlier round, inputs of the blocks in flight, and in
+        mode `sequential` the parts of one block.
+        """
+        inputs = self._activations(self._tokens)
+        if not self._sequential:
+            return int(self._plan.written_bytes * min(self._rounds, 2) + (workers + 2) * self._rounds * inputs)
+        groups = self._groups(self._plan.blocks[0])
+        squares = 4.0 * (1 + self._compensated) * (sum(g.columns**2 for g in groups) + self._widest(groups))
+        tiles = sum(1.1 * group.rows * group.columns for group in groups)
+        return int(self._plan.written_bytes + (4 + 3 * self._compensated) * inputs + squares + tiles)
 
-    def _block_bytes(self, unit: BlockUnit, sequential: bool) -> int:
+    def _widest(self, groups: list[_Group]) -> float:
+        """Elements of all shares of the stage with the widest input."""
+        return float(len(self._shares) * max(group.columns for group in groups) ** 2)
+
+    def _block_bytes(self, unit: BlockUnit) -> int:
         groups = self._groups(unit)
         weights = sum(group.rows * group.columns for group in groups)
-        hessians = 0 if sequential else sum(4 * group.columns**2 for group in groups)
+        hessians = 0 if self._sequential else sum(4 * group.columns**2 for group in groups)
         solving = max(
-            (_SQUARES + (2 if sequential else 0)) * 4 * group.columns**2
+            (_SQUARES + (2 if self._sequential else 0)) * 4 * group.columns**2
             + 4 * group.rows * group.columns + _TILES * 4 * self._tile_rows(group) * group.columns
             for group in groups
         )  # fmt: skip
@@ -175,16 +183,20 @@ class CostModel:
             chunks = self._shares[int(call.args[2])]
             tokens = sum(self._tokens[chunk] for chunk in chunks)
             streams = 1 + self._compensated
-            exact = 2.0 * tokens * group.columns**2 * (1 + 2 * self._compensated)
-            moved = streams * self._activations(chunks) + square
-            return Work(streams * self._forward(unit, tokens), exact, 0.0, moved)
+            exact = tokens * group.columns**2 * (1.0 + 2 * self._compensated)
+            # A stage's inputs take the block's forward up to that stage; which worker has the block already is open.
+            passed = (int(call.args[1]) + 1) / len(groups)
+            moved = streams * self._activations(chunks) + square + unit.read_bytes
+            return Work(streams * passed * self._forward(unit, tokens), exact, 0.0, moved)
         if call.method == "decide":
-            return Work(exact=6.0 * group.columns**3, moved_bytes=square * (len(self._shares) + 1))
-        tile = _Group(self._tile_rows(group), group.columns)
-        return self._solve(5.0 * tile.rows * tile.columns + square, [tile])
+            return self._solve(square * (len(self._shares) + 1), [dataclasses.replace(group, rows=0)], group.rows)
+        tile = dataclasses.replace(group, rows=self._tile_rows(group))
+        return self._solve(5.0 * tile.rows * tile.columns + square, [tile], 0)
 
-    def _solve(self, moved_bytes: float, groups: Iterable[_Group]) -> Work:
-        """Factorization, search of β, regularization, GPTQ and refinement."""
+    def _solve(self, moved_bytes: float, groups: Iterable[_Group], sampled_from: int | None = None) -> Work:
+        """Factorization, search of β, regularization, GPTQ and refinement; the search on a sample of the rows, or of
+        `sampled_from`.
+        """
         settings, regularization = self._quantization, self._regularization
         passes = 1 + 2 * settings.refine_passes  # a pass multiplies by H twice: for scales and for integers
         iterations = 0
@@ -194,7 +206,8 @@ class CostModel:
         for group in groups:
             searched = 0
             if iterations and regularization.beta == "auto":
-                searched = _BETA_CANDIDATES * min(max(group.rows // 8, 1), _BETA_ROWS)
+                whole = group.rows if sampled_from is None else sampled_from
+                searched = _BETA_CANDIDATES * min(-(-whole // 8), _BETA_ROWS)
             rows = group.rows + searched
             per_row = (passes + iterations) * 2.0 * group.columns**2 + iterations * 2 * _NEWTON_PASSES * group.columns
             exact += rows * per_row + 2.0 * group.columns**3
@@ -211,12 +224,13 @@ class CostModel:
 
     def _groups(self, unit: BlockUnit) -> list[_Group]:
         if unit.index not in self._known:
-            found: dict[tuple[str, int], int] = {}
+            found: dict[tuple[str, int, bool], int] = {}
             for linear in unit.linears:
-                key = (linear.name.rpartition(".")[0], linear.columns)
+                module, _, own = linear.name.rpartition(".")
+                key = (module, linear.columns, own in _ATTENTION_OUTPUTS)
                 found[key] = found.get(key, 0) + linear.rows
             self._known[unit.index] = [
-                _Group(rows, columns, self._reach(name)) for (name, columns), rows in found.items()
+                _Group(rows, columns, self._reach(name)) for (name, columns, _), rows in found.items()
             ]
         return self._known[unit.index]
 

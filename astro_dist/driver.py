@@ -1,20 +1,24 @@
 """The driver's loop: hands calls to whichever worker is free, and outlives whatever they come to."""
 
+import contextlib
 import dataclasses
 import time
 from collections.abc import Callable
 from typing import Any
 
 from astro.errors import AstroError, DamagedError, RunError, StorageError
-from astro_dist.executor import Event, Executor, Failed, Joined, Returned
-from astro_dist.failure import Failure, FailureHistory, kind_of
+from astro_dist.executor import Event, Executor, Failed, Joined
+from astro_dist.failure import Failure, FailureHistory, Kind, kind_of
 from astro_dist.manifest import RunDirectory
 from astro_dist.progress import ProgressDisplay
-from astro_dist.schedule import Call, Schedule
+from astro_dist.schedule import Call, Schedule, assign
 
 __all__ = ["Driver"]
 
 _TICK_S = 1.0
+_STALL_S = 30.0
+_FINISHING = ("embed", "copy", "solve", "write", "advance", "head")
+"""Calls whose record is the last thing that they write."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -59,7 +63,7 @@ class Driver:
         self._worker_timeout_s = worker_timeout_s
         self._running: dict[int, _Running] = {}
         self._not_before = 0.0
-        self._last_worker = time.monotonic()
+        self._last_worker = self._last_look = time.monotonic()
         self._stale = False
         self._unnoted: list[tuple[str, dict[str, Any]]] = []
         self._joined = False
@@ -78,10 +82,12 @@ class Driver:
         while not schedule.complete:
             if self._stale and not self._running:
                 schedule, self._stale = self._plan_anew(), False
+                self._on_finished(schedule)
             self._hand_out(schedule)
             event = self._executor.wait(_TICK_S)
-            if event is not None:
+            while event is not None:  # everything that is there, before anything is said to be late
                 self._take(schedule, event)
+                event = self._executor.wait(0.0)
             self._end_overdue(schedule)
             self._require_workers()
         self._note_again()
@@ -89,21 +95,13 @@ class Driver:
     def _hand_out(self, schedule: Schedule) -> None:
         if self._stale or time.monotonic() < self._not_before:
             return
-        nothing_new = False
-        for worker in self._executor.idle():
-            if nothing_new and not schedule.holds(worker):
-                continue
-            call = schedule.next_call(worker)
-            if call is None:
-                nothing_new |= not schedule.holds(worker)
-            else:
-                self._running[worker] = _Running(call, time.monotonic())
-                self._executor.submit(worker, call)
-                self._display.started(worker, call)
-                if call.unit not in self._begun:
-                    self._begun.add(call.unit)
-                    self._note("began", unit=call.unit, worker=worker)
-        assert self._running or not self._executor.idle(), "the schedule waits for itself"
+        for worker, call in assign(schedule, self._executor.idle()):
+            self._running[worker] = _Running(call, time.monotonic())
+            self._executor.submit(worker, call)
+            self._display.started(worker, call)
+            if call.unit not in self._begun and call.method != "pass_on":
+                self._begun.add(call.unit)
+                self._note("began", unit=call.unit, worker=worker)
 
     def _take(self, schedule: Schedule, event: Event) -> None:
         if isinstance(event, Joined):
@@ -113,47 +111,57 @@ class Driver:
         elif isinstance(event, Failed):
             self._judge(schedule, event.worker, event.error, kind_of(event.error, event.lost))
         else:
-            self._take_result(schedule, event)
+            self._take_result(schedule, event.worker, self._running.pop(event.worker).call, event.result)
 
-    def _take_result(self, schedule: Schedule, event: Returned) -> None:
-        call = self._running.pop(event.worker).call
+    def _take_result(self, schedule: Schedule, worker: int, call: Call, result: Any) -> None:
         known = call.unit in schedule.finished
-        for spent in schedule.done(event.worker, call, event.result):
+        for spent in schedule.done(worker, call, result):
             self._run.drop(spent)
         finished = call.unit in schedule.finished and not known
-        self._display.ended(event.worker, call, finished)
+        self._display.ended(worker, call, schedule.finished if finished else None)
         if call.method == "pass_on":
             stream, block, chunk = call.args
-            self._note("passed", chunk=chunk, block=block, stream=stream, seconds=event.result)
+            self._note("passed", chunk=chunk, block=block, stream=stream, seconds=result)
         if finished:
-            seconds = event.result["result"].get("seconds", {})
-            self._note("finished", unit=call.unit, worker=event.worker, seconds=seconds)
+            self._note("finished", unit=call.unit, worker=worker, seconds=result["result"].get("seconds", {}))
             self._on_finished(schedule)
 
-    def _judge(self, schedule: Schedule, worker: int, error: Exception, kind: Any) -> None:
+    def _judge(self, schedule: Schedule, worker: int, error: Exception, kind: Kind) -> None:
         """What to do about a worker that is gone; its call, if it had one, goes back to the schedule."""
         running = self._running.pop(worker, None)
         self._display.left(worker)
+        if isinstance(error, DamagedError) and self._run.is_sound(error.path):
+            kind = "raised"  # that worker could not read what is there: nothing is to be made again
         unit, method = (running.call.unit, running.call.method) if running else ("start", "prepare")
         failure = Failure(unit, method, worker, kind, _one_line(error))
         self._note("failed", **dataclasses.asdict(failure))
         self._display.say(f"{unit}, {method} on worker {worker}: {failure.cause}")
         if running is None:
-            if isinstance(error, AstroError) and not self._joined:
+            if isinstance(error, AstroError) and kind != "lost" and not self._joined:
                 raise error  # the very first workers do not find what the driver sees: nothing will get better
             return  # one node that is not fit does not end a run that others go on with
+        record = self._run.finished(unit) if method in _FINISHING and kind in ("lost", "overdue") else None
+        if record is not None:  # it was lost after its last word was on disk
+            self._take_result(schedule, worker, running.call, record)
+            return
         self._begun.discard(unit)
         schedule.failed(worker, running.call)
-        if isinstance(error, DamagedError):
-            error.path.unlink(missing_ok=True)
+        if kind == "damaged" and isinstance(error, DamagedError):
+            with contextlib.suppress(OSError):
+                error.path.unlink(missing_ok=True)
             self._stale = True
-        self._not_before = time.monotonic() + self._history.judge(failure, error)
+        wait_s = self._history.judge(failure, running.call, error)
+        if wait_s:
+            self._not_before = max(self._not_before, time.monotonic() + wait_s)
 
     def _end_overdue(self, schedule: Schedule) -> None:
         now = time.monotonic()
+        stood_still, self._last_look = now - self._last_look > _STALL_S, now
         for worker, running in list(self._running.items()):
             limit = self._deadline_s(running.call)
-            if now - running.since > limit:
+            if stood_still:  # the driver itself, perhaps on a file system that hung for all: begin to count anew
+                self._running[worker] = dataclasses.replace(running, since=now)
+            elif now - running.since > limit and self._executor.enforces_deadlines:
                 self._executor.discard(worker)
                 self._judge(schedule, worker, RunError(f"took longer than its deadline of {limit:.0f} s"), "overdue")
 

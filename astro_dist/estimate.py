@@ -67,12 +67,11 @@ def estimate(config: RunConfig, plan: Plan, dtype: torch.dtype, workers: int, de
 
     schedule = first_schedule(config, plan, list(tokens))
     found = simulate(schedule, workers, seconds, cost.result)
-    sequential = config.execution.mode == "sequential"
     return Estimate(
         workers=workers,
         device=device.name,
-        worker_bytes=cost.worker_bytes(sequential),
-        disk_bytes=cost.disk_bytes(config.execution.rounds, 1 if sequential else workers),
+        worker_bytes=cost.worker_bytes(),
+        disk_bytes=cost.disk_bytes(workers),
         moved_bytes=int(moved[0]),
         wall_s=found.wall_s,
         device_hours=workers * found.wall_s / 3600,

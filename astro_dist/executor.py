@@ -51,6 +51,8 @@ class Executor(Protocol):
 
     num_workers: int
     has_gpus: bool
+    enforces_deadlines: bool
+    """Whether a call can be ended from outside."""
 
     def start(self, spec: WorkerSpec) -> None:
         """Begin to bring up the workers; each joins when it is up."""
@@ -76,6 +78,8 @@ class Executor(Protocol):
 
 class LocalExecutor:
     """Workers in this process, called in turn: for tests and debugging, and the reference for every other executor."""
+
+    enforces_deadlines = False
 
     def __init__(self, num_workers: int, on_gpu: bool = False) -> None:
         self.num_workers = num_workers
@@ -106,8 +110,6 @@ class LocalExecutor:
         if not isinstance(event, tuple):
             return event
         worker, call = event
-        if worker not in self._workers:  # was discarded
-            return None
         try:
             result = getattr(self._workers[worker], call.method)(*call.args)
         except Exception as error:

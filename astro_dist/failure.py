@@ -5,12 +5,16 @@ from collections import Counter
 from typing import Literal
 
 from astro.errors import AstroError, ConfigError, DamagedError, NumericalError, RunError, StorageError, UnsupportedError
+from astro_dist.schedule import Call
 
-__all__ = ["Failure", "FailureHistory", "kind_of"]
+__all__ = ["Failure", "FailureHistory", "Kind", "kind_of"]
 
 Kind = Literal["lost", "overdue", "raised", "storage", "damaged"]
 _FINAL = (NumericalError, ConfigError, UnsupportedError)
 """The arithmetic is the same wherever it is done again: so are these."""
+_HELD = ("open_block", "forward", "solve")
+"""Calls of a block that one worker has in hand from the first to the last."""
+_KEPT = "What is finished is kept"
 _STORAGE_WAIT_S = 15.0
 _STORAGE_WAIT_GROWTH = 4.0
 _ADVICE = {
@@ -52,22 +56,22 @@ def kind_of(error: Exception, lost: bool) -> Kind:
 
 
 class FailureHistory:
-    """Counts the failures of each unit, and says when it is enough.
+    """Counts failures, and says when it is enough.
 
-    Attributes:
-        failures: every one, in order.
+    What is counted is what would fail again: a call, or a whole block that one worker has in hand. A node with eight
+    workers may go, and each of its calls has failed once. A file that is found damaged counts for itself.
     """
 
     def __init__(self, max_retries: int) -> None:
-        self.failures: list[Failure] = []
         self._max_retries = max_retries
         self._attempts: Counter[str] = Counter()
 
-    def judge(self, failure: Failure, error: Exception) -> float:
+    def judge(self, failure: Failure, call: Call, error: Exception) -> float:
         """Take note of a failure.
 
         Args:
             failure: that happened.
+            call: that failed.
             error: of the call.
 
         Returns:
@@ -75,22 +79,25 @@ class FailureHistory:
 
         Raises:
             AstroError: the error itself where trying again cannot help.
-            RunError: the unit failed more often than is allowed, with the last cause.
+            RunError: it failed more often than is allowed, with the last cause.
         """
-        self.failures.append(failure)
         if isinstance(error, _FINAL):
             raise _kept(error) from error
-        self._attempts[failure.unit] += 1
-        attempts = self._attempts[failure.unit]
+        subject = call.unit if call.method in _HELD else f"{call.method} {call.args}"
+        if failure.kind == "damaged" and isinstance(error, DamagedError):
+            subject = str(error.path)
+        self._attempts[subject] += 1
+        attempts = self._attempts[subject]
         if attempts > self._max_retries:
+            cause = failure.cause.removesuffix(f". {_KEPT}")
             raise RunError(
-                f"{failure.unit}, {failure.method} on worker {failure.worker}: {failure.cause}. Attempt {attempts} of "
+                f"{failure.unit}, {failure.method} on worker {failure.worker}: {cause}. Attempt {attempts} of "
                 f"{self._max_retries + 1} (execution.max_retries: {self._max_retries}); {_ADVICE[failure.kind]}. "
-                "What is finished is kept; run the same command to go on"
+                f"{_KEPT}; run the same command to go on"
             ) from error
         return _STORAGE_WAIT_S * _STORAGE_WAIT_GROWTH ** (attempts - 1) if failure.kind == "storage" else 0.0
 
 
 def _kept(error: AstroError) -> AstroError:
     # Found too late to be a matter of nothing having been started.
-    return error if isinstance(error, NumericalError) else RunError(f"{error}. What is finished is kept")
+    return error if isinstance(error, NumericalError) else RunError(f"{error}. {_KEPT}")

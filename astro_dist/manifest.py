@@ -10,7 +10,9 @@ rounds/        shards of earlier rounds          allocation.json  with a width b
 import contextlib
 import dataclasses
 import fcntl
+import hashlib
 import json
+import os
 import shutil
 import time
 from collections.abc import Iterator
@@ -120,7 +122,7 @@ class RunDirectory:
             for path in files
         ]
         record = {"unit": unit, "key": self.key, "files": described, "result": result}
-        write_json(self._record(unit), record)
+        write_json(self._record(unit), {**record, "checksum": _checksum(record)})
         return record
 
     def finished(self, unit: str, superseded: bool = False) -> dict[str, Any] | None:
@@ -138,16 +140,44 @@ class RunDirectory:
             return None
         try:
             record = read_json(path)
-            if record["key"] != self.key:
-                raise ConfigError(f"{path}: belongs to another run; choose another output.dir")
-            files = [file for file in record["files"] if not superseded or (self.root / file["name"]).exists()]
-            intact = all(self._is_intact(file) for file in files)
-        except (CheckpointError, KeyError, TypeError) as error:
-            self.note("damaged", unit=unit, reason=f"record: {error}")
+            if record.pop("checksum") != _checksum(record):
+                raise CheckpointError(f"{path}: its checksum is wrong")
+        except (CheckpointError, KeyError) as error:
+            self.note("damaged", unit=unit, reason=f"record: {error}; the unit is redone")
             return None
-        if not intact:
-            self.note("damaged", unit=unit, reason="a file is missing or differs from its checksum; the unit is redone")
-        return record if intact else None
+        if record["key"] != self.key:
+            raise ConfigError(f"{path}: belongs to another run; choose another output.dir")
+        files = [file for file in record["files"] if not superseded or (self.root / file["name"]).exists()]
+        if all(self._is_intact(file) for file in files):
+            return record
+        self.note("damaged", unit=unit, reason="a file is missing or differs from its checksum; the unit is redone")
+        return None
+
+    def require_intact(self, unit: str) -> None:
+        """Check the files of a finished unit before they are used.
+
+        Raises:
+            DamagedError: one is missing, or not as it was written.
+        """
+        for file in read_json(self._record(unit))["files"]:
+            if not self._is_intact(file):
+                raise DamagedError(self.root / file["name"], "is missing, or its SHA-256 is not that of its record")
+
+    def is_sound(self, path: Path) -> bool:
+        """Whether a file of the run that could not be read elsewhere is as it was written."""
+        name = str(path.relative_to(self.root))
+        records = [read_json(record) for record in (self.root / "records").glob("*.json")]
+        described = [file for record in records for file in record["files"] if file["name"] == name]
+        if described:
+            return self._is_intact(described[0])
+        try:
+            if path == self.allocation:
+                read_json(path)
+            else:
+                load_part(path)
+        except (CheckpointError, DamagedError):
+            return False
+        return True
 
     def has_files(self, unit: str) -> bool:
         """Whether everything that a finished unit wrote is still there."""
@@ -157,8 +187,7 @@ class RunDirectory:
         """The journal's lines, oldest first."""
         path = self.root / "journal.jsonl"
         lines = path.read_text(encoding="utf-8").splitlines() if path.is_file() else []
-        # A line that a killed process left half written is no line.
-        return [json.loads(line) for line in lines if line.startswith("{") and line.endswith("}")]
+        return [content for line in lines for content in [_parse(line)] if content]
 
     def noted(self, event: str) -> list[dict[str, Any]]:
         """The journal's lines of one kind."""
@@ -192,7 +221,7 @@ class RunDirectory:
         foreign = self.root.exists() and not self.root.is_dir()
         if self.root.is_dir():
             # What a run writes before its mark, it may leave behind when it dies there.
-            own = {"config.yaml", "lock", self.tokens.name}
+            own = {"config.yaml", "lock", "journal.jsonl", self.tokens.name}
             foreign = any(path.name not in own and path.suffix != PARTIAL_SUFFIX for path in self.root.iterdir())
         if foreign:
             raise ConfigError(f"{self.root}: exists and is not a run directory; choose another output.dir")
@@ -233,21 +262,38 @@ class RunDirectory:
         with lock:
             try:
                 fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except OSError as error:
+            except BlockingIOError as error:
                 raise RunError(
                     f"{self.root}: another process is at work on this run; wait for it, or stop it first"
                 ) from error
-            for partial in self.root.rglob(f".*{PARTIAL_SUFFIX}"):
-                partial.unlink(missing_ok=True)
-            yield
+            except OSError as error:
+                raise RunError(
+                    f"{self.root}: its file system cannot lock files ({error}); mount it with locks, so that two "
+                    "drivers never work on one run"
+                ) from error
+            self._sweep()
+            self.note("opened")
+            try:
+                yield
+            finally:
+                self._sweep()
+
+    def _sweep(self) -> None:
+        """Delete what was left half written."""
+        for partial in self.root.rglob(f".*{PARTIAL_SUFFIX}"):
+            partial.unlink(missing_ok=True)
 
     def note(self, event: str, **details: Any) -> None:
         """Append one line to the journal."""
         line = json.dumps({"time": round(time.time(), 3), "event": event} | details)
         path = self.root / "journal.jsonl"
         try:
-            with path.open("a", encoding="utf-8") as journal:
-                journal.write(line + "\n")
+            with path.open("ab+") as journal:
+                end = journal.seek(0, os.SEEK_END)
+                journal.seek(max(end - 1, 0))
+                # A line that was cut short stays a line of its own.
+                begin = b"" if journal.read(1) in (b"", b"\n") else b"\n"
+                journal.write(begin + line.encode() + b"\n")
         except OSError as error:
             raise StorageError(f"{path}: cannot be written: {error}. What is finished is kept") from error
 
@@ -259,9 +305,10 @@ class RunDirectory:
 
     def _is_intact(self, file: dict[str, Any]) -> bool:
         path = self.root / file["name"]
-        return path.is_file() and (
-            path.stat().st_size == int(file["size_bytes"]) and sha256_of(path) == str(file["sha256"])
-        )
+        try:
+            return bool(path.stat().st_size == file["size_bytes"] and sha256_of(path) == file["sha256"])
+        except OSError:
+            return False
 
     def _difference(self, config: RunConfig, identity: dict[str, Any], found: dict[str, Any]) -> str:
         there = _flatten({name: found.get(name) for name in (*identity, "arithmetic")})
@@ -271,6 +318,19 @@ class RunDirectory:
             f"{name.removeprefix('arithmetic.')}: {there.get(name)} there, {here.get(name)} here" for name in changed
         ]
         return "; ".join(shown[:4]) or "of another kind"
+
+
+def _checksum(record: dict[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(record, sort_keys=True).encode()).hexdigest()
+
+
+def _parse(line: str) -> dict[str, Any]:
+    """A line of the journal; nothing where a process was killed, or a disk full, in the middle of it."""
+    try:
+        content = json.loads(line)
+    except ValueError:
+        return {}
+    return content if isinstance(content, dict) and "event" in content else {}
 
 
 def _flatten(content: Any, prefix: str = "") -> dict[str, Any]:

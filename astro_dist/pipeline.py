@@ -18,7 +18,7 @@ from astro.skeleton import Skeleton
 from astro_dist.actors import configure_process
 from astro_dist.assemble import assemble
 from astro_dist.budget import allocate, read_choices, require_affordable
-from astro_dist.calibration import Chunk, TokenChunks, as_tensors, chunk_tokens, read_documents, tokenize
+from astro_dist.calibration import Chunk, TokenChunks, as_tensors, read_documents, tokenize
 from astro_dist.config import RunConfig, run_key
 from astro_dist.cost import CostModel
 from astro_dist.devices import DEVICES, measure
@@ -41,6 +41,8 @@ _CALL_PATIENCE_S = 600.0
 _SLACK = 20.0
 _SLOWEST_CORE, _SLOWEST_GPU = 5e9, 1e12
 """Operations a second below which no device in use is."""
+_CRAWL = 5e6
+"""Bytes a second below which no shared folder in use is."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -136,21 +138,12 @@ def quantize(config: RunConfig) -> dict[str, Any]:
     run = RunDirectory(config.output.dir.expanduser().absolute(), key, config.execution.rounds)
     identity = {"source_sha256": fingerprint, "tokens_sha256": chunks.sha256, "version": astro.__version__}
     begun = run.begun(config, identity)
-    if not begun:
-        _require_disk(prepared, run)
-        if config.model.check_weights:
-            require_finite(prepared.checkpoint)
+    if not begun and config.model.check_weights:
+        require_finite(prepared.checkpoint)
     with run.locked():
         if not begun:
             run.begin(config, identity, as_tensors(chunks.chunks))
         return _run(prepared, run, fingerprint, chunks.chunks, begin)
-
-
-def _require_disk(prepared: Prepared, run: RunDirectory) -> None:
-    config, execution = prepared.config, prepared.config.execution
-    window = execution.workers if isinstance(execution.workers, int) and execution.mode == "blocks" else 1
-    cost = CostModel(prepared.plan, config, chunk_tokens(config.calibration), itemsize=4, device_type="cpu")
-    require_room(cost.disk_bytes(execution.rounds, window), run.root)
 
 
 def _run(
@@ -181,7 +174,10 @@ def _refuse_relative_paths(config: RunConfig) -> None:
     private = config.execution.ray_address == "auto" and not os.environ.get("RAY_ADDRESS")
     if config.execution.executor == "local" or private:
         return
-    for name, path in (("output.dir", config.output.dir), ("model.source", Path(config.model.source))):
+    paths = {"output.dir": config.output.dir, "model.source": Path(config.model.source)}
+    if config.calibration.source != "python-docs":
+        paths["calibration.source"] = Path(config.calibration.source)
+    for name, path in paths.items():
         if not path.expanduser().is_absolute():
             raise ConfigError(f"{name}: {path} is relative; on a cluster give an absolute path that every node sees")
 
@@ -240,8 +236,10 @@ def _execute(
     config, plan, execution = prepared.config, prepared.plan, prepared.config.execution
     device = "cuda" if executor.has_gpus else "cpu"
     dtype = _compute_dtype(config, plan, prepared.checkpoint, device)
-    _refuse_other_dtype(run, dtype)
+    _refuse_other_arithmetic(run, dtype, device)
     cost = CostModel(plan, config, {chunk.name: chunk.tokens.size for chunk in chunks}, dtype.itemsize, device)
+    if not schedule.finished:
+        require_room(cost.disk_bytes(executor.num_workers), run.root)
     spec = WorkerSpec(
         source=prepared.source,
         fingerprint=fingerprint,
@@ -255,7 +253,7 @@ def _execute(
         compute_dtype=dtype,
         device=device,
         threads=execution.threads_per_worker,
-        needed_bytes=cost.worker_bytes(execution.mode == "sequential"),
+        needed_bytes=cost.worker_bytes(),
     )
     blocks = len(plan.blocks) * run.rounds
     run.note(
@@ -281,9 +279,12 @@ def _deadlines(config: RunConfig, cost: CostModel, device: str) -> Callable[[Cal
     """After how many seconds a call is taken to hang: many times what a slow device would need."""
     timeout_s = config.execution.call_timeout_s
     rate = _SLOWEST_GPU if device == "cuda" else _SLOWEST_CORE * config.execution.threads_per_worker
-    if timeout_s == "auto":
-        return lambda call: _CALL_PATIENCE_S + _SLACK * cost.operations(call) / rate
-    return lambda call: timeout_s
+
+    def at_worst(call: Call) -> float:
+        work = cost.work(call)
+        return _CALL_PATIENCE_S + _SLACK * (work.compute + work.exact) / rate + work.moved_bytes / _CRAWL
+
+    return at_worst if timeout_s == "auto" else lambda call: timeout_s
 
 
 def _settle_widths(prepared: Prepared, schedule: Schedule, run: RunDirectory) -> None:
@@ -297,11 +298,19 @@ def _settle_widths(prepared: Prepared, schedule: Schedule, run: RunDirectory) ->
         write_json(run.allocation, {name: bits for group, bits in widths.items() for name in group.split("+")})
 
 
-def _refuse_other_dtype(run: RunDirectory, dtype: torch.dtype) -> None:
+def _refuse_other_arithmetic(run: RunDirectory, dtype: torch.dtype, device: str) -> None:
+    """What was begun in one dtype on one kind of device would become a mixture."""
     record = run.finished("embed")
-    before = record["result"]["compute_dtype"] if record else str(dtype)
+    if record is None:
+        return
+    before, kind = record["result"]["compute_dtype"], record["result"]["device"]
     if before != str(dtype):
         raise ConfigError(
             f"{run.root}: this run was begun in {before} and would go on in {dtype} on this hardware; "
             f"set execution.compute_dtype: {before.removeprefix('torch.')}, or choose another output.dir"
+        )
+    if kind != device:
+        raise ConfigError(
+            f"{run.root}: this run was begun on {kind} and would go on on {device}; set execution.device: {kind}, wait "
+            "for such workers, or choose another output.dir"
         )

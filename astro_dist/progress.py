@@ -1,6 +1,7 @@
 """What a person sees of a run: a live display on a terminal, plain lines in a log. Always on stderr."""
 
 import time
+from collections.abc import Collection
 from types import TracebackType
 from typing import Self
 
@@ -75,14 +76,13 @@ class ProgressDisplay:
         chunk = f" {call.args[-1]}" if call.method in ("forward", "share", "tile", "pass_on") else ""
         self._show(worker, f"{call.unit}: {_PHASES[call.method]}{chunk}")
 
-    def ended(self, worker: int, call: Call, unit_finished: bool) -> None:
-        """A worker's call returned."""
+    def ended(self, worker: int, call: Call, finished: Collection[str] | None) -> None:
+        """A worker's call returned; all finished units where it finished one."""
         self._show(worker, "idle")
-        if not unit_finished:
+        if finished is None:
             return
-        self._finished += 1
         is_block = "block-" in call.unit
-        self._blocks_done += is_block
+        self._finished, self._blocks_done = len(finished), sum("block-" in unit for unit in finished)
         left = self._time_left()
         self._bar.update(self._all, completed=self._blocks_done, left=left)
         if not self._live and (is_block or call.method == "head"):
@@ -97,6 +97,6 @@ class ProgressDisplay:
             self._phases.update(self._rows[worker], phase=phase)
 
     def _time_left(self) -> str:
-        done = self._finished - self._before
+        done = max(self._finished - self._before, 1)
         seconds = (time.monotonic() - self._begin) / done * (self._total - self._finished)
         return f"about {seconds / 60:.0f} min left" if seconds > 90 else f"about {seconds:.0f} s left"

@@ -37,6 +37,8 @@ class RayExecutor:
         has_gpus: whether the workers have GPUs.
     """
 
+    enforces_deadlines = True
+
     def __init__(self, config: ExecutionConfig) -> None:
         """Connect to the cluster that the configuration names, or start a private one.
 
@@ -192,10 +194,10 @@ def _connect(config: ExecutionConfig) -> None:
 
 def _cause(error: RayTaskError) -> Exception:
     """What the call raised."""
-    return error.cause if isinstance(error.cause, Exception) else RunError(str(error).strip().splitlines()[-1])
+    return error.cause if isinstance(error.cause, Exception) else RunError(" ".join(str(error).split()))
 
 
 def _explain(error: RayError) -> RunError:
     """How a worker was lost. The first line of what Ray says tells which process ended and how."""
-    first = str(error).strip().splitlines()[0]
+    first = next(iter(str(error).strip().splitlines()), type(error).__name__)
     return RunError(f"the worker died ({first})" if isinstance(error, RayActorError) else first)

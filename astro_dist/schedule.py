@@ -6,12 +6,12 @@ stream `round-(r−1)`; behind the last round, only the held-out chunks travel, 
 """
 
 import dataclasses
-from collections.abc import Collection, Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from typing import Any, Literal, Protocol
 
 __all__ = [
-    "BlockSchedule", "Call", "Present", "Schedule", "Spent", "block_unit", "copy_calls", "evaluate_unit", "head_unit",
-    "is_held_out", "stream_names", "unit_names",
+    "BlockSchedule", "Call", "Present", "Schedule", "Spent", "assign", "block_unit", "copy_calls", "evaluate_unit",
+    "head_unit", "is_held_out", "stream_names", "unit_names",
 ]  # fmt: skip
 
 Present = Mapping[str, Mapping[int, Collection[str]]]
@@ -78,6 +78,19 @@ class Schedule(Protocol):
         """Whether a worker has something in hand that only it can go on with. What one worker with empty hands cannot
         get, no other such worker can.
         """
+
+
+def assign(schedule: Schedule, workers: Iterable[int]) -> Iterator[tuple[int, Call]]:
+    """What each of some free workers shall do now; those that must wait are left out."""
+    nothing_new = False
+    for worker in workers:
+        if nothing_new and not schedule.holds(worker):
+            continue
+        call = schedule.next_call(worker)
+        if call is not None:
+            yield worker, call
+        else:
+            nothing_new |= not schedule.holds(worker)
 
 
 def is_held_out(chunk: str) -> bool:
@@ -268,7 +281,8 @@ class BlockSchedule:
         while (first.round_index, first.block - 1) in held:
             first = held[first.round_index, first.block - 1]
         if call.method == "open_block":
-            return call.args == (first.round_index, first.block - 1)
+            # More than one block may have been lost: the first of them is what can begin.
+            return call.args[0] == first.round_index and int(call.args[1]) < first.block
         return call.method in ("embed", "pass_on") and self._continue(first) is None
 
     def _candidates(self) -> list[Call]:

@@ -139,13 +139,18 @@ class SequentialSchedule:
     def _passes(self, stream: str) -> list[Call]:
         """Chunks that shall go through the next block on their way, each from the furthest it has come."""
         calls = []
-        targets = {held_out: self._target(stream, held_out) for held_out in (False, True)}
+        goals = {held_out: self._goals(stream, held_out) for held_out in (False, True)}
         for chunk in self._chunks:
-            target = targets[is_held_out(chunk)]
-            place = self._place(stream, chunk, target)
-            if place is not None and place < target:
+            goal = next((g for g in goals[is_held_out(chunk)] if chunk not in self._ready[stream, g]), None)
+            place = self._place(stream, chunk, goal) if goal else None
+            if place is not None:
                 calls.append(Call("pass_on", (stream, place, chunk), block_unit(0, place)))
         return calls
+
+    def _goals(self, stream: str, held_out: bool) -> list[int]:
+        """Blocks whose inputs are wanted, the most urgent first: the current one's, then how far the way is open."""
+        target = self._target(stream, held_out)
+        return [self._current, target] if target > self._current and not held_out else [target]
 
     def _target(self, stream: str, held_out: bool) -> int:
         """The block that chunks are wanted at, as far as their way is open; 0 where they are not wanted any more."""
@@ -196,7 +201,7 @@ class SequentialSchedule:
         """Begin again with the embeddings where a chunk that is still wanted is nowhere on its way."""
         for stream in STREAMS:
             for chunk in self._chunks:
-                target = self._target(stream, is_held_out(chunk))
-                wanted = target > 0 or self._current == 0
-                if wanted and self._place(stream, chunk, target) is None:
-                    self.finished.discard("embed")
+                for goal in self._goals(stream, is_held_out(chunk)):
+                    wanted = goal > 0 or self._current == 0
+                    if wanted and self._place(stream, chunk, goal) is None:
+                        self.finished.discard("embed")

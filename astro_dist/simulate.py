@@ -5,7 +5,7 @@ import heapq
 from collections.abc import Callable
 from typing import Any
 
-from astro_dist.schedule import Call, Schedule
+from astro_dist.schedule import Call, Schedule, assign
 
 __all__ = ["Simulated", "simulate"]
 
@@ -45,20 +45,14 @@ def simulate(
     ends: list[tuple[float, int, Call]] = []
     free = list(range(workers))
     while not schedule.complete:
-        waiting: list[int] = []
-        nothing_new = False
-        for worker in free:
-            call = None if nothing_new and not schedule.holds(worker) else schedule.next_call(worker)
-            if call is None:
-                nothing_new |= not schedule.holds(worker)
-                waiting.append(worker)
-                continue
+        for worker, call in list(assign(schedule, free)):
             took = seconds(call)
             busy += took
             by_method[call.method] = by_method.get(call.method, 0.0) + took
             heapq.heappush(ends, (now + took, worker, call))
+            free.remove(worker)
         assert ends, "the schedule waits for itself"
         now, worker, call = heapq.heappop(ends)
         schedule.done(worker, call, result(call))
-        free = sorted([*waiting, worker])
+        free = sorted([*free, worker])
     return Simulated(now, busy, by_method)

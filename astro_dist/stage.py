@@ -13,7 +13,7 @@ import torch
 from astro.block import forward
 from astro.checkpoint import Checkpoint, load_tensors, save_tensors
 from astro.config import Quantization, Regularizer
-from astro.errors import CheckpointError, DamagedError, RunError
+from astro.errors import CheckpointError, RunError
 from astro.formats import compressed_tensors
 from astro.layer import QuantizedLinear
 from astro.parts import load_part, save_part
@@ -22,7 +22,7 @@ from astro.skeleton import Skeleton
 from astro_dist.budget import layer_settings
 from astro_dist.manifest import RunDirectory
 from astro_dist.plan import BlockUnit, Plan
-from astro_dist.schedule import is_held_out
+from astro_dist.schedule import block_unit, is_held_out
 
 __all__ = ["Stage", "WorkerSpec"]
 
@@ -80,7 +80,7 @@ class Stage:
         """
         self.spec = spec
         self.device = torch.device(spec.device)
-        if not spec.run.tokens.is_file():
+        if not (spec.run.root / "run.json").is_file():
             raise RunError(
                 f"{platform.node()}: does not see {spec.run.root}; output.dir must be a folder all nodes see"
             )
@@ -209,11 +209,8 @@ class Stage:
 
     def _read_result(self, stream: str, unit: BlockUnit) -> dict[str, torch.Tensor]:
         round_index = int(stream.removeprefix("round-"))
-        path = self.spec.run.shard(round_index, unit.file)
-        try:
-            tensors, _ = load_tensors(path)
-        except CheckpointError as error:
-            raise DamagedError(path, str(error)) from error
+        self.spec.run.require_intact(block_unit(round_index, unit.index))
+        tensors, _ = load_tensors(self.spec.run.shard(round_index, unit.file))
         settings = layer_settings(self.spec.run, self.spec.quantization, unit, round_index)
         for linear in unit.linears:
             weight = compressed_tensors.unpack_linear(linear.stem, tensors, settings[linear.name]).dequantize()

@@ -31,9 +31,9 @@ def read_status(root: Path) -> dict[str, Any]:
         raise ConfigError(f"{root}: holds no run.json, so it is no run directory, or its run has not begun yet")
     run = RunDirectory(root, read_json(mark)["key"])
     lines = run.journal()
-    starts = [index for index, line in enumerate(lines) if line["event"] == "started"]
-    session = lines[starts[-1] :] if starts else []
-    start = session[0] if session else {}
+    opened = [index for index, line in enumerate(lines) if line["event"] == "opened"]
+    session = lines[opened[-1] :] if opened else []
+    start: dict[str, Any] = next((line for line in reversed(lines) if line["event"] == "started"), {})
     records = {path.stem for path in (root / "records").glob("*.json")}
     blocks = [unit for unit in records if "block-" in unit]
     running = _is_locked(root / "lock")

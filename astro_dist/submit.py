@@ -3,6 +3,7 @@
 import asyncio
 import shutil
 import tempfile
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -18,6 +19,8 @@ from astro_dist.config import RunConfig
 __all__ = ["submit"]
 
 _FAILED = 1
+_AGAIN_S = 2.0
+_UNREACHABLE_S = 600.0
 _CONFIG = "run.yaml"
 
 
@@ -34,7 +37,8 @@ def submit(config: RunConfig, address: str, say: Callable[[str], Any], follow: b
         follow: whether to wait for the end and show the job's log.
 
     Returns:
-        The exit code of the job: 0 done, 1 failed, 2 wrong input, 130 interrupted; 0 where it is not followed.
+        The exit code of the job: 0 done, 1 failed, 2 wrong input, 130 interrupted; 0 where it is not followed to its
+        end.
 
     Raises:
         RunError: the job server cannot be reached, or refuses.
@@ -56,11 +60,10 @@ def submit(config: RunConfig, address: str, say: Callable[[str], Any], follow: b
     if not follow:
         return 0
     try:
-        asyncio.run(_follow(client, job, say))
+        return _follow(client, job, say)
     except KeyboardInterrupt:
         say(f"the job goes on; `ray job logs --follow {job}` shows it, `ray job stop {job}` ends it")
-        raise
-    return _exit_code(client, job, say)
+        return 0
 
 
 def _fill(folder: Path, config: RunConfig) -> None:
@@ -70,15 +73,37 @@ def _fill(folder: Path, config: RunConfig) -> None:
     (folder / _CONFIG).write_text(config.to_yaml(), encoding="utf-8")
 
 
-async def _follow(client: JobSubmissionClient, job: str, say: Callable[[str], Any]) -> None:
-    async for lines in client.tail_job_logs(job):
-        for line in lines.splitlines():
-            say(line)
+def _follow(client: JobSubmissionClient, job: str, say: Callable[[str], Any]) -> int:
+    """Show the log until the job ends, over however many connections that takes."""
+    shown, unreachable_since = 0, None
+    while True:
+        try:
+            # Every connection tells the log from its beginning.
+            shown = asyncio.run(_tail(client, job, say, shown))
+            info = client.get_job_info(job)
+            unreachable_since = None
+        except Exception as error:  # of sockets, HTTP and Ray alike: the tunnel is down, the job is not
+            unreachable_since = unreachable_since or time.monotonic()
+            if time.monotonic() - unreachable_since > _UNREACHABLE_S:
+                raise RunError(
+                    f"job server: not reached for {_UNREACHABLE_S:.0f} s ({error}); the job goes on as far as is "
+                    f"known. `ray job logs --follow {job}` shows it again"
+                ) from error
+            time.sleep(_AGAIN_S)
+            continue
+        if info.status.is_terminal():
+            if info.driver_exit_code is not None:
+                return int(info.driver_exit_code)
+            say(f"{job}: {info.status.value}. {info.message or ''} What is finished is kept; submit it again to go on")
+            return _FAILED
+        time.sleep(_AGAIN_S)
 
 
-def _exit_code(client: JobSubmissionClient, job: str, say: Callable[[str], Any]) -> int:
-    info = client.get_job_info(job)
-    if info.status.is_terminal() and info.driver_exit_code is not None:
-        return int(info.driver_exit_code)
-    say(f"{job}: {info.status.value}. {info.message or ''} What is finished is kept; submit it again to go on")
-    return _FAILED
+async def _tail(client: JobSubmissionClient, job: str, say: Callable[[str], Any], shown: int) -> int:
+    count = 0
+    async for text in client.tail_job_logs(job):
+        for line in text.splitlines():
+            count += 1
+            if count > shown:
+                say(line)
+    return max(count, shown)

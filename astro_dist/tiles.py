@@ -264,9 +264,11 @@ def _together(name: str, outcomes: list[GroupOutcome]) -> GroupOutcome:
     Raises:
         RunError: tiles were damped differently, as other hardware may do.
     """
-    dampings = sorted({outcome.damping for outcome in outcomes})
-    if len(dampings) > 1:
-        raise RunError(f"{name}: workers needed different dampings for one Hessian: {dampings}; use one kind of device")
+    decided = sorted({(outcome.damping, outcome.beta) for outcome in outcomes})
+    if len(decided) > 1:
+        raise RunError(
+            f"{name}: workers came to different dampings and betas from one Hessian: {decided}; use one kind of device"
+        )
     seconds: dict[str, float] = {}
     for outcome in outcomes:
         add_seconds(seconds, outcome.seconds)

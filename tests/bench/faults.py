@@ -46,7 +46,7 @@ QUIET = {
 
 
 class Cluster:
-    """A head without CPUs and nodes of one CPU, each a process of ours."""
+    """A head without CPUs and nodes of one or two, each a process of ours."""
 
     def __init__(self, folder: Path, prefix: Callable[[str], list[str]] = lambda name: [], head: str = HEAD) -> None:
         self.folder, self.head, self._prefix = folder, head, prefix
@@ -70,7 +70,9 @@ class Cluster:
         time.sleep(6)
 
     def start_node(self, name: str, address: str) -> None:
-        self._start(name, [f"--address={self.head}:{PORT}", f"--node-ip-address={address}", "--num-cpus=1"])
+        """Two workers on w1, so that a node takes more than one with it; one on every other."""
+        cpus = 2 if name == "w1" else 1
+        self._start(name, [f"--address={self.head}:{PORT}", f"--node-ip-address={address}", f"--num-cpus={cpus}"])
 
     def _start(self, name: str, arguments: list[str]) -> None:
         command = [*self._prefix(name), *RAY, "start", "--block", "--disable-usage-stats", *arguments]
@@ -285,7 +287,9 @@ def disk_full(job: Job) -> str:
 FAULTS: dict[str, tuple[str, Callable[[Job], str], dict]] = {
     **{
         f"worker killed, {phase}": (f"kill -9 in the phase `{phase}`", worker_fault(phase, call, "kill"), {})
-        for phase, call in (("reading", 2), ("forward", 9), ("Hessian", 9), ("solve", 2), ("write", 2), ("record", 2))
+        for phase, call in (
+            ("reading", 2), ("forward", 9), ("Hessian", 9), ("solve", 2), ("write", 2), ("rename", 9), ("record", 2),
+        )
     },
     "worker killed, tile": (
         "kill -9 in a tile of mode `sequential`", worker_fault("tile", 3, "kill"), {"mode": "sequential"},
@@ -296,6 +300,7 @@ FAULTS: dict[str, tuple[str, Callable[[Job], str], dict]] = {
     "node killed, sequential": ("the same in mode `sequential`", node_killed, {"mode": "sequential"}),
     "node frozen": ("a node that stands still for 12 s and goes on", node_frozen, {}),
     "node joins": ("a node that joins late", node_joins, {"samples": 960}),
+    "driver killed, sequential": ("the same in mode `sequential`", driver_killed, {"mode": "sequential"}),
     "driver killed": ("kill -9 of the driver, same command again", driver_killed, {}),
     CABLE: ("the cable of a node pulled for 15 s and put back", cable_pulled, {"samples": 240}),
     "disk full": ("the run directory's disk fills up and is freed", disk_full, {}),
@@ -326,21 +331,25 @@ def main() -> None:
             expected[mode, samples] = hashes(run / "model")
         return expected[mode, samples]
 
-    rows = []
+    rows: list[str] = []
+    failures: list[str] = []
 
     def suffer(name: str, cluster: Cluster, prefix: list[str]) -> None:
         what, happen, changes = FAULTS[name]
         config, run = write_config(out, name.replace(" ", "-").replace(",", ""), model, **changes)
         job, start = Job(cluster, config, run, prefix), time.monotonic()
-        code = happen(job)
+        try:
+            code = happen(job)
+            equal = (run / "model").is_dir() and hashes(run / "model") == undisturbed(**changes)
+            failed = [line for line in job.journal() if line["event"] == "failed"]
+        finally:
+            if run.is_mount():
+                subprocess.run(["umount", "--lazy", str(run)], check=True)
         seconds = time.monotonic() - start
-        failed = [line for line in job.journal() if line["event"] == "failed"]
         retried = "; ".join(f"{line['kind']} at {line['unit']}, {line['method']}" for line in failed)
-        equal = (run / "model").is_dir() and hashes(run / "model") == undisturbed(**changes)
+        failures.extend([] if equal else [name])
         rows.append(f"| {what} | {code} | {retried or '-'} | {seconds:.0f} | {'yes' if equal else '**no**'} |")
         print(rows[-1], file=sys.stderr, flush=True)
-        if run.is_mount():
-            subprocess.run(["umount", "--lazy", str(run)], check=True)
 
     needs_root = {"disk full", CABLE}
     chosen = [name for name in options.only if name not in needs_root or os.geteuid() == 0]
@@ -370,6 +379,7 @@ def main() -> None:
                 cluster.close()
     print("| what was lost | exit code | what was retried | seconds | bytes equal |\n|---|---|---|---|---|")
     print("\n".join(rows))
+    sys.exit(f"not the same bytes: {', '.join(failures)}" if failures else 0)
 
 
 if __name__ == "__main__":

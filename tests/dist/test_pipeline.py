@@ -11,10 +11,10 @@ import transformers
 from safetensors.torch import load_file
 
 from astro.checkpoint import INDEX_NAME, Checkpoint
-from astro.errors import CheckpointError, ConfigError, NumericalError, RunError, StorageError
+from astro.errors import CheckpointError, ConfigError, DamagedError, NumericalError, RunError, StorageError
 from astro_dist import failure, pipeline
 from astro_dist.actors import Worker
-from astro_dist.executor import Failed, LocalExecutor
+from astro_dist.executor import Failed, LocalExecutor, Returned
 from astro_dist.verify import verify_model
 from tests.conftest import files_of
 
@@ -119,7 +119,7 @@ def test_run_that_died_while_it_began_begins_again(run_config, tmp_path, monkeyp
 
     def dying(write):
         def call(path, *rest):
-            if len(list((tmp_path / "run").glob("[a-z]*.*"))) == written:
+            if len({*(tmp_path / "run").glob("[a-z]*.*")} - {tmp_path / "run" / "journal.jsonl"}) == written:
                 path.with_name(f".{path.name}.x.part").write_text("half")
                 raise _Interrupted
             return write(path, *rest)
@@ -304,3 +304,91 @@ def test_node_that_is_not_fit_does_not_end_a_run_that_others_go_on_with(run_conf
     monkeypatch.setattr(LocalExecutor, "wait", lambda self, timeout: next(events, None) or real(self, timeout))
     summary = pipeline.quantize(run_config())
     assert [(retry["unit"], retry["worker"]) for retry in summary["retries"]] == [("start", 99)]
+
+
+def test_unit_whose_worker_died_after_its_record_is_not_done_again(run_config, monkeypatch):
+    real, done = Worker.solve, []
+
+    def solve(self, round_index, index):
+        done.append(index)
+        return real(self, round_index, index)
+
+    run_of = LocalExecutor.wait
+
+    def wait(self, timeout):
+        event = run_of(self, timeout)
+        lost = isinstance(event, Returned) and done == [0, 1] and not monkeypatched
+        if lost:
+            monkeypatched.append(True)
+            self.discard(event.worker)
+            return Failed(event.worker, RunError("the worker died"), lost=True)
+        return event
+
+    monkeypatched = []
+    monkeypatch.setattr(Worker, "solve", solve)
+    monkeypatch.setattr(LocalExecutor, "wait", wait)
+    summary = pipeline.quantize(run_config())
+    assert done == [0, 1, 2]
+    assert [retry["kind"] for retry in summary["retries"]] == ["lost"]
+
+
+def test_read_that_fails_on_one_worker_destroys_nothing(run_config, tmp_path, monkeypatch):
+    real, refusals = Worker.advance, iter([True])
+
+    def advance(self, index):
+        if next(refusals, False):
+            shard = sorted((tmp_path / "run" / "model").glob("*.safetensors"))[-1]
+            raise DamagedError(shard, "cannot be read: [Errno 116] Stale file handle")
+        return real(self, index)
+
+    solved = []
+    solve = Worker.solve
+    monkeypatch.setattr(Worker, "advance", advance)
+    monkeypatch.setattr(Worker, "solve", lambda self, r, index: solved.append(index) or solve(self, r, index))
+    summary = pipeline.quantize(run_config())
+    assert solved == [0, 1, 2]
+    assert [retry["kind"] for retry in summary["retries"]] == ["raised"]
+
+
+def test_shard_that_is_damaged_after_it_was_written_is_found_in_the_same_run(run_config, tmp_path, monkeypatch):
+    pipeline.quantize(run_config(output__dir=str(tmp_path / "whole")))
+    real = Worker.solve
+
+    def solve(self, round_index, index):
+        result = real(self, round_index, index)
+        shard = tmp_path / "run" / result["files"][0]["name"]
+        if index == 1 and not (tmp_path / "harmed").exists():
+            (tmp_path / "harmed").touch()
+            content = bytearray(shard.read_bytes())
+            content[-1] ^= 1
+            shard.write_bytes(content)
+        return result
+
+    monkeypatch.setattr(Worker, "solve", solve)
+    summary = pipeline.quantize(run_config())
+    assert files_of(tmp_path / "run" / "model") == files_of(tmp_path / "whole" / "model")
+    assert [retry["kind"] for retry in summary["retries"]] == ["damaged"]
+
+
+def test_journal_with_a_line_that_was_cut_short_is_read(run_config, tmp_path):
+    pipeline.quantize(run_config())
+    (tmp_path / "run" / "summary.json").unlink()
+    with (tmp_path / "run" / "journal.jsonl").open("a") as journal:
+        journal.write('{"time": 1.0, "event": "fin')
+    assert pipeline.quantize(run_config())["retries"] == []
+
+
+def test_damaged_record_is_redone(run_config, tmp_path):
+    expected = files_of(model_of(pipeline.quantize(run_config())))
+    record = tmp_path / "run" / "records" / "round-0-block-0001.json"
+    record.write_text(record.read_text().replace('"bits": 4', '"bits": 3'))
+    assert files_of(model_of(pipeline.quantize(run_config()))) == expected
+    assert '"bits": 4' in record.read_text()
+
+
+def test_going_on_on_another_kind_of_device_is_refused(run_config, tmp_path, monkeypatch):
+    pipeline.quantize(run_config())
+    (tmp_path / "run" / "records" / "round-0-block-0002.json").unlink()
+    monkeypatch.setattr(LocalExecutor, "__init__", lambda self, workers, on_gpu: vars(self).update(num_workers=1, has_gpus=True, _workers={}, _events=[]))
+    with pytest.raises(ConfigError, match="this run was begun on cpu and would go on on cuda; set execution.device: cpu"):
+        pipeline.quantize(run_config())

@@ -4,7 +4,7 @@ import random
 
 import pytest
 
-from astro_dist.schedule import BlockSchedule, Spent, unit_names
+from astro_dist.schedule import BlockSchedule, Call, Spent, unit_names
 from astro_dist.sequential_schedule import SequentialSchedule
 
 CHUNKS = ["c0000", "c0001", "h0000"]
@@ -41,9 +41,17 @@ def simulate_with_losses(num_workers, seed, schedule, losses):
         call = running.pop(worker)
         if losses and dice.random() < 0.15:
             losses -= 1
-            workers.remove(worker)
+            # A node may take several workers with it, and what they hold.
+            gone = {worker, *(other for other in running if dice.random() < 0.4)}
             schedule.failed(worker, call)
-            if len(workers) == 0 or dice.random() < 0.5:
+            for other in gone & set(running):
+                schedule.failed(other, running.pop(other))
+            for other in (other for other in list(workers) if other not in gone and other not in running):
+                if dice.random() < 0.3 and schedule.holds(other):
+                    gone.add(other)
+                    schedule.failed(other, call)
+            workers = [other for other in workers if other not in gone]
+            while len(workers) == 0 or dice.random() < 0.5:
                 workers.append(newest)
                 newest += 1
         else:
@@ -60,6 +68,16 @@ def test_whichever_workers_are_lost_every_unit_is_finished(num_workers, seed):
     schedule = SequentialSchedule(BLOCKS, 2, CHUNKS, 2, [], {}, seed % 2 == 0)
     simulate_with_losses(num_workers, seed, schedule, losses=12)
     assert schedule.finished == set(schedule.units)
+
+
+def test_worker_that_waits_for_two_lost_blocks_takes_the_first_of_them():
+    schedule = BlockSchedule(3, 0, CHUNKS, [], {})
+    schedule.done(0, schedule.next_call(0), {})
+    for worker in (0, 1, 2):
+        schedule.done(worker, schedule.next_call(worker), None)
+    schedule.failed(0, schedule.next_call(0))
+    schedule.failed(1, Call("open_block", (0, 1), "round-0-block-0001"))
+    assert schedule.next_call(2).args == (0, 0)
 
 
 def test_worker_that_waits_for_a_block_in_nobodys_hands_takes_it():

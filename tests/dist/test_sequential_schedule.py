@@ -1,5 +1,7 @@
 """Mode `sequential`: shares, tiles, shard and passing on come in the only order that is allowed."""
 
+import random
+
 import pytest
 
 from astro_dist.sequential_schedule import SequentialSchedule, sequential_units, shares
@@ -91,3 +93,29 @@ def test_shares_are_contiguous_and_whole(count, expected):
 
 def test_without_held_out_text_there_is_no_head():
     assert not {call.method for _, call in run(2, 0, chunks=CHUNKS[:3])} & {"head"}
+
+
+@pytest.mark.parametrize("lost", CHUNKS)
+def test_chunk_that_is_lost_where_the_current_block_wants_it_is_passed_on_again(lost):
+    """It was passed on to the next block before, which does not help."""
+    finished = ["embed", "round-0-block-0000", "round-0-block-0001"]
+    whole = {block: CHUNKS for block in range(4)}
+    there = {**whole, 2: [chunk for chunk in CHUNKS if chunk != lost]}
+    log = [(c.method, *c.args) for _, c in run(1, 0, finished, {"round-0": {0: CHUNKS, 2: CHUNKS}, "original": there}, compensated=True)]
+    needed = not lost.startswith("h")
+    assert (("pass_on", "original", 1, lost) in log) == needed
+    assert ("write", 3) in log
+
+
+@pytest.mark.parametrize("seed", range(60))
+@pytest.mark.parametrize("compensated", [False, True])
+def test_run_goes_on_whatever_chunks_are_left(seed, compensated):
+    dice = random.Random(seed)
+    units = sequential_units(BLOCKS, 2, True)
+    finished = [unit for unit in units[: dice.randrange(len(units))] if dice.random() < 0.9]
+    present = {
+        stream: {block: [chunk for chunk in CHUNKS if dice.random() < 0.6] for block in range(BLOCKS + 1)}
+        for stream in ("original", "round-0")
+    }
+    present["original"][0] = present["round-0"][0]
+    run(2, seed, finished, present, compensated=compensated)

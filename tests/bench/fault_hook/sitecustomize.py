@@ -20,6 +20,7 @@ PHASES = {
     "solve": ("Worker", "solve"),
     "tile": ("Worker", "tile"),
     "write": ("Stage", "write_block"),
+    "rename": ("Path", "replace"),  # a file is whole, but not yet under its name
     "record": ("RunDirectory", "finish"),
 }
 
@@ -51,7 +52,7 @@ def _wrap(phase):
     class_name, method = PHASES[phase]
     owner = {
         "Stage": stage.Stage, "Worker": actors.Worker, "HessianAccumulator": HessianAccumulator,
-        "RunDirectory": RunDirectory,
+        "RunDirectory": RunDirectory, "Path": Path,
     }[class_name]  # fmt: skip
     real, calls = getattr(owner, method), [0]
 

@@ -1,0 +1,40 @@
+"""Parts of a run carry a checksum over everything that is in them."""
+
+import json
+
+import pytest
+import torch
+
+from astro.errors import DamagedError
+from astro.parts import load_part, read_part_note, save_part
+
+TENSORS = {"b": torch.arange(6.0).reshape(2, 3), "a": torch.tensor([True, False]), "c": torch.tensor(7)}
+
+
+def test_round_trip(tmp_path):
+    save_part(tmp_path / "part", TENSORS, "first\nsecond")
+    tensors, note = load_part(tmp_path / "part")
+    assert note == read_part_note(tmp_path / "part") == "first\nsecond"
+    assert all(torch.equal(tensors[name], TENSORS[name]) for name in TENSORS)
+
+
+def test_every_byte_that_is_changed_is_found(tmp_path):
+    save_part(tmp_path / "part", TENSORS, json.dumps({"num_tokens": 123}))
+    whole = (tmp_path / "part").read_bytes()
+    for position in range(8, len(whole)):
+        if whole[position : position + 1] == b" ":
+            continue  # padding of the header
+        changed = bytearray(whole)
+        changed[position] ^= 1
+        (tmp_path / "part").write_bytes(changed)
+        with pytest.raises(DamagedError, match=r"part: "):
+            load_part(tmp_path / "part")
+
+
+def test_part_that_is_missing_or_cut_short(tmp_path):
+    save_part(tmp_path / "part", TENSORS)
+    (tmp_path / "part").write_bytes((tmp_path / "part").read_bytes()[:-1])
+    with pytest.raises(DamagedError, match="cannot be read"):
+        load_part(tmp_path / "part")
+    with pytest.raises(DamagedError, match="cannot be read"):
+        read_part_note(tmp_path / "gone")
