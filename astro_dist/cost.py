@@ -135,8 +135,9 @@ class CostModel:
     def worker_bytes(self) -> int:
         """Peak memory of a CPU worker; a GPU's is less by the libraries. The largest of all blocks."""
         blocks = max(self._block_bytes(unit) for unit in self._plan.blocks)
-        # Embeddings and head as they are stored and as they are used; the logits of one sequence, some copies of them.
-        outside = self._plan.outside_weights * (self._itemsize + 2)
+        # Embeddings and head as they are stored, where that is not how they are used; the logits of one sequence.
+        stored = sum(unit.read_bytes for unit in self._plan.copies) / max(self._plan.outside_weights, 1)
+        outside = self._plan.outside_weights * (self._itemsize + (stored if stored != self._itemsize else 0))
         logits = 4 * _LOGITS * self._sequence_length * self._plan.vocab_size
         return int(_LIBRARIES_BYTES + max(blocks, outside + logits))
 

@@ -9,6 +9,7 @@ bfloat16, eight shards; 22 layers of TinyLlama's shape are 2.2 GB. Without `--sh
 import argparse
 import json
 import math
+import multiprocessing
 import os
 import subprocess
 import sys
@@ -83,10 +84,16 @@ def main() -> None:
         source = options.folder / f"source-{name}"
         if not (source / "tokenizer.json").exists():
             source.mkdir(parents=True, exist_ok=True)
-            fabricate(source, shape, options.layers)
+            # Apart: a process begins with the peak of the one that starts it.
+            maker = multiprocessing.get_context("spawn").Process(target=fabricate, args=(source, shape, options.layers))
+            maker.start()
+            maker.join()
         config = options.folder / f"{name}.json"  # JSON is YAML
         content = {
             "model": {"source": str(source)},
+            # Few iterations and passes: they take time, not memory.
+            "quantization": {"refine_passes": 1},
+            "regularizer": {"iterations": 2},
             "calibration": {"samples": 4, "sequence_length": 256, "chunk_samples": 2, "holdout_samples": 2},
             "execution": {"workers": options.workers, "device": "cpu"},
             "output": {"dir": str(options.folder / f"run-{name}")},
