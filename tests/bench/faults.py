@@ -139,6 +139,13 @@ class Job:
                 raise TimeoutError(f"{event} {unit}: {self.journal()[-3:]}")
             time.sleep(0.05)
 
+    def wait_for_workers(self, number: int) -> None:
+        """Until so many workers are up and have something to do."""
+        end = time.monotonic() + 120
+        while sum(line["event"] == "joined" for line in self.journal()) < number and time.monotonic() < end:
+            time.sleep(0.05)
+        time.sleep(2)
+
 
 def write_config(out: Path, name: str, model: Path, samples: int = 24, **execution: object) -> tuple[Path, Path]:
     run = out / name
@@ -176,7 +183,7 @@ def worker_fault(phase: str, call: int, action: str) -> Callable[[Job], str]:
 
 def node_killed(job: Job) -> str:
     driver = job.start()
-    job.wait_for("finished", "block-0001")
+    job.wait_for_workers(4)
     job.cluster.signal("w1", signal.SIGKILL)
     code = driver.wait()
     job.cluster.start_node("w1", "127.0.0.3")
@@ -187,7 +194,7 @@ def node_killed(job: Job) -> str:
 def node_frozen(job: Job) -> str:
     """No process of the node does anything for so long that the node is declared dead; then all go on."""
     driver = job.start()
-    job.wait_for("finished", "block-0001")
+    job.wait_for_workers(4)
     job.cluster.signal("w1", signal.SIGSTOP)
     time.sleep(12)
     job.cluster.signal("w1", signal.SIGCONT)
@@ -202,7 +209,7 @@ def node_joins(job: Job) -> str:
     job.cluster.signal("w3", signal.SIGKILL)
     time.sleep(6)
     driver = job.start()
-    job.wait_for("finished", "block-0000")
+    job.wait_for("finished", "embed")
     before = {line["worker"] for line in job.journal() if line["event"] == "joined"}
     job.cluster.start_node("w3", "127.0.0.5")
     code = driver.wait()
@@ -221,7 +228,7 @@ def driver_killed(job: Job) -> str:
 def cable_pulled(job: Job) -> str:
     """A node loses its network for so long that it is declared dead; then the network is back."""
     driver = job.start()
-    job.wait_for("finished", "block-0000")
+    job.wait_for_workers(3)
     subprocess.run(["ip", "-n", namespace("w1"), "link", "set", "eth0", "down"], check=True)
     time.sleep(15)
     subprocess.run(["ip", "-n", namespace("w1"), "link", "set", "eth0", "up"], check=True)
@@ -296,13 +303,13 @@ FAULTS: dict[str, tuple[str, Callable[[Job], str], dict]] = {
     ),
     "worker raises": ("an exception in a solve", worker_fault("solve", 2, "raise"), {}),
     "worker hangs": ("a solve that never ends", worker_fault("solve", 2, "hang"), {"call_timeout_s": 15}),
-    "node killed": ("kill -9 of every process of a node", node_killed, {}),
-    "node killed, sequential": ("the same in mode `sequential`", node_killed, {"mode": "sequential"}),
-    "node frozen": ("a node that stands still for 12 s and goes on", node_frozen, {}),
-    "node joins": ("a node that joins late", node_joins, {"samples": 960}),
-    "driver killed, sequential": ("the same in mode `sequential`", driver_killed, {"mode": "sequential"}),
+    "node killed": ("kill -9 of every process of a node", node_killed, {"samples": 480}),
+    "node killed, sequential": ("the same in mode `sequential`", node_killed, {"samples": 480, "mode": "sequential"}),
+    "node frozen": ("a node that stands still for 12 s and goes on", node_frozen, {"samples": 480}),
+    "node joins": ("a node that joins late", node_joins, {"samples": 2400}),
     "driver killed": ("kill -9 of the driver, same command again", driver_killed, {}),
-    CABLE: ("the cable of a node pulled for 15 s and put back", cable_pulled, {"samples": 240}),
+    "driver killed, sequential": ("the same in mode `sequential`", driver_killed, {"mode": "sequential"}),
+    CABLE: ("the cable of a node pulled for 15 s and put back", cable_pulled, {"samples": 480}),
     "disk full": ("the run directory's disk fills up and is freed", disk_full, {}),
 }  # fmt: skip
 
