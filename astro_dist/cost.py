@@ -5,7 +5,7 @@ of one module with inputs of one width are taken to, but for attention's output,
 """
 
 import dataclasses
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping
 
 from astro.config import Quantization, Regularizer
 from astro.layer import row_tile
@@ -245,5 +245,5 @@ class CostModel:
     def _held_out_chunks(self) -> list[str]:
         return [chunk for chunk in self._tokens if is_held_out(chunk)]
 
-    def _activations(self, chunks: Iterable[str] | Sequence[str]) -> float:
+    def _activations(self, chunks: Iterable[str]) -> float:
         return float(sum(self._tokens[chunk] for chunk in chunks) * self._plan.hidden_size * self._itemsize)

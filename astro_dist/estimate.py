@@ -12,11 +12,11 @@ from astro_dist.config import RunConfig
 from astro_dist.cost import CostModel
 from astro_dist.devices import Device
 from astro_dist.plan import Plan
-from astro_dist.schedule import BlockSchedule, Call, Schedule
-from astro_dist.sequential_schedule import SequentialSchedule
+from astro_dist.resume import schedule_of
+from astro_dist.schedule import Call
 from astro_dist.simulate import simulate
 
-__all__ = ["Estimate", "estimate", "first_schedule", "require_room"]
+__all__ = ["Estimate", "estimate", "require_room"]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -65,7 +65,7 @@ def estimate(config: RunConfig, plan: Plan, dtype: torch.dtype, workers: int, de
         moved[0] += work.moved_bytes
         return work.seconds(device, half)
 
-    schedule = first_schedule(config, plan, list(tokens))
+    schedule = schedule_of(config, plan, list(tokens))
     found = simulate(schedule, workers, seconds, cost.result)
     return Estimate(
         workers=workers,
@@ -97,13 +97,3 @@ def require_room(needed_bytes: int, folder: Path) -> None:
             f"output.dir {folder}: the run needs about {needed_bytes / 1e9:.1f} GB there, {free / 1e9:.1f} GB are "
             "free; free space, choose another folder, or lower calibration.samples"
         )
-
-
-def first_schedule(config: RunConfig, plan: Plan, chunks: list[str]) -> Schedule:
-    """The schedule of a run that has not begun."""
-    blocks, copies, execution = len(plan.blocks), len(plan.copies), config.execution
-    if execution.mode == "sequential":
-        shares, compensated = execution.hessian_shares, config.quantization.compensates
-        return SequentialSchedule(blocks, copies, chunks, shares, [], {}, compensated)
-    measured_first = config.quantization.bits == "auto"
-    return BlockSchedule(blocks, copies, chunks, [], {}, execution.rounds, measured_first=measured_first)

@@ -278,6 +278,18 @@ class RunDirectory:
             finally:
                 self._sweep()
 
+    def is_locked(self) -> bool:
+        """Whether a driver is at work here."""
+        path = self.root / "lock"
+        if not path.is_file():
+            return False
+        with path.open() as lock:
+            try:
+                fcntl.flock(lock, fcntl.LOCK_SH | fcntl.LOCK_NB)
+            except OSError:
+                return True
+        return False
+
     def _sweep(self) -> None:
         """Delete what was left half written."""
         for partial in self.root.rglob(f".*{PARTIAL_SUFFIX}"):

@@ -1,15 +1,15 @@
 """The schedule of a run, from what its directory holds: nothing at the beginning, or what is finished already."""
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 
 from astro_dist.calibration import Chunk, as_tensors
 from astro_dist.config import RunConfig
 from astro_dist.manifest import RunDirectory
 from astro_dist.plan import Plan
-from astro_dist.schedule import BlockSchedule, Schedule, block_unit, is_held_out, stream_names, unit_names
+from astro_dist.schedule import BlockSchedule, Present, Schedule, block_unit, is_held_out, stream_names, unit_names
 from astro_dist.sequential_schedule import SequentialSchedule, sequential_units
 
-__all__ = ["make_schedule"]
+__all__ = ["make_schedule", "schedule_of"]
 
 
 def make_schedule(config: RunConfig, plan: Plan, run: RunDirectory, chunks: Sequence[Chunk]) -> Schedule:
@@ -33,12 +33,34 @@ def make_schedule(config: RunConfig, plan: Plan, run: RunDirectory, chunks: Sequ
     calls_there = all(run.calls(*chunk.tokens.shape).is_file() for chunk in chunks)
     if not calls_there and any(unit not in finished for unit in units):
         finished.discard("embed")
-    if sequential:
-        count, compensated = config.execution.hessian_shares, config.quantization.compensates
-        return SequentialSchedule(blocks, copies, names, count, finished, present, compensated)
-    written = {unit for unit in finished if run.has_files(unit)}
+    written = None if sequential else {unit for unit in finished if run.has_files(unit)}
+    return schedule_of(config, plan, names, finished, present, written)
+
+
+def schedule_of(
+    config: RunConfig,
+    plan: Plan,
+    chunks: Sequence[str],
+    finished: Collection[str] = (),
+    present: Present | None = None,
+    written: Collection[str] | None = None,
+) -> Schedule:
+    """The schedule of a run's mode; of one that has not begun where nothing more is given.
+
+    Args:
+        config: of the run.
+        plan: every unit.
+        chunks: names in the order in which they travel.
+        finished: names of the units that are finished.
+        present: chunks that are there as input of each block.
+        written: in mode `blocks` the finished units whose files are still there; all of them where not given.
+    """
+    blocks, copies, execution, there = len(plan.blocks), len(plan.copies), config.execution, present or {}
+    if execution.mode == "sequential":
+        shares, compensated = execution.hessian_shares, config.quantization.compensates
+        return SequentialSchedule(blocks, copies, chunks, shares, finished, there, compensated)
     measured_first = config.quantization.bits == "auto"
-    return BlockSchedule(blocks, copies, names, finished, present, run.rounds, written, measured_first)
+    return BlockSchedule(blocks, copies, chunks, finished, there, execution.rounds, written, measured_first)
 
 
 def _finished(run: RunDirectory, units: Sequence[str]) -> set[str]:

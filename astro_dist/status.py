@@ -1,6 +1,5 @@
 """What a run directory says of its run, while it goes on or after."""
 
-import fcntl
 import time
 from pathlib import Path
 from typing import Any
@@ -36,7 +35,7 @@ def read_status(root: Path) -> dict[str, Any]:
     start: dict[str, Any] = next((line for line in reversed(lines) if line["event"] == "started"), {})
     records = {path.stem for path in (root / "records").glob("*.json")}
     blocks = [unit for unit in records if "block-" in unit]
-    running = _is_locked(root / "lock")
+    running = run.is_locked()
     workers, in_flight = _at_work(session if running else [])
     total = start.get("units", len(records))
     state = "running" if running else "complete" if run.summary.is_file() and len(records) == total else "stopped"
@@ -52,17 +51,6 @@ def read_status(root: Path) -> dict[str, Any]:
         ],
         "seconds_left": _seconds_left(session, total - len(records)) if running else None,
     }
-
-
-def _is_locked(path: Path) -> bool:
-    if not path.is_file():
-        return False
-    with path.open() as lock:
-        try:
-            fcntl.flock(lock, fcntl.LOCK_SH | fcntl.LOCK_NB)
-        except OSError:
-            return True
-    return False
 
 
 def _at_work(session: list[dict[str, Any]]) -> tuple[int, list[dict[str, Any]]]:

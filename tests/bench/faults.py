@@ -14,9 +14,11 @@ import dataclasses
 import hashlib
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -56,9 +58,7 @@ class Cluster:
         token.chmod(0o600)
         self.fault = folder / "fault.json"
         # Ray wants short paths for its sockets.
-        self._short = Path(
-            subprocess.run(["mktemp", "-d", "/tmp/f-XXXX"], capture_output=True, text=True).stdout.strip()
-        )
+        self._short = Path(tempfile.mkdtemp(prefix="f-"))
         self.environment = {
             **os.environ, **HEALTH, **QUIET, "RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN_PATH": str(token),
         }  # fmt: skip
@@ -105,7 +105,7 @@ class Cluster:
     def close(self) -> None:
         for name in self.nodes:
             self.signal(name, signal.SIGKILL)
-        subprocess.run(["rm", "-rf", str(self._short)])
+        shutil.rmtree(self._short, ignore_errors=True)
 
 
 @dataclasses.dataclass
@@ -303,7 +303,7 @@ FAULTS: dict[str, tuple[str, Callable[[Job], str], dict]] = {
     ),
     "worker raises": ("an exception in a solve", worker_fault("solve", 2, "raise"), {}),
     "worker hangs": ("a solve that never ends", worker_fault("solve", 2, "hang"), {"call_timeout_s": 15}),
-    "node killed": ("kill -9 of every process of a node", node_killed, {"samples": 480}),
+    "node killed": ("kill -9 of every process of a node with two workers", node_killed, {"samples": 480}),
     "node killed, sequential": ("the same in mode `sequential`", node_killed, {"samples": 480, "mode": "sequential"}),
     "node frozen": ("a node that stands still for 12 s and goes on", node_frozen, {"samples": 480}),
     "node joins": ("a node that joins late", node_joins, {"samples": 2400}),

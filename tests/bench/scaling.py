@@ -20,8 +20,8 @@ from astro_dist.calibration import chunk_tokens
 from astro_dist.config import RunConfig, load_config
 from astro_dist.cost import CostModel
 from astro_dist.devices import DEVICES
-from astro_dist.estimate import first_schedule
 from astro_dist.plan import BlockUnit, CopyUnit, Plan
+from astro_dist.resume import schedule_of
 from astro_dist.schedule import Call
 from astro_dist.simulate import simulate
 
@@ -100,7 +100,7 @@ def table(name: str, device_name: str) -> None:
         cost = CostModel(plan, config, tokens, 2, "cuda", reach)
         walls, efficiencies = [], []
         for workers in WORKERS:
-            schedule = first_schedule(config, plan, list(tokens))
+            schedule = schedule_of(config, plan, list(tokens))
             found = simulate(
                 schedule, workers, lambda call, cost=cost: cost.work(call).seconds(device, True), cost.result
             )
@@ -145,7 +145,7 @@ def measured(run: Path, workers: list[int]) -> None:
         (), (), 0, 0, 0, 0, (),
     )  # fmt: skip
     for count in workers:
-        found = simulate(first_schedule(config, plan, list(tokens)), count, seconds, lambda call: {})
+        found = simulate(schedule_of(config, plan, list(tokens)), count, seconds, lambda call: {})
         print(f"{count} workers: simulated {found.wall_s:.0f} s, {found.efficiency(count):.0%} at work")
     print(f"the run itself: {max(line['time'] for line in lines) - min(began.values()):.0f} s after its first call")
 

@@ -11,7 +11,7 @@ from astro_dist import pipeline
 from astro_dist.calibration import chunk_tokens
 from astro_dist.cost import CostModel, Work
 from astro_dist.devices import DEVICES, Device
-from astro_dist.estimate import first_schedule
+from astro_dist.resume import schedule_of
 from astro_dist.schedule import Call
 from astro_dist.simulate import simulate
 from astro_dist.stage import require_memory
@@ -28,7 +28,7 @@ def every_call(prepared, workers=1):
     calls = []
     tokens = chunk_tokens(prepared.config.calibration)
     cost = CostModel(prepared.plan, prepared.config, tokens, 4, "cpu")
-    schedule = first_schedule(prepared.config, prepared.plan, list(tokens))
+    schedule = schedule_of(prepared.config, prepared.plan, list(tokens))
     simulate(schedule, workers, lambda call: calls.append(call) or 1.0, cost.result)
     return calls, cost
 

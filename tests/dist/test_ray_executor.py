@@ -34,7 +34,24 @@ def cluster():
     ray.shutdown()
 
 
-def test_local_and_ray_with_one_two_and_three_workers_write_the_same_bytes(cluster, run_config, tmp_path):
+@pytest.fixture
+def wait_for_all(monkeypatch):
+    """Let a run begin when all its actors are up but for so many, as no run would wait."""
+    idle = RayExecutor.idle
+
+    def begin_with(missing):
+        def idle_if_all_are_up(self):
+            return idle(self) if sum(starting for _, starting in self._calls.values()) <= missing else []
+
+        monkeypatch.setattr(RayExecutor, "idle", idle_if_all_are_up)
+
+    return begin_with
+
+
+def test_local_and_ray_with_one_two_and_three_workers_write_the_same_bytes(
+    cluster, run_config, tmp_path, wait_for_all
+):
+    wait_for_all(missing=0)
     pipeline.quantize(run_config(output__dir=str(tmp_path / "local")))
     expected = files_of(tmp_path / "local" / "model")
     for workers in (1, 2, 3):
@@ -94,7 +111,8 @@ def test_worker_that_hangs_is_given_up_and_past_the_retries_the_error_names_the_
         pipeline.quantize(config)
 
 
-def test_more_workers_than_the_cluster_has_wait_for_room(cluster, run_config):
+def test_more_workers_than_the_cluster_has_wait_for_room(cluster, run_config, wait_for_all):
+    wait_for_all(missing=1)
     summary = pipeline.quantize(run_config(execution__executor="ray", execution__workers=4))
     assert set(summary["peak_rss_bytes"]) == {"driver", "worker-0", "worker-1", "worker-2"}
 
