@@ -53,6 +53,11 @@ class _OpenBlock:
     statistics: BlockStatistics
     seconds: dict[str, float]
 
+    def feeding_seconds(self) -> dict[str, float]:
+        """Time by phase until all chunks have passed; that of the Hessians apart."""
+        hessian_s = self.statistics.seconds
+        return {**self.seconds, "forward": self.seconds["forward"] - hessian_s, "hessian": hessian_s}
+
 
 class Worker:
     """Does units of a run on one device. Holds at most one block."""
@@ -103,7 +108,9 @@ class Worker:
         return self._spec.run.finish(unit.name, [path], {"bytes_read": unit.read_bytes})
 
     def open_block(self, round_index: int, index: int) -> None:
-        """Read the block that a round's calibration passes through: the source's, or that of the round before."""
+        """Read the block that a pass goes through: the source's, or that of the round before. Behind the last round
+        the pass only evaluates.
+        """
         start = time.perf_counter()
         stage = self._stage
         unit = stage.load(stream_names(self._spec.run.rounds)[round_index], index)
@@ -131,26 +138,29 @@ class Worker:
         unit = opened.unit
         settings = layer_settings(spec.run, spec.quantization, unit, round_index)
         weights, scale_dtype = stage.weights(unit), stage.scale_dtype(unit)
-        measuring = spec.quantization.bits == "auto" and round_index == 0
-        widths = spec.quantization.bit_choices if measuring else ()
-        statistics = opened.statistics.finish_()
+        widths, statistics = stage.widths(round_index), opened.statistics.finish_()
         quantized, records = quantize_block(weights, statistics, settings, spec.regularization, scale_dtype, widths)
-        hessian_s = opened.statistics.seconds
-        seconds = {**opened.seconds, "forward": opened.seconds["forward"] - hessian_s, "hessian": hessian_s}
         self._open = None
-        finished = self._finish_block(round_index, unit, quantized, records, seconds)
+        finished = self._finish_block(round_index, unit, quantized, records, opened.feeding_seconds())
         stage.close()
         return finished
 
     @torch.no_grad()
-    def advance(self, index: int) -> dict[str, Any]:
-        """Held-out chunks through a block of the result, read back from the shard that was written."""
-        start, run, stage = time.perf_counter(), self._spec.run, self._stage
-        stream = stream_names(run.rounds)[-1]
-        for chunk in stage.held_out:
-            stage.pass_on(stream, index, chunk)
-        stage.close()
-        return run.finish(evaluate_unit(index), [], {"seconds": {"evaluate": time.perf_counter() - start}})
+    def give_out(self, round_index: int, index: int) -> dict[str, Any]:
+        """In place of `solve`, where other workers have nothing to do: they solve it with this one."""
+        opened = self._opened(round_index, index)
+        given_out = self._tiles.give_out(round_index, opened.unit, opened.statistics, opened.feeding_seconds())
+        self._open = None
+        return given_out
+
+    @torch.no_grad()
+    def conclude(self, round_index: int, index: int) -> dict[str, Any]:
+        """All held-out chunks have passed the open block of the result, as it was read back from its shard."""
+        opened = self._opened(round_index, index)
+        self._open = None
+        self._stage.close()
+        seconds = {"evaluate": sum(opened.seconds.values())}
+        return self._spec.run.finish(evaluate_unit(index), [], {"seconds": seconds})
 
     @torch.no_grad()
     def pass_on(self, stream: str, index: int, chunk: str) -> float:
@@ -165,22 +175,22 @@ class Worker:
         return self._tiles.share(index, stage_index, number)
 
     @torch.no_grad()
-    def decide(self, index: int, stage_index: int) -> None:
-        """Sum the group's shares and decide what holds for all of its rows."""
-        self._tiles.decide(index, stage_index)
+    def decide(self, round_index: int, index: int, stage_index: int) -> None:
+        """Decide what holds for all rows of one group of a block's layers, its shares summed."""
+        self._tiles.decide(round_index, index, stage_index)
 
     @torch.no_grad()
-    def tile(self, index: int, stage_index: int, number: int) -> None:
+    def tile(self, round_index: int, index: int, stage_index: int, number: int) -> None:
         """Solve one tile of the group's rows."""
-        self._tiles.tile(index, stage_index, number)
+        self._tiles.tile(round_index, index, stage_index, number)
 
     @torch.no_grad()
-    def write(self, index: int) -> dict[str, Any]:
-        """Put a block's tiles together and write its shard, a final file of the model."""
+    def write(self, round_index: int, index: int) -> dict[str, Any]:
+        """Put a block's tiles together and write its shard."""
         start = time.perf_counter()
-        quantized, records, seconds = self._tiles.merge(index)
+        quantized, records, seconds = self._tiles.merge(round_index, index)
         seconds["write"] = time.perf_counter() - start
-        return self._finish_block(0, self._spec.plan.blocks[index], quantized, records, seconds)
+        return self._finish_block(round_index, self._spec.plan.blocks[index], quantized, records, seconds)
 
     @torch.no_grad()
     def head(self, stream: str) -> dict[str, Any]:

@@ -6,6 +6,7 @@ of one module with inputs of one width are taken to, but for attention's output,
 
 import dataclasses
 from collections.abc import Callable, Iterable, Mapping
+from typing import Any
 
 from astro.config import Quantization, Regularizer
 from astro.layer import row_tile
@@ -107,30 +108,30 @@ class CostModel:
             return Work(compute, moved_bytes=self._activations(self._held_out_chunks))
         if call.method == "copy":
             return Work(moved_bytes=2.0 * plan.copies[int(args[0])].read_bytes)
-        if call.method in ("open_block", "forward", "solve", "pass_on"):
-            unit = plan.blocks[int(args[1])]
-        else:
-            unit = plan.blocks[int(args[0])]
+        unit = plan.blocks[int(args[0] if call.method == "share" else args[1])]
+        if call.method == "conclude":
+            return Work()
         if call.method == "open_block":
-            return Work(moved_bytes=unit.read_bytes)
+            return Work(moved_bytes=unit.read_bytes if args[0] == 0 else unit.written_bytes)
         if call.method in ("forward", "pass_on"):
             chunk = str(args[2])
             exact = self._hessian(unit, self._tokens[chunk]) if not is_held_out(chunk) else 0.0
             moved = 2.0 * self._activations([chunk])
             return Work(self._forward(unit, self._tokens[chunk]), exact * (call.method == "forward"), 0.0, moved)
-        if call.method == "advance":
-            moved = 2.0 * self._activations(self._held_out_chunks) + unit.written_bytes
-            return Work(self._forward(unit, self._held_out), moved_bytes=moved)
         if call.method == "solve":
             return self._solve(unit.written_bytes, self._groups(unit))
         return self._stage_part(call, unit)
 
-    def result(self, call: Call) -> dict[str, int]:
+    def result(self, call: Call) -> dict[str, Any]:
         """What a schedule reads from the result of a call."""
-        if call.method != "share":
-            return {}
-        groups = self._groups(self._plan.blocks[int(call.args[0])])
-        return {"stages": len(groups), "tiles": self._tiles(groups[int(call.args[1])])}
+        if call.method == "give_out":
+            groups = self._groups(self._plan.blocks[int(call.args[1])])
+            widest = sorted(range(len(groups)), key=lambda stage: -groups[stage].columns)
+            return {"tiles": [(stage, self._tiles(groups[stage])) for stage in widest]}
+        if call.method == "share":
+            groups = self._groups(self._plan.blocks[int(call.args[0])])
+            return {"stages": len(groups), "tiles": self._tiles(groups[int(call.args[1])])}
+        return {}
 
     def worker_bytes(self) -> int:
         """Peak memory of a CPU worker; a GPU's is less by the libraries. The largest of all blocks."""
@@ -146,9 +147,14 @@ class CostModel:
         mode `sequential` the parts of one block.
         """
         inputs = self._activations(self._tokens)
-        if not self._sequential:
-            return int(self._plan.written_bytes * min(self._rounds, 2) + (workers + 2) * self._rounds * inputs)
         groups = self._groups(self._plan.blocks[0])
+        if not self._sequential:
+            written, given_out = (
+                self._plan.written_bytes * min(self._rounds, 2),
+                min(workers // 2, len(self._plan.blocks)),
+            )
+            squares = given_out * sum(4.0 * group.columns**2 for group in groups)
+            return int(written + (workers + 2) * self._rounds * inputs + squares)
         squares = 4.0 * (1 + self._compensated) * (sum(g.columns**2 for g in groups) + self._widest(groups))
         tiles = sum(1.1 * group.rows * group.columns for group in groups)
         return int(self._plan.written_bytes + (4 + 3 * self._compensated) * inputs + squares + tiles)
@@ -174,11 +180,13 @@ class CostModel:
         return int(weights * self._itemsize + hessians + phase)
 
     def _stage_part(self, call: Call, unit: BlockUnit) -> Work:
-        """A call of mode `sequential`."""
+        """A call for a block that several work on."""
         groups = self._groups(unit)
         if call.method == "write":
             return Work(moved_bytes=2.0 * unit.written_bytes)
-        group = groups[min(int(call.args[1]), len(groups) - 1)]
+        if call.method == "give_out":
+            return Work(moved_bytes=sum(4.0 * group.columns**2 for group in groups))
+        group = groups[min(int(call.args[1 if call.method == "share" else 2]), len(groups) - 1)]
         square = 4.0 * group.columns**2 * (1 + self._compensated)
         if call.method == "share":
             chunks = self._shares[int(call.args[2])]
@@ -190,7 +198,8 @@ class CostModel:
             moved = streams * self._activations(chunks) + square + unit.read_bytes
             return Work(streams * passed * self._forward(unit, tokens), exact, 0.0, moved)
         if call.method == "decide":
-            return self._solve(square * (len(self._shares) + 1), [dataclasses.replace(group, rows=0)], group.rows)
+            moved = square * (len(self._shares) + 1 if self._sequential else 1)
+            return self._solve(moved, [dataclasses.replace(group, rows=0)], group.rows)
         tile = dataclasses.replace(group, rows=self._tile_rows(group))
         return self._solve(5.0 * tile.rows * tile.columns + square, [tile], 0)
 

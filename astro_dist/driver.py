@@ -17,7 +17,7 @@ __all__ = ["Driver"]
 
 _TICK_S = 1.0
 _STALL_S = 30.0
-_FINISHING = ("embed", "copy", "solve", "write", "advance", "head")
+_FINISHING = ("embed", "copy", "solve", "write", "conclude", "head")
 """Calls whose record is the last thing that they write."""
 
 

@@ -12,7 +12,7 @@ __all__ = ["Failure", "FailureHistory", "Kind", "kind_of"]
 Kind = Literal["lost", "overdue", "raised", "storage", "damaged"]
 _FINAL = (NumericalError, ConfigError, UnsupportedError)
 """The arithmetic is the same wherever it is done again: so are these."""
-_HELD = ("open_block", "forward", "solve")
+_HELD = ("open_block", "forward", "solve", "give_out", "conclude")
 """Calls of a block that one worker has in hand from the first to the last."""
 _KEPT = "What is finished is kept"
 _STORAGE_WAIT_S = 15.0

@@ -72,9 +72,9 @@ class RunDirectory:
         """Input of a block for one chunk on its way through a model; before the first block all streams are one."""
         return self._inputs(stream, block) / f"{chunk}.safetensors"
 
-    def partial(self, block: int, name: str) -> Path:
+    def partial(self, round_index: int, block: int, name: str) -> Path:
         """A part of a block's solve that workers hand each other."""
-        return self.root / "activations" / "parts" / f"{block:04d}" / f"{name}.safetensors"
+        return self.root / "activations" / "parts" / f"{round_index}-{block:04d}" / f"{name}.safetensors"
 
     def present(self, stream: str) -> dict[int, set[str]]:
         """Chunks that are there as input of each block. Lists folders: asking for a file that another machine is yet
@@ -89,13 +89,12 @@ class RunDirectory:
 
     def drop(self, spent: Spent) -> None:
         """Delete what nothing needs any more. Inputs of the first block serve every stream and stay."""
-        parts = self.partial(spent.block, "any").parent
         if spent.kind == "inputs" and spent.block:
             shutil.rmtree(self._inputs(spent.stream, spent.block), ignore_errors=True)
         elif spent.kind == "parts":
-            shutil.rmtree(parts, ignore_errors=True)
+            shutil.rmtree(self.partial(spent.number, spent.block, "any").parent, ignore_errors=True)
         elif spent.kind == "shares":
-            for path in parts.glob(f"{spent.number}-share-*"):
+            for path in self.partial(0, spent.block, "any").parent.glob(f"{spent.number}-share-*"):
                 path.unlink(missing_ok=True)
         elif spent.kind == "shard":
             for file in read_json(self._record(block_unit(spent.number, spent.block)))["files"]:

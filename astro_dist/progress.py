@@ -19,12 +19,13 @@ _PHASES = {
     "open_block": "reading",
     "forward": "forward",
     "solve": "solving",
+    "give_out": "giving out",
     "share": "collecting",
     "decide": "deciding",
     "tile": "solving",
     "write": "writing",
     "pass_on": "passing on",
-    "advance": "evaluating",
+    "conclude": "evaluating",
     "head": "measuring perplexity",
 }
 

@@ -2,11 +2,12 @@
 
 from collections.abc import Collection, Sequence
 
+from astro_dist.block_schedule import BlockSchedule
 from astro_dist.calibration import Chunk, as_tensors
 from astro_dist.config import RunConfig
 from astro_dist.manifest import RunDirectory
 from astro_dist.plan import Plan
-from astro_dist.schedule import BlockSchedule, Present, Schedule, block_unit, is_held_out, stream_names, unit_names
+from astro_dist.schedule import Present, Schedule, block_unit, is_held_out, stream_names, unit_names
 from astro_dist.sequential_schedule import SequentialSchedule, sequential_units
 
 __all__ = ["make_schedule", "schedule_of"]

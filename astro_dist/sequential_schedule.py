@@ -79,7 +79,7 @@ class SequentialSchedule:
         """Whether every unit is finished."""
         return len(self.finished) == len(self.units)
 
-    def next_call(self, worker: int) -> Call | None:
+    def next_call(self, worker: int, idle: int = 0) -> Call | None:
         """What a free worker shall do now; None where it must wait for another."""
         for call in self._candidates():
             if call not in self._taken:
@@ -114,9 +114,9 @@ class SequentialSchedule:
 
     def _spent(self, call: Call) -> list[Spent]:
         if call.method == "decide":
-            return [Spent("shares", int(call.args[0]), number=int(call.args[1]))]
+            return [Spent("shares", int(call.args[1]), number=int(call.args[2]))]
         if call.method == "write":
-            block = int(call.args[0])
+            block = int(call.args[1])
             before = [Spent("inputs", block - 1, stream) for stream in STREAMS] if block else []
             return [Spent("parts", block), *before]
         return [Spent("inputs", self._num_blocks, str(call.args[0]))] if call.method == "head" else []
@@ -180,14 +180,14 @@ class SequentialSchedule:
             sharing = [Call("share", (block, stage, i), unit) for i in range(len(self._shares))]
             if not self._done.issuperset(sharing):
                 return [call for call in sharing if ready.issuperset(self._shares[int(call.args[2])])]
-            deciding = Call("decide", (block, stage), unit)
+            deciding = Call("decide", (0, block, stage), unit)
             if deciding not in self._done:
                 return [deciding]
-            tiling = [Call("tile", (block, stage, i), unit) for i in range(self._tiles[block, stage])]
+            tiling = [Call("tile", (0, block, stage, i), unit) for i in range(self._tiles[block, stage])]
             if not self._done.issuperset(tiling):
                 return tiling
         # Writing the shard drops the inputs of the block before, which chunks on their way may still need.
-        return [] if chunks_behind else [Call("write", (block,), unit)]
+        return [] if chunks_behind else [Call("write", (0, block), unit)]
 
     def _heads(self) -> list[Call]:
         heads = [(stream, head_unit(stream)) for stream in STREAMS if self._held_out]

@@ -166,6 +166,11 @@ class Stage:
         dtypes = [self.checkpoint.entries[linear.key].float_dtype for linear in unit.linears]
         return dtypes[0] or self.spec.compute_dtype if dtypes else self.spec.compute_dtype
 
+    def widths(self, round_index: int) -> tuple[int, ...]:
+        """Widths that a round measures besides: the first, where a budget is to be spent."""
+        quantization = self.spec.quantization
+        return quantization.bit_choices if quantization.bits == "auto" and round_index == 0 else ()
+
     def write_block(self, unit: BlockUnit, round_index: int, quantized: dict[str, QuantizedLinear]) -> Path:
         """Write a block's shard: packed layers, and every other tensor as it was."""
         dtype = self.scale_dtype(unit)

@@ -1,24 +1,25 @@
-"""Mode `sequential` on a worker: a share of a layer group's statistics, a tile of its rows, a block's shard.
+"""What a worker does of a block that several work on: a share of a layer group's statistics, a tile of its rows.
 
-A block is solved in stages, one for each group of layers that share an input, in the order of its forward: a stage's
-inputs already hold the errors of the stages before. Workers hand each other partial sums and solved tiles as files. A
-share is a fixed part of the calibration chunks and a tile a fixed part of the rows: it does not matter who does which.
+A block is solved in stages, one for each group of layers that share an input. In mode `sequential` they follow the
+block's forward, and a stage's inputs already hold the errors of the stages before; in mode `blocks` one worker gives
+out the sums of all stages, which wait for nothing. Workers hand each other sums, decisions and solved tiles as files.
+A share is a fixed part of the calibration chunks and a tile one of the rows: it does not matter who does which.
 """
 
 import dataclasses
 import json
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from astro.block import by_settings, input_groups, input_of
+from astro.block import BlockStatistics, by_settings, input_groups, input_of
 from astro.config import Quantization, Regularizer
 from astro.errors import RunError
 from astro.grid import Grid
-from astro.group import Figures, GroupOutcome, LinearGroup, SolvedRows, prepare_group, solve_rows
+from astro.group import Figures, GroupOutcome, LinearGroup, SolvedRows, measure_width, prepare_group, solve_rows
 from astro.hessian import DriftAccumulator, HessianAccumulator
 from astro.layer import QuantizedLinear, merge_rows, row_tiles, stack
 from astro.parts import load_part, read_part_note, save_part
@@ -42,8 +43,9 @@ class _Tile:
 
 @dataclasses.dataclass
 class _Block:
-    """What this worker knows of the block it works on."""
+    """What this worker knows of the block it works on, in one round."""
 
+    round_index: int
     unit: BlockUnit
     groups: list[list[str]]
     weights: dict[str, torch.Tensor]
@@ -66,7 +68,7 @@ class TileSolver:
         """
         stage, start = self._stage, time.perf_counter()
         chunks = shares(stage.spec.chunks, stage.spec.shares)[number]
-        block = self._enter(index, chunks[0])
+        block = self._enter(0, index, chunks[0])
         name = block.groups[stage_index][0]
         H, drift = self._accumulators(block, stage_index)
         quantized = self._dequantized(index, stage_index)
@@ -82,42 +84,56 @@ class TileSolver:
         sums = {"hessian": H.partial} | ({"drift": drift.partial} if drift is not None else {})
         seconds["forward"] = time.perf_counter() - start - sum(seconds.values())
         note = {"groups": block.groups, "num_tokens": H.num_tokens, "seconds": seconds}
-        save_part(self._path(index, stage_index, f"share-{number}"), sums, json.dumps(note))
+        save_part(self._path(block, stage_index, f"share-{number}"), sums, json.dumps(note))
         return {"stages": len(block.groups), "tiles": len(self._tiles(block, stage_index))}
 
-    def decide(self, index: int, stage_index: int) -> None:
-        """Sum a stage's shares, in their order, and decide what holds for all of its rows."""
-        stage, paths = self._stage, self._share_paths(index, stage_index)
-        block = self._enter(index)
-        name = "+".join(block.groups[stage_index])
-        H, drift = self._accumulators(block, stage_index)
-        seconds: dict[str, float] = {}
-        for path in paths:
-            tensors, text = load_part(path)
-            note = json.loads(text)
-            add_seconds(seconds, note["seconds"])
-            H.merge_(tensors["hessian"].to(stage.device), note["num_tokens"])
-            if drift is not None:
-                drift.merge_(tensors["drift"].to(stage.device), note["num_tokens"])
-        sums = {"hessian": H.finish_(name)} | ({"drift": drift.finish_(name)} if drift is not None else {})
-        decided = {}
+    def give_out(
+        self, round_index: int, unit: BlockUnit, statistics: BlockStatistics, seconds: Mapping[str, float]
+    ) -> dict[str, Any]:
+        """Hand on the sums of all stages of a block that this worker fed.
+
+        Args:
+            round_index: of the run.
+            unit: the block.
+            statistics: whose sums are finished here.
+            seconds: that were spent on the block so far, by phase.
+
+        Returns:
+            `tiles`: stage and number of its tiles, the stage with the widest input first.
+        """
+        block = _Block(round_index, unit, statistics.groups, self._stage.weights(unit), {})
+        columns = []
+        for stage_index, (_, H, num_tokens) in enumerate(statistics.finish_()):
+            note = {"groups": block.groups, "num_tokens": num_tokens, "seconds": {} if stage_index else dict(seconds)}
+            save_part(self._path(block, stage_index, "sum"), {"hessian": H}, json.dumps(note))
+            columns.append(len(H))
+        widest = sorted(range(len(columns)), key=lambda stage_index: -columns[stage_index])
+        return {"tiles": [(stage_index, len(self._tiles(block, stage_index))) for stage_index in widest]}
+
+    def decide(self, round_index: int, index: int, stage_index: int) -> None:
+        """Decide what holds for all rows of a stage; where it has shares, add them up before, in their order."""
+        block = self._enter(round_index, index)
+        sums = self._sums(block, stage_index)
+        decided, seconds = {}, dict[str, float]()
         for settings, members in by_settings(block.groups[stage_index], self._settings(block)):
-            group, W = self._prepare(block, settings, tuple(members), sums, stage.spec.regularization)
+            group, W = self._prepare(block, settings, tuple(members), sums, self._stage.spec.regularization)
+            errors = {bits: measure_width(group, W, bits) for bits in self._stage.widths(round_index)}
             block.prepared = (tuple(members), group, W)
             outcome = group.outcome_()
             add_seconds(seconds, outcome.seconds)
-            decided["+".join(members)] = [outcome.beta, outcome.beta_gain]
-        content = {"groups": block.groups, "num_tokens": H.num_tokens, "seconds": seconds, "decided": decided}
-        save_part(self._path(index, stage_index, "sum"), sums, json.dumps(content))
+            decided["+".join(members)] = {"beta": outcome.beta, "gain": outcome.beta_gain, "errors": errors}
+        content = {"decided": decided, "seconds": seconds}
+        save_part(self._path(block, stage_index, "decision"), {}, json.dumps(content))
 
-    def tile(self, index: int, stage_index: int, number: int) -> None:
+    def tile(self, round_index: int, index: int, stage_index: int, number: int) -> None:
         """Solve one tile of a stage's rows."""
-        block = self._enter(index)
+        block = self._enter(round_index, index)
         tile = self._tiles(block, stage_index)[number]
         if block.prepared is None or block.prepared[0] != tile.members:
             block.prepared = None
-            sums, text = load_part(self._path(index, stage_index, "sum"))
-            beta, gain = json.loads(text)["decided"]["+".join(tile.members)]
+            sums, _ = load_part(self._path(block, stage_index, "sum"))
+            decided = self._decided(block, stage_index, tile.members)
+            beta, gain = decided["beta"], decided["gain"]
             regularization = dataclasses.replace(self._stage.spec.regularization, beta=beta)
             group, W = self._prepare(block, tile.settings, tile.members, sums, regularization)
             block.prepared = (tile.members, dataclasses.replace(group, beta_gain=gain), W)
@@ -125,34 +141,38 @@ class TileSolver:
         solved = solve_rows(group, W[tile.rows])
         tensors = {"Q": solved.Q, "scale": solved.grid.scale, "zero": solved.grid.zero}
         tensors |= {field.name: getattr(solved.figures, field.name) for field in dataclasses.fields(Figures)}
-        path = self._path(index, stage_index, f"tile-{number}")
+        path = self._path(block, stage_index, f"tile-{number}")
         save_part(path, tensors, json.dumps(dataclasses.asdict(group.outcome_())))
 
-    def merge(self, index: int) -> tuple[dict[str, QuantizedLinear], list[LayerRecord], dict[str, float]]:
+    def merge(
+        self, round_index: int, index: int
+    ) -> tuple[dict[str, QuantizedLinear], list[LayerRecord], dict[str, float]]:
         """Every layer of a block, the records of its groups, the seconds that all but the tiles took by phase."""
-        block = self._enter(index)
+        block = self._enter(round_index, index)
         seconds: dict[str, float] = {}
         layers: dict[str, QuantizedLinear] = {}
         records: list[LayerRecord] = []
         for stage_index in range(len(block.groups)):
-            add_seconds(seconds, self._note(index, stage_index)["seconds"])
-            solved, own = self._solved(index, stage_index)
+            add_seconds(seconds, self._note(block, stage_index, "sum")["seconds"])
+            add_seconds(seconds, self._note(block, stage_index, "decision")["seconds"])
+            solved, own = self._solved(block, stage_index)
             layers |= solved
             records += own
         self._block = None
         return layers, records, seconds
 
-    def _enter(self, index: int, chunk: str | None = None) -> _Block:
+    def _enter(self, round_index: int, index: int, chunk: str | None = None) -> _Block:
         """Load a block of the source; which of its layers share an input is found with a chunk, or was noted."""
         stage = self._stage
         unit = stage.load("original", index)
-        if self._block is None or self._block.unit.index != index:
+        if self._block is None or (self._block.round_index, self._block.unit.index) != (round_index, index):
+            self._block = _Block(round_index, unit, [], stage.weights(unit), {})
             if chunk is not None:
                 hidden = stage.hidden("round-0", index, chunk)
-                groups = input_groups(stage.linears(unit), lambda: stage.forward(index, hidden))
+                self._block.groups += input_groups(stage.linears(unit), lambda: stage.forward(index, hidden))
             else:
-                groups = self._note(index, 0)["groups"]
-            self._block = _Block(unit, groups, stage.weights(unit), {})
+                first = "sum" if self._is_there(self._block, 0, "sum") else "share-0"
+                self._block.groups += self._note(self._block, 0, first)["groups"]
         return self._block
 
     def _input(
@@ -178,9 +198,30 @@ class TileSolver:
         drift = DriftAccumulator(columns, stage.device) if stage.spec.quantization.compensates else None
         return HessianAccumulator(columns, stage.device), drift
 
+    def _sums(self, block: _Block, stage_index: int) -> dict[str, torch.Tensor]:
+        """A stage's sums, as they were given out, or from its shares."""
+        path = self._path(block, stage_index, "sum")
+        if self._is_there(block, stage_index, "sum"):
+            return load_part(path)[0]
+        stage, name = self._stage, "+".join(block.groups[stage_index])
+        H, drift = self._accumulators(block, stage_index)
+        seconds: dict[str, float] = {}
+        for number in range(len(shares(stage.spec.chunks, stage.spec.shares))):
+            tensors, text = load_part(self._path(block, stage_index, f"share-{number}"))
+            note = json.loads(text)
+            add_seconds(seconds, note["seconds"])
+            H.merge_(tensors["hessian"].to(stage.device), note["num_tokens"])
+            if drift is not None:
+                drift.merge_(tensors["drift"].to(stage.device), note["num_tokens"])
+        sums = {"hessian": H.finish_(name)} | ({"drift": drift.finish_(name)} if drift is not None else {})
+        content = {"groups": block.groups, "num_tokens": H.num_tokens, "seconds": seconds}
+        save_part(path, sums, json.dumps(content))
+        return sums
+
     def _dequantized(self, index: int, stage_index: int) -> dict[str, torch.Tensor]:
         """Weights of the stages before as they were quantized, in the compute dtype."""
-        solved = [self._solved(index, before)[0] for before in range(stage_index)]
+        block = self._enter(0, index)
+        solved = [self._solved(block, before)[0] for before in range(stage_index)]
         dtype, device = self._stage.spec.compute_dtype, self._stage.device
         return {name: layer.dequantize().to(device, dtype) for layers in solved for name, layer in layers.items()}
 
@@ -199,14 +240,13 @@ class TileSolver:
         drift = drift.to(stage.device) if drift is not None else None
         return prepare_group(name, W, H, settings, regularization, stage.scale_dtype(block.unit), drift), W
 
-    def _solved(self, index: int, stage_index: int) -> tuple[dict[str, QuantizedLinear], list[LayerRecord]]:
+    def _solved(self, block: _Block, stage_index: int) -> tuple[dict[str, QuantizedLinear], list[LayerRecord]]:
         """Layers and records of a stage whose tiles are all solved."""
-        block = self._enter(index)
         if stage_index not in block.solved:
-            num_tokens = self._note(index, stage_index)["num_tokens"]
+            num_tokens = self._note(block, stage_index, "sum")["num_tokens"]
             parts: dict[tuple[str, ...], list[tuple[_Tile, SolvedRows, GroupOutcome]]] = {}
             for number, tile in enumerate(self._tiles(block, stage_index)):
-                solved, outcome = self._read_tile(index, stage_index, number, tile.settings)
+                solved, outcome = self._read_tile(block, stage_index, number, tile.settings)
                 parts.setdefault(tile.members, []).append((tile, solved, outcome))
             layers: dict[str, QuantizedLinear] = {}
             records = []
@@ -216,12 +256,13 @@ class TileSolver:
                 solved_rows = [rows for _, rows, _ in tiles]
                 quantized, record = merge_rows(weights, tiles[0][0].settings, solved_rows, outcome, num_tokens)
                 layers |= quantized
-                records.append(record)
+                errors = {int(bits): e for bits, e in self._decided(block, stage_index, members)["errors"].items()}
+                records.append(dataclasses.replace(record, width_errors=errors))
             block.solved[stage_index] = (layers, records)
         return block.solved[stage_index]
 
     def _settings(self, block: _Block) -> dict[str, Quantization]:
-        return layer_settings(self._stage.spec.run, self._stage.spec.quantization, block.unit, 0)
+        return layer_settings(self._stage.spec.run, self._stage.spec.quantization, block.unit, block.round_index)
 
     def _tiles(self, block: _Block, stage_index: int) -> list[_Tile]:
         return [
@@ -234,28 +275,31 @@ class TileSolver:
         return row_tiles(sum(map(len, weights)), weights[0].shape[1], self._stage.device.type)
 
     def _read_tile(
-        self, index: int, stage_index: int, number: int, settings: Quantization
+        self, block: _Block, stage_index: int, number: int, settings: Quantization
     ) -> tuple[SolvedRows, GroupOutcome]:
-        tensors, note = load_part(self._path(index, stage_index, f"tile-{number}"))
+        tensors, note = load_part(self._path(block, stage_index, f"tile-{number}"))
         group_size = settings.columns_per_group(tensors["Q"].shape[1])
         grid = Grid(tensors["scale"], tensors["zero"], settings.width, group_size, settings.symmetric)
         figures = Figures(**{field.name: tensors[field.name] for field in dataclasses.fields(Figures)})
         return SolvedRows(tensors["Q"], grid, figures), GroupOutcome(**json.loads(note))
 
-    def _note(self, index: int, stage_index: int) -> dict[str, Any]:
-        """What is noted of a stage: with its sum, or before that with its first share."""
-        path = self._path(index, stage_index, "sum")
-        note: dict[str, Any] = json.loads(
-            read_part_note(path if path.exists() else self._share_paths(index, stage_index)[0])
-        )
+    def _decided(self, block: _Block, stage_index: int, members: Sequence[str]) -> dict[str, Any]:
+        """What was decided for some layers of a stage."""
+        decided: dict[str, Any] = self._note(block, stage_index, "decision")["decided"]["+".join(members)]
+        return decided
+
+    def _note(self, block: _Block, stage_index: int, name: str) -> dict[str, Any]:
+        """What is noted with a part of a stage."""
+        note: dict[str, Any] = json.loads(read_part_note(self._path(block, stage_index, name)))
         return note
 
-    def _share_paths(self, index: int, stage_index: int) -> list[Path]:
-        count = len(shares(self._stage.spec.chunks, self._stage.spec.shares))
-        return [self._path(index, stage_index, f"share-{number}") for number in range(count)]
+    def _is_there(self, block: _Block, stage_index: int, name: str) -> bool:
+        """Lists the folder, as `RunDirectory.present` does, because another machine may be yet to write the file."""
+        path = self._path(block, stage_index, name)
+        return path in path.parent.glob("*")
 
-    def _path(self, index: int, stage_index: int, name: str) -> Path:
-        return self._stage.spec.run.partial(index, f"{stage_index}-{name}")
+    def _path(self, block: _Block, stage_index: int, name: str) -> Path:
+        return self._stage.spec.run.partial(block.round_index, block.unit.index, f"{stage_index}-{name}")
 
 
 def _together(name: str, outcomes: list[GroupOutcome]) -> GroupOutcome:

@@ -126,10 +126,20 @@ def measured(run: Path, workers: list[int]) -> None:
     total = sum(tokens.values())
     calibration = sum(n for chunk, n in tokens.items() if chunk.startswith("c"))
 
+    held_out = sum(n for chunk, n in tokens.items() if chunk.startswith("h"))
+
     def seconds(call: Call) -> float:
-        if call.method not in ("open_block", "forward", "solve"):
+        if call.unit.startswith("evaluate-"):
+            return took[call.unit] * tokens[call.args[2]] / held_out if call.method == "forward" else 0.0
+        if call.unit not in records:
             return took[call.unit]
         phases = records[call.unit]["seconds"]
+        if call.method in ("give_out", "write"):
+            return phases["write"]
+        if call.method in ("decide", "tile"):
+            own = records[call.unit]["layers"][int(call.args[2])]["seconds"]
+            shared = own["factor"] + own.get("beta", 0.0)
+            return shared if call.method == "decide" else sum(own.values()) - shared
         if call.method == "open_block":
             return phases["read"]
         if call.method == "forward":
@@ -138,6 +148,11 @@ def measured(run: Path, workers: list[int]) -> None:
             return phases["forward"] * tokens[chunk] / total + own
         return sum(value for name, value in phases.items() if name not in ("read", "forward", "hessian"))
 
+    def result(call: Call) -> dict:
+        """A stage for each group of layers, solved in one tile."""
+        groups = len(records[call.unit]["layers"]) if call.method == "give_out" else 0
+        return {"tiles": [(stage, 1) for stage in range(groups)]}
+
     units = [path.stem for path in (run / "records").glob("*.json")]
     plan = Plan(
         tuple(BlockUnit(i, (), (), "", 0, 0) for i in range(len(records))),
@@ -145,7 +160,7 @@ def measured(run: Path, workers: list[int]) -> None:
         (), (), 0, 0, 0, 0, (),
     )  # fmt: skip
     for count in workers:
-        found = simulate(schedule_of(config, plan, list(tokens)), count, seconds, lambda call: {})
+        found = simulate(schedule_of(config, plan, list(tokens)), count, seconds, result)
         print(f"{count} workers: simulated {found.wall_s:.0f} s, {found.efficiency(count):.0%} at work")
     print(f"the run itself: {max(line['time'] for line in lines) - min(began.values()):.0f} s after its first call")
 

@@ -29,7 +29,10 @@ MODES = {
         "quantization__overrides": {"*.v_proj": {"bits": 8}, "*.mlp.*": {"group_size": 64, "symmetric": False}},
     },
 }
-STEPS = ("embed", "copy", "open_block", "forward", "solve", "advance", "head", "share", "decide", "tile", "write", "pass_on")
+STEPS = (
+    "embed", "copy", "open_block", "forward", "solve", "give_out", "conclude", "head", "share", "decide", "tile", "write",
+    "pass_on",
+)  # fmt: skip
 
 
 def model_of(summary):
@@ -41,13 +44,16 @@ def config_of(folder):
 
 
 @pytest.mark.parametrize("mode", MODES)
-def test_number_of_workers_does_not_change_a_byte(run_config, tmp_path, mode):
-    results = []
-    for workers in (1, 2, 3):
+def test_number_of_workers_does_not_change_a_byte(run_config, tmp_path, monkeypatch, mode):
+    results, given_out, real = [], [], Worker.give_out
+    monkeypatch.setattr(Worker, "give_out", lambda self, *args: given_out.append(args) or real(self, *args))
+    for workers in (1, 2, 5):
         folder = str(tmp_path / f"run{workers}")
         summary = pipeline.quantize(run_config(execution__workers=workers, output__dir=folder, **MODES[mode]))
         results.append(files_of(model_of(summary)))
+        assert workers > 1 or not given_out
     assert results[0] == results[1] == results[2]
+    assert bool(given_out) == (mode in ("blocks", "rounds", "budget")), "they solve a block together"
     verify_model(model_of(summary))
     assert not (tmp_path / "run1" / "activations").exists()
     assert not (tmp_path / "run1" / "rounds").exists()
@@ -58,13 +64,14 @@ class _Interrupted(BaseException):
 
 
 @pytest.mark.parametrize(
-    ("mode", "calls"),
+    ("mode", "calls", "workers"),
     [
-        *(("blocks", calls) for calls in (1, 3, 8, 14, 20)),
-        *((mode, calls) for mode in ("rounds", "sequential", "budget") for calls in (2, 9, 23, 35)),
+        *(("blocks", calls, 1) for calls in (1, 3, 8, 14, 20)),
+        *((mode, calls, 1) for mode in ("rounds", "sequential", "budget") for calls in (2, 9, 23, 35)),
+        *(("rounds", calls, 5) for calls in (25, 39, 46)),
     ],
 )
-def test_interrupted_run_goes_on_and_writes_the_same_bytes(run_config, tmp_path, monkeypatch, mode, calls):
+def test_interrupted_run_goes_on_and_writes_the_same_bytes(run_config, tmp_path, monkeypatch, mode, calls, workers):
     expected = files_of(model_of(pipeline.quantize(run_config(output__dir=str(tmp_path / "whole"), **MODES[mode]))))
     left = [calls]
 
@@ -81,7 +88,7 @@ def test_interrupted_run_goes_on_and_writes_the_same_bytes(run_config, tmp_path,
         for name in STEPS:
             patch.setattr(Worker, name, counted(getattr(Worker, name)))
         with pytest.raises(_Interrupted):
-            pipeline.quantize(run_config(**MODES[mode]))
+            pipeline.quantize(run_config(execution__workers=workers, **MODES[mode]))
     before = {p.name: p.stat().st_mtime_ns for p in (tmp_path / "run" / "records").glob("*.json")}
     summary = pipeline.quantize(run_config(execution__workers=2, **MODES[mode]))
     assert files_of(model_of(summary)) == expected
@@ -177,10 +184,10 @@ def test_rerun_of_finished_rounds_notes_no_damage_and_leaves_nothing_behind(run_
 def test_error_in_a_tile_is_a_failed_run_that_keeps_what_is_finished(run_config, tmp_path, monkeypatch):
     real = Worker.tile
 
-    def failing(self, index, stage, number):
+    def failing(self, r, index, stage, number):
         if index == 1:
             raise RunError("disk gone")
-        real(self, index, stage, number)
+        real(self, r, index, stage, number)
 
     with monkeypatch.context() as patch:
         patch.setattr(Worker, "tile", failing)
@@ -190,11 +197,19 @@ def test_error_in_a_tile_is_a_failed_run_that_keeps_what_is_finished(run_config,
     assert pipeline.quantize(run_config(**MODES["sequential"]))["resumed_units"] >= 2
 
 
-@pytest.mark.parametrize("part", ["0-share-0", "1-sum", "2-tile-0"])
-def test_part_of_a_solve_that_was_damaged_is_made_again(run_config, tmp_path, monkeypatch, part):
-    expected = files_of(model_of(pipeline.quantize(run_config(output__dir=str(tmp_path / "whole"), **MODES["sequential"]))))
-    path, method = RunDirectory(tmp_path / "run", "").partial(1, part), {"share": "decide", "sum": "tile", "tile": "write"}
-    name = method[part.split("-")[1]]
+READ_BY = {"share": "decide", "sum": "tile", "decision": "tile", "tile": "write"}
+
+
+@pytest.mark.parametrize(
+    ("mode", "block", "part"),
+    [
+        *(("sequential", 1, part) for part in ("0-share-0", "1-sum", "2-decision", "2-tile-0")),
+        *(("blocks", 0, part) for part in ("1-sum", "0-decision", "2-tile-0")),
+    ],
+)
+def test_part_of_a_solve_that_was_damaged_is_made_again(run_config, tmp_path, monkeypatch, mode, block, part):
+    expected = files_of(model_of(pipeline.quantize(run_config(output__dir=str(tmp_path / "whole"), **MODES[mode]))))
+    path, name = RunDirectory(tmp_path / "run", "").partial(0, block, part), READ_BY[part.split("-")[1]]
     real = getattr(Worker, name)
 
     def damaging(self, *args):
@@ -207,7 +222,7 @@ def test_part_of_a_solve_that_was_damaged_is_made_again(run_config, tmp_path, mo
         return real(self, *args)
 
     monkeypatch.setattr(Worker, name, damaging)
-    summary = pipeline.quantize(run_config(**MODES["sequential"]))
+    summary = pipeline.quantize(run_config(execution__workers=5, **MODES[mode]))
     assert files_of(model_of(summary)) == expected
     assert [retry["kind"] for retry in summary["retries"]] == ["damaged"]
     assert not list((tmp_path / "run").glob("activations"))

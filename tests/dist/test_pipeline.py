@@ -333,17 +333,17 @@ def test_unit_whose_worker_died_after_its_record_is_not_done_again(run_config, m
 
 
 def test_read_that_fails_on_one_worker_destroys_nothing(run_config, tmp_path, monkeypatch):
-    real, refusals = Worker.advance, iter([True])
+    real, refusals = Worker.open_block, iter([True])
 
-    def advance(self, index):
-        if next(refusals, False):
+    def open_block(self, r, index):
+        if r == 1 and next(refusals, False):
             shard = sorted((tmp_path / "run" / "model").glob("*.safetensors"))[-1]
             raise DamagedError(shard, "cannot be read: [Errno 116] Stale file handle")
-        return real(self, index)
+        return real(self, r, index)
 
     solved = []
     solve = Worker.solve
-    monkeypatch.setattr(Worker, "advance", advance)
+    monkeypatch.setattr(Worker, "open_block", open_block)
     monkeypatch.setattr(Worker, "solve", lambda self, r, index: solved.append(index) or solve(self, r, index))
     summary = pipeline.quantize(run_config())
     assert solved == [0, 1, 2]

@@ -35,7 +35,7 @@ def every_call(prepared, workers=1):
 
 def test_forward_counts_two_operations_a_weight_and_token(prepared):
     calls, cost = every_call(prepared)
-    forwards = [cost.work(call) for call in calls if call.method == "forward" and call.args[1] == 0]
+    forwards = [cost.work(call) for call in calls if call.method == "forward" and call.args[:2] == (0, 0)]
     weights = sum(linear.rows * linear.columns for linear in prepared.plan.blocks[0].linears)
     tokens = 9 * 48
     assert sum(work.compute for work in forwards) == 2 * weights * tokens
@@ -63,12 +63,12 @@ def test_simulated_workers_are_never_faster_than_their_work(run_config, changes)
     for workers in (1, 2, 3, 8):
         calls, _ = every_call(prepared, workers)
         needed = estimates.estimate(prepared.config, prepared.plan, torch.float32, workers, SLOW)
-        assert len(calls) == len(every_call(prepared, 1)[0])
+        assert {call.unit for call in calls} == {call.unit for call in every_call(prepared, 1)[0]}
         assert sum(needed.by_method_s.values()) <= workers * needed.wall_s * (1 + 1e-9)
         assert needed.efficiency <= 1 + 1e-9
         walls.append(needed.wall_s)
     assert walls == sorted(walls, reverse=True)
-    assert walls[0] == pytest.approx(needed.efficiency * 8 * walls[-1])
+    assert walls[0] <= needed.efficiency * 8 * walls[-1] * (1 + 1e-9), "what is shared out costs more, never less"
 
 
 def test_forecast_of_a_gpu_and_of_one_that_is_not_known(prepared):

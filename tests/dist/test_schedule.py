@@ -4,10 +4,12 @@ import random
 
 import pytest
 
-from astro_dist.schedule import BlockSchedule, Call, Spent, unit_names
+from astro_dist.block_schedule import BlockSchedule
+from astro_dist.schedule import Call, Spent, assign, unit_names
 from astro_dist.sequential_schedule import SequentialSchedule
 
-CHUNKS = ["c0000", "c0001", "h0000"]
+CHUNKS = ["c0000", "c0001", "h0000", "h0001"]
+HELD_OUT = CHUNKS[2:]
 BLOCKS = 5
 
 
@@ -15,16 +17,18 @@ def simulate(num_workers, seed, schedule):
     """Run a schedule with workers that take random times; every call in the order in which it ended."""
     dice, running, log = random.Random(seed), {}, []
     while not schedule.complete:
-        for worker in range(num_workers):
-            call = schedule.next_call(worker) if worker not in running else None
-            if call:
-                running[worker] = call
+        running |= dict(assign(schedule, [worker for worker in range(num_workers) if worker not in running]))
         assert running, f"stuck after {log[-3:]}"
         worker = dice.choice(sorted(running))
         call = running.pop(worker)
         log.append((worker, call))
-        schedule.done(worker, call, {"tiles": 3, "stages": 2})
+        schedule.done(worker, call, result(call))
     return log
+
+
+def result(call):
+    """Two stages of three tiles, as a worker says it."""
+    return {"tiles": [(1, 3), (0, 3)]} if call.method == "give_out" else {"tiles": 3, "stages": 2}
 
 
 def simulate_with_losses(num_workers, seed, schedule, losses):
@@ -32,10 +36,7 @@ def simulate_with_losses(num_workers, seed, schedule, losses):
     dice, running, workers = random.Random(seed), {}, list(range(num_workers))
     newest = num_workers
     while not schedule.complete:
-        for worker in workers:
-            call = schedule.next_call(worker) if worker not in running else None
-            if call:
-                running[worker] = call
+        running |= dict(assign(schedule, [worker for worker in workers if worker not in running]))
         assert running, "stuck"
         worker = dice.choice(sorted(running))
         call = running.pop(worker)
@@ -55,7 +56,7 @@ def simulate_with_losses(num_workers, seed, schedule, losses):
                 workers.append(newest)
                 newest += 1
         else:
-            schedule.done(worker, call, {"tiles": 3, "stages": 2})
+            schedule.done(worker, call, result(call))
 
 
 @pytest.mark.parametrize("num_workers", [1, 2, 3, 8])
@@ -96,12 +97,11 @@ def test_what_is_spent_is_named_once_and_is_not_used_after():
     schedule, spent = BlockSchedule(BLOCKS, 2, CHUNKS, [], {}, 2), []
     while not schedule.complete:
         call = schedule.next_call(0)
-        stream = {"forward": ["original", "round-0"], "advance": ["round-1"]}.get(call.method)
-        if stream:
-            r, block = call.args[:2] if call.method == "forward" else (0, call.args[0])
-            assert Spent("inputs", block, stream[r]) not in spent
+        if call.method == "forward":
+            r, block, _ = call.args
+            assert Spent("inputs", block, ["original", "round-0", "round-1"][r]) not in spent
         spent += schedule.done(0, call, {})
-    assert len(spent) == len(set(spent)) == 3 * (BLOCKS + 1) + BLOCKS
+    assert len(spent) == len(set(spent)) == 3 * (BLOCKS + 1) + BLOCKS + 2 * BLOCKS
 
 
 def blocks(num_workers, seed, rounds=1, chunks=CHUNKS, finished=(), present=None, **options):
@@ -119,12 +119,17 @@ def test_inputs_are_always_there_before_they_are_used(num_workers, rounds, seed)
             r, block, chunk = call.args
             assert ("embed",) in there if block == 0 else ("forward", r, block - 1, chunk) in there
             assert ("open_block", r, block, worker) in there
-            assert r == 0 or ("solve", r - 1, block) in there
-        if call.method == "solve":
+            assert r == 0 or {("solve", r - 1, block), ("write", r - 1, block)} & there
+        if call.method in ("solve", "give_out"):
             assert all(("forward", *call.args, chunk) in there for chunk in CHUNKS)
-        if call.method == "advance":
-            assert ("solve", rounds - 1, *call.args) in there
-            assert call.args == (0,) or ("advance", call.args[0] - 1) in there
+        if call.method == "decide":
+            assert ("give_out", *call.args[:2]) in there
+        if call.method == "tile":
+            assert ("decide", *call.args[:3]) in there
+        if call.method == "write":
+            assert all(("tile", *call.args, stage, tile) in there for stage in range(2) for tile in range(3))
+        if call.method == "conclude":
+            assert all(("forward", *call.args, chunk) in there for chunk in HELD_OUT)
         assert key not in there, f"{key} was done twice"
         there.add(key)
         if call.method == "open_block":
@@ -134,29 +139,83 @@ def test_inputs_are_always_there_before_they_are_used(num_workers, rounds, seed)
 @pytest.mark.parametrize("rounds", [1, 2])
 def test_every_unit_is_done_once(rounds):
     log = blocks(3, 0, rounds)
-    ends = [call.unit for _, call in log if call.method not in ("open_block", "forward")]
+    ends = [call.unit for _, call in log if call.method not in ("open_block", "forward", "give_out", "decide", "tile")]
     assert sorted(ends) == sorted(unit_names(BLOCKS, 2, rounds, True))
 
 
 def test_rounds_follow_each_other_without_a_gap():
-    order = [(call.method, *call.args) for _, call in blocks(4, 0, rounds=2)]
-    assert order.index(("open_block", 1, 0)) < order.index(("solve", 0, BLOCKS - 1))
+    order = [call for _, call in blocks(4, 0, rounds=2)]
+    assert order.index(opening(1, 0)) < order.index(quantized(order, 0)[-1])
 
 
 def test_measuring_round_ends_before_the_next_begins():
-    log = [(c.method, *c.args) for _, c in blocks(4, 0, rounds=2, measured_first=True)]
-    assert max(log.index(("solve", 0, b)) for b in range(BLOCKS)) < log.index(("open_block", 1, 0))
+    order = [call for _, call in blocks(4, 0, rounds=2, measured_first=True)]
+    assert order.index(quantized(order, 0)[-1]) < order.index(opening(1, 0))
+
+
+def opening(r, block):
+    return Call("open_block", (r, block), f"round-{r}-block-{block:04d}")
+
+
+def quantized(calls, r):
+    """The calls that end a block in a round, in the order in which they ended."""
+    return [call for call in calls if call.method in ("solve", "write") and call.args[0] == r]
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_workers_that_have_nothing_to_do_solve_a_block_with_its_worker(seed):
+    log = blocks(8, seed)
+    given_out = {call.args for _, call in log if call.method == "give_out"}
+    assert given_out and given_out == {call.args for _, call in log if call.method == "write"}
+    assert max(len({w for w, c in log if c.method == "tile" and c.args[:2] == place}) for place in given_out) > 1
+    assert not {call.method for _, call in blocks(1, seed)} & {"give_out", "write"}
+
+
+def test_loss_of_a_part_of_a_solve_costs_that_part_alone():
+    schedule = BlockSchedule(1, 0, ["c0000"], ["embed"], {"original": {0: ["c0000"]}})
+    for _ in range(2):
+        schedule.done(0, schedule.next_call(0), None)
+    giving = schedule.next_call(0, 1)
+    schedule.done(0, giving, {"tiles": [(0, 2)]})
+    schedule.done(0, schedule.next_call(0), None)
+    lost, other = schedule.next_call(0), schedule.next_call(1)
+    schedule.failed(0, lost)
+    schedule.done(1, other, None)
+    assert (giving.method, schedule.next_call(1)) == ("give_out", lost)
+
+
+def test_block_that_was_lost_before_it_was_given_out_begins_anew():
+    schedule = BlockSchedule(1, 0, ["c0000"], ["embed"], {"original": {0: ["c0000"]}})
+    first = schedule.next_call(0)
+    schedule.done(0, first, None)
+    schedule.done(0, schedule.next_call(0), None)
+    schedule.failed(0, schedule.next_call(0, 1))
+    assert schedule.next_call(1) == first
+
+
+def test_held_out_chunks_pass_through_the_result_without_waiting_for_each_other():
+    order = [(call.method, *call.args) for _, call in blocks(8, 0)]
+    ahead = [order.index(("forward", 1, b + 1, "h0000")) < order.index(("conclude", 1, b)) for b in range(BLOCKS - 1)]
+    assert any(ahead)
+
+
+def test_worker_waits_for_one_block_of_the_result_at_most():
+    finished = [*unit_names(3, 0, 1, True)[:4], "head-original"]
+    schedule = BlockSchedule(3, 0, CHUNKS, finished, {"round-0": {0: HELD_OUT}})
+    assert [schedule.next_call(worker) for worker in range(3)] == [
+        Call("open_block", (1, 0), "evaluate-0000"), Call("open_block", (1, 1), "evaluate-0001"), None
+    ]  # fmt: skip
 
 
 def test_blocks_in_flight_are_bounded_by_the_workers():
     opened, solved = 0, 0
     for _, call in blocks(3, 1):
-        opened, solved = opened + (call.method == "open_block"), solved + (call.method == "solve")
+        opened, solved = opened + (call.method == "open_block"), solved + (call.method in ("solve", "give_out", "conclude"))
         assert opened - solved <= 3
 
 
 def test_without_held_out_text_nothing_is_evaluated():
-    assert not {call.method for _, call in blocks(2, 0, chunks=["c0000"])} & {"advance", "head"}
+    assert not {call.method for _, call in blocks(2, 0, chunks=["c0000"])} & {"conclude", "head"}
 
 
 def test_second_worker_opens_the_next_block_while_the_first_is_fed():
@@ -175,25 +234,25 @@ def there(*indices, chunks=CHUNKS):
 
 def test_finished_units_are_not_done_again():
     finished = ["embed", "copy-0000", "round-0-block-0000", "round-0-block-0001", "evaluate-0000"]
-    log = blocks(2, 0, finished=finished, present={"original": there(2), "round-0": there(1, chunks=["h0000"])})
+    log = blocks(2, 0, finished=finished, present={"original": there(2), "round-0": there(1, chunks=HELD_OUT)})
     assert not {call.unit for _, call in log} & set(finished)
 
 
 def test_lost_outputs_of_finished_blocks_are_passed_on_again_and_nothing_is_solved_again():
     finished = ["embed", "round-0-block-0000", "round-0-block-0001", "evaluate-0000", "evaluate-0001"]
-    ours = {"round-0": there(2, chunks=["h0000"])}
+    ours = {"round-0": there(2, chunks=HELD_OUT)}
     log = blocks(1, 0, finished=finished, present={"original": {0: CHUNKS, 1: CHUNKS, 2: CHUNKS[:1]}, **ours})
-    assert passes(log) == [("original", 1, "c0001"), ("original", 1, "h0000")]
+    assert passes(log) == [("original", 1, chunk) for chunk in CHUNKS[1:]]
     log = blocks(3, 0, finished=finished, present={"original": {2: CHUNKS[:1]}, **ours})
     assert next(call for _, call in log if call.method != "copy").method == "embed"
     assert sorted(passes(log)) == [("original", block, chunk) for block in (0, 1) for chunk in CHUNKS[1:]]
-    assert sorted(call.args for _, call in log if call.method == "solve") == [(0, block) for block in (2, 3, 4)]
+    assert sorted(call.args for call in quantized([call for _, call in log], 0)) == [(0, block) for block in (2, 3, 4)]
 
 
 def test_lost_chunks_on_their_way_through_the_result_are_made_again():
     log = blocks(1, 0, finished=unit_names(5, 2, 1, True)[:-2], present={"original": there(5)})
-    assert passes(log) == [("round-0", block, "h0000") for block in range(5)]
-    assert not {call.method for _, call in log} & {"solve", "advance"}
+    assert passes(log) == [("round-0", block, chunk) for block in range(5) for chunk in HELD_OUT]
+    assert not {call.method for _, call in log} & {"solve", "write", "conclude"}
 
 
 def test_shard_of_an_earlier_round_that_is_gone_is_made_again():

@@ -22,20 +22,21 @@ def run(num_workers, seed, finished=(), present=None, chunks=CHUNKS, compensated
 def test_nothing_is_used_before_it_is_there(num_workers, seed, compensated):
     seen = []
     for _, call in run(num_workers, seed, compensated=compensated):
-        key, block = (call.method, *call.args), call.args[0] if call.args else None
+        key = (call.method, *call.args)
         if call.method == "share":
-            chunks = shares(CHUNKS, 2)[call.args[2]]
+            block, stage, number = call.args
+            chunks = shares(CHUNKS, 2)[number]
             assert block == 0 or all(("pass_on", "round-0", block - 1, c) in seen for c in chunks)
-            assert call.args[1] == 0 or all(("tile", block, call.args[1] - 1, i) in seen for i in range(3))
+            assert stage == 0 or all(("tile", 0, block, stage - 1, i) in seen for i in range(3))
             assert not compensated or block == 0 or all(("pass_on", "original", block - 1, c) in seen for c in chunks)
         if call.method == "decide":
-            assert all(("share", *call.args, i) in seen for i in range(2))
+            assert all(("share", *call.args[1:], i) in seen for i in range(2))
         if call.method == "tile":
-            assert ("decide", *call.args[:2]) in seen
+            assert ("decide", *call.args[:3]) in seen
         if call.method == "write":
-            assert all(("tile", block, 1, i) in seen for i in range(3))
+            assert all(("tile", *call.args, 1, i) in seen for i in range(3))
         if call.method == "pass_on" and call.args[0] == "round-0":
-            assert ("write", call.args[1]) in seen
+            assert ("write", 0, call.args[1]) in seen
         assert key not in seen
         seen.append(key)
     assert seen.count(("head", "round-0")) == seen.count(("head", "original")) == 1
@@ -48,8 +49,9 @@ def test_only_held_out_chunks_leave_the_last_block_or_pass_through_the_source():
 
 
 def test_all_workers_share_a_block():
-    workers = {worker for worker, call in run(3, 1) if call.method in ("share", "tile") and call.args[0] == 2}
-    assert len(workers) == 3
+    log = run(3, 1)
+    assert len({worker for worker, call in log if call.method == "share" and call.args[0] == 2}) == 2
+    assert len({worker for worker, call in log if call.method == "tile" and call.args[1] == 2}) == 3
 
 
 @pytest.mark.parametrize("compensated", [False, True])
@@ -69,7 +71,7 @@ def test_going_on_repeats_no_pass(compensated):
 def test_damaged_shard_is_redone_alone():
     finished = [unit for unit in sequential_units(BLOCKS, 2, True) if unit != "round-0-block-0002"]
     log = [(c.method, *c.args) for _, c in run(1, 0, finished, {s: {0: CHUNKS} for s in ("round-0", "original")})]
-    assert [args for method, *args in log if method == "write"] == [[2]]
+    assert [args for method, *args in log if method == "write"] == [[0, 2]]
     assert not {method for method, *_ in log} & {"embed", "head"}
 
 
@@ -104,7 +106,7 @@ def test_chunk_that_is_lost_where_the_current_block_wants_it_is_passed_on_again(
     log = [(c.method, *c.args) for _, c in run(1, 0, finished, {"round-0": {0: CHUNKS, 2: CHUNKS}, "original": there}, compensated=True)]
     needed = not lost.startswith("h")
     assert (("pass_on", "original", 1, lost) in log) == needed
-    assert ("write", 3) in log
+    assert ("write", 0, 3) in log
 
 
 @pytest.mark.parametrize("seed", range(60))
