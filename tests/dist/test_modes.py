@@ -197,20 +197,22 @@ def test_error_in_a_tile_is_a_failed_run_that_keeps_what_is_finished(run_config,
     assert pipeline.quantize(run_config(**MODES["sequential"]))["resumed_units"] >= 2
 
 
-READ_BY = {"share": "decide", "sum": "tile", "decision": "tile", "tile": "write"}
-
-
 @pytest.mark.parametrize(
-    ("mode", "block", "part"),
+    ("mode", "block", "part", "reader"),
     [
-        *(("sequential", 1, part) for part in ("0-share-0", "1-sum", "2-decision", "2-tile-0")),
-        *(("blocks", 0, part) for part in ("1-sum", "0-decision", "2-tile-0")),
+        ("sequential", 1, "0-share-0", "decide"),
+        ("sequential", 1, "1-sum", "tile"),
+        ("sequential", 1, "2-decision", "tile"),
+        ("sequential", 1, "2-tile-0", "write"),
+        ("blocks", 0, "1-sum", "decide"),
+        ("blocks", 0, "0-decision", "tile"),
+        ("blocks", 0, "2-tile-0", "write"),
     ],
 )
-def test_part_of_a_solve_that_was_damaged_is_made_again(run_config, tmp_path, monkeypatch, mode, block, part):
+def test_part_of_a_solve_that_was_damaged_is_made_again(run_config, tmp_path, monkeypatch, mode, block, part, reader):
     expected = files_of(model_of(pipeline.quantize(run_config(output__dir=str(tmp_path / "whole"), **MODES[mode]))))
-    path, name = RunDirectory(tmp_path / "run", "").partial(0, block, part), READ_BY[part.split("-")[1]]
-    real = getattr(Worker, name)
+    path = RunDirectory(tmp_path / "run", "").partial(0, block, part)
+    real = getattr(Worker, reader)
 
     def damaging(self, *args):
         if path.exists() and not (tmp_path / "harmed").exists():
@@ -221,7 +223,7 @@ def test_part_of_a_solve_that_was_damaged_is_made_again(run_config, tmp_path, mo
             self._tiles._block = None  # as another worker, which must read it
         return real(self, *args)
 
-    monkeypatch.setattr(Worker, name, damaging)
+    monkeypatch.setattr(Worker, reader, damaging)
     summary = pipeline.quantize(run_config(execution__workers=5, **MODES[mode]))
     assert files_of(model_of(summary)) == expected
     assert [retry["kind"] for retry in summary["retries"]] == ["damaged"]
