@@ -1,48 +1,32 @@
-"""Sharded safetensors checkpoints: checked from their headers, read as slices, written atomically.
+"""Sharded safetensors checkpoints: checked from their headers, read as slices.
 
 Opening a checkpoint reads headers only. Everything that can be wrong with the files is found there: a shard that is
 missing or cut short, an index that disagrees with its shards or points outside the folder, a pickle.
 """
 
 import dataclasses
-import errno
 import hashlib
 import json
 import math
-import os
 import struct
-import uuid
-from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path, PurePosixPath
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 
-from astro.errors import CheckpointError, StorageError
+from astro.errors import CheckpointError
+from astro.files import read_json
 
 __all__ = [
     "INDEX_NAME",
-    "PARTIAL_SUFFIX",
     "Checkpoint",
     "TensorEntry",
-    "load_tensors",
     "read_header",
-    "read_json",
-    "read_note",
     "require_finite",
-    "save_tensors",
-    "sha256_of",
-    "write_atomic",
-    "write_json",
-    "write_text",
 ]
 
 INDEX_NAME = "model.safetensors.index.json"
-PARTIAL_SUFFIX = ".part"
-"""Ending of files that are being written; one that is left over belongs to nobody."""
 _SINGLE_NAME = "model.safetensors"
 _PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt")
 _MAX_HEADER_BYTES = 100_000_000
@@ -200,117 +184,6 @@ def require_finite(checkpoint: Checkpoint) -> None:
                 f"{checkpoint.folder / entry.file}: tensor {name} holds NaN or Inf; "
                 "the checkpoint is damaged or diverged in training, and quantizing it cannot work"
             )
-
-
-def read_json(path: Path) -> dict[str, Any]:
-    """A JSON object from a file.
-
-    Raises:
-        CheckpointError: the file is missing, is no JSON, or holds no object.
-    """
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError as error:
-        raise CheckpointError(f"{path}: not found; a checkpoint folder must hold it") from error
-    except (OSError, ValueError, RecursionError) as error:
-        raise CheckpointError(f"{path}: cannot be read as JSON: {error}") from error
-    if not isinstance(content, dict):
-        raise CheckpointError(f"{path}: expected a JSON object, got {type(content).__name__}")
-    return content
-
-
-def write_atomic(path: Path, write: Callable[[Path], None]) -> None:
-    """Let `write` fill a file beside `path`, sync it to disk and rename it into place.
-
-    Raises:
-        StorageError: the file system refused, e.g. because it is full. `path` is then as it was.
-    """
-    partial = path.with_name(f".{path.name}.{uuid.uuid4().hex[:12]}{PARTIAL_SUFFIX}")
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        write(partial)
-        with partial.open("rb") as handle:
-            os.fsync(handle.fileno())
-        partial.replace(path)
-        folder = os.open(path.parent, os.O_RDONLY)
-        try:
-            os.fsync(folder)
-        finally:
-            os.close(folder)
-    except (OSError, SafetensorError) as error:
-        partial.unlink(missing_ok=True)
-        full = getattr(error, "errno", None) == errno.ENOSPC or "No space left" in str(error)
-        advice = "the disk is full: free space and run the same command again" if full else "check the folder"
-        raise StorageError(f"{path}: cannot be written: {error}; {advice}. What is finished is kept") from error
-
-
-def write_text(path: Path, text: str) -> None:
-    """Write a text file atomically, as UTF-8."""
-    content = text.encode("utf-8")
-
-    def write(partial: Path) -> None:
-        partial.write_bytes(content)
-
-    write_atomic(path, write)
-
-
-def write_json(path: Path, content: Mapping[str, Any]) -> None:
-    """Write a JSON object atomically, indented."""
-    write_text(path, json.dumps(content, indent=2, ensure_ascii=False) + "\n")
-
-
-def save_tensors(path: Path, tensors: Mapping[str, torch.Tensor], note: str | None = None) -> None:
-    """Write a safetensors file atomically. Its bytes depend on names, values and the note alone.
-
-    Args:
-        path: where to.
-        tensors: by name, on any device.
-        note: text for the header in place of `format`. One entry only: the library writes several in any order.
-    """
-    metadata = {"format": "pt"} if note is None else {"note": note}
-    ready = {name: tensors[name].detach().cpu().contiguous() for name in sorted(tensors)}
-    write_atomic(path, lambda partial: save_file(ready, partial, metadata=metadata))
-
-
-def load_tensors(path: Path) -> tuple[dict[str, torch.Tensor], str]:
-    """Every tensor of a safetensors file in memory of its own, and the header's note (empty where it has none).
-
-    Raises:
-        CheckpointError: the file is missing or damaged.
-    """
-    with _opened(path) as handle:
-        tensors = {name: handle.get_tensor(name).clone() for name in handle.keys()}  # noqa: SIM118
-        return tensors, _note_of(handle)
-
-
-def read_note(path: Path) -> str:
-    """The note in a safetensors file's header, its tensors unread; empty where it has none.
-
-    Raises:
-        CheckpointError: the file is missing or damaged.
-    """
-    with _opened(path) as handle:
-        return _note_of(handle)
-
-
-@contextmanager
-def _opened(path: Path) -> Iterator[Any]:
-    try:
-        with safe_open(path, framework="pt", device="cpu") as handle:
-            yield handle
-    except (OSError, SafetensorError) as error:
-        raise CheckpointError(f"{path}: cannot be read: {error}") from error
-
-
-def _note_of(handle: Any) -> str:
-    note: str = (handle.metadata() or {}).get("note", "")
-    return note
-
-
-def sha256_of(path: Path) -> str:
-    """Hash of a file's bytes, hex."""
-    with path.open("rb") as handle:
-        return hashlib.file_digest(handle, "sha256").hexdigest()
 
 
 def _refuse_other_kinds(folder: Path) -> None:

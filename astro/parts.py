@@ -6,8 +6,8 @@ from pathlib import Path
 
 import torch
 
-from astro.checkpoint import load_tensors, read_note, save_tensors
 from astro.errors import CheckpointError, DamagedError
+from astro.files import load_tensors, read_note, save_tensors
 
 __all__ = ["load_part", "read_part_note", "save_part"]
 

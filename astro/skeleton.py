@@ -21,8 +21,8 @@ from transformers.core_model_loading import (
 )
 from transformers.modeling_utils import LoadStateDictConfig
 
-from astro.checkpoint import read_json
 from astro.errors import CheckpointError, UnsupportedError
+from astro.files import read_json
 
 __all__ = ["LinearLayer", "Skeleton"]
 

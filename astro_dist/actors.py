@@ -14,8 +14,8 @@ import torch
 import transformers
 
 from astro.block import BlockStatistics, quantize_block
-from astro.checkpoint import save_tensors
 from astro.errors import NumericalError, RunError
+from astro.files import save_tensors
 from astro.layer import QuantizedLinear
 from astro.recording import load_call, record, returns_tuple, run_head, save_calls
 from astro.report import LayerRecord, add_seconds, timed

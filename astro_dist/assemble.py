@@ -3,8 +3,9 @@
 import shutil
 from pathlib import Path
 
-from astro.checkpoint import INDEX_NAME, read_header, read_json, write_atomic, write_json
+from astro.checkpoint import INDEX_NAME, read_header
 from astro.config import Quantization
+from astro.files import read_json, write_atomic, write_json
 from astro.formats import compressed_tensors
 from astro_dist.budget import layer_settings
 from astro_dist.config import RunConfig

@@ -10,9 +10,9 @@ import itertools
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from astro.checkpoint import read_json
 from astro.config import Quantization
 from astro.errors import CheckpointError, ConfigError, DamagedError
+from astro.files import read_json
 from astro_dist.manifest import RunDirectory
 from astro_dist.plan import BlockUnit
 

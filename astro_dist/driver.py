@@ -187,7 +187,7 @@ class Driver:
     def _note_again(self) -> None:
         while self._unnoted:
             event, details = self._unnoted[0]
-            self._run.note(event, **details)
+            self._run.journal.note(event, **details)
             self._unnoted.pop(0)
 
 

@@ -12,19 +12,18 @@ import dataclasses
 import fcntl
 import hashlib
 import json
-import os
 import shutil
-import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from astro.checkpoint import PARTIAL_SUFFIX, read_json, sha256_of, write_json, write_text
-from astro.errors import CheckpointError, ConfigError, DamagedError, RunError, StorageError
+from astro.errors import CheckpointError, ConfigError, DamagedError, RunError
+from astro.files import PARTIAL_SUFFIX, read_json, sha256_of, write_json, write_text
 from astro.parts import load_part, save_part
 from astro_dist.config import RunConfig
+from astro_dist.journal import Journal
 from astro_dist.schedule import Spent, block_unit
 
 __all__ = ["RunDirectory"]
@@ -58,6 +57,11 @@ class RunDirectory:
     def summary(self) -> Path:
         """Figures of the finished run."""
         return self.root / "summary.json"
+
+    @property
+    def journal(self) -> Journal:
+        """What happened when."""
+        return Journal(self.root / "journal.jsonl")
 
     @property
     def allocation(self) -> Path:
@@ -142,14 +146,15 @@ class RunDirectory:
             if record.pop("checksum") != _checksum(record):
                 raise CheckpointError(f"{path}: its checksum is wrong")
         except (CheckpointError, KeyError) as error:
-            self.note("damaged", unit=unit, reason=f"record: {error}; the unit is redone")
+            self.journal.note("damaged", unit=unit, reason=f"record: {error}; the unit is redone")
             return None
         if record["key"] != self.key:
             raise ConfigError(f"{path}: belongs to another run; choose another output.dir")
         files = [file for file in record["files"] if not superseded or (self.root / file["name"]).exists()]
         if all(self._is_intact(file) for file in files):
             return record
-        self.note("damaged", unit=unit, reason="a file is missing or differs from its checksum; the unit is redone")
+        reason = "a file is missing or differs from its checksum; the unit is redone"
+        self.journal.note("damaged", unit=unit, reason=reason)
         return None
 
     def require_intact(self, unit: str) -> None:
@@ -182,16 +187,6 @@ class RunDirectory:
         """Whether everything that a finished unit wrote is still there."""
         return all((self.root / file["name"]).exists() for file in read_json(self._record(unit))["files"])
 
-    def journal(self) -> list[dict[str, Any]]:
-        """The journal's lines, oldest first."""
-        path = self.root / "journal.jsonl"
-        lines = path.read_text(encoding="utf-8").splitlines() if path.is_file() else []
-        return [content for line in lines for content in [_parse(line)] if content]
-
-    def noted(self, event: str) -> list[dict[str, Any]]:
-        """The journal's lines of one kind."""
-        return [line for line in self.journal() if line.get("event") == event]
-
     def read(self, unit: str) -> dict[str, Any]:
         """A finished unit's figures; empty where the run has no such unit."""
         path = self._record(unit)
@@ -220,7 +215,7 @@ class RunDirectory:
         foreign = self.root.exists() and not self.root.is_dir()
         if self.root.is_dir():
             # What a run writes before its mark, it may leave behind when it dies there.
-            own = {"config.yaml", "lock", "journal.jsonl", self.tokens.name}
+            own = {"config.yaml", "lock", self.journal.path.name, self.tokens.name}
             foreign = any(path.name not in own and path.suffix != PARTIAL_SUFFIX for path in self.root.iterdir())
         if foreign:
             raise ConfigError(f"{self.root}: exists and is not a run directory; choose another output.dir")
@@ -243,7 +238,7 @@ class RunDirectory:
         try:
             load_part(self.tokens)
         except DamagedError as error:
-            self.note("damaged", unit="tokens", reason=str(error))
+            self.journal.note("damaged", unit="tokens", reason=str(error))
             save_part(self.tokens, tokens)
 
     @contextlib.contextmanager
@@ -271,7 +266,7 @@ class RunDirectory:
                     "drivers never work on one run"
                 ) from error
             self._sweep()
-            self.note("opened")
+            self.journal.note("opened")
             try:
                 yield
             finally:
@@ -293,20 +288,6 @@ class RunDirectory:
         """Delete what was left half written."""
         for partial in self.root.rglob(f".*{PARTIAL_SUFFIX}"):
             partial.unlink(missing_ok=True)
-
-    def note(self, event: str, **details: Any) -> None:
-        """Append one line to the journal."""
-        line = json.dumps({"time": round(time.time(), 3), "event": event} | details)
-        path = self.root / "journal.jsonl"
-        try:
-            with path.open("ab+") as journal:
-                end = journal.seek(0, os.SEEK_END)
-                journal.seek(max(end - 1, 0))
-                # A line that was cut short stays a line of its own.
-                begin = b"" if journal.read(1) in (b"", b"\n") else b"\n"
-                journal.write(begin + line.encode() + b"\n")
-        except OSError as error:
-            raise StorageError(f"{path}: cannot be written: {error}. What is finished is kept") from error
 
     def _inputs(self, stream: str, block: int) -> Path:
         return self.root / "activations" / (stream if block else "embedded") / f"{block:04d}"
@@ -333,15 +314,6 @@ class RunDirectory:
 
 def _checksum(record: dict[str, Any]) -> str:
     return hashlib.sha256(json.dumps(record, sort_keys=True).encode()).hexdigest()
-
-
-def _parse(line: str) -> dict[str, Any]:
-    """A line of the journal; nothing where a process was killed, or a disk full, in the middle of it."""
-    try:
-        content = json.loads(line)
-    except ValueError:
-        return {}
-    return content if isinstance(content, dict) and "event" in content else {}
 
 
 def _flatten(content: Any, prefix: str = "") -> dict[str, Any]:

@@ -11,8 +11,9 @@ import torch
 import transformers
 
 import astro
-from astro.checkpoint import Checkpoint, read_json, require_finite, write_json
+from astro.checkpoint import Checkpoint, require_finite
 from astro.errors import CheckpointError, ConfigError
+from astro.files import read_json, write_json
 from astro.formats import compressed_tensors
 from astro.skeleton import Skeleton
 from astro_dist.actors import configure_process
@@ -256,7 +257,7 @@ def _execute(
         needed_bytes=cost.worker_bytes(),
     )
     blocks = len(plan.blocks) * run.rounds
-    run.note(
+    run.journal.note(
         "started", finished_units=len(schedule.finished), units=len(schedule.units), blocks=blocks,
         workers=executor.num_workers, compute_dtype=str(dtype),
     )  # fmt: skip

@@ -11,9 +11,10 @@ from pathlib import Path
 import torch
 
 from astro.block import forward
-from astro.checkpoint import Checkpoint, load_tensors, save_tensors
+from astro.checkpoint import Checkpoint
 from astro.config import Quantization, Regularizer
 from astro.errors import CheckpointError, RunError
+from astro.files import load_tensors, save_tensors
 from astro.formats import compressed_tensors
 from astro.layer import QuantizedLinear
 from astro.parts import load_part, save_part

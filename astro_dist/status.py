@@ -4,8 +4,8 @@ import time
 from pathlib import Path
 from typing import Any
 
-from astro.checkpoint import read_json
 from astro.errors import ConfigError
+from astro.files import read_json
 from astro_dist.manifest import RunDirectory
 
 __all__ = ["read_status"]
@@ -29,7 +29,7 @@ def read_status(root: Path) -> dict[str, Any]:
     if not mark.is_file():
         raise ConfigError(f"{root}: holds no run.json, so it is no run directory, or its run has not begun yet")
     run = RunDirectory(root, read_json(mark)["key"])
-    lines = run.journal()
+    lines = run.journal.lines()
     opened = [index for index, line in enumerate(lines) if line["event"] == "opened"]
     session = lines[opened[-1] :] if opened else []
     start: dict[str, Any] = next((line for line in reversed(lines) if line["event"] == "started"), {})

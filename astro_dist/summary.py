@@ -64,7 +64,7 @@ def summarize(
         "bytes_read": plan.read_bytes,
         "bytes_written": sum((run.model / file).stat().st_size for file in plan.files),
         "fallbacks": {"damping_raised": raised},
-        "retries": run.noted("failed"),
+        "retries": run.journal.lines("failed"),
         "notes": [*notes, *(note for note in final if note not in notes)],
         "units": {"blocks": len(plan.blocks), "copies": len(plan.copies)},
         "model": str(run.model),
@@ -76,7 +76,7 @@ def _phases(run: RunDirectory, rounds: list[list[dict[str, Any]]]) -> dict[str, 
     records = [record for records in rounds for record in records]
     records += [run.read(evaluate_unit(block)) for block in range(len(rounds[0]))]
     phases: dict[str, float] = {}
-    passed = sum(line["seconds"] for line in run.noted("passed"))
+    passed = sum(line["seconds"] for line in run.journal.lines("passed"))
     if passed:
         phases["pass_on"] = passed
     for record in records:

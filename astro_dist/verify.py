@@ -6,9 +6,10 @@ from typing import Any
 import torch
 from torch import nn
 
-from astro.checkpoint import Checkpoint, read_json, require_finite
+from astro.checkpoint import Checkpoint, require_finite
 from astro.config import Quantization
 from astro.errors import CheckpointError, InputError
+from astro.files import read_json
 from astro.formats import compressed_tensors
 from astro.skeleton import Skeleton
 from astro_dist.source import resolve_source

@@ -33,7 +33,8 @@ def fabricate(folder: Path, shape: str, layers: int) -> None:
     import transformers
     from safetensors.torch import save_file
 
-    from astro.checkpoint import INDEX_NAME, write_json
+    from astro.checkpoint import INDEX_NAME
+    from astro.files import write_json
     from tests.conftest import byte_tokenizer
 
     hidden, intermediate, heads, kv_heads, vocabulary = SHAPES[shape]

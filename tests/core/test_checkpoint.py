@@ -7,16 +7,9 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from astro.checkpoint import (
-    INDEX_NAME,
-    Checkpoint,
-    load_tensors,
-    require_finite,
-    save_tensors,
-    sha256_of,
-    write_json,
-)
+from astro.checkpoint import INDEX_NAME, Checkpoint, require_finite
 from astro.errors import CheckpointError, RunError
+from astro.files import load_tensors, save_tensors, sha256_of, write_json
 
 
 @pytest.fixture

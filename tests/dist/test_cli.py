@@ -187,7 +187,7 @@ def test_output_folder_with_another_run(run, config):
 
 
 def test_failed_run_exits_with_one(run, config, monkeypatch):
-    monkeypatch.setattr("astro.checkpoint.os.fsync", lambda h: (_ for _ in ()).throw(OSError(28, "No space left")))
+    monkeypatch.setattr("astro.files.os.fsync", lambda h: (_ for _ in ()).throw(OSError(28, "No space left")))
     code, _, err = run("quantize", config)
     assert code == 1
     assert "the disk is full: free space" in err

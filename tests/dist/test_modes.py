@@ -63,6 +63,17 @@ class _Interrupted(BaseException):
     pass
 
 
+WHOLE = {}
+"""Files of a run that nothing happened to, by mode: every test has the same model."""
+
+
+def whole(run_config, tmp_path, mode):
+    if mode not in WHOLE:
+        config = run_config(output__dir=str(tmp_path / "whole"), **MODES[mode])
+        WHOLE[mode] = files_of(model_of(pipeline.quantize(config)))
+    return WHOLE[mode]
+
+
 @pytest.mark.parametrize(
     ("mode", "calls", "workers"),
     [
@@ -72,7 +83,7 @@ class _Interrupted(BaseException):
     ],
 )
 def test_interrupted_run_goes_on_and_writes_the_same_bytes(run_config, tmp_path, monkeypatch, mode, calls, workers):
-    expected = files_of(model_of(pipeline.quantize(run_config(output__dir=str(tmp_path / "whole"), **MODES[mode]))))
+    expected = whole(run_config, tmp_path, mode)
     left = [calls]
 
     def counted(method):
@@ -210,7 +221,7 @@ def test_error_in_a_tile_is_a_failed_run_that_keeps_what_is_finished(run_config,
     ],
 )
 def test_part_of_a_solve_that_was_damaged_is_made_again(run_config, tmp_path, monkeypatch, mode, block, part, reader):
-    expected = files_of(model_of(pipeline.quantize(run_config(output__dir=str(tmp_path / "whole"), **MODES[mode]))))
+    expected = whole(run_config, tmp_path, mode)
     path = RunDirectory(tmp_path / "run", "").partial(0, block, part)
     real = getattr(Worker, reader)
 

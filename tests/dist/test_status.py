@@ -8,7 +8,7 @@ import pytest
 from astro.errors import ConfigError, StorageError
 from astro_dist import pipeline
 from astro_dist.actors import Worker
-from astro_dist.manifest import RunDirectory
+from astro_dist.journal import Journal
 from astro_dist.status import read_status
 
 
@@ -54,14 +54,14 @@ def test_folder_that_holds_no_run(tmp_path):
 
 
 def test_journal_lines_that_a_full_disk_refused_are_written_later(run_config, tmp_path, monkeypatch):
-    real, refusals = RunDirectory.note, iter([True] * 3)
+    real, refusals = Journal.note, iter([True] * 3)
 
     def note(self, event, **details):
         if event not in ("opened", "started") and next(refusals, False):
             raise StorageError("journal.jsonl: cannot be written: No space left on device")
         real(self, event, **details)
 
-    monkeypatch.setattr(RunDirectory, "note", note)
+    monkeypatch.setattr(Journal, "note", note)
     pipeline.quantize(run_config())
     lines = [json.loads(line) for line in (tmp_path / "run" / "journal.jsonl").read_text().splitlines()]
     assert [line["unit"] for line in lines if line["event"] == "finished"].count("embed") == 1
