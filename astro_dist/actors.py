@@ -67,6 +67,10 @@ class Worker:
         self._device = torch.device(spec.device)
         self._open: _OpenBlock | None = None
 
+    def is_up(self) -> bool:
+        """Answers as soon as the worker has a process."""
+        return True
+
     def prepare(self) -> None:
         """Open the source; called once before anything else. Apart from the constructor, so that its errors arrive."""
         configure_process(self._spec.threads)

@@ -1,7 +1,7 @@
 """Mode `blocks`: every block on its own, in one or more rounds. Pure, as every schedule."""
 
 import dataclasses
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from typing import Any
 
 from astro_dist.schedule import (
@@ -51,12 +51,12 @@ class _GivenOut:
     """A block whose solve any worker may do a part of.
 
     Attributes:
-        tiles: of each stage, the stage with the widest input first.
-        done: calls that returned.
+        tiles: of each stage.
+        left: calls that can be made or are being made: for each stage a decision, then tiles; at the end the shard.
     """
 
     tiles: dict[int, int]
-    done: set[Call] = dataclasses.field(default_factory=set)
+    left: dict[Call, None]
 
 
 class BlockSchedule:
@@ -155,10 +155,12 @@ class BlockSchedule:
         if call.method == "give_out":
             # Its opening stays taken: nobody shall begin it anew.
             del self._active[worker]
-            self._given_out[_place(call)] = _GivenOut(dict(result["tiles"]))
+            tiles = dict(result["tiles"])
+            decisions = (Call("decide", (*call.args, stage), call.unit) for stage in tiles)
+            self._given_out[_place(call)] = _GivenOut(tiles, dict.fromkeys(decisions))
             return []
         if call.method in ("decide", "tile"):
-            self._given_out[_place(call)].done.add(call)
+            self._part_done(self._given_out[_place(call)], call)
             return []
         if call.method == "pass_on":
             return self._passed(self._streams.index(str(call.args[0])), int(call.args[1]), str(call.args[2]))
@@ -210,12 +212,16 @@ class BlockSchedule:
             return call.args[0] == first.round_index and int(call.args[1]) < first.block
         return call.method in ("embed", "pass_on") and self._continue(first) is None
 
-    def _candidates(self) -> list[Call]:
+    def _candidates(self) -> Iterator[Call]:
         """First calls of units whose inputs are there, the most urgent first."""
-        copying = copy_calls(unit for unit in self.units if unit not in self.finished)
-        if "embed" not in self.finished:
-            return [Call("embed", (), "embed"), *copying]
-        return [*self._repeats(), *self._heads(), *self._parts(), *self._next_blocks(), *copying]
+        if "embed" in self.finished:
+            yield from self._repeats()
+            yield from self._heads()
+            yield from self._parts()
+            yield from self._next_blocks()
+        else:
+            yield Call("embed", (), "embed")
+        yield from copy_calls(unit for unit in self.units if unit not in self.finished)
 
     def _repeats(self) -> list[Call]:
         """Chunks that pass through a finished block once more, because what it handed on is lost."""
@@ -228,19 +234,17 @@ class BlockSchedule:
                 calls.append(Call("pass_on", (self._streams[stream], block, chunk), unit))
         return calls
 
-    def _parts(self) -> list[Call]:
-        """Of the blocks that were given out: for each stage a decision, then tiles; at the end the shard."""
-        calls = []
-        for place, given in self._given_out.items():
-            unit = block_unit(*place)
-            open_calls = []
-            for stage, tiles in given.tiles.items():
-                deciding = Call("decide", (*place, stage), unit)
-                tiling = [Call("tile", (*place, stage, number), unit) for number in range(tiles)]
-                open_calls += tiling if deciding in given.done else [deciding]
-            left = [call for call in open_calls if call not in given.done]
-            calls += left or [Call("write", place, unit)]
-        return calls
+    def _parts(self) -> Iterator[Call]:
+        for given in self._given_out.values():
+            yield from given.left
+
+    def _part_done(self, given: _GivenOut, call: Call) -> None:
+        del given.left[call]
+        if call.method == "decide":
+            stage = int(call.args[2])
+            given.left |= {Call("tile", (*call.args, tile), call.unit): None for tile in range(given.tiles[stage])}
+        if not given.left:
+            given.left[Call("write", call.args[:2], call.unit)] = None
 
     def _heads(self) -> list[Call]:
         ready = []

@@ -5,7 +5,7 @@ import time
 
 import torch
 
-__all__ = ["DEVICES", "Device", "measure"]
+__all__ = ["DEVICES", "Device", "measure", "memory_shortage"]
 
 _ACHIEVED = 0.6
 """Share of the makers' peak that large matrix products reach."""
@@ -51,6 +51,16 @@ DEVICES = {
     )
 }
 """NVIDIA's data sheets: float32 on CUDA cores, dense bfloat16 on tensor cores; SXM modules where there are several."""
+
+
+def memory_shortage(needed_bytes: float, there_bytes: float, device: str) -> str | None:
+    """What to say of a device that is too small for a worker; nothing where it is large enough."""
+    if needed_bytes <= there_bytes:
+        return None
+    return (
+        f"a worker needs about {needed_bytes / 1e9:.1f} GB, but {device} has {there_bytes / 1e9:.1f} GB; lower "
+        "calibration.chunk_samples, or use devices with more memory"
+    )
 
 
 def measure(threads: int, size: int = 1024, seconds: float = 0.3) -> Device:

@@ -1,6 +1,7 @@
 """A whole run: validate, plan, execute, assemble, summarize."""
 
 import dataclasses
+import math
 import os
 import time
 from collections.abc import Callable, Sequence
@@ -22,7 +23,7 @@ from astro_dist.budget import allocate, read_choices, require_affordable
 from astro_dist.calibration import Chunk, TokenChunks, as_tensors, read_documents, tokenize
 from astro_dist.config import RunConfig, run_key
 from astro_dist.cost import CostModel
-from astro_dist.devices import DEVICES, measure
+from astro_dist.devices import DEVICES, measure, memory_shortage
 from astro_dist.driver import Driver
 from astro_dist.estimate import Estimate, estimate, require_room
 from astro_dist.executor import Executor, LocalExecutor
@@ -115,11 +116,9 @@ def forecast(prepared: Prepared, workers: int | None, device_name: str) -> Estim
     kind = "cuda" if device.memory_bytes else "cpu"
     dtype = _compute_dtype(config, prepared.plan, prepared.checkpoint, kind)
     needed = estimate(config, prepared.plan, dtype, count, device)
-    if device.memory_bytes and needed.worker_bytes > device.memory_bytes:
-        raise ConfigError(
-            f"a worker needs about {needed.worker_bytes / 1e9:.1f} GB, but a {device.name} has "
-            f"{device.memory_bytes / 1e9:.0f} GB; lower calibration.chunk_samples, or use devices with more memory"
-        )
+    shortage = memory_shortage(needed.worker_bytes, device.memory_bytes or math.inf, f"a {device.name}")
+    if shortage:
+        raise ConfigError(shortage)
     return needed
 
 

@@ -1,10 +1,11 @@
 """Workers as Ray actors."""
 
 import contextlib
+import dataclasses
 import logging
 import os
 import time
-from typing import Any
+from typing import Any, Literal
 
 import ray
 from ray.exceptions import RayActorError, RayError, RayTaskError
@@ -22,8 +23,19 @@ _LOOK_AROUND_S = 5.0
 """How often nodes that have joined the cluster are looked for."""
 _START_AGAIN_S = 60.0
 _DESCRIBE_TIMEOUT_S = 30.0
+_START_TIMEOUT_S = 900.0
+"""For a worker to open the source, from when its process is up."""
 _OBJECT_STORE_BYTES = 100_000_000
 """Of a private cluster: large arrays travel as files, so next to nothing lies in the object store."""
+
+
+@dataclasses.dataclass(frozen=True)
+class _Pending:
+    """What an actor was asked for: to be `placed`, to `start`, or to do a `call`; and when."""
+
+    worker: int
+    kind: Literal["placed", "start", "call"]
+    since: float = dataclasses.field(default_factory=time.monotonic)
 
 
 class RayExecutor:
@@ -48,7 +60,7 @@ class RayExecutor:
         self._config = config
         self._actors: dict[int, Any] = {}
         self._idle: set[int] = set()
-        self._calls: dict[Any, tuple[int, bool]] = {}
+        self._calls: dict[Any, _Pending] = {}
         self._next, self._looked_around = 0, time.monotonic()
         self._postponed: list[float] = []
         self._started_here = not ray.is_initialized()
@@ -91,7 +103,7 @@ class RayExecutor:
     def submit(self, worker: int, call: Call) -> None:
         """Let an actor begin a call."""
         self._idle.discard(worker)
-        self._calls[getattr(self._actors[worker], call.method).remote(*call.args)] = (worker, False)
+        self._calls[getattr(self._actors[worker], call.method).remote(*call.args)] = _Pending(worker, "call")
 
     def wait(self, timeout_s: float) -> Event | None:
         """Block until something happens; None where nothing did for so long."""
@@ -101,20 +113,23 @@ class RayExecutor:
             return None
         ready, _ = ray.wait(list(self._calls), num_returns=1, timeout=timeout_s)
         if not ready:
-            return None
-        worker, starting = self._calls.pop(ready[0])
+            return self._give_up_start()
+        pending = self._calls.pop(ready[0])
+        worker, starting = pending.worker, pending.kind == "start"
         try:
             result = ray.get(ready[0])
         except RayTaskError as error:
-            if starting:  # where one cannot start, the next cannot either for a while
-                self._remove(worker)
-                self._postponed.append(time.monotonic() + _START_AGAIN_S)
+            if starting:
+                self._postpone(worker)
             else:
                 self.discard(worker)
             return Failed(worker, _cause(error), lost=False)
         except RayError as error:
             self.discard(worker)
             return Failed(worker, _explain(error), lost=True)
+        if pending.kind == "placed":
+            self._calls[self._actors[worker].prepare.remote()] = _Pending(worker, "start")
+            return None
         self._idle.add(worker)
         return Joined(worker) if starting else Returned(worker, result)
 
@@ -143,12 +158,26 @@ class RayExecutor:
     def _remove(self, worker: int) -> None:
         ray.kill(self._actors.pop(worker))
         self._idle.discard(worker)
-        self._calls = {reference: call for reference, call in self._calls.items() if call[0] != worker}
+        self._calls = {reference: call for reference, call in self._calls.items() if call.worker != worker}
 
     def _add(self) -> None:
         worker, self._next = self._next, self._next + 1
         self._actors[worker] = self._remote.remote(self._spec)
-        self._calls[self._actors[worker].prepare.remote()] = (worker, True)
+        self._calls[self._actors[worker].is_up.remote()] = _Pending(worker, "placed")
+
+    def _give_up_start(self) -> Event | None:
+        """End a worker that hangs before it ever joined: its node may not reach the source."""
+        due = time.monotonic() - _START_TIMEOUT_S
+        late = next((call for call in self._calls.values() if call.kind == "start" and call.since < due), None)
+        if late is None:
+            return None
+        self._postpone(late.worker)
+        return Failed(late.worker, RunError(f"did not open the source within {_START_TIMEOUT_S:.0f} s"), lost=True)
+
+    def _postpone(self, worker: int) -> None:
+        """Where one cannot start, the next cannot either for a while."""
+        self._remove(worker)
+        self._postponed.append(time.monotonic() + _START_AGAIN_S)
 
     def _places(self) -> int:
         """Workers that the nodes have room for, were they all ours."""

@@ -21,6 +21,7 @@ from astro.parts import load_part, save_part
 from astro.recording import BlockCall, load_call
 from astro.skeleton import Skeleton
 from astro_dist.budget import layer_settings
+from astro_dist.devices import memory_shortage
 from astro_dist.manifest import RunDirectory
 from astro_dist.plan import BlockUnit, Plan
 from astro_dist.schedule import block_unit, is_held_out
@@ -234,11 +235,9 @@ def require_memory(needed_bytes: int, device: torch.device) -> None:
         total = torch.cuda.get_device_properties(device).total_memory
     else:
         total = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    if needed_bytes > total:
-        raise RunError(
-            f"{platform.node()}: a worker needs about {needed_bytes / 1e9:.1f} GB, but its device has "
-            f"{total / 1e9:.1f} GB; lower calibration.chunk_samples, or use devices with more memory"
-        )
+    shortage = memory_shortage(needed_bytes, total, "its device")
+    if shortage:
+        raise RunError(f"{platform.node()}: {shortage}")
 
 
 def _return_freed_memory() -> None:

@@ -9,6 +9,7 @@ some numbers of workers, to be held against real runs.
 """
 
 import argparse
+import dataclasses
 import json
 import sys
 from pathlib import Path
@@ -88,27 +89,28 @@ def reach(module: str) -> float:
     return 8 / 256 if ".experts." in module else 1.0
 
 
-def table(name: str, device_name: str) -> None:
+def table(name: str, device_name: str, gigabits: float) -> None:
     """Print one model's table."""
-    plan, device = make_plan(name), DEVICES[device_name]
-    print(f"\n{name} on {device_name}, 128 × 2048 tokens\n")
+    plan, device = make_plan(name), dataclasses.replace(DEVICES[device_name], storage=gigabits / 8 * 1e9)
+    print(f"\n{name} on {device_name}, 128 × 2048 tokens, {gigabits:g} Gbit/s a worker\n")
     print("| mode | | " + " | ".join(map(str, WORKERS)) + " |\n" + "|---" * (len(WORKERS) + 2) + "|")
     for mode in ("blocks", "sequential"):
         shares = {"hessian_shares": 8} if mode == "sequential" else {}
         config = RunConfig.model_validate({**CONFIG, "execution": {"mode": mode, **shares}})
         tokens = chunk_tokens(config.calibration)
         cost = CostModel(plan, config, tokens, 2, "cuda", reach)
-        walls, efficiencies = [], []
+        walls, efficiencies, alone = [], [], 0.0
         for workers in WORKERS:
             schedule = schedule_of(config, plan, list(tokens))
             found = simulate(
                 schedule, workers, lambda call, cost=cost: cost.work(call).seconds(device, True), cost.result
             )
             walls.append(f"{found.wall_s / 60:.1f}")
-            efficiencies.append(f"{found.efficiency(workers):.0%}")
+            alone = alone or found.wall_s
+            efficiencies.append(f"{alone / workers / found.wall_s:.0%}")
         most = sorted(found.by_method.items(), key=lambda item: -item[1])[:3]
         print(f"| {mode} | minutes | " + " | ".join(walls) + " |")
-        print("| | at work | " + " | ".join(efficiencies) + " |")
+        print("| | efficiency | " + " | ".join(efficiencies) + " |")
         print(
             f"most time ({mode}): " + ", ".join(f"{method} {s / found.busy_s:.0%}" for method, s in most),
             file=sys.stderr,
@@ -169,6 +171,7 @@ def main() -> None:
     """Print tables, or check the simulator."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--device", default="h100", choices=sorted(DEVICES))
+    parser.add_argument("--gigabits", type=float, default=25, help="a second, from and to the shared folder, a worker")
     parser.add_argument("--models", nargs="+", default=list(MODELS), choices=list(MODELS))
     parser.add_argument("--measured", type=Path)
     parser.add_argument("--workers", type=int, nargs="+", default=[1, 2])
@@ -177,7 +180,7 @@ def main() -> None:
         measured(options.measured, options.workers)
         return
     for name in options.models:
-        table(name, options.device)
+        table(name, options.device, options.gigabits)
 
 
 if __name__ == "__main__":

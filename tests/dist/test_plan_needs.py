@@ -80,7 +80,7 @@ def test_forecast_of_a_gpu_and_of_one_that_is_not_known(prepared):
 
 def test_device_that_is_too_small_is_refused(prepared, monkeypatch):
     monkeypatch.setitem(DEVICES, "toy", dataclasses.replace(DEVICES["h100"], name="toy", memory_bytes=10**8))
-    with pytest.raises(ConfigError, match=r"a worker needs about 0.4 GB, but a toy has 0 GB; lower calibration.chunk_samples"):
+    with pytest.raises(ConfigError, match=r"a worker needs about 0.4 GB, but a toy has 0.1 GB; lower calibration.chunk_samples"):
         pipeline.forecast(prepared, 1, "toy")
     with pytest.raises(RunError, match="a worker needs about 1000000.0 GB, but its device has"):
         require_memory(10**15, torch.device("cpu"))

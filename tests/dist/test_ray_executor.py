@@ -20,6 +20,7 @@ from astro.errors import (
 from astro_dist import pipeline
 from astro_dist.actors import Worker
 from astro_dist.config import ExecutionConfig
+from astro_dist.manifest import RunDirectory
 from astro_dist.ray_executor import RayExecutor
 from tests.conftest import files_of
 
@@ -41,7 +42,7 @@ def wait_for_all(monkeypatch):
 
     def begin_with(missing):
         def idle_if_all_are_up(self):
-            return idle(self) if sum(starting for _, starting in self._calls.values()) <= missing else []
+            return idle(self) if sum(call.kind != "call" for call in self._calls.values()) <= missing else []
 
         monkeypatch.setattr(RayExecutor, "idle", idle_if_all_are_up)
 
@@ -109,6 +110,16 @@ def test_worker_that_hangs_is_given_up_and_past_the_retries_the_error_names_the_
     )
     with pytest.raises(RunError, match=r"block-000\d, solve on worker \d: took longer than its deadline of 2 s. Attempt 1 of 1"):
         pipeline.quantize(config)
+
+
+def test_worker_that_hangs_at_its_start_is_given_up(cluster, run_config, monkeypatch):
+    monkeypatch.setattr(Worker, "prepare", lambda self: time.sleep(3600))
+    monkeypatch.setattr("astro_dist.ray_executor._START_TIMEOUT_S", 0.5)
+    config = run_config(execution__executor="ray", execution__workers=1, execution__worker_timeout_s=3.0)
+    with pytest.raises(RunError, match="no worker was up for 3 s"):
+        pipeline.quantize(config)
+    journal = RunDirectory(config.output.dir, "").journal.lines("failed")
+    assert journal[0]["cause"] == "did not open the source within 0 s"
 
 
 def test_more_workers_than_the_cluster_has_wait_for_room(cluster, run_config, wait_for_all):
