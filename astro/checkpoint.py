@@ -16,7 +16,8 @@ from typing import Any
 import torch
 
 from astro.errors import CheckpointError
-from astro.files import read_json
+from astro.files import parse_json
+from astro.store import FolderStore, Range, Store
 
 __all__ = [
     "INDEX_NAME",
@@ -28,8 +29,9 @@ __all__ = [
 
 INDEX_NAME = "model.safetensors.index.json"
 _SINGLE_NAME = "model.safetensors"
-_PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt")
+_PICKLES = (".bin", ".pt", ".pth", ".ckpt")
 _MAX_HEADER_BYTES = 100_000_000
+_HEAD_BYTES = 1 << 18
 _SAMPLE_BYTES = 64
 _PIECE_ELEMENTS = 1 << 22
 
@@ -73,70 +75,82 @@ class TensorEntry:
 
 
 class Checkpoint:
-    """A folder of safetensors shards.
+    """Safetensors shards and their index. It travels to workers; what it knows of the headers goes with it.
 
     Attributes:
-        folder: where the files are.
+        store: where the files are.
         entries: every tensor by name, sorted by name.
     """
 
-    def __init__(self, folder: Path, entries: Mapping[str, TensorEntry]) -> None:
-        self.folder = folder
+    def __init__(self, store: Store, entries: Mapping[str, TensorEntry]) -> None:
+        self.store = store
         self.entries = dict(sorted(entries.items()))
 
     @classmethod
-    def open(cls, folder: Path) -> "Checkpoint":
+    def open(cls, source: Store | Path) -> "Checkpoint":
         """Read the index and every header, and check that they agree.
+
+        Args:
+            source: where the files are.
 
         Raises:
             CheckpointError: anything that would make a later read fail or lie.
         """
-        _refuse_other_kinds(folder)
-        weight_map = _read_weight_map(folder)
+        store = FolderStore(source) if isinstance(source, Path) else source
+        sizes = store.sizes()
+        _refuse_other_kinds(store, sizes)
+        weight_map = _read_weight_map(store, sizes)
         files = sorted(set(weight_map.values())) if weight_map is not None else [_SINGLE_NAME]
         entries: dict[str, TensorEntry] = {}
         for file in files:
-            for entry in read_header(folder, file):
+            for entry in _read_header(store, sizes, file):
                 if weight_map is None or weight_map.get(entry.name) == file:
                     entries[entry.name] = entry
         absent = sorted(set(weight_map or ()) - set(entries))
         if weight_map is not None and absent:
             raise CheckpointError(
-                f"{folder / INDEX_NAME}: names {len(absent)} tensor(s) that their shards do not hold, "
+                f"{store}/{INDEX_NAME}: names {len(absent)} tensor(s) that their shards do not hold, "
                 f"the first is {absent[0]!r} in {weight_map[absent[0]]}; index and shards are of different versions, "
                 "fetch the checkpoint again"
             )
-        return cls(folder, entries)
+        return cls(store, entries)
+
+    def place(self, name: str) -> str:
+        """The file that holds a tensor, for messages."""
+        return f"{self.store}/{self.entries[name].file}"
 
     def fingerprint(self) -> str:
-        """A hash of config, code, every name, dtype and shape, and of some bytes of every tensor, hex.
+        """A hash of every name, dtype and shape, and of the store's revision; hex.
 
-        It does not read the weights: 64 bytes from the middle of each tensor tell one revision from another.
+        Where the store has no revision, of config, code and some bytes of every tensor instead. That does not read the
+        weights: 64 bytes from the middle of each tensor tell one state of a folder from another.
         """
-        digest = hashlib.sha256()
-        for path in (self.folder / "config.json", *sorted(self.folder.glob("*.py"))):
-            digest.update(path.name.encode() + (path.read_bytes() if path.is_file() else b""))
+        digest = hashlib.sha256((self.store.revision or "").encode())
+        if self.store.revision is None:
+            sizes = self.store.sizes()
+            for file in ("config.json", *sorted(file for file in sizes if file.endswith(".py"))):
+                digest.update(file.encode() + (_read_bytes(self.store, file, 0, sizes[file]) if file in sizes else b""))
         for entry in self.entries.values():
-            length = min(_SAMPLE_BYTES, entry.size_bytes)
-            sample = torch.empty(length, dtype=torch.uint8)
-            self._read_into(entry, (entry.size_bytes - length) // 2, sample)
-            digest.update(f"{entry.name}|{entry.dtype}|{entry.shape}|".encode() + sample.numpy().tobytes())
+            digest.update(f"{entry.name}|{entry.dtype}|{entry.shape}|".encode())
+            if self.store.revision is None:
+                length = min(_SAMPLE_BYTES, entry.size_bytes)
+                middle = entry.start + (entry.size_bytes - length) // 2
+                digest.update(_read_bytes(self.store, entry.file, middle, length))
         return digest.hexdigest()
 
     def read(self, names: Iterable[str]) -> dict[str, torch.Tensor]:
         """Some tensors as they are stored, on the CPU, in memory of their own.
 
-        Nothing is mapped: a mapped file that is cut short while it is read ends the process instead of the call.
-
         Raises:
             CheckpointError: a shard cannot be read any more.
         """
-        found = {}
+        found, ranges = {}, []
         for entry in sorted((self.entries[name] for name in names), key=lambda entry: (entry.file, entry.start)):
             dtype = _TORCH_DTYPES[entry.dtype]
             flat = torch.empty(entry.size_bytes // dtype.itemsize, dtype=dtype)
-            self._read_into(entry, 0, flat)
+            ranges.append(Range(entry.file, entry.start, flat.view(torch.uint8).numpy().data))
             found[entry.name] = flat.reshape(entry.shape)
+        self.store.fill(ranges)
         return found
 
     def pieces(self, name: str, num_elements: int) -> Iterator[torch.Tensor]:
@@ -146,24 +160,8 @@ class Checkpoint:
         buffer = torch.empty(min(num_elements, entry.size_bytes // dtype.itemsize), dtype=dtype)
         for offset in range(0, entry.size_bytes, num_elements * dtype.itemsize):
             part = buffer[: (entry.size_bytes - offset) // dtype.itemsize]
-            self._read_into(entry, offset, part)
+            self.store.fill([Range(entry.file, entry.start + offset, part.view(torch.uint8).numpy().data)])
             yield part
-
-    def _read_into(self, entry: TensorEntry, offset: int, flat: torch.Tensor) -> None:
-        path = self.folder / entry.file
-        view = flat.view(torch.uint8).numpy().data
-        try:
-            with path.open("rb", buffering=0) as handle:
-                handle.seek(entry.start + offset)
-                while view:
-                    count = handle.readinto(view)
-                    if not count:
-                        raise CheckpointError(
-                            f"{path}: ends inside tensor {entry.name}; it was cut short, fetch it again"
-                        )
-                    view = view[count:]
-        except OSError as error:
-            raise CheckpointError(f"{path}: cannot read {entry.name}: {error}") from error
 
     def size_bytes(self, names: Iterable[str]) -> int:
         """Bytes that reading some tensors moves."""
@@ -181,42 +179,39 @@ def require_finite(checkpoint: Checkpoint) -> None:
             continue
         if not all(bool(torch.isfinite(piece).all()) for piece in checkpoint.pieces(name, _PIECE_ELEMENTS)):
             raise CheckpointError(
-                f"{checkpoint.folder / entry.file}: tensor {name} holds NaN or Inf; "
+                f"{checkpoint.place(name)}: tensor {name} holds NaN or Inf; "
                 "the checkpoint is damaged or diverged in training, and quantizing it cannot work"
             )
 
 
-def _refuse_other_kinds(folder: Path) -> None:
-    if folder.suffix == ".gguf" or (folder.is_dir() and any(folder.glob("*.gguf")) and not _has_weights(folder)):
+def _refuse_other_kinds(store: Store, sizes: Mapping[str, int]) -> None:
+    if INDEX_NAME in sizes or _SINGLE_NAME in sizes:
+        return
+    if any(file.endswith(".gguf") for file in sizes):
         raise CheckpointError(
-            f"{folder}: a GGUF file holds weights that are quantized already; quantizing them again adds their error "
+            f"{store}: a GGUF file holds weights that are quantized already; quantizing them again adds their error "
             "to ours. Give the original safetensors checkpoint of the model"
         )
-    if not folder.is_dir():
-        raise CheckpointError(
-            f"{folder}: no such folder; model.source is a local or shared folder with config.json and *.safetensors "
-            "(fetch one with `hf download ORG/NAME --local-dir FOLDER`)"
-        )
-    if _has_weights(folder):
-        return
-    pickles = sorted(path.name for pattern in _PICKLES for path in folder.glob(pattern))
+    pickles = sorted(file for file in sizes if file.endswith(_PICKLES))
     if pickles:
         raise CheckpointError(
-            f"{folder}: holds {pickles[0]} but no safetensors; such a file is a pickle, which runs code when it is "
+            f"{store}: holds {pickles[0]} but no safetensors; such a file is a pickle, which runs code when it is "
             "loaded, and is not read. Convert it (transformers: save_pretrained) or fetch the safetensors revision"
         )
-    raise CheckpointError(f"{folder}: holds neither {INDEX_NAME} nor {_SINGLE_NAME}")
+    raise CheckpointError(f"{store}: holds neither {INDEX_NAME} nor {_SINGLE_NAME}")
 
 
-def _has_weights(folder: Path) -> bool:
-    return (folder / INDEX_NAME).is_file() or (folder / _SINGLE_NAME).is_file()
+def _read_bytes(store: Store, file: str, start: int, length: int) -> bytes:
+    content = bytearray(length)
+    store.fill([Range(file, start, memoryview(content))])
+    return bytes(content)
 
 
-def _read_weight_map(folder: Path) -> dict[str, str] | None:
-    path = folder / INDEX_NAME
-    if not path.is_file():
+def _read_weight_map(store: Store, sizes: Mapping[str, int]) -> dict[str, str] | None:
+    if INDEX_NAME not in sizes:
         return None
-    weight_map = read_json(path).get("weight_map")
+    path = f"{store}/{INDEX_NAME}"
+    weight_map = parse_json(_read_bytes(store, INDEX_NAME, 0, sizes[INDEX_NAME]), path).get("weight_map")
     if not isinstance(weight_map, dict) or not weight_map:
         raise CheckpointError(f"{path}: expected an object 'weight_map' that names tensors, got {weight_map!r:.80}")
     for name, file in weight_map.items():
@@ -231,24 +226,26 @@ def _read_weight_map(folder: Path) -> dict[str, str] | None:
 
 
 def read_header(folder: Path, file: str) -> list[TensorEntry]:
-    """The tensors that a shard holds, by its header; the file's length must agree.
+    """The tensors that a shard in a folder holds, by its header; the file's length must agree.
 
     Raises:
         CheckpointError: the shard is missing, cut short or damaged.
     """
-    path = folder / file
-    if not path.is_file():
+    store = FolderStore(folder)
+    return _read_header(store, store.sizes(), file)
+
+
+def _read_header(store: Store, sizes: Mapping[str, int], file: str) -> list[TensorEntry]:
+    path, size = f"{store}/{file}", sizes.get(file)
+    if size is None:
         raise CheckpointError(f"{path}: the index names this shard, but it is missing; fetch it again")
-    try:
-        size = path.stat().st_size
-        with path.open("rb") as handle:
-            head = handle.read(8)
-            length = struct.unpack("<Q", head)[0] if len(head) == 8 else _MAX_HEADER_BYTES + 1
-            raw = handle.read(length) if length <= min(_MAX_HEADER_BYTES, size - 8) else None
-    except OSError as error:
-        raise CheckpointError(f"{path}: cannot be read: {error}") from error
-    if raw is None:
+    # In one piece with its length where it is short: every request to a remote store takes its time.
+    head = _read_bytes(store, file, 0, min(size, _HEAD_BYTES))
+    length = struct.unpack("<Q", head[:8])[0] if size >= 8 else _MAX_HEADER_BYTES + 1
+    if length > min(_MAX_HEADER_BYTES, size - 8):
         raise CheckpointError(f"{path}: no safetensors file, or cut short: {size} bytes, its header asks for more")
+    missing = 8 + length - len(head)
+    raw = (head + _read_bytes(store, file, len(head), missing) if missing > 0 else head)[8 : 8 + length]
     try:
         header = json.loads(raw)
         tensors = {name: value for name, value in header.items() if name != "__metadata__"}
@@ -273,7 +270,7 @@ def _parse_entry(name: str, file: str, value: Mapping[str, Any], base: int) -> T
     return TensorEntry(name, file, dtype, shape, base + begin, base + end)
 
 
-def _require_contiguous(path: Path, entries: Iterable[TensorEntry], start: int) -> int:
+def _require_contiguous(path: str, entries: Iterable[TensorEntry], start: int) -> int:
     """End of the last tensor, if every tensor begins where the one before it ends, as the format demands."""
     for entry in sorted(entries, key=lambda entry: (entry.start, entry.stop)):
         if entry.start != start:

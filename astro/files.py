@@ -19,11 +19,13 @@ from astro.errors import CheckpointError, StorageError
 __all__ = [
     "PARTIAL_SUFFIX",
     "load_tensors",
+    "parse_json",
     "read_json",
     "read_note",
     "save_tensors",
     "sha256_of",
     "write_atomic",
+    "write_bytes",
     "write_json",
     "write_text",
 ]
@@ -39,13 +41,30 @@ def read_json(path: Path) -> dict[str, Any]:
         CheckpointError: the file is missing, is no JSON, or holds no object.
     """
     try:
-        content = json.loads(path.read_text(encoding="utf-8"))
+        raw = path.read_bytes()
     except FileNotFoundError as error:
         raise CheckpointError(f"{path}: not found; a checkpoint folder must hold it") from error
-    except (OSError, ValueError, RecursionError) as error:
+    except OSError as error:
         raise CheckpointError(f"{path}: cannot be read as JSON: {error}") from error
+    return parse_json(raw, str(path))
+
+
+def parse_json(raw: bytes, place: str) -> dict[str, Any]:
+    """A JSON object from bytes.
+
+    Args:
+        raw: UTF-8.
+        place: where they are from, for messages.
+
+    Raises:
+        CheckpointError: they are no JSON, or hold no object.
+    """
+    try:
+        content = json.loads(raw.decode("utf-8"))
+    except (ValueError, RecursionError) as error:
+        raise CheckpointError(f"{place}: cannot be read as JSON: {error}") from error
     if not isinstance(content, dict):
-        raise CheckpointError(f"{path}: expected a JSON object, got {type(content).__name__}")
+        raise CheckpointError(f"{place}: expected a JSON object, got {type(content).__name__}")
     return content
 
 
@@ -74,14 +93,18 @@ def write_atomic(path: Path, write: Callable[[Path], None]) -> None:
         raise StorageError(f"{path}: cannot be written: {error}; {advice}. What is finished is kept") from error
 
 
-def write_text(path: Path, text: str) -> None:
-    """Write a text file atomically, as UTF-8."""
-    content = text.encode("utf-8")
+def write_bytes(path: Path, content: bytes | bytearray) -> None:
+    """Write a file atomically."""
 
     def write(partial: Path) -> None:
         partial.write_bytes(content)
 
     write_atomic(path, write)
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write a text file atomically, as UTF-8."""
+    write_bytes(path, text.encode("utf-8"))
 
 
 def write_json(path: Path, content: Mapping[str, Any]) -> None:

@@ -14,7 +14,7 @@ import torch
 import transformers
 
 from astro.block import BlockStatistics, quantize_block
-from astro.errors import NumericalError, RunError
+from astro.errors import CheckpointError, NumericalError, RunError
 from astro.files import save_tensors
 from astro.layer import QuantizedLinear
 from astro.recording import load_call, record, returns_tuple, run_head, save_calls
@@ -108,7 +108,11 @@ class Worker:
         """Tensors outside the blocks, as they are, to a shard of the result."""
         unit = self._spec.plan.copies[index]
         path = self._spec.run.model / unit.file
-        save_tensors(path, self._stage.checkpoint.read(unit.keys))
+        tensors = self._stage.checkpoint.read(unit.keys)
+        for name, tensor in tensors.items():
+            if tensor.is_floating_point() and not bool(torch.isfinite(tensor).all()):
+                raise CheckpointError(f"{self._stage.checkpoint.place(name)}: tensor {name} holds NaN or Inf")
+        save_tensors(path, tensors)
         return self._spec.run.finish(unit.name, [path], {"bytes_read": unit.read_bytes})
 
     def open_block(self, round_index: int, index: int) -> None:

@@ -11,22 +11,16 @@ from astro_dist.budget import layer_settings
 from astro_dist.config import RunConfig
 from astro_dist.manifest import RunDirectory
 from astro_dist.plan import Plan
+from astro_dist.source import SIDE_FILES
 
 __all__ = ["assemble", "final_settings"]
-
-_COPIED_FILES = (
-    "generation_config.json", "tokenizer.json", "tokenizer_config.json", "tokenizer.model", "special_tokens_map.json",
-    "added_tokens.json", "vocab.json", "vocab.txt", "merges.txt", "chat_template.jinja", "chat_template.json",
-    "*.tiktoken", "spiece.model", "*.spm", "preprocessor_config.json", "processor_config.json",
-    "LICENSE*", "NOTICE*", "USE_POLICY*",
-)  # fmt: skip
 
 
 def assemble(source: Path, plan: Plan, run: RunDirectory, config: RunConfig) -> None:
     """Write what is missing beside the shards.
 
     Args:
-        source: folder of the source checkpoint.
+        source: folder with config.json and the tokenizer of the source.
         plan: of the run, all of its units finished.
         run: the run directory.
         config: of the run.
@@ -39,7 +33,7 @@ def assemble(source: Path, plan: Plan, run: RunDirectory, config: RunConfig) -> 
             total += entry.size_bytes
     index = {"metadata": {"total_size": total}, "weight_map": dict(sorted(weight_map.items()))}
     write_json(run.model / INDEX_NAME, index)
-    patterns = (*_COPIED_FILES, *(("*.py",) if config.model.trust_remote_code else ()))
+    patterns = (*SIDE_FILES, *(("*.py",) if config.model.trust_remote_code else ()))
     for path in sorted({path for pattern in patterns for path in source.glob(pattern) if path.is_file()}):
         _copy(path, run.model / path.name)
     content = read_json(source / "config.json")

@@ -159,7 +159,7 @@ def status(
 @app.command()
 def verify(
     model: Annotated[Path, typer.Argument(help="Folder of a quantized model.")],
-    against: Annotated[Path | None, typer.Option(help="Folder of the source: also the error of each layer.")] = None,
+    against: Annotated[str | None, typer.Option(help="The source, as model.source: also each layer's error.")] = None,
     as_json: _Json = False,
 ) -> None:
     """Re-read what was written: every tensor present, shapes, finite scales, index and config agree."""

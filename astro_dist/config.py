@@ -29,11 +29,19 @@ class ModelConfig(_Section):
     """Where the model comes from."""
 
     source: str
-    """Folder with config.json and *.safetensors, or `demo:smollm2-135m` (the quickstart's model)."""
+    """Folder with config.json and *.safetensors, Hub repository (ORG/NAME; a folder of that name comes first), URL of
+    an object store (s3://, gs://, ...), or `demo:smollm2-135m` (the quickstart's model)."""
+    revision: str | None = None
+    """Branch, tag or commit of a Hub repository; `main` where not given. A run keeps the commit it began with."""
+    cache_dir: Path | None = None
+    """Where each machine keeps pieces of remote files; `~/.cache/astro-dist` where not given."""
+    cache_gb: float = Field(20.0, ge=0)
+    """Gigabytes that these pieces may take on each machine, beside the few of config and tokenizer."""
     trust_remote_code: bool = False
     """Run Python code that the checkpoint ships. Only for sources that you trust like your own code."""
     check_weights: bool = True
-    """Read every weight once before anything starts and refuse NaN and Inf."""
+    """Read every weight of a folder once before anything starts and refuse NaN and Inf. What is remote is checked by
+    the workers, as it is read."""
 
 
 class CalibrationConfig(_Section):

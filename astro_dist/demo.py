@@ -5,7 +5,6 @@ trying the system out and for comparing methods, with the reference being that d
 """
 
 import importlib.util
-import os
 import shutil
 import subprocess
 import sys
@@ -14,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from astro.errors import ConfigError, RunError
+from astro_dist.range_cache import cache_folder
 
 __all__ = ["DEMO_SOURCES", "convert", "resolve_demo"]
 
@@ -37,8 +37,7 @@ def resolve_demo(source: str) -> Path:
     """
     if source not in DEMO_SOURCES:
         raise ConfigError(f"model.source {source}: unknown demo; there is {', '.join(DEMO_SOURCES)}")
-    cache = Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "astro-dist"
-    target = cache / "smollm2-135m-instruct-f16"
+    target = cache_folder() / "smollm2-135m-instruct-f16"
     if not (target / "config.json").is_file():
         _convert_apart(_find_weights(), target)
     return target

@@ -5,6 +5,7 @@ run.json       identity of the run               activations/   only what unfini
 model/         the checkpoint, shard by shard    tokens.safetensors   every chunk's tokens
 summary.json   the figures of the run            journal.jsonl  what happened when
 rounds/        shards of earlier rounds          allocation.json  with a width budget: every layer's width
+source/        of a remote model: config, tokenizer, code
 """
 
 import contextlib
@@ -20,13 +21,13 @@ from typing import Any
 import torch
 
 from astro.errors import CheckpointError, ConfigError, DamagedError, RunError
-from astro.files import PARTIAL_SUFFIX, read_json, sha256_of, write_json, write_text
+from astro.files import PARTIAL_SUFFIX, read_json, sha256_of, write_bytes, write_json, write_text
 from astro.parts import load_part, save_part
 from astro_dist.config import RunConfig
 from astro_dist.journal import Journal
 from astro_dist.schedule import Spent, block_unit
 
-__all__ = ["RunDirectory"]
+__all__ = ["RunDirectory", "begun_commit"]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -233,6 +234,13 @@ class RunDirectory:
         save_part(self.tokens, tokens)
         write_json(self.root / "run.json", {"key": self.key, **identity, "arithmetic": config.arithmetic()})
 
+    def keep_side_files(self, folder: Path) -> Path:
+        """A copy of a remote source's small files that every node sees."""
+        for path in folder.iterdir():
+            if path.is_file() and not path.name.endswith(PARTIAL_SUFFIX):
+                write_bytes(self.root / "source" / path.name, path.read_bytes())
+        return self.root / "source"
+
     def mend_tokens(self, tokens: dict[str, torch.Tensor]) -> None:
         """Write the tokens again where their file is missing or damaged. They are part of the run's identity."""
         try:
@@ -310,6 +318,13 @@ class RunDirectory:
             f"{name.removeprefix('arithmetic.')}: {there.get(name)} there, {here.get(name)} here" for name in changed
         ]
         return "; ".join(shown[:4]) or "of another kind"
+
+
+def begun_commit(root: Path) -> str | None:
+    """The commit of a Hub repository that the run in a folder was begun with; None where there is none."""
+    mark = root / "run.json"
+    commit: str | None = read_json(mark).get("commit") if mark.is_file() else None
+    return commit
 
 
 def _checksum(record: dict[str, Any]) -> str:

@@ -28,12 +28,12 @@ from astro_dist.driver import Driver
 from astro_dist.estimate import Estimate, estimate, require_room
 from astro_dist.executor import Executor, LocalExecutor
 from astro_dist.failure import FailureHistory
-from astro_dist.manifest import RunDirectory
+from astro_dist.manifest import RunDirectory, begun_commit
 from astro_dist.plan import Plan, make_plan
 from astro_dist.progress import ProgressDisplay
 from astro_dist.resume import make_schedule
 from astro_dist.schedule import Call, Schedule, block_unit
-from astro_dist.source import resolve_source
+from astro_dist.source import Source, resolve_source
 from astro_dist.stage import WorkerSpec
 from astro_dist.summary import summarize
 
@@ -53,33 +53,37 @@ class Prepared:
 
     Attributes:
         config: of the run.
-        source: folder of the source checkpoint.
-        checkpoint: the source, opened.
+        source: where the model comes from.
+        checkpoint: its weights, opened.
         plan: every unit.
         notes: what the user should know before it starts.
         max_positions: longest sequence it has positions for, None where it says none.
     """
 
     config: RunConfig
-    source: Path
+    source: Source
     checkpoint: Checkpoint
     plan: Plan
     notes: tuple[str, ...]
     max_positions: int | None
 
 
-def prepare(config: RunConfig) -> Prepared:
+def prepare(config: RunConfig, commit: str | None = None) -> Prepared:
     """Check the configuration against the checkpoint's headers and plan the work.
+
+    Args:
+        config: of the run.
+        commit: of a Hub repository that the run was begun with.
 
     Raises:
         InputError: anything that is wrong with what the user gave.
     """
     configure_process(config.execution.threads_per_worker)
-    source = resolve_source(config.model.source)
-    checkpoint = Checkpoint.open(source)
-    if read_json(source / "config.json").get("quantization_config"):
-        raise CheckpointError(f"{source / 'config.json'}: the model is quantized already; give the original checkpoint")
-    skeleton = Skeleton(source, torch.float32, config.model.trust_remote_code)
+    source = resolve_source(config.model, commit)
+    checkpoint = Checkpoint.open(source.store)
+    if read_json(source.folder / "config.json").get("quantization_config"):
+        raise CheckpointError(f"{source.store}/config.json: the model is quantized already; give the original one")
+    skeleton = Skeleton(source.folder, torch.float32, config.model.trust_remote_code)
     plan = make_plan(checkpoint, skeleton, config.quantization)
     weights = {linear.name: linear.rows * linear.columns for unit in plan.blocks for linear in unit.linears}
     if config.quantization.bits == "auto":
@@ -131,14 +135,16 @@ def quantize(config: RunConfig) -> dict[str, Any]:
     """
     begin = time.perf_counter()
     _refuse_relative_paths(config)
-    prepared = prepare(config)
+    root = config.output.dir.expanduser().absolute()
+    prepared = prepare(config, begun_commit(root))
     chunks = _tokenize(prepared)
     fingerprint = prepared.checkpoint.fingerprint()
     key = run_key(config, fingerprint, astro.__version__)
-    run = RunDirectory(config.output.dir.expanduser().absolute(), key, config.execution.rounds)
+    run = RunDirectory(root, key, config.execution.rounds)
     identity = {"source_sha256": fingerprint, "tokens_sha256": chunks.sha256, "version": astro.__version__}
+    identity |= {"commit": prepared.source.commit} if prepared.source.commit else {}
     begun = run.begun(config, identity)
-    if not begun and config.model.check_weights:
+    if not begun and config.model.check_weights and not prepared.source.is_remote:
         require_finite(prepared.checkpoint)
     with run.locked():
         if not begun:
@@ -161,7 +167,7 @@ def _run(
             workers = _execute(prepared, run, fingerprint, chunks, schedule, executor)
         finally:
             executor.close()
-    assemble(prepared.source, prepared.plan, run, prepared.config)
+    assemble(prepared.source.folder, prepared.plan, run, prepared.config)
     wall_s = time.perf_counter() - begin
     summary = summarize(prepared.plan, run, prepared.config.quantization, prepared.notes, workers, wall_s, resumed)
     write_json(run.summary, summary)
@@ -174,7 +180,9 @@ def _refuse_relative_paths(config: RunConfig) -> None:
     private = config.execution.ray_address == "auto" and not os.environ.get("RAY_ADDRESS")
     if config.execution.executor == "local" or private:
         return
-    paths = {"output.dir": config.output.dir, "model.source": Path(config.model.source)}
+    paths = {"output.dir": config.output.dir}
+    if Path(config.model.source).exists():
+        paths["model.source"] = Path(config.model.source)
     if config.calibration.source != "python-docs":
         paths["calibration.source"] = Path(config.calibration.source)
     for name, path in paths.items():
@@ -183,7 +191,7 @@ def _refuse_relative_paths(config: RunConfig) -> None:
 
 
 def _tokenize(prepared: Prepared) -> TokenChunks:
-    config, source = prepared.config, prepared.source
+    config, source = prepared.config, prepared.source.folder
     limit = prepared.max_positions
     if limit is not None and config.calibration.sequence_length > limit:
         raise ConfigError(
@@ -241,7 +249,8 @@ def _execute(
     if not schedule.finished:
         require_room(cost.disk_bytes(executor.num_workers), run.root)
     spec = WorkerSpec(
-        source=prepared.source,
+        checkpoint=prepared.checkpoint,
+        folder=run.keep_side_files(prepared.source.folder) if prepared.source.is_remote else prepared.source.folder,
         fingerprint=fingerprint,
         trust_remote_code=config.model.trust_remote_code,
         run=run,

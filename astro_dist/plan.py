@@ -195,12 +195,12 @@ def _assign(checkpoint: Checkpoint, skeleton: Skeleton) -> tuple[dict[int, list[
             outside.append(key)
         if not converted and expected != entry.shape:
             raise CheckpointError(
-                f"{checkpoint.folder / entry.file}: tensor {key} is {list(entry.shape)}, but config.json makes it "
+                f"{checkpoint.place(key)}: tensor {key} is {list(entry.shape)}, but config.json makes it "
                 f"{list(expected)}; config.json and the shards are of different models"
             )
         if entry.float_dtype is None:
             raise UnsupportedError(
-                f"{checkpoint.folder / entry.file}: tensor {key} is stored as {entry.dtype}: quantized already; "
+                f"{checkpoint.place(key)}: tensor {key} is stored as {entry.dtype}: quantized already; "
                 "give the original 16-bit or 32-bit checkpoint"
             )
     skeleton.require_covered(targets)

@@ -34,8 +34,9 @@ class WorkerSpec:
     """Everything a worker is built from, and rebuilt from after a failure.
 
     Attributes:
-        source: folder of the source checkpoint.
-        fingerprint: of the source checkpoint.
+        checkpoint: the source, as the driver found it.
+        folder: with config.json and code of the source, which every node sees.
+        fingerprint: of the source.
         trust_remote_code: whether code of the checkpoint may run.
         run: the run directory.
         plan: every unit.
@@ -49,7 +50,8 @@ class WorkerSpec:
         needed_bytes: memory that a worker is expected to need.
     """
 
-    source: Path
+    checkpoint: Checkpoint
+    folder: Path
     fingerprint: str
     trust_remote_code: bool
     run: RunDirectory
@@ -87,12 +89,10 @@ class Stage:
                 f"{platform.node()}: does not see {spec.run.root}; output.dir must be a folder all nodes see"
             )
         require_memory(spec.needed_bytes, self.device)
-        self.checkpoint = Checkpoint.open(spec.source)
-        if self.checkpoint.fingerprint() != spec.fingerprint:
-            raise RunError(
-                f"{platform.node()}: {spec.source} is not the checkpoint that the driver sees under this path"
-            )
-        self.skeleton = Skeleton(spec.source, spec.compute_dtype, spec.trust_remote_code)
+        self.checkpoint, store = spec.checkpoint, spec.checkpoint.store
+        if store.revision is None and Checkpoint.open(store).fingerprint() != spec.fingerprint:
+            raise RunError(f"{platform.node()}: {store} is not the checkpoint that the driver sees under this path")
+        self.skeleton = Skeleton(spec.folder, spec.compute_dtype, spec.trust_remote_code)
         self._tokens: dict[str, torch.Tensor] | None = None
         self._loaded: tuple[str, int] | None = None
         self._calls: dict[tuple[int, int, int], BlockCall] = {}
@@ -123,7 +123,7 @@ class Stage:
         self._loaded = (stream, index)
         for name, parameter in block.named_parameters():
             if not bool(torch.isfinite(parameter).all()):
-                origin = self.spec.source if stream == "original" else f"the shard of {stream}"
+                origin = str(self.checkpoint.store) if stream == "original" else f"the shard of {stream}"
                 raise CheckpointError(f"{origin}: {name} of {unit.name} holds NaN or Inf")
         return unit
 

@@ -12,12 +12,13 @@ from astro.errors import CheckpointError, InputError
 from astro.files import read_json
 from astro.formats import compressed_tensors
 from astro.skeleton import Skeleton
+from astro_dist.config import ModelConfig
 from astro_dist.source import resolve_source
 
 __all__ = ["verify_model"]
 
 
-def verify_model(folder: Path, against: Path | None = None) -> dict[str, Any]:
+def verify_model(folder: Path, against: Path | str | None = None) -> dict[str, Any]:
     """Check a quantized model.
 
     Every parameter of the model's transformers class has its tensor, or is a linear layer with all of its packed
@@ -25,7 +26,7 @@ def verify_model(folder: Path, against: Path | None = None) -> dict[str, Any]:
 
     Args:
         folder: of the quantized model.
-        against: folder of its source; then each layer's ‖Ŵ − W‖_F / ‖W‖_F is measured too.
+        against: its source, as `model.source` names it; then each layer's ‖Ŵ − W‖_F / ‖W‖_F is measured too.
 
     Returns:
         Counts, and the errors by layer.
@@ -36,7 +37,7 @@ def verify_model(folder: Path, against: Path | None = None) -> dict[str, Any]:
     checkpoint = Checkpoint.open(folder)
     require_finite(checkpoint)
     skeleton = Skeleton(folder, torch.float32)
-    source = Checkpoint.open(resolve_source(str(against))) if against else None
+    source = Checkpoint.open(resolve_source(ModelConfig(source=str(against))).store) if against else None
     stems = {
         key.removesuffix(".weight_packed"): skeleton.target_of(key.replace(".weight_packed", ".weight"))[0]
         for key in checkpoint.entries
@@ -72,22 +73,22 @@ def _check_parameters(
     plain = {skeleton.target_of(key)[0]: key for key in checkpoint.entries if key not in expected}
     tied = set(getattr(skeleton.model, "all_tied_weights_keys", None) or ())
     for target in sorted(packed & set(plain)):
-        raise CheckpointError(f"{checkpoint.folder}: {plain[target]} is there beside its packed tensors")
+        raise CheckpointError(f"{checkpoint.store}: {plain[target]} is there beside its packed tensors")
     for name, module in skeleton.model.named_modules():
         for own, parameter in module.named_parameters(recurse=False):
             target = f"{name}.{own}" if name else own
             if target in packed:
                 continue
             if target not in plain and target not in tied:
-                raise CheckpointError(f"{checkpoint.folder}: no tensor for {target} of {type(skeleton.model).__name__}")
+                raise CheckpointError(f"{checkpoint.store}: no tensor for {target} of {type(skeleton.model).__name__}")
             if target in plain and checkpoint.entries[plain[target]].shape != tuple(parameter.shape):
                 raise CheckpointError(
-                    f"{checkpoint.folder}: {plain[target]} should be {list(parameter.shape)}, "
+                    f"{checkpoint.store}: {plain[target]} should be {list(parameter.shape)}, "
                     f"got {list(checkpoint.entries[plain[target]].shape)}"
                 )
             if isinstance(module, nn.Linear) and own == "weight" and name not in ignore:
                 raise CheckpointError(
-                    f"{checkpoint.folder}: {name} is neither packed nor in the config's ignore list; loaders would "
+                    f"{checkpoint.store}: {name} is neither packed nor in the config's ignore list; loaders would "
                     "look for its packed tensors"
                 )
 
@@ -100,17 +101,17 @@ def _check_linear(
     linear = compressed_tensors.unpack_linear(stem, tensors, settings)
     shape = skeleton.shape_of(skeleton.target_of(f"{stem}.weight")[0])
     if tuple(linear.Q.shape) != shape:
-        raise CheckpointError(f"{checkpoint.folder}: {stem} is packed as {list(linear.Q.shape)}, the model has {shape}")
+        raise CheckpointError(f"{checkpoint.store}: {stem} is packed as {list(linear.Q.shape)}, the model has {shape}")
     if not bool((linear.grid.scale != 0).all()):
-        raise CheckpointError(f"{checkpoint.folder}: {stem}.weight_scale holds zeros")
+        raise CheckpointError(f"{checkpoint.store}: {stem}.weight_scale holds zeros")
     return _weight_error(source, stem, linear.dequantize()) if source else None
 
 
 def _weight_error(source: Checkpoint, stem: str, W_hat: torch.Tensor) -> float:
     key = f"{stem}.weight"
     if key not in source.entries:
-        raise CheckpointError(f"{source.folder}: has no tensor {key}; it is not the source of this model")
+        raise CheckpointError(f"{source.store}: has no tensor {key}; it is not the source of this model")
     W = source.read([key])[key].float()
     if W.shape != W_hat.shape:
-        raise CheckpointError(f"{source.folder}: {key} is {list(W.shape)}, the quantized layer {list(W_hat.shape)}")
+        raise CheckpointError(f"{source.store}: {key} is {list(W.shape)}, the quantized layer {list(W_hat.shape)}")
     return float(torch.linalg.vector_norm(W_hat - W) / torch.linalg.vector_norm(W).clamp(min=1e-30))

@@ -301,6 +301,9 @@ FAULTS: dict[str, tuple[str, Callable[[Job], str], dict]] = {
     "worker killed, tile": (
         "kill -9 in a tile of mode `sequential`", worker_fault("tile", 3, "kill"), {"mode": "sequential"},
     ),
+    "tile of a block": (
+        "kill -9 in a tile of a block that workers solve together", worker_fault("tile", 2, "kill"), {},
+    ),
     "worker raises": ("an exception in a solve", worker_fault("solve", 2, "raise"), {}),
     "worker hangs": ("a solve that never ends", worker_fault("solve", 2, "hang"), {"call_timeout_s": 15}),
     "node killed": ("kill -9 of every process of a node with two workers", node_killed, {"samples": 480}),

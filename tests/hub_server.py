@@ -1,0 +1,151 @@
+"""A server that speaks as much of the Hub's protocol as clients of it use, on loopback, with faults on demand."""
+
+import hashlib
+import json
+import re
+import threading
+import time
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+
+LARGE = 1000
+"""Bytes from which a file is behind a redirect, as files in LFS are."""
+
+
+class HubServer:
+    """Repositories whose commits are folders.
+
+    Attributes:
+        repositories: folder of each commit by name of the repository, the newest last.
+        gated: names of repositories that want to be asked for access.
+        faults: what the next requests for files meet, one each: a status, `cut` or `slow`.
+        served: bytes of file contents that were sent.
+        asked: path and range of each request for file contents.
+        tokens: seen in requests to the Hub, and in those to the store behind redirects.
+    """
+
+    def __init__(self):
+        self.repositories, self.gated, self.faults = {}, set(), []
+        self.served, self.asked, self.tokens = 0, [], {"hub": set(), "store": set()}
+        self.ranges = True
+        self.lock = threading.Lock()
+        self._server = ThreadingHTTPServer(("127.0.0.1", 0), _handler(self))
+        self._server.daemon_threads = True
+        self._thread = threading.Thread(target=self._server.serve_forever, kwargs={"poll_interval": 0.05}, daemon=True)
+        self._thread.start()
+
+    @property
+    def address(self):
+        return f"http://127.0.0.1:{self._server.server_port}"
+
+    def publish(self, repository, folder):
+        """Move `main` to a new commit that is a folder; its hash."""
+        commits = self.repositories.setdefault(repository, {})
+        commit = hashlib.sha1(f"{repository}{len(commits)}".encode()).hexdigest()
+        commits[commit] = folder
+        return commit
+
+    def folder(self, repository, revision):
+        """Commit and folder of a revision; None where there is none."""
+        commits = self.repositories[repository]
+        commit = list(commits)[-1] if revision == "main" else revision
+        return (commit, commits[commit]) if commit in commits else None
+
+    def close(self):
+        self._server.shutdown()
+        self._server.server_close()
+        self._thread.join()
+
+
+def _handler(hub):
+    class Handler(BaseHTTPRequestHandler):
+        protocol_version = "HTTP/1.1"
+
+        def log_message(self, *args):
+            pass
+
+        def do_GET(self):
+            path = self.path.partition("?")[0]
+            where = "store" if path.startswith("/store/") else "hub"
+            hub.tokens[where].add(self.headers.get("Authorization"))
+            api = re.fullmatch(r"/api/models/([^/]+/[^/]+)/revision/(.+)", path)
+            resolve = re.fullmatch(r"/([^/]+/[^/]+)/resolve/([^/]+)/(.+)", path)
+            if api:
+                self.tell(*api.groups())
+            elif resolve:
+                self.resolve(*resolve.groups())
+            else:
+                self.send_file(Path(path.removeprefix("/store")))
+
+        def find(self, repository, revision):
+            """Commit and folder; None where the request was refused."""
+            if repository in hub.gated:
+                self.refuse(403, "GatedRepo", f"Access to model {repository} is restricted.")
+            elif repository not in hub.repositories:
+                self.refuse(404, "RepoNotFound", "Repository not found")
+            elif hub.folder(repository, revision) is None:
+                self.refuse(404, "RevisionNotFound", f"Invalid rev id: {revision}")
+            else:
+                return hub.folder(repository, revision)
+            return None
+
+        def refuse(self, status, code, message):
+            self.answer(status, {}, {"X-Error-Code": code, "X-Error-Message": message})
+
+        def tell(self, repository, revision):
+            found = self.find(repository, revision)
+            if found:
+                commit, folder = found
+                siblings = [{"rfilename": path.name, "size": path.stat().st_size} for path in sorted(folder.iterdir())]
+                self.answer(200, {"id": repository, "sha": commit, "siblings": siblings})
+
+        def resolve(self, repository, revision, file):
+            found = self.find(repository, revision)
+            if not found:
+                return
+            path = found[1] / file
+            if not path.is_file():
+                self.answer(404, {}, {"X-Error-Code": "EntryNotFound"})
+            elif path.stat().st_size >= LARGE:
+                self.answer(302, {}, {"Location": f"{hub.address.replace('127.0.0.1', 'localhost')}/store{path}"})
+            else:
+                self.send_file(path)
+
+        def send_file(self, path):
+            content = path.read_bytes()
+            asked = re.fullmatch(r"bytes=(\d+)-(\d+)", self.headers.get("Range", ""))
+            with hub.lock:
+                fault = hub.faults.pop(0) if hub.faults else None
+                hub.asked.append((path.name, asked and tuple(map(int, asked.groups()))))
+            if isinstance(fault, int):
+                self.answer(fault, {}, {"Retry-After": "0"})
+                return
+            if fault == "slow":
+                time.sleep(0.3)
+            status, headers = 200, {}
+            if asked and hub.ranges:
+                start, last = map(int, asked.groups())
+                headers = {"Content-Range": f"bytes {start}-{last}/{len(content)}"}
+                status, content = 206, content[start : last + 1]
+            self.send_response(status)
+            for name, value in {**headers, "Content-Length": str(len(content))}.items():
+                self.send_header(name, value)
+            self.end_headers()
+            if fault == "cut":
+                self.wfile.write(content[: len(content) // 2])
+                self.close_connection = True
+                self.connection.shutdown(2)
+                return
+            self.wfile.write(content)
+            with hub.lock:
+                hub.served += len(content)
+
+        def answer(self, status, content, headers=()):
+            body = json.dumps(content).encode()
+            self.send_response(status)
+            for name, value in (*dict(headers).items(), ("Content-Length", str(len(body)))):
+                self.send_header(name, value)
+            self.end_headers()
+            self.wfile.write(body)
+
+    return Handler
