@@ -157,6 +157,14 @@ def status(
 
 
 @app.command()
+def report(run: Annotated[Path, typer.Argument(help="Run directory (output.dir).")]) -> None:
+    """Write one HTML page and one parquet table of a run's layers, retries and fallbacks into its directory."""
+    from astro_dist.run_report import write_report
+
+    _say(f"written: {write_report(run)}")
+
+
+@app.command()
 def verify(
     model: Annotated[Path, typer.Argument(help="Folder of a quantized model.")],
     against: Annotated[str | None, typer.Option(help="The source, as model.source: also each layer's error.")] = None,

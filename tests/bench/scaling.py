@@ -140,7 +140,7 @@ def measured(run: Path, workers: list[int]) -> None:
             return phases["write"]
         if call.method in ("decide", "tile"):
             own = records[call.unit]["layers"][int(call.args[2])]["seconds"]
-            shared = own["factor"] + own.get("beta", 0.0)
+            shared = own.get("factor", 0.0) + own.get("beta", 0.0)
             return shared if call.method == "decide" else sum(own.values()) - shared
         if call.method == "open_block":
             return phases["read"]
