@@ -302,7 +302,7 @@ FAULTS: dict[str, tuple[str, Callable[[Job], str], dict]] = {
         "kill -9 in a tile of mode `sequential`", worker_fault("tile", 3, "kill"), {"mode": "sequential"},
     ),
     "tile of a block": (
-        "kill -9 in a tile of a block that workers solve together", worker_fault("tile", 1, "kill"), {},
+        "kill -9 in a tile of a block that workers solve together", worker_fault("tile", 1, "kill"), {"samples": 480},
     ),
     "worker raises": ("an exception in a solve", worker_fault("solve", 2, "raise"), {}),
     "worker hangs": ("a solve that never ends", worker_fault("solve", 2, "hang"), {"call_timeout_s": 15}),
