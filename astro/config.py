@@ -83,8 +83,8 @@ class Quantization:
     """Share of the mean diagonal that is added to the Hessian's diagonal."""
     max_damping: float = 1.0
     """Where the damping ladder (times 10 at each failed factorization) ends in an error."""
-    format: Literal["compressed-tensors"] = "compressed-tensors"
-    """File layout: compressed-tensors `pack-quantized`."""
+    format: Literal["compressed-tensors", "gptq"] = "compressed-tensors"
+    """File layout: compressed-tensors `pack-quantized`, or GPTQ version 1, which holds symmetric grids alone."""
     ignore: tuple[str, ...] = ()
     """Names (shell patterns) of linear layers inside blocks that stay as they are."""
     overrides: dict[str, Override] = dataclasses.field(default_factory=dict)
@@ -93,6 +93,8 @@ class Quantization:
     def __post_init__(self) -> None:
         _require_grid(None if self.bits == "auto" else self.bits, self.group_size)
         self._check_budget()
+        asymmetric = not self.symmetric or any(override.symmetric is False for override in self.overrides.values())
+        _require(not (asymmetric and self.format == "gptq"), "format: gptq wants symmetric: true")
         _require(0 <= self.compensation <= 1, f"compensation: expected 0 to 1, got {self.compensation}")
         _require(0 <= self.refine_passes <= 100, f"refine_passes: expected 0 to 100, got {self.refine_passes}")
         _require(

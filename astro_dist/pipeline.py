@@ -13,9 +13,9 @@ import transformers
 
 import astro
 from astro.checkpoint import Checkpoint, require_finite
-from astro.errors import CheckpointError, ConfigError
+from astro.errors import CheckpointError, ConfigError, UnsupportedError
 from astro.files import read_json, write_json
-from astro.formats import compressed_tensors
+from astro.formats import layout
 from astro.skeleton import Skeleton
 from astro_dist.actors import configure_process
 from astro_dist.assemble import assemble
@@ -89,7 +89,15 @@ def prepare(config: RunConfig, commit: str | None = None) -> Prepared:
     if config.quantization.bits == "auto":
         require_affordable(config.quantization, weights)
     settings = {name: config.quantization.for_layer(name) for name in weights}
-    notes = compressed_tensors.server_notes(settings, plan.ignore)
+    packed = layout(config.quantization.format)
+    for linear in (linear for unit in plan.blocks for linear in unit.linears):
+        reason = packed.refusal(linear.rows, linear.columns, settings[linear.name])
+        if reason:
+            raise UnsupportedError(
+                f"{linear.name}: {reason}, as format {config.quantization.format} wants; use compressed-tensors, or "
+                "name the layer in quantization.ignore"
+            )
+    notes = list(packed.server_notes(settings, plan.ignore))
     if plan.unknown:
         notes.append(
             f"{len(plan.unknown)} tensors that {type(skeleton.model).__name__} does not have are copied as they are, "

@@ -15,7 +15,7 @@ from astro.checkpoint import Checkpoint
 from astro.config import Quantization, Regularizer
 from astro.errors import CheckpointError, RunError
 from astro.files import load_tensors, save_tensors
-from astro.formats import compressed_tensors
+from astro.formats import layout
 from astro.layer import QuantizedLinear
 from astro.parts import load_part, save_part
 from astro.recording import BlockCall, load_call
@@ -157,14 +157,19 @@ class Stage:
 
     def weights(self, unit: BlockUnit) -> dict[str, torch.Tensor]:
         """Original weights of a block's linear layers by name, exact: the loaded ones where those are."""
-        exact = torch.promote_types(self.scale_dtype(unit), self.spec.compute_dtype) == self.spec.compute_dtype
+        exact = torch.promote_types(self._stored_dtype(unit), self.spec.compute_dtype) == self.spec.compute_dtype
         if self._loaded == ("original", unit.index) and exact:
             return {name: module.weight.detach() for name, module in self.linears(unit).items()}
         read = self.checkpoint.read(linear.key for linear in unit.linears)
         return {linear.name: read[linear.key].to(self.device) for linear in unit.linears}
 
     def scale_dtype(self, unit: BlockUnit) -> torch.dtype:
-        """Dtype in which a block's scales are stored: that of its weights in the source."""
+        """Dtype in which a block's scales are stored: the layout's, or that of its weights in the source."""
+        fixed: torch.dtype | None = layout(self.spec.quantization.format).SCALE_DTYPE
+        return fixed if fixed is not None else self._stored_dtype(unit)
+
+    def _stored_dtype(self, unit: BlockUnit) -> torch.dtype:
+        """Dtype of a block's weights in the source."""
         dtypes = [self.checkpoint.entries[linear.key].float_dtype for linear in unit.linears]
         return dtypes[0] or self.spec.compute_dtype if dtypes else self.spec.compute_dtype
 
@@ -178,7 +183,7 @@ class Stage:
         dtype = self.scale_dtype(unit)
         tensors: dict[str, torch.Tensor] = {}
         for linear in unit.linears:
-            tensors |= compressed_tensors.pack_linear(linear.stem, quantized.pop(linear.name), dtype)
+            tensors |= layout(self.spec.quantization.format).pack_linear(linear.stem, quantized.pop(linear.name), dtype)
         replaced = {linear.key for linear in unit.linears}
         tensors |= self.checkpoint.read(key for key in unit.keys if key not in replaced)
         path = self.spec.run.shard(round_index, unit.file)
@@ -219,8 +224,9 @@ class Stage:
         self.spec.run.require_intact(block_unit(round_index, unit.index))
         tensors, _ = load_tensors(self.spec.run.shard(round_index, unit.file))
         settings = layer_settings(self.spec.run, self.spec.quantization, unit, round_index)
+        packed = layout(self.spec.quantization.format)
         for linear in unit.linears:
-            weight = compressed_tensors.unpack_linear(linear.stem, tensors, settings[linear.name]).dequantize()
+            weight = packed.unpack_linear(linear.stem, tensors, settings[linear.name]).dequantize()
             tensors[linear.key] = weight.to(self.spec.compute_dtype)
         return {key: tensors[key] for key in unit.keys}
 

@@ -1,6 +1,7 @@
 """Re-read a written model and compare it with what its own config promises and its loaders ask for."""
 
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import torch
@@ -10,7 +11,7 @@ from astro.checkpoint import Checkpoint, require_finite
 from astro.config import Quantization
 from astro.errors import CheckpointError, InputError
 from astro.files import read_json
-from astro.formats import compressed_tensors
+from astro.formats import LAYOUTS
 from astro.skeleton import Skeleton
 from astro_dist.config import ModelConfig
 from astro_dist.source import resolve_source
@@ -38,16 +39,28 @@ def verify_model(folder: Path, against: Path | str | None = None) -> dict[str, A
     require_finite(checkpoint)
     skeleton = Skeleton(folder, torch.float32)
     source = Checkpoint.open(resolve_source(ModelConfig(source=str(against))).store) if against else None
+    path = folder / "config.json"
+    config = read_json(path).get("quantization_config")
+    packed = LAYOUTS.get(str(config.get("quant_method"))) if isinstance(config, dict) else None
+    if packed is None:
+        raise CheckpointError(f"{path}: its quantization_config is missing, or of no layout known here: {config!r:.80}")
+    mark = f".{packed.MARK}"
     stems = {
-        key.removesuffix(".weight_packed"): skeleton.target_of(key.replace(".weight_packed", ".weight"))[0]
+        key.removesuffix(mark): skeleton.target_of(key.removesuffix(mark) + ".weight")[0]
         for key in checkpoint.entries
-        if key.endswith(".weight_packed")
+        if key.endswith(mark)
     }
     names = {stem: target.removesuffix(".weight") for stem, target in stems.items()}
-    settings, ignore = _read_settings(folder, list(names.values()))
-    expected = {f"{stem}.{suffix}" for stem in stems for suffix in compressed_tensors.suffixes(settings[names[stem]])}
-    _check_parameters(checkpoint, skeleton, set(stems.values()), ignore, expected)
-    errors = {stem: _check_linear(checkpoint, skeleton, stem, settings[names[stem]], source) for stem in stems}
+    try:
+        settings = packed.read_settings(config, list(names.values()))
+        ignored = {name for name, _ in skeleton.model.named_modules() if packed.is_ignored(config, name)}
+    except InputError as error:
+        raise CheckpointError(f"{path}: {error}") from error
+    except (KeyError, TypeError, ValueError, AttributeError) as error:
+        raise CheckpointError(f"{path}: its quantization_config is incomplete: {error!r}") from error
+    expected = {f"{stem}.{suffix}" for stem in stems for suffix in packed.suffixes(settings[names[stem]])}
+    _check_parameters(checkpoint, skeleton, set(stems.values()), ignored, expected)
+    errors = {stem: _check_linear(checkpoint, skeleton, packed, stem, settings[names[stem]], source) for stem in stems}
     return {
         "model": str(folder),
         "linears": len(stems),
@@ -56,19 +69,8 @@ def verify_model(folder: Path, against: Path | str | None = None) -> dict[str, A
     }
 
 
-def _read_settings(folder: Path, names: list[str]) -> tuple[dict[str, Quantization], list[str]]:
-    path = folder / "config.json"
-    try:
-        content = read_json(path)["quantization_config"]
-        return compressed_tensors.read_settings(content, names), list(content["ignore"])
-    except InputError as error:
-        raise CheckpointError(f"{path}: {error}") from error
-    except (KeyError, TypeError, ValueError, AttributeError) as error:
-        raise CheckpointError(f"{path}: its quantization_config is missing or incomplete: {error!r}") from error
-
-
 def _check_parameters(
-    checkpoint: Checkpoint, skeleton: Skeleton, packed: set[str], ignore: list[str], expected: set[str]
+    checkpoint: Checkpoint, skeleton: Skeleton, packed: set[str], ignored: set[str], expected: set[str]
 ) -> None:
     plain = {skeleton.target_of(key)[0]: key for key in checkpoint.entries if key not in expected}
     tied = set(getattr(skeleton.model, "all_tied_weights_keys", None) or ())
@@ -86,7 +88,7 @@ def _check_parameters(
                     f"{checkpoint.store}: {plain[target]} should be {list(parameter.shape)}, "
                     f"got {list(checkpoint.entries[plain[target]].shape)}"
                 )
-            if isinstance(module, nn.Linear) and own == "weight" and name not in ignore:
+            if isinstance(module, nn.Linear) and own == "weight" and name not in ignored:
                 raise CheckpointError(
                     f"{checkpoint.store}: {name} is neither packed nor in the config's ignore list; loaders would "
                     "look for its packed tensors"
@@ -94,16 +96,21 @@ def _check_parameters(
 
 
 def _check_linear(
-    checkpoint: Checkpoint, skeleton: Skeleton, stem: str, settings: Quantization, source: Checkpoint | None
+    checkpoint: Checkpoint,
+    skeleton: Skeleton,
+    packed: ModuleType,
+    stem: str,
+    settings: Quantization,
+    source: Checkpoint | None,
 ) -> float | None:
-    wanted = [f"{stem}.{suffix}" for suffix in compressed_tensors.suffixes(settings)]
+    wanted = [f"{stem}.{suffix}" for suffix in packed.suffixes(settings)]
     tensors = checkpoint.read(name for name in wanted if name in checkpoint.entries)
-    linear = compressed_tensors.unpack_linear(stem, tensors, settings)
+    linear = packed.unpack_linear(stem, tensors, settings)
     shape = skeleton.shape_of(skeleton.target_of(f"{stem}.weight")[0])
     if tuple(linear.Q.shape) != shape:
         raise CheckpointError(f"{checkpoint.store}: {stem} is packed as {list(linear.Q.shape)}, the model has {shape}")
     if not bool((linear.grid.scale != 0).all()):
-        raise CheckpointError(f"{checkpoint.store}: {stem}.weight_scale holds zeros")
+        raise CheckpointError(f"{checkpoint.store}: {stem} has scales that are zero")
     return _weight_error(source, stem, linear.dequantize()) if source else None
 
 

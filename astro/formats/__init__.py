@@ -1,1 +1,15 @@
-"""On-disk layouts of quantized linear layers, one module each."""
+"""On-disk layouts of quantized linear layers, one module each, all with the same functions."""
+
+from types import ModuleType
+
+from astro.formats import compressed_tensors, gptq
+
+__all__ = ["LAYOUTS", "layout"]
+
+LAYOUTS: dict[str, ModuleType] = {"compressed-tensors": compressed_tensors, "gptq": gptq}
+"""By what `quantization.format` and `quant_method` call them."""
+
+
+def layout(name: str) -> ModuleType:
+    """The module of a layout."""
+    return LAYOUTS[name]

@@ -17,20 +17,33 @@ import torch
 
 from astro.config import PER_CHANNEL, Quantization
 from astro.errors import CheckpointError
+from astro.formats.servers import group_size_notes, mixed_fusion_notes
 from astro.grid import Grid
 from astro.layer import QuantizedLinear
 from astro.packing import pack, unpack
 
-__all__ = ["pack_linear", "quantization_config", "read_settings", "server_notes", "suffixes", "unpack_linear"]
+__all__ = [
+    "MARK", "METHOD", "SCALE_DTYPE", "is_ignored", "pack_linear", "quantization_config", "read_settings",
+    "refusal", "server_notes", "suffixes", "unpack_linear",
+]  # fmt: skip
 
-_FUSED = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"))
-"""Layers that vLLM makes one of."""
+METHOD = "compressed-tensors"
+"""`quant_method` in config.json."""
+MARK = "weight_packed"
+"""Ending of the tensor that tells a packed layer."""
+SCALE_DTYPE = None
+"""Scales are stored in the model's dtype."""
 
 
 def suffixes(settings: Quantization) -> tuple[str, ...]:
     """What a linear layer's `weight` becomes."""
     names = ("weight_packed", "weight_scale", "weight_shape")
     return names if settings.symmetric else (*names, "weight_zero_point")
+
+
+def refusal(rows: int, columns: int, settings: Quantization) -> str | None:
+    """Why a layer cannot be stored so: never, rows are padded to whole words."""
+    return None
 
 
 def pack_linear(name: str, linear: QuantizedLinear, scale_dtype: torch.dtype) -> dict[str, torch.Tensor]:
@@ -150,6 +163,11 @@ def read_settings(config: Mapping[str, Any], names: Sequence[str]) -> dict[str, 
     return found
 
 
+def is_ignored(config: Mapping[str, Any], name: str) -> bool:
+    """Whether a `quantization_config` says that a linear module is not packed."""
+    return name in config["ignore"]
+
+
 def server_notes(settings: Mapping[str, Quantization], ignore: Sequence[str]) -> list[str]:
     """What servers are known to refuse about these settings, one sentence each; empty where all load it.
 
@@ -164,24 +182,13 @@ def server_notes(settings: Mapping[str, Quantization], ignore: Sequence[str]) ->
             f"{' and '.join(map(str, widths))}-bit weights: no server has a kernel for this layout (vLLM and SGLang "
             "refuse it); transformers with compressed-tensors loads it"
         )
-    marlin = (PER_CHANNEL, 32, 64, 128)
-    sizes = sorted({own.group_size for own in settings.values() if own.bits in (4, 8)} - set(marlin))
-    if sizes:
-        notes.append(
-            f"group size {', '.join(map(str, sizes))}: vLLM's CUDA Marlin kernels take only -1, 32, 64 and 128"
-        )
+    notes += group_size_notes(settings)
     if any(not own.symmetric and own.bits in (4, 8) for own in settings.values()):
         notes.append(
             "asymmetric weights: vLLM's CUDA Marlin kernels are symmetric, a slower kernel may serve them; "
             "transformers with compressed-tensors 0.20 refuses packed zero points"
         )
-    mixed = _mixed_fusion({**dict.fromkeys(ignore), **settings})
-    if mixed:
-        notes.append(
-            f"{mixed} differ in width, group size or symmetry, or not all are quantized: vLLM fuses them and refuses "
-            "such a model"
-        )
-    return notes
+    return [*notes, *mixed_fusion_notes(settings, ignore)]
 
 
 def _weights_scheme(settings: Quantization) -> dict[str, Any]:
@@ -195,14 +202,3 @@ def _weights_scheme(settings: Quantization) -> dict[str, Any]:
         "actorder": "static" if settings.act_order == "static" and not per_channel else None,
         "dynamic": False,
     }
-
-
-def _mixed_fusion(settings: Mapping[str, Quantization | None]) -> str | None:
-    """The first layers that servers fuse although their settings differ; None is not quantized."""
-    for name, own in settings.items():
-        parent, _, leaf = name.rpartition(".")
-        for fused in _FUSED:
-            members = [f"{parent}.{member}" for member in fused if f"{parent}.{member}" in settings]
-            if leaf == fused[0] and any(settings[member] != own for member in members):
-                return " and ".join(members)
-    return None

@@ -11,12 +11,20 @@ import transformers
 from safetensors.torch import load_file
 
 from astro.checkpoint import INDEX_NAME, Checkpoint
-from astro.errors import CheckpointError, ConfigError, DamagedError, NumericalError, RunError, StorageError
+from astro.errors import (
+    CheckpointError,
+    ConfigError,
+    DamagedError,
+    NumericalError,
+    RunError,
+    StorageError,
+    UnsupportedError,
+)
 from astro_dist import failure, pipeline
 from astro_dist.actors import Worker
 from astro_dist.executor import Failed, LocalExecutor, Returned
 from astro_dist.verify import verify_model
-from tests.conftest import files_of
+from tests.conftest import LLAMA, files_of, write_checkpoint
 
 
 def model_of(summary):
@@ -368,6 +376,27 @@ def test_shard_that_is_damaged_after_it_was_written_is_found_in_the_same_run(run
     summary = pipeline.quantize(run_config())
     assert files_of(tmp_path / "run" / "model") == files_of(tmp_path / "whole" / "model")
     assert [retry["kind"] for retry in summary["retries"]] == ["damaged"]
+
+
+def test_gptq_layout_holds_the_weights_that_compressed_tensors_holds(run_config, tmp_path):
+    write_checkpoint(tmp_path / "llama", transformers.LlamaConfig(**LLAMA), torch.float16)
+    overrides = {"*.down_proj": {"bits": 8}}
+    changes = {"quantization__overrides": overrides, "quantization__ignore": ["*.o_proj"], "execution__rounds": 2}
+    found = {}
+    for name in ("compressed-tensors", "gptq"):
+        folder = tmp_path / name
+        summary = pipeline.quantize(run_config(quantization__format=name, output__dir=str(folder), **changes))
+        report = verify_model(folder / "model", tmp_path / "llama")
+        found[name] = (report["linears"], report["relative_weight_errors"], summary["perplexity"])
+    assert found["gptq"] == found["compressed-tensors"]
+    assert found["gptq"][0] == 3 * 6
+
+
+def test_layer_that_the_gptq_layout_cannot_hold_is_refused_before_the_start(run_config, tmp_path):
+    write_checkpoint(tmp_path / "llama", transformers.LlamaConfig(**{**LLAMA, "intermediate_size": 132}))
+    overrides = {"*.down_proj": {"group_size": -1}}
+    with pytest.raises(UnsupportedError, match=r"gate_proj: 132 x 64 weights of 4 bits do not fill whole words"):
+        pipeline.prepare(run_config(quantization__format="gptq", quantization__overrides=overrides))
 
 
 def test_journal_with_a_line_that_was_cut_short_is_read(run_config, tmp_path):
