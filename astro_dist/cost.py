@@ -177,7 +177,8 @@ class CostModel:
         forwarding = tokens * (_STATES * self._plan.hidden_size * self._itemsize + widest * (3 * self._itemsize + 4))
         # Quantized layers wait as bytes until the shard is written.
         phase = max(forwarding, solving + weights)
-        return int(weights * self._itemsize + hessians + phase)
+        # Layers that are not quantized are there too.
+        return int(max(weights * self._itemsize, unit.read_bytes) + hessians + phase)
 
     def _stage_part(self, call: Call, unit: BlockUnit) -> Work:
         """A call for a block that several work on."""
