@@ -121,6 +121,7 @@ class Worker:
         """
         start = time.perf_counter()
         stage = self._stage
+        self._tiles.forget()
         unit = stage.load(stream_names(self._spec.run.rounds)[round_index], index)
         statistics = BlockStatistics(stage.linears(unit), self._device)
         self._open = _OpenBlock(round_index, unit, statistics, {"read": time.perf_counter() - start, "forward": 0.0})
@@ -204,6 +205,7 @@ class Worker:
     def head(self, stream: str) -> dict[str, Any]:
         """Negative log-likelihood of the held-out tokens, from the last block's output of a stream."""
         run, stage, last = self._spec.run, self._stage, len(self._spec.plan.blocks)
+        self._tiles.forget()
         total, count = 0.0, 0
         with stage.outside_loaded():
             for chunk in stage.held_out:

@@ -87,6 +87,10 @@ class TileSolver:
         save_part(self._path(block, stage_index, f"share-{number}"), sums, json.dumps(note))
         return {"stages": len(block.groups), "tiles": len(self._tiles(block, stage_index))}
 
+    def forget(self) -> None:
+        """Let go of the block, of its Hessians and factors: something else needs the memory."""
+        self._block = None
+
     def give_out(
         self, round_index: int, unit: BlockUnit, statistics: BlockStatistics, seconds: Mapping[str, float]
     ) -> dict[str, Any]:

@@ -59,6 +59,20 @@ def test_number_of_workers_does_not_change_a_byte(run_config, tmp_path, monkeypa
     assert not (tmp_path / "run1" / "rounds").exists()
 
 
+def test_worker_that_begins_a_block_keeps_nothing_of_what_it_helped_with(run_config, monkeypatch):
+    real, kept = Worker.open_block, []
+
+    def open_block(self, r, index):
+        helped = self._tiles._block is not None
+        real(self, r, index)
+        kept.append((helped, self._tiles._block))
+
+    monkeypatch.setattr(Worker, "open_block", open_block)
+    pipeline.quantize(run_config(execution__workers=5, **MODES["rounds"]))
+    assert any(helped for helped, _ in kept)
+    assert not any(block for _, block in kept)
+
+
 class _Interrupted(BaseException):
     pass
 
