@@ -266,6 +266,9 @@ class BlockSchedule:
         return found
 
     def _may_begin(self, r: int, block: int) -> bool:
+        if self._repeated.get((r, block - 1)):
+            # It would wait with a worker in hand for chunks that must be passed on first, perhaps by that worker.
+            return False
         if r == 0:
             return True
         if self._measured_first and any(block_unit(0, b) not in self.finished for b in range(self._num_blocks)):
