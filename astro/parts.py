@@ -11,7 +11,8 @@ from astro.files import load_tensors, read_note, save_tensors
 
 __all__ = ["load_part", "read_part_note", "save_part"]
 
-_CHECKSUM = "crc32 {:08x}\n"
+_CHECKSUM = "crc32 {:08x} {:08x}\n"
+"""Of everything, and of the note alone."""
 
 
 def save_part(path: Path, tensors: Mapping[str, torch.Tensor], note: str = "") -> None:
@@ -45,12 +46,16 @@ def read_part_note(path: Path) -> str:
     """The note alone, the tensors unread.
 
     Raises:
-        DamagedError: the file is missing or damaged.
+        DamagedError: the file is missing, or the note differs from what was written.
     """
     try:
-        return read_note(path).partition("\n")[2]
+        expected, _, note = read_note(path).partition("\n")
     except CheckpointError as error:
         raise DamagedError(path, _reason(path, error)) from error
+    own = f"{zlib.crc32(note.encode()):08x}"
+    if expected.split(" ")[-1] != own:
+        raise DamagedError(path, f"the checksum of its note is wrong: expected {expected!r}, got {own}")
+    return note
 
 
 def _reason(path: Path, error: CheckpointError) -> str:
@@ -64,4 +69,4 @@ def _checksum(tensors: Mapping[str, torch.Tensor], note: str) -> str:
         tensor = tensors[name]
         value = zlib.crc32(f"{name}|{tensor.dtype}|{tuple(tensor.shape)}".encode(), value)
         value = zlib.crc32(tensor.reshape(-1).view(torch.uint8).numpy().data, value)
-    return _CHECKSUM.format(value)
+    return _CHECKSUM.format(value, zlib.crc32(note.encode()))

@@ -92,6 +92,7 @@ class Worker:
     def embed(self) -> dict[str, Any]:
         """Hidden states before the first block for every chunk, and what blocks are given besides."""
         spec, stage = self._spec, self._stage
+        self._let_go()
         with stage.outside_loaded(with_block=spec.plan.blocks[0]):
             as_tuple = returns_tuple(stage.skeleton, stage.input_ids(spec.chunks[0])[:1, :_PROBE_TOKENS])
         with stage.outside_loaded():
@@ -106,6 +107,7 @@ class Worker:
 
     def copy(self, index: int) -> dict[str, Any]:
         """Tensors outside the blocks, as they are, to a shard of the result."""
+        self._let_go()
         unit = self._spec.plan.copies[index]
         path = self._spec.run.model / unit.file
         tensors = self._stage.checkpoint.read(unit.keys)
@@ -121,7 +123,7 @@ class Worker:
         """
         start = time.perf_counter()
         stage = self._stage
-        self._tiles.forget()
+        self._let_go()
         unit = stage.load(stream_names(self._spec.run.rounds)[round_index], index)
         statistics = BlockStatistics(stage.linears(unit), self._device)
         self._open = _OpenBlock(round_index, unit, statistics, {"read": time.perf_counter() - start, "forward": 0.0})
@@ -175,6 +177,7 @@ class Worker:
     def pass_on(self, stream: str, index: int, chunk: str) -> float:
         """One chunk through a block of a stream; the seconds it took."""
         start = time.perf_counter()
+        self._open = None
         self._stage.pass_on(stream, index, chunk)
         return time.perf_counter() - start
 
@@ -186,11 +189,13 @@ class Worker:
     @torch.no_grad()
     def decide(self, round_index: int, index: int, stage_index: int) -> None:
         """Decide what holds for all rows of one group of a block's layers, its shares summed."""
+        self._open = None
         self._tiles.decide(round_index, index, stage_index)
 
     @torch.no_grad()
     def tile(self, round_index: int, index: int, stage_index: int, number: int) -> None:
         """Solve one tile of the group's rows."""
+        self._open = None
         self._tiles.tile(round_index, index, stage_index, number)
 
     @torch.no_grad()
@@ -205,7 +210,7 @@ class Worker:
     def head(self, stream: str) -> dict[str, Any]:
         """Negative log-likelihood of the held-out tokens, from the last block's output of a stream."""
         run, stage, last = self._spec.run, self._stage, len(self._spec.plan.blocks)
-        self._tiles.forget()
+        self._let_go()
         total, count = 0.0, 0
         with stage.outside_loaded():
             for chunk in stage.held_out:
@@ -221,6 +226,11 @@ class Worker:
                 f"the loss on the held-out text is {total} (stream {stream}); a forward pass overflowed"
             )
         return run.finish(head_unit(stream), [], {"negative_log_likelihood": total, "tokens": count})
+
+    def _let_go(self) -> None:
+        """Of an open block that the schedule gave up, and of what was helped with: memory is wanted for another."""
+        self._open = None
+        self._tiles.forget()
 
     def _finish_block(
         self,

@@ -184,7 +184,7 @@ class CostModel:
         """A call for a block that several work on."""
         groups = self._groups(unit)
         if call.method == "write":
-            return Work(moved_bytes=2.0 * unit.written_bytes)
+            return Work(moved_bytes=2.0 * unit.written_bytes + unit.read_bytes)
         if call.method == "give_out":
             return Work(moved_bytes=sum(4.0 * group.columns**2 for group in groups))
         group = groups[min(int(call.args[1 if call.method == "share" else 2]), len(groups) - 1)]
@@ -199,10 +199,10 @@ class CostModel:
             moved = streams * self._activations(chunks) + square + unit.read_bytes
             return Work(streams * passed * self._forward(unit, tokens), exact, 0.0, moved)
         if call.method == "decide":
-            moved = square * (len(self._shares) + 1 if self._sequential else 1)
+            moved = square * (len(self._shares) + 1 if self._sequential else 1) + unit.read_bytes
             return self._solve(moved, [dataclasses.replace(group, rows=0)], group.rows)
         tile = dataclasses.replace(group, rows=self._tile_rows(group))
-        return self._solve(5.0 * tile.rows * tile.columns + square, [tile], 0)
+        return self._solve(5.0 * tile.rows * tile.columns + square + unit.read_bytes, [tile], 0)
 
     def _solve(self, moved_bytes: float, groups: Iterable[_Group], sampled_from: int | None = None) -> Work:
         """Factorization, search of β, regularization, GPTQ and refinement; the search on a sample of the rows, or of

@@ -17,6 +17,8 @@ __all__ = ["Driver"]
 
 _TICK_S = 1.0
 _STALL_S = 30.0
+_STUCK_S = 120.0
+"""Without anything to hand out although workers are free: the state of the run is read anew, once."""
 _FINISHING = ("embed", "copy", "solve", "write", "conclude", "head")
 """Calls whose record is the last thing that they write."""
 
@@ -63,7 +65,8 @@ class Driver:
         self._worker_timeout_s = worker_timeout_s
         self._running: dict[int, _Running] = {}
         self._not_before = 0.0
-        self._last_worker = self._last_look = time.monotonic()
+        self._last_worker = self._last_look = self._last_call = time.monotonic()
+        self._read_anew = False
         self._stale = False
         self._unnoted: list[tuple[str, dict[str, Any]]] = []
         self._joined = False
@@ -90,6 +93,7 @@ class Driver:
                 event = self._executor.wait(0.0)
             self._end_overdue(schedule)
             self._require_workers()
+            self._require_progress()
         self._note_again()
 
     def _hand_out(self, schedule: Schedule) -> None:
@@ -97,6 +101,7 @@ class Driver:
             return
         for worker, call in assign(schedule, self._executor.idle()):
             self._running[worker] = _Running(call, time.monotonic())
+            self._last_call = time.monotonic()
             self._executor.submit(worker, call)
             self._display.started(worker, call)
             if call.unit not in self._begun and call.method != "pass_on":
@@ -175,6 +180,20 @@ class Driver:
                 "down, or another job holds its CPUs or GPUs (see `ray status`). What is finished is kept; run the "
                 "same command to go on"
             )
+
+    def _require_progress(self) -> None:
+        now = time.monotonic()
+        if self._running or not self._executor.idle() or now < self._not_before or self._stale:
+            self._last_call = now
+        elif now - self._last_call > _STUCK_S:
+            if self._read_anew:
+                raise RunError(
+                    f"no call could be made for {_STUCK_S:.0f} s although workers are free; this is a defect of the "
+                    "schedule. What is finished is kept; run the same command to go on"
+                )
+            self._note("stuck")
+            self._display.say("nothing can be handed out; the state of the run is read anew")
+            self._read_anew = self._stale = True
 
     def _note(self, event: str, **details: Any) -> None:
         """Append to the journal; what a full disk refuses is kept for later."""

@@ -14,7 +14,7 @@ import fcntl
 import hashlib
 import json
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -320,10 +320,16 @@ class RunDirectory:
         return "; ".join(shown[:4]) or "of another kind"
 
 
-def begun_commit(root: Path) -> str | None:
-    """The commit of a Hub repository that the run in a folder was begun with; None where there is none."""
+def begun_commit(root: Path, asked: Mapping[str, Any]) -> str | None:
+    """The commit of a Hub repository that the run in a folder was begun with.
+
+    Args:
+        root: the folder.
+        asked: repository and revision of the configuration; with others than the run's there is none.
+    """
     mark = root / "run.json"
-    commit: str | None = read_json(mark).get("commit") if mark.is_file() else None
+    begun = read_json(mark) if mark.is_file() else {}
+    commit: str | None = begun.get("commit") if begun.get("asked") == asked else None
     return commit
 
 

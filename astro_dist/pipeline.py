@@ -144,13 +144,18 @@ def quantize(config: RunConfig) -> dict[str, Any]:
     begin = time.perf_counter()
     _refuse_relative_paths(config)
     root = config.output.dir.expanduser().absolute()
-    prepared = prepare(config, begun_commit(root))
+    asked = {"source": config.model.source, "revision": config.model.revision}
+    prepared = prepare(config, begun_commit(root, asked))
     chunks = _tokenize(prepared)
     fingerprint = prepared.checkpoint.fingerprint()
     key = run_key(config, fingerprint, astro.__version__)
     run = RunDirectory(root, key, config.execution.rounds)
-    identity = {"source_sha256": fingerprint, "tokens_sha256": chunks.sha256, "version": astro.__version__}
-    identity |= {"commit": prepared.source.commit} if prepared.source.commit else {}
+    identity: dict[str, Any] = {
+        "source_sha256": fingerprint,
+        "tokens_sha256": chunks.sha256,
+        "version": astro.__version__,
+    }
+    identity |= {"commit": prepared.source.commit, "asked": asked} if prepared.source.commit else {}
     begun = run.begun(config, identity)
     if not begun and config.model.check_weights and not prepared.source.is_remote:
         require_finite(prepared.checkpoint)
@@ -175,12 +180,18 @@ def _run(
             workers = _execute(prepared, run, fingerprint, chunks, schedule, executor)
         finally:
             executor.close()
-    assemble(prepared.source.folder, prepared.plan, run, prepared.config)
+    assemble(_side_files(prepared, run), prepared.plan, run, prepared.config)
     wall_s = time.perf_counter() - begin
     summary = summarize(prepared.plan, run, prepared.config.quantization, prepared.notes, workers, wall_s, resumed)
     write_json(run.summary, summary)
     run.drop_leftovers()
     return summary
+
+
+def _side_files(prepared: Prepared, run: RunDirectory) -> Path:
+    """Folder with config.json and the tokenizer, which every node sees."""
+    folder = prepared.source.folder
+    return run.keep_side_files(folder) if prepared.source.is_remote else folder
 
 
 def _refuse_relative_paths(config: RunConfig) -> None:
@@ -258,7 +269,7 @@ def _execute(
         require_room(cost.disk_bytes(executor.num_workers), run.root)
     spec = WorkerSpec(
         checkpoint=prepared.checkpoint,
-        folder=run.keep_side_files(prepared.source.folder) if prepared.source.is_remote else prepared.source.folder,
+        folder=_side_files(prepared, run),
         fingerprint=fingerprint,
         trust_remote_code=config.model.trust_remote_code,
         run=run,

@@ -115,17 +115,14 @@ class RayExecutor:
         if not ready:
             return self._give_up_start()
         pending = self._calls.pop(ready[0])
-        worker, starting = pending.worker, pending.kind == "start"
+        worker, starting = pending.worker, pending.kind != "call"
         try:
             result = ray.get(ready[0])
         except RayTaskError as error:
-            if starting:
-                self._postpone(worker)
-            else:
-                self.discard(worker)
+            self._replace(worker, starting)
             return Failed(worker, _cause(error), lost=False)
         except RayError as error:
-            self.discard(worker)
+            self._replace(worker, starting)
             return Failed(worker, _explain(error), lost=True)
         if pending.kind == "placed":
             self._calls[self._actors[worker].prepare.remote()] = _Pending(worker, "start")
@@ -171,13 +168,16 @@ class RayExecutor:
         late = next((call for call in self._calls.values() if call.kind == "start" and call.since < due), None)
         if late is None:
             return None
-        self._postpone(late.worker)
+        self._replace(late.worker, starting=True)
         return Failed(late.worker, RunError(f"did not open the source within {_START_TIMEOUT_S:.0f} s"), lost=True)
 
-    def _postpone(self, worker: int) -> None:
-        """Where one cannot start, the next cannot either for a while."""
+    def _replace(self, worker: int, starting: bool) -> None:
+        """Ask for another; where one could not start, the next cannot either for a while."""
         self._remove(worker)
-        self._postponed.append(time.monotonic() + _START_AGAIN_S)
+        if starting:
+            self._postponed.append(time.monotonic() + _START_AGAIN_S)
+        else:
+            self._add()
 
     def _places(self) -> int:
         """Workers that the nodes have room for, were they all ours."""

@@ -8,6 +8,7 @@ machine finds its own (HF_TOKEN or `hf auth login`; the environment of the objec
 import dataclasses
 import functools
 import hashlib
+import re
 import time
 import urllib.parse
 from collections.abc import Mapping, Sequence
@@ -22,17 +23,26 @@ from huggingface_hub.utils import build_hf_headers, get_session, hf_raise_for_st
 
 from astro.errors import CheckpointError, ConfigError
 from astro.store import Range
-from astro_dist.range_cache import RangeCache
+from astro_dist.range_cache import RangeCache, cache_folder
 
 __all__ = ["HubFiles", "ObjectFiles", "RemoteStore", "open_hub", "open_url"]
 
 _PIECE_BYTES = 1 << 24
 _PARALLEL = 8
-_ATTEMPTS = 6
+_PATIENCE_S = 600.0
+"""How long a piece of which nothing comes is asked for again and again."""
 _FIRST_WAIT_S, _MAX_WAIT_S = 0.5, 30.0
+_LONGEST_ASKED_S = 300.0
+"""What a server may ask to wait: the Hub counts requests in windows of five minutes."""
 _TIMEOUT_S = 60.0
+_URL_OPTIONS = ("region", "scheme", "endpoint_override", "allow_delayed_open", "tls_ca_file_path")
+"""Of pyarrow's, those that hold no secret."""
 _PASSING = (408, 429, 500, 502, 503, 504)
 """Answers of a server that may be another one in a while."""
+
+
+_OWN = (".safetensors", ".json", ".txt", ".model", ".jinja", ".tiktoken", ".py")
+"""Endings of the files that a model is made of."""
 
 
 class _Passing(Exception):
@@ -68,12 +78,12 @@ class RemoteStore:
 
     Attributes:
         files: what is read.
-        cache_folder: on each machine.
+        cache_dir: on each machine; None is the user's own cache there.
         cache_bytes: that the cache may hold; 0 is none.
     """
 
     files: RemoteFiles
-    cache_folder: Path
+    cache_dir: Path | None
     cache_bytes: int
 
     def __str__(self) -> str:
@@ -106,23 +116,25 @@ class RemoteStore:
         length = len(piece.view)
         key = f"{self.files}|{self.revision}|{piece.file}|{piece.start}|{length}"
         fetch = functools.partial(self._fetch, piece.file, piece.start, length)
-        piece.view[:] = RangeCache(self.cache_folder, self.cache_bytes).get(key, length, fetch) if length else b""
+        cache = RangeCache((self.cache_dir or cache_folder()) / "pieces", self.cache_bytes)
+        piece.view[:] = cache.get(key, length, fetch) if length else b""
 
     def _fetch(self, file: str, start: int, length: int) -> bytes:
         """Bytes of a file, however many attempts that takes; what has come is kept between them."""
-        found, wait_s, attempt = b"", _FIRST_WAIT_S, 0
+        found, wait_s, attempts, since = b"", _FIRST_WAIT_S, 0, time.monotonic()
         while len(found) < length:
             try:
                 more = self.files.fetch(file, start + len(found), length - len(found))
                 if not more:
                     raise _Passing(f"ends {length - len(found)} bytes too early")
-                found, attempt, wait_s = found + more, 0, _FIRST_WAIT_S
+                found, wait_s, attempts, since = found + more, _FIRST_WAIT_S, 0, time.monotonic()
             except _Passing as error:
-                attempt += 1
-                if attempt == _ATTEMPTS:
+                attempts += 1
+                if time.monotonic() - since > _PATIENCE_S:
                     raise CheckpointError(
-                        f"{self}/{file}: bytes {start} to {start + length} cannot be fetched, tried {_ATTEMPTS} times; "
-                        f"the last time: {error}. What is finished is kept; run the same command to go on"
+                        f"{self}/{file}: bytes {start} to {start + length} cannot be fetched, tried {attempts} times "
+                        f"in {_PATIENCE_S:.0f} s; the last time: {error}. What is finished is kept; run the same "
+                        "command to go on"
                     ) from error
                 time.sleep(max(wait_s, error.wait_s))
                 wait_s = min(2 * wait_s, _MAX_WAIT_S)
@@ -156,26 +168,46 @@ class HubFiles:
         return {name: size for name, size in self.files if "/" not in name}
 
     def fetch(self, file: str, start: int, length: int) -> bytes:
-        """Some bytes of a file."""
+        """Some bytes of a file; fewer where the connection ends early."""
         url = huggingface_hub.hf_hub_url(self.repository, file, revision=self.commit)
-        headers = {**build_hf_headers(), "Range": f"bytes={start}-{start + length - 1}"}
+        asked = f"bytes {start}-{start + length - 1}/{self.sizes()[file]}"
+        # Not compressed: a range of a compressed form would be other bytes.
+        headers = {
+            **build_hf_headers(), "Range": f"bytes={start}-{start + length - 1}", "Accept-Encoding": "identity",
+        }  # fmt: skip
+        found = bytearray()
         try:
-            response = get_session().get(url, headers=headers, timeout=_TIMEOUT_S, follow_redirects=True)
+            with get_session().stream("GET", url, headers=headers, timeout=_TIMEOUT_S, follow_redirects=True) as answer:
+                self._require_range(file, answer, asked)
+                for part in answer.iter_raw():
+                    found += part
+                    if len(found) >= length:
+                        break
+        except (CheckpointError, _Passing):
+            raise
         except hub_errors.OfflineModeIsEnabled as error:
             raise CheckpointError(f"{self}: {error}") from error
         except Exception as error:  # of whichever HTTP library huggingface_hub is built on
-            raise _Passing(f"{type(error).__name__}: {error}") from error
-        if response.status_code in _PASSING:
-            raise _Passing(f"the Hub answers {response.status_code}", _retry_after(response.headers))
-        try:
-            hf_raise_for_status(response)
-        except hub_errors.HfHubHTTPError as error:
-            raise _refused(self.repository, self.commit, error) from error
-        if response.status_code != 206:  # it would send the whole file each time
-            answer = response.status_code
-            raise CheckpointError(f"{self}/{file}: the server does not send byte ranges (it answers {answer})")
-        content: bytes = response.content
-        return content[:length]
+            if not found:
+                raise _Passing(f"{type(error).__name__}: {_without_query(str(error))}") from error
+        return bytes(found[:length])
+
+    def _require_range(self, file: str, answer: Any, asked: str) -> None:
+        """Refuse any answer but the range that was asked for, before its content is read."""
+        status = answer.status_code
+        if status in _PASSING:
+            raise _Passing(f"the Hub answers {status}", _retry_after(answer.headers))
+        if status >= 400:
+            answer.read()
+            try:
+                hf_raise_for_status(answer)
+            except hub_errors.HfHubHTTPError as error:
+                raise _refused(self.repository, self.commit, error) from error
+        if status != 206:  # it would send the whole file each time
+            raise CheckpointError(f"{self}/{file}: the server does not send byte ranges (it answers {status})")
+        got = answer.headers.get("Content-Range")
+        if got != asked or answer.headers.get("Content-Encoding", "identity") != "identity":
+            raise CheckpointError(f"{self}/{file}: asked for {asked}, the server sends {got}; the file is another one")
 
 
 def open_hub(repository: str, revision: str) -> HubFiles:
@@ -202,7 +234,7 @@ def open_hub(repository: str, revision: str) -> HubFiles:
 
 def _refused(repository: str, revision: str, error: hub_errors.HfHubHTTPError) -> CheckpointError:
     """What the Hub says, and what to do."""
-    said = error.server_message or " ".join(str(error).split())
+    said = error.server_message or _without_query(" ".join(str(error).split()))
     if isinstance(error, hub_errors.GatedRepoError):
         advice = (
             f"ask for access at https://huggingface.co/{repository}, then give every machine a token that has it "
@@ -219,9 +251,14 @@ def _refused(repository: str, revision: str, error: hub_errors.HfHubHTTPError) -
 
 def _retry_after(headers: Mapping[str, str]) -> float:
     try:
-        return min(float(headers.get("Retry-After", 0)), _MAX_WAIT_S)
+        return min(float(headers.get("Retry-After", 0)), _LONGEST_ASKED_S)
     except ValueError:
         return 0.0
+
+
+def _without_query(text: str) -> str:
+    """A message without what stands behind a `?` in URLs: signatures of links that are as good as a password."""
+    return re.sub(r"\?[^\s'\"]+", "?...", text)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -241,23 +278,27 @@ class ObjectFiles:
 
     @property
     def revision(self) -> str:
-        """A hash of names, sizes and times of change."""
-        return hashlib.sha256(repr(self.files).encode()).hexdigest()
+        """A hash of names, sizes and times of change of all that belongs to a model."""
+        own = [file for file in self.files if file[0].endswith(_OWN)]
+        return hashlib.sha256(repr(own).encode()).hexdigest()
 
     def sizes(self) -> dict[str, int]:
         """Bytes of every file by name."""
         return {name: size for name, size, _ in self.files}
 
     def fetch(self, file: str, start: int, length: int) -> bytes:
-        """Some bytes of a file."""
-        system, folder = _file_system(self.url)
+        """Some bytes of a file, if that is still what it was when the run began."""
         try:
+            system, folder = _file_system(self.url)
             with system.open_input_file(f"{folder}/{file}") as handle:
-                return bytes(handle.read_at(length, start))
-        except FileNotFoundError as error:
-            raise CheckpointError(f"{self}/{file}: is gone: {error}") from error
-        except (OSError, pyarrow.ArrowException) as error:
-            raise _Passing(str(error)) from error
+                found = bytes(handle.read_at(length, start))
+            # After the bytes were read: if it has not changed by now, they are of the state that was listed.
+            now = _described(system.get_file_info(f"{folder}/{file}"))
+        except Exception as error:  # of whichever library is behind the URL
+            raise _Passing(f"{type(error).__name__}: {_without_query(str(error))}") from error
+        if now not in self.files:
+            raise CheckpointError(f"{self}/{file}: has changed, or is gone, since the run began; begin a new run")
+        return found
 
 
 def open_url(url: str) -> ObjectFiles:
@@ -267,20 +308,37 @@ def open_url(url: str) -> ObjectFiles:
         ConfigError: a URL of no known kind, or one that holds credentials.
         CheckpointError: it cannot be listed, or is empty.
     """
-    if "@" in urllib.parse.urlsplit(url).netloc:
+    parts = urllib.parse.urlsplit(url)
+    others = {name for name, _ in urllib.parse.parse_qsl(parts.query, keep_blank_values=True)} - {*_URL_OPTIONS}
+    if parts.password is not None or (parts.username is not None and parts.scheme == "s3") or others:
         raise ConfigError(
-            "model.source: the URL holds credentials, which would be written into the run's records; give them to "
-            "each machine by its environment (e.g. AWS_ACCESS_KEY_ID)"
+            "model.source: the URL may hold credentials, which would be written into the run's records; give them to "
+            "each machine by its environment (e.g. AWS_ACCESS_KEY_ID). Allowed behind a `?` are "
+            f"{', '.join(_URL_OPTIONS)}"
         )
-    system, folder = _file_system(url)
+    place = url.partition("?")[0]
     try:
+        system, folder = _file_system(url)
         found = system.get_file_info(pyarrow.fs.FileSelector(folder))
-    except (OSError, pyarrow.ArrowException) as error:
-        raise CheckpointError(f"model.source {url}: cannot be listed: {error}") from error
-    files = [(info.base_name, int(info.size), int(info.mtime_ns or 0)) for info in found if info.is_file]
+    except ConfigError:
+        raise
+    except Exception as error:  # of whichever library is behind the URL
+        reason = _without_query(" ".join(str(error).split()))
+        raise CheckpointError(f"model.source {place}: cannot be listed: {reason}") from error
+    files = [_described(info) for info in found if info.is_file]
     if not files:
-        raise CheckpointError(f"model.source {url}: holds no files")
+        raise CheckpointError(f"model.source {place}: holds no files")
+    if not all(changed for _, _, changed in files):
+        raise ConfigError(
+            f"model.source {place}: its listing does not say when files were changed, so that a run could not tell one "
+            "state of them from another; copy the model into a folder or a bucket"
+        )
     return ObjectFiles(url, tuple(sorted(files)))
+
+
+def _described(info: Any) -> tuple[str, int, int]:
+    """Name, bytes and time of change; 0 where there is none."""
+    return (info.base_name, int(info.size or 0), int(info.mtime_ns or 0))
 
 
 @functools.lru_cache(maxsize=8)
@@ -289,11 +347,11 @@ def _file_system(url: str) -> tuple[Any, str]:
     try:
         system, folder = pyarrow.fs.FileSystem.from_uri(url)
         return system, folder
-    except (OSError, pyarrow.ArrowException) as first:
-        import fsspec  # knows more kinds, each with a package of its own
+    except pyarrow.ArrowInvalid as first:  # a kind that pyarrow does not know
+        import fsspec  # knows more, each with a package of its own
 
         try:
             inner, folder = fsspec.core.url_to_fs(url)
-        except (ImportError, ValueError, OSError) as error:
+        except (ImportError, ValueError) as error:
             raise ConfigError(f"model.source {url}: {error} ({first})") from error
         return pyarrow.fs.PyFileSystem(pyarrow.fs.FSSpecHandler(inner)), folder

@@ -22,7 +22,7 @@ SIDE_FILES = (
 )  # fmt: skip
 """What belongs to a model beside shards, index and config.json."""
 _MAX_SIDE_FILE_BYTES = 256_000_000
-_REPOSITORY, _OTHER = re.compile(r"[\w.-]+/[\w.-]+"), re.compile(r"[^\w.-]+")
+_REPOSITORY, _OTHER = re.compile(r"\w[\w.-]*/\w[\w.-]*"), re.compile(r"[^\w.-]+")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -55,7 +55,10 @@ def resolve_source(model: ModelConfig, commit: str | None = None) -> Source:
     Raises:
         InputError: it does not exist, or cannot be reached.
     """
-    name, cache = model.source, model.cache_dir or cache_folder()
+    name = model.source
+    if model.cache_dir is not None and not model.cache_dir.expanduser().is_absolute():
+        raise ConfigError(f"model.cache_dir: {model.cache_dir} is relative, which is another folder in every process")
+    own_cache = model.cache_dir.expanduser() if model.cache_dir is not None else None
     folder = Path(name).expanduser().absolute()
     is_repository = bool(_REPOSITORY.fullmatch(name)) and not folder.exists()
     if model.revision is not None and not is_repository:
@@ -67,8 +70,8 @@ def resolve_source(model: ModelConfig, commit: str | None = None) -> Source:
     from astro_dist.remote import RemoteStore, open_hub, open_url  # slow to import, and mostly not needed
 
     files = open_hub(name, commit or model.revision or "main") if is_repository else open_url(name)
-    store = RemoteStore(files, cache / "pieces", int(model.cache_gb * 1e9))
-    side_files = cache / "side" / f"{_OTHER.sub('-', str(files))}-{files.revision[:16]}"
+    store = RemoteStore(files, own_cache, int(model.cache_gb * 1e9))
+    side_files = (own_cache or cache_folder()) / "side" / f"{_OTHER.sub('-', str(files))}-{files.revision[:16]}"
     _fetch_side_files(store, side_files, model.trust_remote_code)
     return Source(store, side_files, files.revision if is_repository else None)
 

@@ -168,8 +168,10 @@ class TileSolver:
     def _enter(self, round_index: int, index: int, chunk: str | None = None) -> _Block:
         """Load a block of the source; which of its layers share an input is found with a chunk, or was noted."""
         stage = self._stage
-        unit = stage.load("original", index)
         if self._block is None or (self._block.round_index, self._block.unit.index) != (round_index, index):
+            self.forget()
+        unit = stage.load("original", index)
+        if self._block is None:
             self._block = _Block(round_index, unit, [], stage.weights(unit), {})
             if chunk is not None:
                 hidden = stage.hidden("round-0", index, chunk)

@@ -19,6 +19,7 @@ class HubServer:
         repositories: folder of each commit by name of the repository, the newest last.
         gated: names of repositories that want to be asked for access.
         faults: what the next requests for files meet, one each: a status, `cut` or `slow`.
+        ranges: whether they are sent; `shift`: by how many bytes they are wrong.
         served: bytes of file contents that were sent.
         asked: path and range of each request for file contents.
         tokens: seen in requests to the Hub, and in those to the store behind redirects.
@@ -27,7 +28,7 @@ class HubServer:
     def __init__(self):
         self.repositories, self.gated, self.faults = {}, set(), []
         self.served, self.asked, self.tokens = 0, [], {"hub": set(), "store": set()}
-        self.ranges = True
+        self.ranges, self.shift = True, 0
         self.lock = threading.Lock()
         self._server = ThreadingHTTPServer(("127.0.0.1", 0), _handler(self))
         self._server.daemon_threads = True
@@ -66,10 +67,12 @@ def _handler(hub):
 
         def do_GET(self):
             path = self.path.partition("?")[0]
-            where = "store" if path.startswith("/store/") else "hub"
-            hub.tokens[where].add(self.headers.get("Authorization"))
             api = re.fullmatch(r"/api/models/([^/]+/[^/]+)/revision/(.+)", path)
             resolve = re.fullmatch(r"/([^/]+/[^/]+)/resolve/([^/]+)/(.+)", path)
+            if not (api or resolve or path.startswith("/store/")):
+                self.answer(404, {})
+                return
+            hub.tokens["hub" if api or resolve else "store"].add(self.headers.get("Authorization"))
             if api:
                 self.tell(*api.groups())
             elif resolve:
@@ -125,6 +128,7 @@ def _handler(hub):
             status, headers = 200, {}
             if asked and hub.ranges:
                 start, last = map(int, asked.groups())
+                start, last = start - hub.shift, last - hub.shift
                 headers = {"Content-Range": f"bytes {start}-{last}/{len(content)}"}
                 status, content = 206, content[start : last + 1]
             self.send_response(status)

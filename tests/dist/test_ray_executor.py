@@ -117,10 +117,11 @@ def test_worker_that_hangs_at_its_start_is_given_up(cluster, monkeypatch):
     monkeypatch.setattr("astro_dist.ray_executor._START_TIMEOUT_S", 0.5)
     executor = RayExecutor(ExecutionConfig(workers=1))
     executor.start(SimpleNamespace(threads=1, device="cpu"))
-    event = None
-    while event is None:
+    event, end = None, time.monotonic() + 60
+    while event is None and time.monotonic() < end:
         event = executor.wait(0.2)
     executor.close()
+    assert event is not None
     assert (event.worker, str(event.error)) == (0, "did not open the source within 0 s")
 
 
