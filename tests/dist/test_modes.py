@@ -91,9 +91,11 @@ def whole(run_config, tmp_path, mode):
 @pytest.mark.parametrize(
     ("mode", "calls", "workers"),
     [
-        *(("blocks", calls, 1) for calls in (1, 3, 8, 14, 20)),
-        *((mode, calls, 1) for mode in ("rounds", "sequential", "budget") for calls in (2, 9, 23, 35)),
-        *(("rounds", calls, 5) for calls in (25, 39, 46)),
+        *(("blocks", calls, 1) for calls in (1, 8, 14)),
+        *(("rounds", calls, 1) for calls in (9, 35)),
+        *(("sequential", calls, 1) for calls in (2, 9, 23)),
+        *(("budget", calls, 1) for calls in (9, 35)),
+        *(("rounds", calls, 5) for calls in (25, 46)),
     ],
 )
 def test_interrupted_run_goes_on_and_writes_the_same_bytes(run_config, tmp_path, monkeypatch, mode, calls, workers):
