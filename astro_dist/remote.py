@@ -227,7 +227,10 @@ def open_hub(repository: str, revision: str) -> HubFiles:
             f"{repository}: no such folder here, and the Hub is not asked: HF_HUB_OFFLINE is set"
         ) from error
     except Exception as error:  # of whichever HTTP library huggingface_hub is built on
-        raise CheckpointError(f"{repository}: the Hub cannot be reached: {type(error).__name__}: {error}") from error
+        raise CheckpointError(
+            f"{repository}: no such folder here, and the Hub cannot be reached: {type(error).__name__}: {error}; "
+            "correct model.source, or see to the network (a proxy, HF_ENDPOINT)"
+        ) from error
     files = tuple((file.rfilename, int(file.size or 0)) for file in info.siblings or ())
     return HubFiles(repository, str(info.sha), files)
 
