@@ -6,7 +6,7 @@ from pathlib import Path
 from astro.checkpoint import INDEX_NAME, read_header
 from astro.config import Quantization
 from astro.files import read_json, write_atomic, write_json
-from astro.formats import layout
+from astro.formats import LAYOUTS
 from astro_dist.budget import layer_settings
 from astro_dist.config import RunConfig
 from astro_dist.manifest import RunDirectory
@@ -38,7 +38,7 @@ def assemble(source: Path, plan: Plan, run: RunDirectory, config: RunConfig) -> 
         _copy(path, run.model / path.name)
     content = read_json(source / "config.json")
     settings = final_settings(config.quantization, plan, run)
-    content["quantization_config"] = layout(config.quantization.format).quantization_config(settings, plan.ignore)
+    content["quantization_config"] = LAYOUTS[config.quantization.format].quantization_config(settings, plan.ignore)
     write_json(run.model / "config.json", content)
 
 

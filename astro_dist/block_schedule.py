@@ -291,11 +291,11 @@ class BlockSchedule:
     def _spent(self, call: Call) -> list[Spent]:
         """What nothing needs any more once a unit is finished."""
         if call.method in ("solve", "write"):
-            r, block = int(call.args[0]), int(call.args[1])
+            r, block = _place(call)
             before = [Spent("shard", block, number=r - 1)] if r else []
             return [Spent("inputs", block, self._streams[r]), Spent("parts", block, number=r), *before]
         if call.method == "conclude":
-            return [Spent("inputs", int(call.args[1]), self._streams[-1])]
+            return [Spent("inputs", _place(call)[1], self._streams[-1])]
         return [Spent("inputs", self._num_blocks, str(call.args[0]))] if call.method == "head" else []
 
     def _reopen(self, written: set[str]) -> None:

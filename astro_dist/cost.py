@@ -149,10 +149,8 @@ class CostModel:
         inputs = self._activations(self._tokens)
         groups = self._groups(self._plan.blocks[0])
         if not self._sequential:
-            written, given_out = (
-                self._plan.written_bytes * min(self._rounds, 2),
-                min(workers // 2, len(self._plan.blocks)),
-            )
+            written = self._plan.written_bytes * min(self._rounds, 2)
+            given_out = min(workers // 2, len(self._plan.blocks))
             squares = given_out * sum(4.0 * group.columns**2 for group in groups)
             return int(written + (workers + 2) * self._rounds * inputs + squares)
         squares = 4.0 * (1 + self._compensated) * (sum(g.columns**2 for g in groups) + self._widest(groups))

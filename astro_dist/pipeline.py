@@ -15,7 +15,7 @@ import astro
 from astro.checkpoint import Checkpoint, require_finite
 from astro.errors import CheckpointError, ConfigError, UnsupportedError
 from astro.files import read_json, write_json
-from astro.formats import layout
+from astro.formats import LAYOUTS
 from astro.skeleton import Skeleton
 from astro_dist.actors import configure_process
 from astro_dist.assemble import assemble
@@ -89,7 +89,7 @@ def prepare(config: RunConfig, commit: str | None = None) -> Prepared:
     if config.quantization.bits == "auto":
         require_affordable(config.quantization, weights)
     settings = {name: config.quantization.for_layer(name) for name in weights}
-    packed = layout(config.quantization.format)
+    packed = LAYOUTS[config.quantization.format]
     for linear in (linear for unit in plan.blocks for linear in unit.linears):
         reason = packed.refusal(linear.rows, linear.columns, settings[linear.name])
         if reason:
@@ -174,24 +174,21 @@ def _run(
     if schedule.complete and run.summary.is_file():
         run.drop_leftovers()
         return read_json(run.summary)
+    folder = prepared.source.folder
+    if prepared.source.is_remote:
+        folder = run.keep_side_files(folder)
     if not schedule.complete:
         executor = _make_executor(prepared.config)
         try:
-            workers = _execute(prepared, run, fingerprint, chunks, schedule, executor)
+            workers = _execute(prepared, folder, run, fingerprint, chunks, schedule, executor)
         finally:
             executor.close()
-    assemble(_side_files(prepared, run), prepared.plan, run, prepared.config)
+    assemble(folder, prepared.plan, run, prepared.config)
     wall_s = time.perf_counter() - begin
     summary = summarize(prepared.plan, run, prepared.config.quantization, prepared.notes, workers, wall_s, resumed)
     write_json(run.summary, summary)
     run.drop_leftovers()
     return summary
-
-
-def _side_files(prepared: Prepared, run: RunDirectory) -> Path:
-    """Folder with config.json and the tokenizer, which every node sees."""
-    folder = prepared.source.folder
-    return run.keep_side_files(folder) if prepared.source.is_remote else folder
 
 
 def _refuse_relative_paths(config: RunConfig) -> None:
@@ -253,6 +250,7 @@ def _compute_dtype(config: RunConfig, plan: Plan, checkpoint: Checkpoint, device
 
 def _execute(
     prepared: Prepared,
+    folder: Path,
     run: RunDirectory,
     fingerprint: str,
     chunks: Sequence[Chunk],
@@ -269,7 +267,7 @@ def _execute(
         require_room(cost.disk_bytes(executor.num_workers), run.root)
     spec = WorkerSpec(
         checkpoint=prepared.checkpoint,
-        folder=_side_files(prepared, run),
+        folder=folder,
         fingerprint=fingerprint,
         trust_remote_code=config.model.trust_remote_code,
         run=run,

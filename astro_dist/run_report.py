@@ -71,7 +71,8 @@ def _page(
     journal: Sequence[dict[str, Any]],
     config: str,
 ) -> str:
-    last = [layer for layer in layers if layer["round"] == max(row["round"] for row in layers)]
+    newest = max((layer["round"] for layer in layers), default=0)
+    last = [layer for layer in layers if layer["round"] == newest]
     raised = [layer for layer in last if layer["factorizations"] > 1]
     failed = [line for line in journal if line["event"] in ("failed", "damaged")]
     worst = sorted(last, key=lambda layer: -layer["relative_error"])[:10]

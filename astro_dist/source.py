@@ -67,7 +67,9 @@ def resolve_source(model: ModelConfig, commit: str | None = None) -> Source:
         folder = resolve_demo(name)
     if "://" not in name and not is_repository:
         return Source(FolderStore(folder), folder)
-    from astro_dist.remote import RemoteStore, open_hub, open_url  # slow to import, and mostly not needed
+    from astro_dist.hub_files import open_hub  # slow to import, and mostly not needed
+    from astro_dist.object_files import open_url
+    from astro_dist.remote import RemoteStore
 
     files = open_hub(name, commit or model.revision or "main") if is_repository else open_url(name)
     store = RemoteStore(files, own_cache, int(model.cache_gb * 1e9))

@@ -15,7 +15,7 @@ from astro.checkpoint import Checkpoint
 from astro.config import Quantization, Regularizer
 from astro.errors import CheckpointError, RunError
 from astro.files import load_tensors, save_tensors
-from astro.formats import layout
+from astro.formats import LAYOUTS
 from astro.layer import QuantizedLinear
 from astro.parts import load_part, save_part
 from astro.recording import BlockCall, load_call
@@ -165,7 +165,7 @@ class Stage:
 
     def scale_dtype(self, unit: BlockUnit) -> torch.dtype:
         """Dtype in which a block's scales are stored: the layout's, or that of its weights in the source."""
-        fixed: torch.dtype | None = layout(self.spec.quantization.format).SCALE_DTYPE
+        fixed: torch.dtype | None = LAYOUTS[self.spec.quantization.format].SCALE_DTYPE
         return fixed if fixed is not None else self._stored_dtype(unit)
 
     def _stored_dtype(self, unit: BlockUnit) -> torch.dtype:
@@ -183,7 +183,9 @@ class Stage:
         dtype = self.scale_dtype(unit)
         tensors: dict[str, torch.Tensor] = {}
         for linear in unit.linears:
-            tensors |= layout(self.spec.quantization.format).pack_linear(linear.stem, quantized.pop(linear.name), dtype)
+            tensors |= LAYOUTS[self.spec.quantization.format].pack_linear(
+                linear.stem, quantized.pop(linear.name), dtype
+            )
         replaced = {linear.key for linear in unit.linears}
         tensors |= self.checkpoint.read(key for key in unit.keys if key not in replaced)
         path = self.spec.run.shard(round_index, unit.file)
@@ -224,7 +226,7 @@ class Stage:
         self.spec.run.require_intact(block_unit(round_index, unit.index))
         tensors, _ = load_tensors(self.spec.run.shard(round_index, unit.file))
         settings = layer_settings(self.spec.run, self.spec.quantization, unit, round_index)
-        packed = layout(self.spec.quantization.format)
+        packed = LAYOUTS[self.spec.quantization.format]
         for linear in unit.linears:
             weight = packed.unpack_linear(linear.stem, tensors, settings[linear.name]).dequantize()
             tensors[linear.key] = weight.to(self.spec.compute_dtype)

@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from astro.config import Quantization
-from astro.formats import layout
+from astro.formats import LAYOUTS
 from astro.report import add_seconds
 from astro_dist.actors import peak_rss_bytes
 from astro_dist.assemble import final_settings
@@ -37,7 +37,7 @@ def summarize(
         wall_s: seconds of this session.
         resumed: units that were finished before it.
     """
-    final = layout(quantization.format).server_notes(final_settings(quantization, plan, run), plan.ignore)
+    final = LAYOUTS[quantization.format].server_notes(final_settings(quantization, plan, run), plan.ignore)
     streams = stream_names(run.rounds)
     rounds = [[run.read(block_unit(r, unit.index)) for unit in plan.blocks] for r in range(run.rounds)]
     layers = [[layer for record in records for layer in record["layers"]] for records in rounds]

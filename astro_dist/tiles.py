@@ -105,7 +105,7 @@ class TileSolver:
         Returns:
             `tiles`: stage and number of its tiles, the stage with the widest input first.
         """
-        block = _Block(round_index, unit, statistics.groups, self._stage.weights(unit), {})
+        block = _Block(round_index, unit, statistics.groups, {}, {})
         columns = []
         for stage_index, (_, H, num_tokens) in enumerate(statistics.finish_()):
             note = {"groups": block.groups, "num_tokens": num_tokens, "seconds": {} if stage_index else dict(seconds)}
@@ -274,11 +274,12 @@ class TileSolver:
         return [
             _Tile(own, tuple(members), tile)
             for own, members in by_settings(block.groups[stage_index], self._settings(block))
-            for tile in self._cut([block.weights[name] for name in members])
+            for tile in self._cut(block.unit, members)
         ]
 
-    def _cut(self, weights: list[torch.Tensor]) -> list[slice]:
-        return row_tiles(sum(map(len, weights)), weights[0].shape[1], self._stage.device.type)
+    def _cut(self, unit: BlockUnit, members: Sequence[str]) -> list[slice]:
+        shapes = [linear for linear in unit.linears if linear.name in members]
+        return row_tiles(sum(linear.rows for linear in shapes), shapes[0].columns, self._stage.device.type)
 
     def _read_tile(
         self, block: _Block, stage_index: int, number: int, settings: Quantization

@@ -4,12 +4,7 @@ from types import ModuleType
 
 from astro.formats import compressed_tensors, gptq
 
-__all__ = ["LAYOUTS", "layout"]
+__all__ = ["LAYOUTS"]
 
 LAYOUTS: dict[str, ModuleType] = {"compressed-tensors": compressed_tensors, "gptq": gptq}
 """By what `quantization.format` and `quant_method` call them."""
-
-
-def layout(name: str) -> ModuleType:
-    """The module of a layout."""
-    return LAYOUTS[name]

@@ -17,7 +17,7 @@ import torch
 
 from astro.config import PER_CHANNEL, Quantization
 from astro.errors import CheckpointError
-from astro.formats.servers import group_size_notes, mixed_fusion_notes
+from astro.formats.servers import group_size_notes, low_width_notes, mixed_fusion_notes
 from astro.grid import Grid
 from astro.layer import QuantizedLinear
 from astro.packing import pack, unpack
@@ -175,14 +175,11 @@ def server_notes(settings: Mapping[str, Quantization], ignore: Sequence[str]) ->
         settings: of each quantized layer by module name; a width that is not settled yet is not judged.
         ignore: names of the linear modules that are not quantized.
     """
-    notes = []
-    widths = sorted({own.width for own in settings.values() if own.bits in (2, 3)})
-    if widths:
-        notes.append(
-            f"{' and '.join(map(str, widths))}-bit weights: no server has a kernel for this layout (vLLM and SGLang "
-            "refuse it); transformers with compressed-tensors loads it"
-        )
-    notes += group_size_notes(settings)
+    below = (
+        "no server has a kernel for this layout (vLLM and SGLang refuse it); transformers with compressed-tensors "
+        "loads it"
+    )
+    notes = [*low_width_notes(settings, below), *group_size_notes(settings)]
     if any(not own.symmetric and own.bits in (4, 8) for own in settings.values()):
         notes.append(
             "asymmetric weights: vLLM's CUDA Marlin kernels are symmetric, a slower kernel may serve them; "

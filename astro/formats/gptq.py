@@ -21,7 +21,7 @@ import torch
 
 from astro.config import Quantization
 from astro.errors import CheckpointError
-from astro.formats.servers import group_size_notes, mixed_fusion_notes
+from astro.formats.servers import group_size_notes, low_width_notes, mixed_fusion_notes
 from astro.grid import Grid
 from astro.layer import QuantizedLinear
 from astro.packing import pack, unpack
@@ -171,14 +171,8 @@ def server_notes(settings: Mapping[str, Quantization], ignore: Sequence[str]) ->
         settings: of each quantized layer by module name; a width that is not settled yet is not judged.
         ignore: names of the linear modules that are not quantized.
     """
-    notes = []
-    widths = sorted({own.width for own in settings.values() if own.bits in (2, 3)})
-    if widths:
-        notes.append(
-            f"{' and '.join(map(str, widths))}-bit weights: vLLM has no kernel for them in this layout; GPTQModel and "
-            "transformers with it load them"
-        )
-    return [*notes, *group_size_notes(settings), *mixed_fusion_notes(settings, ignore)]
+    below = "vLLM has no kernel for them in this layout; GPTQModel and transformers with it load them"
+    return [*low_width_notes(settings, below), *group_size_notes(settings), *mixed_fusion_notes(settings, ignore)]
 
 
 def _group_of_each_column(columns: int, group_size: int) -> torch.Tensor:

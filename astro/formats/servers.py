@@ -4,11 +4,17 @@ from collections.abc import Mapping, Sequence
 
 from astro.config import PER_CHANNEL, Quantization
 
-__all__ = ["group_size_notes", "mixed_fusion_notes"]
+__all__ = ["group_size_notes", "low_width_notes", "mixed_fusion_notes"]
 
 _FUSED = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"))
 """Layers that vLLM makes one of."""
 _MARLIN_SIZES = (PER_CHANNEL, 32, 64, 128)
+
+
+def low_width_notes(settings: Mapping[str, Quantization], who_loads_them: str) -> list[str]:
+    """Widths below 4 bits, and what a layout's readers make of them."""
+    widths = sorted({own.width for own in settings.values() if own.bits in (2, 3)})
+    return [f"{' and '.join(map(str, widths))}-bit weights: {who_loads_them}"] if widths else []
 
 
 def group_size_notes(settings: Mapping[str, Quantization]) -> list[str]:

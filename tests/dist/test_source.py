@@ -13,7 +13,7 @@ from moto.server import ThreadedMotoServer
 
 from astro.checkpoint import Checkpoint
 from astro.errors import CheckpointError, ConfigError
-from astro_dist import pipeline, remote
+from astro_dist import object_files, pipeline, remote
 from astro_dist.config import ModelConfig
 from astro_dist.range_cache import RangeCache
 from astro_dist.source import resolve_source
@@ -229,7 +229,7 @@ def bucket(monkeypatch, llama):
         with system.open_output_stream(f"models/llama/{path.name}") as stream:
             stream.write(path.read_bytes())
     yield "s3://models/llama?" + "&".join(f"{name}={value}" for name, value in options.items())
-    remote._file_system.cache_clear()
+    object_files._file_system.cache_clear()
     server.stop()
 
 

@@ -1,0 +1,138 @@
+"""Repositories of the Hugging Face Hub, each at one commit."""
+
+import dataclasses
+from collections.abc import Mapping
+from typing import Any
+
+import huggingface_hub
+from huggingface_hub import errors as hub_errors
+from huggingface_hub.utils import build_hf_headers, get_session, hf_raise_for_status
+
+from astro.errors import CheckpointError, ConfigError
+from astro_dist.remote import Passing, without_query
+
+__all__ = ["HubFiles", "open_hub"]
+
+_LONGEST_ASKED_S = 300.0
+"""What a server may ask to wait: the Hub counts requests in windows of five minutes."""
+_TIMEOUT_S = 60.0
+_PASSING = (408, 429, 500, 502, 503, 504)
+"""Answers of a server that may be another one in a while."""
+
+
+@dataclasses.dataclass(frozen=True)
+class HubFiles:
+    """A repository of the Hugging Face Hub at one commit.
+
+    Attributes:
+        repository: ORG/NAME.
+        commit: hash.
+        files: name and bytes of every file.
+    """
+
+    repository: str
+    commit: str
+    files: tuple[tuple[str, int], ...]
+
+    def __str__(self) -> str:
+        return f"{self.repository}@{self.commit[:12]}"
+
+    @property
+    def revision(self) -> str:
+        """The commit."""
+        return self.commit
+
+    def sizes(self) -> dict[str, int]:
+        """Bytes of every file at the root of the repository by name."""
+        return {name: size for name, size in self.files if "/" not in name}
+
+    def fetch(self, file: str, start: int, length: int) -> bytes:
+        """Some bytes of a file; fewer where the connection ends early."""
+        url = huggingface_hub.hf_hub_url(self.repository, file, revision=self.commit)
+        asked = f"bytes {start}-{start + length - 1}/{self.sizes()[file]}"
+        # Not compressed: a range of a compressed form would be other bytes.
+        headers = {
+            **build_hf_headers(), "Range": f"bytes={start}-{start + length - 1}", "Accept-Encoding": "identity",
+        }  # fmt: skip
+        found = bytearray()
+        try:
+            with get_session().stream("GET", url, headers=headers, timeout=_TIMEOUT_S, follow_redirects=True) as answer:
+                self._require_range(file, answer, asked)
+                for part in answer.iter_raw():
+                    found += part
+                    if len(found) >= length:
+                        break
+        except (CheckpointError, Passing):
+            raise
+        except hub_errors.OfflineModeIsEnabled as error:
+            raise CheckpointError(f"{self}: {error}") from error
+        except Exception as error:  # of whichever HTTP library huggingface_hub is built on
+            if not found:
+                raise Passing(f"{type(error).__name__}: {without_query(str(error))}") from error
+        return bytes(found[:length])
+
+    def _require_range(self, file: str, answer: Any, asked: str) -> None:
+        """Refuse any answer but the range that was asked for, before its content is read."""
+        status = answer.status_code
+        if status in _PASSING:
+            raise Passing(f"the Hub answers {status}", _retry_after(answer.headers))
+        if status >= 400:
+            answer.read()
+            try:
+                hf_raise_for_status(answer)
+            except hub_errors.HfHubHTTPError as error:
+                raise _refused(self.repository, self.commit, error) from error
+        if status != 206:  # it would send the whole file each time
+            raise CheckpointError(f"{self}/{file}: the server does not send byte ranges (it answers {status})")
+        got = answer.headers.get("Content-Range")
+        if got != asked or answer.headers.get("Content-Encoding", "identity") != "identity":
+            raise CheckpointError(f"{self}/{file}: asked for {asked}, the server sends {got}; the file is another one")
+
+
+def open_hub(repository: str, revision: str) -> HubFiles:
+    """Find the commit that a branch, tag or commit of a Hub repository is at, and its files.
+
+    Raises:
+        CheckpointError: the repository or revision is missing, gated or cannot be reached, with the Hub's reason.
+    """
+    try:
+        info = huggingface_hub.HfApi().model_info(repository, revision=revision, files_metadata=True)
+    except hub_errors.HFValidationError as error:
+        raise ConfigError(f"model.source {repository}: {error}") from error
+    except hub_errors.HfHubHTTPError as error:
+        raise _refused(repository, revision, error) from error
+    except hub_errors.OfflineModeIsEnabled as error:
+        raise CheckpointError(
+            f"{repository}: no such folder here, and the Hub is not asked: HF_HUB_OFFLINE is set"
+        ) from error
+    except Exception as error:  # of whichever HTTP library huggingface_hub is built on
+        raise CheckpointError(
+            f"{repository}: no such folder here, and the Hub cannot be reached: {type(error).__name__}: {error}; "
+            "correct model.source, or see to the network (a proxy, HF_ENDPOINT)"
+        ) from error
+    files = tuple((file.rfilename, int(file.size or 0)) for file in info.siblings or ())
+    return HubFiles(repository, str(info.sha), files)
+
+
+def _refused(repository: str, revision: str, error: hub_errors.HfHubHTTPError) -> CheckpointError:
+    """What the Hub says, and what to do."""
+    said = error.server_message or without_query(" ".join(str(error).split()))
+    if isinstance(error, hub_errors.GatedRepoError):
+        advice = (
+            f"ask for access at https://huggingface.co/{repository}, then give every machine a token that has it "
+            "(HF_TOKEN or `hf auth login`)"
+        )
+    elif isinstance(error, hub_errors.RevisionNotFoundError):
+        advice = f"it has no branch, tag or commit {revision!r}; correct model.revision"
+    elif isinstance(error, hub_errors.RepositoryNotFoundError):
+        advice = "there is no such folder here either; correct model.source, or give a token where it is private"
+    else:
+        advice = "see https://status.huggingface.co, or give a valid token"
+    return CheckpointError(f"model.source {repository}: the Hub refuses: {said}; {advice}")
+
+
+def _retry_after(headers: Mapping[str, str]) -> float:
+    try:
+        return min(float(headers.get("Retry-After", 0)), _LONGEST_ASKED_S)
+    except ValueError:
+        return 0.0
