@@ -1,6 +1,6 @@
 """What is done to the weights: frozen settings that check themselves.
 
-Both classes are plain dataclasses. `__pydantic_config__` only matters where pydantic embeds them in a larger
+All classes are plain dataclasses. `__pydantic_config__` only matters where pydantic embeds them in a larger
 configuration: a key they do not know is then refused.
 """
 
@@ -11,7 +11,7 @@ from typing import Any, ClassVar, Literal
 
 from astro.errors import ConfigError
 
-__all__ = ["BITS", "PER_CHANNEL", "Override", "Quantization", "Regularizer"]
+__all__ = ["BITS", "PER_CHANNEL", "Experts", "Override", "Quantization", "Regularizer"]
 
 BITS = (2, 3, 4, 8)
 """Widths that a weight can have."""
@@ -202,3 +202,19 @@ class Regularizer:
     def steps(self) -> int:
         """Iterations, the solver's own number where none is given."""
         return self.iterations if self.iterations is not None else {"admm": 6, "pgd": 200}[self.solver]
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Experts:
+    """What is done about experts that too few calibration tokens reach."""
+
+    __pydantic_config__: ClassVar[Any] = {"extra": "forbid"}
+
+    min_tokens: int = 256
+    """Tokens below which an expert's own statistics are not used."""
+    policy: Literal["all-tokens", "shared-hessian", "rtn", "fail"] = "all-tokens"
+    """`all-tokens`: all tokens pass through it for its statistics, not for its result; `shared-hessian`: those of all
+    experts of the layer together; `rtn`: it is rounded to nearest; `fail`: the run ends. Every use is recorded."""
+
+    def __post_init__(self) -> None:
+        _require(self.min_tokens >= 1, f"min_tokens: expected at least 1, got {self.min_tokens}")

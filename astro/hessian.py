@@ -23,25 +23,40 @@ class HessianAccumulator:
     order give the same bits wherever they were computed. Only the tiles on and above the diagonal are computed.
     """
 
-    def __init__(self, num_columns: int, device: torch.device) -> None:
-        self._sum = torch.zeros(num_columns, num_columns, dtype=torch.float32, device=device)
+    def __init__(self, num_columns: int, device: torch.device, keep_inputs: bool = False) -> None:
+        """Begin with nothing.
+
+        Args:
+            num_columns: C.
+            device: where the sum is.
+            keep_inputs: keep inputs as they are until they are larger than the sum would be. Comes to the same bits;
+                for the many layers that each see few tokens, as experts do.
+        """
+        self._shape, self._device = (num_columns, num_columns), device
+        self._sum: torch.Tensor | None = None
+        self._kept: list[torch.Tensor] = []
+        self._room = 4 * num_columns**2 if keep_inputs else 0
         self.num_tokens = 0
 
     def add_(self, X: torch.Tensor) -> None:
         """Add one chunk.
 
         Args:
-            X: inputs of the layer [..., C], any float dtype; products are formed in float32.
+            X: inputs of the layer [..., C], any float dtype; products are formed in float32. Where inputs are kept it
+                must not be written to any more.
         """
-        X = X.reshape(-1, X.shape[-1]).float()
-        for start in range(0, X.shape[1], _TILE):
-            rows = slice(start, start + _TILE)
-            self._sum[rows, start:] += X[:, rows].T @ X[:, start:]
+        X = X.reshape(-1, X.shape[-1])
         self.num_tokens += X.shape[0]
+        self._kept.append(X)
+        if sum(kept.nbytes for kept in self._kept) > self._room:
+            self._fold()
 
     @property
     def partial(self) -> torch.Tensor:
         """The sum so far, float32 [C, C]; only its tiles on and above the diagonal are filled."""
+        self._fold()
+        if self._sum is None:
+            self._sum = torch.zeros(self._shape, dtype=torch.float32, device=self._device)
         return self._sum
 
     def merge_(self, partial: torch.Tensor, num_tokens: int) -> None:
@@ -51,7 +66,7 @@ class HessianAccumulator:
             partial: of another accumulator, on this one's device.
             num_tokens: tokens in it.
         """
-        self._sum += partial
+        self._sum = self.partial.add_(partial)
         self.num_tokens += num_tokens
 
     def finish_(self, name: str) -> torch.Tensor:
@@ -60,7 +75,7 @@ class HessianAccumulator:
         Raises:
             NumericalError: no token was seen, or an input was not finite.
         """
-        H, self._sum = self._sum, torch.empty(0)
+        H, self._sum = self.partial, None
         if not self.num_tokens:
             raise NumericalError(f"{name}: no calibration token reached this layer; use more calibration text")
         if not bool(torch.isfinite(H.diagonal()).all()):
@@ -72,6 +87,15 @@ class HessianAccumulator:
             stop = start + _TILE
             H[stop:, start:stop] = H[start:stop, stop:].T
         return H.div_(self.num_tokens)
+
+    def _fold(self) -> None:
+        kept, self._kept = self._kept, []
+        if kept and self._sum is None:
+            self._sum = torch.zeros(self._shape, dtype=torch.float32, device=self._device)
+        for X in (X.float() for X in kept):
+            for start in range(0, X.shape[1], _TILE):
+                rows = slice(start, start + _TILE)
+                self._sum[rows, start:] += X[:, rows].T @ X[:, start:]  # type: ignore[index]
 
 
 class DriftAccumulator:

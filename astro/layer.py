@@ -128,6 +128,8 @@ def merge_rows(
         columns=Q.shape[1],
         group_size=grid.group_size,
         num_tokens=num_tokens,
+        routed_tokens=num_tokens,
+        fallback="",
         relative_error=error / max(energy, torch.finfo(torch.float32).tiny),
         beta=outcome.beta,
         beta_gain=outcome.beta_gain,

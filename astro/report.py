@@ -20,6 +20,10 @@ class LayerRecord:
     group_size: int
     num_tokens: int
     """Calibration tokens in the Hessian."""
+    routed_tokens: int
+    """Calibration tokens that the model itself sends through these layers; fewer than all for experts."""
+    fallback: str
+    """The experts' policy where too few tokens were routed to one, else empty."""
     relative_error: float
     """‖(Ŵ − W)X‖² / ‖WX‖² on the calibration tokens, W the original weights, or where earlier errors are compensated
     the weights that do so."""

@@ -4,8 +4,8 @@ transformers' internal loading functions are used here and nowhere else: they ma
 convert layouts, so that a lone block equals the same block of the whole model for any architecture transformers knows.
 """
 
-import dataclasses
-from collections.abc import Mapping, Set
+import re
+from collections.abc import Mapping, Sequence, Set
 from pathlib import Path
 from typing import Any
 
@@ -20,33 +20,14 @@ from transformers.core_model_loading import (
     rename_source_key,
 )
 from transformers.modeling_utils import LoadStateDictConfig
+from transformers.pytorch_utils import Conv1D
 
 from astro.errors import CheckpointError, UnsupportedError
+from astro.experts import expert_layers, is_gate, num_experts
 from astro.files import read_json
+from astro.linear import LinearLayer
 
-__all__ = ["LinearLayer", "Skeleton"]
-
-
-@dataclasses.dataclass(frozen=True)
-class LinearLayer:
-    """A linear layer inside a block.
-
-    Attributes:
-        name: of the module in the model.
-        key: of the checkpoint tensor that holds its weight.
-        rows: output size.
-        columns: input size.
-    """
-
-    name: str
-    key: str
-    rows: int
-    columns: int
-
-    @property
-    def stem(self) -> str:
-        """Checkpoint name without `.weight`: the name under which its packed tensors are stored."""
-        return self.key.removesuffix(".weight")
+__all__ = ["Skeleton"]
 
 
 class Skeleton:
@@ -74,13 +55,13 @@ class Skeleton:
         self._dtype = dtype
         self._state = dict(self.model.state_dict())
 
-    def target_of(self, key: str) -> tuple[str, bool]:
-        """The model's own name for a checkpoint tensor, and whether its layout is converted on the way."""
+    def target_of(self, key: str) -> tuple[str, str | None]:
+        """The model's own name for a checkpoint tensor, and the pattern of the conversion that it passes, if any."""
         prefix = self.model.base_model_prefix
         name, pattern = rename_source_key(key, self._renamings, self._converters, prefix, self._state)
         if name not in self._state and key in self._state:
             name, pattern = rename_source_key(key, [], [], prefix, self._state)
-        return name, pattern is not None
+        return name, pattern
 
     def shape_of(self, name: str) -> tuple[int, ...] | None:
         """Shape of a parameter or buffer of the model; None where it has no such tensor."""
@@ -93,37 +74,54 @@ class Skeleton:
         index = tail.split(".", 1)[0]
         return int(index) if not head and index.isdigit() and int(index) < len(self.blocks) else None
 
-    def linear_layers(self, index: int, keys: list[str]) -> list[LinearLayer]:
-        """The linear layers of a block, in the model's order.
+    def linear_layers(self, index: int, keys: Sequence[str]) -> tuple[list[LinearLayer], list[str]]:
+        """The linear layers of a block, in the model's order, and the model's names of matrices that are none.
+
+        Routers and other gates are of the latter: they stay as they are.
 
         Args:
             index: of the block.
             keys: checkpoint tensors of the block.
 
         Raises:
-            UnsupportedError: the block keeps matrices outside linear layers, or a weight is stored in another layout.
+            UnsupportedError: experts are held in a layout that is not known.
             CheckpointError: a weight is missing from the checkpoint.
         """
-        prefix = f"{self.blocks_name}.{index}"
-        sources = {target: (key, converted) for key in keys for target, converted in [self.target_of(key)]}
-        linears = []
-        for name, module in self.blocks[index].named_modules(prefix=prefix):
+        block, prefix = self.blocks[index], f"{self.blocks_name}.{index}"
+        plain: dict[str, str] = {}
+        converted: dict[str, dict[tuple[int, int], str]] = {}
+        for key in keys:
+            target, pattern = self.target_of(key)
+            if pattern is None:
+                plain[target] = key
+            else:
+                converted.setdefault(target, {})[self._place(key, pattern)] = key
+        layers: list[LinearLayer] = []
+        others: list[str] = []
+        experts = num_experts(block)
+        for name, module in block.named_modules(prefix=prefix):
             for own, parameter in module.named_parameters(recurse=False):
                 target = f"{name}.{own}"
-                key, converted = sources.get(target, (None, False))
-                if key is None:
+                if parameter.ndim == 3 and experts and len(parameter) == experts:
+                    layers += expert_layers(name, module, own, converted.get(target, {}), plain)
+                elif target not in plain and target not in converted:
                     raise CheckpointError(f"the checkpoint has no tensor for {target} of {type(self.model).__name__}")
-                if parameter.ndim < 2:
+                elif parameter.ndim < 2 or (experts and own.endswith("_bias")):
                     continue
-                if not isinstance(module, nn.Linear) or converted:
-                    raise UnsupportedError(
-                        f"{target} of {type(self.model).__name__} is a {type(module).__name__} parameter of shape "
-                        f"{list(parameter.shape)}{' in another layout than the file' if converted else ''}; "
-                        "only blocks whose matrices are linear layers can be quantized "
-                        "(mixture-of-experts blocks and Conv1D are not supported yet)"
-                    )
-                linears.append(LinearLayer(name, key, module.out_features, module.in_features))
-        return linears
+                elif isinstance(module, nn.Linear) and target in plain and not is_gate(module, experts):
+                    layers.append(LinearLayer.plain(name, plain[target], *parameter.shape))
+                elif isinstance(module, Conv1D) and target in plain:
+                    columns, rows = parameter.shape
+                    layers.append(LinearLayer.plain(name, plain[target], rows, columns, transposed=True))
+                else:
+                    others.append(target)
+        return layers, others
+
+    def _place(self, key: str, pattern: str) -> tuple[int, int]:
+        """Expert and part that a converted tensor is, where it is one of many that become one parameter."""
+        number = next(e.source_patterns.index(pattern) for e in self._converters if pattern in e.source_patterns)
+        found = re.search(re.escape(pattern).replace(r"\*", r"(\d+)"), key)
+        return (int(found.group(1)) if found and found.groups() else 0), number
 
     def load(self, part: nn.Module, tensors: Mapping[str, torch.Tensor], device: torch.device) -> None:
         """Fill a part of the model from checkpoint tensors, in place.
@@ -176,6 +174,14 @@ class Skeleton:
         """Width of the hidden states that pass from block to block."""
         return int(self.model.config.get_text_config().hidden_size)
 
+    @property
+    def expert_share(self) -> float:
+        """Share of the tokens that reaches an expert; 1 where there are none, or where the model does not say."""
+        counts = (num_experts(block) for block in self.blocks)
+        experts = next((count for count in counts if count), None)
+        chosen = getattr(self.model.config.get_text_config(), "num_experts_per_tok", None)
+        return chosen / experts if experts and chosen else 1.0
+
     def require_filled(self, part: nn.Module, name: str) -> None:
         """Refuse a part of the model of which something is still without weights.
 
@@ -204,7 +210,7 @@ def _build_on_meta(folder: Path, dtype: torch.dtype, trust_remote_code: bool) ->
         config = transformers.AutoConfig.from_pretrained(folder, trust_remote_code=trust_remote_code)
         with torch.device("meta"):
             model = transformers.AutoModelForCausalLM.from_config(
-                config, dtype=dtype, trust_remote_code=trust_remote_code
+                config, dtype=dtype, trust_remote_code=trust_remote_code, experts_implementation="eager"
             )
     except Exception as error:  # transformers raises many kinds for a config it cannot use
         hint = (

@@ -8,17 +8,20 @@ import math
 import platform
 import resource
 import time
+from collections.abc import Iterator
 from typing import Any
 
 import torch
 import transformers
 
-from astro.block import BlockStatistics, quantize_block
+from astro.block import quantize_block
 from astro.errors import CheckpointError, NumericalError, RunError
+from astro.expert_policy import GroupStatistics
 from astro.files import save_tensors
 from astro.layer import QuantizedLinear
 from astro.recording import load_call, record, returns_tuple, run_head, save_calls
 from astro.report import LayerRecord, add_seconds, timed
+from astro.statistics import BlockStatistics
 from astro_dist.budget import layer_settings
 from astro_dist.plan import BlockUnit
 from astro_dist.schedule import block_unit, evaluate_unit, head_unit, is_held_out, stream_names
@@ -125,7 +128,7 @@ class Worker:
         stage = self._stage
         self._let_go()
         unit = stage.load(stream_names(self._spec.run.rounds)[round_index], index)
-        statistics = BlockStatistics(stage.linears(unit), self._device)
+        statistics = BlockStatistics(stage.layers(unit), self._device)
         self._open = _OpenBlock(round_index, unit, statistics, {"read": time.perf_counter() - start, "forward": 0.0})
 
     @torch.no_grad()
@@ -149,8 +152,8 @@ class Worker:
         unit = opened.unit
         settings = layer_settings(spec.run, spec.quantization, unit, round_index)
         weights, scale_dtype = stage.weights(unit), stage.scale_dtype(unit)
-        widths, statistics = stage.widths(round_index), opened.statistics.finish_()
-        quantized, records = quantize_block(weights, statistics, settings, spec.regularization, scale_dtype, widths)
+        widths, known = stage.widths(round_index), self._known(opened)
+        quantized, records = quantize_block(weights, known, settings, spec.regularization, scale_dtype, widths)
         self._open = None
         finished = self._finish_block(round_index, unit, quantized, records, opened.feeding_seconds())
         stage.close()
@@ -160,7 +163,9 @@ class Worker:
     def give_out(self, round_index: int, index: int) -> dict[str, Any]:
         """In place of `solve`, where other workers have nothing to do: they solve it with this one."""
         opened = self._opened(round_index, index)
-        given_out = self._tiles.give_out(round_index, opened.unit, opened.statistics, opened.feeding_seconds())
+        groups = [[name for operand in group for name in operand.names] for group in opened.statistics.groups]
+        known, seconds = self._known(opened), opened.feeding_seconds()
+        given_out = self._tiles.give_out(round_index, opened.unit, groups, known, seconds)
         self._open = None
         return given_out
 
@@ -183,20 +188,20 @@ class Worker:
 
     @torch.no_grad()
     def share(self, index: int, stage_index: int, number: int) -> dict[str, Any]:
-        """Partial sums of one group of a block's layers from one share of the calibration chunks."""
+        """Partial sums of one stage of a block's layers from one share of the calibration chunks."""
         return self._tiles.share(index, stage_index, number)
 
     @torch.no_grad()
-    def decide(self, round_index: int, index: int, stage_index: int) -> None:
+    def decide(self, round_index: int, index: int, group: int) -> None:
         """Decide what holds for all rows of one group of a block's layers, its shares summed."""
         self._open = None
-        self._tiles.decide(round_index, index, stage_index)
+        self._tiles.decide(round_index, index, group)
 
     @torch.no_grad()
-    def tile(self, round_index: int, index: int, stage_index: int, number: int) -> None:
+    def tile(self, round_index: int, index: int, group: int, number: int) -> None:
         """Solve one tile of the group's rows."""
         self._open = None
-        self._tiles.tile(round_index, index, stage_index, number)
+        self._tiles.tile(round_index, index, group, number)
 
     @torch.no_grad()
     def write(self, round_index: int, index: int) -> dict[str, Any]:
@@ -226,6 +231,12 @@ class Worker:
                 f"the loss on the held-out text is {total} (stream {stream}); a forward pass overflowed"
             )
         return run.finish(head_unit(stream), [], {"negative_log_likelihood": total, "tokens": count})
+
+    def _known(self, opened: _OpenBlock) -> Iterator[GroupStatistics]:
+        """The statistics of every group of an open block that all chunks have passed."""
+        stream = stream_names(self._spec.run.rounds)[opened.round_index]
+        repeats = self._stage.repeats(stream, opened.unit.index)
+        return opened.statistics.finish_(self._spec.experts, repeats)
 
     def _let_go(self) -> None:
         """Of an open block that the schedule gave up, and of what was helped with: memory is wanted for another."""

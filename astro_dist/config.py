@@ -11,7 +11,7 @@ from typing import Any, Literal
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
-from astro.config import Quantization, Regularizer
+from astro.config import Experts, Quantization, Regularizer
 from astro.errors import ConfigError
 
 __all__ = ["CalibrationConfig", "ExecutionConfig", "ModelConfig", "OutputConfig", "RunConfig", "load_config", "run_key"]
@@ -117,6 +117,7 @@ class RunConfig(_Section):
     model: ModelConfig
     quantization: Quantization = Quantization()
     regularizer: Regularizer = Regularizer()
+    experts: Experts = Experts()
     calibration: CalibrationConfig = CalibrationConfig()
     execution: ExecutionConfig = ExecutionConfig()
     output: OutputConfig
@@ -143,7 +144,7 @@ class RunConfig(_Section):
         for name in ("source", "text_column"):
             del plain["calibration"][name]
         execution = {name: plain["execution"][name] for name in _ARITHMETIC}
-        kept = {name: plain[name] for name in ("quantization", "regularizer", "calibration")}
+        kept = {name: plain[name] for name in ("quantization", "regularizer", "experts", "calibration")}
         return {**kept, "execution": execution}
 
     def to_yaml(self) -> str:

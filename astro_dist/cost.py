@@ -5,7 +5,7 @@ of one module with inputs of one width are taken to, but for attention's output,
 """
 
 import dataclasses
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 from astro.config import Quantization, Regularizer
@@ -58,11 +58,12 @@ class Work:
 
 @dataclasses.dataclass(frozen=True)
 class _Group:
-    """Layers that read one input."""
+    """Layers that read one input; the share of the tokens that reaches them; the stage they come to their turn in."""
 
     rows: int
     columns: int
     reach: float = 1.0
+    stage: str = ""
 
 
 class CostModel:
@@ -75,7 +76,6 @@ class CostModel:
         chunk_tokens: Mapping[str, int],
         itemsize: int,
         device_type: str,
-        reach: Callable[[str], float] = lambda name: 1.0,
     ) -> None:
         """Look at a run.
 
@@ -85,9 +85,8 @@ class CostModel:
             chunk_tokens: tokens of each chunk by name, in the order in which they travel.
             itemsize: bytes of an element in the compute dtype.
             device_type: "cpu" or "cuda".
-            reach: share of the tokens that reaches the layers of a module, by its name: all but for experts.
         """
-        self._reach, self._device_type = reach, device_type
+        self._device_type = device_type
         self._known: dict[int, list[_Group]] = {}
         self._plan, self._tokens, self._itemsize = plan, dict(chunk_tokens), itemsize
         self._quantization: Quantization = config.quantization
@@ -130,7 +129,8 @@ class CostModel:
             return {"tiles": [(stage, self._tiles(groups[stage])) for stage in widest]}
         if call.method == "share":
             groups = self._groups(self._plan.blocks[int(call.args[0])])
-            return {"stages": len(groups), "tiles": self._tiles(groups[int(call.args[1])])}
+            stages = _stages(groups)
+            return {"stages": len(stages), "tiles": {i: self._tiles(groups[i]) for i in stages[int(call.args[1])]}}
         return {}
 
     def worker_bytes(self) -> int:
@@ -159,12 +159,13 @@ class CostModel:
 
     def _widest(self, groups: list[_Group]) -> float:
         """Elements of all shares of the stage with the widest input."""
-        return float(len(self._shares) * max(group.columns for group in groups) ** 2)
+        stages = _stages(groups)
+        return float(len(self._shares) * max(sum(groups[i].columns ** 2 for i in stage) for stage in stages))
 
     def _block_bytes(self, unit: BlockUnit) -> int:
         groups = self._groups(unit)
         weights = sum(group.rows * group.columns for group in groups)
-        hessians = 0 if self._sequential else sum(4 * group.columns**2 for group in groups)
+        hessians = 0.0 if self._sequential else sum(self._statistics_bytes(group) for group in groups)
         solving = max(
             (_SQUARES + (2 if self._sequential else 0)) * 4 * group.columns**2
             + 4 * group.rows * group.columns + _TILES * 4 * self._tile_rows(group) * group.columns
@@ -178,6 +179,13 @@ class CostModel:
         # Layers that are not quantized are there too.
         return int(max(weights * self._itemsize, unit.read_bytes) + hessians + phase)
 
+    def _statistics_bytes(self, group: _Group) -> float:
+        """Of a Hessian, or of the inputs that an expert keeps instead while they are smaller."""
+        square = 4.0 * group.columns**2
+        calibration = sum(n for chunk, n in self._tokens.items() if not is_held_out(chunk))
+        kept = calibration * group.reach * group.columns * self._itemsize
+        return square if group.reach == 1 else min(square, kept)
+
     def _stage_part(self, call: Call, unit: BlockUnit) -> Work:
         """A call for a block that several work on."""
         groups = self._groups(unit)
@@ -185,17 +193,20 @@ class CostModel:
             return Work(moved_bytes=2.0 * unit.written_bytes + unit.read_bytes)
         if call.method == "give_out":
             return Work(moved_bytes=sum(4.0 * group.columns**2 for group in groups))
-        group = groups[min(int(call.args[1 if call.method == "share" else 2]), len(groups) - 1)]
-        square = 4.0 * group.columns**2 * (1 + self._compensated)
         if call.method == "share":
+            stages = _stages(groups)
+            stage = [groups[i] for i in stages[min(int(call.args[1]), len(stages) - 1)]]
+            square = sum(4.0 * group.columns**2 * (1 + self._compensated) for group in stage)
             chunks = self._shares[int(call.args[2])]
             tokens = sum(self._tokens[chunk] for chunk in chunks)
             streams = 1 + self._compensated
-            exact = tokens * group.columns**2 * (1.0 + 2 * self._compensated)
+            exact = tokens * sum(group.reach * group.columns**2 for group in stage) * (1.0 + 2 * self._compensated)
             # A stage's inputs take the block's forward up to that stage; which worker has the block already is open.
-            passed = (int(call.args[1]) + 1) / len(groups)
+            passed = (int(call.args[1]) + 1) / len(stages)
             moved = streams * self._activations(chunks) + square + unit.read_bytes
             return Work(streams * passed * self._forward(unit, tokens), exact, 0.0, moved)
+        group = groups[min(int(call.args[2]), len(groups) - 1)]
+        square = 4.0 * group.columns**2 * (1 + self._compensated)
         if call.method == "decide":
             moved = square * (len(self._shares) + 1 if self._sequential else 1) + unit.read_bytes
             return self._solve(moved, [dataclasses.replace(group, rows=0)], group.rows)
@@ -233,14 +244,15 @@ class CostModel:
 
     def _groups(self, unit: BlockUnit) -> list[_Group]:
         if unit.index not in self._known:
-            found: dict[tuple[str, int, bool], int] = {}
+            found: dict[tuple[str, int | None, int, bool], _Group] = {}
             for linear in unit.linears:
                 module, _, own = linear.name.rpartition(".")
-                key = (module, linear.columns, own in _ATTENTION_OUTPUTS)
-                found[key] = found.get(key, 0) + linear.rows
-            self._known[unit.index] = [
-                _Group(rows, columns, self._reach(name)) for (name, columns, _), rows in found.items()
-            ]
+                stage = linear.name if linear.expert is None else linear.parameter
+                key = (module, linear.expert, linear.columns, own in _ATTENTION_OUTPUTS)
+                reach = 1.0 if linear.expert is None else self._plan.expert_share
+                group = found.get(key, _Group(0, linear.columns, reach, stage))
+                found[key] = dataclasses.replace(group, rows=group.rows + linear.rows)
+            self._known[unit.index] = list(found.values())
         return self._known[unit.index]
 
     def _tile_rows(self, group: _Group) -> int:
@@ -255,3 +267,11 @@ class CostModel:
 
     def _activations(self, chunks: Iterable[str]) -> float:
         return float(sum(self._tokens[chunk] for chunk in chunks) * self._plan.hidden_size * self._itemsize)
+
+
+def _stages(groups: list[_Group]) -> list[list[int]]:
+    """Indices of the groups that come to their turn together: one, or those of all experts."""
+    stages: dict[str, list[int]] = {}
+    for index, group in enumerate(groups):
+        stages.setdefault(group.stage, []).append(index)
+    return list(stages.values())

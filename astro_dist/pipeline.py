@@ -103,6 +103,11 @@ def prepare(config: RunConfig, commit: str | None = None) -> Prepared:
             f"{len(plan.unknown)} tensors that {type(skeleton.model).__name__} does not have are copied as they are, "
             f"the first is {plan.unknown[0]}"
         )
+    if plan.others:
+        notes.append(
+            f"{len(plan.others)} matrices that are gates, or no linear layers, stay as they are, the first is "
+            f"{plan.others[0]}"
+        )
     return Prepared(config, source, checkpoint, plan, tuple(notes), skeleton.limits()[1])
 
 
@@ -276,6 +281,7 @@ def _execute(
         shares=execution.hessian_shares,
         quantization=config.quantization,
         regularization=config.regularizer,
+        experts=config.experts,
         compute_dtype=dtype,
         device=device,
         threads=execution.threads_per_worker,

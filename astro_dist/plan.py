@@ -2,7 +2,7 @@
 
 import dataclasses
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from fnmatch import fnmatchcase
 from typing import Any
 
@@ -11,8 +11,9 @@ from torch import nn
 from astro.checkpoint import Checkpoint, TensorEntry
 from astro.config import Quantization
 from astro.errors import CheckpointError, ConfigError, UnsupportedError
+from astro.linear import LinearLayer
 from astro.packing import words_per_row
-from astro.skeleton import LinearLayer, Skeleton
+from astro.skeleton import Skeleton
 
 __all__ = ["BlockUnit", "CopyUnit", "Plan", "make_plan"]
 
@@ -82,6 +83,8 @@ class Plan:
         vocab_size: tokens that the model knows.
         weights: number of weights that are quantized.
         unknown: checkpoint tensors that the model's class does not have; they are copied too.
+        others: matrices of the blocks that are not linear layers, or gates; they stay as they are.
+        expert_share: share of the tokens that reaches an expert; 1 where there are none.
     """
 
     blocks: tuple[BlockUnit, ...]
@@ -93,6 +96,8 @@ class Plan:
     vocab_size: int
     weights: int
     unknown: tuple[str, ...]
+    others: tuple[str, ...] = ()
+    expert_share: float = 1.0
 
     @property
     def read_bytes(self) -> int:
@@ -142,26 +147,29 @@ def make_plan(checkpoint: Checkpoint, skeleton: Skeleton, quantization: Quantiza
     copied = _cut(checkpoint, rest)
     total = len(copied) + len(skeleton.blocks)
     blocks = []
+    found: dict[str, LinearLayer] = {}
+    others: list[str] = []
     for index in range(len(skeleton.blocks)):
         keys = by_block.get(index, [])
-        linears = [
-            linear
-            for linear in skeleton.linear_layers(index, keys)
-            if not any(fnmatchcase(linear.name, pattern) for pattern in quantization.ignore)
-        ]
+        layers, rest = skeleton.linear_layers(index, keys)
+        found |= {linear.name: linear for linear in layers}
+        others += rest
+        linears = [linear for linear in layers if not _matches(linear.name, quantization.ignore)]
+        _require_shapes(checkpoint, layers, linears)
         file = _shard_name(len(copied) + index, total)
         written = _written_bytes(checkpoint.entries, keys, linears, quantization)
         blocks.append(BlockUnit(index, tuple(keys), tuple(linears), file, checkpoint.size_bytes(keys), written))
-    _require_matching("quantization.ignore", quantization.ignore, skeleton)
-    _require_matching("quantization.overrides", quantization.overrides, skeleton)
+    _require_matching("quantization.ignore", quantization.ignore, list(found))
+    _require_matching("quantization.overrides", quantization.overrides, list(found))
     quantized = {linear.name: linear for unit in blocks for linear in unit.linears}
     if not quantized:
         raise ConfigError(f"quantization.ignore {list(quantization.ignore)}: leaves no linear layer to quantize")
-    ignore = [
-        name
-        for name, module in skeleton.model.named_modules()
-        if isinstance(module, nn.Linear) and name not in quantized
-    ]
+    modules = [name for name, module in skeleton.model.named_modules() if isinstance(module, nn.Linear)]
+    gates = [name.removesuffix(".weight") for name in others if name.endswith(".weight")]
+    # Servers know a gate by the name that the file gives it.
+    stored = {skeleton.target_of(key)[0]: key.removesuffix(".weight") for unit in blocks for key in unit.keys}
+    gates += [stored[name] for name in others if name in stored]
+    ignore = [name for name in dict.fromkeys((*modules, *found, *gates)) if name not in quantized]
     copies = [
         CopyUnit(index, tuple(keys), _shard_name(index, total), checkpoint.size_bytes(keys))
         for index, keys in enumerate(copied)
@@ -170,7 +178,7 @@ def make_plan(checkpoint: Checkpoint, skeleton: Skeleton, quantization: Quantiza
     outside_weights = sum(math.prod(checkpoint.entries[key].shape) for key in outside)
     return Plan(
         tuple(blocks), tuple(copies), tuple(ignore), tuple(outside), outside_weights, skeleton.hidden_size,
-        skeleton.limits()[0], weights, tuple(unknown),
+        skeleton.limits()[0], weights, tuple(unknown), tuple(others), skeleton.expert_share,
     )  # fmt: skip
 
 
@@ -207,12 +215,32 @@ def _assign(checkpoint: Checkpoint, skeleton: Skeleton) -> tuple[dict[int, list[
     return by_block, outside, rest, unknown
 
 
-def _require_matching(option: str, patterns: Iterable[str], skeleton: Skeleton) -> None:
-    modules = skeleton.blocks.named_modules(prefix=skeleton.blocks_name)
-    names = [name for name, module in modules if isinstance(module, nn.Linear)]
+def _matches(name: str, patterns: Iterable[str]) -> bool:
+    return any(fnmatchcase(name, pattern) for pattern in patterns)
+
+
+def _require_matching(option: str, patterns: Iterable[str], names: Sequence[str]) -> None:
     for pattern in patterns:
         if not any(fnmatchcase(name, pattern) for name in names):
             raise ConfigError(f"{option}: {pattern!r} matches no linear layer of the blocks, e.g. {names[-1]}")
+
+
+def _require_shapes(checkpoint: Checkpoint, layers: Iterable[LinearLayer], quantized: Sequence[LinearLayer]) -> None:
+    """Refuse experts of other sizes than the model's, and a fused tensor that would be quantized in parts."""
+    chosen = {linear.name for linear in quantized}
+    fused = {linear.key for linear in quantized}
+    for linear in layers:
+        shape = checkpoint.entries[linear.key].shape
+        if linear.expert is not None and len(shape) == 2 and shape != (linear.rows, linear.columns):
+            raise CheckpointError(
+                f"{checkpoint.place(linear.key)}: tensor {linear.key} is {list(shape)}, but config.json makes it "
+                f"{[linear.rows, linear.columns]}; config.json and the shards are of different models"
+            )
+        if linear.name not in chosen and linear.key in fused:
+            raise ConfigError(
+                f"quantization.ignore: {linear.name} lies in one tensor with layers that are quantized, "
+                f"{linear.key}; ignore all of them or none"
+            )
 
 
 def _cut(checkpoint: Checkpoint, keys: Iterable[str]) -> list[list[str]]:
@@ -234,19 +262,18 @@ def _shard_name(index: int, total: int) -> str:
 def _written_bytes(
     entries: Mapping[str, TensorEntry], keys: Iterable[str], linears: Iterable[LinearLayer], settings: Quantization
 ) -> int:
-    total = sum(entries[key].size_bytes for key in keys)
+    replaced = {linear.key for linear in linears}
+    total = sum(entries[key].size_bytes for key in keys if key not in replaced)
     for linear in linears:
-        entry = entries[linear.key]
-        rows, columns = entry.shape
         own = settings.for_layer(linear.name)
         # With a budget the width is only known after the measuring round.
         bits = math.ceil(own.average_bits or 0) if own.bits == "auto" else own.bits
         try:
-            groups = columns // own.columns_per_group(columns)
+            groups = linear.columns // own.columns_per_group(linear.columns)
         except ConfigError as error:
             raise ConfigError(f"quantization: {linear.name}: {error}") from error
-        scale_bytes = rows * groups * (entry.size_bytes // (rows * columns))
-        zero_bytes = 0 if own.symmetric else 4 * groups * words_per_row(rows, bits)
-        packed = 4 * rows * words_per_row(columns, bits) + scale_bytes + zero_bytes + 16
-        total += packed - entry.size_bytes
+        entry = entries[linear.key]
+        scale_bytes = linear.rows * groups * (entry.size_bytes // math.prod(entry.shape))
+        zero_bytes = 0 if own.symmetric else 4 * groups * words_per_row(linear.rows, bits)
+        total += 4 * linear.rows * words_per_row(linear.columns, bits) + scale_bytes + zero_bytes + 16
     return total

@@ -1,9 +1,9 @@
 """Mode `sequential`: all workers serve one block, and the next is calibrated on what it wrote.
 
-A block is solved in stages, one for each group of layers that share an input. For each stage: shares of the
-calibration chunks give partial Hessians, in any order; one worker sums them and decides what holds for all rows; then
-tiles of rows are solved. At the end one worker writes the shard, and every chunk goes on through the block as it was
-written. Pure, as every schedule.
+A block is solved in stages: one group of layers that share an input, or such groups of all experts. For each stage:
+shares of the calibration chunks give partial Hessians, in any order; for each group one worker sums them and decides
+what holds for all rows; then tiles of rows are solved. At the end one worker writes the shard, and every chunk goes on
+through the block as it was written. Pure, as every schedule.
 """
 
 import itertools
@@ -70,7 +70,7 @@ class SequentialSchedule:
         self._before_current = 0
         self._reopen()
         self._stages: dict[int, int] = {}
-        self._tiles: dict[tuple[int, int], int] = {}
+        self._tiles: dict[tuple[int, int], dict[int, int]] = {}
         self._done: set[Call] = set()
         self._taken: set[Call] = set()
 
@@ -99,7 +99,7 @@ class SequentialSchedule:
         elif call.method == "share":
             block, stage = int(call.args[0]), int(call.args[1])
             self._stages[block] = int(result["stages"])
-            self._tiles[block, stage] = int(result["tiles"])
+            self._tiles[block, stage] = dict(result["tiles"])
         elif call.method not in ("decide", "tile"):
             self.finished.add(call.unit)
         return self._spent(call)
@@ -114,7 +114,7 @@ class SequentialSchedule:
 
     def _spent(self, call: Call) -> list[Spent]:
         if call.method == "decide":
-            return [Spent("shares", int(call.args[1]), number=int(call.args[2]))]
+            return self._decided(call)
         if call.method == "write":
             block = int(call.args[1])
             before = [Spent("inputs", block - 1, stream) for stream in STREAMS] if block else []
@@ -180,14 +180,26 @@ class SequentialSchedule:
             sharing = [Call("share", (block, stage, i), unit) for i in range(len(self._shares))]
             if not self._done.issuperset(sharing):
                 return [call for call in sharing if ready.issuperset(self._shares[int(call.args[2])])]
-            deciding = Call("decide", (0, block, stage), unit)
-            if deciding not in self._done:
-                return [deciding]
-            tiling = [Call("tile", (0, block, stage, i), unit) for i in range(self._tiles[block, stage])]
-            if not self._done.issuperset(tiling):
-                return tiling
+            calls = [call for group in self._tiles[block, stage] for call in self._solving(block, stage, group)]
+            if not self._done.issuperset(calls):
+                return calls
         # Writing the shard drops the inputs of the block before, which chunks on their way may still need.
         return [] if chunks_behind else [Call("write", (0, block), unit)]
+
+    def _solving(self, block: int, stage: int, group: int) -> list[Call]:
+        """For a group that has its sums a decision, then tiles."""
+        unit, deciding = block_unit(0, block), Call("decide", (0, block, group), block_unit(0, block))
+        if deciding not in self._done:
+            return [deciding]
+        return [Call("tile", (0, block, group, i), unit) for i in range(self._tiles[block, stage][group])]
+
+    def _decided(self, call: Call) -> list[Spent]:
+        """Once all groups of a stage are decided nothing needs its shares any more; experts may need each other's."""
+        block, group = int(call.args[1]), int(call.args[2])
+        groups = next(tiles for (own, _), tiles in self._tiles.items() if own == block and group in tiles)
+        decisions = [Call("decide", (0, block, other), call.unit) for other in groups]
+        every = self._done.issuperset(decisions)
+        return [Spent("shares", block, number=other) for other in groups] if every else []
 
     def _heads(self) -> list[Call]:
         heads = [(stream, head_unit(stream)) for stream in STREAMS if self._held_out]

@@ -4,7 +4,7 @@ import ctypes
 import dataclasses
 import os
 import platform
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -12,11 +12,12 @@ import torch
 
 from astro.block import forward
 from astro.checkpoint import Checkpoint
-from astro.config import Quantization, Regularizer
+from astro.config import Experts, Quantization, Regularizer
 from astro.errors import CheckpointError, RunError
 from astro.files import load_tensors, save_tensors
 from astro.formats import LAYOUTS
 from astro.layer import QuantizedLinear
+from astro.observation import BlockLayers
 from astro.parts import load_part, save_part
 from astro.recording import BlockCall, load_call
 from astro.skeleton import Skeleton
@@ -44,6 +45,7 @@ class WorkerSpec:
         shares: of the calibration chunks, in mode `sequential`.
         quantization: grid and solver.
         regularization: what is done to the weights before.
+        experts: what is done about experts that too few tokens reach.
         compute_dtype: of forwards and activations.
         device: "cpu" or "cuda".
         threads: CPU threads.
@@ -60,6 +62,7 @@ class WorkerSpec:
     shares: int
     quantization: Quantization
     regularization: Regularizer
+    experts: Experts
     compute_dtype: torch.dtype
     device: str
     threads: int
@@ -150,18 +153,18 @@ class Stage:
             skeleton.model.tie_weights()
             _return_freed_memory()
 
-    def linears(self, unit: BlockUnit) -> dict[str, torch.nn.Linear]:
-        """The modules that are quantized, by name."""
-        modules = {linear.name: self.skeleton.model.get_submodule(linear.name) for linear in unit.linears}
-        return {name: module for name, module in modules.items() if isinstance(module, torch.nn.Linear)}
+    def layers(self, unit: BlockUnit) -> BlockLayers:
+        """The layers of a block that are quantized, where they lie in the loaded block."""
+        return BlockLayers(self.skeleton.model, unit.linears)
 
     def weights(self, unit: BlockUnit) -> dict[str, torch.Tensor]:
         """Original weights of a block's linear layers by name, exact: the loaded ones where those are."""
         exact = torch.promote_types(self._stored_dtype(unit), self.spec.compute_dtype) == self.spec.compute_dtype
         if self._loaded == ("original", unit.index) and exact:
-            return {name: module.weight.detach() for name, module in self.linears(unit).items()}
-        read = self.checkpoint.read(linear.key for linear in unit.linears)
-        return {linear.name: read[linear.key].to(self.device) for linear in unit.linears}
+            layers = self.layers(unit)
+            return {linear.name: layers.weight(linear.name) for linear in unit.linears}
+        read = self.checkpoint.read({linear.key for linear in unit.linears})
+        return {linear.name: linear.stored(read[linear.key]).to(self.device) for linear in unit.linears}
 
     def scale_dtype(self, unit: BlockUnit) -> torch.dtype:
         """Dtype in which a block's scales are stored: the layout's, or that of its weights in the source."""
@@ -181,12 +184,14 @@ class Stage:
     def write_block(self, unit: BlockUnit, round_index: int, quantized: dict[str, QuantizedLinear]) -> Path:
         """Write a block's shard: packed layers, and every other tensor as it was."""
         dtype = self.scale_dtype(unit)
+        packed = LAYOUTS[self.spec.quantization.format]
+        biases = self.checkpoint.read({linear.bias for linear in unit.linears if linear.bias})
         tensors: dict[str, torch.Tensor] = {}
         for linear in unit.linears:
-            tensors |= LAYOUTS[self.spec.quantization.format].pack_linear(
-                linear.stem, quantized.pop(linear.name), dtype
-            )
-        replaced = {linear.key for linear in unit.linears}
+            tensors |= packed.pack_linear(linear.stem, quantized.pop(linear.name), dtype)
+            if linear.bias:
+                tensors[f"{linear.stem}.bias"] = linear.stored_bias(biases[linear.bias]).contiguous()
+        replaced = {linear.key for linear in unit.linears} | biases.keys()
         tensors |= self.checkpoint.read(key for key in unit.keys if key not in replaced)
         path = self.spec.run.shard(round_index, unit.file)
         save_tensors(path, tensors)
@@ -203,6 +208,11 @@ class Stage:
         if shape not in self._calls:
             self._calls[shape], _ = load_call(self.spec.run.calls(*shape[1:]), index, self.device)
         return forward(self.skeleton.blocks[index], hidden, self._calls[shape])
+
+    def repeats(self, stream: str, index: int) -> list[Callable[[], torch.Tensor]]:
+        """For every calibration chunk a forward through the loaded block, whose output is not handed on."""
+        chunks = [chunk for chunk in self.spec.chunks if not is_held_out(chunk)]
+        return [lambda chunk=chunk: self.forward(index, self.hidden(stream, index, chunk)) for chunk in chunks]  # type: ignore[misc]
 
     def input_ids(self, chunk: str) -> torch.Tensor:
         """A chunk's tokens, int64 [B, T]."""
@@ -229,7 +239,13 @@ class Stage:
         packed = LAYOUTS[self.spec.quantization.format]
         for linear in unit.linears:
             weight = packed.unpack_linear(linear.stem, tensors, settings[linear.name]).dequantize()
-            tensors[linear.key] = weight.to(self.spec.compute_dtype)
+            shape = self.checkpoint.entries[linear.key].shape
+            whole = tensors.setdefault(linear.key, torch.empty(shape, dtype=self.spec.compute_dtype))
+            linear.stored(whole).copy_(weight)
+            if linear.bias:
+                bias = tensors[f"{linear.stem}.bias"]
+                shape = self.checkpoint.entries[linear.bias].shape
+                linear.stored_bias(tensors.setdefault(linear.bias, bias.new_empty(shape))).copy_(bias)
         return {key: tensors[key] for key in unit.keys}
 
 
