@@ -6,6 +6,7 @@ configuration: a key they do not know is then refused.
 
 import dataclasses
 import math
+from collections.abc import Iterable
 from fnmatch import fnmatchcase
 from typing import Any, ClassVar, Literal
 
@@ -61,6 +62,9 @@ class Quantization:
     """With `bits: auto`: widths to choose from."""
     group_size: int = 128
     """Contiguous input columns that share a scale; -1 is one scale a row (per channel)."""
+    odd_widths: Literal["fail", "per-channel", "keep"] = "fail"
+    """Layers whose input is no multiple of the group size: `fail` refuses the run, `per-channel` gives each of their
+    rows one scale, `keep` leaves them as they are. Each use is told."""
     symmetric: bool = True
     """Zero point fixed at 0. CUDA Marlin kernels want this."""
     method: Literal["gptq", "rtn"] = "gptq"
@@ -152,6 +156,15 @@ class Quantization:
             changes["average_bits"] = None
         return dataclasses.replace(self, overrides={}, **changes)
 
+    def divides(self, num_columns: int) -> bool:
+        """Whether groups fit a layer of `num_columns` inputs."""
+        return self.group_size == PER_CHANNEL or num_columns % self.group_size == 0
+
+    def per_channel(self, names: Iterable[str]) -> "Quantization":
+        """These settings, some layers by name having one scale a row."""
+        changed = {name: Override(group_size=PER_CHANNEL) for name in names}
+        return dataclasses.replace(self, overrides={**self.overrides, **changed})
+
     def columns_per_group(self, num_columns: int) -> int:
         """Columns that share a scale in a layer of `num_columns` inputs.
 
@@ -160,11 +173,12 @@ class Quantization:
         """
         if self.group_size == PER_CHANNEL:
             return num_columns
-        if num_columns % self.group_size:
+        if not self.divides(num_columns):
             fits = [g for g in (32, 64, 96, 128, 192, 256) if num_columns % g == 0]
             raise ConfigError(
                 f"group_size {self.group_size} does not divide a layer of {num_columns} input columns; "
-                f"sizes that do: {', '.join(map(str, fits)) or 'none of the usual ones'}, or -1 (per channel)"
+                f"sizes that do: {', '.join(map(str, fits)) or 'none of the usual ones'}, -1 (per channel), or "
+                "say in quantization.odd_widths what shall become of such layers"
             )
         return self.group_size
 

@@ -13,7 +13,7 @@ from torch import nn
 from astro.errors import CheckpointError, UnsupportedError
 from astro.linear import LinearLayer
 
-__all__ = ["call_alone", "expert_layers", "is_gate", "num_experts"]
+__all__ = ["call_alone", "expert_layers", "has_biases", "is_gate", "num_experts"]
 
 _PARTS = {"gate_up_proj": ("gate_proj", "up_proj"), "up_proj": ("up_proj",), "down_proj": ("down_proj",)}
 """Layers in a parameter of an experts' module, in the order of their rows."""
@@ -74,6 +74,20 @@ def expert_layers(
                 LinearLayer(stem, key, rows, columns, stem, f"{name}.{own}", expert, first, step, transposed, bias)
             )
     return layers
+
+
+def has_biases(name: str, module: nn.Module, own: str, keys: Mapping[str, str]) -> bool:
+    """Whether a checkpoint that holds experts apart has all the biases of one of their parameters [E, rows].
+
+    Args:
+        name: of the experts' module in the model.
+        module: the module.
+        own: name of the parameter.
+        keys: checkpoint tensors by the model's name for them.
+    """
+    parts, count = _PARTS.get(own.removesuffix("_bias"), ()), len(module.get_parameter(own))
+    names = [f"{name}.{expert}.{part}.bias" for expert in range(count) for part in parts]
+    return bool(names) and all(unfused in keys for unfused in names)
 
 
 def call_alone(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], X: torch.Tensor, expert: int) -> None:

@@ -63,5 +63,10 @@ class LinearLayer:
         return tensor[self.expert][self._rows]
 
     @property
+    def is_fused(self) -> bool:
+        """Whether its checkpoint tensor holds the weights of all experts."""
+        return self.expert is not None and self.key != f"{self.stem}.weight"
+
+    @property
     def _rows(self) -> slice:
         return slice(self.first, self.first + self.rows * self.step, self.step)

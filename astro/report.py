@@ -2,10 +2,11 @@
 
 import dataclasses
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
+from typing import Any
 
-__all__ = ["LayerRecord", "add_seconds", "timed"]
+__all__ = ["LayerRecord", "add_seconds", "fallbacks", "timed"]
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -41,6 +42,22 @@ class LayerRecord:
     """Factorizations tried; more than 1 means that the damping was raised. 0 where none was done."""
     seconds: dict[str, float]
     """Time by phase: factor, compensate, beta, regularize, grid, gptq, refine, widths."""
+
+
+def fallbacks(layers: Iterable[Mapping[str, Any]]) -> dict[str, Any]:
+    """What was degraded: layers whose damping was `damping_raised`, and those of `experts` by the policy that was used.
+
+    Args:
+        layers: records as plain dictionaries.
+    """
+    raised: list[str] = []
+    experts: dict[str, list[str]] = {}
+    for layer in layers:
+        if layer["factorizations"] > 1:
+            raised.append(layer["name"])
+        if layer["fallback"]:
+            experts.setdefault(layer["fallback"], []).append(layer["name"])
+    return {"damping_raised": raised, "experts": experts}
 
 
 def add_seconds(total: dict[str, float], more: Mapping[str, float]) -> None:

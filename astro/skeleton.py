@@ -23,7 +23,7 @@ from transformers.modeling_utils import LoadStateDictConfig
 from transformers.pytorch_utils import Conv1D
 
 from astro.errors import CheckpointError, UnsupportedError
-from astro.experts import expert_layers, is_gate, num_experts
+from astro.experts import expert_layers, has_biases, is_gate, num_experts
 from astro.files import read_json
 from astro.linear import LinearLayer
 
@@ -104,7 +104,7 @@ class Skeleton:
                 target = f"{name}.{own}"
                 if parameter.ndim == 3 and experts and len(parameter) == experts:
                     layers += expert_layers(name, module, own, converted.get(target, {}), plain)
-                elif target not in plain and target not in converted:
+                elif target not in plain and target not in converted and not has_biases(name, module, own, plain):
                     raise CheckpointError(f"the checkpoint has no tensor for {target} of {type(self.model).__name__}")
                 elif parameter.ndim < 2 or (experts and own.endswith("_bias")):
                     continue

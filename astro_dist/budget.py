@@ -13,6 +13,7 @@ from typing import Any
 from astro.config import Quantization
 from astro.errors import CheckpointError, ConfigError, DamagedError
 from astro.files import read_json
+from astro.formats.servers import expert_group
 from astro_dist.manifest import RunDirectory
 from astro_dist.plan import BlockUnit
 
@@ -111,13 +112,24 @@ def read_choices(layers: Sequence[Mapping[str, Any]], quantization: Quantization
         layers: records of the round's groups, as plain dictionaries.
         quantization: of the whole run.
     """
-    choices = []
+    choices: list[Choice] = []
+    experts: dict[str, list[Choice]] = {}
     for layer in layers:
         own = quantization.for_layer(layer["name"].split("+")[0])
         measured = {int(bits): float(error) for bits, error in layer["width_errors"].items()}
         errors = measured if own.bits == "auto" else {own.bits: float(layer["relative_error"])}
-        choices.append(Choice(layer["name"], layer["rows"] * layer["columns"], errors))
-    return choices
+        choice = Choice(layer["name"], layer["rows"] * layer["columns"], errors)
+        group = expert_group(layer["name"])
+        choices.append(choice) if group is None else experts.setdefault(group, []).append(choice)
+    return [*choices, *(_as_one(members) for members in experts.values())]
+
+
+def _as_one(groups: Sequence[Choice]) -> Choice:
+    """All experts of a layer, which servers hold as one; it counts what the mean of them would count alone."""
+    experts = {group.name.split("+")[0].rpartition(".")[0] for group in groups}
+    widths = [width for width in groups[0].errors if all(width in group.errors for group in groups)]
+    errors = {width: sum(group.errors[width] for group in groups) / len(experts) for width in widths}
+    return Choice("+".join(group.name for group in groups), sum(group.weights for group in groups), errors)
 
 
 def provisional_width(quantization: Quantization) -> int:

@@ -59,8 +59,7 @@ def quantize(config: _ConfigPath, assignments: _Assignments = None, as_json: _Js
         )
     size = summary["bytes_written"] / summary["bytes_read"]
     _say(f"{summary['bytes_written'] / 1e6:.0f} MB written, {size:.0%} of the source")
-    for layer in summary["fallbacks"]["damping_raised"]:
-        _say(f"fallback: the damping of {layer} had to be raised")
+    _say_fallbacks(summary["fallbacks"])
     for note in summary["notes"]:
         _say(f"note: {note}")
     _say(f"Done in {summary['wall_s']:.0f} s: {summary['model']}")
@@ -152,8 +151,7 @@ def status(
             f"retried: {retry['unit']}, {retry['method']} on worker {retry['worker']} "
             f"({retry['kind']}): {retry['cause']}"
         )
-    for layer in found["damping_raised"]:
-        _say(f"fallback: the damping of {layer} had to be raised")
+    _say_fallbacks(found["fallbacks"])
 
 
 @app.command()
@@ -218,3 +216,10 @@ def _say(text: str) -> None:
 
 def _print_json(content: dict[str, Any]) -> None:
     typer.echo(json.dumps(content))
+
+
+def _say_fallbacks(found: dict[str, Any]) -> None:
+    for layer in found["damping_raised"]:
+        _say(f"fallback: the damping of {layer} had to be raised")
+    for policy, layers in found["experts"].items():
+        _say(f"fallback: {policy} for {len(layers)} layers of experts that too few tokens reached, e.g. {layers[0]}")

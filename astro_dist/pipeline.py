@@ -16,6 +16,7 @@ from astro.checkpoint import Checkpoint, require_finite
 from astro.errors import CheckpointError, ConfigError, UnsupportedError
 from astro.files import read_json, write_json
 from astro.formats import LAYOUTS
+from astro.formats.servers import reader_notes
 from astro.skeleton import Skeleton
 from astro_dist.actors import configure_process
 from astro_dist.assemble import assemble
@@ -85,6 +86,8 @@ def prepare(config: RunConfig, commit: str | None = None) -> Prepared:
         raise CheckpointError(f"{source.store}/config.json: the model is quantized already; give the original one")
     skeleton = Skeleton(source.folder, torch.float32, config.model.trust_remote_code)
     plan = make_plan(checkpoint, skeleton, config.quantization)
+    if config.quantization.odd_widths == "per-channel":
+        config = config.model_copy(update={"quantization": config.quantization.per_channel(plan.odd)})
     weights = {linear.name: linear.rows * linear.columns for unit in plan.blocks for linear in unit.linears}
     if config.quantization.bits == "auto":
         require_affordable(config.quantization, weights)
@@ -97,11 +100,20 @@ def prepare(config: RunConfig, commit: str | None = None) -> Prepared:
                 f"{linear.name}: {reason}, as format {config.quantization.format} wants; use compressed-tensors, or "
                 "name the layer in quantization.ignore"
             )
-    notes = list(packed.server_notes(settings, plan.ignore))
+    notes = [
+        *packed.server_notes(settings, plan.ignore),
+        *reader_notes((linear for unit in plan.blocks for linear in unit.linears), config.quantization.format),
+    ]
     if plan.unknown:
         notes.append(
             f"{len(plan.unknown)} tensors that {type(skeleton.model).__name__} does not have are copied as they are, "
             f"the first is {plan.unknown[0]}"
+        )
+    if plan.odd:
+        notes.append(
+            f"{len(plan.odd)} layers whose input is no multiple of the group size: "
+            f"{'kept as they are' if config.quantization.odd_widths == 'keep' else 'per channel'}, the first is "
+            f"{plan.odd[0]}"
         )
     if plan.others:
         notes.append(

@@ -85,6 +85,7 @@ class Plan:
         unknown: checkpoint tensors that the model's class does not have; they are copied too.
         others: matrices of the blocks that are not linear layers, or gates; they stay as they are.
         expert_share: share of the tokens that reaches an expert; 1 where there are none.
+        odd: names of layers whose width is no multiple of the group size, where that has a policy.
     """
 
     blocks: tuple[BlockUnit, ...]
@@ -98,6 +99,7 @@ class Plan:
     unknown: tuple[str, ...]
     others: tuple[str, ...] = ()
     expert_share: float = 1.0
+    odd: tuple[str, ...] = ()
 
     @property
     def read_bytes(self) -> int:
@@ -149,12 +151,20 @@ def make_plan(checkpoint: Checkpoint, skeleton: Skeleton, quantization: Quantiza
     blocks = []
     found: dict[str, LinearLayer] = {}
     others: list[str] = []
+    odd: list[str] = []
     for index in range(len(skeleton.blocks)):
         keys = by_block.get(index, [])
         layers, rest = skeleton.linear_layers(index, keys)
         found |= {linear.name: linear for linear in layers}
         others += rest
         linears = [linear for linear in layers if not _matches(linear.name, quantization.ignore)]
+        if quantization.odd_widths != "fail":
+            own = [c.name for c in linears if not quantization.for_layer(c.name).divides(c.columns)]
+            odd += own
+            if quantization.odd_widths == "keep":
+                linears = [linear for linear in linears if linear.name not in own]
+            else:
+                quantization = quantization.per_channel(own)
         _require_shapes(checkpoint, layers, linears)
         file = _shard_name(len(copied) + index, total)
         written = _written_bytes(checkpoint.entries, keys, linears, quantization)
@@ -179,6 +189,7 @@ def make_plan(checkpoint: Checkpoint, skeleton: Skeleton, quantization: Quantiza
     return Plan(
         tuple(blocks), tuple(copies), tuple(ignore), tuple(outside), outside_weights, skeleton.hidden_size,
         skeleton.limits()[0], weights, tuple(unknown), tuple(others), skeleton.expert_share,
+        tuple(odd),
     )  # fmt: skip
 
 

@@ -74,6 +74,7 @@ def _page(
     newest = max((layer["round"] for layer in layers), default=0)
     last = [layer for layer in layers if layer["round"] == newest]
     raised = [layer for layer in last if layer["factorizations"] > 1]
+    starved = [layer for layer in last if layer["fallback"]]
     failed = [line for line in journal if line["event"] in ("failed", "damaged")]
     worst = sorted(last, key=lambda layer: -layer["relative_error"])[:10]
     parts = [
@@ -85,6 +86,12 @@ def _page(
         _table(("layers", "damping"), [(layer["name"], f"{layer['damping']:g}") for layer in raised])
         if raised
         else "<p>No damping had to be raised.</p>",
+        _table(
+            ("layers of experts", "routed tokens", "instead of their own statistics"),
+            [(layer["name"], str(layer["routed_tokens"]), layer["fallback"]) for layer in starved],
+        )
+        if starved
+        else "",
         _table(
             ("unit", "what", "cause"),
             [

@@ -6,6 +6,7 @@ from typing import Any
 
 from astro.errors import ConfigError
 from astro.files import read_json
+from astro.report import fallbacks
 from astro_dist.manifest import RunDirectory
 
 __all__ = ["read_status"]
@@ -19,8 +20,8 @@ def read_status(root: Path) -> dict[str, Any]:
 
     Returns:
         `state` (running, stopped, complete), `units` and `blocks` with `done` and `total`, `workers` that are up,
-        `in_flight` units with their worker and seconds, `retries`, layers with a `damping_raised`, `seconds_left`
-        (None where nothing was finished yet in this session).
+        `in_flight` units with their worker and seconds, `retries`, `fallbacks`, `seconds_left` (None where nothing was
+        finished yet in this session).
 
     Raises:
         ConfigError: the folder holds no run.
@@ -46,9 +47,7 @@ def read_status(root: Path) -> dict[str, Any]:
         "workers": workers,
         "in_flight": in_flight,
         "retries": [line for line in lines if line["event"] == "failed"],
-        "damping_raised": [
-            layer["name"] for unit in blocks for layer in run.read(unit)["layers"] if layer["factorizations"] > 1
-        ],
+        "fallbacks": fallbacks(layer for unit in blocks for layer in run.read(unit)["layers"]),
         "seconds_left": _seconds_left(session, total - len(records)) if running else None,
     }
 

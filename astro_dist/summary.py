@@ -7,7 +7,7 @@ from typing import Any
 
 from astro.config import Quantization
 from astro.formats import LAYOUTS
-from astro.report import add_seconds
+from astro.report import add_seconds, fallbacks
 from astro_dist.actors import peak_rss_bytes
 from astro_dist.assemble import final_settings
 from astro_dist.manifest import RunDirectory
@@ -41,7 +41,6 @@ def summarize(
     streams = stream_names(run.rounds)
     rounds = [[run.read(block_unit(r, unit.index)) for unit in plan.blocks] for r in range(run.rounds)]
     layers = [[layer for record in records for layer in record["layers"]] for records in rounds]
-    raised = [layer["name"] for layer in layers[-1] if layer["factorizations"] > 1]
     weights = sum(layer["rows"] * layer["columns"] for layer in layers[-1])
     original, *results = (_perplexity(run.read(head_unit(stream))) for stream in streams)
     by_round = [
@@ -63,7 +62,7 @@ def summarize(
         },
         "bytes_read": plan.read_bytes,
         "bytes_written": sum((run.model / file).stat().st_size for file in plan.files),
-        "fallbacks": {"damping_raised": raised},
+        "fallbacks": fallbacks(layers[-1]),
         "retries": run.journal.lines("failed"),
         "notes": [*notes, *(note for note in final if note not in notes)],
         "units": {"blocks": len(plan.blocks), "copies": len(plan.copies)},

@@ -1,5 +1,6 @@
 """Re-read a written model and compare it with what its own config promises and its loaders ask for."""
 
+from collections.abc import Iterable
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -12,6 +13,7 @@ from astro.config import Quantization
 from astro.errors import CheckpointError, InputError
 from astro.files import read_json
 from astro.formats import LAYOUTS
+from astro.linear import LinearLayer
 from astro.skeleton import Skeleton
 from astro_dist.config import ModelConfig
 from astro_dist.source import resolve_source
@@ -45,80 +47,113 @@ def verify_model(folder: Path, against: Path | str | None = None) -> dict[str, A
     if packed is None:
         raise CheckpointError(f"{path}: its quantization_config is missing, or of no layout known here: {config!r:.80}")
     mark = f".{packed.MARK}"
-    stems = {
-        key.removesuffix(mark): skeleton.target_of(key.removesuffix(mark) + ".weight")[0]
-        for key in checkpoint.entries
-        if key.endswith(mark)
-    }
-    names = {stem: target.removesuffix(".weight") for stem, target in stems.items()}
+    stems = {key.removesuffix(mark) for key in checkpoint.entries if key.endswith(mark)}
+    layers, unpacked = _layers(checkpoint, skeleton, stems)
     try:
-        settings = packed.read_settings(config, list(names.values()))
-        ignored = {name for name, _ in skeleton.model.named_modules() if packed.is_ignored(config, name)}
+        settings = packed.read_settings(config, [layer.name for layer in layers])
+        missing = [name for name in unpacked if not packed.is_ignored(config, name)]
     except InputError as error:
         raise CheckpointError(f"{path}: {error}") from error
     except (KeyError, TypeError, ValueError, AttributeError) as error:
         raise CheckpointError(f"{path}: its quantization_config is incomplete: {error!r}") from error
-    expected = {f"{stem}.{suffix}" for stem in stems for suffix in packed.suffixes(settings[names[stem]])}
-    _check_parameters(checkpoint, skeleton, set(stems.values()), ignored, expected)
-    errors = {stem: _check_linear(checkpoint, skeleton, packed, stem, settings[names[stem]], source) for stem in stems}
+    if missing:
+        raise CheckpointError(
+            f"{checkpoint.store}: {missing[0]} is neither packed nor in the config's ignore list; loaders would "
+            "look for its packed tensors"
+        )
+    originals = _originals(source, skeleton) if source else {}
+    errors = {}
+    for layer in layers:
+        W_hat = _check_linear(checkpoint, packed, layer, settings[layer.name])
+        if source:
+            errors[layer.stem] = _weight_error(source, originals.get(layer.stem), layer.stem, W_hat)
     return {
         "model": str(folder),
-        "linears": len(stems),
+        "linears": len(layers),
         "tensors": len(checkpoint.entries),
-        "relative_weight_errors": {stem: error for stem, error in errors.items() if error is not None},
+        "relative_weight_errors": errors,
     }
 
 
-def _check_parameters(
-    checkpoint: Checkpoint, skeleton: Skeleton, packed: set[str], ignored: set[str], expected: set[str]
-) -> None:
-    plain = {skeleton.target_of(key)[0]: key for key in checkpoint.entries if key not in expected}
-    tied = set(getattr(skeleton.model, "all_tied_weights_keys", None) or ())
-    for target in sorted(packed & set(plain)):
-        raise CheckpointError(f"{checkpoint.store}: {plain[target]} is there beside its packed tensors")
-    for name, module in skeleton.model.named_modules():
-        for own, parameter in module.named_parameters(recurse=False):
-            target = f"{name}.{own}" if name else own
-            if target in packed:
-                continue
-            if target not in plain and target not in tied:
-                raise CheckpointError(f"{checkpoint.store}: no tensor for {target} of {type(skeleton.model).__name__}")
-            if target in plain and checkpoint.entries[plain[target]].shape != tuple(parameter.shape):
-                raise CheckpointError(
-                    f"{checkpoint.store}: {plain[target]} should be {list(parameter.shape)}, "
-                    f"got {list(checkpoint.entries[plain[target]].shape)}"
-                )
-            if isinstance(module, nn.Linear) and own == "weight" and name not in ignored:
-                raise CheckpointError(
-                    f"{checkpoint.store}: {name} is neither packed nor in the config's ignore list; loaders would "
-                    "look for its packed tensors"
-                )
+def _layers(checkpoint: Checkpoint, skeleton: Skeleton, stems: set[str]) -> tuple[list[LinearLayer], list[str]]:
+    """The packed layers, and the names of linear layers that are not.
+
+    Raises:
+        CheckpointError: the model and the tensors do not fit each other.
+    """
+    for stem in sorted(stems):
+        if f"{stem}.weight" in checkpoint.entries:
+            raise CheckpointError(f"{checkpoint.store}: {stem}.weight is there beside its packed tensors")
+    loose = {key: skeleton.target_of(key) for key in checkpoint.entries if not _is_packed(key, stems)}
+    for key, (target, conversion) in loose.items():
+        shape, expected = checkpoint.entries[key].shape, skeleton.shape_of(target)
+        if conversion is None and expected is not None and shape != expected:
+            raise CheckpointError(f"{checkpoint.store}: {key} should be {list(expected)}, got {list(shape)}")
+    weights = [f"{stem}.weight" for stem in stems]
+    skeleton.require_covered({target for target, _ in (*loose.values(), *map(skeleton.target_of, weights))})
+    found = _found(checkpoint, skeleton, [*loose, *weights])
+    layers = [layer for layer in found if layer.stem in stems]
+    packed = {layer.name for layer in layers}
+    modules = (name for name, module in skeleton.model.named_modules() if isinstance(module, nn.Linear))
+    names = dict.fromkeys((*modules, *(layer.name for layer in found)))
+    return layers, [name for name in names if name not in packed]
+
+
+def _found(checkpoint: Checkpoint, skeleton: Skeleton, keys: Iterable[str] | None = None) -> list[LinearLayer]:
+    """The linear layers that some tensors of a checkpoint, or all, are the weights of."""
+    by_block: dict[int | None, list[str]] = {}
+    for key in checkpoint.entries if keys is None else keys:
+        by_block.setdefault(skeleton.block_of(skeleton.target_of(key)[0]), []).append(key)
+    layers = [
+        layer
+        for index in range(len(skeleton.blocks))
+        for layer in skeleton.linear_layers(index, by_block.get(index, []))[0]
+    ]
+    for key in by_block.get(None, []):
+        target = skeleton.target_of(key)[0]
+        module = skeleton.model.get_submodule(target.rpartition(".")[0]) if skeleton.shape_of(target) else None
+        if isinstance(module, nn.Linear) and target.endswith(".weight"):
+            layers.append(LinearLayer.plain(target.removesuffix(".weight"), key, *module.weight.shape))
+    return layers
+
+
+def _originals(source: Checkpoint, skeleton: Skeleton) -> dict[str, LinearLayer]:
+    """The linear layers of the source by the names under which they are packed."""
+    try:
+        return {layer.stem: layer for layer in _found(source, skeleton)}
+    except CheckpointError as error:
+        raise CheckpointError(f"{source.store}: {error}; it is not the source of this model") from error
+
+
+def _is_packed(key: str, stems: set[str]) -> bool:
+    stem, _, suffix = key.rpartition(".")
+    return stem in stems and suffix not in ("weight", "bias")
 
 
 def _check_linear(
-    checkpoint: Checkpoint,
-    skeleton: Skeleton,
-    packed: ModuleType,
-    stem: str,
-    settings: Quantization,
-    source: Checkpoint | None,
-) -> float | None:
-    wanted = [f"{stem}.{suffix}" for suffix in packed.suffixes(settings)]
+    checkpoint: Checkpoint, packed: ModuleType, layer: LinearLayer, settings: Quantization
+) -> torch.Tensor:
+    """The weights of a packed layer."""
+    wanted = [f"{layer.stem}.{suffix}" for suffix in packed.suffixes(settings)]
     tensors = checkpoint.read(name for name in wanted if name in checkpoint.entries)
-    linear = packed.unpack_linear(stem, tensors, settings)
-    shape = skeleton.shape_of(skeleton.target_of(f"{stem}.weight")[0])
+    linear = packed.unpack_linear(layer.stem, tensors, settings)
+    shape = (layer.rows, layer.columns)
     if tuple(linear.Q.shape) != shape:
-        raise CheckpointError(f"{checkpoint.store}: {stem} is packed as {list(linear.Q.shape)}, the model has {shape}")
+        raise CheckpointError(
+            f"{checkpoint.store}: {layer.stem} is packed as {list(linear.Q.shape)}, the model has {shape}"
+        )
     if not bool((linear.grid.scale != 0).all()):
-        raise CheckpointError(f"{checkpoint.store}: {stem} has scales that are zero")
-    return _weight_error(source, stem, linear.dequantize()) if source else None
+        raise CheckpointError(f"{checkpoint.store}: {layer.stem} has scales that are zero")
+    W_hat: torch.Tensor = linear.dequantize()
+    return W_hat
 
 
-def _weight_error(source: Checkpoint, stem: str, W_hat: torch.Tensor) -> float:
-    key = f"{stem}.weight"
-    if key not in source.entries:
-        raise CheckpointError(f"{source.store}: has no tensor {key}; it is not the source of this model")
-    W = source.read([key])[key].float()
+def _weight_error(source: Checkpoint, original: LinearLayer | None, stem: str, W_hat: torch.Tensor) -> float:
+    if original is None:
+        raise CheckpointError(f"{source.store}: has no tensor for {stem}; it is not the source of this model")
+    W = original.stored(source.read([original.key])[original.key]).float()
     if W.shape != W_hat.shape:
-        raise CheckpointError(f"{source.store}: {key} is {list(W.shape)}, the quantized layer {list(W_hat.shape)}")
+        raise CheckpointError(
+            f"{source.store}: {original.key} is {list(W.shape)}, the quantized layer {list(W_hat.shape)}"
+        )
     return float(torch.linalg.vector_norm(W_hat - W) / torch.linalg.vector_norm(W).clamp(min=1e-30))

@@ -1,10 +1,28 @@
-"""Tiny random models of the architectures that are tested, dense and mixtures of experts."""
+"""Tiny random models of the architectures that are tested, dense and mixtures of experts, and what is tested."""
 
+import dataclasses
+import shutil
+from pathlib import Path
 from typing import Any
 
+import torch
 import transformers
+from safetensors.torch import save_file
 
-__all__ = ["DENSE", "EXPERTS"]
+from astro.block import forward
+from astro.checkpoint import Checkpoint
+from astro.files import read_json, write_json
+from astro.formats import LAYOUTS
+from astro.linear import LinearLayer
+from astro.recording import load_call, record, returns_tuple, run_head, save_calls
+from astro.skeleton import Skeleton
+from astro_dist import pipeline
+from astro_dist.config import RunConfig
+from tests.conftest import write_checkpoint
+
+__all__ = ["DENSE", "EXPERTS", "IDS", "UNREADABLE", "Examined", "examine", "keys_of", "logits_of", "streamed_logits"]
+
+IDS = torch.arange(40).reshape(2, 20) % 250
 
 _COMMON = {"vocab_size": 260, "hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4}
 _WIDE = {**_COMMON, "intermediate_size": 128, "num_key_value_heads": 2, "max_position_embeddings": 128}
@@ -52,7 +70,7 @@ EXPERTS: dict[str, Any] = {
     ),
     "llama4": transformers.Llama4TextConfig(
         **_HEADS, intermediate_size_mlp=128, num_local_experts=4, num_experts_per_tok=1, attention_chunk_size=32,
-        interleave_moe_layer_step=1, pad_token_id=0,
+        interleave_moe_layer_step=1, pad_token_id=259,
     ),
     "qwen3-next": transformers.Qwen3NextConfig(
         **_ROUTED, num_experts=4, shared_expert_intermediate_size=32, linear_num_key_heads=2,
@@ -61,3 +79,112 @@ EXPERTS: dict[str, Any] = {
     ),
 }  # fmt: skip
 """By short name: four experts, each of two in eight or so tokens."""
+
+UNREADABLE = {
+    "gpt2": "Conv1D",
+    "falcon": "its linear layers multiply by `weight` themselves",
+    "gpt-oss": "experts fused in the source",
+    "llama4": "experts fused in the source",
+}
+"""What transformers has no reader of packed weights for: they are stored as linear layers, one by one, as vLLM asks."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Examined:
+    """What was found about an architecture.
+
+    Attributes:
+        streamed: largest difference of logits, streamed block by block against the whole model.
+        layers: packed in the result.
+        reloaded: whether transformers finds a tensor for all of its parameters in the result, and uses all tensors.
+        difference: largest difference of logits, the result as transformers reads it against its own class on our
+            dequantized weights, over the largest logit; None where transformers cannot read it.
+        perplexities: original and quantized.
+    """
+
+    streamed: float
+    layers: int
+    reloaded: bool
+    difference: float | None
+    perplexities: tuple[float, float]
+
+
+def keys_of(skeleton: Skeleton, checkpoint: Checkpoint, index: int) -> list[str]:
+    """Checkpoint tensors of a block."""
+    return [key for key in checkpoint.entries if skeleton.block_of(skeleton.target_of(key)[0]) == index]
+
+
+@torch.no_grad()
+def streamed_logits(folder: Path, ids: torch.Tensor, scratch: Path) -> torch.Tensor:
+    """Logits with never more than one block loaded."""
+    cpu = torch.device("cpu")
+    checkpoint, skeleton = Checkpoint.open(folder), Skeleton(folder, torch.float32)
+    blocks = [keys_of(skeleton, checkpoint, i) for i in range(len(skeleton.blocks))]
+    outside = [key for key in checkpoint.entries if not any(key in keys for keys in blocks)]
+    skeleton.load(skeleton.model, checkpoint.read([*outside, *blocks[0]]), cpu)
+    skeleton.model.tie_weights()
+    as_tuple = returns_tuple(skeleton, ids[:1, :4])
+    skeleton.blocks[0].to("meta")
+    hidden, calls = record(skeleton, ids, as_tuple)
+    save_calls(scratch / "calls", calls, as_tuple)
+    for index, keys in enumerate(blocks):
+        block = skeleton.blocks[index]
+        skeleton.load(block, checkpoint.read(keys), cpu)
+        skeleton.require_filled(block, f"block {index}")
+        hidden = forward(block, hidden, load_call(scratch / "calls", index, cpu)[0])
+        block.to("meta")
+    return run_head(skeleton, ids, hidden, as_tuple)
+
+
+@torch.no_grad()
+def logits_of(folder: Path, ids: torch.Tensor) -> tuple[torch.Tensor, bool]:
+    """Logits of the whole model as transformers loads it, and whether the folder's tensors are all it wants."""
+    model, info = transformers.AutoModelForCausalLM.from_pretrained(
+        folder, dtype=torch.float32, experts_implementation="eager", output_loading_info=True
+    )
+    return model(input_ids=ids, use_cache=False).logits, not any(info.values())
+
+
+def examine(name: str, scratch: Path) -> Examined:
+    """Write a tiny model, quantize it, read it again."""
+    source = write_checkpoint(scratch / "source", {**DENSE, **EXPERTS}[name])
+    expected, _ = logits_of(source, IDS)
+    streamed = float((streamed_logits(source, IDS, scratch) - expected).abs().max())
+    config = {
+        "model": {"source": str(source)},
+        "quantization": {"group_size": 16},
+        "experts": {"min_tokens": 16},
+        "calibration": {"samples": 6, "sequence_length": 48, "chunk_samples": 4, "holdout_samples": 2},
+        "execution": {"executor": "local", "device": "cpu"},
+        "output": {"dir": str(scratch / "run")},
+    }
+    summary = pipeline.quantize(RunConfig.model_validate(config))
+    folder = Path(summary["model"])
+    layers = _dequantize(source, folder, scratch / "dequantized")
+    ours, _ = logits_of(scratch / "dequantized", IDS)
+    reloaded, difference = False, None
+    if name not in UNREADABLE:
+        theirs, reloaded = logits_of(folder, IDS)
+        difference = float((theirs - ours).abs().max() / ours.abs().max())
+    perplexity = summary["perplexity"]
+    return Examined(streamed, layers, reloaded, difference, (perplexity["original"], perplexity["quantized"]))
+
+
+def _dequantize(source: Path, quantized: Path, target: Path) -> int:
+    """Write the source with the quantized layers' weights in it; the number of layers."""
+    checkpoint, result, skeleton = Checkpoint.open(source), Checkpoint.open(quantized), Skeleton(source, torch.float32)
+    layers: list[LinearLayer] = []
+    for index in range(len(skeleton.blocks)):
+        layers += skeleton.linear_layers(index, keys_of(skeleton, checkpoint, index))[0]
+    config = read_json(quantized / "config.json")["quantization_config"]
+    layout = LAYOUTS[config["quant_method"]]
+    settings = layout.read_settings(config, [layer.name for layer in layers])
+    tensors = checkpoint.read(checkpoint.entries)
+    for layer in layers:
+        names = [f"{layer.stem}.{suffix}" for suffix in layout.suffixes(settings[layer.name])]
+        found = layout.unpack_linear(layer.stem, result.read(names), settings[layer.name])
+        layer.stored(tensors[layer.key]).copy_(found.dequantize())
+    shutil.copytree(source, target, ignore=shutil.ignore_patterns("*.safetensors", "*.index.json"))
+    save_file(tensors, target / "model.safetensors", {"format": "pt"})
+    write_json(target / "config.json", read_json(source / "config.json"))
+    return len(layers)

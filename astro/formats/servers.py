@@ -1,13 +1,16 @@
 """What servers ask of any layout."""
 
-from collections.abc import Mapping, Sequence
+import re
+from collections.abc import Iterable, Mapping, Sequence
 
 from astro.config import PER_CHANNEL, Quantization
+from astro.linear import LinearLayer
 
-__all__ = ["group_size_notes", "low_width_notes", "mixed_fusion_notes"]
+__all__ = ["expert_group", "group_size_notes", "low_width_notes", "mixed_fusion_notes", "reader_notes"]
 
 _FUSED = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"))
 """Layers that vLLM makes one of."""
+_EXPERT = re.compile(r"(.*?\.experts)\.\d+\.")
 _MARLIN_SIZES = (PER_CHANNEL, 32, 64, 128)
 
 
@@ -27,21 +30,58 @@ def group_size_notes(settings: Mapping[str, Quantization]) -> list[str]:
 
 def mixed_fusion_notes(settings: Mapping[str, Quantization], ignore: Sequence[str]) -> list[str]:
     """Layers that servers fuse although their settings differ."""
-    mixed = _mixed_fusion({**dict.fromkeys(ignore), **settings})
-    if mixed is None:
-        return []
+    known = {**dict.fromkeys(ignore), **settings}
+    found = [(layers, "fuses them") for layers in _mixed_fusion(known)[:1]]
+    found += [(f"the experts of {layer}", "holds them as one") for layer in _mixed_experts(known)[:1]]
     return [
-        f"{mixed} differ in width, group size or symmetry, or not all are quantized: vLLM fuses them and refuses such "
-        "a model"
+        f"{layers} differ in width, group size or symmetry, or not all are quantized: vLLM {reason} and refuses such a "
+        "model"
+        for layers, reason in found
     ]
 
 
-def _mixed_fusion(settings: Mapping[str, Quantization | None]) -> str | None:
-    """The first such layers; None is not quantized."""
+def reader_notes(layers: Iterable[LinearLayer], layout: str) -> list[str]:
+    """Layers that transformers cannot read from a layout, or reads wrongly, whatever their settings."""
+    layers = list(layers)
+    experts = [layer for layer in layers if layer.expert is not None]
+    notes = []
+    if layout == "gptq" and experts:
+        notes.append(
+            "experts in GPTQ layout: transformers without GPTQModel leaves them random and says nothing; serve them "
+            "with vLLM or GPTQModel, or write compressed-tensors"
+        )
+    if any(layer.is_fused for layer in experts):
+        notes.append(
+            "the source holds its experts fused, the result one by one, as servers ask: transformers has no reader for "
+            "packed experts of this architecture"
+        )
+    if any(layer.transposed and layer.expert is None for layer in layers):
+        notes.append(
+            "the source holds some layers transposed (Conv1D), the result as linear layers, as servers ask: "
+            "transformers has no reader for them"
+        )
+    return notes
+
+
+def expert_group(name: str) -> str | None:
+    """The experts that an expert's layer is one of, which servers hold as one; None outside experts."""
+    found = _EXPERT.match(name)
+    return found[1] if found else None
+
+
+def _mixed_fusion(settings: Mapping[str, Quantization | None]) -> list[str]:
+    """Such layers; None is not quantized."""
+    mixed = []
     for name, own in settings.items():
         parent, _, leaf = name.rpartition(".")
         for fused in _FUSED:
             members = [f"{parent}.{member}" for member in fused if f"{parent}.{member}" in settings]
             if leaf == fused[0] and any(settings[member] != own for member in members):
-                return " and ".join(members)
-    return None
+                mixed.append(" and ".join(members))
+    return mixed
+
+
+def _mixed_experts(settings: Mapping[str, Quantization | None]) -> list[str]:
+    first: dict[str, Quantization | None] = {}
+    groups = ((expert_group(name), own) for name, own in settings.items())
+    return [group for group, own in groups if group is not None and first.setdefault(group, own) != own]

@@ -11,12 +11,13 @@ some numbers of workers, to be held against real runs.
 import argparse
 import dataclasses
 import json
+import re
 import sys
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parents[2]))
 
-from astro.skeleton import LinearLayer
+from astro.linear import LinearLayer
 from astro_dist.calibration import chunk_tokens
 from astro_dist.config import RunConfig, load_config
 from astro_dist.cost import CostModel
@@ -75,18 +76,23 @@ def make_plan(name: str) -> Plan:
     num_blocks, hidden, vocabulary, layers = MODELS[name]
     blocks = []
     for index in range(num_blocks):
-        linears = tuple(LinearLayer(f"layers.{index}.{n}", f"{n}.weight", r, c) for n, r, c in layers(index))
+        linears = tuple(linear(f"layers.{index}.{n}", r, c) for n, r, c in layers(index))
         weights = sum(linear.rows * linear.columns for linear in linears)
         blocks.append(BlockUnit(index, (), linears, "", 2 * weights, int(0.53 * weights)))
     outside = 2 * vocabulary * hidden
     total = sum(linear.rows * linear.columns for unit in blocks for linear in unit.linears)
     copies = tuple(CopyUnit(index, (), "", outside) for index in range(2))
-    return Plan(tuple(blocks), copies, (), (), outside, hidden, vocabulary, total, ())
+    return Plan(tuple(blocks), copies, (), (), outside, hidden, vocabulary, total, (), expert_share=8 / 256)
 
 
-def reach(module: str) -> float:
-    """Eight of 256 experts see a token."""
-    return 8 / 256 if ".experts." in module else 1.0
+def linear(name: str, rows: int, columns: int) -> LinearLayer:
+    """A layer, of an expert where its name says so."""
+    found = re.search(r"(.+\.experts)\.(\d+)\.(.+)", name)
+    plain = LinearLayer.plain(name, f"{name}.weight", rows, columns)
+    if found is None:
+        return plain
+    parameter = f"{found[1]}.{'down_proj' if found[3] == 'down_proj' else 'gate_up_proj'}"
+    return dataclasses.replace(plain, parameter=parameter, expert=int(found[2]))
 
 
 def table(name: str, device_name: str, gigabits: float) -> None:
@@ -98,7 +104,7 @@ def table(name: str, device_name: str, gigabits: float) -> None:
         shares = {"hessian_shares": 8} if mode == "sequential" else {}
         config = RunConfig.model_validate({**CONFIG, "execution": {"mode": mode, **shares}})
         tokens = chunk_tokens(config.calibration)
-        cost = CostModel(plan, config, tokens, 2, "cuda", reach)
+        cost = CostModel(plan, config, tokens, 2, "cuda")
         walls, efficiencies, alone = [], [], 0.0
         for workers in WORKERS:
             schedule = schedule_of(config, plan, list(tokens))

@@ -27,8 +27,10 @@ def simulate(num_workers, seed, schedule):
 
 
 def result(call):
-    """Two stages of three tiles, as a worker says it."""
-    return {"tiles": [(1, 3), (0, 3)]} if call.method == "give_out" else {"tiles": 3, "stages": 2}
+    """Two stages, the second of two groups; each group has three tiles, as a worker says it."""
+    if call.method == "give_out":
+        return {"tiles": [(1, 3), (0, 3), (2, 3)]}
+    return {"tiles": {1: 3, 2: 3} if call.method == "share" and call.args[1] else {0: 3}, "stages": 2}
 
 
 def simulate_with_losses(num_workers, seed, schedule, losses):

@@ -30,11 +30,11 @@ def test_nothing_is_used_before_it_is_there(num_workers, seed, compensated):
             assert stage == 0 or all(("tile", 0, block, stage - 1, i) in seen for i in range(3))
             assert not compensated or block == 0 or all(("pass_on", "original", block - 1, c) in seen for c in chunks)
         if call.method == "decide":
-            assert all(("share", *call.args[1:], i) in seen for i in range(2))
+            assert all(("share", call.args[1], min(call.args[2], 1), i) in seen for i in range(2))
         if call.method == "tile":
             assert ("decide", *call.args[:3]) in seen
         if call.method == "write":
-            assert all(("tile", *call.args, 1, i) in seen for i in range(3))
+            assert all(("tile", *call.args, group, i) in seen for group in range(3) for i in range(3))
         if call.method == "pass_on" and call.args[0] == "round-0":
             assert ("write", 0, call.args[1]) in seen
         assert key not in seen
@@ -50,7 +50,7 @@ def test_only_held_out_chunks_leave_the_last_block_or_pass_through_the_source():
 
 def test_all_workers_share_a_block():
     log = run(3, 1)
-    assert len({worker for worker, call in log if call.method == "share" and call.args[0] == 2}) == 2
+    assert len({worker for worker, call in log if call.method == "share" and call.args[0] == 2}) >= 2
     assert len({worker for worker, call in log if call.method == "tile" and call.args[1] == 2}) == 3
 
 

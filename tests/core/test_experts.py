@@ -1,0 +1,166 @@
+"""Statistics of experts: what the model routes to them, against a naive float64 count, and what replaces too little."""
+
+import pytest
+import torch
+
+from astro.block import forward
+from astro.checkpoint import Checkpoint
+from astro.config import Experts
+from astro.errors import NumericalError, UnsupportedError
+from astro.hessian import HessianAccumulator
+from astro.observation import BlockLayers
+from astro.recording import record, returns_tuple
+from astro.skeleton import Skeleton
+from astro.statistics import BlockStatistics
+from tests.architectures import EXPERTS, IDS, keys_of
+from tests.conftest import correlated_inputs, write_checkpoint
+
+CPU = torch.device("cpu")
+
+
+class Opened:
+    """The last block of a tiny model, its experts' routing noted in every forward."""
+
+    def __init__(self, name, folder):
+        checkpoint, self.skeleton = Checkpoint.open(write_checkpoint(folder, EXPERTS[name])), None
+        self.skeleton = Skeleton(folder, torch.float32)
+        self.skeleton.load(self.skeleton.model, checkpoint.read(checkpoint.entries), CPU)
+        keys = keys_of(self.skeleton, checkpoint, 1)
+        self.linears, self.others = self.skeleton.linear_layers(1, keys)
+        self.layers = BlockLayers(self.skeleton.model, self.linears)
+        self.hidden, self.calls = record(self.skeleton, IDS, returns_tuple(self.skeleton, IDS[:1]))
+        self.expert_layer = next(operand for operand in self.layers.operands if operand.expert is not None)
+        self.experts = self.layers.module_of(self.expert_layer)
+        for own, parameter in self.skeleton.blocks[1].named_parameters():
+            if own.endswith(("router.bias", "o_proj.bias")):  # large ones send all tokens to the same experts
+                parameter.data.zero_()
+        self.routed = []
+        self.experts.register_forward_pre_hook(lambda m, args: self.routed.append([a.clone() for a in args]))
+
+    def forward(self):
+        return forward(self.skeleton.blocks[1], self.hidden, self.calls[1])
+
+    def statistics(self, policy=None):
+        statistics = BlockStatistics(self.layers, CPU)
+        for _ in range(2):
+            statistics.run(self.forward)
+        del self.routed[2:]
+        return {known.names: known for known in statistics.finish_(policy or Experts(min_tokens=1), [self.forward])}
+
+    def weights(self, name):
+        return self.layers.weight(name).double()
+
+    def act(self, X, gate, up):
+        """The input of an expert's down projection."""
+        gate, up = X @ self.weights(gate).T, X @ self.weights(up).T
+        if "GptOss" in type(self.experts).__name__:
+            bias = self.experts.gate_up_proj_bias.double()[int(self.expert)]
+            gate, up = (gate + bias[::2]).clamp(max=7.0), (up + bias[1::2]).clamp(-7.0, 7.0)
+            return (up + 1) * gate * torch.sigmoid(1.702 * gate)
+        return torch.nn.functional.silu(gate) * up
+
+    def naive(self, names, tokens):
+        """Mean of xxᵀ of an expert's gate and up, and of its down projection, over some of its module's inputs."""
+        self.expert = names[0].split(".")[-2]
+        X = tokens.double()
+        Y = self.act(X, *names)
+        return X.T @ X / len(X), Y.T @ Y / len(Y)
+
+
+def parts(known):
+    """Names of an expert's gate and up, and of its down projection, for every expert."""
+    pairs = [names for names in known if ".experts." in names[0] and len(names) == 2]
+    downs = [names for names in known if ".experts." in names[0] and len(names) == 1]
+    return list(zip(pairs, downs, strict=True))
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("name", ["mixtral", "qwen3-moe", "gpt-oss"])
+def test_each_expert_sees_what_is_routed_to_it(name, tmp_path):
+    opened = Opened(name, tmp_path)
+    known = opened.statistics()
+    assert len(parts(known)) == 4
+    for expert, (pair, down) in enumerate(parts(known)):
+        X = torch.cat([args[0][(args[1] == expert).any(-1)] for args in opened.routed])
+        inputs, inner = opened.naive(pair, X)
+        assert known[pair].num_tokens == known[pair].routed_tokens == known[down].num_tokens == len(X)
+        torch.testing.assert_close(known[pair].H.double(), inputs, rtol=1e-4, atol=1e-6)
+        torch.testing.assert_close(known[down].H.double(), inner, rtol=1e-4, atol=1e-6)
+
+
+@torch.no_grad()
+def test_experts_in_one_batched_product(tmp_path):
+    opened = Opened("llama4", tmp_path)
+    known = opened.statistics()
+    for expert, (pair, down) in enumerate(parts(known)):
+        X = torch.cat([args[0].reshape(4, -1, 64)[expert] for args in opened.routed])
+        inputs, inner = opened.naive(pair, X[X.any(-1)])
+        assert known[pair].num_tokens == int(X.any(-1).sum())
+        torch.testing.assert_close(known[pair].H.double(), inputs, rtol=1e-4, atol=1e-6)
+        torch.testing.assert_close(known[down].H.double(), inner, rtol=1e-4, atol=1e-6)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("name", ["mixtral", "gpt-oss", "llama4"])
+def test_all_tokens_pass_through_a_starved_expert(name, tmp_path):
+    opened = Opened(name, tmp_path)
+    known = opened.statistics(Experts(min_tokens=1000, policy="all-tokens"))
+    seen = []
+    owner = opened.layers.owner_of(opened.expert_layer)
+    owner.register_forward_pre_hook(lambda m, args: seen.append(args[0].reshape(-1, 64)))
+    opened.forward()
+    for pair, down in parts(known):
+        inputs, inner = opened.naive(pair, seen[0])
+        assert (known[pair].num_tokens, known[pair].fallback) == (40, "all-tokens")
+        assert known[pair].routed_tokens < 80
+        torch.testing.assert_close(known[pair].H.double(), inputs, rtol=1e-4, atol=1e-6)
+        torch.testing.assert_close(known[down].H.double(), inner, rtol=1e-4, atol=1e-6)
+
+
+@torch.no_grad()
+def test_starved_experts_share_a_hessian(tmp_path):
+    opened = Opened("mixtral", tmp_path)
+    own = opened.statistics()
+    pairs = [pair for pair, _ in parts(own)]
+    fewest = min(pairs, key=lambda pair: own[pair].num_tokens)
+    policy = Experts(min_tokens=own[fewest].num_tokens + 1, policy="shared-hessian")
+    known = opened.statistics(policy)
+    total = sum(own[pair].num_tokens for pair in pairs)
+    expected = sum(own[pair].H * own[pair].num_tokens for pair in pairs) / total
+    assert (known[fewest].num_tokens, known[fewest].fallback) == (total, "shared-hessian")
+    torch.testing.assert_close(known[fewest].H, expected)
+    assert [known[pair].fallback for pair in pairs].count("shared-hessian") == 1
+
+
+@torch.no_grad()
+def test_starved_experts_are_rounded_or_end_the_run(tmp_path):
+    opened = Opened("mixtral", tmp_path)
+    known = opened.statistics(Experts(min_tokens=1000, policy="rtn"))
+    assert torch.equal(known[parts(known)[0][0]].H, torch.eye(64))
+    assert {found.fallback for found in known.values()} == {"", "rtn"}
+    with pytest.raises(NumericalError, match=r"experts\.0\.w1\+.*w3: \d+ calibration tokens reached this expert"):
+        opened.statistics(Experts(min_tokens=1000, policy="fail"))
+
+
+def test_gates_are_no_linear_layers(tmp_path):
+    opened = Opened("qwen2-moe", tmp_path)
+    names = [name.removeprefix("model.layers.1.mlp.") for name in opened.others]
+    assert names == ["gate.weight", "shared_expert_gate.weight"]
+    assert not any("gate" in linear.name.split(".")[-1] and linear.rows < 5 for linear in opened.linears)
+
+
+def test_experts_in_another_layout_are_refused(tmp_path, monkeypatch):
+    opened = Opened("llama4", tmp_path)
+    monkeypatch.setattr("astro.experts._UNDECLARED", {})
+    with pytest.raises(UnsupportedError, match="Llama4TextExperts parameter of shape .* layout that is not known"):
+        opened.skeleton.linear_layers(1, [linear.key for linear in opened.linears])
+
+
+@pytest.mark.parametrize("tokens", [10, 300])
+def test_inputs_that_are_kept_come_to_the_same_bits(tokens):
+    chunks = correlated_inputs(3 * tokens, 40).float().chunk(3)
+    sums = [HessianAccumulator(40, CPU, keep_inputs=kept) for kept in (False, True)]
+    for own in sums:
+        for chunk in chunks:
+            own.add_(chunk)
+    assert torch.equal(sums[0].finish_("x"), sums[1].finish_("x"))
