@@ -193,6 +193,12 @@ class Worker:
         self._tiles.decide(round_index, index, stage_index)
 
     @torch.no_grad()
+    def weigh(self, round_index: int, index: int, stage_index: int, number: int) -> None:
+        """Try every strength of the regularization on one tile of the group's sampled rows."""
+        self._open = None
+        self._tiles.weigh(round_index, index, stage_index, number)
+
+    @torch.no_grad()
     def tile(self, round_index: int, index: int, stage_index: int, number: int) -> None:
         """Solve one tile of the group's rows."""
         self._open = None

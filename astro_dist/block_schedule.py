@@ -51,11 +51,11 @@ class _GivenOut:
     """A block whose solve any worker may do a part of.
 
     Attributes:
-        tiles: of each stage.
-        left: calls that can be made or are being made: for each stage a decision, then tiles; at the end the shard.
+        parts: that each stage is yet to take, by method and number, in their order.
+        left: calls that can be made or are being made: for each stage a decision, then its parts; at the end the shard.
     """
 
-    tiles: dict[int, int]
+    parts: dict[int, list[tuple[str, int]]]
     left: dict[Call, None]
 
 
@@ -155,11 +155,11 @@ class BlockSchedule:
         if call.method == "give_out":
             # Its opening stays taken: nobody shall begin it anew.
             del self._active[worker]
-            tiles = dict(result["tiles"])
-            decisions = (Call("decide", (*call.args, stage), call.unit) for stage in tiles)
-            self._given_out[_place(call)] = _GivenOut(tiles, dict.fromkeys(decisions))
+            parts = {stage: [(method, n) for method, n in own.items() if n] for stage, own in result["stages"]}
+            decisions = (Call("decide", (*call.args, stage), call.unit) for stage in parts)
+            self._given_out[_place(call)] = _GivenOut(parts, dict.fromkeys(decisions))
             return []
-        if call.method in ("decide", "tile"):
+        if call.method in ("decide", "weigh", "tile"):
             self._part_done(self._given_out[_place(call)], call)
             return []
         if call.method == "pass_on":
@@ -240,9 +240,10 @@ class BlockSchedule:
 
     def _part_done(self, given: _GivenOut, call: Call) -> None:
         del given.left[call]
-        if call.method == "decide":
-            stage = int(call.args[2])
-            given.left |= {Call("tile", (*call.args, tile), call.unit): None for tile in range(given.tiles[stage])}
+        stage, parts = call.args[:3], given.parts[int(call.args[2])]
+        if parts and not any(other.args[:3] == stage for other in given.left):
+            method, count = parts.pop(0)
+            given.left |= {Call(method, (*stage, number), call.unit): None for number in range(count)}
         if not given.left:
             given.left[Call("write", call.args[:2], call.unit)] = None
 

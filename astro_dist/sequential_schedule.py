@@ -1,15 +1,15 @@
 """Mode `sequential`: all workers serve one block, and the next is calibrated on what it wrote.
 
 A block is solved in stages, one for each group of layers that share an input. For each stage: shares of the
-calibration chunks give partial Hessians, in any order; one worker sums them and decides what holds for all rows; then
-tiles of rows are solved. At the end one worker writes the shard, and every chunk goes on through the block as it was
-written. Pure, as every schedule.
+calibration chunks give partial Hessians, in any order; one worker sums them and decides what holds for all rows; where
+β is searched, tiles of the sampled rows are weighed; then tiles of all rows are solved. At the end one worker writes
+the shard, and every chunk goes on through the block as it was written. Pure, as every schedule.
 """
 
-import itertools
 from collections.abc import Collection, Sequence
 from typing import Any
 
+from astro.tiling import cut
 from astro_dist.schedule import Call, Present, Spent, block_unit, copy_calls, head_unit, is_held_out, stream_names
 
 __all__ = ["SequentialSchedule", "sequential_units", "shares"]
@@ -20,9 +20,7 @@ STREAMS = stream_names(1)
 def shares(chunks: Sequence[str], count: int) -> list[list[str]]:
     """Calibration chunks in `count` contiguous shares, as even as can be; fewer where there are fewer chunks."""
     calibration = [chunk for chunk in chunks if not is_held_out(chunk)]
-    count = min(count, len(calibration))
-    cuts = [len(calibration) * i // count for i in range(count + 1)]
-    return [calibration[start:stop] for start, stop in itertools.pairwise(cuts)]
+    return [calibration[part] for part in cut(len(calibration), count)]
 
 
 def sequential_units(num_blocks: int, num_copies: int, evaluated: bool) -> list[str]:
@@ -70,7 +68,7 @@ class SequentialSchedule:
         self._before_current = 0
         self._reopen()
         self._stages: dict[int, int] = {}
-        self._tiles: dict[tuple[int, int], int] = {}
+        self._parts: dict[tuple[int, int], dict[str, int]] = {}
         self._done: set[Call] = set()
         self._taken: set[Call] = set()
 
@@ -99,8 +97,8 @@ class SequentialSchedule:
         elif call.method == "share":
             block, stage = int(call.args[0]), int(call.args[1])
             self._stages[block] = int(result["stages"])
-            self._tiles[block, stage] = int(result["tiles"])
-        elif call.method not in ("decide", "tile"):
+            self._parts[block, stage] = result["parts"]
+        elif call.method not in ("decide", "weigh", "tile"):
             self.finished.add(call.unit)
         return self._spent(call)
 
@@ -169,7 +167,7 @@ class SequentialSchedule:
         return next((b for b in range(target, -1, -1) if chunk in self._ready[stream, b]), None)
 
     def _quantize(self, block: int, chunks_behind: bool) -> list[Call]:
-        """For each stage shares, a decision, tiles; then the shard of the block that is next."""
+        """For each stage shares, a decision, its parts; then the shard of the block that is next."""
         if block == self._num_blocks:
             return []
         unit = block_unit(0, block)
@@ -183,9 +181,10 @@ class SequentialSchedule:
             deciding = Call("decide", (0, block, stage), unit)
             if deciding not in self._done:
                 return [deciding]
-            tiling = [Call("tile", (0, block, stage, i), unit) for i in range(self._tiles[block, stage])]
-            if not self._done.issuperset(tiling):
-                return tiling
+            for method, count in self._parts[block, stage].items():
+                parts = [Call(method, (0, block, stage, i), unit) for i in range(count)]
+                if not self._done.issuperset(parts):
+                    return parts
         # Writing the shard drops the inputs of the block before, which chunks on their way may still need.
         return [] if chunks_behind else [Call("write", (0, block), unit)]
 

@@ -1,29 +1,33 @@
-"""What a worker does of a block that several work on: a share of a layer group's statistics, a tile of its rows.
+"""What a worker does of a block that several work on: a share of a layer group's statistics, a tile of its rows, or
+of the sample that its β is searched on.
 
 A block is solved in stages, one for each group of layers that share an input. In mode `sequential` they follow the
 block's forward, and a stage's inputs already hold the errors of the stages before; in mode `blocks` one worker gives
-out the sums of all stages, which wait for nothing. Workers hand each other sums, decisions and solved tiles as files.
+out the sums of all stages, which wait for nothing. Workers hand each other sums, decisions, the errors of the sample
+under every β, and solved tiles as files.
 A share is a fixed part of the calibration chunks and a tile one of the rows: it does not matter who does which.
 """
 
 import dataclasses
 import json
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from astro import beta
 from astro.block import BlockStatistics, by_settings, input_groups, input_of
-from astro.config import Quantization, Regularizer
+from astro.config import Quantization
 from astro.errors import RunError
 from astro.grid import Grid
 from astro.group import Figures, GroupOutcome, LinearGroup, SolvedRows, measure_width, prepare_group, solve_rows
 from astro.hessian import DriftAccumulator, HessianAccumulator
-from astro.layer import QuantizedLinear, merge_rows, row_tiles, stack
+from astro.layer import QuantizedLinear, merge_rows, stack
 from astro.parts import load_part, read_part_note, save_part
 from astro.report import LayerRecord, add_seconds, timed
+from astro.tiling import row_tiles
 from astro_dist.budget import layer_settings
 from astro_dist.plan import BlockUnit
 from astro_dist.sequential_schedule import shares
@@ -34,7 +38,7 @@ __all__ = ["TileSolver"]
 
 @dataclasses.dataclass(frozen=True)
 class _Tile:
-    """Some rows of layers with one input and one grid: its members, its rows of their stack."""
+    """Some rows of layers with one input and one grid: its members, its rows of their stack or of their sample."""
 
     settings: Quantization
     members: tuple[str, ...]
@@ -64,7 +68,7 @@ class TileSolver:
         """Partial sums of a stage from one share of the calibration chunks.
 
         Returns:
-            `stages` of the block, and `tiles`: into how many this stage's rows are cut.
+            `stages` of the block, and `parts` of this one: see `_parts`.
         """
         stage, start = self._stage, time.perf_counter()
         chunks = shares(stage.spec.chunks, stage.spec.shares)[number]
@@ -85,7 +89,7 @@ class TileSolver:
         seconds["forward"] = time.perf_counter() - start - sum(seconds.values())
         note = {"groups": block.groups, "num_tokens": H.num_tokens, "seconds": seconds}
         save_part(self._path(block, stage_index, f"share-{number}"), sums, json.dumps(note))
-        return {"stages": len(block.groups), "tiles": len(self._tiles(block, stage_index))}
+        return {"stages": len(block.groups), "parts": self._parts(block, stage_index)}
 
     def forget(self) -> None:
         """Let go of the block, of its Hessians and factors: something else needs the memory."""
@@ -103,7 +107,7 @@ class TileSolver:
             seconds: that were spent on the block so far, by phase.
 
         Returns:
-            `tiles`: stage and number of its tiles, the stage with the widest input first.
+            `stages`: each with its parts, see `_parts`; the stage with the widest input first.
         """
         block = _Block(round_index, unit, statistics.groups, {}, {})
         columns = []
@@ -112,36 +116,39 @@ class TileSolver:
             save_part(self._path(block, stage_index, "sum"), {"hessian": H}, json.dumps(note))
             columns.append(len(H))
         widest = sorted(range(len(columns)), key=lambda stage_index: -columns[stage_index])
-        return {"tiles": [(stage_index, len(self._tiles(block, stage_index))) for stage_index in widest]}
+        return {"stages": [(stage_index, self._parts(block, stage_index)) for stage_index in widest]}
 
     def decide(self, round_index: int, index: int, stage_index: int) -> None:
-        """Decide what holds for all rows of a stage; where it has shares, add them up before, in their order."""
+        """Add up a stage's shares, where it has any, in their order; see that it can be solved, and measure widths."""
         block = self._enter(round_index, index)
         sums = self._sums(block, stage_index)
-        decided, seconds = {}, dict[str, float]()
+        width_errors, seconds = {}, dict[str, float]()
         for settings, members in by_settings(block.groups[stage_index], self._settings(block)):
-            group, W = self._prepare(block, settings, tuple(members), sums, self._stage.spec.regularization)
-            errors = {bits: measure_width(group, W, bits) for bits in self._stage.widths(round_index)}
-            block.prepared = (tuple(members), group, W)
-            outcome = group.outcome_()
-            add_seconds(seconds, outcome.seconds)
-            decided["+".join(members)] = {"beta": outcome.beta, "gain": outcome.beta_gain, "errors": errors}
-        content = {"decided": decided, "seconds": seconds}
+            group, W = self._prepare_(block, settings, tuple(members), sums)
+            width_errors["+".join(members)] = {
+                bits: measure_width(group, W, bits) for bits in self._stage.widths(round_index)
+            }
+            add_seconds(seconds, group.spent_())
+        content = {"width_errors": width_errors, "seconds": seconds}
         save_part(self._path(block, stage_index, "decision"), {}, json.dumps(content))
+
+    def weigh(self, round_index: int, index: int, stage_index: int, number: int) -> None:
+        """Try every β on one tile of a stage's sampled rows."""
+        block = self._enter(round_index, index)
+        tile = self._sample_tiles(block, stage_index)[number]
+        group, W = self._prepared(block, stage_index, tile)
+        errors = beta.weigh(group, W, tile.rows)
+        note = json.dumps({"seconds": group.spent_()})
+        save_part(self._path(block, stage_index, f"sample-{number}"), {"errors": errors}, note)
 
     def tile(self, round_index: int, index: int, stage_index: int, number: int) -> None:
         """Solve one tile of a stage's rows."""
         block = self._enter(round_index, index)
         tile = self._tiles(block, stage_index)[number]
-        if block.prepared is None or block.prepared[0] != tile.members:
-            block.prepared = None
-            sums, _ = load_part(self._path(block, stage_index, "sum"))
-            decided = self._decided(block, stage_index, tile.members)
-            beta, gain = decided["beta"], decided["gain"]
-            regularization = dataclasses.replace(self._stage.spec.regularization, beta=beta)
-            group, W = self._prepare(block, tile.settings, tile.members, sums, regularization)
-            block.prepared = (tile.members, dataclasses.replace(group, beta_gain=gain), W)
-        _, group, W = block.prepared
+        group, W = self._prepared(block, stage_index, tile)
+        if group.beta is None:
+            group = beta.choose(group, self._sample_errors(block, stage_index, tile.members))
+            block.prepared = (tile.members, group, W)
         solved = solve_rows(group, W[tile.rows])
         tensors = {"Q": solved.Q, "scale": solved.grid.scale, "zero": solved.grid.zero}
         tensors |= {field.name: getattr(solved.figures, field.name) for field in dataclasses.fields(Figures)}
@@ -157,8 +164,9 @@ class TileSolver:
         layers: dict[str, QuantizedLinear] = {}
         records: list[LayerRecord] = []
         for stage_index in range(len(block.groups)):
-            add_seconds(seconds, self._note(block, stage_index, "sum")["seconds"])
-            add_seconds(seconds, self._note(block, stage_index, "decision")["seconds"])
+            samples = [f"sample-{number}" for number in range(len(self._sample_tiles(block, stage_index)))]
+            for part in ("sum", "decision", *samples):
+                add_seconds(seconds, self._note(block, stage_index, part)["seconds"])
             solved, own = self._solved(block, stage_index)
             layers |= solved
             records += own
@@ -231,20 +239,26 @@ class TileSolver:
         dtype, device = self._stage.spec.compute_dtype, self._stage.device
         return {name: layer.dequantize().to(device, dtype) for layers in solved for name, layer in layers.items()}
 
-    def _prepare(
-        self,
-        block: _Block,
-        settings: Quantization,
-        members: tuple[str, ...],
-        sums: Mapping[str, torch.Tensor],
-        regularization: Regularizer,
+    def _prepared(self, block: _Block, stage_index: int, tile: _Tile) -> tuple[LinearGroup, torch.Tensor]:
+        """What a tile's group shares, and the stack of its weights: at hand from the call before, or from its sums."""
+        if block.prepared is None or block.prepared[0] != tile.members:
+            sums, _ = load_part(self._path(block, stage_index, "sum"))
+            return self._prepare_(block, tile.settings, tile.members, sums)
+        return block.prepared[1:]
+
+    def _prepare_(
+        self, block: _Block, settings: Quantization, members: tuple[str, ...], sums: Mapping[str, torch.Tensor]
     ) -> tuple[LinearGroup, torch.Tensor]:
-        """What a group's rows share, and the stack of its weights."""
+        """What a group's rows share, and the stack of its weights; kept for the next call."""
         stage = self._stage
+        block.prepared = None  # makes room
         name, W = stack([(member, block.weights[member]) for member in members])
         H, drift = sums["hessian"].to(stage.device), sums.get("drift")
         drift = drift.to(stage.device) if drift is not None else None
-        return prepare_group(name, W, H, settings, regularization, stage.scale_dtype(block.unit), drift), W
+        regularization, scale_dtype = stage.spec.regularization, stage.scale_dtype(block.unit)
+        group = prepare_group(name, W, H, settings, regularization, scale_dtype, drift)
+        block.prepared = (members, group, W)
+        return group, W
 
     def _solved(self, block: _Block, stage_index: int) -> tuple[dict[str, QuantizedLinear], list[LayerRecord]]:
         """Layers and records of a stage whose tiles are all solved."""
@@ -262,7 +276,8 @@ class TileSolver:
                 solved_rows = [rows for _, rows, _ in tiles]
                 quantized, record = merge_rows(weights, tiles[0][0].settings, solved_rows, outcome, num_tokens)
                 layers |= quantized
-                errors = {int(bits): e for bits, e in self._decided(block, stage_index, members)["errors"].items()}
+                noted = self._note(block, stage_index, "decision")["width_errors"]["+".join(members)]
+                errors = {int(bits): error for bits, error in noted.items()}
                 records.append(dataclasses.replace(record, width_errors=errors))
             block.solved[stage_index] = (layers, records)
         return block.solved[stage_index]
@@ -270,16 +285,27 @@ class TileSolver:
     def _settings(self, block: _Block) -> dict[str, Quantization]:
         return layer_settings(self._stage.spec.run, self._stage.spec.quantization, block.unit, block.round_index)
 
-    def _tiles(self, block: _Block, stage_index: int) -> list[_Tile]:
-        return [
-            _Tile(own, tuple(members), tile)
-            for own, members in by_settings(block.groups[stage_index], self._settings(block))
-            for tile in self._cut(block.unit, members)
-        ]
+    def _parts(self, block: _Block, stage_index: int) -> dict[str, int]:
+        """Calls that a stage takes after its decision, by method: all of one are done before the next begins."""
+        return {"weigh": len(self._sample_tiles(block, stage_index)), "tile": len(self._tiles(block, stage_index))}
 
-    def _cut(self, unit: BlockUnit, members: Sequence[str]) -> list[slice]:
-        shapes = [linear for linear in unit.linears if linear.name in members]
-        return row_tiles(sum(linear.rows for linear in shapes), shapes[0].columns, self._stage.device.type)
+    def _tiles(self, block: _Block, stage_index: int) -> list[_Tile]:
+        """Of all rows."""
+        return self._cut(block, stage_index, row_tiles)
+
+    def _sample_tiles(self, block: _Block, stage_index: int) -> list[_Tile]:
+        """Of the sampled rows, where β is searched."""
+        is_searched = self._stage.spec.regularization.is_searched
+        return self._cut(block, stage_index, beta.sample_tiles) if is_searched else []
+
+    def _cut(self, block: _Block, stage_index: int, tiles: Callable[[int, int, str], list[slice]]) -> list[_Tile]:
+        cut = []
+        for settings, members in by_settings(block.groups[stage_index], self._settings(block)):
+            shapes = [linear for linear in block.unit.linears if linear.name in members]
+            num_rows = sum(linear.rows for linear in shapes)
+            rows = tiles(num_rows, shapes[0].columns, self._stage.device.type)
+            cut += [_Tile(settings, tuple(members), own) for own in rows]
+        return cut
 
     def _read_tile(
         self, block: _Block, stage_index: int, number: int, settings: Quantization
@@ -290,10 +316,11 @@ class TileSolver:
         figures = Figures(**{field.name: tensors[field.name] for field in dataclasses.fields(Figures)})
         return SolvedRows(tensors["Q"], grid, figures), GroupOutcome(**json.loads(note))
 
-    def _decided(self, block: _Block, stage_index: int, members: Sequence[str]) -> dict[str, Any]:
-        """What was decided for some layers of a stage."""
-        decided: dict[str, Any] = self._note(block, stage_index, "decision")["decided"]["+".join(members)]
-        return decided
+    def _sample_errors(self, block: _Block, stage_index: int, members: Sequence[str]) -> torch.Tensor:
+        """Errors of some layers' sampled rows under every β."""
+        tiles = enumerate(self._sample_tiles(block, stage_index))
+        paths = [self._path(block, stage_index, f"sample-{n}") for n, tile in tiles if tile.members == members]
+        return torch.cat([load_part(path)[0]["errors"] for path in paths], dim=1).to(self._stage.device)
 
     def _note(self, block: _Block, stage_index: int, name: str) -> dict[str, Any]:
         """What is noted with a part of a stage."""

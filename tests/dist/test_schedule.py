@@ -27,8 +27,11 @@ def simulate(num_workers, seed, schedule):
 
 
 def result(call):
-    """Two stages of three tiles, as a worker says it."""
-    return {"tiles": [(1, 3), (0, 3)]} if call.method == "give_out" else {"tiles": 3, "stages": 2}
+    """Two stages of three tiles, in the second of which β is searched, as a worker says it."""
+    parts = [{"weigh": 0, "tile": 3}, {"weigh": 2, "tile": 3}]
+    if call.method == "give_out":
+        return {"stages": [(1, parts[1]), (0, parts[0])]}
+    return {"stages": 2, "parts": parts[int(call.args[1])]} if call.method == "share" else {}
 
 
 def simulate_with_losses(num_workers, seed, schedule, losses):
@@ -124,8 +127,10 @@ def test_inputs_are_always_there_before_they_are_used(num_workers, rounds, seed)
             assert all(("forward", *call.args, chunk) in there for chunk in CHUNKS)
         if call.method == "decide":
             assert ("give_out", *call.args[:2]) in there
-        if call.method == "tile":
+        if call.method in ("weigh", "tile"):
             assert ("decide", *call.args[:3]) in there
+        if call.method == "tile" and call.args[2] == 1:
+            assert all(("weigh", *call.args[:3], number) in there for number in range(2))
         if call.method == "write":
             assert all(("tile", *call.args, stage, tile) in there for stage in range(2) for tile in range(3))
         if call.method == "conclude":
@@ -136,10 +141,13 @@ def test_inputs_are_always_there_before_they_are_used(num_workers, rounds, seed)
             there.add((*key, worker))
 
 
+PARTS = ("open_block", "forward", "give_out", "decide", "weigh", "tile")
+
+
 @pytest.mark.parametrize("rounds", [1, 2])
 def test_every_unit_is_done_once(rounds):
     log = blocks(3, 0, rounds)
-    ends = [call.unit for _, call in log if call.method not in ("open_block", "forward", "give_out", "decide", "tile")]
+    ends = [call.unit for _, call in log if call.method not in PARTS]
     assert sorted(ends) == sorted(unit_names(BLOCKS, 2, rounds, True))
 
 
@@ -176,7 +184,7 @@ def test_loss_of_a_part_of_a_solve_costs_that_part_alone():
     for _ in range(2):
         schedule.done(0, schedule.next_call(0), None)
     giving = schedule.next_call(0, 1)
-    schedule.done(0, giving, {"tiles": [(0, 2)]})
+    schedule.done(0, giving, {"stages": [(0, {"weigh": 0, "tile": 2})]})
     schedule.done(0, schedule.next_call(0), None)
     lost, other = schedule.next_call(0), schedule.next_call(1)
     schedule.failed(0, lost)
