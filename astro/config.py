@@ -213,6 +213,11 @@ class Regularizer:
         _require(math.isfinite(self.rho) and self.rho > 0, f"rho: expected a number > 0, got {self.rho}")
 
     @property
+    def is_searched(self) -> bool:
+        """Whether β is chosen by measurement."""
+        return self.name != "none" and self.beta == "auto"
+
+    @property
     def steps(self) -> int:
         """Iterations, the solver's own number where none is given."""
         return self.iterations if self.iterations is not None else {"admm": 6, "pgd": 200}[self.solver]

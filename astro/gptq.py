@@ -51,17 +51,20 @@ def solve(W: torch.Tensor, factor: Factor, grid: Grid) -> torch.Tensor:
         block = slice(start, stop)
         T = Wt[block] + N[:start, block].T @ E[:start] if start else Wt[block].clone()
         S, Z = scale[group[block]], zero[group[block]]
+        V = torch.empty_like(T)  # integers, counted from the zero point
+        # Views of all columns at once: where rows are few, the calls are what takes time.
+        t, w, e, v, s, low, high = (X.unbind() for X in (T, Wt[block], E[block], V, S, grid.q_min - Z, grid.q_max - Z))
+        feedback = N[:stop, block].unbind(1)
         for left in range(start, stop, _PANEL):
             right = min(left + _PANEL, stop)
             if left > start:
                 T[left - start : right - start] += N[start:left, left:right].T @ E[start:left]
-            for i in range(left, right):
-                t, s, z = T[i - start], S[i - start], Z[i - start]
-                if i > left:
-                    t = torch.addmv(t, E[left:i].T, N[left:i, i])
-                q = torch.div(t, s).round_().add_(z).clamp_(grid.q_min, grid.q_max)
-                Q[i] = q
-                torch.sub(Wt[i], q.sub_(z).mul_(s), out=E[i])
+            for i in range(left - start, right - start):
+                past = slice(left, start + i)
+                target = torch.addmv(t[i], E.T[:, past], feedback[i][past]) if start + i > left else t[i]
+                torch.div(target, s[i], out=v[i]).round_().clamp_(low[i], high[i])
+                torch.sub(w[i], v[i] * s[i], out=e[i])
+        Q[block] = V + Z
     out = torch.empty_like(Q)
     out[order] = Q
     return out.T.contiguous()

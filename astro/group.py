@@ -1,7 +1,8 @@
 """What the rows of a group of linear layers share, and the solve of some of them.
 
-Prepared once: the factor of the Hessian, the operator of the regularizer, the strength β. With these rows are
-independent, so a tile of rows can be solved anywhere. Shapes: R rows of all members together, C columns.
+Prepared once: the factor of the Hessian, the operator of the regularizer, and the strength β, which `astro.beta`
+chooses where it is to be searched. With these rows are independent, so a tile of rows can be solved anywhere. Shapes:
+R rows of all members together, C columns.
 """
 
 import dataclasses
@@ -23,16 +24,14 @@ __all__ = [
     "SolvedRows",
     "compensate",
     "measure_width",
+    "num_sampled",
     "prepare_group",
+    "sampled",
     "solve_rows",
 ]
 
-_BETAS = (1e-5, 3e-5, 1e-4, 3e-4, 1e-3)
-"""Strengths that are tried beside 0, relative to the mean group maximum."""
 _SAMPLED_ROWS = 256
 """Rows, evenly spaced over the group, that β and widths are measured on; of a small group one row in eight."""
-_LEAST_GAIN = 2e-3
-"""Share of the layer error that a β must save on the sample, beyond one standard error, to be used."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -92,7 +91,7 @@ class LinearGroup:
         scale_dtype: dtype in which scales are stored.
         factor: of the damped H; None for rounding to nearest.
         problem: regularization; None where β is 0.
-        beta: strength of the regularization.
+        beta: strength of the regularization; None where it is yet to be chosen.
         beta_gain: share of the sampled rows' error that it saved against 0; 0 where it was not searched.
         seconds: time by phase, added to by every solve.
     """
@@ -104,16 +103,21 @@ class LinearGroup:
     scale_dtype: torch.dtype
     factor: Factor | None
     problem: Problem | None
-    beta: float
+    beta: float | None
     beta_gain: float
     seconds: dict[str, float]
 
     def outcome_(self) -> GroupOutcome:
-        """What was decided, and the time since this was last asked."""
+        """What was decided, β chosen, and the time since this was last asked."""
+        assert self.beta is not None
+        damping, attempts = (self.factor.damping, self.factor.attempts) if self.factor else (0.0, 0)
+        return GroupOutcome(self.beta, self.beta_gain, damping, attempts, self.spent_())
+
+    def spent_(self) -> dict[str, float]:
+        """Time by phase since this was last asked."""
         seconds = dict(self.seconds)
         self.seconds.clear()
-        damping, attempts = (self.factor.damping, self.factor.attempts) if self.factor else (0.0, 0)
-        return GroupOutcome(self.beta, self.beta_gain, damping, attempts, seconds)
+        return seconds
 
 
 def prepare_group(
@@ -125,7 +129,7 @@ def prepare_group(
     scale_dtype: torch.dtype,
     drift: torch.Tensor | None = None,
 ) -> LinearGroup:
-    """Factor, regularizer and β of a group.
+    """Factor and regularizer of a group; β stays open where it is to be searched.
 
     Args:
         name: names of the members, joined by '+'.
@@ -153,14 +157,8 @@ def prepare_group(
         return group
     with timed(seconds, "regularize"):
         problem = regularizer.prepare(H, mean_group_maximum(W, group_size), regularization, group_size, name)
-    group = dataclasses.replace(group, problem=problem)
-    if regularization.beta != "auto":
-        return dataclasses.replace(group, beta=regularization.beta)
-    # Its own clock: what the search spends on grids, GPTQ and refinement is the search's.
-    rows = compensate(group, _sampled(W))
-    with timed(seconds, "beta"):
-        beta, gain = _choose_beta(dataclasses.replace(group, seconds={}, drift=None), rows)
-    return dataclasses.replace(group, beta=beta, beta_gain=gain, problem=problem if beta else None)
+    beta = None if regularization.beta == "auto" else regularization.beta
+    return dataclasses.replace(group, problem=problem, beta=beta)
 
 
 def solve_rows(group: LinearGroup, W: torch.Tensor, target: torch.Tensor | None = None) -> SolvedRows:
@@ -169,7 +167,7 @@ def solve_rows(group: LinearGroup, W: torch.Tensor, target: torch.Tensor | None 
     Args:
         group: prepared from all rows.
         W: original weights of these rows, float32 [R, C]; errors are those of their compensated form.
-        target: their regularized form [R, C], where it is known already.
+        target: their regularized form [R, C], where it is known already; else the group's β must be.
 
     Raises:
         NumericalError: a scale overflows the dtype in which it is stored.
@@ -179,6 +177,7 @@ def solve_rows(group: LinearGroup, W: torch.Tensor, target: torch.Tensor | None 
     if target is None:
         target = W
         if group.problem is not None:
+            assert group.beta is not None
             with timed(seconds, "regularize"):
                 target = regularizer.regularize(W, group.problem, group.beta)
     with timed(seconds, "grid"):
@@ -233,29 +232,15 @@ def measure_width(group: LinearGroup, W: torch.Tensor, bits: int) -> float:
     quantization = dataclasses.replace(group.quantization, bits=bits)
     measured = dataclasses.replace(group, quantization=quantization, problem=None, beta=0.0, seconds={})
     with timed(group.seconds, "widths"):
-        figures = solve_rows(measured, _sampled(W)).figures
+        figures = solve_rows(measured, sampled(W)).figures
     return float(figures.error.sum() / figures.energy.sum().clamp(min=torch.finfo(torch.float32).tiny))
 
 
-def _choose_beta(group: LinearGroup, W: torch.Tensor) -> tuple[float, float]:
-    """The β that surely saves most of the error of some rows, and the share that it saves against β = 0.
-
-    The rows get just what all rows will get, so that the choice holds for them.
-    """
-    assert group.problem is not None
-    targets = [W, *(regularizer.regularize(W, group.problem, beta) for beta in _BETAS)]
-    # Rows are independent: all candidates are quantized in one solve, as rows over each other.
-    solved = solve_rows(group, W.repeat(len(targets), 1), torch.cat(targets))
-    errors = solved.figures.error.reshape(len(targets), -1)
-    plain = errors[0].sum().clamp(min=torch.finfo(torch.float32).tiny)
-    saved = errors[0] - errors[1:]
-    gains = saved.sum(1) / plain
-    # The sample's own noise is taken off, so that a β is not chosen for a few lucky rows.
-    sure = gains - saved.std(1, correction=0) * len(W) ** 0.5 / plain
-    best = int(sure.argmax())
-    return (_BETAS[best], float(gains[best])) if float(sure[best]) >= _LEAST_GAIN else (0.0, 0.0)
+def num_sampled(num_rows: int) -> int:
+    """Rows of a group that β and widths are measured on."""
+    return min(max(num_rows // 8, 1), _SAMPLED_ROWS)
 
 
-def _sampled(W: torch.Tensor) -> torch.Tensor:
-    count = min(max(len(W) // 8, 1), _SAMPLED_ROWS)
-    return W[torch.linspace(0, len(W) - 1, count, device=W.device).round().long()]
+def sampled(W: torch.Tensor) -> torch.Tensor:
+    """The rows that β and widths are measured on, [S, C] of [R, C]."""
+    return W[torch.linspace(0, len(W) - 1, num_sampled(len(W)), device=W.device).round().long()]

@@ -9,17 +9,15 @@ from collections.abc import Sequence
 
 import torch
 
+from astro import beta
 from astro.config import Quantization, Regularizer
 from astro.errors import NumericalError
 from astro.grid import Grid
 from astro.group import GroupOutcome, SolvedRows, measure_width, prepare_group, solve_rows
 from astro.report import LayerRecord
+from astro.tiling import row_tiles
 
-__all__ = ["QuantizedLinear", "merge_rows", "quantize_group", "row_tile", "row_tiles", "stack"]
-
-_CPU_ROWS = 1024
-_GPU_ELEMENTS = 1 << 27
-"""What is worked on at once bounds the memory of a solve. A GPU takes as long for a column of few rows as of many."""
+__all__ = ["QuantizedLinear", "merge_rows", "quantize_group", "stack"]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -42,19 +40,6 @@ class QuantizedLinear:
 def stack(weights: Sequence[tuple[str, torch.Tensor]]) -> tuple[str, torch.Tensor]:
     """Name of a group and the weights of its members over each other, float32 [R, C]."""
     return "+".join(name for name, _ in weights), torch.cat([weight.float() for _, weight in weights])
-
-
-def row_tile(num_columns: int, device_type: str) -> int:
-    """Rows that are solved at once. Part of the arithmetic: of the model and the kind of device alone."""
-    if device_type == "cpu":
-        return _CPU_ROWS
-    return int(max(_CPU_ROWS, 1 << (_GPU_ELEMENTS // num_columns).bit_length() - 1))
-
-
-def row_tiles(num_rows: int, num_columns: int, device_type: str) -> list[slice]:
-    """The tiles in which a group's rows are solved."""
-    size = row_tile(num_columns, device_type)
-    return [slice(start, min(start + size, num_rows)) for start in range(0, num_rows, size)]
 
 
 def quantize_group(
@@ -85,6 +70,8 @@ def quantize_group(
     """
     name, W = stack(weights)
     group = prepare_group(name, W, H, quantization, regularization, scale_dtype)
+    if group.beta is None:
+        group = beta.search(group, W)
     solved = [solve_rows(group, W[rows]) for rows in row_tiles(len(W), W.shape[1], W.device.type)]
     errors = {bits: measure_width(group, W, bits) for bits in widths}
     members, record = merge_rows(weights, quantization, solved, group.outcome_(), num_tokens)

@@ -49,6 +49,7 @@ class BlockLayers:
 
     Attributes:
         operands: in the model's order.
+        by_name: the operand of each layer.
     """
 
     def __init__(self, model: nn.Module, layers: Sequence[LinearLayer]) -> None:
@@ -67,6 +68,7 @@ class BlockLayers:
             Operand(tuple(layer.name for layer in members), parameter, expert, members[0].columns)
             for (parameter, expert), members in grouped.items()
         )
+        self.by_name = {name: operand for operand in self.operands for name in operand.names}
 
     def weight(self, name: str) -> torch.Tensor:
         """A layer's weight [rows, columns] as it is loaded. No copy."""

@@ -128,18 +128,20 @@ class _State:
         low, high = self.grid.q_min - self.zero[k], self.grid.q_max - self.zero[k]
         diagonal = (H.diagonal() + self.damping).unsqueeze(1)
         pace = _CAUTION / diagonal
-        D = torch.empty_like(V)  # change of ŵ
+        D, chosen = torch.empty_like(V), torch.empty_like(V)  # change of ŵ; integers
+        # Views of all columns at once: where rows are few, the calls are what takes time.
+        D_T, g, d, h, v, q = D.T, G.unbind(), D.unbind(), H.unbind(1), V.unbind(), chosen.unbind()
         for left in range(0, len(V), _PANEL):
             panel = slice(left, min(left + _PANEL, len(V)))
             if left:
                 G[panel] -= H[panel, :left] @ D[:left]
-            per_slope = pace[panel] / s
+            per_slope = (pace[panel] / s).unbind()
             for i in range(panel.start, panel.stop):
                 if i > left:
-                    torch.addmv(G[i], D[left:i].T, H[left:i, i], alpha=-1, out=G[i])
-                v = torch.addcmul(V[i], G[i], per_slope[i - left]).round_().clamp_(low, high)
-                torch.mul(v - V[i], s, out=D[i])
-                V[i] = v
+                    g[i].addmv_(D_T[:, left:i], h[i][left:i], alpha=-1)
+                torch.addcmul(v[i], g[i], per_slope[i - left], out=q[i]).round_().clamp_(low, high)
+                torch.sub(q[i], v[i], out=d[i]).mul_(s)
+        V.copy_(chosen)
         E -= D
         G = G[: len(V)]
         gain: torch.Tensor = torch.linalg.vecdot(D, 2 * G - D * diagonal, dim=0)

@@ -198,6 +198,12 @@ class Worker:
         self._tiles.decide(round_index, index, group)
 
     @torch.no_grad()
+    def weigh(self, round_index: int, index: int, group: int, number: int) -> None:
+        """Try every strength of the regularization on one tile of the group's sampled rows."""
+        self._open = None
+        self._tiles.weigh(round_index, index, group, number)
+
+    @torch.no_grad()
     def tile(self, round_index: int, index: int, group: int, number: int) -> None:
         """Solve one tile of the group's rows."""
         self._open = None

@@ -51,11 +51,11 @@ class _GivenOut:
     """A block whose solve any worker may do a part of.
 
     Attributes:
-        tiles: of each stage.
-        left: calls that can be made or are being made: for each stage a decision, then tiles; at the end the shard.
+        parts: that each group is yet to take, by method and number, in their order.
+        left: calls that can be made or are being made: for each group a decision, then its parts; at the end the shard.
     """
 
-    tiles: dict[int, int]
+    parts: dict[int, list[tuple[str, int]]]
     left: dict[Call, None]
 
 
@@ -66,8 +66,8 @@ class BlockSchedule:
     while other workers already feed the next blocks. A block of a later round waits for nothing but its inputs and its
     own result of the round before, so rounds follow each other without a gap.
 
-    Where other workers have nothing to do when a block is to be solved, it is given out: they solve its stages, the
-    groups of layers that share an input, and tiles of their rows. It comes to the same bytes.
+    Where other workers have nothing to do when a block is to be solved, it is given out: they solve its
+    groups of layers that share an input, tile by tile of their rows. It comes to the same bytes.
 
     Behind the last round the held-out chunks make one more pass, through the blocks of the result. It goes from block
     to block as all others do, so that no chunk waits for the chunks after it.
@@ -155,11 +155,11 @@ class BlockSchedule:
         if call.method == "give_out":
             # Its opening stays taken: nobody shall begin it anew.
             del self._active[worker]
-            tiles = dict(result["tiles"])
-            decisions = (Call("decide", (*call.args, stage), call.unit) for stage in tiles)
-            self._given_out[_place(call)] = _GivenOut(tiles, dict.fromkeys(decisions))
+            parts = {group: [(method, n) for method, n in own.items() if n] for group, own in result["groups"]}
+            decisions = (Call("decide", (*call.args, group), call.unit) for group in parts)
+            self._given_out[_place(call)] = _GivenOut(parts, dict.fromkeys(decisions))
             return []
-        if call.method in ("decide", "tile"):
+        if call.method in ("decide", "weigh", "tile"):
             self._part_done(self._given_out[_place(call)], call)
             return []
         if call.method == "pass_on":
@@ -240,9 +240,10 @@ class BlockSchedule:
 
     def _part_done(self, given: _GivenOut, call: Call) -> None:
         del given.left[call]
-        if call.method == "decide":
-            stage = int(call.args[2])
-            given.left |= {Call("tile", (*call.args, tile), call.unit): None for tile in range(given.tiles[stage])}
+        group, parts = call.args[:3], given.parts[int(call.args[2])]
+        if parts and not any(other.args[:3] == group for other in given.left):
+            method, count = parts.pop(0)
+            given.left |= {Call(method, (*group, number), call.unit): None for number in range(count)}
         if not given.left:
             given.left[Call("write", call.args[:2], call.unit)] = None
 

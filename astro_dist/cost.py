@@ -8,8 +8,9 @@ import dataclasses
 from collections.abc import Iterable, Mapping
 from typing import Any
 
+from astro.beta import NUM_CANDIDATES, sample_tiles
 from astro.config import Quantization, Regularizer
-from astro.layer import row_tile
+from astro.tiling import row_tile, row_tiles
 from astro_dist.config import RunConfig
 from astro_dist.devices import Device
 from astro_dist.plan import BlockUnit, Plan
@@ -21,7 +22,6 @@ __all__ = ["CostModel", "Work"]
 _ATTENTION_OUTPUTS = ("o_proj", "out_proj", "dense", "wo", "c_proj")
 _NEWTON_PASSES = 12
 """Elementwise passes of the proximal map and its surroundings in one iteration of ADMM, each some 2 operations."""
-_BETA_CANDIDATES, _BETA_ROWS = 6, 256
 _LIBRARIES_BYTES = 430_000_000
 """Resident memory of a CPU worker before it does anything: Python, torch, transformers, Ray."""
 _STATES = 6
@@ -46,6 +46,10 @@ class Work:
     exact: float = 0.0
     steps: float = 0.0
     moved_bytes: float = 0.0
+
+    def __add__(self, other: "Work") -> "Work":
+        own, more = dataclasses.astuple(self), dataclasses.astuple(other)
+        return Work(*(a + b for a, b in zip(own, more, strict=True)))
 
     def seconds(self, device: Device, half: bool) -> float:
         """Time on a device; `half` where forward passes run in 16 bits."""
@@ -118,19 +122,21 @@ class CostModel:
             moved = 2.0 * self._activations([chunk])
             return Work(self._forward(unit, self._tokens[chunk]), exact * (call.method == "forward"), 0.0, moved)
         if call.method == "solve":
-            return self._solve(unit.written_bytes, self._groups(unit))
+            solved = (self._solve(group) for group in self._groups(unit))
+            return sum(solved, Work(moved_bytes=unit.written_bytes))
         return self._stage_part(call, unit)
 
     def result(self, call: Call) -> dict[str, Any]:
         """What a schedule reads from the result of a call."""
         if call.method == "give_out":
             groups = self._groups(self._plan.blocks[int(call.args[1])])
-            widest = sorted(range(len(groups)), key=lambda stage: -groups[stage].columns)
-            return {"tiles": [(stage, self._tiles(groups[stage])) for stage in widest]}
+            widest = sorted(range(len(groups)), key=lambda group: -groups[group].columns)
+            return {"groups": [(group, self._parts(groups[group])) for group in widest]}
         if call.method == "share":
             groups = self._groups(self._plan.blocks[int(call.args[0])])
             stages = _stages(groups)
-            return {"stages": len(stages), "tiles": {i: self._tiles(groups[i]) for i in stages[int(call.args[1])]}}
+            parts = {index: self._parts(groups[index]) for index in stages[int(call.args[1])]}
+            return {"stages": len(stages), "groups": parts}
         return {}
 
     def worker_bytes(self) -> int:
@@ -168,9 +174,10 @@ class CostModel:
         hessians = 0.0 if self._sequential else sum(self._statistics_bytes(group) for group in groups)
         solving = max(
             (_SQUARES + (2 if self._sequential else 0)) * 4 * group.columns**2
-            + 4 * group.rows * group.columns + _TILES * 4 * self._tile_rows(group) * group.columns
+            + 4 * group.rows * group.columns
+            + _TILES * 4 * min(group.rows, row_tile(group.columns, self._device_type)) * group.columns
             for group in groups
-        )  # fmt: skip
+        )
         widest = max(max(group.columns for group in groups), self._plan.hidden_size)
         tokens = max(self._tokens.values())
         forwarding = tokens * (_STATES * self._plan.hidden_size * self._itemsize + widest * (3 * self._itemsize + 4))
@@ -209,31 +216,33 @@ class CostModel:
         square = 4.0 * group.columns**2 * (1 + self._compensated)
         if call.method == "decide":
             moved = square * (len(self._shares) + 1 if self._sequential else 1) + unit.read_bytes
-            return self._solve(moved, [dataclasses.replace(group, rows=0)], group.rows)
-        tile = dataclasses.replace(group, rows=self._tile_rows(group))
-        return self._solve(5.0 * tile.rows * tile.columns + square + unit.read_bytes, [tile], 0)
+            return self._prepare(group) + Work(moved_bytes=moved)
+        # Which worker has the stage prepared already is open.
+        entered = self._prepare(group) + Work(moved_bytes=square + unit.read_bytes)
+        number = int(call.args[3])
+        if call.method == "weigh":
+            return entered + self._solve_tiles(group, [self._sample_tiles(group)[number]], NUM_CANDIDATES)
+        tile = self._tiles(group)[number]
+        written = 5.0 * (tile.stop - tile.start) * group.columns
+        return entered + self._solve_tiles(group, [tile]) + Work(moved_bytes=written)
 
-    def _solve(self, moved_bytes: float, groups: Iterable[_Group], sampled_from: int | None = None) -> Work:
-        """Factorization, search of β, regularization, GPTQ and refinement; the search on a sample of the rows, or of
-        `sampled_from`.
-        """
+    def _solve(self, group: _Group) -> Work:
+        """All of a group by one worker."""
+        all_rows = self._solve_tiles(group, self._tiles(group))
+        return self._prepare(group) + self._solve_tiles(group, self._sample_tiles(group), NUM_CANDIDATES) + all_rows
+
+    def _prepare(self, group: _Group) -> Work:
+        """Factorization, and the operator of the regularizer."""
+        return Work(exact=2.0 * group.columns**3)
+
+    def _solve_tiles(self, group: _Group, tiles: list[slice], copies: int = 1) -> Work:
+        """Regularization, GPTQ and refinement of tiles that hold so many copies of each row."""
         settings, regularization = self._quantization, self._regularization
         passes = 1 + 2 * settings.refine_passes  # a pass multiplies by H twice: for scales and for integers
-        iterations = 0
-        if regularization.name != "none":
-            iterations = regularization.iterations or (6 if regularization.solver == "admm" else 200)
-        exact, steps = 0.0, 0.0
-        for group in groups:
-            searched = 0
-            if iterations and regularization.beta == "auto":
-                whole = group.rows if sampled_from is None else sampled_from
-                searched = _BETA_CANDIDATES * min(-(-whole // 8), _BETA_ROWS)
-            rows = group.rows + searched
-            per_row = (passes + iterations) * 2.0 * group.columns**2 + iterations * 2 * _NEWTON_PASSES * group.columns
-            exact += rows * per_row + 2.0 * group.columns**3
-            tiles = self._tiles(group) + bool(searched)
-            steps += tiles * group.columns * (6 + 8 * settings.refine_passes)
-        return Work(0.0, exact, steps, moved_bytes)
+        iterations = regularization.steps if regularization.name != "none" else 0
+        per_row = (passes + iterations) * 2.0 * group.columns**2 + iterations * 2 * _NEWTON_PASSES * group.columns
+        rows = copies * sum(tile.stop - tile.start for tile in tiles)
+        return Work(exact=rows * per_row, steps=len(tiles) * group.columns * (6.0 + 8 * settings.refine_passes))
 
     def _forward(self, unit: BlockUnit, tokens: int) -> float:
         return 2.0 * tokens * sum(group.reach * group.rows * group.columns for group in self._groups(unit))
@@ -255,11 +264,16 @@ class CostModel:
             self._known[unit.index] = list(found.values())
         return self._known[unit.index]
 
-    def _tile_rows(self, group: _Group) -> int:
-        return min(group.rows, row_tile(group.columns, self._device_type))
+    def _tiles(self, group: _Group) -> list[slice]:
+        return row_tiles(group.rows, group.columns, self._device_type)
 
-    def _tiles(self, group: _Group) -> int:
-        return -(-group.rows // row_tile(group.columns, self._device_type))
+    def _sample_tiles(self, group: _Group) -> list[slice]:
+        is_searched = self._regularization.is_searched
+        return sample_tiles(group.rows, group.columns, self._device_type) if is_searched else []
+
+    def _parts(self, group: _Group) -> dict[str, int]:
+        """Calls that a stage takes after its decision, by method."""
+        return {"weigh": len(self._sample_tiles(group)), "tile": len(self._tiles(group))}
 
     @property
     def _held_out_chunks(self) -> list[str]:

@@ -1,6 +1,7 @@
 """Config and headers to units of work. Pure: nothing is read but headers, nothing depends on the number of workers."""
 
 import dataclasses
+import functools
 import math
 from collections.abc import Iterable, Mapping, Sequence
 from fnmatch import fnmatchcase
@@ -45,6 +46,11 @@ class BlockUnit:
     def name(self) -> str:
         """Short name, e.g. `block-0007`; the unit of a round that quantizes it carries the round's too."""
         return f"block-{self.index:04d}"
+
+    @functools.cached_property
+    def by_name(self) -> dict[str, LinearLayer]:
+        """Its layers that are quantized by name."""
+        return {linear.name: linear for linear in self.linears}
 
 
 @dataclasses.dataclass(frozen=True)

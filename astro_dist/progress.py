@@ -22,6 +22,7 @@ _PHASES = {
     "give_out": "giving out",
     "share": "collecting",
     "decide": "deciding",
+    "weigh": "choosing beta",
     "tile": "solving",
     "write": "writing",
     "pass_on": "passing on",
@@ -74,7 +75,7 @@ class ProgressDisplay:
 
     def started(self, worker: int, call: Call) -> None:
         """A worker began a call."""
-        chunk = f" {call.args[-1]}" if call.method in ("forward", "share", "tile", "pass_on") else ""
+        chunk = f" {call.args[-1]}" if call.method in ("forward", "share", "weigh", "tile", "pass_on") else ""
         self._show(worker, f"{call.unit}: {_PHASES[call.method]}{chunk}")
 
     def ended(self, worker: int, call: Call, finished: Collection[str] | None) -> None:

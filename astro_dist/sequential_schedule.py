@@ -2,14 +2,15 @@
 
 A block is solved in stages: one group of layers that share an input, or such groups of all experts. For each stage:
 shares of the calibration chunks give partial Hessians, in any order; for each group one worker sums them and decides
-what holds for all rows; then tiles of rows are solved. At the end one worker writes the shard, and every chunk goes on
-through the block as it was written. Pure, as every schedule.
+what holds for all rows; where β is searched, tiles of the sampled rows are weighed; then tiles of all rows are solved.
+At the end one worker writes the shard, and every chunk goes on through the block as it was written. Pure, as every
+schedule.
 """
 
-import itertools
 from collections.abc import Collection, Sequence
 from typing import Any
 
+from astro.tiling import cut
 from astro_dist.schedule import Call, Present, Spent, block_unit, copy_calls, head_unit, is_held_out, stream_names
 
 __all__ = ["SequentialSchedule", "sequential_units", "shares"]
@@ -20,9 +21,7 @@ STREAMS = stream_names(1)
 def shares(chunks: Sequence[str], count: int) -> list[list[str]]:
     """Calibration chunks in `count` contiguous shares, as even as can be; fewer where there are fewer chunks."""
     calibration = [chunk for chunk in chunks if not is_held_out(chunk)]
-    count = min(count, len(calibration))
-    cuts = [len(calibration) * i // count for i in range(count + 1)]
-    return [calibration[start:stop] for start, stop in itertools.pairwise(cuts)]
+    return [calibration[part] for part in cut(len(calibration), count)]
 
 
 def sequential_units(num_blocks: int, num_copies: int, evaluated: bool) -> list[str]:
@@ -70,7 +69,7 @@ class SequentialSchedule:
         self._before_current = 0
         self._reopen()
         self._stages: dict[int, int] = {}
-        self._tiles: dict[tuple[int, int], dict[int, int]] = {}
+        self._groups: dict[tuple[int, int], dict[int, dict[str, int]]] = {}
         self._done: set[Call] = set()
         self._taken: set[Call] = set()
 
@@ -99,8 +98,8 @@ class SequentialSchedule:
         elif call.method == "share":
             block, stage = int(call.args[0]), int(call.args[1])
             self._stages[block] = int(result["stages"])
-            self._tiles[block, stage] = dict(result["tiles"])
-        elif call.method not in ("decide", "tile"):
+            self._groups[block, stage] = dict(result["groups"])
+        elif call.method not in ("decide", "weigh", "tile"):
             self.finished.add(call.unit)
         return self._spent(call)
 
@@ -169,7 +168,7 @@ class SequentialSchedule:
         return next((b for b in range(target, -1, -1) if chunk in self._ready[stream, b]), None)
 
     def _quantize(self, block: int, chunks_behind: bool) -> list[Call]:
-        """For each stage shares, a decision, tiles; then the shard of the block that is next."""
+        """For each stage shares, a decision, its parts; then the shard of the block that is next."""
         if block == self._num_blocks:
             return []
         unit = block_unit(0, block)
@@ -180,23 +179,25 @@ class SequentialSchedule:
             sharing = [Call("share", (block, stage, i), unit) for i in range(len(self._shares))]
             if not self._done.issuperset(sharing):
                 return [call for call in sharing if ready.issuperset(self._shares[int(call.args[2])])]
-            calls = [call for group in self._tiles[block, stage] for call in self._solving(block, stage, group)]
+            calls = [call for group in self._groups[block, stage] for call in self._solving(block, stage, group)]
             if not self._done.issuperset(calls):
                 return calls
         # Writing the shard drops the inputs of the block before, which chunks on their way may still need.
         return [] if chunks_behind else [Call("write", (0, block), unit)]
 
     def _solving(self, block: int, stage: int, group: int) -> list[Call]:
-        """For a group that has its sums a decision, then tiles."""
-        unit, deciding = block_unit(0, block), Call("decide", (0, block, group), block_unit(0, block))
-        if deciding not in self._done:
-            return [deciding]
-        return [Call("tile", (0, block, group, i), unit) for i in range(self._tiles[block, stage][group])]
+        """For a group that has its sums a decision, then its parts, all of one kind before the next."""
+        unit, place = block_unit(0, block), (0, block, group)
+        calls = [Call("decide", place, unit)]
+        for method, count in self._groups[block, stage][group].items():
+            if self._done.issuperset(calls):
+                calls = [Call(method, (*place, number), unit) for number in range(count)]
+        return calls
 
     def _decided(self, call: Call) -> list[Spent]:
         """Once all groups of a stage are decided nothing needs its shares any more; experts may need each other's."""
         block, group = int(call.args[1]), int(call.args[2])
-        groups = next(tiles for (own, _), tiles in self._tiles.items() if own == block and group in tiles)
+        groups = next(parts for (own, _), parts in self._groups.items() if own == block and group in parts)
         decisions = [Call("decide", (0, block, other), call.unit) for other in groups]
         every = self._done.issuperset(decisions)
         return [Spent("shares", block, number=other) for other in groups] if every else []

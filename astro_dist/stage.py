@@ -98,6 +98,7 @@ class Stage:
         self.skeleton = Skeleton(spec.folder, spec.compute_dtype, spec.trust_remote_code)
         self._tokens: dict[str, torch.Tensor] | None = None
         self._loaded: tuple[str, int] | None = None
+        self._layers: tuple[int, BlockLayers] | None = None
         self._calls: dict[tuple[int, int, int], BlockCall] = {}
 
     @property
@@ -155,7 +156,9 @@ class Stage:
 
     def layers(self, unit: BlockUnit) -> BlockLayers:
         """The layers of a block that are quantized, where they lie in the loaded block."""
-        return BlockLayers(self.skeleton.model, unit.linears)
+        if self._layers is None or self._layers[0] != unit.index:
+            self._layers = (unit.index, BlockLayers(self.skeleton.model, unit.linears))
+        return self._layers[1]
 
     def weights(self, unit: BlockUnit) -> dict[str, torch.Tensor]:
         """Original weights of a block's linear layers by name, exact: the loaded ones where those are."""

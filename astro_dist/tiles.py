@@ -1,33 +1,36 @@
-"""What a worker does of a block that several work on: a share of a layer group's statistics, a tile of its rows.
+"""What a worker does of a block that several work on: a share of a layer group's statistics, a tile of its rows, or
+of the sample that its β is searched on.
 
 A block is solved group by group, each of layers that share an input. In mode `sequential` groups come in stages that
 follow the block's forward, and a stage's inputs already hold the errors of the stages before; in mode `blocks` one
-worker gives out the sums of all groups, which wait for nothing. Workers hand each other sums, decisions and solved
-tiles as files. A share is a fixed part of the calibration chunks and a tile one of the rows: it does not matter who
-does which.
+worker gives out the sums of all groups, which wait for nothing. Workers hand each other sums, decisions, the errors of
+the sample under every β, and solved tiles as files. A share is a fixed part of the calibration chunks and a tile one of
+the rows: it does not matter who does which.
 """
 
 import dataclasses
 import json
 import time
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from astro import beta
 from astro.block import by_settings
-from astro.config import Quantization, Regularizer
+from astro.config import Quantization
 from astro.errors import RunError
 from astro.expert_policy import GroupStatistics, feed_all_tokens, is_starved, rounded, starved_statistics
 from astro.grid import Grid
 from astro.group import Figures, GroupOutcome, LinearGroup, SolvedRows, measure_width, prepare_group, solve_rows
 from astro.hessian import DriftAccumulator, HessianAccumulator
-from astro.layer import QuantizedLinear, merge_rows, row_tiles, stack
+from astro.layer import QuantizedLinear, merge_rows, stack
 from astro.observation import Operand
 from astro.parts import load_part, read_part_note, save_part
 from astro.report import LayerRecord, add_seconds, timed
 from astro.statistics import input_stages, inputs_of
+from astro.tiling import row_tiles
 from astro_dist.budget import layer_settings
 from astro_dist.plan import BlockUnit
 from astro_dist.sequential_schedule import shares
@@ -38,7 +41,7 @@ __all__ = ["TileSolver"]
 
 @dataclasses.dataclass(frozen=True)
 class _Tile:
-    """Some rows of layers with one input and one grid: its members, its rows of their stack."""
+    """Some rows of layers with one input and one grid: its members, its rows of their stack or of their sample."""
 
     settings: Quantization
     members: tuple[str, ...]
@@ -51,10 +54,11 @@ class _Block:
 
     round_index: int
     unit: BlockUnit
-    groups: list[list[str]]
-    stages: list[list[int]]
+    settings: dict[str, Quantization]
     weights: dict[str, torch.Tensor]
-    solved: dict[int, tuple[dict[str, QuantizedLinear], list[LayerRecord]]]
+    groups: list[list[str]] = dataclasses.field(default_factory=list)
+    stages: list[list[int]] = dataclasses.field(default_factory=list)
+    solved: dict[int, tuple[dict[str, QuantizedLinear], list[LayerRecord]]] = dataclasses.field(default_factory=dict)
     prepared: tuple[tuple[str, ...], LinearGroup, torch.Tensor] | None = None
 
 
@@ -69,7 +73,7 @@ class TileSolver:
         """Partial sums of a stage's groups from one share of the calibration chunks.
 
         Returns:
-            `stages` of the block, and `tiles`: of each of this stage's groups, into how many its rows are cut.
+            `stages` of the block, and `groups` of this one, each with its parts: see `_parts`.
         """
         stage, start = self._stage, time.perf_counter()
         chunks = shares(stage.spec.chunks, stage.spec.shares)[number]
@@ -94,10 +98,7 @@ class TileSolver:
             tensors = {"hessian": H.partial} | ({"drift": drift.partial} if drift is not None else {})
             note = {**_layout(block), "num_tokens": H.num_tokens, "seconds": seconds if group == groups[0] else {}}
             save_part(self._path(block, group, f"share-{number}"), tensors, json.dumps(note))
-        return {
-            "stages": len(block.stages),
-            "tiles": {group: len(self._tiles(block, group)) for group in groups},
-        }
+        return {"stages": len(block.stages), "groups": {group: self._parts(block, group) for group in groups}}
 
     def forget(self) -> None:
         """Let go of the block, of its Hessians and factors: something else needs the memory."""
@@ -121,46 +122,48 @@ class TileSolver:
             seconds: that were spent on the block so far, by phase.
 
         Returns:
-            `tiles`: group and number of its tiles, the group with the widest input first.
+            `groups`: each with its parts, see `_parts`; the group with the widest input first.
         """
-        block = _Block(round_index, unit, [list(names) for names in groups], [], {}, {})
+        block = _Block(round_index, unit, self._settings(round_index, unit), {}, [list(names) for names in groups])
         columns = []
         for group, known in enumerate(statistics):
             note = {**_layout(block), **_counts(known), "seconds": {} if group else dict(seconds)}
             save_part(self._path(block, group, "sum"), {"hessian": known.H}, json.dumps(note))
             columns.append(len(known.H))
         widest = sorted(range(len(columns)), key=lambda group: -columns[group])
-        return {"tiles": [(group, len(self._tiles(block, group))) for group in widest]}
+        return {"groups": [(group, self._parts(block, group)) for group in widest]}
 
     def decide(self, round_index: int, index: int, group: int) -> None:
-        """Decide what holds for all rows of a group; where it has shares, add them up before, in their order."""
+        """Add up a group's shares, where it has any, in their order; see that it can be solved, and measure widths."""
         block = self._enter(round_index, index)
-        sums, note = self._sums(block, group)
-        decided, seconds = {}, dict[str, float]()
-        for settings, members in by_settings(block.groups[group], self._settings(block)):
-            own = self._rounded(note, settings, self._stage.spec.regularization)
-            prepared, W = self._prepare(block, tuple(members), sums, *own)
-            errors = {bits: measure_width(prepared, W, bits) for bits in self._stage.widths(round_index)}
-            block.prepared = (tuple(members), prepared, W)
-            outcome = prepared.outcome_()
-            add_seconds(seconds, outcome.seconds)
-            decided["+".join(members)] = {"beta": outcome.beta, "gain": outcome.beta_gain, "errors": errors}
-        content = {"decided": decided, "seconds": seconds}
+        sums = self._sums(block, group)
+        width_errors, seconds = {}, dict[str, float]()
+        for settings, members in by_settings(block.groups[group], block.settings):
+            prepared, W = self._prepare_(block, settings, tuple(members), *sums)
+            width_errors["+".join(members)] = {
+                bits: measure_width(prepared, W, bits) for bits in self._stage.widths(round_index)
+            }
+            add_seconds(seconds, prepared.spent_())
+        content = {"width_errors": width_errors, "seconds": seconds}
         save_part(self._path(block, group, "decision"), {}, json.dumps(content))
+
+    def weigh(self, round_index: int, index: int, group: int, number: int) -> None:
+        """Try every β on one tile of a group's sampled rows; none where it is rounded for want of statistics."""
+        block = self._enter(round_index, index)
+        tile = self._sample_tiles(block, group)[number]
+        prepared, W = self._prepared(block, group, tile)
+        errors = beta.weigh(prepared, W, tile.rows) if prepared.beta is None else torch.empty(beta.NUM_CANDIDATES, 0)
+        note = json.dumps({"seconds": prepared.spent_()})
+        save_part(self._path(block, group, f"sample-{number}"), {"errors": errors}, note)
 
     def tile(self, round_index: int, index: int, group: int, number: int) -> None:
         """Solve one tile of a group's rows."""
         block = self._enter(round_index, index)
         tile = self._tiles(block, group)[number]
-        if block.prepared is None or block.prepared[0] != tile.members:
-            block.prepared = None
-            sums, text = load_part(self._path(block, group, "sum"))
-            decided = self._decided(block, group, tile.members)
-            regularization = dataclasses.replace(self._stage.spec.regularization, beta=decided["beta"])
-            own = self._rounded(json.loads(text), tile.settings, regularization)
-            prepared, W = self._prepare(block, tile.members, sums, *own)
-            block.prepared = (tile.members, dataclasses.replace(prepared, beta_gain=decided["gain"]), W)
-        _, prepared, W = block.prepared
+        prepared, W = self._prepared(block, group, tile)
+        if prepared.beta is None:
+            prepared = beta.choose(prepared, self._sample_errors(block, group, tile.members))
+            block.prepared = (tile.members, prepared, W)
         solved = solve_rows(prepared, W[tile.rows])
         tensors = {"Q": solved.Q, "scale": solved.grid.scale, "zero": solved.grid.zero}
         tensors |= {field.name: getattr(solved.figures, field.name) for field in dataclasses.fields(Figures)}
@@ -176,8 +179,9 @@ class TileSolver:
         layers: dict[str, QuantizedLinear] = {}
         records: list[LayerRecord] = []
         for group in range(len(block.groups)):
-            add_seconds(seconds, self._note(block, group, "sum")["seconds"])
-            add_seconds(seconds, self._note(block, group, "decision")["seconds"])
+            samples = [f"sample-{number}" for number in range(len(self._sample_tiles(block, group)))]
+            for part in ("sum", "decision", *samples):
+                add_seconds(seconds, self._note(block, group, part)["seconds"])
             solved, own = self._solved(block, group)
             layers |= solved
             records += own
@@ -191,7 +195,7 @@ class TileSolver:
             self.forget()
         unit = stage.load("original", index)
         if self._block is None:
-            block = self._block = _Block(round_index, unit, [], [], stage.weights(unit), {})
+            block = self._block = _Block(round_index, unit, self._settings(round_index, unit), stage.weights(unit))
             if chunk is not None:
                 hidden = stage.hidden("round-0", index, chunk)
                 for found in input_stages(stage.layers(unit), lambda: stage.forward(index, hidden)):
@@ -218,8 +222,7 @@ class TileSolver:
 
     def _operand(self, block: _Block, group: int) -> Operand:
         """The first operand of a group."""
-        first = block.groups[group][0]
-        return next(operand for operand in self._stage.layers(block.unit).operands if first in operand.names)
+        return self._stage.layers(block.unit).by_name[block.groups[group][0]]
 
     def _accumulators(self, block: _Block, group: int) -> tuple[HessianAccumulator, DriftAccumulator | None]:
         """Empty sums for a group; the drift's only where errors are compensated.
@@ -288,26 +291,33 @@ class TileSolver:
         dtype, device = self._stage.spec.compute_dtype, self._stage.device
         return {name: layer.dequantize().to(device, dtype) for layers in solved for name, layer in layers.items()}
 
-    def _prepare(
+    def _prepared(self, block: _Block, group: int, tile: _Tile) -> tuple[LinearGroup, torch.Tensor]:
+        """What a tile's group shares, and the stack of its weights: at hand from the call before, or from its sums."""
+        if block.prepared is None or block.prepared[0] != tile.members:
+            sums, note = load_part(self._path(block, group, "sum"))
+            return self._prepare_(block, tile.settings, tile.members, sums, json.loads(note))
+        return block.prepared[1:]
+
+    def _prepare_(
         self,
         block: _Block,
+        settings: Quantization,
         members: tuple[str, ...],
         sums: Mapping[str, torch.Tensor],
-        settings: Quantization,
-        regularization: Regularizer,
+        note: Mapping[str, Any],
     ) -> tuple[LinearGroup, torch.Tensor]:
-        """What a group's rows share, and the stack of its weights."""
+        """What a group's rows share, and the stack of its weights; kept for the next call."""
         stage = self._stage
+        block.prepared = None  # makes room
         name, W = stack([(member, block.weights[member]) for member in members])
         H, drift = sums["hessian"].to(stage.device), sums.get("drift")
         drift = drift.to(stage.device) if drift is not None else None
-        return prepare_group(name, W, H, settings, regularization, stage.scale_dtype(block.unit), drift), W
-
-    def _rounded(
-        self, note: Mapping[str, Any], settings: Quantization, regularization: Regularizer
-    ) -> tuple[Quantization, Regularizer]:
-        """The settings of a group, without statistics where there are none."""
-        return rounded(settings, regularization) if note["fallback"] == "rtn" else (settings, regularization)
+        regularization, scale_dtype = stage.spec.regularization, stage.scale_dtype(block.unit)
+        if note["fallback"] == "rtn":
+            settings, regularization = rounded(settings, regularization)
+        group = prepare_group(name, W, H, settings, regularization, scale_dtype, drift)
+        block.prepared = (members, group, W)
+        return group, W
 
     def _solved(self, block: _Block, group: int) -> tuple[dict[str, QuantizedLinear], list[LayerRecord]]:
         """Layers and records of a group whose tiles are all solved."""
@@ -326,25 +336,37 @@ class TileSolver:
                 settings = tiles[0][0].settings
                 quantized, record = merge_rows(weights, settings, solved_rows, outcome, note["num_tokens"])
                 layers |= quantized
-                errors = {int(bits): e for bits, e in self._decided(block, group, members)["errors"].items()}
+                noted = self._note(block, group, "decision")["width_errors"]["+".join(members)]
+                errors = {int(bits): error for bits, error in noted.items()}
                 counted = {"routed_tokens": note["routed_tokens"], "fallback": note["fallback"]}
                 records.append(dataclasses.replace(record, width_errors=errors, **counted))
             block.solved[group] = (layers, records)
         return block.solved[group]
 
-    def _settings(self, block: _Block) -> dict[str, Quantization]:
-        return layer_settings(self._stage.spec.run, self._stage.spec.quantization, block.unit, block.round_index)
+    def _settings(self, round_index: int, unit: BlockUnit) -> dict[str, Quantization]:
+        return layer_settings(self._stage.spec.run, self._stage.spec.quantization, unit, round_index)
+
+    def _parts(self, block: _Block, group: int) -> dict[str, int]:
+        """Calls that a group takes after its decision, by method: all of one are done before the next begins."""
+        return {"weigh": len(self._sample_tiles(block, group)), "tile": len(self._tiles(block, group))}
 
     def _tiles(self, block: _Block, group: int) -> list[_Tile]:
-        return [
-            _Tile(own, tuple(members), tile)
-            for own, members in by_settings(block.groups[group], self._settings(block))
-            for tile in self._cut(block.unit, members)
-        ]
+        """Of all rows."""
+        return self._cut(block, group, row_tiles)
 
-    def _cut(self, unit: BlockUnit, members: Sequence[str]) -> list[slice]:
-        shapes = [linear for linear in unit.linears if linear.name in members]
-        return row_tiles(sum(linear.rows for linear in shapes), shapes[0].columns, self._stage.device.type)
+    def _sample_tiles(self, block: _Block, group: int) -> list[_Tile]:
+        """Of the sampled rows, where β is searched."""
+        is_searched = self._stage.spec.regularization.is_searched
+        return self._cut(block, group, beta.sample_tiles) if is_searched else []
+
+    def _cut(self, block: _Block, group: int, tiles: Callable[[int, int, str], list[slice]]) -> list[_Tile]:
+        cut = []
+        for settings, members in by_settings(block.groups[group], block.settings):
+            shapes = [block.unit.by_name[name] for name in members]
+            num_rows = sum(linear.rows for linear in shapes)
+            rows = tiles(num_rows, shapes[0].columns, self._stage.device.type)
+            cut += [_Tile(settings, tuple(members), own) for own in rows]
+        return cut
 
     def _read_tile(
         self, block: _Block, group: int, number: int, settings: Quantization
@@ -355,10 +377,11 @@ class TileSolver:
         figures = Figures(**{field.name: tensors[field.name] for field in dataclasses.fields(Figures)})
         return SolvedRows(tensors["Q"], grid, figures), GroupOutcome(**json.loads(note))
 
-    def _decided(self, block: _Block, group: int, members: Sequence[str]) -> dict[str, Any]:
-        """What was decided for some layers of a group."""
-        decided: dict[str, Any] = self._note(block, group, "decision")["decided"]["+".join(members)]
-        return decided
+    def _sample_errors(self, block: _Block, group: int, members: Sequence[str]) -> torch.Tensor:
+        """Errors of some layers' sampled rows under every β."""
+        tiles = enumerate(self._sample_tiles(block, group))
+        paths = [self._path(block, group, f"sample-{n}") for n, tile in tiles if tile.members == members]
+        return torch.cat([load_part(path)[0]["errors"] for path in paths], dim=1).to(self._stage.device)
 
     def _note(self, block: _Block, group: int, name: str) -> dict[str, Any]:
         """What is noted with a part of a group."""

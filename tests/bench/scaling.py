@@ -144,10 +144,10 @@ def measured(run: Path, workers: list[int]) -> None:
         phases = records[call.unit]["seconds"]
         if call.method in ("give_out", "write"):
             return phases["write"]
-        if call.method in ("decide", "tile"):
+        if call.method in ("decide", "weigh", "tile"):
             own = records[call.unit]["layers"][int(call.args[2])]["seconds"]
-            shared = own.get("factor", 0.0) + own.get("beta", 0.0)
-            return shared if call.method == "decide" else sum(own.values()) - shared
+            apart = {"decide": own.get("factor", 0.0), "weigh": own.get("beta", 0.0)}
+            return apart.get(call.method, sum(own.values()) - sum(apart.values()))
         if call.method == "open_block":
             return phases["read"]
         if call.method == "forward":
@@ -157,9 +157,9 @@ def measured(run: Path, workers: list[int]) -> None:
         return sum(value for name, value in phases.items() if name not in ("read", "forward", "hessian"))
 
     def result(call: Call) -> dict:
-        """A stage for each group of layers, solved in one tile."""
+        """Each group of layers weighed and solved in one tile."""
         groups = len(records[call.unit]["layers"]) if call.method == "give_out" else 0
-        return {"tiles": [(stage, 1) for stage in range(groups)]}
+        return {"groups": [(group, {"weigh": 1, "tile": 1}) for group in range(groups)]}
 
     units = [path.stem for path in (run / "records").glob("*.json")]
     plan = Plan(

@@ -3,6 +3,7 @@
 import pytest
 import torch
 
+from astro import beta, tiling
 from astro.config import Quantization, Regularizer
 from astro.errors import NumericalError
 from astro.group import compensate, measure_width, prepare_group, solve_rows
@@ -14,7 +15,8 @@ NONE = Regularizer(name="none")
 
 def prepared(W, H, regularization=NONE, drift=None, **changes):
     settings = Quantization(**{"group_size": 16, "bits": 3, **changes})
-    return prepare_group("a", W, H, settings, regularization, torch.float16, drift)
+    group = prepare_group("a", W, H, settings, regularization, torch.float16, drift)
+    return beta.search(group, W) if regularization.is_searched else group
 
 
 def hessian(seed=0, columns=64):
@@ -48,6 +50,15 @@ def test_beta_that_gains_nothing_is_zero():
     H = torch.eye(64)  # every column alone: nothing can make up for a shrunken weight
     group = prepared(torch.ones(128, 64), H, Regularizer(), bits=8)
     assert (group.beta, group.beta_gain, group.problem) == (0.0, 0.0, None)
+
+
+def test_tiles_of_the_sample_do_not_change_the_choice(monkeypatch):
+    W, H = random_weights(128, 64), hessian()
+    whole = prepared(W, H, Regularizer(), scale_search="minmax", refine_passes=0)
+    monkeypatch.setattr(tiling, "row_tile", lambda *_: 40)  # less than seven of the sixteen rows under six candidates
+    assert len(beta.sample_tiles(128, 64, "cpu")) == 3
+    cut = prepared(W, H, Regularizer(), scale_search="minmax", refine_passes=0)
+    assert (cut.beta, cut.beta_gain) == (whole.beta, pytest.approx(whole.beta_gain, rel=1e-4))
 
 
 def test_given_beta_is_taken_as_it_is():

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from astro import layer as layer_module
+from astro import tiling
 from astro.config import Quantization, Regularizer
 from astro.errors import NumericalError
 from astro.hessian import layer_error
@@ -47,7 +47,7 @@ def test_members_are_cut_out_of_the_stack(H):
 def test_tiles_do_not_change_the_result(H, monkeypatch):
     W = random_weights(10, 48)
     whole, _ = run([("a", W)], H, NONE)
-    monkeypatch.setattr(layer_module, "_CPU_ROWS", 4)
+    monkeypatch.setattr(tiling, "row_tile", lambda *_: 4)
     tiled, _ = run([("a", W)], H, NONE)
     assert torch.equal(tiled["a"].Q, whole["a"].Q)
 
@@ -84,12 +84,3 @@ def test_weights_that_are_not_finite_are_an_error(H):
     W[2, 3] = float("nan")
     with pytest.raises(NumericalError, match="a: "):
         run([("a", W)], H, NONE)
-
-
-@pytest.mark.parametrize(
-    ("columns", "device", "rows"),
-    [(8192, "cuda", 16384), (28672, "cuda", 4096), (10**6, "cuda", 1024), (8192, "cpu", 1024)],
-)
-def test_tiles_are_of_the_model_and_the_kind_of_device_alone(columns, device, rows):
-    tiles = layer_module.row_tiles(3 * rows + 5, columns, device)
-    assert [tile.stop - tile.start for tile in tiles] == [rows, rows, rows, 5]

@@ -31,8 +31,10 @@ def test_nothing_is_used_before_it_is_there(num_workers, seed, compensated):
             assert not compensated or block == 0 or all(("pass_on", "original", block - 1, c) in seen for c in chunks)
         if call.method == "decide":
             assert all(("share", call.args[1], min(call.args[2], 1), i) in seen for i in range(2))
-        if call.method == "tile":
+        if call.method in ("weigh", "tile"):
             assert ("decide", *call.args[:3]) in seen
+        if call.method == "tile" and call.args[2] == 1:
+            assert all(("weigh", *call.args[:3], i) in seen for i in range(2))
         if call.method == "write":
             assert all(("tile", *call.args, group, i) in seen for group in range(3) for i in range(3))
         if call.method == "pass_on" and call.args[0] == "round-0":

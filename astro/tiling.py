@@ -1,0 +1,24 @@
+"""Rows are cut into tiles that are solved apart: part of the arithmetic, of the model and the kind of device alone."""
+
+__all__ = ["cut", "row_tile", "row_tiles"]
+
+_LEAST_ROWS = 512
+_ELEMENTS = {"cpu": 1 << 19, "cuda": 1 << 27}
+"""What is worked on at once bounds the memory of a solve, but a column of few rows takes no less time than its calls,
+on a GPU much more than on a CPU."""
+
+
+def cut(num_items: int, num_parts: int) -> list[slice]:
+    """Contiguous parts, as even as can be; fewer where there are fewer items."""
+    count = min(num_parts, num_items)
+    return [slice(num_items * i // count, num_items * (i + 1) // count) for i in range(count)]
+
+
+def row_tile(num_columns: int, device_type: str) -> int:
+    """Rows that are solved at once, at most."""
+    return max(_LEAST_ROWS, _ELEMENTS[device_type] // num_columns)
+
+
+def row_tiles(num_rows: int, num_columns: int, device_type: str, copies: int = 1) -> list[slice]:
+    """The tiles in which rows are solved, where a tile holds so many copies of each of its rows."""
+    return cut(num_rows, -(-num_rows * copies // row_tile(num_columns, device_type)))

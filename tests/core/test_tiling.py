@@ -1,0 +1,25 @@
+"""Rows are cut by the model and the kind of device alone."""
+
+import pytest
+
+from astro.tiling import cut, row_tiles
+
+
+@pytest.mark.parametrize(
+    ("columns", "device", "rows"),
+    [(8192, "cuda", 16384), (28672, "cuda", 4681), (10**6, "cuda", 512), (576, "cpu", 910), (8192, "cpu", 512)],
+)
+def test_tiles_are_as_even_as_can_be_and_no_larger_than_the_device_takes(columns, device, rows):
+    tiles = row_tiles(3 * rows + 5, columns, device)
+    assert len(tiles) == 4
+    assert [tile.start for tile in tiles] == [0, *(tile.stop for tile in tiles[:-1])]
+    assert {tile.stop - tile.start for tile in tiles} <= {(3 * rows + 5) // 4, (3 * rows + 5) // 4 + 1}
+
+
+def test_copies_of_a_row_count_as_rows():
+    assert row_tiles(100, 4096, "cpu", copies=6) == [slice(0, 50), slice(50, 100)]
+    assert row_tiles(2, 4096, "cpu", copies=2000) == [slice(0, 1), slice(1, 2)]
+
+
+def test_nothing_is_cut_into_nothing():
+    assert cut(0, 3) == []
