@@ -1,17 +1,22 @@
 """The command line. Exit code 0 done, 1 the run failed, 2 the input was wrong and nothing was started."""
 
 import dataclasses
+import itertools
 import json
 import sys
 import traceback
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from rich.console import Console
 from rich.table import Table
 
 from astro.errors import AstroError, InputError
+
+if TYPE_CHECKING:  # they import torch: seconds that `--help` need not wait for
+    from astro_dist.config import RunConfig
+    from astro_dist.plan import BlockUnit
 
 __all__ = ["app", "main"]
 
@@ -73,7 +78,10 @@ def plan(
     device: Annotated[str, typer.Option(help="cpu (this machine, measured), or a GPU: h100, a100, ...")] = "cpu",
     as_json: _Json = False,
 ) -> None:
-    """What a run will need, from the headers alone: units, bytes, memory, disk, time. Nothing is read or written."""
+    """What a run will need, from the headers alone: units, bytes, memory, disk, time. Nothing is read or written.
+
+    Blocks of one size that follow each other share a row.
+    """
     from astro_dist import pipeline
     from astro_dist.config import load_config
 
@@ -92,9 +100,12 @@ def plan(
     table = Table("unit", "layers", "read MB", "written MB", "file")
     for unit in found.copies:
         table.add_row(unit.name, "-", f"{unit.read_bytes / 1e6:.1f}", f"{unit.read_bytes / 1e6:.1f}", unit.file)
-    for block in found.blocks:
-        sizes = (f"{block.read_bytes / 1e6:.1f}", f"{block.written_bytes / 1e6:.1f}")
-        table.add_row(block.name, str(len(block.linears)), *sizes, block.file)
+    for (layers, read_bytes, written_bytes), equal in itertools.groupby(found.blocks, _size):
+        blocks = list(equal)
+        ends = blocks if len(blocks) == 1 else (blocks[0], blocks[-1])
+        names, files = (" to ".join(own) for own in ([b.name for b in ends], [b.file for b in ends]))
+        table.add_row(names, str(layers), f"{read_bytes / 1e6:.1f}", f"{written_bytes / 1e6:.1f}", files)
+    _say(_main_settings(settings))
     Console().print(table)
     _say(
         f"{found.weights / 1e6:.1f} million weights quantized; "
@@ -200,6 +211,19 @@ def main() -> None:
     if code == _INTERRUPTED:
         typer.echo("interrupted; what is finished is kept, run the same command to go on", err=True)
     sys.exit(code or 0)
+
+
+def _size(block: "BlockUnit") -> tuple[int, int, int]:
+    return len(block.linears), block.read_bytes, block.written_bytes
+
+
+def _main_settings(config: "RunConfig") -> str:
+    q, calibration, execution = config.quantization, config.calibration, config.execution
+    bits = f"{q.average_bits:g} bits on average" if q.bits == "auto" else f"{q.bits} bits"
+    return (
+        f"{config.model.source}: {bits}, group size {q.group_size}, format {q.format}; mode {execution.mode}, "
+        f"{execution.rounds} round(s); calibration {calibration.samples} × {calibration.sequence_length} tokens"
+    )
 
 
 def _explain(message: str) -> None:

@@ -31,7 +31,7 @@ from astro_dist.executor import Executor, LocalExecutor
 from astro_dist.failure import FailureHistory
 from astro_dist.manifest import RunDirectory, begun_commit
 from astro_dist.plan import Plan, make_plan
-from astro_dist.progress import ProgressDisplay
+from astro_dist.progress import ProgressDisplay, say
 from astro_dist.resume import make_schedule
 from astro_dist.schedule import Call, Schedule, block_unit
 from astro_dist.source import Source, resolve_source
@@ -189,6 +189,7 @@ def _run(
     resumed = len(schedule.finished)
     workers: dict[int, dict[str, Any]] = {}
     if schedule.complete and run.summary.is_file():
+        say(f"{run.root}: this run was finished already; nothing was done, and the figures are those of then")
         run.drop_leftovers()
         return read_json(run.summary)
     folder = prepared.source.folder

@@ -11,7 +11,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextC
 
 from astro_dist.schedule import Call
 
-__all__ = ["ProgressDisplay"]
+__all__ = ["ProgressDisplay", "say"]
 
 _PHASES = {
     "embed": "embedding",
@@ -29,6 +29,12 @@ _PHASES = {
     "conclude": "evaluating",
     "head": "measuring perplexity",
 }
+
+
+def say(text: str, console: Console | None = None) -> None:
+    """One line that stays, with the time; on a console that shows a live display where one is given."""
+    console = console or Console(stderr=True)
+    console.print(f"[{time.strftime('%H:%M:%S')}] {text}", markup=False, highlight=False, soft_wrap=True)
 
 
 class ProgressDisplay:
@@ -92,7 +98,7 @@ class ProgressDisplay:
 
     def say(self, text: str) -> None:
         """One line that stays."""
-        self._console.print(f"[{time.strftime('%H:%M:%S')}] {text}", markup=False, highlight=False, soft_wrap=True)
+        say(text, self._console)
 
     def _show(self, worker: int, phase: str) -> None:
         if worker in self._rows:

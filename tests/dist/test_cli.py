@@ -72,7 +72,18 @@ def test_plan_writes_nothing(run, config):
     assert [unit["linears"] for unit in content["blocks"]] == [7, 7, 7]
     assert content["ignored"] == ["lm_head"]
     assert not (config.parent / "run").exists()
-    assert "block-0002" in run("plan", config)[1]
+
+def test_plan_shows_equal_blocks_in_one_row_below_the_main_settings(run, config):
+    out = " ".join(run("plan", config)[1].split())
+    assert "4 bits, group size 32, format compressed-tensors; mode blocks, 1 round(s); calibration 4 × 32 tokens" in out
+    assert "block-0000" in out
+    assert "block-0001" not in out
+    assert "block-0002" in out
+
+
+def test_run_that_was_finished_already_says_so(run, config):
+    said = [run("quantize", config)[2] for _ in range(2)]
+    assert ["finished already; nothing was done" in text for text in said] == [False, True]
 
 
 def test_verify_measures_against_the_source(run, config, llama):
