@@ -1,11 +1,11 @@
 """What a run reads from a Hub over the network, and what its cache takes on disk, with two Ray workers on this machine.
 
-    python tests/bench/sources.py --folder DIR [--model SMOLLM2] [--only blocks ...]
+    python tests/bench/sources.py --folder DIR [--model SMOLLM2] [--only blocks ...] [--cache-share 1.1]
 
 The tests' Hub server on loopback serves a fabricated checkpoint of 16 blocks with the proportions of a 70B, and
-SMOLLM2 where it is given, to `astro-dist quantize`; the cache may hold a quarter of the checkpoint. Counted are the
+SMOLLM2 where it is given, to `astro-dist quantize`; the cache may hold a quarter of a checkpoint. Counted are the
 bytes that are asked of the weights' files (index, headers, tensors), and the cache's folder is measured every 20 ms.
-Prints Markdown; 1.00 is a byte asked for each byte of the checkpoint.
+Prints Markdown; 1.00 is every byte of the checkpoint asked for once.
 """
 
 import argparse
@@ -29,7 +29,6 @@ from tests.hub_server import HubServer  # noqa: E402
 
 # hidden, intermediate, heads, heads of keys and values, vocabulary
 SIZES, LAYERS = (1024, 2816, 16, 8, 3000), 16
-CACHE_SHARE = 0.25
 POLL_S = 0.02
 MODES = {
     "blocks": [],
@@ -91,7 +90,7 @@ def kind_of(name: str) -> str:
     return "block" if ".layers." in name else "outside"
 
 
-def measure(name: str, source: Path, mode: str, folder: Path) -> None:
+def measure(name: str, source: Path, mode: str, folder: Path, cache_share: float) -> None:
     """One run; prints its row."""
     run, cache = folder / "run", folder / "cache"
     for path in (run, cache):
@@ -100,7 +99,7 @@ def measure(name: str, source: Path, mode: str, folder: Path) -> None:
     sizes = Counter()
     for entry in checkpoint.entries.values():
         sizes[kind_of(entry.name)] += entry.size_bytes
-    bound = int(CACHE_SHARE * sizes.total())
+    bound = int(cache_share * sizes.total())
     config = folder / "empty.yaml"
     config.write_text("{}")
     settings = [
@@ -133,6 +132,7 @@ def main() -> None:
     parser.add_argument("--folder", type=Path, required=True)
     parser.add_argument("--model", type=Path, help="folder with SmolLM2-135M")
     parser.add_argument("--only", nargs="+", default=list(MODES), choices=list(MODES))
+    parser.add_argument("--cache-share", type=float, default=0.25, help="what the cache may hold of the checkpoint")
     options = parser.parse_args()
     folder = options.folder.resolve()
     fabricated = folder / "source"
@@ -145,7 +145,7 @@ def main() -> None:
     )
     for name, source in {"16 blocks": fabricated, "SmolLM2": options.model}.items():
         for mode in options.only if source else ():
-            measure(name, source.resolve(), mode, folder)
+            measure(name, source.resolve(), mode, folder, options.cache_share)
 
 
 if __name__ == "__main__":
