@@ -29,8 +29,8 @@ SHAPES = {
 }
 
 
-def fabricate(folder: Path, shape: str, layers: int) -> None:
-    """Write the checkpoint shard by shard, never whole in memory."""
+def fabricate(folder: Path, sizes: tuple[int, int, int, int, int], layers: int) -> None:
+    """Write a checkpoint of sizes as in `SHAPES` shard by shard, never whole in memory."""
     import torch
     import transformers
     from safetensors.torch import save_file
@@ -39,7 +39,7 @@ def fabricate(folder: Path, shape: str, layers: int) -> None:
     from astro.files import write_json
     from tests.conftest import byte_tokenizer
 
-    hidden, intermediate, heads, kv_heads, vocabulary = SHAPES[shape]
+    hidden, intermediate, heads, kv_heads, vocabulary = sizes
     config = transformers.LlamaConfig(
         vocab_size=vocabulary, hidden_size=hidden, intermediate_size=intermediate, num_hidden_layers=layers,
         num_attention_heads=heads, num_key_value_heads=kv_heads, max_position_embeddings=2048, dtype="bfloat16",
@@ -89,7 +89,8 @@ def main() -> None:
         if not (source / "tokenizer.json").exists():
             source.mkdir(parents=True, exist_ok=True)
             # Apart: a process begins with the peak of the one that starts it.
-            maker = multiprocessing.get_context("spawn").Process(target=fabricate, args=(source, shape, options.layers))
+            arguments = (source, SHAPES[shape], options.layers)
+            maker = multiprocessing.get_context("spawn").Process(target=fabricate, args=arguments)
             maker.start()
             maker.join()
         config = options.folder / f"{name}.json"  # JSON is YAML
