@@ -98,7 +98,7 @@ class Worker:
         self._let_go()
         with stage.outside_loaded(with_block=spec.plan.blocks[0]):
             as_tuple = returns_tuple(stage.skeleton, stage.input_ids(spec.chunks[0])[:1, :_PROBE_TOKENS])
-        with stage.outside_loaded():
+            stage.skeleton.blocks[0].to("meta")
             for chunk in spec.chunks:
                 input_ids = stage.input_ids(chunk)
                 hidden, calls = record(stage.skeleton, input_ids, as_tuple)

@@ -214,14 +214,18 @@ class BlockSchedule:
 
     def _candidates(self) -> Iterator[Call]:
         """First calls of units whose inputs are there, the most urgent first."""
+        copying = copy_calls(unit for unit in self.units if unit not in self.finished)
         if "embed" in self.finished:
             yield from self._repeats()
-            yield from self._heads()
+            heads = self._heads()
+            if heads:
+                yield from copying  # a head reads what was copied
+            yield from heads
             yield from self._parts()
             yield from self._next_blocks()
         else:
             yield Call("embed", (), "embed")
-        yield from copy_calls(unit for unit in self.units if unit not in self.finished)
+        yield from copying
 
     def _repeats(self) -> list[Call]:
         """Chunks that pass through a finished block once more, because what it handed on is lost."""

@@ -133,7 +133,8 @@ class SequentialSchedule:
         if "embed" not in self.finished:
             return [Call("embed", (), "embed"), *copying]
         behind, side = (self._passes(stream) for stream in ("round-0", "original"))
-        return [*behind, *self._quantize(self._current, bool(behind or side)), *side, *self._heads(), *copying]
+        # A head reads what was copied.
+        return [*behind, *self._quantize(self._current, bool(behind or side)), *side, *copying, *self._heads()]
 
     def _passes(self, stream: str) -> list[Call]:
         """Chunks that shall go through the next block on their way, each from the furthest it has come."""

@@ -21,6 +21,7 @@ from astro.observation import BlockLayers
 from astro.parts import load_part, save_part
 from astro.recording import BlockCall, load_call
 from astro.skeleton import Skeleton
+from astro.store import FolderStore
 from astro_dist.budget import layer_settings
 from astro_dist.devices import memory_shortage
 from astro_dist.manifest import RunDirectory
@@ -144,8 +145,8 @@ class Stage:
         """Embeddings, norm and head, and one block where wanted, on the device for a while."""
         self.close()
         skeleton = self.skeleton
-        keys = (*self.spec.plan.outside, *(with_block.keys if with_block else ()))
-        skeleton.load(skeleton.model, self.checkpoint.read(keys), self.device)
+        tensors = self._read_outside() | self.checkpoint.read(with_block.keys if with_block else ())
+        skeleton.load(skeleton.model, tensors, self.device)
         skeleton.model.tie_weights()
         try:
             yield
@@ -233,6 +234,16 @@ class Stage:
         path = self.spec.run.hidden(stream, index, chunk)
         if not path.exists():
             save_part(path, {"hidden": hidden})
+
+    def _read_outside(self) -> dict[str, torch.Tensor]:
+        """Embeddings, norm and head; where the source is far away, from what was copied of it already."""
+        wanted, tensors = set(self.spec.plan.outside), dict[str, torch.Tensor]()
+        for unit in self.spec.plan.copies:
+            is_near = isinstance(self.checkpoint.store, FolderStore)
+            if not is_near and wanted.intersection(unit.keys) and self.spec.run.finished(unit.name):
+                copied, _ = load_tensors(self.spec.run.model / unit.file)
+                tensors |= {key: copied[key] for key in wanted.intersection(copied)}
+        return tensors | self.checkpoint.read(wanted - tensors.keys())
 
     def _read_result(self, stream: str, unit: BlockUnit) -> dict[str, torch.Tensor]:
         round_index = int(stream.removeprefix("round-"))

@@ -14,6 +14,7 @@ from moto.server import ThreadedMotoServer
 from astro.checkpoint import Checkpoint
 from astro.errors import CheckpointError, ConfigError
 from astro_dist import object_files, pipeline, remote
+from astro_dist.actors import Worker
 from astro_dist.config import ModelConfig
 from astro_dist.range_cache import RangeCache
 from astro_dist.source import resolve_source
@@ -66,6 +67,15 @@ def test_run_from_the_hub_writes_the_bytes_of_a_local_run_and_fetches_each_tenso
     heads = sum(stop - start + 1 for file, (start, stop) in fetched if start == 0)
     assert sum(stop - start + 1 for _, (start, stop) in fetched) - heads <= shards
     assert summary["bytes_read"] > 0
+
+
+@pytest.mark.parametrize("mode", ["blocks", "sequential"])
+def test_what_lies_outside_the_blocks_is_fetched_once(hub, remote_config, monkeypatch, mode):
+    """Without any cache: the perplexities are measured with what was copied."""
+    asked, real = [], Worker.head
+    monkeypatch.setattr(Worker, "head", lambda self, stream: asked.append(len(hub.asked)) or real(self, stream))
+    pipeline.quantize(remote_config(model__cache_gb=0.0, execution__mode=mode))
+    assert asked == [len(hub.asked)] * 2
 
 
 def test_token_is_used_at_the_hub_and_nowhere_else(hub, remote_config, tmp_path):
