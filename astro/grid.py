@@ -12,7 +12,7 @@ import torch
 from astro.config import Quantization
 from astro.errors import NumericalError
 
-__all__ = ["Grid", "fit_grid", "grouped", "require_finite_scales"]
+__all__ = ["Grid", "fit_grid", "grouped", "num_candidates", "require_finite_scales"]
 
 _PLAIN_NORM = 2.4
 """Exponent of the unweighted error, GPTQ's own choice."""
@@ -101,7 +101,7 @@ def fit_grid(
     if settings.symmetric:
         high = torch.maximum(-low, high)
         low = -high
-    shrinks = _SHRINKS[:1] if settings.scale_search == "minmax" else _SHRINKS
+    shrinks, signs = _candidates(settings)
     weight = None
     if settings.scale_search == "hessian":
         assert cost is not None, "the search `hessian` needs the cost of each column"
@@ -110,7 +110,6 @@ def fit_grid(
     if len(shrinks) == 1:
         return best
     least = _group_error(V, best, weight)
-    signs = (1, -1) if settings.symmetric and settings.signed_scales else (1,)
     for shrink, sign in itertools.islice(itertools.product(shrinks, signs), 1, None):
         grid = _make_grid(low * shrink, high * shrink, settings, group_size, scale_dtype)
         grid = dataclasses.replace(grid, scale=grid.scale * sign)
@@ -120,6 +119,19 @@ def fit_grid(
         best = dataclasses.replace(best, scale=scale, zero=torch.where(better, grid.zero, best.zero))
         least = torch.minimum(error, least)
     return best
+
+
+def num_candidates(settings: Quantization) -> int:
+    """Scales that are tried for every group."""
+    shrinks, signs = _candidates(settings)
+    return len(shrinks) * len(signs)
+
+
+def _candidates(settings: Quantization) -> tuple[tuple[float, ...], tuple[int, ...]]:
+    """Factors of a group's range, and signs."""
+    if settings.scale_search == "minmax":
+        return _SHRINKS[:1], (1,)
+    return _SHRINKS, (1, -1) if settings.symmetric and settings.signed_scales else (1,)
 
 
 def _make_grid(

@@ -17,7 +17,19 @@ from astro.config import Regularizer
 from astro.errors import NumericalError
 from astro.grid import grouped
 
-__all__ = ["Problem", "group_activations", "largest_eigenvalue", "mean_group_maximum", "prepare", "prox", "regularize"]
+__all__ = [
+    "PROX_PASSES",
+    "Problem",
+    "group_activations",
+    "largest_eigenvalue",
+    "mean_group_maximum",
+    "prepare",
+    "prox",
+    "regularize",
+]
+
+PROX_PASSES = 45
+"""Elementwise operations of the proximal map on all of its elements, for groups of 64 to 128."""
 
 _NEWTON_STEPS = 5
 """At least; wide groups take more, one for each doubling. Residuals are then below 1e-5 of τ (tested)."""

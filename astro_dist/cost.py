@@ -10,6 +10,8 @@ from typing import Any
 
 from astro.beta import NUM_CANDIDATES, sample_tiles
 from astro.config import Quantization, Regularizer
+from astro.grid import num_candidates
+from astro.regularizer import PROX_PASSES
 from astro.tiling import row_tile, row_tiles
 from astro_dist.config import RunConfig
 from astro_dist.devices import Device
@@ -20,8 +22,10 @@ from astro_dist.sequential_schedule import shares
 __all__ = ["CostModel", "Work"]
 
 _ATTENTION_OUTPUTS = ("o_proj", "out_proj", "dense", "wo", "c_proj")
-_NEWTON_PASSES = 12
-"""Elementwise passes of the proximal map and its surroundings in one iteration of ADMM, each some 2 operations."""
+_CANDIDATE_PASSES = 4
+"""Elementwise operations for each candidate of a scale, by the time of the proximal map's."""
+_COLUMN_STEPS = 6
+"""Operations for a column, in GPTQ as in a pass of refinement."""
 _LIBRARIES_BYTES = 430_000_000
 """Resident memory of a CPU worker before it does anything: Python, torch, transformers, Ray."""
 _STATES = 6
@@ -38,12 +42,14 @@ class Work:
     Attributes:
         compute: operations in the compute dtype: forward passes.
         exact: operations in float32: statistics and solve.
+        elements: that elementwise operations go through: proximal map, candidates of scales.
         steps: dependent small operations: columns of GPTQ and refinement.
         moved_bytes: read from and written to the shared folder.
     """
 
     compute: float = 0.0
     exact: float = 0.0
+    elements: float = 0.0
     steps: float = 0.0
     moved_bytes: float = 0.0
 
@@ -55,8 +61,8 @@ class Work:
         """Time on a device; `half` where forward passes run in 16 bits."""
         rate = device.bfloat16 if half else device.float32
         return (
-            self.compute / rate + self.exact / device.float32 + self.steps * device.step_s
-            + self.moved_bytes / device.storage
+            self.compute / rate + self.exact / device.float32 + self.elements / device.elements
+            + self.steps * device.step_s + self.moved_bytes / device.storage
         )  # fmt: skip
 
 
@@ -120,7 +126,8 @@ class CostModel:
             chunk = str(args[2])
             exact = self._hessian(unit, self._tokens[chunk]) if not is_held_out(chunk) else 0.0
             moved = 2.0 * self._activations([chunk])
-            return Work(self._forward(unit, self._tokens[chunk]), exact * (call.method == "forward"), 0.0, moved)
+            exact *= call.method == "forward"
+            return Work(self._forward(unit, self._tokens[chunk]), exact, moved_bytes=moved)
         if call.method == "solve":
             solved = (self._solve(group) for group in self._groups(unit))
             return sum(solved, Work(moved_bytes=unit.written_bytes))
@@ -211,7 +218,7 @@ class CostModel:
             # A stage's inputs take the block's forward up to that stage; which worker has the block already is open.
             passed = (int(call.args[1]) + 1) / len(stages)
             moved = streams * self._activations(chunks) + square + unit.read_bytes
-            return Work(streams * passed * self._forward(unit, tokens), exact, 0.0, moved)
+            return Work(streams * passed * self._forward(unit, tokens), exact, moved_bytes=moved)
         group = groups[min(int(call.args[2]), len(groups) - 1)]
         square = 4.0 * group.columns**2 * (1 + self._compensated)
         if call.method == "decide":
@@ -240,9 +247,13 @@ class CostModel:
         settings, regularization = self._quantization, self._regularization
         passes = 1 + 2 * settings.refine_passes  # a pass multiplies by H twice: for scales and for integers
         iterations = regularization.steps if regularization.name != "none" else 0
-        per_row = (passes + iterations) * 2.0 * group.columns**2 + iterations * 2 * _NEWTON_PASSES * group.columns
-        rows = copies * sum(tile.stop - tile.start for tile in tiles)
-        return Work(exact=rows * per_row, steps=len(tiles) * group.columns * (6.0 + 8 * settings.refine_passes))
+        elements = copies * sum(tile.stop - tile.start for tile in tiles) * float(group.columns)
+        elementwise = iterations * PROX_PASSES + num_candidates(settings) * _CANDIDATE_PASSES
+        return Work(
+            exact=(passes + iterations) * 2.0 * group.columns * elements,
+            elements=elementwise * elements,
+            steps=float(len(tiles) * group.columns * _COLUMN_STEPS * (1 + settings.refine_passes)),
+        )
 
     def _forward(self, unit: BlockUnit, tokens: int) -> float:
         return 2.0 * tokens * sum(group.reach * group.rows * group.columns for group in self._groups(unit))

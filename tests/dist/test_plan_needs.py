@@ -16,7 +16,7 @@ from astro_dist.schedule import Call
 from astro_dist.simulate import simulate
 from astro_dist.stage import require_memory
 
-SLOW = Device("slow", 1e9, 4e9, 1e-6, 10**9, 1e8)
+SLOW = Device("slow", 1e9, 4e9, 2e9, 1e-6, 10**9, 1e8)
 
 
 @pytest.fixture
@@ -51,9 +51,9 @@ def test_embed_and_head_move_and_compute_what_lies_outside_the_blocks(prepared):
 
 
 def test_seconds_add_up():
-    work = Work(compute=8e9, exact=1e9, steps=1e6, moved_bytes=1e8)
-    assert work.seconds(SLOW, half=True) == pytest.approx(2 + 1 + 1 + 1)
-    assert work.seconds(SLOW, half=False) == pytest.approx(8 + 1 + 1 + 1)
+    work = Work(compute=8e9, exact=1e9, elements=2e9, steps=1e6, moved_bytes=1e8)
+    assert work.seconds(SLOW, half=True) == pytest.approx(2 + 1 + 1 + 1 + 1)
+    assert work.seconds(SLOW, half=False) == pytest.approx(8 + 1 + 1 + 1 + 1)
 
 
 @pytest.mark.parametrize("changes", [{}, {"execution__mode": "sequential"}, {"execution__rounds": 2}], ids=str)
