@@ -1,6 +1,7 @@
 """Repositories of the Hugging Face Hub, each at one commit."""
 
 import dataclasses
+import re
 from collections.abc import Mapping
 from typing import Any
 
@@ -18,6 +19,8 @@ _LONGEST_ASKED_S = 300.0
 _TIMEOUT_S = 60.0
 _PASSING = (408, 429, 500, 502, 503, 504)
 """Answers of a server that may be another one in a while."""
+_LINKS: dict[tuple[str, str, str], str] = {}
+"""Where the Hub sent this process for a file, until that link expires: the Hub limits how often it is asked."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -48,25 +51,35 @@ class HubFiles:
 
     def fetch(self, file: str, start: int, length: int) -> bytes:
         """Some bytes of a file; fewer where the connection ends early."""
-        url = huggingface_hub.hf_hub_url(self.repository, file, revision=self.commit)
+        key = (self.repository, self.commit, file)
+        link = _LINKS.get(key)
+        url = link or huggingface_hub.hf_hub_url(self.repository, file, revision=self.commit)
         asked = f"bytes {start}-{start + length - 1}/{self.sizes()[file]}"
         # Not compressed: a range of a compressed form would be other bytes.
         headers = {
             **build_hf_headers(), "Range": f"bytes={start}-{start + length - 1}", "Accept-Encoding": "identity",
         }  # fmt: skip
+        if link:  # the store behind the Hub gets no token
+            headers = {name: value for name, value in headers.items() if name.lower() != "authorization"}
         found = bytearray()
         try:
             with get_session().stream("GET", url, headers=headers, timeout=_TIMEOUT_S, follow_redirects=True) as answer:
+                if link and answer.status_code >= 400:
+                    raise Passing(f"a link that the Hub gave may have expired: the store answers {answer.status_code}")
                 self._require_range(file, answer, asked)
+                if answer.history:
+                    _LINKS[key] = str(answer.url)
                 for part in answer.iter_raw():
                     found += part
                     if len(found) >= length:
                         break
         except (CheckpointError, Passing):
+            _LINKS.pop(key, None)
             raise
         except hub_errors.OfflineModeIsEnabled as error:
             raise CheckpointError(f"{self}: {error}") from error
         except Exception as error:  # of whichever HTTP library huggingface_hub is built on
+            _LINKS.pop(key, None)
             if not found:
                 raise Passing(f"{type(error).__name__}: {without_query(str(error))}") from error
         return bytes(found[:length])
@@ -132,7 +145,9 @@ def _refused(repository: str, revision: str, error: hub_errors.HfHubHTTPError) -
 
 
 def _retry_after(headers: Mapping[str, str]) -> float:
+    """Seconds that a server asks to wait: by `Retry-After`, or by the Hub's `RateLimit: "api";r=0;t=55`."""
+    window = re.search(r"\bt=(\d+)", headers.get("RateLimit", ""))
     try:
-        return min(float(headers.get("Retry-After", 0)), _LONGEST_ASKED_S)
+        return min(float(headers.get("Retry-After", window[1] if window else 0)), _LONGEST_ASKED_S)
     except ValueError:
         return 0.0

@@ -1,26 +1,22 @@
 """Tiny random models of the architectures that are tested, dense and mixtures of experts, and what is tested."""
 
 import dataclasses
-import shutil
 from pathlib import Path
 from typing import Any
 
 import torch
 import transformers
-from safetensors.torch import save_file
 
 from astro.block import forward
 from astro.checkpoint import Checkpoint
-from astro.files import read_json, write_json
-from astro.formats import LAYOUTS
-from astro.linear import LinearLayer
 from astro.recording import load_call, record, returns_tuple, run_head, save_calls
 from astro.skeleton import Skeleton
 from astro_dist import pipeline
 from astro_dist.config import RunConfig
 from tests.conftest import write_checkpoint
+from tests.dequantized import keys_of, write_dequantized
 
-__all__ = ["DENSE", "EXPERTS", "IDS", "UNREADABLE", "Examined", "examine", "keys_of", "logits_of", "streamed_logits"]
+__all__ = ["DENSE", "EXPERTS", "IDS", "UNREADABLE", "Examined", "examine", "logits_of", "streamed_logits"]
 
 IDS = torch.arange(40).reshape(2, 20) % 250
 
@@ -109,11 +105,6 @@ class Examined:
     perplexities: tuple[float, float]
 
 
-def keys_of(skeleton: Skeleton, checkpoint: Checkpoint, index: int) -> list[str]:
-    """Checkpoint tensors of a block."""
-    return [key for key in checkpoint.entries if skeleton.block_of(skeleton.target_of(key)[0]) == index]
-
-
 @torch.no_grad()
 def streamed_logits(folder: Path, ids: torch.Tensor, scratch: Path) -> torch.Tensor:
     """Logits with never more than one block loaded."""
@@ -160,7 +151,7 @@ def examine(name: str, scratch: Path) -> Examined:
     }
     summary = pipeline.quantize(RunConfig.model_validate(config))
     folder = Path(summary["model"])
-    layers = _dequantize(source, folder, scratch / "dequantized")
+    layers = write_dequantized(source, folder, scratch / "dequantized")
     ours, _ = logits_of(scratch / "dequantized", IDS)
     reloaded, difference = False, None
     if name not in UNREADABLE:
@@ -168,23 +159,3 @@ def examine(name: str, scratch: Path) -> Examined:
         difference = float((theirs - ours).abs().max() / ours.abs().max())
     perplexity = summary["perplexity"]
     return Examined(streamed, layers, reloaded, difference, (perplexity["original"], perplexity["quantized"]))
-
-
-def _dequantize(source: Path, quantized: Path, target: Path) -> int:
-    """Write the source with the quantized layers' weights in it; the number of layers."""
-    checkpoint, result, skeleton = Checkpoint.open(source), Checkpoint.open(quantized), Skeleton(source, torch.float32)
-    layers: list[LinearLayer] = []
-    for index in range(len(skeleton.blocks)):
-        layers += skeleton.linear_layers(index, keys_of(skeleton, checkpoint, index))[0]
-    config = read_json(quantized / "config.json")["quantization_config"]
-    layout = LAYOUTS[config["quant_method"]]
-    settings = layout.read_settings(config, [layer.name for layer in layers])
-    tensors = checkpoint.read(checkpoint.entries)
-    for layer in layers:
-        names = [f"{layer.stem}.{suffix}" for suffix in layout.suffixes(settings[layer.name])]
-        found = layout.unpack_linear(layer.stem, result.read(names), settings[layer.name])
-        layer.stored(tensors[layer.key]).copy_(found.dequantize())
-    shutil.copytree(source, target, ignore=shutil.ignore_patterns("*.safetensors", "*.index.json"))
-    save_file(tensors, target / "model.safetensors", {"format": "pt"})
-    write_json(target / "config.json", read_json(source / "config.json"))
-    return len(layers)

@@ -22,12 +22,14 @@ class HubServer:
         ranges: whether they are sent; `shift`: by how many bytes they are wrong.
         served: bytes of file contents that were sent.
         asked: path and range of each request for file contents.
+        resolved: names of files that the Hub was asked for the place of.
         tokens: seen in requests to the Hub, and in those to the store behind redirects.
     """
 
     def __init__(self):
         self.repositories, self.gated, self.faults = {}, set(), []
         self.served, self.asked, self.tokens = 0, [], {"hub": set(), "store": set()}
+        self.resolved = []
         self.ranges, self.shift = True, 0
         self.lock = threading.Lock()
         self._server = ThreadingHTTPServer(("127.0.0.1", 0), _handler(self))
@@ -106,6 +108,7 @@ def _handler(hub):
             found = self.find(repository, revision)
             if not found:
                 return
+            hub.resolved.append(file)
             path = found[1] / file
             if not path.is_file():
                 self.answer(404, {}, {"X-Error-Code": "EntryNotFound"})

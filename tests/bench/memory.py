@@ -26,11 +26,13 @@ SHAPES = {
     "tinyllama": (2048, 5632, 32, 4, 32000),
     "wide": (1024, 8192, 16, 16, 32000),
     "large-vocabulary": (1536, 4096, 12, 2, 151936),
+    "experts": (1024, 512, 8, 4, 32000),
 }
+EXPERTS, CHOSEN = 64, 4
 
 
-def fabricate(folder: Path, sizes: tuple[int, int, int, int, int], layers: int) -> None:
-    """Write a checkpoint of sizes as in `SHAPES` shard by shard, never whole in memory."""
+def fabricate(folder: Path, sizes: tuple[int, int, int, int, int], layers: int, experts: bool = False) -> None:
+    """Write a checkpoint of sizes as in `SHAPES` shard by shard, never whole in memory; `experts` of that width."""
     import torch
     import transformers
     from safetensors.torch import save_file
@@ -40,11 +42,17 @@ def fabricate(folder: Path, sizes: tuple[int, int, int, int, int], layers: int) 
     from tests.conftest import byte_tokenizer
 
     hidden, intermediate, heads, kv_heads, vocabulary = sizes
-    config = transformers.LlamaConfig(
-        vocab_size=vocabulary, hidden_size=hidden, intermediate_size=intermediate, num_hidden_layers=layers,
-        num_attention_heads=heads, num_key_value_heads=kv_heads, max_position_embeddings=2048, dtype="bfloat16",
-        architectures=["LlamaForCausalLM"],
-    )  # fmt: skip
+    common = {
+        "vocab_size": vocabulary, "hidden_size": hidden, "intermediate_size": intermediate, "num_hidden_layers": layers,
+        "num_attention_heads": heads, "num_key_value_heads": kv_heads, "max_position_embeddings": 2048,
+        "dtype": "bfloat16",
+    }  # fmt: skip
+    if experts:
+        config = transformers.Qwen3MoeConfig(
+            **common, num_experts=EXPERTS, num_experts_per_tok=CHOSEN, moe_intermediate_size=intermediate
+        )
+    else:
+        config = transformers.LlamaConfig(**common)
     with torch.device("meta"):
         shapes = {n: p.shape for n, p in transformers.AutoModelForCausalLM.from_config(config).named_parameters()}
     names, weight_map = list(shapes), {}
@@ -89,7 +97,7 @@ def main() -> None:
         if not (source / "tokenizer.json").exists():
             source.mkdir(parents=True, exist_ok=True)
             # Apart: a process begins with the peak of the one that starts it.
-            arguments = (source, SHAPES[shape], options.layers)
+            arguments = (source, SHAPES[shape], options.layers, shape == "experts")
             maker = multiprocessing.get_context("spawn").Process(target=fabricate, args=arguments)
             maker.start()
             maker.join()

@@ -1,17 +1,13 @@
 """What the readers are given: SmolLM2 quantized by our own pipeline, and what our own reader makes of that."""
 
-import shutil
 from pathlib import Path
 
 import pytest
 import transformers
-from safetensors.torch import save_file
 
-from astro.checkpoint import Checkpoint
-from astro.files import read_json, write_json
-from astro.formats import LAYOUTS
 from astro_dist import pipeline
 from astro_dist.config import RunConfig
+from tests.dequantized import write_dequantized
 
 OPTIONS = {
     "--model": "folder with SmolLM2-135M, in safetensors",
@@ -80,35 +76,15 @@ def quantized(request, tmp_path_factory):
 
 
 @pytest.fixture(scope="session")
-def dequantized(quantized, tmp_path_factory):
+def dequantized(request, quantized, tmp_path_factory):
     """Folder of a plain model with the float32 weights that our reader makes of a quantized one."""
     made = {}
 
     def make(layout: str, bits: int = 4) -> Path:
         if (layout, bits) not in made:
             made[layout, bits] = tmp_path_factory.mktemp(f"dequantized-{layout}-{bits}")
-            write_dequantized(quantized(layout, bits), made[layout, bits])
+            source = Path(option(request, "--model"))
+            write_dequantized(source, quantized(layout, bits), made[layout, bits])
         return made[layout, bits]
 
     return make
-
-
-def write_dequantized(folder: Path, target: Path) -> None:
-    """Write a quantized model as a plain one."""
-    config = read_json(folder / "config.json")
-    settings = config.pop("quantization_config")
-    packed = LAYOUTS[settings["quant_method"]]
-    checkpoint = Checkpoint.open(folder)
-    tensors = checkpoint.read(checkpoint.entries)
-    stems = [name.removesuffix(f".{packed.MARK}") for name in tensors if name.endswith(f".{packed.MARK}")]
-    for stem, own in packed.read_settings(settings, stems).items():
-        tensors[f"{stem}.weight"] = packed.unpack_linear(stem, tensors, own).dequantize()
-        for suffix in packed.suffixes(own):
-            del tensors[f"{stem}.{suffix}"]
-    save_file(
-        {name: tensor.float() for name, tensor in tensors.items()}, target / "model.safetensors", {"format": "pt"}
-    )
-    write_json(target / "config.json", config)
-    for path in folder.glob("*.json"):
-        if path.name not in ("config.json", "model.safetensors.index.json"):
-            shutil.copy(path, target)

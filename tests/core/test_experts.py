@@ -12,8 +12,9 @@ from astro.observation import BlockLayers
 from astro.recording import record, returns_tuple
 from astro.skeleton import Skeleton
 from astro.statistics import BlockStatistics
-from tests.architectures import EXPERTS, IDS, keys_of
+from tests.architectures import EXPERTS, IDS
 from tests.conftest import correlated_inputs, write_checkpoint
+from tests.dequantized import keys_of
 
 CPU = torch.device("cpu")
 

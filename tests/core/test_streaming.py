@@ -12,8 +12,9 @@ from astro.observation import BlockLayers
 from astro.recording import record, returns_tuple
 from astro.skeleton import Skeleton
 from astro.statistics import BlockStatistics, input_stages, inputs_of
-from tests.architectures import DENSE, EXPERTS, IDS, keys_of, streamed_logits
+from tests.architectures import DENSE, EXPERTS, IDS, streamed_logits
 from tests.conftest import write_checkpoint
+from tests.dequantized import keys_of
 
 CPU = torch.device("cpu")
 

@@ -9,11 +9,12 @@ import time
 import huggingface_hub.constants
 import pyarrow.fs
 import pytest
+import torch
 from moto.server import ThreadedMotoServer
 
 from astro.checkpoint import Checkpoint
 from astro.errors import CheckpointError, ConfigError
-from astro_dist import object_files, pipeline, remote
+from astro_dist import hub_files, object_files, pipeline, remote
 from astro_dist.actors import Worker
 from astro_dist.config import ModelConfig
 from astro_dist.range_cache import RangeCache
@@ -110,6 +111,28 @@ def test_failures_that_pass_are_tried_again(hub, remote_config, expected, tmp_pa
     pipeline.quantize(remote_config())
     assert not hub.faults
     assert files_of(tmp_path / "run" / "model") == expected
+
+
+def test_hub_is_asked_once_for_the_place_of_a_file_until_that_expires(hub, tmp_path, llama, monkeypatch):
+    monkeypatch.setattr(remote, "_FIRST_WAIT_S", 0.01)
+    source = resolve_source(ModelConfig(source="org/llama", cache_gb=0.0, cache_dir=tmp_path / "cache"))
+    checkpoint = Checkpoint.open(source.store)
+    for _ in range(3):
+        checkpoint.read(checkpoint.entries)
+    shards = [file for file in hub.resolved if file.endswith(".safetensors")]
+    assert len(shards) == len(set(shards)) == len(list(llama.glob("*.safetensors")))
+    hub.faults = [403]
+    name = next(iter(checkpoint.entries))
+    assert torch.equal(checkpoint.read([name])[name], Checkpoint.open(llama).read([name])[name])
+    assert len(hub.resolved) - len(set(hub.resolved)) == 1
+
+
+@pytest.mark.parametrize(
+    ("headers", "seconds"),
+    [({"Retry-After": "7"}, 7), ({"RateLimit": '"resolvers";r=0;t=55'}, 55), ({"Retry-After": "soon"}, 0), ({}, 0)],
+)
+def test_server_says_how_long_to_wait(headers, seconds):
+    assert hub_files._retry_after(headers) == seconds
 
 
 def test_failure_that_does_not_pass_names_the_file_and_the_reason(hub, remote_config, monkeypatch):
