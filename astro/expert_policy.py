@@ -4,18 +4,19 @@ Shapes: T tokens, C columns.
 """
 
 import dataclasses
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import torch
+from torch import nn
 
 from astro.config import Experts, Quantization, Regularizer
 from astro.errors import NumericalError
-from astro.experts import call_alone
+from astro.experts import call_alone, reads_inputs
 from astro.hessian import HessianAccumulator
 from astro.observation import BlockLayers, Operand
 
-__all__ = ["GroupStatistics", "feed_all_tokens", "is_starved", "rounded", "starved_statistics"]
+__all__ = ["AllTokens", "GroupStatistics", "is_starved", "rounded", "starved_statistics"]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -37,50 +38,64 @@ class GroupStatistics:
     fallback: str = ""
 
 
-def feed_all_tokens(
-    layers: BlockLayers, operands: Sequence[Operand], repeats: Iterable[Callable[[], object]], device: torch.device
-) -> dict[str, HessianAccumulator]:
-    """Sums of the inputs of some experts' layers if every token went through each of these experts.
+class AllTokens:
+    """What experts would see if every token went through each of them.
 
-    Args:
-        layers: of the block.
-        operands: of experts.
-        repeats: a forward of the block for every calibration chunk.
-        device: where the sums are kept.
-
-    Returns:
-        By name of the first layer of an operand.
+    The inputs of their layer are kept for all calibration tokens, so that experts can be asked for one after the other.
     """
-    sums = {operand: HessianAccumulator(operand.columns, device) for operand in operands}
-    experts: dict[torch.nn.Module, set[int]] = {}
-    for operand in operands:
-        experts.setdefault(layers.module_of(operand), set()).add(operand.expert or 0)
-    owners = {layers.module_of(operand): layers.owner_of(operand) for operand in operands}
-    given: dict[torch.nn.Module, tuple[Any, Any]] = {}
 
-    def note_call(module: torch.nn.Module, args: Any, kwargs: Any) -> None:
-        given[module] = (args, kwargs)
+    def __init__(
+        self,
+        layers: BlockLayers,
+        operands: Sequence[Operand],
+        repeats: Iterable[Callable[[], object]],
+    ) -> None:
+        """Run the block once more.
 
-    def note_input(operand: Operand, X: torch.Tensor) -> None:
-        if operand in sums:
-            sums[operand].add_(X)
+        Args:
+            layers: of the block.
+            operands: of the experts that will be asked for.
+            repeats: a forward of the block for every calibration chunk.
+        """
+        self._layers = layers
+        self._shared: dict[str, HessianAccumulator] = {}
+        modules = {layers.module_of(operand): layers.owner_of(operand) for operand in operands}
+        self._calls: dict[nn.Module, list[tuple[Any, Any, torch.Tensor]]] = {module: [] for module in modules}
+        given: dict[nn.Module, tuple[Any, Any]] = {}
 
-    for repeat in repeats if operands else ():
+        def note(module: nn.Module, args: Any, kwargs: Any) -> None:
+            given[module] = (args, kwargs)
+
         handles = [
-            module.register_forward_pre_hook(note_call, with_kwargs=True) for pair in owners.items() for module in pair
+            module.register_forward_pre_hook(note, with_kwargs=True) for pair in modules.items() for module in pair
         ]
         try:
-            repeat()
+            for repeat in repeats if operands else ():
+                repeat()
+                for module, owner in modules.items():
+                    args, kwargs = given[owner]
+                    self._calls[module].append((*given[module], args[0] if args else kwargs["hidden_states"]))
         finally:
             for handle in handles:
                 handle.remove()
-        with layers.observed(note_input):
-            for module, own in experts.items():
-                args, kwargs = given[owners[module]]
-                X = args[0] if args else kwargs["hidden_states"]
-                for expert in sorted(own):
-                    call_alone(module, *given[module], X, expert)
-    return {operand.names[0]: own for operand, own in sums.items()}
+
+    def sums(self, operand: Operand, device: torch.device) -> HessianAccumulator:
+        """Of the inputs of one expert's layers. Of those that read what the experts are given it is one for all."""
+        if operand.parameter in self._shared:
+            return self._shared[operand.parameter]
+        sums = HessianAccumulator(operand.columns, device)
+
+        def note(seen: Operand, X: torch.Tensor) -> None:
+            if seen == operand:
+                sums.add_(X)
+
+        module = self._layers.module_of(operand)
+        with self._layers.observed(note):
+            for args, kwargs, X in self._calls[module]:
+                call_alone(module, args, kwargs, X, operand.expert or 0)
+        if reads_inputs(operand.parameter):
+            self._shared[operand.parameter] = sums
+        return sums
 
 
 def is_starved(operand: Operand, num_tokens: int, experts: Experts) -> bool:
@@ -92,7 +107,7 @@ def starved_statistics(
     operand: Operand,
     routed_tokens: int,
     experts: Experts,
-    sums: Mapping[str, HessianAccumulator],
+    sums: HessianAccumulator | None,
     device: torch.device,
 ) -> GroupStatistics:
     """What takes the place of an expert's own statistics.
@@ -101,7 +116,7 @@ def starved_statistics(
         operand: of an expert that saw too few tokens.
         routed_tokens: that it saw.
         experts: the policy.
-        sums: over all tokens, by name of the operand's first layer; over all experts, by name of the parameter.
+        sums: over all tokens, or over all experts, as the policy says; None where it wants none.
         device: of the result.
 
     Raises:
@@ -116,10 +131,10 @@ def starved_statistics(
     if experts.policy == "rtn":
         H = torch.eye(operand.columns, dtype=torch.float32, device=device)
         return GroupStatistics(operand.names, H, 0, routed_tokens, experts.policy)
-    key = operand.names[0] if experts.policy == "all-tokens" else operand.parameter
+    assert sums is not None
     # Of sums that several experts share none may be used up.
     own = HessianAccumulator(operand.columns, device)
-    own.merge_(sums[key].partial, sums[key].num_tokens)
+    own.absorb_(sums)
     return GroupStatistics(operand.names, own.finish_(name), own.num_tokens, routed_tokens, experts.policy)
 
 

@@ -13,7 +13,7 @@ from torch import nn
 from astro.errors import CheckpointError, UnsupportedError
 from astro.linear import LinearLayer
 
-__all__ = ["call_alone", "expert_layers", "has_biases", "is_gate", "num_experts"]
+__all__ = ["call_alone", "expert_layers", "has_biases", "is_gate", "num_experts", "reads_inputs"]
 
 _PARTS = {"gate_up_proj": ("gate_proj", "up_proj"), "up_proj": ("up_proj",), "down_proj": ("down_proj",)}
 """Layers in a parameter of an experts' module, in the order of their rows."""
@@ -74,6 +74,11 @@ def expert_layers(
                 LinearLayer(stem, key, rows, columns, stem, f"{name}.{own}", expert, first, step, transposed, bias)
             )
     return layers
+
+
+def reads_inputs(parameter: str) -> bool:
+    """Whether the layers in a parameter read what the experts are given, and not what another layer made of it."""
+    return parameter.rpartition(".")[2] != "down_proj"
 
 
 def has_biases(name: str, module: nn.Module, own: str, keys: Mapping[str, str]) -> bool:

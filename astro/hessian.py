@@ -66,8 +66,16 @@ class HessianAccumulator:
             partial: of another accumulator, on this one's device.
             num_tokens: tokens in it.
         """
-        self._sum = self.partial.add_(partial)
+        self.partial.add_(partial)
         self.num_tokens += num_tokens
+
+    def absorb_(self, other: "HessianAccumulator") -> None:
+        """Add all that another has seen; that one stays as it is, its inputs kept where they are."""
+        if other._sum is not None:
+            self.partial.add_(other._sum)
+        self.num_tokens += other.num_tokens - sum(len(X) for X in other._kept)
+        for X in other._kept:
+            self.add_(X)
 
     def finish_(self, name: str) -> torch.Tensor:
         """The mean of xxᵀ over all tokens, symmetric [C, C] float32. The accumulator is empty afterwards.

@@ -11,7 +11,7 @@ import torch
 
 from astro.config import Experts
 from astro.errors import NumericalError, UnsupportedError
-from astro.expert_policy import GroupStatistics, feed_all_tokens, is_starved, starved_statistics
+from astro.expert_policy import AllTokens, GroupStatistics, is_starved, starved_statistics
 from astro.hessian import HessianAccumulator
 from astro.observation import BlockLayers, Operand
 
@@ -64,7 +64,7 @@ class BlockStatistics:
             for group, sums in zip(self.groups, accumulators, strict=True)
             if is_starved(group[0], sums.num_tokens, experts)
         ]
-        again = feed_all_tokens(self._layers, few, repeats, self._device) if experts.policy == "all-tokens" else {}
+        again = AllTokens(self._layers, few, repeats) if experts.policy == "all-tokens" else None
         shared = self._shared(accumulators) if few and experts.policy == "shared-hessian" else {}
         for group, sums in zip(self.groups, accumulators, strict=True):
             names = tuple(name for operand in group for name in operand.names)
@@ -72,15 +72,16 @@ class BlockStatistics:
                 H = sums.finish_("+".join(names))
                 yield GroupStatistics(names, H, sums.num_tokens, sums.num_tokens)
             else:
-                yield starved_statistics(group[0], sums.num_tokens, experts, again | shared, self._device)
+                instead = again.sums(group[0], self._device) if again else shared.get(group[0].parameter)
+                yield starved_statistics(group[0], sums.num_tokens, experts, instead, self._device)
 
     def _shared(self, accumulators: Sequence[HessianAccumulator]) -> dict[str, HessianAccumulator]:
         """Sums over all experts of a parameter, by its name."""
         shared: dict[str, HessianAccumulator] = {}
         for group, sums in zip(self.groups, accumulators, strict=True):
-            if group[0].expert is not None and sums.num_tokens:
-                own = shared.setdefault(group[0].parameter, HessianAccumulator(group[0].columns, self._device))
-                own.merge_(sums.partial, sums.num_tokens)
+            if group[0].expert is not None:
+                own = HessianAccumulator(group[0].columns, self._device)
+                shared.setdefault(group[0].parameter, own).absorb_(sums)
         return shared
 
     def _observe(self, operand: Operand, X: torch.Tensor) -> None:

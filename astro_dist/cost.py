@@ -106,6 +106,8 @@ class CostModel:
         self._compensated = self._sequential and config.quantization.compensates
         self._sequence_length = config.calibration.sequence_length
         self._held_out = sum(n for chunk, n in self._tokens.items() if is_held_out(chunk))
+        self._calibration_tokens = sum(self._tokens.values()) - self._held_out
+        self._all_tokens = config.experts.policy == "all-tokens"
 
     def work(self, call: Call) -> Work:
         """What a call does; attention's products of queries with keys are not counted."""
@@ -179,6 +181,9 @@ class CostModel:
         groups = self._groups(unit)
         weights = sum(group.rows * group.columns for group in groups)
         hessians = 0.0 if self._sequential else sum(self._statistics_bytes(group) for group in groups)
+        if any(group.reach < 1 for group in groups) and self._all_tokens:
+            # The inputs of the experts, should some of them see too few.
+            hessians += self._calibration_tokens * self._plan.hidden_size * self._itemsize
         solving = max(
             (_SQUARES + (2 if self._sequential else 0)) * 4 * group.columns**2
             + 4 * group.rows * group.columns
@@ -196,8 +201,7 @@ class CostModel:
     def _statistics_bytes(self, group: _Group) -> float:
         """Of a Hessian, or of the inputs that an expert keeps instead while they are smaller."""
         square = 4.0 * group.columns**2
-        calibration = sum(n for chunk, n in self._tokens.items() if not is_held_out(chunk))
-        kept = calibration * group.reach * group.columns * self._itemsize
+        kept = self._calibration_tokens * group.reach * group.columns * self._itemsize
         return square if group.reach == 1 else min(square, kept)
 
     def _stage_part(self, call: Call, unit: BlockUnit) -> Work:

@@ -21,7 +21,7 @@ from astro import beta
 from astro.block import by_settings
 from astro.config import Quantization
 from astro.errors import RunError
-from astro.expert_policy import GroupStatistics, feed_all_tokens, is_starved, rounded, starved_statistics
+from astro.expert_policy import AllTokens, GroupStatistics, is_starved, rounded, starved_statistics
 from astro.grid import Grid
 from astro.group import Figures, GroupOutcome, LinearGroup, SolvedRows, measure_width, prepare_group, solve_rows
 from astro.hessian import DriftAccumulator, HessianAccumulator
@@ -271,17 +271,17 @@ class TileSolver:
         """What takes the place of the statistics of an expert that too few tokens reached."""
         stage, operand = self._stage, self._operand(block, group)
         experts, layers = stage.spec.experts, stage.layers(block.unit)
-        sums: dict[str, HessianAccumulator] = {}
+        sums: HessianAccumulator | None = None
         stage_index = next(i for i, groups in enumerate(block.stages) if group in groups)
         if experts.policy == "all-tokens":
             with layers.replaced(self._dequantized(block, stage_index)):
-                sums = feed_all_tokens(layers, [operand], stage.repeats("round-0", block.unit.index), stage.device)
+                sums = AllTokens(layers, [operand], stage.repeats("round-0", block.unit.index)).sums(
+                    operand, stage.device
+                )
         elif experts.policy == "shared-hessian":
-            shared = HessianAccumulator(operand.columns, stage.device)
+            sums = HessianAccumulator(operand.columns, stage.device)
             for other in block.stages[stage_index]:
-                own, _ = self._merged(block, other, {})
-                shared.merge_(own.partial, own.num_tokens)
-            sums = {operand.parameter: shared}
+                sums.absorb_(self._merged(block, other, {})[0])
         return starved_statistics(operand, routed_tokens, experts, sums, stage.device)
 
     def _dequantized(self, block: _Block, stage_index: int) -> dict[str, torch.Tensor]:
