@@ -156,8 +156,10 @@ class BlockSchedule:
             # Its opening stays taken: nobody shall begin it anew.
             del self._active[worker]
             parts = {group: [(method, n) for method, n in own.items() if n] for group, own in result["groups"]}
-            decisions = (Call("decide", (*call.args, group), call.unit) for group in parts)
-            self._given_out[_place(call)] = _GivenOut(parts, dict.fromkeys(decisions))
+            # Where nothing of the block is quantized it is only written.
+            first = [Call("decide", (*call.args, group), call.unit) for group in parts]
+            first = first or [Call("write", call.args[:2], call.unit)]
+            self._given_out[_place(call)] = _GivenOut(parts, dict.fromkeys(first))
             return []
         if call.method in ("decide", "weigh", "tile"):
             self._part_done(self._given_out[_place(call)], call)

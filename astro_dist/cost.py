@@ -162,7 +162,8 @@ class CostModel:
         mode `sequential` the parts of one block.
         """
         inputs = self._activations(self._tokens)
-        groups = self._groups(self._plan.blocks[0])
+        each = [self._groups(unit) for unit in self._plan.blocks]
+        groups = max(each, key=lambda groups: sum(group.columns**2 for group in groups))
         if not self._sequential:
             written = self._plan.written_bytes * min(self._rounds, 2)
             given_out = min(workers // 2, len(self._plan.blocks))
@@ -184,19 +185,24 @@ class CostModel:
         if any(group.reach < 1 for group in groups) and self._all_tokens:
             # The inputs of the experts, should some of them see too few.
             hessians += self._calibration_tokens * self._plan.hidden_size * self._itemsize
-        solving = max(
-            (_SQUARES + (2 if self._sequential else 0)) * 4 * group.columns**2
-            + 4 * group.rows * group.columns
-            + _TILES * 4 * min(group.rows, row_tile(group.columns, self._device_type)) * group.columns
-            for group in groups
-        )
-        widest = max(max(group.columns for group in groups), self._plan.hidden_size)
+        solving = max((self._solving_bytes(group) for group in groups), default=0.0)
+        widest = max([self._plan.hidden_size, *(group.columns for group in groups)])
         tokens = max(self._tokens.values())
         forwarding = tokens * (_STATES * self._plan.hidden_size * self._itemsize + widest * (3 * self._itemsize + 4))
         # Quantized layers wait as bytes until the shard is written.
         phase = max(forwarding, solving + weights)
+        parameters: dict[str, float] = {}
+        for linear in unit.linears:
+            parameters[linear.parameter] = parameters.get(linear.parameter, 0.0) + linear.rows * linear.columns
+        # As it is stored and as it is used, and again the largest parameter while it is put together from experts.
+        loading = unit.read_bytes + 2 * self._itemsize * max(parameters.values(), default=0.0)
         # Layers that are not quantized are there too.
-        return int(max(weights * self._itemsize, unit.read_bytes) + hessians + phase)
+        return int(max(weights * self._itemsize, unit.read_bytes) + max(hessians + phase, loading))
+
+    def _solving_bytes(self, group: _Group) -> float:
+        tile = min(group.rows, row_tile(group.columns, self._device_type))
+        squares = _SQUARES + (2 if self._sequential else 0)
+        return 4.0 * group.columns * (squares * group.columns + group.rows + _TILES * tile)
 
     def _statistics_bytes(self, group: _Group) -> float:
         """Of a Hessian, or of the inputs that an expert keeps instead while they are smaller."""

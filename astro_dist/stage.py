@@ -253,6 +253,8 @@ class Stage:
         packed = LAYOUTS[self.spec.quantization.format]
         for linear in unit.linears:
             weight = packed.unpack_linear(linear.stem, tensors, settings[linear.name]).dequantize()
+            for suffix in packed.suffixes(settings[linear.name]):
+                del tensors[f"{linear.stem}.{suffix}"]
             shape = self.checkpoint.entries[linear.key].shape
             whole = tensors.setdefault(linear.key, torch.empty(shape, dtype=self.spec.compute_dtype))
             linear.stored(whole).copy_(weight)

@@ -78,7 +78,7 @@ class TileSolver:
         stage, start = self._stage, time.perf_counter()
         chunks = shares(stage.spec.chunks, stage.spec.shares)[number]
         block = self._enter(0, index, chunks[0])
-        groups = block.stages[stage_index]
+        groups = block.stages[stage_index] if block.stages else []
         sums = {group: self._accumulators(block, group) for group in groups}
         quantized = self._dequantized(block, stage_index)
         seconds = {"hessian": 0.0, "compensate": 0.0}
@@ -196,6 +196,8 @@ class TileSolver:
         unit = stage.load("original", index)
         if self._block is None:
             block = self._block = _Block(round_index, unit, self._settings(round_index, unit), stage.weights(unit))
+            if not unit.linears:
+                return block
             if chunk is not None:
                 hidden = stage.hidden("round-0", index, chunk)
                 for found in input_stages(stage.layers(unit), lambda: stage.forward(index, hidden)):

@@ -8,6 +8,7 @@ import torch
 import transformers
 from safetensors.torch import load_file
 
+from astro.checkpoint import Checkpoint
 from astro.errors import ConfigError, RunError
 from astro_dist import pipeline
 from astro_dist.actors import Worker
@@ -57,6 +58,19 @@ def test_number_of_workers_does_not_change_a_byte(run_config, tmp_path, monkeypa
     verify_model(model_of(summary))
     assert not (tmp_path / "run1" / "activations").exists()
     assert not (tmp_path / "run1" / "rounds").exists()
+
+
+@pytest.mark.parametrize("mode", ["rounds", "sequential"])
+def test_block_of_which_nothing_is_quantized_is_written_as_it_is(run_config, llama, tmp_path, mode):
+    results = []
+    for workers in (1, 5):
+        changes = {**MODES[mode], "output__dir": str(tmp_path / f"run{workers}"), "execution__workers": workers}
+        summary = pipeline.quantize(run_config(quantization__ignore=["model.layers.1.*"], **changes))
+        results.append(files_of(model_of(summary)))
+    assert results[0] == results[1]
+    verify_model(model_of(summary))
+    name = "model.layers.1.mlp.down_proj.weight"
+    assert torch.equal(Checkpoint.open(model_of(summary)).read([name])[name], Checkpoint.open(llama).read([name])[name])
 
 
 def test_worker_that_begins_a_block_keeps_nothing_of_what_it_helped_with(run_config, monkeypatch):
