@@ -6,7 +6,6 @@ configuration: a key they do not know is then refused.
 
 import dataclasses
 import math
-from collections.abc import Iterable
 from fnmatch import fnmatchcase
 from typing import Any, ClassVar, Literal
 
@@ -160,10 +159,11 @@ class Quantization:
         """Whether groups fit a layer of `num_columns` inputs."""
         return self.group_size == PER_CHANNEL or num_columns % self.group_size == 0
 
-    def per_channel(self, names: Iterable[str]) -> "Quantization":
-        """These settings, some layers by name having one scale a row."""
-        changed = {name: Override(group_size=PER_CHANNEL) for name in names}
-        return dataclasses.replace(self, overrides={**self.overrides, **changed})
+    def fitted(self, num_columns: int) -> "Quantization":
+        """The settings of a layer of `num_columns` inputs: per channel where groups do not fit it and that is asked."""
+        if self.odd_widths != "per-channel" or self.divides(num_columns):
+            return self
+        return dataclasses.replace(self, group_size=PER_CHANNEL)
 
     def columns_per_group(self, num_columns: int) -> int:
         """Columns that share a scale in a layer of `num_columns` inputs.

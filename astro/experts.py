@@ -4,7 +4,7 @@ Which rows of such a parameter are whose is read off the module, as transformers
 """
 
 import inspect
-from collections.abc import Mapping
+from collections.abc import Mapping, Set
 from typing import Any
 
 import torch
@@ -13,7 +13,7 @@ from torch import nn
 from astro.errors import CheckpointError, UnsupportedError
 from astro.linear import LinearLayer
 
-__all__ = ["call_alone", "expert_layers", "has_biases", "is_gate", "num_experts", "reads_inputs"]
+__all__ = ["call_alone", "expert_layers", "expert_owners", "has_biases", "is_gate", "num_experts", "reads_inputs"]
 
 _PARTS = {"gate_up_proj": ("gate_proj", "up_proj"), "up_proj": ("up_proj",), "down_proj": ("down_proj",)}
 """Layers in a parameter of an experts' module, in the order of their rows."""
@@ -27,9 +27,25 @@ def num_experts(block: nn.Module) -> int | None:
     return next(counts, None)
 
 
-def is_gate(linear: nn.Linear, experts: int | None) -> bool:
-    """Whether a linear layer routes or weighs: tiny, and kept exact because all that follows hangs on it."""
-    return linear.out_features == 1 or linear.out_features == experts
+def expert_owners(block: nn.Module, prefix: str) -> set[str]:
+    """Names of the modules that the experts' modules of a block are parts of."""
+    modules = block.named_modules(prefix=prefix)
+    holders = [name for name, m in modules if any(_holds_all(*found) for found in m.named_parameters(recurse=False))]
+    return {name.rpartition(".")[0] for name in holders}
+
+
+def is_gate(name: str, linear: nn.Linear, experts: int | None, owners: Set[str]) -> bool:
+    """Whether a linear layer routes or weighs: tiny, and kept exact because all that follows hangs on it.
+
+    Args:
+        name: of the layer.
+        linear: the layer.
+        experts: their number, None where the block has none.
+        owners: names of the modules that experts' modules are parts of. A layer elsewhere may have as many rows.
+    """
+    parent, _, own = name.rpartition(".")[0].rpartition(".")
+    beside = f"{parent}.{own}" in owners or (parent in owners and own in ("router", "gate"))
+    return linear.out_features == 1 or (linear.out_features == experts and beside)
 
 
 def expert_layers(
@@ -53,8 +69,10 @@ def expert_layers(
     if own not in _PARTS or "is_transposed" not in layout:
         raise UnsupportedError(
             f"{name}.{own} is a {type(module).__name__} parameter of shape {list(parameter.shape)}: experts in a "
-            "layout that is not known here; name the experts' layers in quantization.ignore"
+            "layout that is not known here"
         )
+    if converted and len(parameter) > 1 and not any(expert for expert, _ in converted):
+        raise UnsupportedError(f"{name}.{own}: its checkpoint tensors are converted in a way that is not known here")
     parts = _PARTS[own]
     transposed, together = bool(layout["is_transposed"]), bool(layout["is_concatenated"])
     columns, rows = parameter.shape[1:] if transposed else reversed(parameter.shape[1:])
@@ -68,7 +86,8 @@ def expert_layers(
             if key is None:
                 raise CheckpointError(f"the checkpoint has no tensor for {part} of expert {expert} of {name}")
             first, step = (number * rows, 1) if together else (number, len(parts))
-            stem = unfused if key == fused else key.removesuffix(".weight")
+            # By the checkpoint's own names, whatever they begin with.
+            stem = f"{key.rpartition('.')[0]}.{expert}.{part}" if key == fused else key.removesuffix(".weight")
             bias = keys.get(f"{name}.{own}_bias")
             layers.append(
                 LinearLayer(stem, key, rows, columns, stem, f"{name}.{own}", expert, first, step, transposed, bias)
@@ -102,12 +121,14 @@ def call_alone(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any],
         module: the experts.
         args: positional arguments of an ordinary call.
         kwargs: its keyword arguments.
-        X: what the mixture of experts around it was given, [..., C].
+        X: what the mixture of experts around it was given, [..., C]; used where the experts are given a row for every
+            token, scaled by its weight.
         expert: index.
     """
     given = list(inspect.signature(module.forward).bind(*args, **kwargs).arguments.values())
+    X = X if len(given) == 1 else given[0]
     X = X.reshape(-1, X.shape[-1])
-    if len(given) == 1:  # every expert is given a row for every token, zero where it was not chosen
+    if len(given) == 1:  # zero where it was not chosen
         rows = X.new_zeros(given[0].numel() // X.numel(), *X.shape)
         rows[expert] = X
         module(rows.reshape(given[0].shape))

@@ -18,10 +18,15 @@ from astro.linear import LinearLayer
 __all__ = ["BlockLayers", "Operand"]
 
 _OPERANDS = {
-    "linear": (0, 1), "matmul": (0, 1), "__matmul__": (0, 1), "mm": (0, 1), "bmm": (0, 1), "addmm": (1, 2),
-    "baddbmm": (1, 2),
-}  # fmt: skip
-"""Places of the inputs and of the weight among the arguments of torch's matrix products, by function name."""
+    "linear": ((0, "input"), (1, "weight")),
+    "matmul": ((0, "input"), (1, "other")),
+    "__matmul__": ((0, "self"), (1, "other")),
+    "mm": ((0, "input"), (1, "mat2")),
+    "bmm": ((0, "input"), (1, "mat2")),
+    "addmm": ((1, "mat1"), (2, "mat2")),
+    "baddbmm": ((1, "batch1"), (2, "batch2")),
+}
+"""Places and names of the inputs and of the weight among the arguments of torch's matrix products, by function name."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -97,14 +102,26 @@ class BlockLayers:
     @contextlib.contextmanager
     def replaced(self, weights: Mapping[str, torch.Tensor]) -> Iterator[None]:
         """Put other weights [rows, columns] into some layers for a while."""
-        kept = {name: self.weight(name).clone() for name in weights}
+        kept: dict[str, torch.Tensor] = {}
         try:
             for name, weight in weights.items():
-                self.weight(name).copy_(weight)
+                kept[name] = self._exchange(name, weight)
             yield
         finally:
             for name, weight in kept.items():
-                self.weight(name).copy_(weight)
+                self._exchange(name, weight)
+
+    def _exchange(self, name: str, weight: torch.Tensor) -> torch.Tensor:
+        """Put a weight into a layer; the one that was there. No copy where the layer is a parameter of its own."""
+        layer = self._layers[name]
+        parameter = self._model.get_parameter(layer.parameter)
+        if layer.expert is None and not layer.transposed:
+            kept, parameter.data = parameter.data, weight
+            return kept
+        view = layer.view(parameter.detach())
+        before = view.clone()
+        view.copy_(weight)
+        return before
 
 
 class _Observation(TorchFunctionMode):
@@ -116,8 +133,8 @@ class _Observation(TorchFunctionMode):
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
         place = _OPERANDS.get(getattr(func, "__name__", ""))
-        if place is not None and place[1] < len(args):
-            X, weight = args[place[0]], args[place[1]]
+        if place is not None:
+            X, weight = (args[i] if i < len(args) else kwargs[name] for i, name in place)
             operands = self._places.get((weight.data_ptr(), weight.ndim), [])
             if len(operands) == 1:
                 self._note(operands[0], X)

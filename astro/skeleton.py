@@ -23,7 +23,7 @@ from transformers.modeling_utils import LoadStateDictConfig
 from transformers.pytorch_utils import Conv1D
 
 from astro.errors import CheckpointError, UnsupportedError
-from astro.experts import expert_layers, has_biases, is_gate, num_experts
+from astro.experts import expert_layers, expert_owners, has_biases, is_gate, num_experts
 from astro.files import read_json
 from astro.linear import LinearLayer
 
@@ -98,7 +98,7 @@ class Skeleton:
                 converted.setdefault(target, {})[self._place(key, pattern)] = key
         layers: list[LinearLayer] = []
         others: list[str] = []
-        experts = num_experts(block)
+        experts, owners = num_experts(block), expert_owners(block, prefix)
         for name, module in block.named_modules(prefix=prefix):
             for own, parameter in module.named_parameters(recurse=False):
                 target = f"{name}.{own}"
@@ -108,11 +108,16 @@ class Skeleton:
                     raise CheckpointError(f"the checkpoint has no tensor for {target} of {type(self.model).__name__}")
                 elif parameter.ndim < 2 or (experts and own.endswith("_bias")):
                     continue
-                elif isinstance(module, nn.Linear) and target in plain and not is_gate(module, experts):
+                elif isinstance(module, nn.Linear) and target in plain and not is_gate(name, module, experts, owners):
                     layers.append(LinearLayer.plain(name, plain[target], *parameter.shape))
                 elif isinstance(module, Conv1D) and target in plain:
                     columns, rows = parameter.shape
                     layers.append(LinearLayer.plain(name, plain[target], rows, columns, transposed=True))
+                elif parameter.ndim > 2 and not isinstance(module, nn.Conv1d | nn.Conv2d | nn.Conv3d):
+                    raise UnsupportedError(
+                        f"{target} is a {type(module).__name__} parameter of shape {list(parameter.shape)}: experts in "
+                        "a layout that is not known here"
+                    )
                 else:
                     others.append(target)
         return layers, others

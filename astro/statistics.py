@@ -192,4 +192,7 @@ def _is_same(X: torch.Tensor, other: torch.Tensor) -> bool:
 def _require_reached(operands: Iterable[Operand], reached: Container[Operand]) -> None:
     unreached = [operand.names[0] for operand in operands if operand not in reached]
     if unreached:
-        raise NumericalError(f"{unreached[0]}: no calibration token reached this layer; use more calibration text")
+        raise NumericalError(
+            f"{unreached[0]}: no calibration token reached this layer; use more calibration text, or, where its block "
+            "multiplies with it in a way that is not seen here, name it in quantization.ignore"
+        )

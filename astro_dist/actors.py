@@ -182,7 +182,7 @@ class Worker:
     def pass_on(self, stream: str, index: int, chunk: str) -> float:
         """One chunk through a block of a stream; the seconds it took."""
         start = time.perf_counter()
-        self._open = None
+        self._let_go()
         self._stage.pass_on(stream, index, chunk)
         return time.perf_counter() - start
 

@@ -4,6 +4,7 @@ import dataclasses
 from collections.abc import Collection, Iterator, Sequence
 from typing import Any
 
+from astro_dist.open_calls import OpenCalls
 from astro_dist.schedule import (
     Call,
     Present,
@@ -44,19 +45,6 @@ class _Task:
     def opening(self) -> Call:
         """The call that it begins with."""
         return Call("open_block", self.place, self.unit)
-
-
-@dataclasses.dataclass
-class _GivenOut:
-    """A block whose solve any worker may do a part of.
-
-    Attributes:
-        parts: that each group is yet to take, by method and number, in their order.
-        left: calls that can be made or are being made: for each group a decision, then its parts; at the end the shard.
-    """
-
-    parts: dict[int, list[tuple[str, int]]]
-    left: dict[Call, None]
 
 
 class BlockSchedule:
@@ -115,7 +103,7 @@ class BlockSchedule:
         self._repeated: dict[tuple[int, int], set[str]] = {}
         self._reopen(set(finished if written is None else written))
         self._active: dict[int, _Task] = {}
-        self._given_out: dict[tuple[int, int], _GivenOut] = {}
+        self._given_out: dict[tuple[int, int], OpenCalls] = {}
         self._taken: set[Call] = set()
 
     @property
@@ -155,14 +143,10 @@ class BlockSchedule:
         if call.method == "give_out":
             # Its opening stays taken: nobody shall begin it anew.
             del self._active[worker]
-            parts = {group: [(method, n) for method, n in own.items() if n] for group, own in result["groups"]}
-            # Where nothing of the block is quantized it is only written.
-            first = [Call("decide", (*call.args, group), call.unit) for group in parts]
-            first = first or [Call("write", call.args[:2], call.unit)]
-            self._given_out[_place(call)] = _GivenOut(parts, dict.fromkeys(first))
+            self._given_out[_place(call)] = OpenCalls(call.args, call.unit, dict(result["groups"]))
             return []
         if call.method in ("decide", "weigh", "tile"):
-            self._part_done(self._given_out[_place(call)], call)
+            self._given_out[_place(call)].done(call)
             return []
         if call.method == "pass_on":
             return self._passed(self._streams.index(str(call.args[0])), int(call.args[1]), str(call.args[2]))
@@ -241,17 +225,8 @@ class BlockSchedule:
         return calls
 
     def _parts(self) -> Iterator[Call]:
-        for given in self._given_out.values():
-            yield from given.left
-
-    def _part_done(self, given: _GivenOut, call: Call) -> None:
-        del given.left[call]
-        group, parts = call.args[:3], given.parts[int(call.args[2])]
-        if parts and not any(other.args[:3] == group for other in given.left):
-            method, count = parts.pop(0)
-            given.left |= {Call(method, (*group, number), call.unit): None for number in range(count)}
-        if not given.left:
-            given.left[Call("write", call.args[:2], call.unit)] = None
+        for (r, block), given in self._given_out.items():
+            yield from given.left or [Call("write", (r, block), block_unit(r, block))]
 
     def _heads(self) -> list[Call]:
         ready = []

@@ -81,9 +81,15 @@ def require_affordable(quantization: Quantization, weights: Mapping[str, int]) -
         ConfigError: even the smallest widths are more.
     """
     choices = []
+    experts: dict[str, int | str] = {}
     for name, count in weights.items():
-        own = quantization.for_layer(name)
-        choices.append(Choice(name, count, {min(quantization.bit_choices) if own.bits == "auto" else own.bits: 0.0}))
+        own, group = quantization.for_layer(name).bits, expert_group(name)
+        choices.append(Choice(name, count, {min(quantization.bit_choices) if own == "auto" else own: 0.0}))
+        if group is not None and experts.setdefault(group, own) != own:
+            raise ConfigError(
+                f"quantization.overrides: gives {name} another width than other layers of {group}; with bits: auto all "
+                "experts of a layer get one width, because servers hold them as one. Override all of them or none"
+            )
     allocate(choices, quantization.average_bits or 0.0)
 
 
@@ -149,13 +155,15 @@ def layer_settings(
         unit: the block.
         round_index: of the round.
     """
-    if quantization.bits != "auto":
-        return {linear.name: quantization.for_layer(linear.name) for linear in unit.linears}
-    if round_index == 0:
-        width = provisional_width(quantization)
-        return {linear.name: quantization.for_layer(linear.name, width) for linear in unit.linears}
-    try:
-        widths = read_json(run.allocation)
-    except CheckpointError as error:
-        raise DamagedError(run.allocation, str(error)) from error
-    return {linear.name: quantization.for_layer(linear.name, int(widths[linear.name])) for linear in unit.linears}
+    widths: Mapping[str, int | None] = {}
+    if quantization.bits == "auto" and round_index == 0:
+        widths = dict.fromkeys((linear.name for linear in unit.linears), provisional_width(quantization))
+    elif quantization.bits == "auto":
+        try:
+            widths = read_json(run.allocation)
+        except CheckpointError as error:
+            raise DamagedError(run.allocation, str(error)) from error
+    return {
+        linear.name: quantization.for_layer(linear.name, widths.get(linear.name)).fitted(linear.columns)
+        for linear in unit.linears
+    }

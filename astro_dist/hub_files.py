@@ -64,22 +64,22 @@ class HubFiles:
         found = bytearray()
         try:
             with get_session().stream("GET", url, headers=headers, timeout=_TIMEOUT_S, follow_redirects=True) as answer:
-                if link and answer.status_code >= 400:
+                if link and answer.status_code >= 400 and answer.status_code not in _PASSING:
                     raise Passing(f"a link that the Hub gave may have expired: the store answers {answer.status_code}")
                 self._require_range(file, answer, asked)
-                if answer.history:
+                if answer.history and answer.url.host != answer.history[0].url.host:
                     _LINKS[key] = str(answer.url)
                 for part in answer.iter_raw():
                     found += part
                     if len(found) >= length:
                         break
         except (CheckpointError, Passing):
-            _LINKS.pop(key, None)
+            _forget(key, link)
             raise
         except hub_errors.OfflineModeIsEnabled as error:
             raise CheckpointError(f"{self}: {error}") from error
         except Exception as error:  # of whichever HTTP library huggingface_hub is built on
-            _LINKS.pop(key, None)
+            _forget(key, link)
             if not found:
                 raise Passing(f"{type(error).__name__}: {without_query(str(error))}") from error
         return bytes(found[:length])
@@ -100,6 +100,12 @@ class HubFiles:
         got = answer.headers.get("Content-Range")
         if got != asked or answer.headers.get("Content-Encoding", "identity") != "identity":
             raise CheckpointError(f"{self}/{file}: asked for {asked}, the server sends {got}; the file is another one")
+
+
+def _forget(key: tuple[str, str, str], link: str | None) -> None:
+    """Drop a link that was of no use, unless another thread has a new one already."""
+    if link is not None and _LINKS.get(key) == link:
+        _LINKS.pop(key, None)
 
 
 def open_hub(repository: str, revision: str) -> HubFiles:

@@ -86,14 +86,12 @@ def prepare(config: RunConfig, commit: str | None = None) -> Prepared:
         raise CheckpointError(f"{source.store}/config.json: the model is quantized already; give the original one")
     skeleton = Skeleton(source.folder, torch.float32, config.model.trust_remote_code)
     plan = make_plan(checkpoint, skeleton, config.quantization)
-    if config.quantization.odd_widths == "per-channel":
-        config = config.model_copy(update={"quantization": config.quantization.per_channel(plan.odd)})
-    weights = {linear.name: linear.rows * linear.columns for unit in plan.blocks for linear in unit.linears}
+    linears = {linear.name: linear for unit in plan.blocks for linear in unit.linears}
     if config.quantization.bits == "auto":
-        require_affordable(config.quantization, weights)
-    settings = {name: config.quantization.for_layer(name) for name in weights}
+        require_affordable(config.quantization, {name: c.rows * c.columns for name, c in linears.items()})
+    settings = {name: config.quantization.for_layer(name).fitted(c.columns) for name, c in linears.items()}
     packed = LAYOUTS[config.quantization.format]
-    for linear in (linear for unit in plan.blocks for linear in unit.linears):
+    for linear in linears.values():
         reason = packed.refusal(linear.rows, linear.columns, settings[linear.name])
         if reason:
             raise UnsupportedError(
@@ -102,7 +100,7 @@ def prepare(config: RunConfig, commit: str | None = None) -> Prepared:
             )
     notes = [
         *packed.server_notes(settings, plan.ignore),
-        *reader_notes((linear for unit in plan.blocks for linear in unit.linears), config.quantization.format),
+        *reader_notes(linears.values(), config.quantization.format),
     ]
     if plan.unknown:
         notes.append(

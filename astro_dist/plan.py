@@ -165,12 +165,10 @@ def make_plan(checkpoint: Checkpoint, skeleton: Skeleton, quantization: Quantiza
         others += rest
         linears = [linear for linear in layers if not _matches(linear.name, quantization.ignore)]
         if quantization.odd_widths != "fail":
-            own = [c.name for c in linears if not quantization.for_layer(c.name).divides(c.columns)]
-            odd += own
+            own = {c.name for c in linears if not quantization.for_layer(c.name).divides(c.columns)}
+            odd += [linear.name for linear in linears if linear.name in own]
             if quantization.odd_widths == "keep":
                 linears = [linear for linear in linears if linear.name not in own]
-            else:
-                quantization = quantization.per_channel(own)
         _require_shapes(checkpoint, layers, linears)
         file = _shard_name(len(copied) + index, total)
         written = _written_bytes(checkpoint.entries, keys, linears, quantization)
@@ -282,7 +280,7 @@ def _written_bytes(
     replaced = {linear.key for linear in linears}
     total = sum(entries[key].size_bytes for key in keys if key not in replaced)
     for linear in linears:
-        own = settings.for_layer(linear.name)
+        own = settings.for_layer(linear.name).fitted(linear.columns)
         # With a budget the width is only known after the measuring round.
         bits = math.ceil(own.average_bits or 0) if own.bits == "auto" else own.bits
         try:

@@ -39,11 +39,11 @@ class Spent:
     still be at work on what another has taken over.
 
     Attributes:
-        kind: `inputs` of a block in a `stream`; `shard` of a block in the round `number`; `shares` of a block's stage
+        kind: `inputs` of a block in a `stream`; `shard` of a block in the round `number`; `shares` of a block's group
             `number`; `parts`, all that workers handed each other for a block's solve in the round `number`.
         block: index.
         stream: of the inputs.
-        number: round or stage.
+        number: round or group.
     """
 
     kind: Literal["inputs", "shard", "shares", "parts"]

@@ -11,6 +11,7 @@ from collections.abc import Collection, Sequence
 from typing import Any
 
 from astro.tiling import cut
+from astro_dist.open_calls import OpenCalls
 from astro_dist.schedule import Call, Present, Spent, block_unit, copy_calls, head_unit, is_held_out, stream_names
 
 __all__ = ["SequentialSchedule", "sequential_units", "shares"]
@@ -69,7 +70,8 @@ class SequentialSchedule:
         self._before_current = 0
         self._reopen()
         self._stages: dict[int, int] = {}
-        self._groups: dict[tuple[int, int], dict[int, dict[str, int]]] = {}
+        self._solving: dict[tuple[int, int], OpenCalls] = {}
+        self._stage_of: dict[tuple[int, int], tuple[int, list[int]]] = {}
         self._done: set[Call] = set()
         self._taken: set[Call] = set()
 
@@ -98,8 +100,13 @@ class SequentialSchedule:
         elif call.method == "share":
             block, stage = int(call.args[0]), int(call.args[1])
             self._stages[block] = int(result["stages"])
-            self._groups[block, stage] = dict(result["groups"])
-        elif call.method not in ("decide", "weigh", "tile"):
+            groups = dict(result["groups"])
+            self._stage_of |= {(block, group): (stage, list(groups)) for group in groups}
+            self._solving.setdefault((block, stage), OpenCalls((0, block), call.unit, groups))
+        elif call.method in ("decide", "weigh", "tile"):
+            block, (stage, _) = int(call.args[1]), self._stage_of[int(call.args[1]), int(call.args[2])]
+            self._solving[block, stage].done(call)
+        else:
             self.finished.add(call.unit)
         return self._spent(call)
 
@@ -180,25 +187,16 @@ class SequentialSchedule:
             sharing = [Call("share", (block, stage, i), unit) for i in range(len(self._shares))]
             if not self._done.issuperset(sharing):
                 return [call for call in sharing if ready.issuperset(self._shares[int(call.args[2])])]
-            calls = [call for group in self._groups[block, stage] for call in self._solving(block, stage, group)]
-            if not self._done.issuperset(calls):
-                return calls
+            left = self._solving[block, stage].left if (block, stage) in self._solving else None
+            if left:
+                return list(left)
         # Writing the shard drops the inputs of the block before, which chunks on their way may still need.
         return [] if chunks_behind else [Call("write", (0, block), unit)]
 
-    def _solving(self, block: int, stage: int, group: int) -> list[Call]:
-        """For a group that has its sums a decision, then its parts, all of one kind before the next."""
-        unit, place = block_unit(0, block), (0, block, group)
-        calls = [Call("decide", place, unit)]
-        for method, count in self._groups[block, stage][group].items():
-            if self._done.issuperset(calls):
-                calls = [Call(method, (*place, number), unit) for number in range(count)]
-        return calls
-
     def _decided(self, call: Call) -> list[Spent]:
         """Once all groups of a stage are decided nothing needs its shares any more; experts may need each other's."""
-        block, group = int(call.args[1]), int(call.args[2])
-        groups = next(parts for (own, _), parts in self._groups.items() if own == block and group in parts)
+        block = int(call.args[1])
+        _, groups = self._stage_of[block, int(call.args[2])]
         decisions = [Call("decide", (0, block, other), call.unit) for other in groups]
         every = self._done.issuperset(decisions)
         return [Spent("shares", block, number=other) for other in groups] if every else []

@@ -127,7 +127,8 @@ class Stage:
         self.skeleton.require_filled(block, unit.name)
         self._loaded = (stream, index)
         for name, parameter in block.named_parameters():
-            if not bool(torch.isfinite(parameter).all()):
+            # NaN passes through minimum and maximum; nothing of a parameter's size is made.
+            if parameter.numel() and not bool(torch.isfinite(torch.stack(torch.aminmax(parameter.detach()))).all()):
                 origin = str(self.checkpoint.store) if stream == "original" else f"the shard of {stream}"
                 raise CheckpointError(f"{origin}: {name} of {unit.name} holds NaN or Inf")
         return unit
@@ -256,12 +257,14 @@ class Stage:
             for suffix in packed.suffixes(settings[linear.name]):
                 del tensors[f"{linear.stem}.{suffix}"]
             shape = self.checkpoint.entries[linear.key].shape
-            whole = tensors.setdefault(linear.key, torch.empty(shape, dtype=self.spec.compute_dtype))
-            linear.stored(whole).copy_(weight)
+            if linear.key not in tensors:
+                tensors[linear.key] = torch.empty(shape, dtype=self.spec.compute_dtype)
+            linear.stored(tensors[linear.key]).copy_(weight)
             if linear.bias:
-                bias = tensors[f"{linear.stem}.bias"]
-                shape = self.checkpoint.entries[linear.bias].shape
-                linear.stored_bias(tensors.setdefault(linear.bias, bias.new_empty(shape))).copy_(bias)
+                bias = tensors.pop(f"{linear.stem}.bias")
+                if linear.bias not in tensors:
+                    tensors[linear.bias] = bias.new_empty(self.checkpoint.entries[linear.bias].shape)
+                linear.stored_bias(tensors[linear.bias]).copy_(bias)
         return {key: tensors[key] for key in unit.keys}
 
 

@@ -60,6 +60,8 @@ class _Block:
     stages: list[list[int]] = dataclasses.field(default_factory=list)
     solved: dict[int, tuple[dict[str, QuantizedLinear], list[LayerRecord]]] = dataclasses.field(default_factory=dict)
     prepared: tuple[tuple[str, ...], LinearGroup, torch.Tensor] | None = None
+    chosen: tuple[tuple[str, ...], LinearGroup] | None = None
+    instead: dict[int, HessianAccumulator | AllTokens] = dataclasses.field(default_factory=dict)
 
 
 class TileSolver:
@@ -82,19 +84,23 @@ class TileSolver:
         sums = {group: self._accumulators(block, group) for group in groups}
         quantized = self._dequantized(block, stage_index)
         seconds = {"hessian": 0.0, "compensate": 0.0}
-        for chunk in chunks:
-            inputs = self._inputs(block, groups, "round-0", chunk, quantized)
-            drifts = [group for group in groups if sums[group][1] is not None]
-            before = self._inputs(block, drifts, "original", chunk, {}) if drifts else {}
-            for group, X in inputs.items():
-                H, drift = sums[group]
-                with timed(seconds, "hessian"):
-                    H.add_(X)
-                if drift is not None:
-                    with timed(seconds, "compensate"):
-                        drift.add_(before[group], X)
+        drifts = [group for group in groups if sums[group][1] is not None]
+        layers = stage.layers(block.unit)
+        with layers.replaced({} if drifts else quantized):
+            for chunk in chunks:
+                with layers.replaced(quantized if drifts else {}):
+                    inputs = self._inputs(block, groups, "round-0", chunk)
+                before = self._inputs(block, drifts, "original", chunk) if drifts else {}
+                for group, X in inputs.items():
+                    H, drift = sums[group]
+                    with timed(seconds, "hessian"):
+                        H.add_(X)
+                    if drift is not None:
+                        with timed(seconds, "compensate"):
+                            drift.add_(before[group], X)
         seconds["forward"] = time.perf_counter() - start - sum(seconds.values())
-        for group, (H, drift) in sums.items():
+        for group in groups:
+            H, drift = sums.pop(group)  # one full matrix at a time
             tensors = {"hessian": H.partial} | ({"drift": drift.partial} if drift is not None else {})
             note = {**_layout(block), "num_tokens": H.num_tokens, "seconds": seconds if group == groups[0] else {}}
             save_part(self._path(block, group, f"share-{number}"), tensors, json.dumps(note))
@@ -162,8 +168,11 @@ class TileSolver:
         tile = self._tiles(block, group)[number]
         prepared, W = self._prepared(block, group, tile)
         if prepared.beta is None:
-            prepared = beta.choose(prepared, self._sample_errors(block, group, tile.members))
-            block.prepared = (tile.members, prepared, W)
+            # Beside what was prepared: a sample may have to be weighed once more.
+            if block.chosen is None or block.chosen[0] != tile.members:
+                errors = self._sample_errors(block, group, tile.members)
+                block.chosen = (tile.members, beta.choose(prepared, errors))
+            prepared = block.chosen[1]
         solved = solve_rows(prepared, W[tile.rows])
         tensors = {"Q": solved.Q, "scale": solved.grid.scale, "zero": solved.grid.zero}
         tensors |= {field.name: getattr(solved.figures, field.name) for field in dataclasses.fields(Figures)}
@@ -210,16 +219,12 @@ class TileSolver:
                 block.stages += note["stages"]
         return self._block
 
-    def _inputs(
-        self, block: _Block, groups: Sequence[int], stream: str, chunk: str, weights: Mapping[str, torch.Tensor]
-    ) -> dict[int, torch.Tensor]:
-        """What groups read of one chunk, with other weights in some layers of the block."""
+    def _inputs(self, block: _Block, groups: Sequence[int], stream: str, chunk: str) -> dict[int, torch.Tensor]:
+        """What groups read of one chunk, with the weights that are in the block now."""
         stage, index = self._stage, block.unit.index
         wanted = {self._operand(block, group): group for group in groups}
-        layers = stage.layers(block.unit)
-        with layers.replaced(weights):
-            hidden = stage.hidden(stream, index, chunk)
-            found = inputs_of(layers, wanted.keys(), lambda: stage.forward(index, hidden))
+        hidden = stage.hidden(stream, index, chunk)
+        found = inputs_of(stage.layers(block.unit), wanted.keys(), lambda: stage.forward(index, hidden))
         return {wanted[operand]: X for operand, X in found.items()}
 
     def _operand(self, block: _Block, group: int) -> Operand:
@@ -273,18 +278,22 @@ class TileSolver:
         """What takes the place of the statistics of an expert that too few tokens reached."""
         stage, operand = self._stage, self._operand(block, group)
         experts, layers = stage.spec.experts, stage.layers(block.unit)
-        sums: HessianAccumulator | None = None
         stage_index = next(i for i, groups in enumerate(block.stages) if group in groups)
         if experts.policy == "all-tokens":
             with layers.replaced(self._dequantized(block, stage_index)):
-                sums = AllTokens(layers, [operand], stage.repeats("round-0", block.unit.index)).sums(
-                    operand, stage.device
-                )
-        elif experts.policy == "shared-hessian":
-            sums = HessianAccumulator(operand.columns, stage.device)
+                again = block.instead.get(stage_index)
+                if not isinstance(again, AllTokens):
+                    repeats = stage.repeats("round-0", block.unit.index)
+                    again = block.instead[stage_index] = AllTokens(layers, [operand], repeats)
+                sums = again.sums(operand, stage.device)
+            return starved_statistics(operand, routed_tokens, experts, sums, stage.device)
+        shared = block.instead.get(stage_index)
+        if experts.policy == "shared-hessian" and not isinstance(shared, HessianAccumulator):
+            shared = block.instead[stage_index] = HessianAccumulator(operand.columns, stage.device)
             for other in block.stages[stage_index]:
-                sums.absorb_(self._merged(block, other, {})[0])
-        return starved_statistics(operand, routed_tokens, experts, sums, stage.device)
+                shared.absorb_(self._merged(block, other, {})[0])
+        found = shared if isinstance(shared, HessianAccumulator) else None
+        return starved_statistics(operand, routed_tokens, experts, found, stage.device)
 
     def _dequantized(self, block: _Block, stage_index: int) -> dict[str, torch.Tensor]:
         """Weights of the stages before as they were quantized, in the compute dtype."""
@@ -310,7 +319,7 @@ class TileSolver:
     ) -> tuple[LinearGroup, torch.Tensor]:
         """What a group's rows share, and the stack of its weights; kept for the next call."""
         stage = self._stage
-        block.prepared = None  # makes room
+        block.prepared = block.chosen = None  # makes room
         name, W = stack([(member, block.weights[member]) for member in members])
         H, drift = sums["hessian"].to(stage.device), sums.get("drift")
         drift = drift.to(stage.device) if drift is not None else None

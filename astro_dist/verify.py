@@ -63,10 +63,11 @@ def verify_model(folder: Path, against: Path | str | None = None) -> dict[str, A
         )
     originals = _originals(source, skeleton) if source else {}
     errors = {}
+    held: dict[str, torch.Tensor] = {}  # the source's tensor that the last layer was part of
     for layer in layers:
         W_hat = _check_linear(checkpoint, packed, layer, settings[layer.name])
         if source:
-            errors[layer.stem] = _weight_error(source, originals.get(layer.stem), layer.stem, W_hat)
+            errors[layer.stem] = _weight_error(source, originals.get(layer.stem), layer.stem, W_hat, held)
     return {
         "model": str(folder),
         "linears": len(layers),
@@ -148,10 +149,15 @@ def _check_linear(
     return W_hat
 
 
-def _weight_error(source: Checkpoint, original: LinearLayer | None, stem: str, W_hat: torch.Tensor) -> float:
+def _weight_error(
+    source: Checkpoint, original: LinearLayer | None, stem: str, W_hat: torch.Tensor, held: dict[str, torch.Tensor]
+) -> float:
     if original is None:
         raise CheckpointError(f"{source.store}: has no tensor for {stem}; it is not the source of this model")
-    W = original.stored(source.read([original.key])[original.key]).float()
+    if original.key not in held:
+        held.clear()
+        held |= source.read([original.key])
+    W = original.stored(held[original.key]).float()
     if W.shape != W_hat.shape:
         raise CheckpointError(
             f"{source.store}: {original.key} is {list(W.shape)}, the quantized layer {list(W_hat.shape)}"

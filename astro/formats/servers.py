@@ -8,7 +8,7 @@ from astro.linear import LinearLayer
 
 __all__ = ["expert_group", "group_size_notes", "low_width_notes", "mixed_fusion_notes", "reader_notes"]
 
-_FUSED = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"))
+_FUSED = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"), ("q_a_proj", "kv_a_proj_with_mqa"))
 """Layers that vLLM makes one of."""
 _EXPERT = re.compile(r"(.*?\.experts)\.\d+\.")
 _MARLIN_SIZES = (PER_CHANNEL, 32, 64, 128)
@@ -52,8 +52,8 @@ def reader_notes(layers: Iterable[LinearLayer], layout: str) -> list[str]:
         )
     if any(layer.is_fused for layer in experts):
         notes.append(
-            "the source holds its experts fused, the result one by one, as servers ask: transformers has no reader for "
-            "packed experts of this architecture"
+            "the source holds its experts fused, the result one by one, as servers ask: of such architectures "
+            "transformers has a reader of packed experts for Llama 4 alone"
         )
     if any(layer.transposed and layer.expert is None for layer in layers):
         notes.append(

@@ -2,11 +2,13 @@
 
 import pytest
 import torch
+import transformers
 
 from astro.block import forward
 from astro.checkpoint import Checkpoint
 from astro.config import Experts
-from astro.errors import NumericalError, UnsupportedError
+from astro.errors import CheckpointError, NumericalError, UnsupportedError
+from astro.experts import expert_layers
 from astro.hessian import HessianAccumulator
 from astro.observation import BlockLayers
 from astro.recording import record, returns_tuple
@@ -165,3 +167,42 @@ def test_inputs_that_are_kept_come_to_the_same_bits(tokens):
         for chunk in chunks:
             own.add_(chunk)
     assert torch.equal(sums[0].finish_("x"), sums[1].finish_("x"))
+
+
+def linear_names(config, folder):
+    checkpoint, skeleton = Checkpoint.open(write_checkpoint(folder, config)), Skeleton(folder, torch.float32)
+    return [layer.name for layer in skeleton.linear_layers(0, keys_of(skeleton, checkpoint, 0))[0]]
+
+
+def test_layer_with_as_many_rows_as_there_are_experts_is_no_gate(tmp_path):
+    """Keys and values of Qwen3-Next's published sizes have 512 rows, as many as it has experts."""
+    changes = {"num_experts": 32, "shared_expert_intermediate_size": 32, "layer_types": ["full_attention"] * 2}
+    config = transformers.Qwen3NextConfig(**{**EXPERTS["qwen3-next"].to_dict(), **changes})
+    names = {name.removeprefix("model.layers.0.") for name in linear_names(config, tmp_path)}
+    assert {"self_attn.k_proj", "self_attn.v_proj", "mlp.shared_expert.gate_proj"} <= names
+    assert not {"mlp.gate", "mlp.shared_expert_gate"} & names
+
+
+def test_fused_experts_keep_the_checkpoints_own_prefix(tmp_path):
+    opened = Opened("llama4", tmp_path)
+    name = "model.layers.1.feed_forward.experts"
+    keys = {f"{name}.down_proj": f"language_model.{name}.down_proj"}
+    layers = expert_layers(name, opened.experts, "down_proj", {}, keys)
+    assert [layer.stem for layer in layers] == [f"language_model.{name}.{e}.down_proj" for e in range(4)]
+
+
+def test_experts_that_are_no_parameter_of_their_own_kind_are_refused(tmp_path):
+    config = transformers.JetMoeConfig(
+        vocab_size=260, hidden_size=64, num_hidden_layers=2, num_key_value_heads=2, kv_channels=16,
+        intermediate_size=64, num_local_experts=4, num_experts_per_tok=2, max_position_embeddings=128,
+    )  # fmt: skip
+    with pytest.raises(UnsupportedError, match="experts in a layout that is not known here"):
+        linear_names(config, tmp_path)
+
+
+def test_expert_that_is_missing_is_named(tmp_path):
+    opened = Opened("mixtral", tmp_path)
+    checkpoint = Checkpoint.open(tmp_path)
+    keys = [key for key in keys_of(opened.skeleton, checkpoint, 1) if not key.endswith("experts.2.w1.weight")]
+    with pytest.raises(CheckpointError, match="no tensor for gate_proj of expert 2"):
+        opened.skeleton.linear_layers(1, keys)

@@ -1,5 +1,6 @@
 """Mixture-of-experts models: whole runs on tiny checkpoints."""
 
+import dataclasses
 import json
 from collections import Counter
 from pathlib import Path
@@ -11,6 +12,7 @@ from safetensors.torch import load_file
 
 from astro.errors import ConfigError, NumericalError
 from astro_dist import pipeline
+from astro_dist.cost import CostModel
 from astro_dist.verify import verify_model
 from tests.architectures import EXPERTS
 from tests.conftest import LLAMA, files_of, write_checkpoint
@@ -136,3 +138,19 @@ def test_layers_of_odd_widths_have_a_policy(run_config, tmp_path, policy):
     assert found == ({16, 72} if policy == "per-channel" else {16})
     assert any("layers whose input is no multiple of the group size" in note for note in summary["notes"])
     verify_model(Path(summary["model"]))
+
+
+def test_width_of_some_layers_of_experts_is_refused_before_a_budget_is_measured(experts_config):
+    changes = {"quantization__bits": "auto", "quantization__average_bits": 5.0, "execution__rounds": 2}
+    overrides = {"*.w2": {"bits": 8}}
+    with pytest.raises(ConfigError, match="all experts of a layer get one width"):
+        pipeline.prepare(experts_config("mixtral", quantization__overrides=overrides, **changes))
+
+
+def test_room_on_disk_is_that_of_the_largest_block(experts_config):
+    """The first block of DeepSeek-V3 is dense."""
+    prepared = pipeline.prepare(experts_config("deepseek-v3"))
+    blocks = prepared.plan.blocks
+    turned = dataclasses.replace(prepared.plan, blocks=tuple(reversed(blocks)))
+    costs = [CostModel(plan, prepared.config, {"c0000": 64}, 4, "cpu") for plan in (prepared.plan, turned)]
+    assert costs[0].disk_bytes(2) == costs[1].disk_bytes(2)

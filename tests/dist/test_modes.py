@@ -13,6 +13,7 @@ from astro.errors import ConfigError, RunError
 from astro_dist import pipeline
 from astro_dist.actors import Worker
 from astro_dist.manifest import RunDirectory
+from astro_dist.tiles import TileSolver
 from astro_dist.verify import verify_model
 from tests.conftest import files_of
 from tests.dist.test_pipeline import perplexity
@@ -276,3 +277,24 @@ def test_part_of_a_solve_that_was_damaged_is_made_again(run_config, tmp_path, mo
     assert files_of(model_of(summary)) == expected
     assert [retry["kind"] for retry in summary["retries"]] == ["damaged"]
     assert not list((tmp_path / "run").glob("activations"))
+
+
+@pytest.mark.parametrize("read", [2, 3, 6])
+def test_sample_that_is_damaged_when_some_have_chosen_from_it(run_config, tmp_path, monkeypatch, read):
+    """Those weigh it once more, and all come to one strength of the regularization."""
+    monkeypatch.setattr("astro.tiling.row_tile", lambda *_: 40)
+    changes = {**SEQUENTIAL, "quantization__scale_search": "minmax", "quantization__refine_passes": 0}
+    whole = pipeline.quantize(run_config(execution__workers=4, output__dir=str(tmp_path / "whole"), **changes))
+    real, reads = TileSolver._sample_errors, []
+
+    def sample_errors(self, block, group, members):
+        reads.append(group)
+        if len(reads) == read:
+            path = self._path(block, group, "sample-0")
+            path.write_bytes(path.read_bytes()[:-1] + b"\xff")
+        return real(self, block, group, members)
+
+    monkeypatch.setattr(TileSolver, "_sample_errors", sample_errors)
+    summary = pipeline.quantize(run_config(execution__workers=4, **changes))
+    assert {retry["kind"] for retry in summary["retries"]} == {"damaged"}
+    assert files_of(model_of(summary)) == files_of(model_of(whole))
