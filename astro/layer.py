@@ -74,12 +74,13 @@ def quantize_group(
         group = beta.search(group, W)
     solved = [solve_rows(group, W[rows]) for rows in row_tiles(len(W), W.shape[1], W.device.type)]
     errors = {bits: measure_width(group, W, bits) for bits in widths}
-    members, record = merge_rows(weights, quantization, solved, group.outcome_(), num_tokens)
+    rows = [(member, len(weight)) for member, weight in weights]
+    members, record = merge_rows(rows, quantization, solved, group.outcome_(), num_tokens)
     return members, dataclasses.replace(record, width_errors=errors)
 
 
 def merge_rows(
-    weights: Sequence[tuple[str, torch.Tensor]],
+    members: Sequence[tuple[str, int]],
     quantization: Quantization,
     solved: Sequence[SolvedRows],
     outcome: GroupOutcome,
@@ -88,7 +89,7 @@ def merge_rows(
     """Members and record of a group from its solved tiles.
 
     Args:
-        weights: name and weight of each member.
+        members: name and number of rows of each.
         quantization: grid and solver.
         solved: every tile of the group, in order.
         outcome: what was decided for the group.
@@ -105,7 +106,7 @@ def merge_rows(
         float(torch.cat([getattr(rows.figures, figure) for rows in solved]).sum())
         for figure in ("error", "energy", "maximum_before", "maximum_after")
     )
-    name = "+".join(member for member, _ in weights)
+    name = "+".join(member for member, _ in members)
     if not error < float("inf"):
         raise NumericalError(f"{name}: the layer error is {error}; a weight or an input is not finite")
     record = LayerRecord(
@@ -126,14 +127,14 @@ def merge_rows(
         factorizations=outcome.factorizations,
         seconds=outcome.seconds,
     )
-    return _unstack(weights, Q, grid), record
+    return _unstack(members, Q, grid), record
 
 
-def _unstack(weights: Sequence[tuple[str, torch.Tensor]], Q: torch.Tensor, grid: Grid) -> dict[str, QuantizedLinear]:
-    members, start = {}, 0
-    for name, weight in weights:
-        rows = slice(start, start + len(weight))
+def _unstack(members: Sequence[tuple[str, int]], Q: torch.Tensor, grid: Grid) -> dict[str, QuantizedLinear]:
+    apart, start = {}, 0
+    for name, count in members:
+        rows = slice(start, start + count)
         part = dataclasses.replace(grid, scale=grid.scale[rows], zero=grid.zero[rows])
-        members[name] = QuantizedLinear(Q[rows], part)
-        start += len(weight)
-    return members
+        apart[name] = QuantizedLinear(Q[rows], part)
+        start += count
+    return apart

@@ -151,7 +151,7 @@ class Worker:
         opened, spec, stage = self._opened(round_index, index), self._spec, self._stage
         unit = opened.unit
         settings = layer_settings(spec.run, spec.quantization, unit, round_index)
-        weights, scale_dtype = stage.weights(unit), stage.scale_dtype(unit)
+        weights, scale_dtype = stage.weights(unit, unit.by_name), stage.scale_dtype(unit)
         widths, known = stage.widths(round_index), self._known(opened)
         quantized, records = quantize_block(weights, known, settings, spec.regularization, scale_dtype, widths)
         self._open = None

@@ -214,7 +214,8 @@ class CostModel:
         """A call for a block that several work on."""
         groups = self._groups(unit)
         if call.method == "write":
-            return Work(moved_bytes=2.0 * unit.written_bytes + unit.read_bytes)
+            # Tiles hold a byte a weight.
+            return Work(moved_bytes=3.0 * unit.written_bytes)
         if call.method == "give_out":
             return Work(moved_bytes=sum(4.0 * group.columns**2 for group in groups))
         if call.method == "share":
@@ -231,11 +232,12 @@ class CostModel:
             return Work(streams * passed * self._forward(unit, tokens), exact, moved_bytes=moved)
         group = groups[min(int(call.args[2]), len(groups) - 1)]
         square = 4.0 * group.columns**2 * (1 + self._compensated)
+        weights = group.rows * group.columns * self._itemsize
         if call.method == "decide":
-            moved = square * (len(self._shares) + 1 if self._sequential else 1) + unit.read_bytes
+            moved = square * (len(self._shares) + 1 if self._sequential else 1) + weights
             return self._prepare(group) + Work(moved_bytes=moved)
-        # Which worker has the stage prepared already is open.
-        entered = self._prepare(group) + Work(moved_bytes=square + unit.read_bytes)
+        # Which worker has the group prepared already is open.
+        entered = self._prepare(group) + Work(moved_bytes=square + weights)
         number = int(call.args[3])
         if call.method == "weigh":
             return entered + self._solve_tiles(group, [self._sample_tiles(group)[number]], NUM_CANDIDATES)

@@ -4,7 +4,7 @@ import ctypes
 import dataclasses
 import os
 import platform
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -162,14 +162,15 @@ class Stage:
             self._layers = (unit.index, BlockLayers(self.skeleton.model, unit.linears))
         return self._layers[1]
 
-    def weights(self, unit: BlockUnit) -> dict[str, torch.Tensor]:
-        """Original weights of a block's linear layers by name, exact: the loaded ones where those are."""
+    def weights(self, unit: BlockUnit, names: Iterable[str]) -> dict[str, torch.Tensor]:
+        """Original weights of some of a block's layers by name, exact: the loaded ones where those are."""
+        linears = [unit.by_name[name] for name in names]
         exact = torch.promote_types(self._stored_dtype(unit), self.spec.compute_dtype) == self.spec.compute_dtype
         if self._loaded == ("original", unit.index) and exact:
             layers = self.layers(unit)
-            return {linear.name: layers.weight(linear.name) for linear in unit.linears}
-        read = self.checkpoint.read({linear.key for linear in unit.linears})
-        return {linear.name: linear.stored(read[linear.key]).to(self.device) for linear in unit.linears}
+            return {linear.name: layers.weight(linear.name) for linear in linears}
+        read = self.checkpoint.read({linear.key for linear in linears})
+        return {linear.name: linear.stored(read[linear.key]).to(self.device) for linear in linears}
 
     def scale_dtype(self, unit: BlockUnit) -> torch.dtype:
         """Dtype in which a block's scales are stored: the layout's, or that of its weights in the source."""

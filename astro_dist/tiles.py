@@ -55,7 +55,6 @@ class _Block:
     round_index: int
     unit: BlockUnit
     settings: dict[str, Quantization]
-    weights: dict[str, torch.Tensor]
     groups: list[list[str]] = dataclasses.field(default_factory=list)
     stages: list[list[int]] = dataclasses.field(default_factory=list)
     solved: dict[int, tuple[dict[str, QuantizedLinear], list[LayerRecord]]] = dataclasses.field(default_factory=dict)
@@ -130,7 +129,7 @@ class TileSolver:
         Returns:
             `groups`: each with its parts, see `_parts`; the group with the widest input first.
         """
-        block = _Block(round_index, unit, self._settings(round_index, unit), {}, [list(names) for names in groups])
+        block = _Block(round_index, unit, self._settings(round_index, unit), [list(names) for names in groups])
         columns = []
         for group, known in enumerate(statistics):
             note = {**_layout(block), **_counts(known), "seconds": {} if group else dict(seconds)}
@@ -198,13 +197,15 @@ class TileSolver:
         return layers, records, seconds
 
     def _enter(self, round_index: int, index: int, chunk: str | None = None) -> _Block:
-        """Load a block of the source; which of its layers share an input is found with a chunk, or was noted."""
+        """Turn to a block; which of its layers share an input is found with a chunk, for which it is loaded, or was
+        noted. Who only solves reads the weights of a group at a time.
+        """
         stage = self._stage
         if self._block is None or (self._block.round_index, self._block.unit.index) != (round_index, index):
             self.forget()
-        unit = stage.load("original", index)
+        unit = stage.load("original", index) if chunk is not None else stage.spec.plan.blocks[index]
         if self._block is None:
-            block = self._block = _Block(round_index, unit, self._settings(round_index, unit), stage.weights(unit))
+            block = self._block = _Block(round_index, unit, self._settings(round_index, unit))
             if not unit.linears:
                 return block
             if chunk is not None:
@@ -277,7 +278,7 @@ class TileSolver:
     def _starved(self, block: _Block, group: int, routed_tokens: int) -> GroupStatistics:
         """What takes the place of the statistics of an expert that too few tokens reached."""
         stage, operand = self._stage, self._operand(block, group)
-        experts, layers = stage.spec.experts, stage.layers(block.unit)
+        experts, layers = stage.spec.experts, stage.layers(stage.load("original", block.unit.index))
         stage_index = next(i for i, groups in enumerate(block.stages) if group in groups)
         if experts.policy == "all-tokens":
             with layers.replaced(self._dequantized(block, stage_index)):
@@ -320,7 +321,7 @@ class TileSolver:
         """What a group's rows share, and the stack of its weights; kept for the next call."""
         stage = self._stage
         block.prepared = block.chosen = None  # makes room
-        name, W = stack([(member, block.weights[member]) for member in members])
+        name, W = stack(list(stage.weights(block.unit, members).items()))
         H, drift = sums["hessian"].to(stage.device), sums.get("drift")
         drift = drift.to(stage.device) if drift is not None else None
         regularization, scale_dtype = stage.spec.regularization, stage.scale_dtype(block.unit)
@@ -341,11 +342,11 @@ class TileSolver:
             layers: dict[str, QuantizedLinear] = {}
             records = []
             for members, tiles in parts.items():
-                weights = [(name, block.weights[name]) for name in members]
+                rows = [(name, block.unit.by_name[name].rows) for name in members]
                 outcome = _together("+".join(members), [outcome for _, _, outcome in tiles])
                 solved_rows = [rows for _, rows, _ in tiles]
                 settings = tiles[0][0].settings
-                quantized, record = merge_rows(weights, settings, solved_rows, outcome, note["num_tokens"])
+                quantized, record = merge_rows(rows, settings, solved_rows, outcome, note["num_tokens"])
                 layers |= quantized
                 noted = self._note(block, group, "decision")["width_errors"]["+".join(members)]
                 errors = {int(bits): error for bits, error in noted.items()}
