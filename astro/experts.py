@@ -77,18 +77,17 @@ def expert_layers(
     transposed, together = bool(layout["is_transposed"]), bool(layout["is_concatenated"])
     columns, rows = parameter.shape[1:] if transposed else reversed(parameter.shape[1:])
     rows //= len(parts)
+    fused, bias = keys.get(f"{name}.{own}"), keys.get(f"{name}.{own}_bias")
     layers = []
     for expert in range(len(parameter)):
         for number, part in enumerate(parts):
             unfused = f"{name}.{expert}.{part}"
-            fused = keys.get(f"{name}.{own}")
             key = converted.get((expert, number)) or fused or keys.get(f"{unfused}.weight")
             if key is None:
                 raise CheckpointError(f"the checkpoint has no tensor for {part} of expert {expert} of {name}")
             first, step = (number * rows, 1) if together else (number, len(parts))
             # By the checkpoint's own names, whatever they begin with.
             stem = f"{key.rpartition('.')[0]}.{expert}.{part}" if key == fused else key.removesuffix(".weight")
-            bias = keys.get(f"{name}.{own}_bias")
             layers.append(
                 LinearLayer(stem, key, rows, columns, stem, f"{name}.{own}", expert, first, step, transposed, bias)
             )

@@ -12,6 +12,7 @@ class OpenCalls:
 
     Attributes:
         left: calls that can be made or are being made.
+        undecided: groups whose decision is not made.
     """
 
     def __init__(self, place: tuple[int | str, ...], unit: str, groups: Mapping[int, Mapping[str, int]]) -> None:
@@ -26,10 +27,17 @@ class OpenCalls:
         self._parts = {group: [(method, n) for method, n in parts.items() if n] for group, parts in groups.items()}
         self._running = dict.fromkeys(groups, 1)
         self.left = {Call("decide", (*place, group), unit): None for group in groups}
+        self.undecided = len(self.left)
+
+    @property
+    def groups(self) -> list[int]:
+        """All of them."""
+        return list(self._parts)
 
     def done(self, call: Call) -> None:
         """Take note that a call returned; what it was waited for with opens."""
         del self.left[call]
+        self.undecided -= call.method == "decide"
         group = int(call.args[2])
         self._running[group] -= 1
         if not self._running[group] and self._parts[group]:

@@ -71,7 +71,7 @@ class SequentialSchedule:
         self._reopen()
         self._stages: dict[int, int] = {}
         self._solving: dict[tuple[int, int], OpenCalls] = {}
-        self._stage_of: dict[tuple[int, int], tuple[int, list[int]]] = {}
+        self._open: dict[tuple[int, int], OpenCalls] = {}  # the same by block and group
         self._done: set[Call] = set()
         self._taken: set[Call] = set()
 
@@ -100,12 +100,11 @@ class SequentialSchedule:
         elif call.method == "share":
             block, stage = int(call.args[0]), int(call.args[1])
             self._stages[block] = int(result["stages"])
-            groups = dict(result["groups"])
-            self._stage_of |= {(block, group): (stage, list(groups)) for group in groups}
-            self._solving.setdefault((block, stage), OpenCalls((0, block), call.unit, groups))
+            solving = OpenCalls((0, block), call.unit, dict(result["groups"]))
+            solving = self._solving.setdefault((block, stage), solving)
+            self._open |= {(block, group): solving for group in solving.groups}
         elif call.method in ("decide", "weigh", "tile"):
-            block, (stage, _) = int(call.args[1]), self._stage_of[int(call.args[1]), int(call.args[2])]
-            self._solving[block, stage].done(call)
+            self._open[int(call.args[1]), int(call.args[2])].done(call)
         else:
             self.finished.add(call.unit)
         return self._spent(call)
@@ -196,10 +195,8 @@ class SequentialSchedule:
     def _decided(self, call: Call) -> list[Spent]:
         """Once all groups of a stage are decided nothing needs its shares any more; experts may need each other's."""
         block = int(call.args[1])
-        _, groups = self._stage_of[block, int(call.args[2])]
-        decisions = [Call("decide", (0, block, other), call.unit) for other in groups]
-        every = self._done.issuperset(decisions)
-        return [Spent("shares", block, number=other) for other in groups] if every else []
+        solving = self._open[block, int(call.args[2])]
+        return [] if solving.undecided else [Spent("shares", block, number=other) for other in solving.groups]
 
     def _heads(self) -> list[Call]:
         heads = [(stream, head_unit(stream)) for stream in STREAMS if self._held_out]

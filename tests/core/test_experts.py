@@ -62,12 +62,13 @@ class Opened:
             return (up + 1) * gate * torch.sigmoid(1.702 * gate)
         return torch.nn.functional.silu(gate) * up
 
-    def naive(self, names, tokens):
-        """Mean of xxᵀ of an expert's gate and up, and of its down projection, over some of its module's inputs."""
-        self.expert = names[0].split(".")[-2]
+    def assert_naive(self, known, pair, down, tokens):
+        """Both Hessians of an expert are those of its module's inputs, and of what it makes of them."""
+        self.expert = pair[0].split(".")[-2]
         X = tokens.double()
-        Y = self.act(X, *names)
-        return X.T @ X / len(X), Y.T @ Y / len(Y)
+        Y = self.act(X, *pair)
+        torch.testing.assert_close(known[pair].H.double(), X.T @ X / len(X), rtol=1e-4, atol=1e-6)
+        torch.testing.assert_close(known[down].H.double(), Y.T @ Y / len(Y), rtol=1e-4, atol=1e-6)
 
 
 def parts(known):
@@ -85,10 +86,8 @@ def test_each_expert_sees_what_is_routed_to_it(name, tmp_path):
     assert len(parts(known)) == 4
     for expert, (pair, down) in enumerate(parts(known)):
         X = torch.cat([args[0][(args[1] == expert).any(-1)] for args in opened.routed])
-        inputs, inner = opened.naive(pair, X)
         assert known[pair].num_tokens == known[pair].routed_tokens == known[down].num_tokens == len(X)
-        torch.testing.assert_close(known[pair].H.double(), inputs, rtol=1e-4, atol=1e-6)
-        torch.testing.assert_close(known[down].H.double(), inner, rtol=1e-4, atol=1e-6)
+        opened.assert_naive(known, pair, down, X)
 
 
 @torch.no_grad()
@@ -97,10 +96,8 @@ def test_experts_in_one_batched_product(tmp_path):
     known = opened.statistics()
     for expert, (pair, down) in enumerate(parts(known)):
         X = torch.cat([args[0].reshape(4, -1, 64)[expert] for args in opened.routed])
-        inputs, inner = opened.naive(pair, X[X.any(-1)])
         assert known[pair].num_tokens == int(X.any(-1).sum())
-        torch.testing.assert_close(known[pair].H.double(), inputs, rtol=1e-4, atol=1e-6)
-        torch.testing.assert_close(known[down].H.double(), inner, rtol=1e-4, atol=1e-6)
+        opened.assert_naive(known, pair, down, X[X.any(-1)])
 
 
 @torch.no_grad()
@@ -113,11 +110,9 @@ def test_all_tokens_pass_through_a_starved_expert(name, tmp_path):
     owner.register_forward_pre_hook(lambda m, args: seen.append(args[0].reshape(-1, 64)))
     opened.forward()
     for pair, down in parts(known):
-        inputs, inner = opened.naive(pair, seen[0])
         assert (known[pair].num_tokens, known[pair].fallback) == (40, "all-tokens")
         assert known[pair].routed_tokens < 80
-        torch.testing.assert_close(known[pair].H.double(), inputs, rtol=1e-4, atol=1e-6)
-        torch.testing.assert_close(known[down].H.double(), inner, rtol=1e-4, atol=1e-6)
+        opened.assert_naive(known, pair, down, seen[0])
 
 
 @torch.no_grad()
