@@ -1,7 +1,7 @@
 """The search of β: sampled rows get just what all rows will get, under every candidate, and the errors decide.
 
 Rows are independent, so that candidates can be tried on a tile of the sample anywhere. Shapes: R rows of all members
-together, C columns, S sampled rows, K candidates.
+together, C columns, S sampled rows, K candidates, B groups side by side, each of which gets a β of its own.
 """
 
 import dataclasses
@@ -9,7 +9,7 @@ import dataclasses
 import torch
 
 from astro import regularizer
-from astro.group import LinearGroup, compensate, num_sampled, sampled, solve_rows
+from astro.group import LinearGroups, compensate, num_sampled, sampled, solve_rows
 from astro.report import timed
 from astro.tiling import row_tiles
 
@@ -22,57 +22,61 @@ _LEAST_GAIN = 2e-3
 """Share of the layer error that a β must save on the sample, beyond one standard error, to be used."""
 
 
-def sample_tiles(num_rows: int, num_columns: int, device_type: str) -> list[slice]:
-    """The tiles of a group's sampled rows, each of which is solved under all candidates at once."""
-    return row_tiles(num_sampled(num_rows), num_columns, device_type, copies=NUM_CANDIDATES)
+def sample_tiles(num_rows: int, num_columns: int, device_type: str, num_groups: int = 1) -> list[slice]:
+    """The tiles of the sampled rows of groups side by side, each of which is solved under all candidates at once."""
+    return row_tiles(num_sampled(num_rows), num_columns, device_type, copies=num_groups * NUM_CANDIDATES)
 
 
-def weigh(group: LinearGroup, W: torch.Tensor, tile: slice) -> torch.Tensor:
+def weigh(groups: LinearGroups, W: torch.Tensor, tile: slice) -> torch.Tensor:
     """The layer error of some sampled rows under every candidate, 0 first.
 
     Args:
-        group: prepared from all rows, β open.
-        W: weights of all members, float32 [R, C].
+        groups: prepared from all rows, β open.
+        W: weights of all members of each, float32 [B, R, C].
         tile: of the sampled rows.
 
     Returns:
-        ‖(ŵ − w)X‖², float32 [K, rows of the tile].
+        ‖(ŵ − w)X‖², float32 [B, K, rows of the tile].
     """
-    assert group.problem is not None
-    rows = compensate(group, sampled(W)[tile])
+    assert groups.problem is not None
+    rows = compensate(groups, sampled(W)[:, tile])
     # Its own clock: what the search spends on grids, GPTQ and refinement is the search's.
-    own = dataclasses.replace(group, seconds={}, drift=None)
-    with timed(group.seconds, "beta"):
-        targets = [rows, *(regularizer.regularize(rows, group.problem, beta) for beta in _BETAS)]
+    own = dataclasses.replace(groups, seconds={}, drift=None)
+    with timed(groups.seconds, "beta"):
+        targets = [rows, *(regularizer.regularize(rows, groups.problem, beta) for beta in _BETAS)]
         # All candidates are quantized in one solve, as rows over each other.
-        solved = solve_rows(own, rows.repeat(NUM_CANDIDATES, 1), torch.cat(targets))
-    return solved.figures.error.reshape(NUM_CANDIDATES, -1)
+        solved = solve_rows(own, rows.repeat(1, NUM_CANDIDATES, 1), torch.cat(targets, dim=1))
+    error = solved.figures.error
+    return error.reshape(len(error), NUM_CANDIDATES, -1)
 
 
-def choose(group: LinearGroup, errors: torch.Tensor) -> LinearGroup:
-    """The group with the β that surely saves most of the sampled rows' error; with 0 where none does.
+def choose(groups: LinearGroups, errors: torch.Tensor) -> LinearGroups:
+    """Groups with the β that surely saves most of the sampled rows' error; with 0 where none does.
 
     Args:
-        group: prepared from all rows, β open.
-        errors: of all sampled rows under every candidate, in their order, float32 [K, S].
+        groups: prepared from all rows, β open.
+        errors: of all sampled rows under every candidate, in their order, float32 [B, K, S].
     """
-    plain = errors[0].sum().clamp(min=torch.finfo(torch.float32).tiny)
-    saved = errors[0] - errors[1:]
-    gains = saved.sum(1) / plain
+    plain = errors[:, :1].sum(-1).clamp(min=torch.finfo(torch.float32).tiny)
+    saved = errors[:, :1] - errors[:, 1:]
+    gains = saved.sum(-1) / plain
     # The sample's own noise is taken off, so that a β is not chosen for a few lucky rows.
-    sure = gains - saved.std(1, correction=0) * errors.shape[1] ** 0.5 / plain
-    best = int(sure.argmax())
-    if float(sure[best]) < _LEAST_GAIN:
-        return dataclasses.replace(group, beta=0.0, problem=None)
-    return dataclasses.replace(group, beta=_BETAS[best], beta_gain=float(gains[best]))
+    sure = gains - saved.std(-1, correction=0) * errors.shape[-1] ** 0.5 / plain
+    best = sure.argmax(-1, keepdim=True)
+    is_gain = sure.gather(-1, best) >= _LEAST_GAIN
+    candidates = torch.tensor(_BETAS, dtype=torch.float64, device=errors.device)
+    beta = torch.where(is_gain, candidates[best], 0.0).squeeze(-1)
+    gain = torch.where(is_gain, gains.gather(-1, best), 0.0).double().squeeze(-1)
+    problem = groups.problem if bool(is_gain.any()) else None
+    return dataclasses.replace(groups, beta=beta, beta_gain=gain, problem=problem)
 
 
-def search(group: LinearGroup, W: torch.Tensor) -> LinearGroup:
-    """The group with its β, all tiles of the sample weighed here.
+def search(groups: LinearGroups, W: torch.Tensor) -> LinearGroups:
+    """Groups with their β, all tiles of the sample weighed here.
 
     Args:
-        group: prepared from all rows, β open.
-        W: weights of all members, float32 [R, C].
+        groups: prepared from all rows, β open.
+        W: weights of all members of each, float32 [B, R, C].
     """
-    tiles = sample_tiles(len(W), W.shape[1], W.device.type)
-    return choose(group, torch.cat([weigh(group, W, tile) for tile in tiles], dim=1))
+    tiles = sample_tiles(W.shape[1], W.shape[2], W.device.type, len(W))
+    return choose(groups, torch.cat([weigh(groups, W, tile) for tile in tiles], dim=-1))

@@ -4,18 +4,20 @@ Shapes: B sequences, T tokens, H hidden size.
 """
 
 import dataclasses
+import itertools
 from collections.abc import Iterable, Mapping, Sequence
 
 import torch
 from torch import nn
 
+from astro.batch import batches
 from astro.config import Quantization, Regularizer
-from astro.expert_policy import GroupStatistics, rounded
-from astro.layer import QuantizedLinear, quantize_group
+from astro.expert_policy import GroupStatistics
+from astro.layer import QuantizedLinear, quantize_groups
 from astro.recording import BlockCall
 from astro.report import LayerRecord
 
-__all__ = ["by_settings", "forward", "quantize_block"]
+__all__ = ["apart", "forward", "quantize_block", "side_by_side"]
 
 
 def forward(block: nn.Module, hidden: torch.Tensor, call: BlockCall) -> torch.Tensor:
@@ -27,6 +29,7 @@ def forward(block: nn.Module, hidden: torch.Tensor, call: BlockCall) -> torch.Te
 
 def quantize_block(
     weights: Mapping[str, torch.Tensor],
+    groups: Sequence[Sequence[str]],
     statistics: Iterable[GroupStatistics],
     quantization: Mapping[str, Quantization],
     regularization: Regularizer,
@@ -37,7 +40,8 @@ def quantize_block(
 
     Args:
         weights: original weight [R, C] of each layer by name, on the device of the statistics.
-        statistics: of every group.
+        groups: names of the layers that share an input.
+        statistics: of every group, in their order; taken as they are needed.
         quantization: grid and solver of each layer by name.
         regularization: what is done to the weights before.
         scale_dtype: dtype in which scales are stored.
@@ -47,24 +51,61 @@ def quantize_block(
         Each layer on its grid by name, and one record a group.
     """
     quantized: dict[str, QuantizedLinear] = {}
-    records = []
-    for known in statistics:
-        for settings, members in by_settings(known.names, quantization):
-            group = [(name, weights[name]) for name in members]
-            own = rounded(settings, regularization) if known.fallback == "rtn" else (settings, regularization)
-            solved, record = quantize_group(group, known.H, known.num_tokens, *own, scale_dtype, widths)
-            quantized.update(solved)
-            records.append(dataclasses.replace(record, routed_tokens=known.routed_tokens, fallback=known.fallback))
+    records: list[LayerRecord] = []
+    shapes = {name: (weight.shape[0], weight.shape[1]) for name, weight in weights.items()}
+    device_type = next(iter(weights.values())).device.type if weights else "cpu"
+    remaining = iter(statistics)
+    for batch in side_by_side(groups, shapes, quantization, device_type):
+        known = list(itertools.islice(remaining, len(batch)))
+        H = known[0].H.unsqueeze(0) if len(known) == 1 else torch.stack([own.H for own in known])
+        tokens = [own.num_tokens for own in known]
+        counted = [(own.routed_tokens, own.fallback) for own in known]
+        del known  # a wide layer's matrices are gigabytes
+        for settings, stacks in apart([groups[i] for i in batch], quantization):
+            layers = [{name: weights[name] for name in members} for members in stacks]
+            solved, own = quantize_groups(layers, H, tokens, settings, regularization, scale_dtype, widths)
+            quantized |= solved
+            for record, (routed, fallback) in zip(own, counted, strict=True):
+                records.append(dataclasses.replace(record, routed_tokens=routed, fallback=fallback))
     return quantized, records
 
 
-def by_settings(names: Sequence[str], quantization: Mapping[str, Quantization]) -> list[tuple[Quantization, list[str]]]:
-    """Layers that share an input, apart where an override gives them different grids."""
-    groups: list[tuple[Quantization, list[str]]] = []
-    for name in names:
-        found = next((members for settings, members in groups if settings == quantization[name]), None)
-        if found is None:
-            groups.append((quantization[name], [name]))
-        else:
-            found.append(name)
-    return groups
+def side_by_side(
+    groups: Sequence[Sequence[str]],
+    shapes: Mapping[str, tuple[int, int]],
+    quantization: Mapping[str, Quantization],
+    device_type: str,
+) -> list[range]:
+    """Which groups are solved side by side: neighbours of one shape with the same settings.
+
+    Args:
+        groups: names of the layers that share an input.
+        shapes: rows and columns of each layer.
+        quantization: grid and solver of each layer by name.
+        device_type: "cpu" or "cuda".
+
+    Returns:
+        Indices of the groups of each batch, in order.
+    """
+    kinds = []
+    for names in groups:
+        members = tuple((quantization[name], shapes[name]) for name in names)
+        kinds.append((members, sum(rows for _, (rows, _) in members), shapes[names[0]][1]))
+    return batches(kinds, device_type)
+
+
+def apart(
+    groups: Sequence[Sequence[str]], quantization: Mapping[str, Quantization]
+) -> list[tuple[Quantization, list[list[str]]]]:
+    """Groups that are solved side by side, apart where overrides give members of each different grids.
+
+    Args:
+        groups: names of the layers that share an input; alike in all settings.
+        quantization: grid and solver of each layer by name.
+    """
+    own = [quantization[name] for name in groups[0]]
+    different = [settings for i, settings in enumerate(own) if settings not in own[:i]]
+    return [
+        (settings, [[name for name in names if quantization[name] == settings] for names in groups])
+        for settings in different
+    ]

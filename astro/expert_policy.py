@@ -10,13 +10,13 @@ from typing import Any
 import torch
 from torch import nn
 
-from astro.config import Experts, Quantization, Regularizer
+from astro.config import Experts
 from astro.errors import NumericalError
 from astro.experts import call_alone, reads_inputs
 from astro.hessian import HessianAccumulator
 from astro.observation import BlockLayers, Operand
 
-__all__ = ["AllTokens", "GroupStatistics", "is_starved", "rounded", "starved_statistics"]
+__all__ = ["AllTokens", "GroupStatistics", "is_starved", "starved_statistics"]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -136,8 +136,3 @@ def starved_statistics(
     own = HessianAccumulator(operand.columns, device)
     own.absorb_(sums)
     return GroupStatistics(operand.names, own.finish_(name), own.num_tokens, routed_tokens, experts.policy)
-
-
-def rounded(quantization: Quantization, regularization: Regularizer) -> tuple[Quantization, Regularizer]:
-    """The settings of layers that are rounded to nearest, without statistics."""
-    return dataclasses.replace(quantization, method="rtn"), dataclasses.replace(regularization, name="none")

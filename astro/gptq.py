@@ -7,7 +7,8 @@ columns up to i. Choosing q_i to make that term small, given the columns before 
     q_i = Q( w_i + Σ_{j<i} (w_j − q_j) N_ji ),      N_ji = V_ji / V_ii,
 
 which is the published update (the equality is tested). Rows never meet: any tiling of rows gives the same weights.
-Shapes: R rows, C columns; work arrays are transposed [C, R], so that a column is contiguous.
+Shapes: R rows, C columns, B layers side by side; work arrays are transposed [B, C, R], so that a column of a layer is
+contiguous.
 """
 
 import torch
@@ -24,47 +25,51 @@ _PANEL = 16
 
 
 def activation_order(H: torch.Tensor) -> torch.Tensor:
-    """Columns by falling diagonal of H, ties in their own order, int64 [C]."""
-    return torch.argsort(H.diagonal(), descending=True, stable=True)
+    """Columns by falling diagonal of H [B, C, C], ties in their own order, int64 [B, C]."""
+    return torch.argsort(H.diagonal(dim1=-2, dim2=-1), dim=-1, descending=True, stable=True)
 
 
 def solve(W: torch.Tensor, factor: Factor, grid: Grid) -> torch.Tensor:
-    """Quantize a layer's rows to a fixed grid.
+    """Quantize the rows of a layer, or of several side by side, to a fixed grid.
 
     Args:
-        W: weights to approximate, float32 [R, C].
-        factor: of the layer's damped Hessian, with the order in which columns are visited.
+        W: weights to approximate, float32 [B, R, C], or [R, C].
+        factor: of the layers' damped Hessians, with the order in which columns are visited.
         grid: scale and zero point of each group, in the original column order.
 
     Returns:
-        Integers in the original column order, int8 [R, C].
+        Integers in the original column order, int8 [B, R, C].
     """
     N, order = factor.feedback, factor.order
-    num_columns = W.shape[1]
+    num_columns = W.shape[-1]
     group = torch.div(order, grid.group_size, rounding_mode="floor")
-    Wt = W.T[order]
-    scale, zero = grid.scale.T.contiguous(), grid.zero.T.contiguous()
+    Wt, scale, zero = _columns(W.mT, order), grid.scale.mT.contiguous(), grid.zero.mT.contiguous()
     E = torch.empty_like(Wt)  # w − q of the columns already rounded
     Q = torch.empty_like(Wt, dtype=torch.int8)
     for start in range(0, num_columns, _BLOCK):
         stop = min(start + _BLOCK, num_columns)
         block = slice(start, stop)
-        T = Wt[block] + N[:start, block].T @ E[:start] if start else Wt[block].clone()
-        S, Z = scale[group[block]], zero[group[block]]
+        T = Wt[..., block, :].clone()
+        if start:
+            T += N[..., :start, block].mT @ E[..., :start, :]
+        S, Z = _columns(scale, group[..., block]), _columns(zero, group[..., block])
         V = torch.empty_like(T)  # integers, counted from the zero point
         # Views of all columns at once: where rows are few, the calls are what takes time.
-        t, w, e, v, s, low, high = (X.unbind() for X in (T, Wt[block], E[block], V, S, grid.q_min - Z, grid.q_max - Z))
-        feedback = N[:stop, block].unbind(1)
+        work = (T, Wt[..., block, :], E[..., block, :], V, S, grid.q_min - Z, grid.q_max - Z)
+        t, w, e, v, s, low, high = (X.unbind(-2) for X in work)
         for left in range(start, stop, _PANEL):
             right = min(left + _PANEL, stop)
             if left > start:
-                T[left - start : right - start] += N[start:left, left:right].T @ E[start:left]
+                T[..., left - start : right - start, :] += N[..., start:left, left:right].mT @ E[..., start:left, :]
             for i in range(left - start, right - start):
-                past = slice(left, start + i)
-                target = torch.addmv(t[i], E.T[:, past], feedback[i][past]) if start + i > left else t[i]
-                torch.div(target, s[i], out=v[i]).round_().clamp_(low[i], high[i])
-                torch.sub(w[i], v[i] * s[i], out=e[i])
-        Q[block] = V + Z
-    out = torch.empty_like(Q)
-    out[order] = Q
-    return out.T.contiguous()
+                torch.div(t[i], s[i], out=v[i]).round_().clamp_(low[i], high[i])
+                torch.addcmul(w[i], v[i], s[i], value=-1, out=e[i])
+                later = N[..., start + i, start + i + 1 : right].unsqueeze(-1)
+                T[..., i + 1 : right - start, :].addcmul_(later, e[i].unsqueeze(-2))
+        Q[..., block, :] = V + Z
+    return _columns(Q, order.argsort(-1)).mT.contiguous()
+
+
+def _columns(X: torch.Tensor, index: torch.Tensor) -> torch.Tensor:
+    """Columns of X [B, C, R], chosen for each layer by [B, C']."""
+    return X.take_along_dim(index.unsqueeze(-1), -2)

@@ -1,14 +1,17 @@
 """The grid of a quantized layer: scale and zero point of each group, and rounding to it.
 
-Shapes: R rows (outputs), C columns (inputs), g columns a group, G = C/g groups.
+Shapes: R rows (outputs), C columns (inputs), g columns a group, G = C/g groups; everything may have leading dimensions,
+of layers that lie side by side.
 Integers are signed, in [−2^(b−1), 2^(b−1)−1]; a weight is (q − zero) · scale (arXiv 2602.07596, eq. 1-2, zero = 0).
 """
 
 import dataclasses
 import itertools
+from collections.abc import Sequence
 
 import torch
 
+from astro.batch import first_of
 from astro.config import Quantization
 from astro.errors import NumericalError
 
@@ -22,7 +25,8 @@ _SHRINKS = tuple(1.0 - 0.02 * i for i in range(36))
 
 def grouped(W: torch.Tensor, group_size: int) -> torch.Tensor:
     """Rows [R, C] with their groups apart, [R, G, g]."""
-    return W.reshape(len(W), -1, group_size)
+    groups: torch.Tensor = W.unflatten(-1, (-1, group_size))
+    return groups
 
 
 @dataclasses.dataclass(frozen=True)
@@ -64,7 +68,7 @@ class Grid:
             int8 [R, C].
         """
         V = grouped(W, self.group_size) / self.scale.unsqueeze(-1)
-        return (V.round_() + self.zero.unsqueeze(-1)).clamp_(self.q_min, self.q_max).flatten(1).to(torch.int8)
+        return (V.round_() + self.zero.unsqueeze(-1)).clamp_(self.q_min, self.q_max).flatten(-2).to(torch.int8)
 
     def dequantize(self, Q: torch.Tensor) -> torch.Tensor:
         """The weights that integers stand for.
@@ -76,7 +80,7 @@ class Grid:
             float32 [R, C].
         """
         V = grouped(Q, self.group_size).float()
-        return ((V - self.zero.unsqueeze(-1)) * self.scale.unsqueeze(-1)).flatten(1)
+        return ((V - self.zero.unsqueeze(-1)) * self.scale.unsqueeze(-1)).flatten(-2)
 
 
 def fit_grid(
@@ -95,7 +99,7 @@ def fit_grid(
     Returns:
         The grid, its scales possibly infinite in a narrow `scale_dtype`: see `require_finite_scales`.
     """
-    group_size = settings.columns_per_group(W.shape[1])
+    group_size = settings.columns_per_group(W.shape[-1])
     V = grouped(W, group_size)
     low, high = V.amin(-1).clamp_(max=0), V.amax(-1).clamp_(min=0)
     if settings.symmetric:
@@ -105,7 +109,7 @@ def fit_grid(
     weight = None
     if settings.scale_search == "hessian":
         assert cost is not None, "the search `hessian` needs the cost of each column"
-        weight = cost.reshape(-1, group_size)
+        weight = grouped(cost, group_size).unsqueeze(-3)
     best = _make_grid(low, high, settings, group_size, scale_dtype)
     if len(shrinks) == 1:
         return best
@@ -149,17 +153,22 @@ def _make_grid(
 
 
 def _group_error(V: torch.Tensor, grid: Grid, weight: torch.Tensor | None) -> torch.Tensor:
-    """Error of each group [R, G] for V [R, G, g]: squares weighted by column [G, g], or the plain norm."""
+    """Error of each group [R, G] for V [R, G, g]: squares weighted by column [1, G, g], or the plain norm."""
     scale, zero = grid.scale.unsqueeze(-1), grid.zero.unsqueeze(-1)
     E = (V / scale).round_().add_(zero).clamp_(grid.q_min, grid.q_max).sub_(zero).mul_(scale).sub_(V)
     return E.abs_().pow_(_PLAIN_NORM).sum(-1) if weight is None else E.square_().mul_(weight).sum(-1)
 
 
-def require_finite_scales(grid: Grid, name: str) -> None:
+def require_finite_scales(grid: Grid, names: Sequence[str]) -> None:
     """Refuse a grid that its storage dtype cannot hold.
+
+    Args:
+        grid: of one layer, or of as many as there are names.
+        names: for messages.
 
     Raises:
         NumericalError: a scale overflowed.
     """
-    if not bool(torch.isfinite(grid.scale).all()):
+    name = first_of(~torch.isfinite(grid.scale).all(-1).all(-1), names)
+    if name is not None:
         raise NumericalError(f"{name}: a scale is not finite in the stored dtype; the weights are too large for it")

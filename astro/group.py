@@ -1,11 +1,13 @@
-"""What the rows of a group of linear layers share, and the solve of some of them.
+"""What the rows of linear layers with a common input share, and the solve of some of them.
 
 Prepared once: the factor of the Hessian, the operator of the regularizer, and the strength β, which `astro.beta`
-chooses where it is to be searched. With these rows are independent, so a tile of rows can be solved anywhere. Shapes:
-R rows of all members together, C columns.
+chooses where it is to be searched. With these rows are independent, so a tile of rows can be solved anywhere. Groups of
+one shape, as those of a layer's experts, are solved side by side, each with a Hessian and a β of its own.
+Shapes: B groups side by side, mostly 1; R rows of all members of one together, C columns.
 """
 
 import dataclasses
+from collections.abc import Sequence
 
 import torch
 
@@ -20,23 +22,24 @@ from astro.report import timed
 __all__ = [
     "Figures",
     "GroupOutcome",
-    "LinearGroup",
+    "LinearGroups",
     "SolvedRows",
     "compensate",
     "measure_width",
     "num_sampled",
-    "prepare_group",
+    "prepare_groups",
     "sampled",
     "solve_rows",
 ]
 
 _SAMPLED_ROWS = 256
 """Rows, evenly spaced over the group, that β and widths are measured on; of a small group one row in eight."""
+_TINY = torch.finfo(torch.float32).tiny
 
 
 @dataclasses.dataclass(frozen=True)
 class Figures:
-    """What is measured of each row, float32 [R].
+    """What is measured of each row, float32 [B, R].
 
     Attributes:
         error: ‖(ŵ − w)X‖².
@@ -53,7 +56,7 @@ class Figures:
 
 @dataclasses.dataclass(frozen=True)
 class SolvedRows:
-    """Some rows on their grid: integers int8 [R, C], the grid, figures of each row."""
+    """Some rows on their grid: integers int8 [B, R, C], the grid, figures of each row."""
 
     Q: torch.Tensor
     grid: Grid
@@ -80,38 +83,42 @@ class GroupOutcome:
 
 
 @dataclasses.dataclass(frozen=True)
-class LinearGroup:
-    """What all rows of a group share.
+class LinearGroups:
+    """What all rows of groups side by side share.
 
     Attributes:
-        name: names of the members, joined by '+'.
-        H: mean of xxᵀ, float32 [C, C].
-        drift: mean of (x_s − x)xᵀ times the share that is made up for, float32 [C, C]; None for none.
+        names: of each group, its members' joined by '+'.
+        H: mean of xxᵀ, float32 [B, C, C].
+        drift: mean of (x_s − x)xᵀ times the share that is made up for, float32 [B, C, C]; None for none.
         quantization: grid and solver, the width settled.
         scale_dtype: dtype in which scales are stored.
         factor: of the damped H; None for rounding to nearest.
-        problem: regularization; None where β is 0.
-        beta: strength of the regularization; None where it is yet to be chosen.
-        beta_gain: share of the sampled rows' error that it saved against 0; 0 where it was not searched.
+        problem: regularization; None where every β is 0.
+        beta: strengths of the regularization, float64 [B]; None where they are yet to be chosen.
+        beta_gain: share of the sampled rows' error that each saved against 0, [B]; 0 where it was not searched.
         seconds: time by phase, added to by every solve.
     """
 
-    name: str
+    names: tuple[str, ...]
     H: torch.Tensor
     drift: torch.Tensor | None
     quantization: Quantization
     scale_dtype: torch.dtype
     factor: Factor | None
     problem: Problem | None
-    beta: float | None
-    beta_gain: float
+    beta: torch.Tensor | None
+    beta_gain: torch.Tensor
     seconds: dict[str, float]
 
-    def outcome_(self) -> GroupOutcome:
-        """What was decided, β chosen, and the time since this was last asked."""
+    def outcomes_(self) -> list[GroupOutcome]:
+        """What was decided for each group, β chosen, and an even part of the time since this was last asked."""
         assert self.beta is not None
-        damping, attempts = (self.factor.damping, self.factor.attempts) if self.factor else (0.0, 0)
-        return GroupOutcome(self.beta, self.beta_gain, damping, attempts, self.spent_())
+        seconds = {phase: spent / len(self.names) for phase, spent in self.spent_().items()}
+        none = torch.zeros_like(self.beta)
+        damping, attempts = (self.factor.damping, self.factor.attempts) if self.factor else (none, none.long())
+        columns = (self.beta, self.beta_gain, damping, attempts)
+        decided = zip(*(column.tolist() for column in columns), strict=True)
+        return [GroupOutcome(beta, gain, damping, tried, seconds) for beta, gain, damping, tried in decided]
 
     def spent_(self) -> dict[str, float]:
         """Time by phase since this was last asked."""
@@ -120,89 +127,90 @@ class LinearGroup:
         return seconds
 
 
-def prepare_group(
-    name: str,
+def prepare_groups(
+    names: Sequence[str],
     W: torch.Tensor,
     H: torch.Tensor,
     quantization: Quantization,
     regularization: Regularizer,
     scale_dtype: torch.dtype,
     drift: torch.Tensor | None = None,
-) -> LinearGroup:
-    """Factor and regularizer of a group; β stays open where it is to be searched.
+) -> LinearGroups:
+    """Factors and regularizers of groups; β stays open where it is to be searched.
 
     Args:
-        name: names of the members, joined by '+'.
-        W: weights of all members, float32 [R, C].
-        H: mean of xxᵀ over the calibration tokens, float32 [C, C].
+        names: of each group, its members' joined by '+'.
+        W: weights of all members of each, float32 [B, R, C].
+        H: mean of xxᵀ over the calibration tokens, float32 [B, C, C].
         quantization: grid and solver, the width settled.
         regularization: what is done to the weights before.
         scale_dtype: dtype in which scales are stored.
-        drift: mean of (x_s − x)xᵀ, x_s the same tokens' inputs in the source model, float32 [C, C].
+        drift: mean of (x_s − x)xᵀ, x_s the same tokens' inputs in the source model, float32 [B, C, C].
 
     Raises:
         NumericalError: H is zero, or cannot be factored within the damping limit.
     """
     seconds: dict[str, float] = {}
-    group_size = quantization.columns_per_group(W.shape[1])
+    group_size = quantization.columns_per_group(W.shape[-1])
     factor = None
     if quantization.method == "gptq":
         with timed(seconds, "factor"):
-            in_order = torch.arange(len(H), device=H.device)
+            in_order = torch.arange(W.shape[-1], device=H.device).expand(H.shape[:-1])
             order = gptq.activation_order(H) if quantization.act_order == "static" else in_order
-            factor = factorize(H, order, quantization.damping, quantization.max_damping, name)
+            factor = factorize(H, order, quantization.damping, quantization.max_damping, names)
     drift = None if drift is None or factor is None else drift * quantization.compensation
-    group = LinearGroup(name, H, drift, quantization, scale_dtype, factor, None, 0.0, 0.0, seconds)
+    none = H.new_zeros(len(H), dtype=torch.float64)
+    groups = LinearGroups(tuple(names), H, drift, quantization, scale_dtype, factor, None, none, none, seconds)
     if regularization.name == "none" or regularization.beta == 0:
-        return group
+        return groups
     with timed(seconds, "regularize"):
-        problem = regularizer.prepare(H, mean_group_maximum(W, group_size), regularization, group_size, name)
-    beta = None if regularization.beta == "auto" else regularization.beta
-    return dataclasses.replace(group, problem=problem, beta=beta)
+        problem = regularizer.prepare(H, mean_group_maximum(W, group_size), regularization, group_size, names)
+    beta = None if regularization.beta == "auto" else none + regularization.beta
+    return dataclasses.replace(groups, problem=problem, beta=beta)
 
 
-def solve_rows(group: LinearGroup, W: torch.Tensor, target: torch.Tensor | None = None) -> SolvedRows:
+def solve_rows(groups: LinearGroups, W: torch.Tensor, target: torch.Tensor | None = None) -> SolvedRows:
     """Regularize, fit the grid, solve and refine some rows.
 
     Args:
-        group: prepared from all rows.
-        W: original weights of these rows, float32 [R, C]; errors are those of their compensated form.
-        target: their regularized form [R, C], where it is known already; else the group's β must be.
+        groups: prepared from all rows.
+        W: original weights of these rows of each, float32 [B, R, C]; errors are those of their compensated form.
+        target: their regularized form [B, R, C], where it is known already; else β must be.
 
     Raises:
         NumericalError: a scale overflows the dtype in which it is stored.
     """
-    settings, seconds = group.quantization, group.seconds
-    W = compensate(group, W)
+    settings, seconds = groups.quantization, groups.seconds
+    W = compensate(groups, W)
     if target is None:
         target = W
-        if group.problem is not None:
-            assert group.beta is not None
+        if groups.problem is not None:
+            assert groups.beta is not None
             with timed(seconds, "regularize"):
-                target = regularizer.regularize(W, group.problem, group.beta)
+                target = regularizer.regularize(W, groups.problem, groups.beta)
     with timed(seconds, "grid"):
-        cost = group.factor.cost if group.factor else group.H.diagonal()
-        grid = fit_grid(target, settings, group.scale_dtype, cost)
-        require_finite_scales(grid, group.name)
-    if group.factor is None:
+        cost = groups.factor.cost if groups.factor else groups.H.diagonal(dim1=-2, dim2=-1)
+        grid = fit_grid(target, settings, groups.scale_dtype, cost)
+        require_finite_scales(grid, groups.names)
+    if groups.factor is None:
         Q = grid.quantize(target)
     else:
         with timed(seconds, "gptq"):
-            Q = gptq.solve(target, group.factor, grid)
+            Q = gptq.solve(target, groups.factor, grid)
         with timed(seconds, "refine"):
-            damping = group.factor.damping * group.H.diagonal().mean()
+            damping = groups.factor.damping.float() * groups.H.diagonal(dim1=-2, dim2=-1).mean(-1)
             passes, tolerance = settings.refine_passes, settings.refine_tolerance
-            Q, grid = refine(W, Q, grid, group.H, damping, passes, tolerance, group.scale_dtype)
+            Q, grid = refine(W, Q, grid, groups.H, damping, passes, tolerance, groups.scale_dtype)
     figures = Figures(
-        error=layer_error(W, grid.dequantize(Q), group.H),
-        energy=layer_error(W, torch.zeros_like(W), group.H),
+        error=layer_error(W, grid.dequantize(Q), groups.H),
+        energy=layer_error(W, torch.zeros_like(W), groups.H),
         maximum_before=grouped(W, grid.group_size).abs().amax(-1).mean(-1),
         maximum_after=grouped(target, grid.group_size).abs().amax(-1).mean(-1),
     )
     return SolvedRows(Q, grid, figures)
 
 
-def compensate(group: LinearGroup, W: torch.Tensor) -> torch.Tensor:
+def compensate(groups: LinearGroups, W: torch.Tensor) -> torch.Tensor:
     """The weights that bring a layer's outputs back towards those of the source model.
 
     With x_s = x + d the inputs in the source model, W* minimizes ‖W (x + γ d) − W* x‖² + λ‖W* − W‖² over the tokens:
@@ -210,30 +218,31 @@ def compensate(group: LinearGroup, W: torch.Tensor) -> torch.Tensor:
         W* = W + γ W (Σ d xᵀ) (H + λI)⁻¹
 
     Args:
-        group: prepared from all rows.
-        W: original weights of some rows, float32 [R, C].
+        groups: prepared from all rows.
+        W: original weights of some rows of each, float32 [B, R, C].
 
     Source: quantization error propagation, arXiv 2504.09629; asymmetric calibration, arXiv 2504.02692.
     """
-    if group.drift is None or group.factor is None:
+    if groups.drift is None or groups.factor is None:
         return W
-    with timed(group.seconds, "compensate"):
-        return W + group.factor.solve(W @ group.drift)
+    with timed(groups.seconds, "compensate"):
+        return W + groups.factor.solve(W @ groups.drift)
 
 
-def measure_width(group: LinearGroup, W: torch.Tensor, bits: int) -> float:
-    """Relative layer error of sampled rows at some width: what it would cost, without solving all rows.
+def measure_width(groups: LinearGroups, W: torch.Tensor, bits: int) -> list[float]:
+    """Relative layer error of each group's sampled rows at some width: what it would cost, without solving all rows.
 
     Args:
-        group: prepared with any width.
-        W: weights of all members, float32 [R, C].
+        groups: prepared with any width.
+        W: weights of all members of each, float32 [B, R, C].
         bits: the width. Not regularized: the best β of one width is not that of another.
     """
-    quantization = dataclasses.replace(group.quantization, bits=bits)
-    measured = dataclasses.replace(group, quantization=quantization, problem=None, beta=0.0, seconds={})
-    with timed(group.seconds, "widths"):
+    quantization = dataclasses.replace(groups.quantization, bits=bits)
+    measured = dataclasses.replace(groups, quantization=quantization, problem=None, seconds={})
+    with timed(groups.seconds, "widths"):
         figures = solve_rows(measured, sampled(W)).figures
-    return float(figures.error.sum() / figures.energy.sum().clamp(min=torch.finfo(torch.float32).tiny))
+    errors: list[float] = (figures.error.sum(-1) / figures.energy.sum(-1).clamp(min=_TINY)).tolist()
+    return errors
 
 
 def num_sampled(num_rows: int) -> int:
@@ -242,5 +251,6 @@ def num_sampled(num_rows: int) -> int:
 
 
 def sampled(W: torch.Tensor) -> torch.Tensor:
-    """The rows that β and widths are measured on, [S, C] of [R, C]."""
-    return W[torch.linspace(0, len(W) - 1, num_sampled(len(W)), device=W.device).round().long()]
+    """The rows that β and widths are measured on, [B, S, C] of [B, R, C]."""
+    num_rows = W.shape[-2]
+    return W[..., torch.linspace(0, num_rows - 1, num_sampled(num_rows), device=W.device).round().long(), :]

@@ -1,16 +1,18 @@
 """The Hessian of a layer's squared error: accumulation, damping, factorization.
 
 For Y = X Wᵀ the layer error of a perturbed weight is tr(ΔW H ΔWᵀ) with H = XᵀX.
-Shapes: T tokens, C columns (inputs of the layer).
+Shapes: T tokens, C columns (inputs of the layer), B layers side by side.
 """
 
 import dataclasses
+from collections.abc import Sequence
 
 import torch
 
+from astro.batch import first_of
 from astro.errors import NumericalError
 
-__all__ = ["DriftAccumulator", "Factor", "HessianAccumulator", "factorize", "layer_error"]
+__all__ = ["DriftAccumulator", "Factor", "HessianAccumulator", "factorize", "layer_error", "require_inputs"]
 
 _TILE = 1024
 """Rows of H in one product. Part of the arithmetic: another tile rounds differently."""
@@ -149,77 +151,99 @@ class DriftAccumulator:
 
 @dataclasses.dataclass(frozen=True)
 class Factor:
-    """Triangular factor of a damped, reordered Hessian.
+    """Triangular factors of damped, reordered Hessians, one for each of B layers; of a single one without [B].
 
     Attributes:
-        feedback: unit upper triangular N [C, C] float32 with H[order][:, order] + λI = (N D)(N D)ᵀ, D diagonal.
-        order: int64 [C], the column that is visited first, second, ...
-        cost: D², float32 [C] in the original column order: what a unit error of a column costs once the columns
+        feedback: unit upper triangular N [B, C, C] float32 with H[order][:, order] + λI = (N D)(N D)ᵀ, D diagonal.
+        order: int64 [B, C], the column that is visited first, second, ...
+        cost: D², float32 [B, C] in the original column order: what a unit error of a column costs once the columns
             visited after it have made up for it as well as they can. GPTQ's squared error is Σ_i D_i² e_i².
-        damping: the share of the mean diagonal that was added.
-        attempts: factorizations that were tried; 1 where nothing had to be raised.
+        damping: the share of the mean diagonal that was added, float64 [B].
+        attempts: factorizations that were tried, int64 [B]; 1 where nothing had to be raised.
     """
 
     feedback: torch.Tensor
     order: torch.Tensor
     cost: torch.Tensor
-    damping: float
-    attempts: int
+    damping: torch.Tensor
+    attempts: torch.Tensor
 
-    def solve(self, B: torch.Tensor) -> torch.Tensor:
-        """B (H + λI)⁻¹ for B [R, C], float32 [R, C]."""
-        V = self.feedback * self.cost[self.order].sqrt()
-        # B P (V Vᵀ)⁻¹ with the columns in the order of the factor
-        half = torch.linalg.solve_triangular(V.T, B[:, self.order], upper=False, left=False)
-        out = torch.empty_like(B)
-        out[:, self.order] = torch.linalg.solve_triangular(V, half, upper=True, left=False)
-        return out
+    def solve(self, A: torch.Tensor) -> torch.Tensor:
+        """A (H + λI)⁻¹ for A [B, R, C], float32 [B, R, C]."""
+        V = self.feedback * self.cost.take_along_dim(self.order, -1).sqrt().unsqueeze(-2)
+        # A P (V Vᵀ)⁻¹ with the columns in the order of the factor
+        ordered = A.take_along_dim(self.order.unsqueeze(-2), -1)
+        half = torch.linalg.solve_triangular(V.mT, ordered, upper=False, left=False)
+        solved = torch.linalg.solve_triangular(V, half, upper=True, left=False)
+        result: torch.Tensor = solved.take_along_dim(self.order.argsort(-1).unsqueeze(-2), -1)
+        return result
 
 
-def factorize(H: torch.Tensor, order: torch.Tensor, damping: float, max_damping: float, name: str) -> Factor:
+def factorize(H: torch.Tensor, order: torch.Tensor, damping: float, max_damping: float, names: Sequence[str]) -> Factor:
     """Factor H + λI with λ = damping · mean(diag H), columns taken in `order`.
 
     Where the Cholesky factorization fails the damping is multiplied by 10 and tried again, up to `max_damping`.
 
     Args:
-        H: symmetric float32 [C, C].
-        order: permutation, int64 [C].
+        H: symmetric float32 [B, C, C], or [C, C].
+        order: permutation, int64 [B, C], or [C].
         damping: share of the mean diagonal to begin with.
         max_damping: largest share that is acceptable.
-        name: of the layer, for messages.
+        names: of the layers, for messages.
 
     Raises:
         NumericalError: H is zero, or not positive definite even with `max_damping`.
 
     Source: damping from GPTQ, arXiv 2210.17323. An upper factor comes from a lower one of the reversed matrix.
     """
-    mean = H.diagonal().mean()
-    if not bool(mean > 0):
-        raise NumericalError(f"{name}: every calibration input of this layer is zero")
-    reverse = order.flip(0)
-    attempts = 0
-    while True:
-        attempts += 1
-        P = H[reverse[:, None], reverse]
-        P.diagonal().add_(damping * mean)
-        L, info = torch.linalg.cholesky_ex(P)
-        del P
-        if not int(info):
-            V = L.flip(0, 1)
-            del L  # a wide layer's matrices are gigabytes: never hold one more than needed
-            D = V.diagonal().clone()
-            cost = torch.empty_like(D)
-            cost[order] = D.square()
-            return Factor(V.div_(D), order, cost, damping, attempts)
-        if damping * 10 > max_damping * (1 + 1e-6):
+    mean = H.diagonal(dim1=-2, dim2=-1).mean(-1)
+    require_inputs(mean, names)
+    share = torch.full_like(mean, damping, dtype=torch.float64)
+    attempts = torch.ones_like(mean, dtype=torch.int64)
+    L, info = _cholesky(H, order, share * mean)
+    while first_of(info > 0, names) is not None:
+        name = first_of((info > 0) & (share * 10 > max_damping * (1 + 1e-6)), names)
+        if name is not None:
             raise NumericalError(
-                f"{name}: the Hessian is not positive definite with damping {damping:g} "
+                f"{name}: the Hessian is not positive definite with damping {float(share[info > 0].max()):g} "
                 f"(the limit is {max_damping:g}); use more calibration tokens or raise quantization.max_damping"
             )
-        damping *= 10
+        share, attempts = torch.where(info > 0, share * 10, share), attempts + (info > 0)
+        del L  # a wide layer's matrices are gigabytes: never hold one more than needed
+        L, info = _cholesky(H, order, share * mean)
+    V = L.flip(-2, -1)
+    del L
+    D = V.diagonal(dim1=-2, dim2=-1).clone()
+    cost = torch.empty_like(D).scatter_(-1, order, D.square())
+    return Factor(V.div_(D.unsqueeze(-2)), order, cost, share, attempts)
+
+
+def require_inputs(size: torch.Tensor, names: Sequence[str]) -> None:
+    """Refuse Hessians of nothing but zeros.
+
+    Args:
+        size: of each Hessian, float32 [B].
+        names: of the layers.
+
+    Raises:
+        NumericalError: a size is 0.
+    """
+    name = first_of(~(size > 0), names)
+    if name is not None:
+        raise NumericalError(f"{name}: every calibration input of this layer is zero")
+
+
+def _cholesky(H: torch.Tensor, order: torch.Tensor, damping: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Lower factor of each reordered matrix, reversed, and where one has none a number above 0."""
+    reverse = order.flip(-1)
+    P = H.take_along_dim(reverse.unsqueeze(-1), -2).take_along_dim(reverse.unsqueeze(-2), -1)
+    P.diagonal(dim1=-2, dim2=-1).add_(damping.to(H.dtype).unsqueeze(-1))
+    factor: tuple[torch.Tensor, torch.Tensor] = torch.linalg.cholesky_ex(P)
+    return factor
 
 
 def layer_error(W: torch.Tensor, W_hat: torch.Tensor, H: torch.Tensor) -> torch.Tensor:
     """Squared output error of each row: diag((W − Ŵ) H (W − Ŵ)ᵀ), float32 [R]."""
     E = W - W_hat
-    return ((E @ H) * E).sum(1)
+    error: torch.Tensor = ((E @ H) * E).sum(-1)
+    return error

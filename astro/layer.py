@@ -1,11 +1,12 @@
-"""One group of linear layers with a common input: stack, solve tile by tile, cut apart, record.
+"""Groups of linear layers with a common input: stack, solve tile by tile, cut apart, record.
 
-Members (q, k, v; gate, up) are stacked along their rows: one Hessian, one factorization, one solve for all.
-Shapes: R rows of all members together, C columns.
+Members (q, k, v; gate, up) are stacked along their rows: one Hessian, one factorization, one solve for all. Groups of
+one shape, as those of a layer's experts, lie side by side.
+Shapes: B groups, R rows of all members of one together, C columns.
 """
 
-import dataclasses
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 
 import torch
 
@@ -13,14 +14,16 @@ from astro import beta
 from astro.config import Quantization, Regularizer
 from astro.errors import NumericalError
 from astro.grid import Grid
-from astro.group import GroupOutcome, SolvedRows, measure_width, prepare_group, solve_rows
+from astro.group import GroupOutcome, SolvedRows, measure_width, prepare_groups, solve_rows
 from astro.report import LayerRecord
 from astro.tiling import row_tiles
 
-__all__ = ["QuantizedLinear", "merge_rows", "quantize_group", "stack"]
+__all__ = ["QuantizedLinear", "merge_rows", "quantize_groups", "stack"]
+
+_FIGURES = ("error", "energy", "maximum_before", "maximum_after")
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclass(frozen=True)
 class QuantizedLinear:
     """One linear layer on its grid.
 
@@ -37,104 +40,109 @@ class QuantizedLinear:
         return self.grid.dequantize(self.Q)
 
 
-def stack(weights: Sequence[tuple[str, torch.Tensor]]) -> tuple[str, torch.Tensor]:
-    """Name of a group and the weights of its members over each other, float32 [R, C]."""
-    return "+".join(name for name, _ in weights), torch.cat([weight.float() for _, weight in weights])
+def stack(groups: Sequence[Sequence[torch.Tensor]]) -> torch.Tensor:
+    """The weights of each group's members over each other, groups of one shape side by side, float32 [B, R, C]."""
+    return torch.stack([torch.cat([weight.float() for weight in members]) for members in groups])
 
 
-def quantize_group(
-    weights: Sequence[tuple[str, torch.Tensor]],
+def quantize_groups(
+    groups: Sequence[Mapping[str, torch.Tensor]],
     H: torch.Tensor,
-    num_tokens: int,
+    num_tokens: Sequence[int],
     quantization: Quantization,
     regularization: Regularizer,
     scale_dtype: torch.dtype,
     widths: Sequence[int] = (),
-) -> tuple[dict[str, QuantizedLinear], LayerRecord]:
-    """Quantize linear layers that read the same input.
+) -> tuple[dict[str, QuantizedLinear], list[LayerRecord]]:
+    """Quantize groups of linear layers, those of a group with a common input, all groups of one shape.
 
     Args:
-        weights: name and weight [R_m, C] of each member, any float dtype, on the device of H.
-        H: mean of xxᵀ over the calibration tokens, float32 [C, C].
-        num_tokens: tokens in H.
+        groups: weight [R_m, C] of each member of each group by name, any float dtype, on the device of H.
+        H: mean of xxᵀ over the calibration tokens of each group, float32 [B, C, C].
+        num_tokens: tokens in each H.
         quantization: grid and solver, the width settled.
         regularization: what is done to the weights before.
         scale_dtype: dtype in which scales are stored.
         widths: that are measured besides, on sampled rows.
 
     Returns:
-        Each member on its grid by name, and the record of the group.
+        Each member on its grid by name, and the record of each group.
 
     Raises:
         NumericalError: H cannot be factored within the damping limit, or a result is not finite.
     """
-    name, W = stack(weights)
-    group = prepare_group(name, W, H, quantization, regularization, scale_dtype)
-    if group.beta is None:
-        group = beta.search(group, W)
-    solved = [solve_rows(group, W[rows]) for rows in row_tiles(len(W), W.shape[1], W.device.type)]
-    errors = {bits: measure_width(group, W, bits) for bits in widths}
-    rows = [(member, len(weight)) for member, weight in weights]
-    members, record = merge_rows(rows, quantization, solved, group.outcome_(), num_tokens)
-    return members, dataclasses.replace(record, width_errors=errors)
+    W = stack([list(members.values()) for members in groups])
+    names = ["+".join(members) for members in groups]
+    prepared = prepare_groups(names, W, H, quantization, regularization, scale_dtype)
+    if prepared.beta is None:
+        prepared = beta.search(prepared, W)
+    tiles = row_tiles(W.shape[1], W.shape[2], W.device.type, copies=len(W))
+    solved = [solve_rows(prepared, W[:, rows]) for rows in tiles]
+    errors = {bits: measure_width(prepared, W, bits) for bits in widths}
+    rows = [[(name, len(weight)) for name, weight in members.items()] for members in groups]
+    members, records = merge_rows(rows, quantization, solved, prepared.outcomes_(), num_tokens)
+    measured = [{bits: errors[bits][i] for bits in widths} for i in range(len(groups))]
+    return members, [replace(record, width_errors=own) for record, own in zip(records, measured, strict=True)]
 
 
 def merge_rows(
-    members: Sequence[tuple[str, int]],
+    groups: Sequence[Sequence[tuple[str, int]]],
     quantization: Quantization,
     solved: Sequence[SolvedRows],
-    outcome: GroupOutcome,
-    num_tokens: int,
-) -> tuple[dict[str, QuantizedLinear], LayerRecord]:
-    """Members and record of a group from its solved tiles.
+    outcomes: Sequence[GroupOutcome],
+    num_tokens: Sequence[int],
+) -> tuple[dict[str, QuantizedLinear], list[LayerRecord]]:
+    """Members and records of groups from their solved tiles.
 
     Args:
-        members: name and number of rows of each.
+        groups: name and number of rows of each member of each.
         quantization: grid and solver.
-        solved: every tile of the group, in order.
-        outcome: what was decided for the group.
-        num_tokens: tokens in the group's Hessian.
+        solved: every tile of the groups, in order.
+        outcomes: what was decided for each group.
+        num_tokens: tokens in the Hessian of each.
 
     Raises:
         NumericalError: the layer error is not finite.
     """
     grids = [rows.grid for rows in solved]
-    scale, zero = torch.cat([grid.scale for grid in grids]), torch.cat([grid.zero for grid in grids])
-    grid = dataclasses.replace(grids[0], scale=scale, zero=zero)
-    Q = torch.cat([rows.Q for rows in solved])
-    error, energy, before, after = (
-        float(torch.cat([getattr(rows.figures, figure) for rows in solved]).sum())
-        for figure in ("error", "energy", "maximum_before", "maximum_after")
-    )
-    name = "+".join(member for member, _ in members)
-    if not error < float("inf"):
-        raise NumericalError(f"{name}: the layer error is {error}; a weight or an input is not finite")
-    record = LayerRecord(
-        name=name,
-        bits=quantization.width,
-        rows=len(Q),
-        columns=Q.shape[1],
-        group_size=grid.group_size,
-        num_tokens=num_tokens,
-        routed_tokens=num_tokens,
-        fallback="",
-        relative_error=error / max(energy, torch.finfo(torch.float32).tiny),
-        beta=outcome.beta,
-        beta_gain=outcome.beta_gain,
-        width_errors={},
-        group_maximum_ratio=after / before if before > 0 else 1.0,
-        damping=outcome.damping,
-        factorizations=outcome.factorizations,
-        seconds=outcome.seconds,
-    )
-    return _unstack(members, Q, grid), record
+    scale, zero = torch.cat([grid.scale for grid in grids], dim=1), torch.cat([grid.zero for grid in grids], dim=1)
+    Q = torch.cat([rows.Q for rows in solved], dim=1)
+    totals = sum(torch.stack([getattr(rows.figures, own).sum(-1) for own in _FIGURES]) for rows in solved)
+    assert isinstance(totals, torch.Tensor)
+    quantized: dict[str, QuantizedLinear] = {}
+    records = []
+    for i, (members, (error, energy, before, after)) in enumerate(zip(groups, totals.T.tolist(), strict=True)):
+        name, outcome, grid = "+".join(member for member, _ in members), outcomes[i], grids[0]
+        if not error < float("inf"):
+            raise NumericalError(f"{name}: the layer error is {error}; a weight or an input is not finite")
+        quantized |= _unstack(members, Q[i], replace(grid, scale=scale[i], zero=zero[i]))
+        record = LayerRecord(
+            name=name,
+            bits=quantization.width,
+            rows=Q.shape[1],
+            columns=Q.shape[2],
+            group_size=grid.group_size,
+            num_tokens=num_tokens[i],
+            routed_tokens=num_tokens[i],
+            fallback="",
+            relative_error=error / max(energy, torch.finfo(torch.float32).tiny),
+            beta=outcome.beta,
+            beta_gain=outcome.beta_gain,
+            width_errors={},
+            group_maximum_ratio=after / before if before > 0 else 1.0,
+            damping=outcome.damping,
+            factorizations=outcome.factorizations,
+            seconds=outcome.seconds,
+        )
+        records.append(record)
+    return quantized, records
 
 
 def _unstack(members: Sequence[tuple[str, int]], Q: torch.Tensor, grid: Grid) -> dict[str, QuantizedLinear]:
     apart, start = {}, 0
     for name, count in members:
         rows = slice(start, start + count)
-        part = dataclasses.replace(grid, scale=grid.scale[rows], zero=grid.zero[rows])
+        part = replace(grid, scale=grid.scale[rows], zero=grid.zero[rows])
         apart[name] = QuantizedLinear(Q[rows], part)
         start += count
     return apart

@@ -9,14 +9,15 @@ along one coordinate it is a parabola:
 
 A move is made only where it lowers that error, so no pass can raise it. The damping is GPTQ's own: without it a column
 whose input was nearly silent on the calibration text would be free to go anywhere. Rows never meet.
-Shapes: R rows, C columns, g columns a group; work arrays are transposed [C, R], so that a column is contiguous.
+Shapes: R rows, C columns, g columns a group, B layers side by side; work arrays are transposed [B, C, R], so that a
+column of a layer is contiguous.
 """
 
 import dataclasses
 
 import torch
 
-from astro.grid import Grid
+from astro.grid import Grid, grouped
 
 __all__ = ["refine"]
 
@@ -42,41 +43,41 @@ def refine(
     """Lower the layer error of quantized rows by passes over their scales and integers.
 
     Args:
-        W: original weights, float32 [R, C].
-        Q: integers, int8 [R, C].
+        W: original weights, float32 [B, R, C], or [R, C].
+        Q: integers, int8 [B, R, C].
         grid: scale and zero point of each group; zero points stay.
-        H: undamped Hessian, float32 [C, C].
-        damping: λ, a scalar tensor.
+        H: undamped Hessians, float32 [B, C, C].
+        damping: λ of each, float32 [B].
         passes: at most so many.
         tolerance: a pass that lowers the error of these rows by a smaller share is the last.
         scale_dtype: dtype in which scales are stored; every new scale is exact in it.
 
     Returns:
-        Integers int8 [R, C] and their grid. In the damped layer error never worse than what was given.
+        Integers int8 [B, R, C] and their grid. In the damped layer error never worse than what was given.
     """
     state = _State(
-        V=(Q.float().reshape(len(Q), -1, grid.group_size) - grid.zero.unsqueeze(-1)).flatten(1).T.contiguous(),
-        E=(W - grid.dequantize(Q)).T.contiguous(),
-        scale=grid.scale.T.clone(),
-        zero=grid.zero.T.contiguous(),
+        V=(grouped(Q.float(), grid.group_size) - grid.zero.unsqueeze(-1)).flatten(-2).mT.contiguous(),
+        E=(W - grid.dequantize(Q)).mT.contiguous(),
+        scale=grid.scale.mT.clone(memory_format=torch.contiguous_format),
+        zero=grid.zero.mT.contiguous(),
         H=H,
-        damping=damping,
+        damping=damping.unsqueeze(-1).unsqueeze(-1),
         grid=grid,
         scale_dtype=scale_dtype,
     )
-    error = torch.linalg.vecdot(state.E, state.product(slice(None)), dim=0).sum() if passes else H.new_zeros(())
+    error = torch.linalg.vecdot(state.E, state.product(slice(None)), dim=-2).sum() if passes else H.new_zeros(())
     for _ in range(passes):
         gain = state.sweep()
         if not bool(gain >= tolerance * error):
             break
         error = error - gain
-    Q = (state.V.T.reshape(len(W), -1, grid.group_size) + grid.zero.unsqueeze(-1)).flatten(1).to(torch.int8)
-    return Q, dataclasses.replace(grid, scale=state.scale.T.contiguous())
+    Q = (grouped(state.V.mT, grid.group_size) + grid.zero.unsqueeze(-1)).flatten(-2).to(torch.int8)
+    return Q, dataclasses.replace(grid, scale=state.scale.mT.contiguous())
 
 
 @dataclasses.dataclass
 class _State:
-    """Rows under refinement: V = q − z and E = w − ŵ [C, R], scale and zero [G, R]."""
+    """Rows under refinement: V = q − z and E = w − ŵ [B, C, R], scale and zero [B, G, R], damping [B, 1, 1]."""
 
     V: torch.Tensor
     E: torch.Tensor
@@ -89,13 +90,13 @@ class _State:
 
     def product(self, rows: slice) -> torch.Tensor:
         """Rows of (H + λI) E."""
-        return (self.H[rows] @ self.E).addcmul_(self.damping, self.E[rows])
+        return (self.H[..., rows, :] @ self.E).addcmul_(self.damping, self.E[..., rows, :])
 
     def sweep(self) -> torch.Tensor:
         """One pass over all scales and integers; by how much the error fell, a scalar tensor."""
         gain = self.H.new_zeros(())
         size = self.grid.group_size
-        for k in range(len(self.scale)):
+        for k in range(self.scale.shape[-2]):
             group = slice(k * size, (k + 1) * size)
             G = self.product(group)
             gain = gain + self._move_scale(k, group, G)
@@ -108,41 +109,41 @@ class _State:
 
     def _move_scale(self, k: int, group: slice, G: torch.Tensor) -> torch.Tensor:
         """Refit a group's scale; brings the group's rows of G = H E up to date."""
-        V, s = self.V[group], self.scale[k]
-        HV = (self.H[group, group] @ V).addcmul_(self.damping, V)
-        slope, curvature = torch.linalg.vecdot(G, V, dim=0), torch.linalg.vecdot(HV, V, dim=0)
+        V, s = self.V[..., group, :], self.scale[..., k, :]
+        HV = (self.H[..., group, group] @ V).addcmul_(self.damping, V)
+        slope, curvature = torch.linalg.vecdot(G, V, dim=-2), torch.linalg.vecdot(HV, V, dim=-2)
         best = s + slope / curvature.clamp(min=torch.finfo(torch.float32).tiny)
         stored = best.to(self.scale_dtype).float()
         step = stored - s
         gain = step * (2 * _CAUTION * slope - step * curvature)
         wanted = (gain > 0) & (stored * s > 0)
         step = torch.where(wanted, step, 0.0)
-        self.scale[k] += step
-        self.E[group] -= V * step
-        G -= HV * step
+        s += step
+        self.E[..., group, :] -= V * step.unsqueeze(-2)
+        G -= HV * step.unsqueeze(-2)
         return torch.where(wanted, gain, 0.0).sum()
 
     def _move_integers(self, k: int, block: slice, G: torch.Tensor) -> torch.Tensor:
         """Choose the integers of some columns of a group anew, one column after the other; alters G."""
-        H, V, E, s = self.H[block, block], self.V[block], self.E[block], self.scale[k]
-        low, high = self.grid.q_min - self.zero[k], self.grid.q_max - self.zero[k]
-        diagonal = (H.diagonal() + self.damping).unsqueeze(1)
+        H, V, E, s = self.H[..., block, block], self.V[..., block, :], self.E[..., block, :], self.scale[..., k, :]
+        low, high = self.grid.q_min - self.zero[..., k, :], self.grid.q_max - self.zero[..., k, :]
+        size = V.shape[-2]
+        diagonal = H.diagonal(dim1=-2, dim2=-1).unsqueeze(-1) + self.damping
         pace = _CAUTION / diagonal
         D, chosen = torch.empty_like(V), torch.empty_like(V)  # change of ŵ; integers
         # Views of all columns at once: where rows are few, the calls are what takes time.
-        D_T, g, d, h, v, q = D.T, G.unbind(), D.unbind(), H.unbind(1), V.unbind(), chosen.unbind()
-        for left in range(0, len(V), _PANEL):
-            panel = slice(left, min(left + _PANEL, len(V)))
+        g, d, v, q = (X.unbind(-2) for X in (G, D, V, chosen))
+        for left in range(0, size, _PANEL):
+            right = min(left + _PANEL, size)
+            panel = slice(left, right)
             if left:
-                G[panel] -= H[panel, :left] @ D[:left]
-            per_slope = (pace[panel] / s).unbind()
-            for i in range(panel.start, panel.stop):
-                if i > left:
-                    g[i].addmv_(D_T[:, left:i], h[i][left:i], alpha=-1)
+                G[..., panel, :] -= H[..., panel, :left] @ D[..., :left, :]
+            per_slope = (pace[..., panel, :] / s.unsqueeze(-2)).unbind(-2)
+            for i in range(left, right):
                 torch.addcmul(v[i], g[i], per_slope[i - left], out=q[i]).round_().clamp_(low, high)
                 torch.sub(q[i], v[i], out=d[i]).mul_(s)
+                G[..., i + 1 : right, :].addcmul_(H[..., i, i + 1 : right].unsqueeze(-1), d[i].unsqueeze(-2), value=-1)
         V.copy_(chosen)
         E -= D
-        G = G[: len(V)]
-        gain: torch.Tensor = torch.linalg.vecdot(D, 2 * G - D * diagonal, dim=0)
+        gain: torch.Tensor = torch.linalg.vecdot(D, 2 * G[..., :size, :] - D * diagonal, dim=-2)
         return gain.sum()

@@ -5,17 +5,20 @@ Per row (eq. 12):
 
     J(w) = ½ (w − w₀) H (w − w₀)ᵀ + β Σ_k α_k ‖w^(k)‖_∞,      H scaled to a largest eigenvalue of 1,
 
-for groups k of g contiguous columns. Shapes: R rows, C columns, G = C/g groups.
+for groups k of g contiguous columns. Shapes: R rows, C columns, G = C/g groups, B layers side by side.
 Two solvers: the published proximal gradient, and ADMM, which comes close to the minimum in a few iterations.
 """
 
 import dataclasses
+from collections.abc import Sequence
 
 import torch
 
+from astro.batch import first_of
 from astro.config import Regularizer
 from astro.errors import NumericalError
 from astro.grid import grouped
+from astro.hessian import require_inputs
 
 __all__ = [
     "PROX_PASSES",
@@ -37,27 +40,27 @@ _POWER_STEPS = 50
 
 
 def group_activations(H: torch.Tensor, group_size: int) -> torch.Tensor:
-    """Guidance α (eq. 11): each group's activation norm over the mean of all groups, float32 [G].
+    """Guidance α (eq. 11): each group's activation norm over the mean of all groups, float32 [B, G].
 
     ‖X^(k)‖_F² is the sum of H's diagonal over the group, so that H is all that is needed, at any scale.
     """
-    norm = H.diagonal().clamp(min=0).reshape(-1, group_size).sum(1).sqrt()
-    return norm / norm.mean()
+    norm = grouped(H.diagonal(dim1=-2, dim2=-1).clamp(min=0), group_size).sum(-1).sqrt()
+    return norm / norm.mean(-1, keepdim=True)
 
 
 def largest_eigenvalue(H: torch.Tensor) -> torch.Tensor:
-    """Largest eigenvalue of a positive semidefinite matrix by power iteration, a scalar tensor on H's device."""
-    v = H.diagonal()
+    """Largest eigenvalues of positive semidefinite matrices [B, C, C] by power iteration, [B] on their device."""
+    v = H.diagonal(dim1=-2, dim2=-1).unsqueeze(-1)
     tiny = torch.finfo(H.dtype).tiny
     for _ in range(_POWER_STEPS):
-        v = H @ (v / torch.linalg.vector_norm(v).clamp(min=tiny))
-    norm: torch.Tensor = torch.linalg.vector_norm(v)
+        v = H @ (v / torch.linalg.vector_norm(v, dim=-2, keepdim=True).clamp(min=tiny))
+    norm: torch.Tensor = torch.linalg.vector_norm(v, dim=(-2, -1))
     return norm
 
 
 def mean_group_maximum(W: torch.Tensor, group_size: int) -> torch.Tensor:
-    """Mean over rows and groups of the group's largest |w|: the unit of a relative β, a scalar tensor."""
-    return grouped(W, group_size).abs().amax(-1).mean()
+    """Mean over rows and groups of the group's largest |w|: the unit of a relative β, [B]."""
+    return grouped(W, group_size).abs().amax(-1).mean((-2, -1))
 
 
 def prox(V: torch.Tensor, tau: torch.Tensor, group_size: int) -> torch.Tensor:
@@ -67,13 +70,14 @@ def prox(V: torch.Tensor, tau: torch.Tensor, group_size: int) -> torch.Tensor:
     Newton's method; no sort.
 
     Args:
-        V: float32 [R, C].
-        tau: thresholds >= 0, float32 [G].
+        V: float32 [B, R, C], or [R, C].
+        tau: thresholds >= 0, float32 [B, G].
         group_size: columns a group.
 
     Returns:
-        float32 [R, C].
+        float32 [B, R, C].
     """
+    tau = tau.unsqueeze(-2)
     A = grouped(V, group_size).abs()
     # Both lie left of θ, from where Newton's method on a convex falling function never overshoots.
     theta = torch.maximum(A.amax(-1) - tau, (A.sum(-1) - tau) / group_size).clamp_(min=0)
@@ -82,18 +86,18 @@ def prox(V: torch.Tensor, tau: torch.Tensor, group_size: int) -> torch.Tensor:
         count = (excess > 0).sum(-1).clamp_(min=1)
         theta = theta + (excess.sum(-1) - tau) / count
     level = theta.clamp_(min=0).unsqueeze(-1)
-    return torch.clamp(grouped(V, group_size), -level, level).flatten(1)
+    return torch.clamp(grouped(V, group_size), -level, level).flatten(-2)
 
 
 @dataclasses.dataclass(frozen=True)
 class Problem:
-    """A layer's regularization, prepared once for all of its rows and every β.
+    """The regularization of layers, prepared once for all of their rows and every β.
 
     Attributes:
         settings: which regularizer and which solver.
         group_size: columns a group.
-        guidance: α_k in units in which β is given, float32 [G].
-        operator: H/λ_max for proximal gradient; ρ(H/λ_max + ρI)⁻¹ for ADMM; float32 [C, C].
+        guidance: α_k in units in which β is given, float32 [B, G].
+        operator: H/λ_max for proximal gradient; ρ(H/λ_max + ρI)⁻¹ for ADMM; float32 [B, C, C].
     """
 
     settings: Regularizer
@@ -102,47 +106,54 @@ class Problem:
     operator: torch.Tensor
 
 
-def prepare(H: torch.Tensor, unit: torch.Tensor, settings: Regularizer, group_size: int, name: str) -> Problem:
-    """Compute what every row of the layer shares.
+def prepare(
+    H: torch.Tensor, unit: torch.Tensor, settings: Regularizer, group_size: int, names: Sequence[str]
+) -> Problem:
+    """Compute what every row of a layer shares.
 
     Args:
-        H: undamped Hessian, float32 [C, C].
-        unit: mean group maximum of the whole layer, used where β is relative.
+        H: undamped Hessians, float32 [B, C, C], or [C, C].
+        unit: mean group maximum of each whole layer [B], used where β is relative.
         settings: which regularizer and which solver.
         group_size: columns a group.
-        name: of the layer, for messages.
+        names: of the layers, for messages.
 
     Raises:
         NumericalError: H is zero, or H/λ_max + ρI is not positive definite.
     """
     largest = largest_eigenvalue(H)
-    if not bool(largest > 0):
-        raise NumericalError(f"{name}: every calibration input of this layer is zero")
-    H = H / largest
-    guidance = group_activations(H, group_size) if settings.name == "astro" else H.new_ones(H.shape[0] // group_size)
+    require_inputs(largest, names)
+    H = H / largest.unsqueeze(-1).unsqueeze(-1)
+    diagonal = H.diagonal(dim1=-2, dim2=-1)
+    guidance = (
+        group_activations(H, group_size) if settings.name == "astro" else torch.ones_like(diagonal[..., ::group_size])
+    )
     if settings.beta_unit == "relative":
-        guidance = guidance * unit
+        guidance = guidance * unit.unsqueeze(-1)
     if settings.solver == "admm":
-        H.diagonal().add_(settings.rho)
+        diagonal.add_(settings.rho)
         L, info = torch.linalg.cholesky_ex(H)
-        del H
-        if int(info):
+        del H, diagonal
+        name = first_of(info > 0, names)
+        if name is not None:
             raise NumericalError(f"{name}: H + {settings.rho:g} λ_max is not positive definite; raise regularizer.rho")
         H = torch.cholesky_inverse(L).mul_(settings.rho)
     return Problem(settings, group_size, guidance, H)
 
 
-def regularize(W: torch.Tensor, problem: Problem, beta: float) -> torch.Tensor:
-    """W̃ for some rows of a layer. Rows are independent.
+def regularize(W: torch.Tensor, problem: Problem, beta: torch.Tensor | float) -> torch.Tensor:
+    """W̃ for some rows of each layer. Rows are independent.
 
     Args:
-        W: original weights, float32 [R, C].
-        problem: prepared for the layer.
-        beta: strength of the penalty.
+        W: original weights, float32 [B, R, C], or [R, C].
+        problem: prepared for the layers.
+        beta: strength of the penalty, one for all or [B]. Where it is 0 a layer stays as it is.
 
     Returns:
-        float32 [R, C].
+        float32 [B, R, C].
     """
+    if isinstance(beta, torch.Tensor):
+        beta = beta.to(W.dtype).unsqueeze(-1)
     tau = beta * problem.guidance
     return _admm(W, problem, tau) if problem.settings.solver == "admm" else _proximal_gradient(W, problem, tau)
 
@@ -160,8 +171,7 @@ def _admm(W: torch.Tensor, problem: Problem, tau: torch.Tensor) -> torch.Tensor:
     Z, U = W, torch.zeros_like(W)
     for _ in range(problem.settings.steps):
         # argmin of the smooth part: (H + ρI) Y = H W + ρ(Z − U), written as a step from W
-        Y = torch.addmm(W, Z - U - W, problem.operator)
-        Y.add_(U)
+        Y = ((Z - U - W) @ problem.operator).add_(W).add_(U)
         Z = prox(Y, tau, problem.group_size)
         U = Y.sub_(Z)
     return Z

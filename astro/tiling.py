@@ -1,6 +1,6 @@
 """Rows are cut into tiles that are solved apart: part of the arithmetic, of the model and the kind of device alone."""
 
-__all__ = ["cut", "row_tile", "row_tiles"]
+__all__ = ["cut", "most_layers", "row_tile", "row_tiles"]
 
 _LEAST_ROWS = 512
 _ELEMENTS = {"cpu": 1 << 19, "cuda": 1 << 27}
@@ -12,6 +12,11 @@ def cut(num_items: int, num_parts: int) -> list[slice]:
     """Contiguous parts, as even as can be; fewer where there are fewer items."""
     count = min(num_parts, num_items)
     return [slice(num_items * i // count, num_items * (i + 1) // count) for i in range(count)]
+
+
+def most_layers(num_rows: int, num_columns: int, device_type: str) -> int:
+    """Layers of one shape that are solved side by side, at most: no more than make a tile, or their Hessians do."""
+    return max(1, _ELEMENTS[device_type] // (max(num_rows, num_columns) * num_columns))
 
 
 def row_tile(num_columns: int, device_type: str) -> int:

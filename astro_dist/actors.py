@@ -56,6 +56,11 @@ class _OpenBlock:
     statistics: BlockStatistics
     seconds: dict[str, float]
 
+    @property
+    def groups(self) -> list[list[str]]:
+        """Names of the layers that share an input."""
+        return [[name for operand in group for name in operand.names] for group in self.statistics.groups]
+
     def feeding_seconds(self) -> dict[str, float]:
         """Time by phase until all chunks have passed; that of the Hessians apart."""
         hessian_s = self.statistics.seconds
@@ -152,8 +157,8 @@ class Worker:
         unit = opened.unit
         settings = layer_settings(spec.run, spec.quantization, unit, round_index)
         weights, scale_dtype = stage.weights(unit, unit.by_name), stage.scale_dtype(unit)
-        widths, known = stage.widths(round_index), self._known(opened)
-        quantized, records = quantize_block(weights, known, settings, spec.regularization, scale_dtype, widths)
+        groups, widths, known = opened.groups, stage.widths(round_index), self._known(opened)
+        quantized, records = quantize_block(weights, groups, known, settings, spec.regularization, scale_dtype, widths)
         self._open = None
         finished = self._finish_block(round_index, unit, quantized, records, opened.feeding_seconds())
         stage.close()
@@ -163,9 +168,8 @@ class Worker:
     def give_out(self, round_index: int, index: int) -> dict[str, Any]:
         """In place of `solve`, where other workers have nothing to do: they solve it with this one."""
         opened = self._opened(round_index, index)
-        groups = [[name for operand in group for name in operand.names] for group in opened.statistics.groups]
         known, seconds = self._known(opened), opened.feeding_seconds()
-        given_out = self._tiles.give_out(round_index, opened.unit, groups, known, seconds)
+        given_out = self._tiles.give_out(round_index, opened.unit, opened.groups, known, seconds)
         self._open = None
         return given_out
 

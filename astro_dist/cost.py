@@ -8,6 +8,7 @@ import dataclasses
 from collections.abc import Iterable, Mapping
 from typing import Any
 
+from astro.batch import batches
 from astro.beta import NUM_CANDIDATES, sample_tiles
 from astro.config import Quantization, Regularizer
 from astro.grid import num_candidates
@@ -67,13 +68,26 @@ class Work:
 
 
 @dataclasses.dataclass(frozen=True)
-class _Group:
-    """Layers that read one input; the share of the tokens that reaches them; the stage they come to their turn in."""
+class _Batch:
+    """Groups of one shape that are solved side by side; the share of the tokens that reaches each; the stage they come
+    to their turn in.
+    """
 
     rows: int
     columns: int
     reach: float = 1.0
     stage: str = ""
+    count: int = 1
+
+    @property
+    def weights(self) -> float:
+        """Of all groups."""
+        return float(self.count * self.rows * self.columns)
+
+    @property
+    def square(self) -> float:
+        """Elements of all Hessians."""
+        return float(self.count * self.columns**2)
 
 
 class CostModel:
@@ -97,7 +111,7 @@ class CostModel:
             device_type: "cpu" or "cuda".
         """
         self._device_type = device_type
-        self._known: dict[int, list[_Group]] = {}
+        self._known: dict[int, list[_Batch]] = {}
         self._plan, self._tokens, self._itemsize = plan, dict(chunk_tokens), itemsize
         self._quantization: Quantization = config.quantization
         self._regularization: Regularizer = config.regularizer
@@ -131,20 +145,20 @@ class CostModel:
             exact *= call.method == "forward"
             return Work(self._forward(unit, self._tokens[chunk]), exact, moved_bytes=moved)
         if call.method == "solve":
-            solved = (self._solve(group) for group in self._groups(unit))
+            solved = (self._solve(batch) for batch in self._batches(unit))
             return sum(solved, Work(moved_bytes=unit.written_bytes))
         return self._stage_part(call, unit)
 
     def result(self, call: Call) -> dict[str, Any]:
         """What a schedule reads from the result of a call."""
         if call.method == "give_out":
-            groups = self._groups(self._plan.blocks[int(call.args[1])])
-            widest = sorted(range(len(groups)), key=lambda group: -groups[group].columns)
-            return {"groups": [(group, self._parts(groups[group])) for group in widest]}
+            found = self._batches(self._plan.blocks[int(call.args[1])])
+            widest = sorted(range(len(found)), key=lambda batch: -found[batch].columns)
+            return {"groups": [(batch, self._parts(found[batch])) for batch in widest]}
         if call.method == "share":
-            groups = self._groups(self._plan.blocks[int(call.args[0])])
-            stages = _stages(groups)
-            parts = {index: self._parts(groups[index]) for index in stages[int(call.args[1])]}
+            found = self._batches(self._plan.blocks[int(call.args[0])])
+            stages = _stages(found)
+            parts = {index: self._parts(found[index]) for index in stages[int(call.args[1])]}
             return {"stages": len(stages), "groups": parts}
         return {}
 
@@ -162,31 +176,31 @@ class CostModel:
         mode `sequential` the parts of one block.
         """
         inputs = self._activations(self._tokens)
-        each = [self._groups(unit) for unit in self._plan.blocks]
-        groups = max(each, key=lambda groups: sum(group.columns**2 for group in groups))
+        each = [self._batches(unit) for unit in self._plan.blocks]
+        found = max(each, key=lambda found: sum(batch.square for batch in found))
         if not self._sequential:
             written = self._plan.written_bytes * min(self._rounds, 2)
             given_out = min(workers // 2, len(self._plan.blocks))
-            squares = given_out * sum(4.0 * group.columns**2 for group in groups)
+            squares = given_out * sum(4.0 * batch.square for batch in found)
             return int(written + (workers + 2) * self._rounds * inputs + squares)
-        squares = 4.0 * (1 + self._compensated) * (sum(g.columns**2 for g in groups) + self._widest(groups))
-        tiles = sum(1.1 * group.rows * group.columns for group in groups)
+        squares = 4.0 * (1 + self._compensated) * (sum(batch.square for batch in found) + self._widest(found))
+        tiles = sum(1.1 * batch.weights for batch in found)
         return int(self._plan.written_bytes + (4 + 3 * self._compensated) * inputs + squares + tiles)
 
-    def _widest(self, groups: list[_Group]) -> float:
+    def _widest(self, found: list[_Batch]) -> float:
         """Elements of all shares of the stage with the widest input."""
-        stages = _stages(groups)
-        return float(len(self._shares) * max(sum(groups[i].columns ** 2 for i in stage) for stage in stages))
+        stages = _stages(found)
+        return float(len(self._shares) * max(sum(found[i].square for i in stage) for stage in stages))
 
     def _block_bytes(self, unit: BlockUnit) -> int:
-        groups = self._groups(unit)
-        weights = sum(group.rows * group.columns for group in groups)
-        hessians = 0.0 if self._sequential else sum(self._statistics_bytes(group) for group in groups)
-        if any(group.reach < 1 for group in groups) and self._all_tokens:
+        found = self._batches(unit)
+        weights = sum(batch.weights for batch in found)
+        hessians = 0.0 if self._sequential else sum(self._statistics_bytes(batch) for batch in found)
+        if any(batch.reach < 1 for batch in found) and self._all_tokens:
             # The inputs of the experts, should some of them see too few.
             hessians += self._calibration_tokens * self._plan.hidden_size * self._itemsize
-        solving = max((self._solving_bytes(group) for group in groups), default=0.0)
-        widest = max([self._plan.hidden_size, *(group.columns for group in groups)])
+        solving = max((self._solving_bytes(batch) for batch in found), default=0.0)
+        widest = max([self._plan.hidden_size, *(batch.columns for batch in found)])
         tokens = max(self._tokens.values())
         forwarding = tokens * (_STATES * self._plan.hidden_size * self._itemsize + widest * (3 * self._itemsize + 4))
         # Quantized layers wait as bytes until the shard is written.
@@ -199,104 +213,114 @@ class CostModel:
         # Layers that are not quantized are there too.
         return int(max(weights * self._itemsize, unit.read_bytes) + max(hessians + phase, loading))
 
-    def _solving_bytes(self, group: _Group) -> float:
-        tile = min(group.rows, row_tile(group.columns, self._device_type))
+    def _solving_bytes(self, batch: _Batch) -> float:
+        tile = min(batch.count * batch.rows, row_tile(batch.columns, self._device_type))
         squares = _SQUARES + (2 if self._sequential else 0)
-        return 4.0 * group.columns * (squares * group.columns + group.rows + _TILES * tile)
+        return 4.0 * (squares * batch.square + batch.weights + _TILES * tile * batch.columns)
 
-    def _statistics_bytes(self, group: _Group) -> float:
+    def _statistics_bytes(self, batch: _Batch) -> float:
         """Of a Hessian, or of the inputs that an expert keeps instead while they are smaller."""
-        square = 4.0 * group.columns**2
-        kept = self._calibration_tokens * group.reach * group.columns * self._itemsize
-        return square if group.reach == 1 else min(square, kept)
+        square = 4.0 * batch.square
+        kept = batch.count * self._calibration_tokens * batch.reach * batch.columns * self._itemsize
+        return square if batch.reach == 1 else min(square, kept)
 
     def _stage_part(self, call: Call, unit: BlockUnit) -> Work:
         """A call for a block that several work on."""
-        groups = self._groups(unit)
+        found = self._batches(unit)
         if call.method == "write":
             # Tiles hold a byte a weight.
             return Work(moved_bytes=3.0 * unit.written_bytes)
         if call.method == "give_out":
-            return Work(moved_bytes=sum(4.0 * group.columns**2 for group in groups))
+            return Work(moved_bytes=sum(4.0 * batch.square for batch in found))
         if call.method == "share":
-            stages = _stages(groups)
-            stage = [groups[i] for i in stages[min(int(call.args[1]), len(stages) - 1)]]
-            square = sum(4.0 * group.columns**2 * (1 + self._compensated) for group in stage)
+            stages = _stages(found)
+            stage = [found[i] for i in stages[min(int(call.args[1]), len(stages) - 1)]]
+            square = sum(4.0 * batch.square * (1 + self._compensated) for batch in stage)
             chunks = self._shares[int(call.args[2])]
             tokens = sum(self._tokens[chunk] for chunk in chunks)
             streams = 1 + self._compensated
-            exact = tokens * sum(group.reach * group.columns**2 for group in stage) * (1.0 + 2 * self._compensated)
+            exact = tokens * sum(batch.reach * batch.square for batch in stage) * (1.0 + 2 * self._compensated)
             # A stage's inputs take the block's forward up to that stage; which worker has the block already is open.
             passed = (int(call.args[1]) + 1) / len(stages)
             moved = streams * self._activations(chunks) + square + unit.read_bytes
             return Work(streams * passed * self._forward(unit, tokens), exact, moved_bytes=moved)
-        group = groups[min(int(call.args[2]), len(groups) - 1)]
-        square = 4.0 * group.columns**2 * (1 + self._compensated)
-        weights = group.rows * group.columns * self._itemsize
+        batch = found[min(int(call.args[2]), len(found) - 1)]
+        square = 4.0 * batch.square * (1 + self._compensated)
+        weights = batch.weights * self._itemsize
         if call.method == "decide":
             moved = square * (len(self._shares) + 1 if self._sequential else 1) + weights
-            return self._prepare(group) + Work(moved_bytes=moved)
-        # Which worker has the group prepared already is open.
-        entered = self._prepare(group) + Work(moved_bytes=square + weights)
+            return self._prepare(batch) + Work(moved_bytes=moved)
+        # Which worker has the batch prepared already is open.
+        entered = self._prepare(batch) + Work(moved_bytes=square + weights)
         number = int(call.args[3])
         if call.method == "weigh":
-            return entered + self._solve_tiles(group, [self._sample_tiles(group)[number]], NUM_CANDIDATES)
-        tile = self._tiles(group)[number]
-        written = 5.0 * (tile.stop - tile.start) * group.columns
-        return entered + self._solve_tiles(group, [tile]) + Work(moved_bytes=written)
+            return entered + self._solve_tiles(batch, [self._sample_tiles(batch)[number]], NUM_CANDIDATES)
+        tile = self._tiles(batch)[number]
+        written = 5.0 * batch.count * (tile.stop - tile.start) * batch.columns
+        return entered + self._solve_tiles(batch, [tile]) + Work(moved_bytes=written)
 
-    def _solve(self, group: _Group) -> Work:
-        """All of a group by one worker."""
-        all_rows = self._solve_tiles(group, self._tiles(group))
-        return self._prepare(group) + self._solve_tiles(group, self._sample_tiles(group), NUM_CANDIDATES) + all_rows
+    def _solve(self, batch: _Batch) -> Work:
+        """All of a batch by one worker."""
+        all_rows = self._solve_tiles(batch, self._tiles(batch))
+        return self._prepare(batch) + self._solve_tiles(batch, self._sample_tiles(batch), NUM_CANDIDATES) + all_rows
 
-    def _prepare(self, group: _Group) -> Work:
+    def _prepare(self, batch: _Batch) -> Work:
         """Factorization, and the operator of the regularizer."""
-        return Work(exact=2.0 * group.columns**3)
+        return Work(exact=2.0 * batch.square * batch.columns)
 
-    def _solve_tiles(self, group: _Group, tiles: list[slice], copies: int = 1) -> Work:
+    def _solve_tiles(self, batch: _Batch, tiles: list[slice], copies: int = 1) -> Work:
         """Regularization, GPTQ and refinement of tiles that hold so many copies of each row."""
         settings, regularization = self._quantization, self._regularization
         passes = 1 + 2 * settings.refine_passes  # a pass multiplies by H twice: for scales and for integers
         iterations = regularization.steps if regularization.name != "none" else 0
-        elements = copies * sum(tile.stop - tile.start for tile in tiles) * float(group.columns)
+        elements = copies * batch.count * sum(tile.stop - tile.start for tile in tiles) * float(batch.columns)
         elementwise = iterations * PROX_PASSES + num_candidates(settings) * _CANDIDATE_PASSES
         return Work(
-            exact=(passes + iterations) * 2.0 * group.columns * elements,
+            exact=(passes + iterations) * 2.0 * batch.columns * elements,
             elements=elementwise * elements,
-            steps=float(len(tiles) * group.columns * _COLUMN_STEPS * (1 + settings.refine_passes)),
+            steps=float(len(tiles) * batch.columns * _COLUMN_STEPS * (1 + settings.refine_passes)),
         )
 
     def _forward(self, unit: BlockUnit, tokens: int) -> float:
-        return 2.0 * tokens * sum(group.reach * group.rows * group.columns for group in self._groups(unit))
+        return 2.0 * tokens * sum(batch.reach * batch.weights for batch in self._batches(unit))
 
     def _hessian(self, unit: BlockUnit, tokens: int) -> float:
         """XᵀX on and above the diagonal."""
-        return 1.0 * tokens * sum(group.reach * group.columns**2 for group in self._groups(unit))
+        return 1.0 * tokens * sum(batch.reach * batch.square for batch in self._batches(unit))
 
-    def _groups(self, unit: BlockUnit) -> list[_Group]:
+    def _batches(self, unit: BlockUnit) -> list[_Batch]:
         if unit.index not in self._known:
-            found: dict[tuple[str, int | None, int, bool], _Group] = {}
+            groups: dict[tuple[str, int | None, int, bool], _Batch] = {}
             for linear in unit.linears:
                 module, _, own = linear.name.rpartition(".")
                 stage = linear.name if linear.expert is None else linear.parameter
                 key = (module, linear.expert, linear.columns, own in _ATTENTION_OUTPUTS)
                 reach = 1.0 if linear.expert is None else self._plan.expert_share
-                group = found.get(key, _Group(0, linear.columns, reach, stage))
-                found[key] = dataclasses.replace(group, rows=group.rows + linear.rows)
-            self._known[unit.index] = list(found.values())
+                group = groups.get(key, _Batch(0, linear.columns, reach, stage))
+                groups[key] = dataclasses.replace(group, rows=group.rows + linear.rows)
+            self._known[unit.index] = self._together(list(groups.values()))
         return self._known[unit.index]
 
-    def _tiles(self, group: _Group) -> list[slice]:
-        return row_tiles(group.rows, group.columns, self._device_type)
+    def _together(self, groups: list[_Batch]) -> list[_Batch]:
+        """Groups as they are solved: those of one stage and shape side by side."""
+        found = []
+        for stage in _stages(groups):
+            shapes = [(groups[i].reach, groups[i].rows, groups[i].columns) for i in stage]
+            for batch in batches(shapes, self._device_type):
+                found.append(dataclasses.replace(groups[stage[batch.start]], count=len(batch)))
+        return found
 
-    def _sample_tiles(self, group: _Group) -> list[slice]:
+    def _tiles(self, batch: _Batch) -> list[slice]:
+        return row_tiles(batch.rows, batch.columns, self._device_type, copies=batch.count)
+
+    def _sample_tiles(self, batch: _Batch) -> list[slice]:
         is_searched = self._regularization.is_searched
-        return sample_tiles(group.rows, group.columns, self._device_type) if is_searched else []
+        tiles = sample_tiles(batch.rows, batch.columns, self._device_type, batch.count)
+        return tiles if is_searched else []
 
-    def _parts(self, group: _Group) -> dict[str, int]:
+    def _parts(self, batch: _Batch) -> dict[str, int]:
         """Calls that a stage takes after its decision, by method."""
-        return {"weigh": len(self._sample_tiles(group)), "tile": len(self._tiles(group))}
+        return {"weigh": len(self._sample_tiles(batch)), "tile": len(self._tiles(batch))}
 
     @property
     def _held_out_chunks(self) -> list[str]:
@@ -306,9 +330,9 @@ class CostModel:
         return float(sum(self._tokens[chunk] for chunk in chunks) * self._plan.hidden_size * self._itemsize)
 
 
-def _stages(groups: list[_Group]) -> list[list[int]]:
-    """Indices of the groups that come to their turn together: one, or those of all experts."""
+def _stages(found: list[_Batch]) -> list[list[int]]:
+    """Indices of what comes to its turn together: one, or those of all experts."""
     stages: dict[str, list[int]] = {}
-    for index, group in enumerate(groups):
-        stages.setdefault(group.stage, []).append(index)
+    for index, batch in enumerate(found):
+        stages.setdefault(batch.stage, []).append(index)
     return list(stages.values())

@@ -16,7 +16,7 @@ from safetensors.torch import load_file
 
 from astro.config import Quantization, Regularizer
 from astro.hessian import HessianAccumulator, layer_error
-from astro.layer import quantize_group
+from astro.layer import quantize_groups
 
 NONE, AUTO = Regularizer(name="none"), Regularizer()
 PLAIN = {"scale_search": "mse", "signed_scales": False, "refine_passes": 0}
@@ -74,8 +74,8 @@ def main() -> None:
         settings = Quantization(**{"bits": options.bits, "group_size": options.group_size, **changes})
         for group in groups:
             weights = {name: model.get_submodule(name).weight.detach() for name in group}
-            H = calibration[group[0]]
-            members, record = quantize_group(list(weights.items()), H, 1, settings, regularizer, torch.float16)
+            H = calibration[group[0]][None]
+            members, (record,) = quantize_groups([weights], H, [1], settings, regularizer, torch.float16)
             logs.setdefault(method, []).append(math.log(held_out_error(members, weights, judge[group[0]])))
             seconds[method] = seconds.get(method, 0.0) + sum(record.seconds.values())
     print(f"| {options.bits} bits, group {options.group_size} | held-out layer error | seconds |\n|---|---|---|")

@@ -30,7 +30,7 @@ def regularize_model(model: torch.nn.Module, layers: list[dict], tokens: dict, s
         modules = [model.get_submodule(member) for member in layer["name"].split("+")]
         W, H = torch.cat([module.weight.float() for module in modules]), sums.pop(name)
         own = Regularizer(**{**settings, "beta": layer["beta"]})
-        problem = prepare(H, mean_group_maximum(W, layer["group_size"]), own, layer["group_size"], name)
+        problem = prepare(H, mean_group_maximum(W, layer["group_size"]), own, layer["group_size"], [name])
         parts = regularize(W, problem, layer["beta"]).split([len(module.weight) for module in modules])
         for module, part in zip(modules, parts, strict=True):
             module.weight.copy_(part)

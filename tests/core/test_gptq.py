@@ -42,7 +42,7 @@ def test_against_the_published_elimination_in_float64(columns, symmetric):
     W, H, grid = problem(4, columns, symmetric=symmetric)
     order = activation_order(H)
     expected = published(W, H, order, grid, 0.01)
-    Q = solve(W, factorize(H, order, 0.01, 1.0, "x"), grid)
+    Q = solve(W, factorize(H, order, 0.01, 1.0, ["x"]), grid)
     assert int(Q.ne(expected).sum()) < 0.01 * Q.numel()  # a tie may fall the other way in float32
     ours, theirs = (float(layer_error(W, grid.dequantize(q), H).sum()) for q in (Q, expected))
     assert ours == pytest.approx(theirs, rel=0.02)
@@ -52,14 +52,14 @@ def test_against_the_published_elimination_in_float64(columns, symmetric):
 @pytest.mark.parametrize("bits", [2, 3, 4])
 def test_never_worse_than_rounding_on_these_seeds(seed, bits):
     W, H, grid = problem(16, 64, seed, bits=bits, scale_search="mse")
-    Q = solve(W, factorize(H, activation_order(H), 0.01, 1.0, "x"), grid)
+    Q = solve(W, factorize(H, activation_order(H), 0.01, 1.0, ["x"]), grid)
     solved, rounded = (float(layer_error(W, grid.dequantize(q), H).sum()) for q in (Q, grid.quantize(W)))
     assert solved < 0.8 * rounded
 
 
 def test_rows_do_not_meet():
     W, H, grid = problem(12, 40)
-    factor = factorize(H, activation_order(H), 0.01, 1.0, "x")
+    factor = factorize(H, activation_order(H), 0.01, 1.0, ["x"])
     whole = solve(W, factor, grid)
     for rows in (slice(0, 1), slice(3, 9)):
         part = solve(W[rows], factor, type(grid)(grid.scale[rows], grid.zero[rows], 3, 8, True))
@@ -68,20 +68,20 @@ def test_rows_do_not_meet():
 
 def test_diagonal_hessian_is_rounding():
     W, _, grid = problem(6, 32)
-    factor = factorize(torch.eye(32), torch.arange(32), 0.01, 1.0, "x")
+    factor = factorize(torch.eye(32), torch.arange(32), 0.01, 1.0, ["x"])
     assert torch.equal(solve(W, factor, grid), grid.quantize(W))
 
 
 def test_points_of_the_grid_stay():
     W, H, grid = problem(6, 32)
     W = grid.dequantize(grid.quantize(W))
-    assert torch.equal(grid.dequantize(solve(W, factorize(H, activation_order(H), 0.01, 1.0, "x"), grid)), W)
+    assert torch.equal(grid.dequantize(solve(W, factorize(H, activation_order(H), 0.01, 1.0, ["x"]), grid)), W)
 
 
 def test_inputs_are_left_alone():
     W, H, grid = problem(3, 16)
     before = W.clone(), H.clone()
-    solve(W, factorize(H, activation_order(H), 0.01, 1.0, "x"), grid)
+    solve(W, factorize(H, activation_order(H), 0.01, 1.0, ["x"]), grid)
     assert torch.equal(W, before[0])
     assert torch.equal(H, before[1])
 

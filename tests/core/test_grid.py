@@ -70,7 +70,7 @@ def test_zero_group_stays_zero_and_finite():
 def test_weights_too_large_for_the_stored_dtype_are_refused():
     grid = fit_grid(random_weights(2, 16) * 1e7, settings(), torch.float16)
     with pytest.raises(NumericalError, match="layer x: a scale is not finite"):
-        require_finite_scales(grid, "layer x")
+        require_finite_scales(grid, ["layer x"])
 
 
 def test_group_size_that_divides_nothing_names_sizes_that_do():

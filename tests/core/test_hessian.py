@@ -56,7 +56,7 @@ def test_inputs_that_are_not_finite_are_an_error():
 def test_factor_reproduces_the_damped_reordered_matrix():
     H = hessian(correlated_inputs(200, 40))
     order = torch.randperm(40, generator=torch.Generator().manual_seed(3))
-    factor = factorize(H, order, 0.01, 1.0, "x")
+    factor = factorize(H, order, 0.01, 1.0, ["x"])
     P = H.double()[order][:, order]
     P.diagonal().add_(0.01 * H.double().diagonal().mean())
     N = factor.feedback.double()
@@ -69,13 +69,13 @@ def test_factor_reproduces_the_damped_reordered_matrix():
 
 
 def test_singular_hessian_needs_only_its_damping():
-    factor = factorize(hessian(correlated_inputs(5, 40)), torch.arange(40), 0.01, 1.0, "x")
+    factor = factorize(hessian(correlated_inputs(5, 40)), torch.arange(40), 0.01, 1.0, ["x"])
     assert (factor.damping, factor.attempts) == (0.01, 1)
 
 
 def test_damping_is_raised_and_counted_where_it_is_too_small():
     H = torch.diag(torch.tensor([1.0, 1.0, 1.0, -0.2]))
-    factor = factorize(H, torch.arange(4), 0.01, 10.0, "x")
+    factor = factorize(H, torch.arange(4), 0.01, 10.0, ["x"])
     assert factor.attempts == 3
     assert factor.damping == pytest.approx(1.0)
 
@@ -83,12 +83,12 @@ def test_damping_is_raised_and_counted_where_it_is_too_small():
 def test_damping_beyond_its_limit_is_an_error():
     H = torch.diag(torch.tensor([1.0, 1.0, 1.0, -0.2]))
     with pytest.raises(NumericalError, match=r"down_proj: the Hessian is not positive definite with damping 0\.1"):
-        factorize(H, torch.arange(4), 0.01, 0.1, "down_proj")
+        factorize(H, torch.arange(4), 0.01, 0.1, ["down_proj"])
 
 
 def test_hessian_of_zeros_is_an_error():
     with pytest.raises(NumericalError, match="every calibration input of this layer is zero"):
-        factorize(torch.zeros(4, 4), torch.arange(4), 0.01, 1.0, "x")
+        factorize(torch.zeros(4, 4), torch.arange(4), 0.01, 1.0, ["x"])
 
 
 def test_layer_error_is_the_output_error():
@@ -115,7 +115,7 @@ def test_shares_of_one_chunk_merged_in_order_give_the_sum_over_all():
 def test_factor_solves_against_float64(seed):
     X = correlated_inputs(200, 32, seed)
     H, B = (X.T @ X / 200).float(), random_weights(5, 32)
-    factor = factorize(H, torch.randperm(32, generator=torch.Generator().manual_seed(seed)), 0.05, 1.0, "x")
+    factor = factorize(H, torch.randperm(32, generator=torch.Generator().manual_seed(seed)), 0.05, 1.0, ["x"])
     damped = H.double() + 0.05 * H.double().diagonal().mean() * torch.eye(32)
     torch.testing.assert_close(
         factor.solve(B).double(), torch.linalg.solve(damped, B.double(), left=False), rtol=1e-3, atol=1e-4
@@ -125,7 +125,7 @@ def test_factor_solves_against_float64(seed):
 def test_cost_is_the_variance_of_a_column_given_those_after_it():
     X = correlated_inputs(200, 12)
     H, order = (X.T @ X / 200).float(), torch.tensor([3, 0, 7, 1, 2, 4, 5, 6, 11, 10, 9, 8])
-    cost = factorize(H, order, 1e-6, 1.0, "x").cost
+    cost = factorize(H, order, 1e-6, 1.0, ["x"]).cost
     for i, column in enumerate(order.tolist()):
         after = order[i + 1 :]
         rest = X[:, column]

@@ -7,7 +7,7 @@ from astro import tiling
 from astro.config import Quantization, Regularizer
 from astro.errors import NumericalError
 from astro.hessian import layer_error
-from astro.layer import quantize_group
+from astro.layer import quantize_groups
 from tests.conftest import correlated_inputs, random_weights
 
 NONE, ASTRO = Regularizer(name="none"), Regularizer(beta=1e-3)
@@ -15,7 +15,8 @@ NONE, ASTRO = Regularizer(name="none"), Regularizer(beta=1e-3)
 
 def run(weights, H, regularization=ASTRO, **changes):
     settings = Quantization(**{"group_size": 16, "bits": 3, **changes})
-    return quantize_group(weights, H, 100, settings, regularization, torch.float16)
+    quantized, (record,) = quantize_groups([dict(weights)], H[None], [100], settings, regularization, torch.float16)
+    return quantized, record
 
 
 @pytest.fixture

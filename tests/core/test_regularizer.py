@@ -32,7 +32,7 @@ def objective(W, W0, X, beta, alpha):
 
 def run(H, W, **changes):
     settings = Regularizer(**{"beta": 1e-3, "beta_unit": "absolute", "iterations": 20, **changes})
-    return regularize(W, prepare(H, mean_group_maximum(W, G), settings, G, "x"), settings.beta)
+    return regularize(W, prepare(H, mean_group_maximum(W, G), settings, G, ["x"]), settings.beta)
 
 
 def naive_prox(v, tau):

@@ -287,12 +287,12 @@ def test_sample_that_is_damaged_when_some_have_chosen_from_it(run_config, tmp_pa
     whole = pipeline.quantize(run_config(execution__workers=4, output__dir=str(tmp_path / "whole"), **changes))
     real, reads = TileSolver._sample_errors, []
 
-    def sample_errors(self, block, group, members):
-        reads.append(group)
+    def sample_errors(self, block, batch, tile):
+        reads.append(batch)
         if len(reads) == read:
-            path = self._path(block, group, "sample-0")
+            path = block._path(batch, "sample-0")
             path.write_bytes(path.read_bytes()[:-1] + b"\xff")
-        return real(self, block, group, members)
+        return real(self, block, batch, tile)
 
     monkeypatch.setattr(TileSolver, "_sample_errors", sample_errors)
     summary = pipeline.quantize(run_config(execution__workers=4, **changes))
