@@ -111,31 +111,43 @@ def merge_rows(
     assert isinstance(totals, torch.Tensor)
     quantized: dict[str, QuantizedLinear] = {}
     records = []
-    for i, (members, (error, energy, before, after)) in enumerate(zip(groups, totals.T.tolist(), strict=True)):
-        name, outcome, grid = "+".join(member for member, _ in members), outcomes[i], grids[0]
-        if not error < float("inf"):
-            raise NumericalError(f"{name}: the layer error is {error}; a weight or an input is not finite")
-        quantized |= _unstack(members, Q[i], replace(grid, scale=scale[i], zero=zero[i]))
-        record = LayerRecord(
-            name=name,
-            bits=quantization.width,
-            rows=Q.shape[1],
-            columns=Q.shape[2],
-            group_size=grid.group_size,
-            num_tokens=num_tokens[i],
-            routed_tokens=num_tokens[i],
-            fallback="",
-            relative_error=error / max(energy, torch.finfo(torch.float32).tiny),
-            beta=outcome.beta,
-            beta_gain=outcome.beta_gain,
-            width_errors={},
-            group_maximum_ratio=after / before if before > 0 else 1.0,
-            damping=outcome.damping,
-            factorizations=outcome.factorizations,
-            seconds=outcome.seconds,
-        )
-        records.append(record)
+    for i, (members, figures) in enumerate(zip(groups, totals.T.tolist(), strict=True)):
+        grid = replace(grids[0], scale=scale[i], zero=zero[i])
+        quantized |= _unstack(members, Q[i], grid)
+        name = "+".join(member for member, _ in members)
+        records.append(_record(name, quantization, QuantizedLinear(Q[i], grid), figures, outcomes[i], num_tokens[i]))
     return quantized, records
+
+
+def _record(
+    name: str,
+    quantization: Quantization,
+    solved: QuantizedLinear,
+    figures: Sequence[float],
+    outcome: GroupOutcome,
+    num_tokens: int,
+) -> LayerRecord:
+    error, energy, before, after = figures
+    if not error < float("inf"):
+        raise NumericalError(f"{name}: the layer error is {error}; a weight or an input is not finite")
+    return LayerRecord(
+        name=name,
+        bits=quantization.width,
+        rows=solved.Q.shape[0],
+        columns=solved.Q.shape[1],
+        group_size=solved.grid.group_size,
+        num_tokens=num_tokens,
+        routed_tokens=num_tokens,
+        fallback="",
+        relative_error=error / max(energy, torch.finfo(torch.float32).tiny),
+        beta=outcome.beta,
+        beta_gain=outcome.beta_gain,
+        width_errors={},
+        group_maximum_ratio=after / before if before > 0 else 1.0,
+        damping=outcome.damping,
+        factorizations=outcome.factorizations,
+        seconds=outcome.seconds,
+    )
 
 
 def _unstack(members: Sequence[tuple[str, int]], Q: torch.Tensor, grid: Grid) -> dict[str, QuantizedLinear]:

@@ -3,7 +3,8 @@
     python tests/bench/layers.py MODEL RUN/tokens.safetensors --bits 3 --group-size 64 --blocks 5 17 27
 
 Hessians come from the source model's own activations: chunks `c*` calibrate, chunks `h*` judge. Prints Markdown: the
-geometric mean over all groups of the held-out layer error, the first row being 1; seconds of all groups together.
+geometric mean over all groups of the held-out layer error, the first row being 1; seconds of all groups together. Then
+what β auto did to the layer error of whole groups on the calibration tokens, against β = 0, at its worst and best.
 """
 
 import argparse
@@ -29,6 +30,11 @@ METHODS = {
     "and refined": ({}, NONE),
     "and after Astro, beta auto: the default": ({}, AUTO),
 }
+
+PAIRS = [
+    ("GPTQ, min-max scales", "the same after Astro, beta auto"),
+    ("and refined", "and after Astro, beta auto: the default"),
+]
 
 
 @torch.no_grad()
@@ -61,6 +67,7 @@ def main() -> None:
     parser.add_argument("--bits", type=int, default=3)
     parser.add_argument("--group-size", type=int, default=64)
     parser.add_argument("--blocks", type=int, nargs="+", default=[5, 17, 27])
+    parser.add_argument("--methods", nargs="+", choices=list(METHODS), default=list(METHODS))
     options = parser.parse_args()
     torch.set_num_threads(1)
     model = transformers.AutoModelForCausalLM.from_pretrained(options.model, dtype=torch.float32).eval()
@@ -69,13 +76,15 @@ def main() -> None:
              ("mlp.gate_proj", "mlp.up_proj"), ("mlp.down_proj",))  # fmt: skip
     groups = [[f"model.layers.{b}.{name}" for name in part] for b in options.blocks for part in parts]
     calibration, judge = (hessians(model, tokens, [group[0] for group in groups], kind) for kind in "ch")
-    logs, seconds = {}, {}
-    for method, (changes, regularizer) in METHODS.items():
+    logs, seconds, records = {}, {}, {}
+    for method in options.methods:
+        changes, regularizer = METHODS[method]
         settings = Quantization(**{"bits": options.bits, "group_size": options.group_size, **changes})
         for group in groups:
             weights = {name: model.get_submodule(name).weight.detach() for name in group}
             H = calibration[group[0]][None]
             members, (record,) = quantize_groups([weights], H, [1], settings, regularizer, torch.float16)
+            records.setdefault(method, []).append(record)
             logs.setdefault(method, []).append(math.log(held_out_error(members, weights, judge[group[0]])))
             seconds[method] = seconds.get(method, 0.0) + sum(record.seconds.values())
     print(f"| {options.bits} bits, group {options.group_size} | held-out layer error | seconds |\n|---|---|---|")
@@ -83,6 +92,12 @@ def main() -> None:
         first = next(iter(logs.values()))
         ratio = math.exp(sum(value - other for value, other in zip(values, first, strict=True)) / len(values))
         print(f"| {method} | {ratio:.3f} | {seconds[method]:.1f} |")
+    print(f"\nlayer error with β auto / β = 0, {len(groups)} groups")
+    for without, within in (pair for pair in PAIRS if set(pair) <= set(options.methods)):
+        pairs = list(zip(records[without], records[within], strict=True))
+        ratios = sorted(auto.relative_error / none.relative_error for none, auto in pairs)
+        used, middle = sum(auto.beta > 0 for _, auto in pairs), ratios[len(ratios) // 2]
+        print(f"{within}: worst {ratios[-1]:.4f}, median {middle:.4f}, best {ratios[0]:.4f}; β > 0 in {used}")
 
 
 if __name__ == "__main__":
