@@ -1,23 +1,19 @@
-"""What makes finished shards a model: index, config, tokenizer, card. Nothing that is a shard is touched."""
+"""What makes finished shards a model: index, config, tokenizer. Nothing that is a shard is touched."""
 
 import shutil
-from collections.abc import Iterable, Mapping
 from pathlib import Path
 
 from astro.checkpoint import INDEX_NAME, read_header
 from astro.config import Quantization
-from astro.files import read_json, write_atomic, write_json, write_text
+from astro.files import read_json, write_atomic, write_json
 from astro.formats import LAYOUTS
 from astro_dist.budget import layer_settings
 from astro_dist.config import RunConfig
-from astro_dist.inventory import ModelFile, describe, read_inventory, write_inventory
 from astro_dist.manifest import RunDirectory
 from astro_dist.plan import Plan
 from astro_dist.source import SIDE_FILES
 
-__all__ = ["CARD_NAME", "assemble", "final_settings", "is_whole", "seal"]
-
-CARD_NAME = "README.md"
+__all__ = ["assemble", "final_settings"]
 
 
 def assemble(source: Path, plan: Plan, run: RunDirectory, config: RunConfig) -> list[str]:
@@ -49,33 +45,6 @@ def assemble(source: Path, plan: Plan, run: RunDirectory, config: RunConfig) -> 
     content["quantization_config"] = LAYOUTS[config.quantization.format].quantization_config(settings, plan.ignore)
     write_json(run.model / "config.json", content)
     return [INDEX_NAME, "config.json", *(path.name for path in beside)]
-
-
-def seal(run: RunDirectory, shards: Mapping[str, ModelFile], names: Iterable[str], card: str) -> None:
-    """Write the card, then the inventory: the model is whole.
-
-    Args:
-        run: the run directory.
-        shards: of the model, by name, as their records have them.
-        names: of the files beside them.
-        card: as it shall read.
-    """
-    write_text(run.model / CARD_NAME, card)
-    write_inventory(run, {*shards, *names, CARD_NAME}, shards)
-
-
-def is_whole(run: RunDirectory, shards: Mapping[str, ModelFile]) -> bool:
-    """Whether everything beside the shards is there as it was written.
-
-    Args:
-        run: the run directory.
-        shards: of the model, by name, that need not be looked at.
-    """
-    if not (run.summary.is_file() and run.inventory.is_file()):
-        return False
-    files = [file for file in read_inventory(run) if file.name not in shards]
-    paths = {file: run.model / file.name for file in files}
-    return all(path.is_file() and describe(path) == file for file, path in paths.items())
 
 
 def final_settings(quantization: Quantization, plan: Plan, run: RunDirectory) -> dict[str, Quantization]:

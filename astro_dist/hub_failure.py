@@ -75,8 +75,10 @@ def failure_of(error: Exception) -> HubFailure:
         cause = cause.__cause__  # an upload's errors are wrapped
     if isinstance(cause, hub_errors.HfHubHTTPError):
         status = cause.response.status_code
-        said = cause.server_message or str(cause)
-        return HubFailure(status, without_secrets(said), status in PASSING, asked_wait_s(cause.response.headers))
+        said, asked_s = without_secrets(cause.server_message or str(cause)), asked_wait_s(cause.response.headers)
+        if not str(cause.response.url).startswith(huggingface_hub.constants.ENDPOINT):
+            return HubFailure(None, f"the store behind the Hub answers {status}: {said}", True, asked_s)  # expired link
+        return HubFailure(status, said, status in PASSING, asked_s)
     reason = f"{type(cause).__name__}: {without_secrets(str(cause))}"
     if isinstance(cause, hub_errors.HTTPError):  # of whichever HTTP library: no answer, or half of one
         return HubFailure(None, f"the connection failed: {reason}", passes=True)

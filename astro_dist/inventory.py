@@ -1,4 +1,4 @@
-"""What a finished model consists of: every file with its size and SHA-256, written when the model is whole."""
+"""What a finished model consists of: every file with its size and SHA-256, written last, when the model is whole."""
 
 import dataclasses
 from collections.abc import Iterable, Mapping
@@ -6,10 +6,22 @@ from pathlib import Path
 from typing import Any
 
 from astro.errors import ConfigError
-from astro.files import read_json, sha256_of, write_json
+from astro.files import read_json, sha256_of, write_json, write_text
 from astro_dist.manifest import RunDirectory
 
-__all__ = ["ModelFile", "all_shards", "describe", "read_inventory", "shards_of", "write_inventory"]
+__all__ = [
+    "CARD_NAME",
+    "ModelFile",
+    "all_shards",
+    "describe",
+    "is_whole",
+    "read_inventory",
+    "seal",
+    "shards_of",
+    "write_inventory",
+]
+
+CARD_NAME = "README.md"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -54,6 +66,33 @@ def write_inventory(run: RunDirectory, names: Iterable[str], known: Mapping[str,
     """
     files = [known.get(name) or describe(run.model / name) for name in sorted(names)]
     write_json(run.inventory, {"files": [dataclasses.asdict(file) for file in files]})
+
+
+def seal(run: RunDirectory, shards: Mapping[str, ModelFile], names: Iterable[str], card: str) -> None:
+    """Write the card, then the inventory: the model is whole.
+
+    Args:
+        run: the run directory.
+        shards: of the model, by name, as their records have them.
+        names: of the files beside them.
+        card: as it shall read.
+    """
+    write_text(run.model / CARD_NAME, card)
+    write_inventory(run, {*shards, *names, CARD_NAME}, shards)
+
+
+def is_whole(run: RunDirectory, shards: Mapping[str, ModelFile]) -> bool:
+    """Whether everything beside the shards is there as it was written.
+
+    Args:
+        run: the run directory.
+        shards: of the model, by name, that need not be looked at.
+    """
+    if not (run.summary.is_file() and run.inventory.is_file()):
+        return False
+    files = [file for file in read_inventory(run) if file.name not in shards]
+    paths = {file: run.model / file.name for file in files}
+    return all(path.is_file() and describe(path) == file for file, path in paths.items())
 
 
 def read_inventory(run: RunDirectory) -> list[ModelFile]:

@@ -98,8 +98,8 @@ def model_card(
     sections = {
         "Accuracy": _accuracy(config, summary),
         "How it was quantized": _method(config, summary) + "\n\n" + _by_kind(layers),
-        "Calibration data": _calibration(config, identity),
-        "What was degraded": _degraded(summary),
+        "Calibration data": _calibration(config, summary, identity),
+        "What was degraded, what to know": _degraded(summary),
         "How to load it": _loading(config, layers, place),
         "Hardware and time": _effort(blocks, summary),
         "How to reproduce it": _reproduction(config, base, identity),
@@ -113,12 +113,19 @@ def model_card(
 
 def _opening(config: RunConfig, summary: Mapping[str, Any], base: BaseModel, identity: Mapping[str, Any]) -> str:
     original = f"[{base.name}]({_HUB}/{base.name})" if base.name else PurePath(config.model.source).name
-    size = summary["bytes_written"] / 1e9
     return (
         f"{original}, its linear layers quantized to {summary['average_bits']:.3g} bits a weight by astro-dist "
-        f"{identity['version']} (Astro regularization and GPTQ), format `{config.quantization.format}`, {size:.2f} "
-        f"GB of {summary['bytes_read'] / 1e9:.2f} GB. {base.remark}"
+        f"{identity['version']} (Astro regularization and GPTQ), format `{config.quantization.format}`, "
+        f"{_size(summary['bytes_written'])} of {_size(summary['bytes_read'])}. {_terms(base)} {base.remark}"
     ).strip()
+
+
+def _terms(base: BaseModel) -> str:
+    gate = " Access to the original has to be asked for." if base.gated else ""
+    if base.license == "unknown":
+        return "The original tells no license." + gate
+    name = base.license_name or base.license
+    return f"License: {f'[{name}]({base.license_link})' if base.license_link else name}, the original's own.{gate}"
 
 
 def _accuracy(config: RunConfig, summary: Mapping[str, Any]) -> str:
@@ -181,11 +188,11 @@ def _by_kind(layers: Sequence[Mapping[str, Any]]) -> str:
     return _table(header, rows) + "\n\nThe relative error is ‖(Ŵ − W)X‖² / ‖WX‖² on the calibration tokens."
 
 
-def _calibration(config: RunConfig, identity: Mapping[str, Any]) -> str:
+def _calibration(config: RunConfig, summary: Mapping[str, Any], identity: Mapping[str, Any]) -> str:
     c = config.calibration
-    source = "the Python language reference of CPython (`pydoc_data.topics`)" if c.source == "python-docs" else (
-        f"`{PurePath(c.source).name}`"
-    )  # fmt: skip
+    source = f"`{PurePath(c.source).name}`"
+    if c.source == "python-docs":
+        source = f"the Python language reference of CPython {summary['python']} (`pydoc_data.topics`)"
     return (
         f"{c.samples} sequences of {c.sequence_length} tokens of {source}, seed {c.seed}. SHA-256 of all tokens, "
         f"those held out among them: `{identity['tokens_sha256']}`."
@@ -225,7 +232,7 @@ def _effort(blocks: Iterable[Mapping[str, Any]], summary: Mapping[str, Any]) -> 
     resumed = summary["resumed_units"]
     return (
         f"Blocks by device: {'; '.join(f'{count} on {name}' for name, count in devices.items())}. "
-        f"{spent / 3600:.3g} hours of all workers together, {summary['wall_s'] / 60:.3g} minutes from start to end"
+        f"{_duration(spent)} of all workers together, {_duration(summary['wall_s'])} from start to end"
         + (f" of the last session, before which {resumed} units were finished." if resumed else ".")
     )
 
@@ -249,6 +256,17 @@ def _kind(name: str) -> str:
     """What layers of every block have in common: their last names, and whether they are an expert's."""
     last = "+".join(member.rpartition(".")[2] for member in name.split("+"))
     return f"experts: {last}" if ".experts." in name else last
+
+
+def _size(size_bytes: int) -> str:
+    return f"{size_bytes / 1e9:.2f} GB" if size_bytes >= 1e9 else f"{size_bytes / 1e6:.1f} MB"
+
+
+def _duration(seconds: float) -> str:
+    for unit, length in (("hours", 3600), ("minutes", 60)):
+        if seconds >= 2 * length:
+            return f"{seconds / length:.1f} {unit}"
+    return f"{seconds:.0f} seconds"
 
 
 def _span(values: Iterable[int]) -> str:

@@ -20,7 +20,7 @@ from astro.formats import LAYOUTS
 from astro.formats.servers import reader_notes
 from astro.skeleton import Skeleton
 from astro_dist.actors import configure_process
-from astro_dist.assemble import assemble, is_whole, seal
+from astro_dist.assemble import assemble
 from astro_dist.base_model import BaseModel, read_base_model
 from astro_dist.budget import allocate, read_choices, require_affordable
 from astro_dist.calibration import Chunk, TokenChunks, as_tensors, read_documents, tokenize
@@ -32,7 +32,7 @@ from astro_dist.estimate import Estimate, estimate, require_room
 from astro_dist.executor import Executor, LocalExecutor
 from astro_dist.failure import FailureHistory
 from astro_dist.finished_run import FinishedRun
-from astro_dist.inventory import all_shards
+from astro_dist.inventory import all_shards, is_whole, seal
 from astro_dist.manifest import RunDirectory, begun_commit
 from astro_dist.model_card import planned_card
 from astro_dist.plan import Plan, make_plan
@@ -183,9 +183,8 @@ def quantize(config: RunConfig) -> dict[str, Any]:
     begun = run.begun(config, identity)
     publication = Publication(run, config.publish) if config.publish.repo else None
     if publication:
-        card = planned_card(config, prepared.base)
-        notes = (*prepared.notes, *publication.prepare(prepared.plan.files, prepared.base, card))
-        prepared = dataclasses.replace(prepared, notes=notes)
+        for note in publication.prepare(prepared.plan.files, prepared.base, planned_card(config, prepared.base)):
+            say(note)
     if not begun and config.model.check_weights and not prepared.source.is_remote:
         require_finite(prepared.checkpoint)
     with run.locked():

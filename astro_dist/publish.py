@@ -15,14 +15,13 @@ import huggingface_hub
 
 from astro.errors import AstroError, DamagedError, RunError
 from astro.files import write_json
-from astro_dist.assemble import CARD_NAME, seal
 from astro_dist.background_upload import BackgroundUpload
 from astro_dist.base_model import BaseModel
 from astro_dist.config import PublishConfig
 from astro_dist.finished_run import FinishedRun
 from astro_dist.hub_failure import failure_of
 from astro_dist.hub_writer import HubWriter, different
-from astro_dist.inventory import ModelFile, read_inventory
+from astro_dist.inventory import CARD_NAME, ModelFile, read_inventory, seal
 from astro_dist.manifest import RunDirectory
 from astro_dist.preflight import preflight
 from astro_dist.progress import say

@@ -2,6 +2,7 @@
 
 import dataclasses
 import math
+import platform
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -71,6 +72,7 @@ def summarize(
         "notes": [*notes, *(note for note in final if note not in notes)],
         "units": {"blocks": len(plan.blocks), "copies": len(plan.copies)},
         "model": str(run.model),
+        "python": platform.python_version(),
         "base_model": dataclasses.asdict(base),
     }
 

@@ -88,6 +88,7 @@ class HubServer:
 def _handler(hub):
     class Handler(Writing, BaseHTTPRequestHandler):
         protocol_version = "HTTP/1.1"
+        disable_nagle_algorithm = True  # else every answer waits 40 ms for an acknowledgement
         server_hub = hub
 
         def log_message(self, *args):

@@ -1,7 +1,7 @@
-"""The half of the Hub's protocol that changes repositories: who may, upload by parts, commits, branches, the card's check.
+"""The half of the Hub's protocol that changes repositories: who may, uploads, commits, branches, the card's check.
 
-A fault of `HubServer.write_faults[kind]` is a status, `(status, headers)`, `("after", status)` where the request is
-done first and its answer lost, or `cut`: the connection ends in the middle of what is sent. None lets one request pass.
+A fault of `HubServer.write_faults[kind]` is a status, `(status, headers)`, `cut` (the connection ends in the middle of
+what is sent), or `("after", fault)` where the request is done and its answer lost. None lets one request pass.
 """
 
 import base64
@@ -65,12 +65,16 @@ class Writing:
         repository = groups.get("repository")
         if repository and repository not in hub.repositories:
             self.refuse(404, "RepoNotFound", "Repository not found")
-        elif kind in ("preupload", "commit", "batch", "branch") and repository in hub.readonly and not self.as_request():
+        elif (
+            kind in ("preupload", "commit", "batch", "branch") and repository in hub.readonly and not self.as_request()
+        ):
             self.refuse(403, "Forbidden", "you have no right to write here")
         else:
             with hub.lock:
                 answer = getattr(self, kind)(body, **groups)
-            if getattr(self, "lost", None):
+            if self.lost == "cut":
+                self.cut()
+            elif self.lost:
                 self.answer(self.lost, {"error": "the answer was lost"})
             elif isinstance(answer, tuple):
                 self.answer(*answer)
@@ -88,13 +92,16 @@ class Writing:
             return False
         if fault == "cut":
             self.rfile.read(min(1000, int(self.headers.get("Content-Length", 1000)) // 2))
-            self.close_connection = True
-            self.connection.shutdown(2)
+            self.cut()
             return True
         self.body()
         status, headers = fault if isinstance(fault, tuple) else (fault, {})
         self.answer(status, {"error": STATUS_TEXT.get(status, "Something is wrong")}, headers)
         return True
+
+    def cut(self):
+        self.close_connection = True
+        self.connection.shutdown(2)
 
     def body(self):
         """What was sent, in either way of saying how much it is."""
@@ -160,10 +167,11 @@ class Writing:
             if held.is_file() and held.stat().st_size == asked["size"]:
                 objects.append(asked)
                 continue
-            upload = {"href": f"{hub.address}/parts/{asked['oid']}/1"}
+            store = hub.address.replace("127.0.0.1", "localhost")
+            upload = {"href": f"{store}/parts/{asked['oid']}/1"}
             if asked["size"] > hub.chunk_bytes:
                 count = -(-asked["size"] // hub.chunk_bytes)
-                links = {str(part): f"{hub.address}/parts/{asked['oid']}/{part}?sig=s" for part in range(1, count + 1)}
+                links = {str(part): f"{store}/parts/{asked['oid']}/{part}?sig=s3cr3t" for part in range(1, count + 1)}
                 header = {"chunk_size": str(hub.chunk_bytes), **links}
                 upload = {"href": f"{hub.address}/complete/{asked['oid']}", "header": header}
             verify = {"href": f"{hub.address}/verify/{repository}"}
