@@ -168,35 +168,41 @@ class Publication:
         """Make the one commit, once; its revision and hash."""
         writer, wait_s = self._writer, _FIRST_WAIT_S
         for attempt in range(1, _ATTEMPTS + 1):
-            self._require_parent()
+            if made := self._made(files, title):
+                return made
             try:
-                made = writer.commit(files, self._run.model, self._parent, title)
-                return made.pr_revision or writer.branch, made.oid
+                answer = writer.commit(files, self._run.model, self._parent, title)
+                return answer.pr_revision or writer.branch, answer.oid
             except DamagedError:
                 raise
             except Exception as error:  # of huggingface_hub, its HTTP library and hf_xet
                 failure = failure_of(error)
                 refusal = writer.error("making the commit", failure, attempt)
                 refusal.__cause__ = error
-            if failure.passes:
-                time.sleep(max(wait_s, failure.wait_s))
-                wait_s = min(2 * wait_s, _LONGEST_WAIT_S)
-            found = self._find(files, title)
-            if found:  # the answer was lost, the commit was not
-                return found
             if not failure.passes:
                 break
-        self._require_parent()
+            time.sleep(max(wait_s, failure.wait_s))
+            wait_s = min(2 * wait_s, _LONGEST_WAIT_S)
+        if made := self._made(files, title):
+            return made
         raise refusal
 
-    def _require_parent(self) -> None:
-        """Nobody else may have committed since the repository was looked at. A pull request stands beside all that."""
+    def _made(self, files: Sequence[ModelFile], title: str) -> tuple[str, str] | None:
+        """The commit whose answer was lost, or another publisher's of the same model; None where it can be made.
+
+        Raises:
+            RunError: someone else has committed. A pull request stands beside all that.
+        """
         head = self._parent if self._target.pull_request else self._writer.head()
-        if head != self._parent:
+        if head == self._parent and not self._target.pull_request:
+            return None
+        found = self._find(files, title)
+        if found is None and head != self._parent:
             raise RunError(
                 f"{self._writer.repository}: {self._writer.branch} was at {self._parent[:12]}, is at {head[:12]} now: "
                 "someone else has committed there. Nothing was changed; look at it, publishing again goes on from there"
             )
+        return found
 
     def _command(self) -> str:
         target = self._target

@@ -93,7 +93,7 @@ def run_config(llama: Path, tmp_path: Path) -> Callable[..., Any]:
         }
         for name, value in changes.items():
             section, key = name.split("__")
-            content[section][key] = value
+            content.setdefault(section, {})[key] = value
         return RunConfig.model_validate(content)
 
     return build

@@ -25,7 +25,7 @@ class HubServer:
         refs: commit of each branch and pull request that was made, by repository.
         lfs: SHA-256 of each file of a commit that is in LFS, by commit.
         private: names of repositories that only their owners see; `readonly`: that nobody may write to.
-        gated: names of repositories that want to be asked for access.
+        gated: names of repositories that refuse whom they have not admitted; `asks_for_access`: that admit who asks.
         account: what `whoami` answers.
         commits: repository, revision and title of each commit that was made through the server.
         requests: pull requests: repository, title.
@@ -46,7 +46,7 @@ class HubServer:
         self.objects = self.root / "objects"
         self.objects.mkdir()
         self.repositories, self.refs, self.lfs = {}, defaultdict(dict), {}
-        self.private, self.readonly, self.gated, self.faults = set(), set(), set(), []
+        self.private, self.readonly, self.gated, self.asks_for_access, self.faults = set(), set(), set(), set(), []
         self.account = {"name": "me", "orgs": [{"name": "org", "roleInOrg": "write"}], "auth": {}}
         self.commits, self.requests, self.write_faults = [], [], defaultdict(list)
         self.asked_kinds, self.chunk_bytes, self.bytes_per_s, self.uploaded = Counter(), 16_000, None, 0
@@ -133,8 +133,8 @@ def _handler(hub):
             if found:
                 commit, folder = found
                 siblings = [{"rfilename": path.name, "size": path.stat().st_size} for path in sorted(folder.iterdir())]
-                private = repository in hub.private
-                self.answer(200, {"id": repository, "sha": commit, "siblings": siblings, "private": private})
+                told = {"private": repository in hub.private, "gated": repository in hub.asks_for_access and "auto"}
+                self.answer(200, {"id": repository, "sha": commit, "siblings": siblings, **told})
 
         def resolve(self, repository, revision, file):
             found = self.find(repository, revision)

@@ -1,4 +1,4 @@
-"""What can happen to an upload, for the tests and the benchmark: what the Hub does to which request, what it comes to."""
+"""What can happen to an upload, for the tests and the benchmark: what the Hub does to a request, what that comes to."""
 
 import dataclasses
 

@@ -16,20 +16,26 @@ from tests.hub_server import HubServer
 TOKEN = "hf_" + "s3cr3t" * 5
 
 
+def clock(waits):
+    """A clock that notes instead of waiting."""
+    return types.SimpleNamespace(sleep=waits.append, time=time.time, perf_counter=time.perf_counter)
+
+
 @pytest.fixture
 def online_hub(monkeypatch):
-    """A Hub that this process takes for the real one. Nobody waits long; what the client would have is in `waits`."""
+    """A Hub that this process takes for the real one. Nobody waits: how long the client and we would have is noted."""
     server, template = HubServer(), "/{repo_id}/resolve/{revision}/{filename}"
-    server.waits = []
+    server.client_waits, server.own_waits = [], []
     settings = {
         "HF_HUB_OFFLINE": False, "HF_HUB_DISABLE_XET": True, "ENDPOINT": server.address,
         "HUGGINGFACE_CO_URL_TEMPLATE": server.address + template,
     }  # fmt: skip
     for name, value in settings.items():
         monkeypatch.setattr(huggingface_hub.constants, name, value)
-    clock = types.SimpleNamespace(sleep=server.waits.append, time=time.time)
-    monkeypatch.setattr("huggingface_hub.utils._http.time", clock)
-    for module in (remote, hub_writer, publish, background_upload):
+    monkeypatch.setattr("huggingface_hub.utils._http.time", clock(server.client_waits))
+    for module in (hub_writer, publish):
+        monkeypatch.setattr(module, "time", clock(server.own_waits))
+    for module in (remote, background_upload):
         monkeypatch.setattr(module, "_FIRST_WAIT_S", 0.01)
     monkeypatch.setenv("HF_TOKEN", TOKEN)
     yield server

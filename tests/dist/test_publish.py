@@ -15,7 +15,7 @@ import pytest
 from safetensors.torch import load_file, save_file
 
 from astro.errors import AstroError, ConfigError, InputError, RunError
-from astro_dist import publish, upload_record
+from astro_dist import cli, publish, upload_record
 from astro_dist.config import PublishConfig
 from astro_dist.inventory import read_inventory, write_inventory
 from astro_dist.finished_run import FinishedRun
@@ -63,14 +63,19 @@ def test_fault(online_hub, finished, fault):
     assert published(online_hub, "org/model") == files_of(finished / "model")
 
 
-def test_server_that_asks_to_wait_is_waited_for(online_hub, finished, monkeypatch):
-    waits = []
-    monkeypatch.setattr(publish.time, "sleep", waits.append)
+def test_server_that_asks_to_wait_is_waited_for(online_hub, finished):
     online_hub.write_faults["put"] = [(429, {"Retry-After": "7"})]
     online_hub.write_faults["commit"] = [(429, {"Retry-After": "9"})]
     publish_run(finished, TARGET)
-    assert online_hub.waits == [8.0]
-    assert waits == [9.0]
+    assert online_hub.client_waits == [8.0]
+    assert online_hub.own_waits == [9.0]
+
+
+def test_waits_grow_until_it_is_enough(online_hub, finished):
+    online_hub.write_faults["commit"] = [503] * 99
+    with pytest.raises(RunError, match="making the commit: the Hub answers 503: .* \\(tried 5 times\\)"):
+        publish_run(finished, TARGET)
+    assert online_hub.own_waits == [2.0, 4.0, 8.0, 16.0, 32.0]
 
 
 def test_repeated_it_sends_nothing_and_commits_nothing(online_hub, finished):
@@ -157,7 +162,7 @@ def test_process_that_is_killed_goes_on(online_hub, finished):
         assert process.poll() is None, process.stderr.read()
         time.sleep(0.02)
     process.send_signal(signal.SIGKILL)
-    process.communicate()
+    assert not [text for text in process.communicate() if TOKEN in text]
     held = sum(path.stat().st_size for path in online_hub.objects.iterdir())
     assert online_hub.commits == []
     online_hub.bytes_per_s, online_hub.uploaded = None, 0
@@ -251,13 +256,18 @@ def test_published_model_is_verified_by_ranges(online_hub, finished, first_run, 
     assert {**there, "model": here["model"]} == here
 
 
-def test_token_is_nowhere(online_hub, finished):
+def test_token_is_nowhere(online_hub, finished, capsys, monkeypatch):
     online_hub.write_faults["commit"] = [403]
-    out, err = command(finished, online_hub).communicate()
-    assert "403" in err
-    assert "Traceback" in err
-    publish_run(finished, TARGET)
-    assert TOKEN not in out + err
+    online_hub.write_faults["put"] = [None] + [403] * 99
+    for end in (1, 1, 0):
+        monkeypatch.setattr(sys, "argv", ["astro-dist", "--debug", "publish", str(finished), "--repo", "org/model"])
+        with pytest.raises(SystemExit) as ended:
+            cli.main()
+        assert ended.value.code == end
+        out, err = capsys.readouterr()
+        assert ("Traceback" in err) == bool(end)
+        assert TOKEN not in out + err
+        online_hub.write_faults["put"].clear()
     files = [path for path in finished.rglob("*") if path.is_file()]
     assert not [path for path in files if TOKEN.encode() in path.read_bytes()]
     assert online_hub.tokens == {"hub": {f"Bearer {TOKEN}", None}, "store": {None}}
