@@ -25,6 +25,9 @@ class BackgroundUpload:
     """Sends what is final and not yet at the Hub. Nothing that it meets stops the run: it is noted, and tried again.
 
     What it holds in memory is a part of one file.
+
+    Attributes:
+        say: tells the user, from any thread.
     """
 
     def __init__(self, writer: HubWriter, record: UploadRecord, run: RunDirectory, say: Callable[[str], None]) -> None:
@@ -36,7 +39,7 @@ class BackgroundUpload:
             run: whose finished units are offered.
             say: tells the user, from any thread.
         """
-        self._writer, self._record, self._run, self._say = writer, record, run, say
+        self._writer, self._record, self._run, self.say = writer, record, run, say
         self._offered: set[str] = set()
         self._waiting: queue.SimpleQueue[str | None] = queue.SimpleQueue()
         self._ending = threading.Event()
@@ -91,11 +94,11 @@ class BackgroundUpload:
 
     def _tell_failure(self, unit: str, error: Exception) -> None:
         cause = without_secrets(str(error) or type(error).__name__)
-        self._say(f"{cause}. The run goes on; it is tried again")
+        self.say(f"{cause}. The run goes on; it is tried again")
         self._note("upload_failed", unit=unit, cause=cause)
 
     def _note(self, event: str, **details: Any) -> None:
         try:
             self._run.journal.note(event, **details)
         except StorageError as error:
-            self._say(str(error))
+            self.say(str(error))

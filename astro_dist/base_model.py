@@ -2,6 +2,7 @@
 
 import dataclasses
 import re
+from collections.abc import Mapping
 from typing import Any
 
 import yaml
@@ -40,6 +41,15 @@ class BaseModel:
     gated: bool = False
     language: tuple[str, ...] = ()
     remark: str = ""
+
+    def plain(self) -> dict[str, Any]:
+        """As JSON types; see `of`."""
+        return {**dataclasses.asdict(self), "language": list(self.language)}
+
+    @classmethod
+    def of(cls, plain: Mapping[str, Any]) -> "BaseModel":
+        """From JSON types."""
+        return cls(**{**plain, "language": tuple(plain["language"])})
 
     def notes(self, private: bool) -> list[str]:
         """What who publishes a model made of it should know.

@@ -51,8 +51,7 @@ class FinishedRun:
     @property
     def base(self) -> BaseModel:
         """What was quantized."""
-        told = self.summary["base_model"]
-        return BaseModel(**{**told, "language": tuple(told["language"])})
+        return BaseModel.of(self.summary["base_model"])
 
     @property
     def title(self) -> str:

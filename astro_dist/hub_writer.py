@@ -74,8 +74,6 @@ class HubWriter:
             huggingface_hub.get_session().timeout = _TIMEOUT_S
             try:
                 return call()
-            except DamagedError:
-                raise
             except Exception as error:  # of huggingface_hub, its HTTP library and hf_xet
                 failure = failure_of(error)
                 if not failure.passes or attempt == attempts:

@@ -21,6 +21,7 @@ from astro.formats.servers import reader_notes
 from astro.skeleton import Skeleton
 from astro_dist.actors import configure_process
 from astro_dist.assemble import assemble
+from astro_dist.background_upload import BackgroundUpload
 from astro_dist.base_model import BaseModel, read_base_model
 from astro_dist.budget import allocate, read_choices, require_affordable
 from astro_dist.calibration import Chunk, TokenChunks, as_tensors, read_documents, tokenize
@@ -214,10 +215,12 @@ def _run(
         folder = run.keep_side_files(folder)
     if not schedule.complete:
         executor = _make_executor(prepared.config)
-        try:
-            workers = _execute(prepared, folder, run, fingerprint, chunks, schedule, executor, publication)
-        finally:
-            executor.close()
+        uploads = publication.in_background() if publication else None
+        with uploads or contextlib.nullcontext():  # an upload that is going on holds no worker
+            try:
+                workers = _execute(prepared, folder, run, fingerprint, chunks, schedule, executor, uploads)
+            finally:
+                executor.close()
     names = assemble(folder, prepared.plan, run, prepared.config)
     wall_s = time.perf_counter() - begin
     summary = summarize(
@@ -295,7 +298,7 @@ def _execute(
     chunks: Sequence[Chunk],
     schedule: Schedule,
     executor: Executor,
-    publication: Publication | None,
+    uploads: BackgroundUpload | None,
 ) -> dict[int, dict[str, Any]]:
     """Do every unit that is not finished; what the workers say of themselves at the end."""
     config, plan, execution = prepared.config, prepared.plan, prepared.config.execution
@@ -305,23 +308,7 @@ def _execute(
     cost = CostModel(plan, config, {chunk.name: chunk.tokens.size for chunk in chunks}, dtype.itemsize, device)
     if not schedule.finished:
         require_room(cost.disk_bytes(executor.num_workers), run.root)
-    spec = WorkerSpec(
-        checkpoint=prepared.checkpoint,
-        folder=folder,
-        fingerprint=fingerprint,
-        trust_remote_code=config.model.trust_remote_code,
-        run=run,
-        plan=plan,
-        chunks=tuple(chunk.name for chunk in chunks),
-        shares=execution.hessian_shares,
-        quantization=config.quantization,
-        regularization=config.regularizer,
-        experts=config.experts,
-        compute_dtype=dtype,
-        device=device,
-        threads=execution.threads_per_worker,
-        needed_bytes=cost.worker_bytes(),
-    )
+    spec = _worker_spec(prepared, folder, run, fingerprint, chunks, dtype, device, cost)
     blocks = len(plan.blocks) * run.rounds
     run.journal.note(
         "started", finished_units=len(schedule.finished), units=len(schedule.units), blocks=blocks,
@@ -329,7 +316,8 @@ def _execute(
     )  # fmt: skip
     blocks_done = sum("block-" in unit for unit in schedule.finished)
     display = ProgressDisplay(len(schedule.units), len(schedule.finished), blocks, blocks_done)
-    uploads = publication.in_background(display.say) if publication else None
+    if uploads:
+        uploads.say = display.say
 
     def on_finished(now: Schedule) -> None:
         _settle_widths(prepared, now, run)
@@ -341,11 +329,41 @@ def _execute(
         _deadlines(config, cost, device), execution.worker_timeout_s, on_finished,
     )  # fmt: skip
     executor.start(spec)
-    with display, uploads or contextlib.nullcontext():
+    with display:
         if blocks_done:
             display.say(f"going on: {blocks_done} of {blocks} blocks are finished")
         driver.run(schedule)
     return executor.describe()
+
+
+def _worker_spec(
+    prepared: Prepared,
+    folder: Path,
+    run: RunDirectory,
+    fingerprint: str,
+    chunks: Sequence[Chunk],
+    dtype: torch.dtype,
+    device: str,
+    cost: CostModel,
+) -> WorkerSpec:
+    config = prepared.config
+    return WorkerSpec(
+        checkpoint=prepared.checkpoint,
+        folder=folder,
+        fingerprint=fingerprint,
+        trust_remote_code=config.model.trust_remote_code,
+        run=run,
+        plan=prepared.plan,
+        chunks=tuple(chunk.name for chunk in chunks),
+        shares=config.execution.hessian_shares,
+        quantization=config.quantization,
+        regularization=config.regularizer,
+        experts=config.experts,
+        compute_dtype=dtype,
+        device=device,
+        threads=config.execution.threads_per_worker,
+        needed_bytes=cost.worker_bytes(),
+    )
 
 
 def _deadlines(config: RunConfig, cost: CostModel, device: str) -> Callable[[Call], float]:

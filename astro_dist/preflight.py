@@ -107,7 +107,8 @@ def _require_rights(account: Mapping[str, Any], repository: str, as_pull_request
     token = account.get("auth", {}).get("accessToken", {})
     role = token.get("role")
     if role == "fineGrained":
-        _require_scope(token.get("fineGrained", {}), namespace, repository, place)
+        rights = ("repo", "discussion") if as_pull_request else ("repo",)
+        _require_scope(token.get("fineGrained", {}), repository, rights, place)
     elif role is not None and role not in _WRITING:
         raise ConfigError(
             f"{place}: the token {token.get('displayName', '')!r} may only {role}; make one that may write at "
@@ -115,12 +116,12 @@ def _require_rights(account: Mapping[str, Any], repository: str, as_pull_request
         )
 
 
-def _require_scope(rights: Mapping[str, Any], namespace: str, repository: str, place: str) -> None:
-    granted = list(rights.get("global", ()))
-    for scope in rights.get("scoped", ()):
+def _require_scope(told: Mapping[str, Any], repository: str, rights: tuple[str, ...], place: str) -> None:
+    namespace, granted = repository.partition("/")[0], list(told.get("global", ()))
+    for scope in told.get("scoped", ()):
         if scope.get("entity", {}).get("name") in (namespace, repository):
             granted += scope.get("permissions", ())
-    if not any(right.startswith(("repo", "discussion")) and right.endswith("write") for right in granted):
+    if not any(right.startswith(rights) and right.endswith("write") for right in granted):
         raise ConfigError(
             f"{place}: the fine-grained token grants no write access to repositories of {namespace}; add it at "
             "https://huggingface.co/settings/tokens"

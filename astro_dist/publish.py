@@ -7,7 +7,7 @@ is told which commit it must follow. So there is one or there is none.
 import importlib.util
 import shlex
 import time
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Collection, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -69,13 +69,9 @@ class Publication:
         self._parent = ready.head
         return ready.notes
 
-    def in_background(self, tell: Callable[[str], None]) -> BackgroundUpload:
-        """Begin to upload shards while the run goes on.
-
-        Args:
-            tell: shows the user a line, from any thread.
-        """
-        return BackgroundUpload(self._writer, self._record, self._run, tell)
+    def in_background(self) -> BackgroundUpload:
+        """What uploads shards while the run goes on, to be entered as a context."""
+        return BackgroundUpload(self._writer, self._record, self._run, say)
 
     def finish(self) -> dict[str, Any]:
         """Publish the finished model.
@@ -103,7 +99,8 @@ class Publication:
         """The card names the repository that it is in."""
         card = str(finished.card(self._writer.repository))
         files = {file.name: file for file in read_inventory(self._run)}
-        if (self._run.model / CARD_NAME).read_text(encoding="utf-8") != card:
+        path = self._run.model / CARD_NAME
+        if not path.is_file() or path.read_bytes() != card.encode():
             del files[CARD_NAME]
             seal(self._run, files, (), card)
 

@@ -1,6 +1,5 @@
 """The figures of a finished run, from its records."""
 
-import dataclasses
 import math
 import platform
 from collections import Counter
@@ -73,7 +72,7 @@ def summarize(
         "units": {"blocks": len(plan.blocks), "copies": len(plan.copies)},
         "model": str(run.model),
         "python": platform.python_version(),
-        "base_model": dataclasses.asdict(base),
+        "base_model": base.plain(),
     }
 
 

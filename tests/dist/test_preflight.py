@@ -14,7 +14,7 @@ READ_ONLY = {"type": "access_token", "accessToken": {"displayName": "mine", "rol
 
 def fine_grained(entity, *permissions):
     scoped = [{"entity": {"type": "org", "name": entity}, "permissions": list(permissions)}]
-    return {"accessToken": {"role": "fineGrained", "fineGrained": {"global": ["discussion.read"], "scoped": scoped}}}
+    return {"accessToken": {"role": "fineGrained", "fineGrained": {"global": ["discussion.write"], "scoped": scoped}}}
 
 
 def holds(hub, tmp_path, *names):

@@ -42,7 +42,7 @@ def grow(run, count):
 
 def test_model_goes_to_a_private_repository_in_one_commit(online_hub, finished):
     entry = publish_run(finished, TARGET)
-    assert published(online_hub, "org/model") == files_of(finished / "model")
+    assert published(online_hub, "org/model") == files_of(finished / "model", with_card=True)
     assert online_hub.private == {"org/model"}
     assert [commit[:2] for commit in online_hub.commits] == [("org/model", "main")]
     assert entry["commit"] == online_hub.folder("org/model", "main")[0]
@@ -60,7 +60,7 @@ def test_fault(online_hub, finished, fault):
     publish_run(finished, TARGET)
     assert not any(online_hub.write_faults.values()), "the fault was not met"
     assert len(online_hub.commits) == 1
-    assert published(online_hub, "org/model") == files_of(finished / "model")
+    assert published(online_hub, "org/model") == files_of(finished / "model", with_card=True)
 
 
 def test_server_that_asks_to_wait_is_waited_for(online_hub, finished):
@@ -103,7 +103,7 @@ def test_object_that_the_hub_has_dropped_is_sent_again(online_hub, finished):
     dropped.unlink()
     publish_run(finished, TARGET)
     assert online_hub.uploaded == sent + size
-    assert published(online_hub, "org/model") == files_of(finished / "model")
+    assert published(online_hub, "org/model") == files_of(finished / "model", with_card=True)
 
 
 def test_hub_that_does_not_hold_what_it_took(online_hub, finished, monkeypatch):
@@ -140,7 +140,7 @@ def test_file_that_is_not_as_it_was_written_is_not_published(online_hub, finishe
 def test_model_of_thirty_files(online_hub, finished):
     grow(finished, 30)
     assert publish_run(finished, TARGET)["files"] == 30
-    assert published(online_hub, "org/model") == files_of(finished / "model")
+    assert published(online_hub, "org/model") == files_of(finished / "model", with_card=True)
     assert len(online_hub.commits) == 1
 
 
@@ -170,7 +170,7 @@ def test_process_that_is_killed_goes_on(online_hub, finished):
     shards = sum(path.stat().st_size for path in (finished / "model").glob("*.safetensors"))
     assert online_hub.uploaded == shards - held
     assert len(online_hub.commits) == 1
-    assert published(online_hub, "org/model") == files_of(finished / "model")
+    assert published(online_hub, "org/model") == files_of(finished / "model", with_card=True)
 
 
 def both(*runs):
@@ -215,12 +215,12 @@ def test_two_publishers_of_different_models_are_told_of_each_other(online_hub, f
     ended = both(finished, other)
     assert len(online_hub.commits) == 1
     assert sum("someone else has committed there" in text for text in ended) == 1
-    assert published(online_hub, "org/model") in (files_of(finished / "model"), files_of(other / "model"))
+    assert published(online_hub, "org/model") in (files_of(finished / "model", with_card=True), files_of(other / "model", with_card=True))
 
 
 def test_revision_is_a_branch_that_is_made(online_hub, finished):
     publish_run(finished, PublishConfig(repo="org/model", revision="w4/g32"))
-    assert published(online_hub, "org/model", "w4/g32") == files_of(finished / "model")
+    assert published(online_hub, "org/model", "w4/g32") == files_of(finished / "model", with_card=True)
     assert published(online_hub, "org/model") == {}
 
 
@@ -233,7 +233,7 @@ def test_pull_request_is_opened_once(online_hub, finished, tmp_path, meets):
         entry = publish_run(finished, PublishConfig(repo="them/model", pull_request=True))
         assert entry["revision"] == "refs/pr/1"
     assert online_hub.requests == [("them/model", "llama, 4 bits (astro-dist 0.1.0)")]
-    assert published(online_hub, "them/model", "refs/pr/1") == files_of(finished / "model")
+    assert published(online_hub, "them/model", "refs/pr/1") == files_of(finished / "model", with_card=True)
     assert published(online_hub, "them/model") == {}
 
 
@@ -242,7 +242,7 @@ def test_finished_run_goes_to_a_second_place_too(online_hub, finished):
     publish_run(finished, PublishConfig(repo="me/other", private=False))
     assert online_hub.private == {"org/model"}
     assert "vllm serve me/other" in (finished / "model" / "README.md").read_text()
-    assert published(online_hub, "me/other") == files_of(finished / "model")
+    assert published(online_hub, "me/other") == files_of(finished / "model", with_card=True)
     places = {place["place"]: place["files"] for place in read_status(finished)["publish"]}
     assert places == {"org/model@main": 10, "me/other@main": 10}
 
