@@ -56,6 +56,12 @@ class ModelConfig(_Section):
     """Read every weight of a folder once before anything starts and refuse NaN and Inf. What is remote is checked by
     the workers, as it is read."""
 
+    @model_validator(mode="after")
+    def _check(self) -> "ModelConfig":
+        if self.name is not None and not _REPOSITORY.fullmatch(self.name):
+            raise ValueError(f"name: expected ORG/NAME of a model on the Hub, got {self.name!r}")
+        return self
+
 
 class CalibrationConfig(_Section):
     """Which text the statistics come from, and which text perplexity is measured on."""

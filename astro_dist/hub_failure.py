@@ -89,8 +89,8 @@ def failure_of(error: Exception) -> HubFailure:
 
 
 def asked_wait_s(headers: Mapping[str, str]) -> float:
-    """Seconds that a server asks to wait: by `Retry-After`, or by the Hub's `RateLimit: "api";r=0;t=55`."""
-    window = re.search(r"\bt=(\d+)", headers.get("RateLimit", ""))
+    """Seconds that a server asks to wait: by `Retry-After`, or by the Hub's `RateLimit: "api";r=0;t=55`, none left."""
+    window = re.search(r"\br=0\b.*\bt=(\d+)", headers.get("RateLimit", ""))
     try:
         return min(float(headers.get("Retry-After", window[1] if window else 0)), _LONGEST_ASKED_S)
     except ValueError:

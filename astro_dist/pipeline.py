@@ -23,7 +23,7 @@ from astro_dist.actors import configure_process
 from astro_dist.assemble import assemble
 from astro_dist.background_upload import BackgroundUpload
 from astro_dist.base_model import BaseModel, read_base_model
-from astro_dist.budget import allocate, read_choices, require_affordable
+from astro_dist.budget import require_affordable, settle_widths
 from astro_dist.calibration import Chunk, TokenChunks, as_tensors, read_documents, tokenize
 from astro_dist.config import RunConfig, run_key
 from astro_dist.cost import CostModel
@@ -40,7 +40,7 @@ from astro_dist.plan import Plan, make_plan
 from astro_dist.progress import ProgressDisplay, say
 from astro_dist.publish import Publication
 from astro_dist.resume import make_schedule
-from astro_dist.schedule import Call, Schedule, block_unit
+from astro_dist.schedule import Call, Schedule
 from astro_dist.source import Source, resolve_source
 from astro_dist.stage import WorkerSpec
 from astro_dist.summary import summarize
@@ -320,7 +320,7 @@ def _execute(
         uploads.say = display.say
 
     def on_finished(now: Schedule) -> None:
-        _settle_widths(prepared, now, run)
+        settle_widths(run, config.quantization, len(plan.blocks), now.finished)
         if uploads:
             uploads.offer(now.finished)
 
@@ -376,17 +376,6 @@ def _deadlines(config: RunConfig, cost: CostModel, device: str) -> Callable[[Cal
         return _CALL_PATIENCE_S + _SLACK * (work.compute + work.exact) / rate + work.moved_bytes / _CRAWL
 
     return at_worst if timeout_s == "auto" else lambda call: timeout_s
-
-
-def _settle_widths(prepared: Prepared, schedule: Schedule, run: RunDirectory) -> None:
-    """With a width budget: spend it as soon as the first round has measured every block."""
-    quantization, blocks = prepared.config.quantization, range(len(prepared.plan.blocks))
-    if quantization.bits != "auto" or run.allocation.is_file():
-        return
-    if all(block_unit(0, block) in schedule.finished for block in blocks):
-        layers = [layer for block in blocks for layer in run.read(block_unit(0, block))["layers"]]
-        widths = allocate(read_choices(layers, quantization), quantization.average_bits or 0.0)
-        write_json(run.allocation, {name: bits for group, bits in widths.items() for name in group.split("+")})
 
 
 def _refuse_other_arithmetic(run: RunDirectory, dtype: torch.dtype, device: str) -> None:

@@ -101,7 +101,7 @@ class Publication:
         files = {file.name: file for file in read_inventory(self._run)}
         path = self._run.model / CARD_NAME
         if not path.is_file() or path.read_bytes() != card.encode():
-            del files[CARD_NAME]
+            files.pop(CARD_NAME, None)
             seal(self._run, files, (), card)
 
     def _publish(self, title: str) -> dict[str, Any]:

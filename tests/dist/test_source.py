@@ -119,7 +119,8 @@ def test_hub_is_asked_once_for_the_place_of_a_file_until_that_expires(hub, tmp_p
 
 @pytest.mark.parametrize(
     ("headers", "seconds"),
-    [({"Retry-After": "7"}, 7), ({"RateLimit": '"resolvers";r=0;t=55'}, 55), ({"Retry-After": "soon"}, 0), ({}, 0)],
+    [({"Retry-After": "7"}, 7), ({"RateLimit": '"resolvers";r=0;t=55'}, 55),
+        ({"RateLimit": '"resolvers";r=7;t=55'}, 0), ({"Retry-After": "soon"}, 0), ({}, 0)],
 )
 def test_server_says_how_long_to_wait(headers, seconds):
     assert asked_wait_s(headers) == seconds
