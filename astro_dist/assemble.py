@@ -16,14 +16,17 @@ from astro_dist.source import SIDE_FILES
 __all__ = ["assemble", "final_settings"]
 
 
-def assemble(source: Path, plan: Plan, run: RunDirectory, config: RunConfig) -> None:
-    """Write what is missing beside the shards.
+def assemble(source: Path, plan: Plan, run: RunDirectory, config: RunConfig) -> list[str]:
+    """Write what is missing beside the shards, all but the card.
 
     Args:
         source: folder with config.json and the tokenizer of the source.
         plan: of the run, all of its units finished.
         run: the run directory.
         config: of the run.
+
+    Returns:
+        Names of the files that were written.
     """
     weight_map: dict[str, str] = {}
     total = 0
@@ -34,12 +37,14 @@ def assemble(source: Path, plan: Plan, run: RunDirectory, config: RunConfig) -> 
     index = {"metadata": {"total_size": total}, "weight_map": dict(sorted(weight_map.items()))}
     write_json(run.model / INDEX_NAME, index)
     patterns = (*SIDE_FILES, *(("*.py",) if config.model.trust_remote_code else ()))
-    for path in sorted({path for pattern in patterns for path in source.glob(pattern) if path.is_file()}):
+    beside = sorted({path for pattern in patterns for path in source.glob(pattern) if path.is_file()})
+    for path in beside:
         _copy(path, run.model / path.name)
     content = read_json(source / "config.json")
     settings = final_settings(config.quantization, plan, run)
     content["quantization_config"] = LAYOUTS[config.quantization.format].quantization_config(settings, plan.ignore)
     write_json(run.model / "config.json", content)
+    return [INDEX_NAME, "config.json", *(path.name for path in beside)]
 
 
 def final_settings(quantization: Quantization, plan: Plan, run: RunDirectory) -> dict[str, Quantization]:

@@ -7,17 +7,26 @@ saves the most error.
 import dataclasses
 import heapq
 import itertools
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
 from astro.config import Quantization
 from astro.errors import CheckpointError, ConfigError, DamagedError
-from astro.files import read_json
+from astro.files import read_json, write_json
 from astro.formats.servers import expert_group
 from astro_dist.manifest import RunDirectory
 from astro_dist.plan import BlockUnit
+from astro_dist.schedule import block_unit
 
-__all__ = ["Choice", "allocate", "layer_settings", "provisional_width", "read_choices", "require_affordable"]
+__all__ = [
+    "Choice",
+    "allocate",
+    "layer_settings",
+    "provisional_width",
+    "read_choices",
+    "require_affordable",
+    "settle_widths",
+]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -91,6 +100,24 @@ def require_affordable(quantization: Quantization, weights: Mapping[str, int]) -
                 "experts of a layer get one width, because servers hold them as one. Override all of them or none"
             )
     allocate(choices, quantization.average_bits or 0.0)
+
+
+def settle_widths(run: RunDirectory, quantization: Quantization, num_blocks: int, finished: Collection[str]) -> None:
+    """With a width budget: spend it as soon as the first round has measured every block.
+
+    Args:
+        run: the run directory.
+        quantization: of the run.
+        num_blocks: of the model.
+        finished: names of the units that are finished.
+    """
+    if quantization.bits != "auto" or run.allocation.is_file():
+        return
+    units = [block_unit(0, block) for block in range(num_blocks)]
+    if all(unit in finished for unit in units):
+        layers = [layer for unit in units for layer in run.read(unit)["layers"]]
+        widths = allocate(read_choices(layers, quantization), quantization.average_bits or 0.0)
+        write_json(run.allocation, {name: bits for group, bits in widths.items() for name in group.split("+")})
 
 
 def _steps(choice: Choice) -> list[tuple[float, str, int, float]]:

@@ -47,7 +47,10 @@ def _options(debug: _Debug = False) -> None:
 
 @app.command()
 def quantize(config: _ConfigPath, assignments: _Assignments = None, as_json: _Json = False) -> None:
-    """Validate, plan, run and assemble. Goes on where it was when the run directory holds this very run."""
+    """Validate, plan, run, assemble, and publish where the configuration says so.
+
+    Goes on where it was when the run directory holds this very run.
+    """
     from astro_dist import pipeline  # imports torch: seconds that `--help` need not wait for
     from astro_dist.config import load_config
 
@@ -68,6 +71,8 @@ def quantize(config: _ConfigPath, assignments: _Assignments = None, as_json: _Js
     for note in summary["notes"]:
         _say(f"note: {note}")
     _say(f"Done in {summary['wall_s']:.0f} s: {summary['model']}")
+    if "publish" in summary:
+        _say(_published(summary["publish"]))
 
 
 @app.command()
@@ -162,7 +167,32 @@ def status(
             f"retried: {retry['unit']}, {retry['method']} on worker {retry['worker']} "
             f"({retry['kind']}): {retry['cause']}"
         )
+    for failure in found["upload_failures"]:
+        _say(f"upload failed: {failure['cause']}")
+    for place in found["publish"]:
+        made = f"published as commit {place['commit'][:12]}" if place["commit"] else "not published yet"
+        _say(f"{place['place']}: holds {place['files']} of {place['total']} files, {made}")
     _say_fallbacks(found["fallbacks"])
+
+
+@app.command()
+def publish(
+    run: Annotated[Path, typer.Argument(help="Run directory (output.dir) of a finished run.")],
+    repo: Annotated[str, typer.Option(help="ORG/NAME of the repository on the Hub.", metavar="ORG/NAME")],
+    revision: Annotated[str | None, typer.Option(help="Branch instead of main.")] = None,
+    pull_request: Annotated[bool, typer.Option("--pull-request", help="Open a pull request.")] = False,
+    public: Annotated[bool, typer.Option("--public", help="A new repository can be seen by everyone.")] = False,
+    as_json: _Json = False,
+) -> None:
+    """Upload a finished run to the Hub, or go on with that. Sends what is missing and makes one commit."""
+    from astro_dist.config import make_target
+    from astro_dist.publish import publish_run
+
+    entry = publish_run(run, make_target(repo, not public, revision, pull_request))
+    if as_json:
+        _print_json(entry)
+    else:
+        _say(_published(entry))
 
 
 @app.command()
@@ -175,7 +205,7 @@ def report(run: Annotated[Path, typer.Argument(help="Run directory (output.dir).
 
 @app.command()
 def verify(
-    model: Annotated[Path, typer.Argument(help="Folder of a quantized model.")],
+    model: Annotated[str, typer.Argument(help="Folder of a quantized model, or ORG/NAME[@REVISION] on the Hub.")],
     against: Annotated[str | None, typer.Option(help="The source, as model.source: also each layer's error.")] = None,
     as_json: _Json = False,
 ) -> None:
@@ -224,6 +254,10 @@ def _main_settings(config: "RunConfig") -> str:
         f"{config.model.source}: {bits}, group size {q.group_size}, format {q.format}; mode {execution.mode}, "
         f"{execution.rounds} round(s); calibration {calibration.samples} × {calibration.sequence_length} tokens"
     )
+
+
+def _published(entry: dict[str, Any]) -> str:
+    return f"Published: {entry['url']}, commit {entry['commit'][:12]}, {entry['files']} files"
 
 
 def _explain(message: str) -> None:

@@ -4,6 +4,7 @@ import dataclasses
 import difflib
 import hashlib
 import json
+import re
 import typing
 from pathlib import Path
 from typing import Any, Literal
@@ -14,11 +15,21 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_valida
 from astro.config import Experts, Quantization, Regularizer
 from astro.errors import ConfigError
 
-__all__ = ["CalibrationConfig", "ExecutionConfig", "ModelConfig", "OutputConfig", "RunConfig", "load_config", "run_key"]
-
+__all__ = [
+    "CalibrationConfig",
+    "ExecutionConfig",
+    "ModelConfig",
+    "OutputConfig",
+    "PublishConfig",
+    "RunConfig",
+    "load_config",
+    "make_target",
+    "run_key",
+]
 
 _ARITHMETIC = ("mode", "rounds", "hessian_shares", "compute_dtype", "threads_per_worker")
 """Keys of `execution` that decide the bytes of the result."""
+_REPOSITORY = re.compile(r"[\w.-]+/[\w.-]+")
 
 
 class _Section(BaseModel):
@@ -33,6 +44,8 @@ class ModelConfig(_Section):
     an object store (s3://, gs://, ...), or `demo:smollm2-135m` (the quickstart's model)."""
     revision: str | None = None
     """Branch, tag or commit of a Hub repository; `main` where not given. A run keeps the commit it began with."""
+    name: str | None = None
+    """ORG/NAME on the Hub of the model in a folder or behind a URL: what the result's card names as its base model."""
     cache_dir: Path | None = None
     """Where each machine keeps pieces of remote files; `~/.cache/astro-dist` where not given."""
     cache_gb: float = Field(20.0, ge=0)
@@ -42,6 +55,12 @@ class ModelConfig(_Section):
     check_weights: bool = True
     """Read every weight of a folder once before anything starts and refuse NaN and Inf. What is remote is checked by
     the workers, as it is read."""
+
+    @model_validator(mode="after")
+    def _check(self) -> "ModelConfig":
+        if self.name is not None and not _REPOSITORY.fullmatch(self.name):
+            raise ValueError(f"name: expected ORG/NAME of a model on the Hub, got {self.name!r}")
+        return self
 
 
 class CalibrationConfig(_Section):
@@ -111,6 +130,27 @@ class OutputConfig(_Section):
     """Run directory; the model grows in its `model` folder. On a cluster: a folder that every node sees."""
 
 
+class PublishConfig(_Section):
+    """Where on the Hugging Face Hub the result goes. No part of a run's identity: one result may go to many places."""
+
+    repo: str | None = None
+    """ORG/NAME; nothing is published where not given."""
+    private: bool = True
+    """Whether a repository that is made for it can be seen by its owners alone."""
+    revision: str | None = None
+    """Branch, made where it is not there yet; `main` where not given."""
+    pull_request: bool = False
+    """Open a pull request instead of committing to `main`."""
+
+    @model_validator(mode="after")
+    def _check(self) -> "PublishConfig":
+        if self.repo is not None and not _REPOSITORY.fullmatch(self.repo):
+            raise ValueError(f"repo: expected ORG/NAME of a model repository, got {self.repo!r}")
+        if self.revision is not None and self.pull_request:
+            raise ValueError("revision: a pull request is made against main; give one of revision and pull_request")
+        return self
+
+
 class RunConfig(_Section):
     """A whole run."""
 
@@ -121,6 +161,7 @@ class RunConfig(_Section):
     calibration: CalibrationConfig = CalibrationConfig()
     execution: ExecutionConfig = ExecutionConfig()
     output: OutputConfig
+    publish: PublishConfig = PublishConfig()
 
     @model_validator(mode="after")
     def _check(self) -> "RunConfig":
@@ -150,6 +191,18 @@ class RunConfig(_Section):
     def to_yaml(self) -> str:
         """The configuration as a YAML document that `load_config` reads back."""
         return yaml.safe_dump(self.plain(), sort_keys=False)
+
+
+def make_target(repo: str, private: bool, revision: str | None, pull_request: bool) -> PublishConfig:
+    """A place to publish to, as a command line gives it.
+
+    Raises:
+        ConfigError: it is none.
+    """
+    try:
+        return PublishConfig(repo=repo, private=private, revision=revision, pull_request=pull_request)
+    except ValidationError as error:
+        raise ConfigError("publish." + "; ".join(_explain(item) for item in error.errors())) from error
 
 
 def run_key(config: RunConfig, source_fingerprint: str, version: str) -> str:

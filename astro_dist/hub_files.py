@@ -1,8 +1,6 @@
 """Repositories of the Hugging Face Hub, each at one commit."""
 
 import dataclasses
-import re
-from collections.abc import Mapping
 from typing import Any
 
 import huggingface_hub
@@ -10,15 +8,12 @@ from huggingface_hub import errors as hub_errors
 from huggingface_hub.utils import build_hf_headers, get_session, hf_raise_for_status
 
 from astro.errors import CheckpointError, ConfigError
+from astro_dist.hub_failure import PASSING, asked_wait_s, without_secrets
 from astro_dist.remote import Passing, without_query
 
 __all__ = ["HubFiles", "open_hub"]
 
-_LONGEST_ASKED_S = 300.0
-"""What a server may ask to wait: the Hub counts requests in windows of five minutes."""
 _TIMEOUT_S = 60.0
-_PASSING = (408, 429, 500, 502, 503, 504)
-"""Answers of a server that may be another one in a while."""
 _LINKS: dict[tuple[str, str, str], str] = {}
 """Where the Hub sent this process for a file, until that link expires: the Hub limits how often it is asked."""
 
@@ -31,11 +26,13 @@ class HubFiles:
         repository: ORG/NAME.
         commit: hash.
         files: name and bytes of every file.
+        gated: whether access has to be asked for.
     """
 
     repository: str
     commit: str
     files: tuple[tuple[str, int], ...]
+    gated: bool = False
 
     def __str__(self) -> str:
         return f"{self.repository}@{self.commit[:12]}"
@@ -64,7 +61,7 @@ class HubFiles:
         found = bytearray()
         try:
             with get_session().stream("GET", url, headers=headers, timeout=_TIMEOUT_S, follow_redirects=True) as answer:
-                if link and answer.status_code >= 400 and answer.status_code not in _PASSING:
+                if link and answer.status_code >= 400 and answer.status_code not in PASSING:
                     raise Passing(f"a link that the Hub gave may have expired: the store answers {answer.status_code}")
                 self._require_range(file, answer, asked)
                 if answer.history and answer.url.host != answer.history[0].url.host:
@@ -87,8 +84,8 @@ class HubFiles:
     def _require_range(self, file: str, answer: Any, asked: str) -> None:
         """Refuse any answer but the range that was asked for, before its content is read."""
         status = answer.status_code
-        if status in _PASSING:
-            raise Passing(f"the Hub answers {status}", _retry_after(answer.headers))
+        if status in PASSING:
+            raise Passing(f"the Hub answers {status}", asked_wait_s(answer.headers))
         if status >= 400:
             answer.read()
             try:
@@ -126,11 +123,11 @@ def open_hub(repository: str, revision: str) -> HubFiles:
         ) from error
     except Exception as error:  # of whichever HTTP library huggingface_hub is built on
         raise CheckpointError(
-            f"{repository}: no such folder here, and the Hub cannot be reached: {type(error).__name__}: {error}; "
-            "correct model.source, or see to the network (a proxy, HF_ENDPOINT)"
+            f"{repository}: no such folder here, and the Hub cannot be reached: {type(error).__name__}: "
+            f"{without_secrets(str(error))}; correct model.source, or see to the network (a proxy, HF_ENDPOINT)"
         ) from error
     files = tuple((file.rfilename, int(file.size or 0)) for file in info.siblings or ())
-    return HubFiles(repository, str(info.sha), files)
+    return HubFiles(repository, str(info.sha), files, bool(info.gated))
 
 
 def _refused(repository: str, revision: str, error: hub_errors.HfHubHTTPError) -> CheckpointError:
@@ -148,12 +145,3 @@ def _refused(repository: str, revision: str, error: hub_errors.HfHubHTTPError) -
     else:
         advice = "see https://status.huggingface.co, or give a valid token"
     return CheckpointError(f"model.source {repository}: the Hub refuses: {said}; {advice}")
-
-
-def _retry_after(headers: Mapping[str, str]) -> float:
-    """Seconds that a server asks to wait: by `Retry-After`, or by the Hub's `RateLimit: "api";r=0;t=55`."""
-    window = re.search(r"\bt=(\d+)", headers.get("RateLimit", ""))
-    try:
-        return min(float(headers.get("Retry-After", window[1] if window else 0)), _LONGEST_ASKED_S)
-    except ValueError:
-        return 0.0

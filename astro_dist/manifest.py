@@ -5,6 +5,7 @@ run.json       identity of the run               activations/   only what unfini
 model/         the checkpoint, shard by shard    tokens.safetensors   every chunk's tokens
 summary.json   the figures of the run            journal.jsonl  what happened when
 rounds/        shards of earlier rounds          allocation.json  with a width budget: every layer's width
+model.json     files of the finished model       uploads.json   what the Hub holds of it
 source/        of a remote model: config, tokenizer, code
 """
 
@@ -60,6 +61,16 @@ class RunDirectory:
         return self.root / "summary.json"
 
     @property
+    def inventory(self) -> Path:
+        """Every file of the finished model, see `inventory.py`."""
+        return self.root / "model.json"
+
+    @property
+    def uploads(self) -> Path:
+        """What the Hub holds of the model."""
+        return self.root / "uploads.json"
+
+    @property
     def journal(self) -> Journal:
         """What happened when."""
         return Journal(self.root / "journal.jsonl")
@@ -102,7 +113,7 @@ class RunDirectory:
             for path in self.partial(0, spent.block, "any").parent.glob(f"{spent.number}-share-*"):
                 path.unlink(missing_ok=True)
         elif spent.kind == "shard":
-            for file in read_json(self._record(block_unit(spent.number, spent.block)))["files"]:
+            for file in self.files(block_unit(spent.number, spent.block)):
                 (self.root / file["name"]).unlink(missing_ok=True)
 
     def drop_leftovers(self) -> None:
@@ -164,7 +175,7 @@ class RunDirectory:
         Raises:
             DamagedError: one is missing, or not as it was written.
         """
-        for file in read_json(self._record(unit))["files"]:
+        for file in self.files(unit):
             if not self._is_intact(file):
                 raise DamagedError(self.root / file["name"], "is missing, or its SHA-256 is not that of its record")
 
@@ -184,9 +195,14 @@ class RunDirectory:
             return False
         return True
 
+    def files(self, unit: str) -> list[dict[str, Any]]:
+        """Name under the run directory, `size_bytes` and `sha256` of every file that a finished unit wrote."""
+        files: list[dict[str, Any]] = read_json(self._record(unit))["files"]
+        return files
+
     def has_files(self, unit: str) -> bool:
         """Whether everything that a finished unit wrote is still there."""
-        return all((self.root / file["name"]).exists() for file in read_json(self._record(unit))["files"])
+        return all((self.root / file["name"]).exists() for file in self.files(unit))
 
     def read(self, unit: str) -> dict[str, Any]:
         """A finished unit's figures; empty where the run has no such unit."""

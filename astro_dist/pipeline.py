@@ -1,5 +1,6 @@
-"""A whole run: validate, plan, execute, assemble, summarize."""
+"""A whole run: validate, plan, execute, assemble, summarize, publish."""
 
+import contextlib
 import dataclasses
 import math
 import os
@@ -20,7 +21,9 @@ from astro.formats.servers import reader_notes
 from astro.skeleton import Skeleton
 from astro_dist.actors import configure_process
 from astro_dist.assemble import assemble
-from astro_dist.budget import allocate, read_choices, require_affordable
+from astro_dist.background_upload import BackgroundUpload
+from astro_dist.base_model import BaseModel, read_base_model
+from astro_dist.budget import require_affordable, settle_widths
 from astro_dist.calibration import Chunk, TokenChunks, as_tensors, read_documents, tokenize
 from astro_dist.config import RunConfig, run_key
 from astro_dist.cost import CostModel
@@ -29,11 +32,15 @@ from astro_dist.driver import Driver
 from astro_dist.estimate import Estimate, estimate, require_room
 from astro_dist.executor import Executor, LocalExecutor
 from astro_dist.failure import FailureHistory
+from astro_dist.finished_run import FinishedRun
+from astro_dist.inventory import all_shards, is_whole, seal
 from astro_dist.manifest import RunDirectory, begun_commit
+from astro_dist.model_card import planned_card
 from astro_dist.plan import Plan, make_plan
 from astro_dist.progress import ProgressDisplay, say
+from astro_dist.publish import Publication
 from astro_dist.resume import make_schedule
-from astro_dist.schedule import Call, Schedule, block_unit
+from astro_dist.schedule import Call, Schedule
 from astro_dist.source import Source, resolve_source
 from astro_dist.stage import WorkerSpec
 from astro_dist.summary import summarize
@@ -57,6 +64,7 @@ class Prepared:
         source: where the model comes from.
         checkpoint: its weights, opened.
         plan: every unit.
+        base: what the source says of itself.
         notes: what the user should know before it starts.
         max_positions: longest sequence it has positions for, None where it says none.
     """
@@ -65,6 +73,7 @@ class Prepared:
     source: Source
     checkpoint: Checkpoint
     plan: Plan
+    base: BaseModel
     notes: tuple[str, ...]
     max_positions: int | None
 
@@ -118,7 +127,8 @@ def prepare(config: RunConfig, commit: str | None = None) -> Prepared:
             f"{len(plan.others)} matrices that are gates, or no linear layers, stay as they are, the first is "
             f"{plan.others[0]}"
         )
-    return Prepared(config, source, checkpoint, plan, tuple(notes), skeleton.limits()[1])
+    base = read_base_model(source, config.model)
+    return Prepared(config, source, checkpoint, plan, base, tuple(notes), skeleton.limits()[1])
 
 
 def forecast(prepared: Prepared, workers: int | None, device_name: str) -> Estimate:
@@ -150,11 +160,11 @@ def forecast(prepared: Prepared, workers: int | None, device_name: str) -> Estim
 
 
 def quantize(config: RunConfig) -> dict[str, Any]:
-    """Do a run, or go on with it, and return its summary.
+    """Do a run, or go on with it, publish it where the configuration says so, and return its summary.
 
     Raises:
         InputError: something the user gave is wrong; nothing was started.
-        AstroError: the run failed; what is finished is kept.
+        AstroError: the run failed, or could not be published; what is finished is kept.
     """
     begin = time.perf_counter()
     _refuse_relative_paths(config)
@@ -172,21 +182,31 @@ def quantize(config: RunConfig) -> dict[str, Any]:
     }
     identity |= {"commit": prepared.source.commit, "asked": asked} if prepared.source.commit else {}
     begun = run.begun(config, identity)
+    publication = Publication(run, config.publish) if config.publish.repo else None
+    if publication:
+        for note in publication.prepare(prepared.plan.files, prepared.base, planned_card(config, prepared.base)):
+            say(note)
     if not begun and config.model.check_weights and not prepared.source.is_remote:
         require_finite(prepared.checkpoint)
     with run.locked():
         if not begun:
             run.begin(config, identity, as_tensors(chunks.chunks))
-        return _run(prepared, run, fingerprint, chunks.chunks, begin)
+        summary = _run(prepared, run, fingerprint, chunks.chunks, publication, begin)
+        return publication.finish() if publication else summary
 
 
 def _run(
-    prepared: Prepared, run: RunDirectory, fingerprint: str, chunks: Sequence[Chunk], begin: float
+    prepared: Prepared,
+    run: RunDirectory,
+    fingerprint: str,
+    chunks: Sequence[Chunk],
+    publication: Publication | None,
+    begin: float,
 ) -> dict[str, Any]:
     schedule = make_schedule(prepared.config, prepared.plan, run, chunks)
     resumed = len(schedule.finished)
     workers: dict[int, dict[str, Any]] = {}
-    if schedule.complete and run.summary.is_file():
+    if schedule.complete and is_whole(run, all_shards(run)):
         say(f"{run.root}: this run was finished already; nothing was done, and the figures are those of then")
         run.drop_leftovers()
         return read_json(run.summary)
@@ -195,14 +215,20 @@ def _run(
         folder = run.keep_side_files(folder)
     if not schedule.complete:
         executor = _make_executor(prepared.config)
-        try:
-            workers = _execute(prepared, folder, run, fingerprint, chunks, schedule, executor)
-        finally:
-            executor.close()
-    assemble(folder, prepared.plan, run, prepared.config)
+        uploads = publication.in_background() if publication else None
+        with uploads or contextlib.nullcontext():  # an upload that is going on holds no worker
+            try:
+                workers = _execute(prepared, folder, run, fingerprint, chunks, schedule, executor, uploads)
+            finally:
+                executor.close()
+    names = assemble(folder, prepared.plan, run, prepared.config)
     wall_s = time.perf_counter() - begin
-    summary = summarize(prepared.plan, run, prepared.config.quantization, prepared.notes, workers, wall_s, resumed)
+    summary = summarize(
+        prepared.plan, run, prepared.config.quantization, prepared.notes, prepared.base, workers, wall_s, resumed
+    )
     write_json(run.summary, summary)
+    card = FinishedRun.open(run.root).card(prepared.config.publish.repo)
+    seal(run, all_shards(run), names, str(card))
     run.drop_leftovers()
     return summary
 
@@ -272,6 +298,7 @@ def _execute(
     chunks: Sequence[Chunk],
     schedule: Schedule,
     executor: Executor,
+    uploads: BackgroundUpload | None,
 ) -> dict[int, dict[str, Any]]:
     """Do every unit that is not finished; what the workers say of themselves at the end."""
     config, plan, execution = prepared.config, prepared.plan, prepared.config.execution
@@ -281,23 +308,7 @@ def _execute(
     cost = CostModel(plan, config, {chunk.name: chunk.tokens.size for chunk in chunks}, dtype.itemsize, device)
     if not schedule.finished:
         require_room(cost.disk_bytes(executor.num_workers), run.root)
-    spec = WorkerSpec(
-        checkpoint=prepared.checkpoint,
-        folder=folder,
-        fingerprint=fingerprint,
-        trust_remote_code=config.model.trust_remote_code,
-        run=run,
-        plan=plan,
-        chunks=tuple(chunk.name for chunk in chunks),
-        shares=execution.hessian_shares,
-        quantization=config.quantization,
-        regularization=config.regularizer,
-        experts=config.experts,
-        compute_dtype=dtype,
-        device=device,
-        threads=execution.threads_per_worker,
-        needed_bytes=cost.worker_bytes(),
-    )
+    spec = _worker_spec(prepared, folder, run, fingerprint, chunks, dtype, device, cost)
     blocks = len(plan.blocks) * run.rounds
     run.journal.note(
         "started", finished_units=len(schedule.finished), units=len(schedule.units), blocks=blocks,
@@ -305,10 +316,17 @@ def _execute(
     )  # fmt: skip
     blocks_done = sum("block-" in unit for unit in schedule.finished)
     display = ProgressDisplay(len(schedule.units), len(schedule.finished), blocks, blocks_done)
+    if uploads:
+        uploads.say = display.say
+
+    def on_finished(now: Schedule) -> None:
+        settle_widths(run, config.quantization, len(plan.blocks), now.finished)
+        if uploads:
+            uploads.offer(now.finished)
+
     driver = Driver(
         executor, run, lambda: make_schedule(config, plan, run, chunks), display, FailureHistory(execution.max_retries),
-        _deadlines(config, cost, device), execution.worker_timeout_s,
-        lambda schedule: _settle_widths(prepared, schedule, run),
+        _deadlines(config, cost, device), execution.worker_timeout_s, on_finished,
     )  # fmt: skip
     executor.start(spec)
     with display:
@@ -316,6 +334,36 @@ def _execute(
             display.say(f"going on: {blocks_done} of {blocks} blocks are finished")
         driver.run(schedule)
     return executor.describe()
+
+
+def _worker_spec(
+    prepared: Prepared,
+    folder: Path,
+    run: RunDirectory,
+    fingerprint: str,
+    chunks: Sequence[Chunk],
+    dtype: torch.dtype,
+    device: str,
+    cost: CostModel,
+) -> WorkerSpec:
+    config = prepared.config
+    return WorkerSpec(
+        checkpoint=prepared.checkpoint,
+        folder=folder,
+        fingerprint=fingerprint,
+        trust_remote_code=config.model.trust_remote_code,
+        run=run,
+        plan=prepared.plan,
+        chunks=tuple(chunk.name for chunk in chunks),
+        shares=config.execution.hessian_shares,
+        quantization=config.quantization,
+        regularization=config.regularizer,
+        experts=config.experts,
+        compute_dtype=dtype,
+        device=device,
+        threads=config.execution.threads_per_worker,
+        needed_bytes=cost.worker_bytes(),
+    )
 
 
 def _deadlines(config: RunConfig, cost: CostModel, device: str) -> Callable[[Call], float]:
@@ -328,17 +376,6 @@ def _deadlines(config: RunConfig, cost: CostModel, device: str) -> Callable[[Cal
         return _CALL_PATIENCE_S + _SLACK * (work.compute + work.exact) / rate + work.moved_bytes / _CRAWL
 
     return at_worst if timeout_s == "auto" else lambda call: timeout_s
-
-
-def _settle_widths(prepared: Prepared, schedule: Schedule, run: RunDirectory) -> None:
-    """With a width budget: spend it as soon as the first round has measured every block."""
-    quantization, blocks = prepared.config.quantization, range(len(prepared.plan.blocks))
-    if quantization.bits != "auto" or run.allocation.is_file():
-        return
-    if all(block_unit(0, block) in schedule.finished for block in blocks):
-        layers = [layer for block in blocks for layer in run.read(block_unit(0, block))["layers"]]
-        widths = allocate(read_choices(layers, quantization), quantization.average_bits or 0.0)
-        write_json(run.allocation, {name: bits for group, bits in widths.items() for name in group.split("+")})
 
 
 def _refuse_other_arithmetic(run: RunDirectory, dtype: torch.dtype, device: str) -> None:

@@ -16,6 +16,7 @@ __all__ = ["write_report"]
 
 _WIDTH, _HEIGHT, _MARGIN = 860, 240, 46
 _COLOURS = ("#1f6fb4", "#d1571e", "#2e8540", "#8a4bb0", "#b8860b", "#5f6b73", "#c2185b", "#00838f")
+_FAILED = ("failed", "damaged", "upload_failed", "publish_failed")
 _STYLE = """
 body { font: 15px/1.45 system-ui, sans-serif; max-width: 62rem; margin: 2rem auto; padding: 0 1rem; color: #1b1f23; }
 h1 { font-size: 1.5rem; } h2 { font-size: 1.15rem; margin-top: 2rem; }
@@ -75,7 +76,7 @@ def _page(
     last = [layer for layer in layers if layer["round"] == newest]
     raised = [layer for layer in last if layer["factorizations"] > 1]
     starved = [layer for layer in last if layer["fallback"]]
-    failed = [line for line in journal if line["event"] in ("failed", "damaged")]
+    failed = [line for line in journal if line["event"] in _FAILED]
     worst = sorted(last, key=lambda layer: -layer["relative_error"])[:10]
     parts = [
         f"<h1>{_text(root.name)}: {_text(status['state'])}</h1>",
@@ -147,6 +148,9 @@ def _figures(summary: dict[str, Any]) -> str:
             ", ".join(f"{name} {size / 1e9:.2f} GB" for name, size in summary["peak_rss_bytes"].items()),
         ),
     ]
+    if "publish" in summary:
+        published = summary["publish"]
+        rows.append(("published", f"{published['url']}, commit {published['commit']}, {published['files']} files"))
     rows += [("note", note) for note in summary["notes"]]
     return _table(("figure", "value"), rows)
 

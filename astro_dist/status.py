@@ -7,7 +7,9 @@ from typing import Any
 from astro.errors import ConfigError
 from astro.files import read_json
 from astro.report import fallbacks
+from astro_dist.inventory import all_shards, read_inventory
 from astro_dist.manifest import RunDirectory
+from astro_dist.upload_record import read_uploads
 
 __all__ = ["read_status"]
 
@@ -20,8 +22,9 @@ def read_status(root: Path) -> dict[str, Any]:
 
     Returns:
         `state` (running, stopped, complete), `units` and `blocks` with `done` and `total`, `workers` that are up,
-        `in_flight` units with their worker and seconds, `retries`, `fallbacks`, `seconds_left` (None where nothing was
-        finished yet in this session).
+        `in_flight` units with their worker and seconds, `retries`, `fallbacks`, `publish` (what each place on the Hub
+        holds), `upload_failures` since the last upload that worked, `seconds_left` (None where nothing was finished yet
+        in this session).
 
     Raises:
         ConfigError: the folder holds no run.
@@ -48,6 +51,8 @@ def read_status(root: Path) -> dict[str, Any]:
         "in_flight": in_flight,
         "retries": [line for line in lines if line["event"] == "failed"],
         "fallbacks": fallbacks(layer for unit in blocks for layer in run.read(unit)["layers"]),
+        "publish": _published(run),
+        "upload_failures": _upload_failures(lines),
         "seconds_left": _seconds_left(session, total - len(records)) if running else None,
     }
 
@@ -67,6 +72,27 @@ def _at_work(session: list[dict[str, Any]]) -> tuple[int, list[dict[str, Any]]]:
         if line["event"] == "failed":
             workers.discard(worker)
     return len(workers), sorted(doing.values(), key=lambda item: str(item["unit"]))
+
+
+def _published(run: RunDirectory) -> list[dict[str, Any]]:
+    """Files that each place holds, and how many there are: as far as units are finished, while the run goes on."""
+    whole = run.inventory.is_file()
+    total = len(read_inventory(run)) if whole else len(all_shards(run))
+    return [
+        {
+            "place": place,
+            "files": len(own["files"]),
+            "total": total,
+            "commit": own["committed"]["commit"] if own["committed"] else None,
+        }
+        for place, own in read_uploads(run.uploads).items()
+    ]
+
+
+def _upload_failures(lines: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    ended = [index for index, line in enumerate(lines) if line["event"] in ("uploaded", "published")]
+    later = lines[ended[-1] + 1 :] if ended else lines
+    return [line for line in later if line["event"] in ("upload_failed", "publish_failed")]
 
 
 def _seconds_left(session: list[dict[str, Any]], units_left: int) -> float | None:

@@ -1,6 +1,7 @@
 """The figures of a finished run, from its records."""
 
 import math
+import platform
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -10,6 +11,7 @@ from astro.formats import LAYOUTS
 from astro.report import add_seconds, fallbacks
 from astro_dist.actors import peak_rss_bytes
 from astro_dist.assemble import final_settings
+from astro_dist.base_model import BaseModel
 from astro_dist.manifest import RunDirectory
 from astro_dist.plan import Plan
 from astro_dist.schedule import block_unit, evaluate_unit, head_unit, stream_names
@@ -22,6 +24,7 @@ def summarize(
     run: RunDirectory,
     quantization: Quantization,
     notes: Sequence[str],
+    base: BaseModel,
     workers: Mapping[int, Mapping[str, Any]],
     wall_s: float,
     resumed: int,
@@ -33,6 +36,7 @@ def summarize(
         run: the run directory.
         quantization: of the run.
         notes: what the user was told before it started.
+        base: what was quantized.
         workers: what each says of itself.
         wall_s: seconds of this session.
         resumed: units that were finished before it.
@@ -67,6 +71,8 @@ def summarize(
         "notes": [*notes, *(note for note in final if note not in notes)],
         "units": {"blocks": len(plan.blocks), "copies": len(plan.copies)},
         "model": str(run.model),
+        "python": platform.python_version(),
+        "base_model": base.plain(),
     }
 
 

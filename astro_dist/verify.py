@@ -16,19 +16,19 @@ from astro.formats import LAYOUTS
 from astro.linear import LinearLayer
 from astro.skeleton import Skeleton
 from astro_dist.config import ModelConfig
-from astro_dist.source import resolve_source
+from astro_dist.source import Source, resolve_source
 
 __all__ = ["verify_model"]
 
 
-def verify_model(folder: Path, against: Path | str | None = None) -> dict[str, Any]:
+def verify_model(model: Path | str, against: Path | str | None = None) -> dict[str, Any]:
     """Check a quantized model.
 
     Every parameter of the model's transformers class has its tensor, or is a linear layer with all of its packed
     tensors in the right shapes; every float is finite and no scale zero; no layer is there twice.
 
     Args:
-        folder: of the quantized model.
+        model: folder of a quantized model, or ORG/NAME[@REVISION] of one on the Hub, which is read by ranges.
         against: its source, as `model.source` names it; then each layer's ‖Ŵ − W‖_F / ‖W‖_F is measured too.
 
     Returns:
@@ -37,7 +37,8 @@ def verify_model(folder: Path, against: Path | str | None = None) -> dict[str, A
     Raises:
         CheckpointError: naming the first thing that is wrong.
     """
-    checkpoint = Checkpoint.open(folder)
+    opened = _resolve(str(model))
+    checkpoint, folder = Checkpoint.open(opened.store), opened.folder
     require_finite(checkpoint)
     skeleton = Skeleton(folder, torch.float32)
     source = Checkpoint.open(resolve_source(ModelConfig(source=str(against))).store) if against else None
@@ -69,11 +70,18 @@ def verify_model(folder: Path, against: Path | str | None = None) -> dict[str, A
         if source:
             errors[layer.stem] = _weight_error(source, originals.get(layer.stem), layer.stem, W_hat, held)
     return {
-        "model": str(folder),
+        "model": str(opened.store),
         "linears": len(layers),
         "tensors": len(checkpoint.entries),
         "relative_weight_errors": errors,
     }
+
+
+def _resolve(model: str) -> Source:
+    name, _, revision = model.partition("@")
+    if Path(model).expanduser().exists() or not revision:
+        return resolve_source(ModelConfig(source=model))
+    return resolve_source(ModelConfig(source=name, revision=revision))
 
 
 def _layers(checkpoint: Checkpoint, skeleton: Skeleton, stems: set[str]) -> tuple[list[LinearLayer], list[str]]:

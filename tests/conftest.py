@@ -44,9 +44,9 @@ def random_weights(rows: int, columns: int, seed: int = 1) -> torch.Tensor:
     return torch.randn(rows, columns, generator=generator) * torch.rand(rows, columns, generator=generator)
 
 
-def files_of(folder: Path) -> dict[str, str]:
-    """SHA-256 of every file of a folder, by name."""
-    return {path.name: sha256_of(path) for path in sorted(folder.iterdir())}
+def files_of(folder: Path, with_card: bool = False) -> dict[str, str]:
+    """SHA-256 of every file of a folder, by name; of a model's card, which tells hardware and seconds, if asked."""
+    return {path.name: sha256_of(path) for path in sorted(folder.iterdir()) if with_card or path.name != "README.md"}
 
 
 def byte_tokenizer() -> Any:
@@ -93,7 +93,7 @@ def run_config(llama: Path, tmp_path: Path) -> Callable[..., Any]:
         }
         for name, value in changes.items():
             section, key = name.split("__")
-            content[section][key] = value
+            content.setdefault(section, {})[key] = value
         return RunConfig.model_validate(content)
 
     return build

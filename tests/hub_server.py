@@ -3,10 +3,15 @@
 import hashlib
 import json
 import re
+import shutil
+import tempfile
 import threading
 import time
+from collections import Counter, defaultdict
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
+
+from tests.hub_writing import Writing
 
 LARGE = 1000
 """Bytes from which a file is behind a redirect, as files in LFS are."""
@@ -17,8 +22,18 @@ class HubServer:
 
     Attributes:
         repositories: folder of each commit by name of the repository, the newest last.
-        gated: names of repositories that want to be asked for access.
+        refs: commit of each branch and pull request that was made, by repository.
+        lfs: SHA-256 of each file of a commit that is in LFS, by commit.
+        private: names of repositories that only their owners see; `readonly`: that nobody may write to.
+        gated: names of repositories that refuse whom they have not admitted; `asks_for_access`: that admit who asks.
+        account: what `whoami` answers.
+        commits: repository, revision and title of each commit that was made through the server.
+        requests: pull requests: repository, title.
         faults: what the next requests for files meet, one each: a status, `cut` or `slow`.
+        write_faults: what the next requests of a kind meet, one each; see `hub_writing`.
+        asked_kinds: how many requests of each kind there were.
+        chunk_bytes: of a part of an upload; `bytes_per_s`: that are taken in.
+        uploaded: bytes of parts that were taken; `objects`: folder of what is held, by SHA-256.
         ranges: whether they are sent; `shift`: by how many bytes they are wrong.
         served: bytes of file contents that were sent.
         asked: path and range of each request for file contents.
@@ -27,11 +42,19 @@ class HubServer:
     """
 
     def __init__(self):
-        self.repositories, self.gated, self.faults = {}, set(), []
+        self.root = Path(tempfile.mkdtemp(prefix="hub-"))
+        self.objects = self.root / "objects"
+        self.objects.mkdir()
+        self.repositories, self.refs, self.lfs = {}, defaultdict(dict), {}
+        self.private, self.readonly, self.gated, self.asks_for_access, self.faults = set(), set(), set(), set(), []
+        self.account = {"name": "me", "orgs": [{"name": "org", "roleInOrg": "write"}], "auth": {}}
+        self.commits, self.requests, self.write_faults = [], [], defaultdict(list)
+        self.asked_kinds, self.chunk_bytes, self.bytes_per_s, self.uploaded = Counter(), 16_000, None, 0
+        self.parts = {}
         self.served, self.asked, self.tokens = 0, [], {"hub": set(), "store": set()}
         self.resolved = []
         self.ranges, self.shift = True, 0
-        self.lock = threading.Lock()
+        self.lock = threading.RLock()
         self._server = ThreadingHTTPServer(("127.0.0.1", 0), _handler(self))
         self._server.daemon_threads = True
         self._thread = threading.Thread(target=self._server.serve_forever, kwargs={"poll_interval": 0.05}, daemon=True)
@@ -46,37 +69,43 @@ class HubServer:
         commits = self.repositories.setdefault(repository, {})
         commit = hashlib.sha1(f"{repository}{len(commits)}".encode()).hexdigest()
         commits[commit] = folder
+        self.refs[repository]["main"] = commit
         return commit
 
     def folder(self, repository, revision):
         """Commit and folder of a revision; None where there is none."""
         commits = self.repositories[repository]
-        commit = list(commits)[-1] if revision == "main" else revision
+        commit = self.refs[repository].get(revision, revision)
         return (commit, commits[commit]) if commit in commits else None
 
     def close(self):
         self._server.shutdown()
         self._server.server_close()
         self._thread.join()
+        shutil.rmtree(self.root, ignore_errors=True)
 
 
 def _handler(hub):
-    class Handler(BaseHTTPRequestHandler):
+    class Handler(Writing, BaseHTTPRequestHandler):
         protocol_version = "HTTP/1.1"
+        disable_nagle_algorithm = True  # else every answer waits 40 ms for an acknowledgement
+        server_hub = hub
 
         def log_message(self, *args):
             pass
 
         def do_GET(self):
             path = self.path.partition("?")[0]
-            api = re.fullmatch(r"/api/models/([^/]+/[^/]+)/revision/(.+)", path)
+            if self.wants_to_write(path):
+                return
+            api = re.fullmatch(r"/api/models/([^/]+/[^/]+?)(?:/revision/(.+))?", path)
             resolve = re.fullmatch(r"/([^/]+/[^/]+)/resolve/([^/]+)/(.+)", path)
             if not (api or resolve or path.startswith("/store/")):
                 self.answer(404, {})
                 return
             hub.tokens["hub" if api or resolve else "store"].add(self.headers.get("Authorization"))
             if api:
-                self.tell(*api.groups())
+                self.tell(api[1], (api[2] or "main").replace("%2F", "/"))
             elif resolve:
                 self.resolve(*resolve.groups())
             else:
@@ -98,11 +127,14 @@ def _handler(hub):
             self.answer(status, {}, {"X-Error-Code": code, "X-Error-Message": message})
 
         def tell(self, repository, revision):
+            if self.meets_fault("info"):
+                return
             found = self.find(repository, revision)
             if found:
                 commit, folder = found
                 siblings = [{"rfilename": path.name, "size": path.stat().st_size} for path in sorted(folder.iterdir())]
-                self.answer(200, {"id": repository, "sha": commit, "siblings": siblings})
+                told = {"private": repository in hub.private, "gated": repository in hub.asks_for_access and "auto"}
+                self.answer(200, {"id": repository, "sha": commit, "siblings": siblings, **told})
 
         def resolve(self, repository, revision, file):
             found = self.find(repository, revision)

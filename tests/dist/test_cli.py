@@ -244,3 +244,51 @@ def test_module_runs_as_a_submitted_job_would_run_it(config):
 def test_help_does_not_wait_for_torch():
     code = "import sys, astro_dist.cli; sys.exit('torch' in sys.modules or 'ray' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=False).returncode == 0
+
+
+def test_quantize_publishes_and_says_where(run, config, online_hub):
+    code, out, _ = run("quantize", config, "--set", "publish.repo=org/model")
+    assert code == 0
+    commit, _ = online_hub.folder("org/model", "main")
+    assert f"Published: {online_hub.address}/org/model/tree/main, commit {commit[:12]}, 10 files" in out
+    code, out, _ = run("status", config.parent / "run")
+    assert f"org/model@main: holds 10 of 10 files, published as commit {commit[:12]}" in out
+    assert f"{online_hub.address}/org/model/tree/main" in Path(run("report", config.parent / "run")[1][9:].strip()).read_text()
+
+
+def test_publish_prints_one_json_object(run, finished, online_hub):
+    code, out, _ = run("publish", finished, "--repo", "org/model", "--revision", "w4", "--public", "--json")
+    assert code == 0
+    assert json.loads(out)["revision"] == "w4"
+    assert not online_hub.private
+
+
+def test_publish_that_failed_exits_with_one_and_names_the_command_that_goes_on(run, finished, online_hub):
+    online_hub.write_faults["commit"] = [403]
+    code, _, err = run("publish", finished, "--repo", "org/model", "--revision", "w4", "--public")
+    assert code == 1
+    assert err.rstrip().endswith(f"To go on: astro-dist publish {finished} --repo org/model --revision w4 --public")
+    code, out, _ = run("status", finished)
+    assert "org/model@w4: holds 4 of 10 files, not published yet" in out
+    assert "upload failed: org/model: making the commit: the Hub answers 403" in out
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [(["--repo", "model"], "publish.repo: expected ORG/NAME"), (["--repo", "org/model"], "holds no run.json")],
+)
+def test_publish_of_what_cannot_be(run, tmp_path, arguments, message):
+    code, _, err = run("publish", tmp_path, *arguments)
+    assert code == 2
+    assert message in err
+
+
+def test_verify_reads_from_the_hub(run, finished, online_hub, monkeypatch, tmp_path):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    online_hub.publish("org/model", finished / "model")
+    code, out, _ = run("verify", "org/model")
+    assert code == 0
+    assert "21 packed layers" in out
+    code, _, err = run("verify", "org/model@v2")
+    assert code == 2
+    assert "it has no branch, tag or commit 'v2'" in err

@@ -14,29 +14,19 @@ from moto.server import ThreadedMotoServer
 
 from astro.checkpoint import Checkpoint
 from astro.errors import CheckpointError, ConfigError
-from astro_dist import hub_files, object_files, pipeline, remote
+from astro_dist import object_files, pipeline, remote
 from astro_dist.actors import Worker
 from astro_dist.config import ModelConfig
+from astro_dist.hub_failure import asked_wait_s
 from astro_dist.range_cache import RangeCache
 from astro_dist.source import resolve_source
 from tests.conftest import files_of
-from tests.hub_server import HubServer
-
-TOKEN = "hf_" + "s3cr3t" * 5
-
+from tests.dist.conftest import TOKEN
 
 @pytest.fixture
-def hub(monkeypatch, llama):
-    server = HubServer()
-    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", False)
-    monkeypatch.setattr(huggingface_hub.constants, "ENDPOINT", server.address)
-    template = server.address + "/{repo_id}/resolve/{revision}/{filename}"
-    monkeypatch.setattr(huggingface_hub.constants, "HUGGINGFACE_CO_URL_TEMPLATE", template)
-    monkeypatch.setattr(remote, "_FIRST_WAIT_S", 0.01)
-    monkeypatch.setenv("HF_TOKEN", TOKEN)
-    server.publish("org/llama", llama)
-    yield server
-    server.close()
+def hub(online_hub, llama):
+    online_hub.publish("org/llama", llama)
+    return online_hub
 
 
 @pytest.fixture
@@ -129,10 +119,11 @@ def test_hub_is_asked_once_for_the_place_of_a_file_until_that_expires(hub, tmp_p
 
 @pytest.mark.parametrize(
     ("headers", "seconds"),
-    [({"Retry-After": "7"}, 7), ({"RateLimit": '"resolvers";r=0;t=55'}, 55), ({"Retry-After": "soon"}, 0), ({}, 0)],
+    [({"Retry-After": "7"}, 7), ({"RateLimit": '"resolvers";r=0;t=55'}, 55),
+        ({"RateLimit": '"resolvers";r=7;t=55'}, 0), ({"Retry-After": "soon"}, 0), ({}, 0)],
 )
 def test_server_says_how_long_to_wait(headers, seconds):
-    assert hub_files._retry_after(headers) == seconds
+    assert asked_wait_s(headers) == seconds
 
 
 def test_failure_that_does_not_pass_names_the_file_and_the_reason(hub, remote_config, monkeypatch):

@@ -1,0 +1,212 @@
+"""What may happen to an upload, and what uploading adds to a run: the README's figures of publishing.
+
+    python tests/bench/publish.py faults --folder DIR
+    python tests/bench/publish.py overlap --folder DIR [--repeats 3]
+
+`faults` lets everything in `tests/publish_faults.py` happen to `astro-dist publish`, in a process of its own with the
+client as it is installed, against the tests' Hub server on loopback. `overlap` quantizes a fabricated checkpoint with
+two Ray workers, without publishing and with it, in turns; the server takes in as many bytes a second as the run without
+publishing produced. Both print Markdown.
+"""
+
+import argparse
+import json
+import os
+import shutil
+import signal
+import statistics
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+ROOT = Path(__file__).parents[2]
+sys.path.insert(0, str(ROOT))
+
+import transformers  # noqa: E402
+
+from astro_dist import pipeline  # noqa: E402
+from astro_dist.config import RunConfig  # noqa: E402
+from astro_dist.finished_run import FinishedRun  # noqa: E402
+from astro_dist.inventory import read_inventory, write_inventory  # noqa: E402
+from tests.bench.memory import fabricate  # noqa: E402
+from tests.bench.sources import QUICK  # noqa: E402
+from tests.conftest import LLAMA, files_of, write_checkpoint  # noqa: E402
+from tests.hub_server import HubServer  # noqa: E402
+from tests.publish_faults import FAULTS, published  # noqa: E402
+
+FILES = 30
+# hidden, intermediate, heads, heads of keys and values, vocabulary
+SIZES, LAYERS = (768, 2048, 12, 6, 3000), 32
+
+
+def environment(hub: HubServer) -> dict[str, str]:
+    """In which a command takes the server for the Hub."""
+    own = {"HF_ENDPOINT": hub.address, "HF_HUB_OFFLINE": "0", "HF_HUB_DISABLE_XET": "1", "HF_TOKEN": "hf_bench"}
+    return {**os.environ, **own}
+
+
+def begin(run: Path, hub: HubServer) -> subprocess.Popen:
+    """`astro-dist publish`, started."""
+    command = [sys.executable, "-m", "astro_dist", "publish", str(run), "--repo", "org/model"]
+    return subprocess.Popen(command, env=environment(hub), cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)
+
+
+def end(process: subprocess.Popen) -> int:
+    """Exit code of a command."""
+    process.communicate()
+    return process.returncode
+
+
+def finished_run(folder: Path) -> Path:
+    """A run of a tiny model, its result grown to `FILES` files."""
+    source = write_checkpoint(folder / "llama", transformers.LlamaConfig(**LLAMA))
+    config = {
+        "model": {"source": str(source), "name": "org/llama"}, "quantization": {"group_size": 32},
+        "calibration": {"samples": 6, "sequence_length": 48, "chunk_samples": 4, "holdout_samples": 3},
+        "execution": {"executor": "local", "workers": 1, "device": "cpu"}, "output": {"dir": str(folder / "run")},
+    }  # fmt: skip
+    pipeline.quantize(RunConfig.model_validate(config))
+    run = FinishedRun.open(folder / "run").run
+    names = [file.name for file in read_inventory(run)]
+    more = [f"model-x{number:03d}.safetensors" for number in range(FILES - len(names))]
+    for name in more:
+        (run.model / name).write_bytes(os.urandom(40_000))
+    write_inventory(run, [*names, *more], {})
+    return run.root
+
+
+def row(label: str, codes: list[int], commits: list[int], equal: bool) -> None:
+    """One line of the table, as soon as it is known."""
+    ends, made = " then ".join(map(str, codes)), " then ".join(map(str, commits))
+    print(f"| {label} | {ends} | {made} | {'yes' if equal else '**no**'} |", flush=True)
+
+
+def is_equal(hub: HubServer, run: Path) -> bool:
+    """Whether the server holds the model's files and no others."""
+    return published(hub, "org/model") == files_of(run / "model", with_card=True)
+
+
+def try_fault(fault, run: Path) -> None:
+    """Let one fault happen; where the command failed, the same command once more."""
+    hub = HubServer()
+    hub.write_faults[fault.kind] = list(fault.meets)
+    codes, commits = [end(begin(run, hub))], [len(hub.commits)]
+    if codes[0]:
+        hub.write_faults.clear()
+        codes.append(end(begin(run, hub)))
+        commits.append(len(hub.commits))
+    row(fault.label, codes, commits, is_equal(hub, run))
+    hub.close()
+
+
+def try_kill(run: Path) -> None:
+    """kill -9 when ten shards are at the Hub and the next is on its way."""
+    hub = HubServer()
+    hub.bytes_per_s = 200_000
+    process = begin(run, hub)
+    while len(list(hub.objects.iterdir())) < 10 and process.poll() is None:
+        time.sleep(0.02)
+    process.send_signal(signal.SIGKILL)
+    process.communicate()
+    held, commits = sum(path.stat().st_size for path in hub.objects.iterdir()), [len(hub.commits)]
+    hub.bytes_per_s, hub.uploaded = None, 0
+    codes = [process.returncode, end(begin(run, hub))]
+    commits.append(len(hub.commits))
+    shards = sum(path.stat().st_size for path in (run / "model").glob("*.safetensors"))
+    sent = hub.uploaded / (shards - held)
+    row(f"kill -9 in the middle; again, it sends {sent:.2f} of what was missing", codes, commits, is_equal(hub, run))
+    hub.close()
+
+
+def try_two(label: str, run: Path, other: Path) -> None:
+    """Two publishers, of which neither is done when the other begins."""
+    hub = HubServer()
+    hub.bytes_per_s = 100_000
+    both = [begin(run, hub), begin(other, hub)]
+    codes = [end(process) for process in both]
+    winner = run if codes[0] == 0 else other
+    row(label, codes, [len(hub.commits)], is_equal(hub, winner))
+    hub.close()
+
+
+def faults(folder: Path, only: str) -> None:
+    """Print the table of faults."""
+    original = finished_run(folder)
+    print("| what happens | exit code | visible commits | files equal |\n|---|---|---|---|", flush=True)
+    for number, fault in enumerate(FAULTS):
+        if only in fault.label:
+            try_fault(fault, shutil.copytree(original, folder / f"run-{number}"))
+    if only in "kill -9":
+        try_kill(shutil.copytree(original, folder / "killed"))
+    if only in "two publishers":
+        try_publishers(original, folder)
+
+
+def try_publishers(original: Path, folder: Path) -> None:
+    """Both pairs of them."""
+    one, two, three = (shutil.copytree(original, folder / name) for name in ("one", "two", "three"))
+    try_two("two publishers of one model at once", one, two)
+    (three / "model" / "model-x000.safetensors").write_bytes(os.urandom(40_000))
+    opened = FinishedRun.open(three).run
+    write_inventory(opened, [file.name for file in read_inventory(opened)], {})
+    try_two("two publishers of different models at once", one, three)
+
+
+def quantize(source: Path, run: Path, hub: HubServer | None) -> tuple[float, dict]:
+    """Seconds of a whole command, and its summary."""
+    shutil.rmtree(run, ignore_errors=True)
+    settings = [*QUICK, f"model.source={source}", f"output.dir={run}"] + (["publish.repo=org/model"] if hub else [])
+    empty = run.parent / "empty.yaml"
+    empty.write_text("{}")
+    command = [sys.executable, "-m", "astro_dist", "quantize", str(empty), "--json"]
+    command += [part for setting in settings for part in ("--set", setting)]
+    since = time.perf_counter()
+    own = environment(hub) if hub else None
+    done = subprocess.run(command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, env=own, cwd=ROOT, check=True)
+    return time.perf_counter() - since, json.loads(done.stdout)
+
+
+def overlap(folder: Path, repeats: int) -> None:
+    """Print what publishing adds to a run."""
+    source, run = folder / "source", folder / "run"
+    if not (source / "tokenizer.json").exists():
+        source.mkdir(parents=True, exist_ok=True)
+        fabricate(source, SIZES, LAYERS)
+    print("| seconds without | seconds with | MB/s of the server | MB sent | after the run's end, s | added |")
+    print("|---|---|---|---|---|---|", flush=True)
+    added = []
+    for _ in range(repeats):
+        alone_s, summary = quantize(source, run, None)
+        hub = HubServer()
+        hub.chunk_bytes, hub.bytes_per_s = 1 << 20, summary["bytes_written"] / summary["wall_s"]
+        with_s, summary = quantize(source, run, hub)
+        equal = published(hub, "org/model") == files_of(run / "model", with_card=True)
+        added.append(with_s / alone_s - 1)
+        print(
+            f"| {alone_s:.1f} | {with_s:.1f} | {hub.bytes_per_s / 1e6:.2f} | {hub.uploaded / 1e6:.0f} | "
+            f"{summary['publish']['seconds']:.1f} | {added[-1]:+.1%}{'' if equal else ', **files differ**'} |",
+            flush=True,
+        )
+        hub.close()
+    print(f"\nmedian: {statistics.median(added):+.1%}")
+
+
+def main() -> None:
+    """Parse, measure, print."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("what", choices=["faults", "overlap"])
+    parser.add_argument("--folder", type=Path, required=True)
+    parser.add_argument("--only", default="", help="part of what happens")
+    parser.add_argument("--repeats", type=int, default=3)
+    options = parser.parse_args()
+    folder = options.folder.resolve()
+    folder.mkdir(parents=True, exist_ok=True)
+    if options.what == "faults":
+        faults(folder, options.only)
+    else:
+        overlap(folder, options.repeats)
+
+
+if __name__ == "__main__":
+    main()
