@@ -8,13 +8,14 @@ import uuid
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 
 from astro.errors import CheckpointError, StorageError
+
+if TYPE_CHECKING:  # seconds that who only reads JSON need not wait for
+    import torch
 
 __all__ = [
     "PARTIAL_SUFFIX",
@@ -112,7 +113,7 @@ def write_json(path: Path, content: Mapping[str, Any]) -> None:
     write_text(path, json.dumps(content, indent=2, ensure_ascii=False) + "\n")
 
 
-def save_tensors(path: Path, tensors: Mapping[str, torch.Tensor], note: str | None = None) -> None:
+def save_tensors(path: Path, tensors: "Mapping[str, torch.Tensor]", note: str | None = None) -> None:
     """Write a safetensors file atomically. Its bytes depend on names, values and the note alone.
 
     Args:
@@ -120,12 +121,14 @@ def save_tensors(path: Path, tensors: Mapping[str, torch.Tensor], note: str | No
         tensors: by name, on any device.
         note: text for the header in place of `format`. One entry only: the library writes several in any order.
     """
+    from safetensors.torch import save_file
+
     metadata = {"format": "pt"} if note is None else {"note": note}
     ready = {name: tensors[name].detach().cpu().contiguous() for name in sorted(tensors)}
     write_atomic(path, lambda partial: save_file(ready, partial, metadata=metadata))
 
 
-def load_tensors(path: Path) -> tuple[dict[str, torch.Tensor], str]:
+def load_tensors(path: Path) -> "tuple[dict[str, torch.Tensor], str]":
     """Every tensor of a safetensors file in memory of its own, and the header's note (empty where it has none).
 
     Raises:

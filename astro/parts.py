@@ -3,11 +3,13 @@
 import zlib
 from collections.abc import Mapping
 from pathlib import Path
-
-import torch
+from typing import TYPE_CHECKING
 
 from astro.errors import CheckpointError, DamagedError
 from astro.files import load_tensors, read_note, save_tensors
+
+if TYPE_CHECKING:
+    import torch
 
 __all__ = ["load_part", "read_part_note", "save_part"]
 
@@ -15,7 +17,7 @@ _CHECKSUM = "crc32 {:08x} {:08x}\n"
 """Of everything, and of the note alone."""
 
 
-def save_part(path: Path, tensors: Mapping[str, torch.Tensor], note: str = "") -> None:
+def save_part(path: Path, tensors: "Mapping[str, torch.Tensor]", note: str = "") -> None:
     """Write tensors, a note and a checksum of both atomically.
 
     Raises:
@@ -25,7 +27,7 @@ def save_part(path: Path, tensors: Mapping[str, torch.Tensor], note: str = "") -
     save_tensors(path, ready, _checksum(ready, note) + note)
 
 
-def load_part(path: Path) -> tuple[dict[str, torch.Tensor], str]:
+def load_part(path: Path) -> "tuple[dict[str, torch.Tensor], str]":
     """Every tensor in memory of its own, and the note.
 
     Raises:
@@ -62,8 +64,10 @@ def _reason(path: Path, error: CheckpointError) -> str:
     return str(error).removeprefix(f"{path}: ")
 
 
-def _checksum(tensors: Mapping[str, torch.Tensor], note: str) -> str:
+def _checksum(tensors: "Mapping[str, torch.Tensor]", note: str) -> str:
     """Over the note, and over names, dtypes, shapes and values."""
+    import torch
+
     value = zlib.crc32(note.encode())
     for name in sorted(tensors):
         tensor = tensors[name]

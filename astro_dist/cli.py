@@ -51,10 +51,11 @@ def quantize(config: _ConfigPath, assignments: _Assignments = None, as_json: _Js
 
     Goes on where it was when the run directory holds this very run.
     """
-    from astro_dist import pipeline  # imports torch: seconds that `--help` need not wait for
     from astro_dist.config import load_config
 
     settings = load_config(config, assignments)
+    from astro_dist import pipeline  # imports torch: seconds that neither `--help` nor a wrong key need wait for
+
     summary = pipeline.quantize(settings)
     if as_json:
         _print_json(summary)
@@ -87,10 +88,11 @@ def plan(
 
     Blocks of one size that follow each other share a row.
     """
-    from astro_dist import pipeline
     from astro_dist.config import load_config
 
     settings = load_config(config, assignments)
+    from astro_dist import pipeline
+
     prepared = pipeline.prepare(settings)
     found, needed = prepared.plan, pipeline.forecast(prepared, workers, device)
     if as_json:

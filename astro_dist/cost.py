@@ -1,14 +1,12 @@
 """What a run costs, from headers and configuration alone: operations, bytes, time and memory. Pure.
 
-A product of [m, k] and [k, n] counts 2 m k n operations. Which layers share an input is not known from headers: layers
-of one module with inputs of one width are taken to, but for attention's output, which goes by its name.
+A product of [m, k] and [k, n] counts 2 m k n operations.
 """
 
 import dataclasses
 from collections.abc import Iterable, Mapping
 from typing import Any
 
-from astro.batch import batches
 from astro.beta import NUM_CANDIDATES, sample_tiles
 from astro.config import Quantization, Regularizer
 from astro.grid import num_candidates
@@ -16,13 +14,13 @@ from astro.regularizer import PROX_PASSES
 from astro.tiling import row_tile, row_tiles
 from astro_dist.config import RunConfig
 from astro_dist.devices import Device
+from astro_dist.layer_groups import LayerGroup, layer_groups, stages_of, together
 from astro_dist.plan import BlockUnit, Plan
 from astro_dist.schedule import Call, is_held_out
 from astro_dist.sequential_schedule import shares
 
 __all__ = ["CostModel", "Work"]
 
-_ATTENTION_OUTPUTS = ("o_proj", "out_proj", "dense", "wo", "c_proj")
 _CANDIDATE_PASSES = 4
 """Elementwise operations for each candidate of a scale, by the time of the proximal map's."""
 _COLUMN_STEPS = 6
@@ -67,29 +65,6 @@ class Work:
         )  # fmt: skip
 
 
-@dataclasses.dataclass(frozen=True)
-class _Batch:
-    """Groups of one shape that are solved side by side; the share of the tokens that reaches each; the stage they come
-    to their turn in.
-    """
-
-    rows: int
-    columns: int
-    reach: float = 1.0
-    stage: str = ""
-    count: int = 1
-
-    @property
-    def weights(self) -> float:
-        """Of all groups."""
-        return float(self.count * self.rows * self.columns)
-
-    @property
-    def square(self) -> float:
-        """Elements of all Hessians."""
-        return float(self.count * self.columns**2)
-
-
 class CostModel:
     """Costs of a run's calls."""
 
@@ -111,7 +86,7 @@ class CostModel:
             device_type: "cpu" or "cuda".
         """
         self._device_type = device_type
-        self._known: dict[int, list[_Batch]] = {}
+        self._known: dict[int, list[LayerGroup]] = {}
         self._plan, self._tokens, self._itemsize = plan, dict(chunk_tokens), itemsize
         self._quantization: Quantization = config.quantization
         self._regularization: Regularizer = config.regularizer
@@ -157,7 +132,7 @@ class CostModel:
             return {"groups": [(batch, self._parts(found[batch])) for batch in widest]}
         if call.method == "share":
             found = self._batches(self._plan.blocks[int(call.args[0])])
-            stages = _stages(found)
+            stages = stages_of(found)
             parts = {index: self._parts(found[index]) for index in stages[int(call.args[1])]}
             return {"stages": len(stages), "groups": parts}
         return {}
@@ -187,9 +162,9 @@ class CostModel:
         tiles = sum(1.1 * batch.weights for batch in found)
         return int(self._plan.written_bytes + (4 + 3 * self._compensated) * inputs + squares + tiles)
 
-    def _widest(self, found: list[_Batch]) -> float:
+    def _widest(self, found: list[LayerGroup]) -> float:
         """Elements of all shares of the stage with the widest input."""
-        stages = _stages(found)
+        stages = stages_of(found)
         return float(len(self._shares) * max(sum(found[i].square for i in stage) for stage in stages))
 
     def _block_bytes(self, unit: BlockUnit) -> int:
@@ -213,12 +188,12 @@ class CostModel:
         # Layers that are not quantized are there too.
         return int(max(weights * self._itemsize, unit.read_bytes) + max(hessians + phase, loading))
 
-    def _solving_bytes(self, batch: _Batch) -> float:
+    def _solving_bytes(self, batch: LayerGroup) -> float:
         tile = min(batch.count * batch.rows, row_tile(batch.columns, self._device_type))
         squares = _SQUARES + (2 if self._sequential else 0)
         return 4.0 * (squares * batch.square + batch.weights + _TILES * tile * batch.columns)
 
-    def _statistics_bytes(self, batch: _Batch) -> float:
+    def _statistics_bytes(self, batch: LayerGroup) -> float:
         """Of a Hessian, or of the inputs that an expert keeps instead while they are smaller."""
         square = 4.0 * batch.square
         kept = batch.count * self._calibration_tokens * batch.reach * batch.columns * self._itemsize
@@ -233,7 +208,7 @@ class CostModel:
         if call.method == "give_out":
             return Work(moved_bytes=sum(4.0 * batch.square for batch in found))
         if call.method == "share":
-            stages = _stages(found)
+            stages = stages_of(found)
             stage = [found[i] for i in stages[min(int(call.args[1]), len(stages) - 1)]]
             square = sum(4.0 * batch.square * (1 + self._compensated) for batch in stage)
             chunks = self._shares[int(call.args[2])]
@@ -259,16 +234,16 @@ class CostModel:
         written = 5.0 * batch.count * (tile.stop - tile.start) * batch.columns
         return entered + self._solve_tiles(batch, [tile]) + Work(moved_bytes=written)
 
-    def _solve(self, batch: _Batch) -> Work:
+    def _solve(self, batch: LayerGroup) -> Work:
         """All of a batch by one worker."""
         all_rows = self._solve_tiles(batch, self._tiles(batch))
         return self._prepare(batch) + self._solve_tiles(batch, self._sample_tiles(batch), NUM_CANDIDATES) + all_rows
 
-    def _prepare(self, batch: _Batch) -> Work:
+    def _prepare(self, batch: LayerGroup) -> Work:
         """Factorization, and the operator of the regularizer."""
         return Work(exact=2.0 * batch.square * batch.columns)
 
-    def _solve_tiles(self, batch: _Batch, tiles: list[slice], copies: int = 1) -> Work:
+    def _solve_tiles(self, batch: LayerGroup, tiles: list[slice], copies: int = 1) -> Work:
         """Regularization, GPTQ and refinement of tiles that hold so many copies of each row."""
         settings, regularization = self._quantization, self._regularization
         passes = 1 + 2 * settings.refine_passes  # a pass multiplies by H twice: for scales and for integers
@@ -288,37 +263,21 @@ class CostModel:
         """XᵀX on and above the diagonal."""
         return 1.0 * tokens * sum(batch.reach * batch.square for batch in self._batches(unit))
 
-    def _batches(self, unit: BlockUnit) -> list[_Batch]:
+    def _batches(self, unit: BlockUnit) -> list[LayerGroup]:
         if unit.index not in self._known:
-            groups: dict[tuple[str, int | None, int, bool], _Batch] = {}
-            for linear in unit.linears:
-                module, _, own = linear.name.rpartition(".")
-                stage = linear.name if linear.expert is None else linear.parameter
-                key = (module, linear.expert, linear.columns, own in _ATTENTION_OUTPUTS)
-                reach = 1.0 if linear.expert is None else self._plan.expert_share
-                group = groups.get(key, _Batch(0, linear.columns, reach, stage))
-                groups[key] = dataclasses.replace(group, rows=group.rows + linear.rows)
-            self._known[unit.index] = self._together(list(groups.values()))
+            groups = layer_groups(unit.linears, self._plan.expert_share)
+            self._known[unit.index] = together(groups, self._device_type)
         return self._known[unit.index]
 
-    def _together(self, groups: list[_Batch]) -> list[_Batch]:
-        """Groups as they are solved: those of one stage and shape side by side."""
-        found = []
-        for stage in _stages(groups):
-            shapes = [(groups[i].reach, groups[i].rows, groups[i].columns) for i in stage]
-            for batch in batches(shapes, self._device_type):
-                found.append(dataclasses.replace(groups[stage[batch.start]], count=len(batch)))
-        return found
-
-    def _tiles(self, batch: _Batch) -> list[slice]:
+    def _tiles(self, batch: LayerGroup) -> list[slice]:
         return row_tiles(batch.rows, batch.columns, self._device_type, copies=batch.count)
 
-    def _sample_tiles(self, batch: _Batch) -> list[slice]:
+    def _sample_tiles(self, batch: LayerGroup) -> list[slice]:
         is_searched = self._regularization.is_searched
         tiles = sample_tiles(batch.rows, batch.columns, self._device_type, batch.count)
         return tiles if is_searched else []
 
-    def _parts(self, batch: _Batch) -> dict[str, int]:
+    def _parts(self, batch: LayerGroup) -> dict[str, int]:
         """Calls that a stage takes after its decision, by method."""
         return {"weigh": len(self._sample_tiles(batch)), "tile": len(self._tiles(batch))}
 
@@ -328,11 +287,3 @@ class CostModel:
 
     def _activations(self, chunks: Iterable[str]) -> float:
         return float(sum(self._tokens[chunk] for chunk in chunks) * self._plan.hidden_size * self._itemsize)
-
-
-def _stages(found: list[_Batch]) -> list[list[int]]:
-    """Indices of what comes to its turn together: one, or those of all experts."""
-    stages: dict[str, list[int]] = {}
-    for index, batch in enumerate(found):
-        stages.setdefault(batch.stage, []).append(index)
-    return list(stages.values())

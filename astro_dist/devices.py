@@ -74,7 +74,7 @@ def memory_shortage(needed_bytes: float, there_bytes: float, device: str) -> str
     )
 
 
-def measure(threads: int, size: int = 1024, seconds: float = 0.3) -> Device:
+def measure(threads: int, size: int = 1024, seconds: float = 0.1) -> Device:
     """The CPU at hand, with some threads a worker.
 
     Args:

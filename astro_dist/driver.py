@@ -109,6 +109,7 @@ class Driver:
                 self._note("began", unit=call.unit, worker=worker)
 
     def _take(self, schedule: Schedule, event: Event) -> None:
+        self._last_call = time.monotonic()  # of a worker in this very process the call took its time until now
         if isinstance(event, Joined):
             self._joined = True
             self._display.joined(event.worker)

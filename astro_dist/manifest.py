@@ -17,9 +17,7 @@ import json
 import shutil
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any
-
-import torch
+from typing import TYPE_CHECKING, Any
 
 from astro.errors import CheckpointError, ConfigError, DamagedError, RunError
 from astro.files import PARTIAL_SUFFIX, read_json, sha256_of, write_bytes, write_json, write_text
@@ -27,6 +25,9 @@ from astro.parts import load_part, save_part
 from astro_dist.config import RunConfig
 from astro_dist.journal import Journal
 from astro_dist.schedule import Spent, block_unit
+
+if TYPE_CHECKING:
+    import torch
 
 __all__ = ["RunDirectory", "begun_commit"]
 
@@ -238,7 +239,7 @@ class RunDirectory:
             raise ConfigError(f"{self.root}: exists and is not a run directory; choose another output.dir")
         return False
 
-    def begin(self, config: RunConfig, identity: dict[str, Any], tokens: dict[str, torch.Tensor]) -> None:
+    def begin(self, config: RunConfig, identity: dict[str, Any], tokens: "dict[str, torch.Tensor]") -> None:
         """Make the directory this run's; its mark comes last.
 
         Args:
@@ -257,7 +258,7 @@ class RunDirectory:
                 write_bytes(self.root / "source" / path.name, path.read_bytes())
         return self.root / "source"
 
-    def mend_tokens(self, tokens: dict[str, torch.Tensor]) -> None:
+    def mend_tokens(self, tokens: "dict[str, torch.Tensor]") -> None:
         """Write the tokens again where their file is missing or damaged. They are part of the run's identity."""
         try:
             load_part(self.tokens)

@@ -81,15 +81,13 @@ class RayExecutor:
 
     def start(self, spec: WorkerSpec) -> None:
         """Ask for the actors, spread over the nodes in mode `blocks` and close together in mode `sequential`."""
-        threads = str(spec.threads)
-        # Read when the libraries load, so before the actor's own code could set them.
-        variables = {"OMP_NUM_THREADS": threads, "MKL_NUM_THREADS": threads, "TOKENIZERS_PARALLELISM": "false"}
         self._spec = spec
+        # No runtime environment: with one Ray would not take the processes that it has started already. It sets
+        # OMP_NUM_THREADS to `num_cpus` itself, and the worker sets its threads.
         self._remote = ray.remote(Worker).options(
             num_cpus=spec.threads,
             num_gpus=1 if self.has_gpus else 0,
             scheduling_strategy="SPREAD" if self._config.mode == "blocks" else "DEFAULT",
-            runtime_env={"env_vars": variables},
             max_restarts=0,
             max_task_retries=0,
         )

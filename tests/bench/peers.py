@@ -3,12 +3,14 @@
     PEER_ENVIRONMENT/bin/python tests/bench/peers.py llm-compressor MODEL TOKENS.safetensors --bits 4 --group-size 64
 
 TOKENS is the `tokens.safetensors` of one of our runs: its chunks `c*` calibrate, `h*` are measured on. Only torch,
-transformers and safetensors are imported beside the tool itself. Prints one JSON object as the last line.
+transformers and safetensors are imported beside the tool itself. Prints one JSON object as the last line; time and peak
+memory are those of quantizing alone.
 """
 
 import argparse
 import json
 import math
+import resource
 import tempfile
 import time
 from pathlib import Path
@@ -122,9 +124,9 @@ def main() -> None:
         "auto-round": lambda: auto_round(*job, options.iters),
         "none": dict,
     }[options.tool]()
-    wall_s = time.perf_counter() - start
+    wall_s, peak = time.perf_counter() - start, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
     value = perplexity(options.model, weights, sequences["h"])
-    print(json.dumps({"tool": options.tool, "perplexity": value, "wall_s": round(wall_s, 1)}))
+    print(json.dumps({"tool": options.tool, "perplexity": value, "wall_s": round(wall_s, 1), "peak_bytes": peak}))
 
 
 if __name__ == "__main__":

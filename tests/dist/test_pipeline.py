@@ -4,6 +4,7 @@ import errno
 import fcntl
 import json
 import math
+import time
 
 import pytest
 import torch
@@ -421,3 +422,12 @@ def test_going_on_on_another_kind_of_device_is_refused(run_config, tmp_path, mon
     monkeypatch.setattr(LocalExecutor, "__init__", lambda self, workers, on_gpu: vars(self).update(num_workers=1, has_gpus=True, _workers={}, _events=[]))
     with pytest.raises(ConfigError, match="this run was begun on cpu and would go on on cuda; set execution.device: cpu"):
         pipeline.quantize(run_config())
+
+
+def test_call_that_takes_long_in_this_process_is_progress(run_config, monkeypatch):
+    copy = Worker.copy
+    monkeypatch.setattr(Worker, "copy", lambda self, index: time.sleep(0.5) or copy(self, index))
+    monkeypatch.setattr("astro_dist.driver._STUCK_S", 0.3)
+    config = run_config()
+    pipeline.quantize(config)
+    assert "stuck" not in (config.output.dir / "journal.jsonl").read_text()

@@ -1,0 +1,151 @@
+"""How long a run takes beside other tools, how that grows, and what a wide block costs.
+
+    python tests/bench/speed.py peers MODEL TEXT.parquet --out DIR --turns 3 \
+        --peer llm-compressor=/venvs/llm-compressor/bin/python --peer gptqmodel=/venvs/gptqmodel/bin/python
+    python tests/bench/speed.py growth --out DIR
+    python tests/bench/speed.py wide --out DIR
+
+`peers`: the command line and other tools (`peers.py`, in their own environments) quantize one model from the same
+tokens with as many threads, one after the other, in turn. Nothing is held out, so that all do the same; perplexity is
+measured afterwards, by the same code for all. `growth` and `wide` fabricate models of random weights with correlated
+inputs and run in one process. A machine is never quiet: ratios are taken within a turn, and of these the median. What
+is finished in DIR is not repeated. Prints Markdown.
+"""
+
+import argparse
+import json
+import os
+import statistics
+import subprocess
+import sys
+from collections.abc import Mapping
+from pathlib import Path
+
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+sys.path.insert(0, str(Path(__file__).parents[2]))
+
+from accuracy import PLAIN, SEQUENTIAL
+from fabricated import growth, wide
+from measured_run import PHASES, kept, our_run
+
+OURS = {"ours, blocks": [], "ours, blocks, plain GPTQ": PLAIN, "ours, sequential": SEQUENTIAL}
+
+
+def peer_run(options: argparse.Namespace, tool: str, python: str, tokens: Path, log: Path) -> dict:
+    """One run of another tool: seconds and memory of quantizing, perplexity."""
+    threads = str(options.threads)
+    environment = os.environ | {"OMP_NUM_THREADS": threads, "GPTQMODEL_CPU_WORKERS": threads}
+    job = [str(options.model), str(tokens), "--bits", str(options.bits), "--group-size", str(options.group_size)]
+    command = [python, str(Path(__file__).with_name("peers.py")), tool, *job]
+    with log.open("w") as errors:
+        done = subprocess.run(command, stdout=subprocess.PIPE, stderr=errors, text=True, check=True, env=environment)
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+def write_tokens(options: argparse.Namespace, path: Path) -> None:
+    """The tokens that all calibrate on, and those that all are measured on."""
+    import transformers
+    from safetensors.torch import save_file
+
+    from astro_dist.calibration import as_tensors, read_documents, tokenize
+    from astro_dist.config import CalibrationConfig
+
+    config = CalibrationConfig(
+        source=str(options.text), samples=options.samples, holdout_samples=options.samples,
+        sequence_length=options.sequence_length,
+    )  # fmt: skip
+    tokenizer = transformers.AutoTokenizer.from_pretrained(options.model)
+    save_file(as_tensors(tokenize(read_documents(config), tokenizer, config).chunks), path)
+
+
+def our_perplexity(options: argparse.Namespace, run: Path, tokens: Path) -> float:
+    """Of a result as our reader unpacks it, in plain transformers; the calibration tokens were the common ones."""
+    import torch
+    from peers import perplexity
+    from safetensors.torch import load_file
+
+    from tests.dequantized import write_dequantized
+
+    common, own = load_file(tokens), load_file(run / "tokens.safetensors")
+    assert all(torch.equal(common[name], own[name]) for name in own), f"{run} took other tokens"
+    write_dequantized(options.model, run / "model", run / "dequantized")
+    return perplexity(run / "dequantized", {}, torch.cat([common[n] for n in sorted(common) if n[0] == "h"]))
+
+
+def compare(options: argparse.Namespace) -> None:
+    """All tools in turn; a table of medians, and one of our phases."""
+    tokens = options.out / "tokens.safetensors"
+    if not tokens.exists():
+        write_tokens(options, tokens)
+    assignments = [
+        f"model.source={options.model}", "model.check_weights=false", f"quantization.bits={options.bits}",
+        f"quantization.group_size={options.group_size}", f"calibration.source={options.text}",
+        f"calibration.samples={options.samples}", f"calibration.sequence_length={options.sequence_length}",
+        "calibration.holdout_samples=0", f"execution.workers={options.threads}", *options.assignments,
+    ]  # fmt: skip
+    results: dict[str, list[dict]] = {}
+    for turn in range(options.turns):
+        for name in options.ours:
+            run = options.out / f"{name.replace(', ', '-').replace(' ', '-')}-{turn}"
+            job, path = (run, [*assignments, *OURS[name]]), run.with_suffix(".json")
+            found = kept(path, lambda job=job: our_run(*job))
+            if "perplexity" not in found:
+                found["perplexity"] = our_perplexity(options, run, tokens)
+                path.write_text(json.dumps(found))
+            results.setdefault(name, []).append(found)
+        for tool, _, python in (peer.partition("=") for peer in options.peer):
+            path = options.out / f"{tool}-{turn}.json"
+            job = (options, tool, python, tokens, path.with_suffix(".log"))
+            results.setdefault(tool, []).append(kept(path, lambda job=job: peer_run(*job)))
+    print_comparison(results, options)
+
+
+def print_comparison(results: Mapping[str, list[dict]], options: argparse.Namespace) -> None:
+    """Print the medians over turns, the ratios taken within a turn."""
+    first = next(iter(results.values()))
+    print(f"{options.bits} bits, group {options.group_size}, {options.samples} × {options.sequence_length} tokens, "
+          f"{options.threads} threads, {options.turns} turns\n")  # fmt: skip
+    print("| | seconds | times the first row | least to most | peak GB | perplexity |\n|---|---|---|---|---|---|")
+    for name, own in results.items():
+        ratios = [one["wall_s"] / other["wall_s"] for one, other in zip(own, first, strict=True)]
+        seconds, peak, perplexity = (
+            statistics.median(one[figure] for one in own) for figure in ("wall_s", "peak_bytes", "perplexity")
+        )
+        ratio = f"{statistics.median(ratios):.2f} | {min(ratios):.2f} to {max(ratios):.2f}"
+        print(f"| {name} | {seconds:.1f} | {ratio} | {peak / 1e9:.2f} | {perplexity:.2f} |")
+    ours = {name: own for name, own in results.items() if "phases_s" in own[0]}
+    print("\n| seconds of all workers | " + " | ".join(PHASES) + " |\n" + "|---" * (len(PHASES) + 1) + "|")
+    for name, own in ours.items():
+        cells = [statistics.median(one["phases_s"].get(phase, 0.0) for one in own) for phase in PHASES]
+        print(f"| {name} | " + " | ".join(f"{seconds:.1f}" for seconds in cells) + " |")
+
+
+def main() -> None:
+    """Measure what is missing, print."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    modes = parser.add_subparsers(required=True)
+    for name, action in (("peers", compare), ("growth", growth), ("wide", wide)):
+        mode = modes.add_parser(name)
+        mode.set_defaults(action=action)
+        if action is compare:
+            mode.add_argument("model", type=Path)
+            mode.add_argument("text", type=Path)
+            mode.add_argument("--ours", nargs="+", default=list(OURS), choices=list(OURS))
+            mode.add_argument("--peer", action="append", default=[], metavar="TOOL=PYTHON")
+            mode.add_argument("--samples", type=int, default=32)
+        mode.add_argument("--out", type=Path, required=True)
+        mode.add_argument("--turns", type=int, default=3)
+        threads = {"default": 2, "help": "of every tool; ours are workers of one thread each"}
+        mode.add_argument("--threads", type=int, **(threads if action is compare else {"default": 1}))
+        mode.add_argument("--bits", type=int, default=4)
+        mode.add_argument("--group-size", type=int, default=64)
+        mode.add_argument("--sequence-length", type=int, default=512)
+        mode.add_argument("--set", action="append", default=[], dest="assignments", metavar="KEY=VALUE")
+    options = parser.parse_args()
+    options.out = options.out.resolve()
+    options.out.mkdir(parents=True, exist_ok=True)
+    options.action(options)
+
+
+if __name__ == "__main__":
+    main()
