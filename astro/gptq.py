@@ -13,6 +13,7 @@ contiguous.
 
 import torch
 
+from astro import fusion
 from astro.grid import Grid
 from astro.hessian import Factor
 
@@ -54,20 +55,60 @@ def solve(W: torch.Tensor, factor: Factor, grid: Grid) -> torch.Tensor:
             T += N[..., :start, block].mT @ E[..., :start, :]
         S, Z = _columns(scale, group[..., block]), _columns(zero, group[..., block])
         V = torch.empty_like(T)  # integers, counted from the zero point
-        # Views of all columns at once: where rows are few, the calls are what takes time.
         work = (T, Wt[..., block, :], E[..., block, :], V, S, grid.q_min - Z, grid.q_max - Z)
-        t, w, e, v, s, low, high = (X.unbind(-2) for X in work)
         for left in range(start, stop, _PANEL):
             right = min(left + _PANEL, stop)
             if left > start:
                 T[..., left - start : right - start, :] += N[..., start:left, left:right].mT @ E[..., start:left, :]
-            for i in range(left - start, right - start):
-                torch.div(t[i], s[i], out=v[i]).round_().clamp_(low[i], high[i])
-                torch.addcmul(w[i], v[i], s[i], value=-1, out=e[i])
-                later = N[..., start + i, start + i + 1 : right].unsqueeze(-1)
-                T[..., i + 1 : right - start, :].addcmul_(later, e[i].unsqueeze(-2))
+            panel = tuple(X[..., left - start : right - start, :] for X in work)
+            _solve_panel_(N[..., left:right, left:right], *panel)
         Q[..., block, :] = V + Z
     return _columns(Q, order.argsort(-1)).mT.contiguous()
+
+
+def _solve_panel_(
+    N: torch.Tensor,
+    T: torch.Tensor,
+    W: torch.Tensor,
+    E: torch.Tensor,
+    V: torch.Tensor,
+    S: torch.Tensor,
+    low: torch.Tensor,
+    high: torch.Tensor,
+) -> None:
+    """Round the columns of a panel one after the other: fills E and V, uses T up. N [B, P, P], all else [B, P, R]."""
+    if fusion.is_enabled():
+        for X, found in zip((V, E), _rounded_panel(N, T, W, S, low, high), strict=True):
+            X.copy_(found)
+        return
+    # Views of all columns at once: where rows are few, the calls are what takes time.
+    t, w, e, v, s, least, most = (X.unbind(-2) for X in (T, W, E, V, S, low, high))
+    for i in range(len(t)):
+        torch.div(t[i], s[i], out=v[i]).round_().clamp_(least[i], most[i])
+        torch.addcmul(w[i], v[i], s[i], value=-1, out=e[i])
+        T[..., i + 1 :, :].addcmul_(N[..., i, i + 1 :].unsqueeze(-1), e[i].unsqueeze(-2))
+
+
+@fusion.fused
+def _rounded_panel(
+    N: torch.Tensor,
+    T: torch.Tensor,
+    W: torch.Tensor,
+    S: torch.Tensor,
+    low: torch.Tensor,
+    high: torch.Tensor,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """The same without effects, V and E: a compiler makes one loop over rows of it."""
+    integers: list[torch.Tensor] = []
+    errors: list[torch.Tensor] = []
+    t, w, s, least, most = (X.unbind(-2) for X in (T, W, S, low, high))
+    for i in range(len(t)):
+        target = t[i]
+        for j, e in enumerate(errors):
+            target = target + N[..., j, i].unsqueeze(-1) * e
+        integers.append((target / s[i]).round().clamp(least[i], most[i]))
+        errors.append(w[i] - integers[i] * s[i])
+    return torch.stack(integers, -2), torch.stack(errors, -2)
 
 
 def _columns(X: torch.Tensor, index: torch.Tensor) -> torch.Tensor:

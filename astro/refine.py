@@ -17,6 +17,7 @@ import dataclasses
 
 import torch
 
+from astro import fusion
 from astro.grid import Grid, grouped
 
 __all__ = ["refine"]
@@ -131,19 +132,63 @@ class _State:
         diagonal = H.diagonal(dim1=-2, dim2=-1).unsqueeze(-1) + self.damping
         pace = _CAUTION / diagonal
         D, chosen = torch.empty_like(V), torch.empty_like(V)  # change of ŵ; integers
-        # Views of all columns at once: where rows are few, the calls are what takes time.
-        g, d, v, q = (X.unbind(-2) for X in (G, D, V, chosen))
         for left in range(0, size, _PANEL):
-            right = min(left + _PANEL, size)
-            panel = slice(left, right)
+            panel = slice(left, min(left + _PANEL, size))
             if left:
                 G[..., panel, :] -= H[..., panel, :left] @ D[..., :left, :]
-            per_slope = (pace[..., panel, :] / s.unsqueeze(-2)).unbind(-2)
-            for i in range(left, right):
-                torch.addcmul(v[i], g[i], per_slope[i - left], out=q[i]).round_().clamp_(low, high)
-                torch.sub(q[i], v[i], out=d[i]).mul_(s)
-                G[..., i + 1 : right, :].addcmul_(H[..., i, i + 1 : right].unsqueeze(-1), d[i].unsqueeze(-2), value=-1)
+            work = (X[..., panel, :] for X in (pace, G, V, D, chosen))
+            _move_panel_(H[..., panel, panel], s, low, high, *work)
         V.copy_(chosen)
         E -= D
         gain: torch.Tensor = torch.linalg.vecdot(D, 2 * G[..., :size, :] - D * diagonal, dim=-2)
         return gain.sum()
+
+
+def _move_panel_(
+    H: torch.Tensor,
+    s: torch.Tensor,
+    low: torch.Tensor,
+    high: torch.Tensor,
+    pace: torch.Tensor,
+    G: torch.Tensor,
+    V: torch.Tensor,
+    D: torch.Tensor,
+    Q: torch.Tensor,
+) -> None:
+    """Choose the integers of a panel's columns one after the other: fills D and Q, brings G up to date.
+
+    H [B, P, P], pace [B, P, 1], one value a row [B, R] in s, low and high, all else [B, P, R].
+    """
+    if fusion.is_enabled():
+        for X, found in zip((G, D, Q), _moved_panel(H, s, low, high, pace, G, V), strict=True):
+            X.copy_(found)
+        return
+    # Views of all columns at once: where rows are few, the calls are what takes time.
+    per_slope = (pace / s.unsqueeze(-2)).unbind(-2)
+    g, v, d, q = (X.unbind(-2) for X in (G, V, D, Q))
+    for i in range(len(g)):
+        torch.addcmul(v[i], g[i], per_slope[i], out=q[i]).round_().clamp_(low, high)
+        torch.sub(q[i], v[i], out=d[i]).mul_(s)
+        G[..., i + 1 :, :].addcmul_(H[..., i, i + 1 :].unsqueeze(-1), d[i].unsqueeze(-2), value=-1)
+
+
+@fusion.fused
+def _moved_panel(
+    H: torch.Tensor,
+    s: torch.Tensor,
+    low: torch.Tensor,
+    high: torch.Tensor,
+    pace: torch.Tensor,
+    G: torch.Tensor,
+    V: torch.Tensor,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """The same without effects, G, D and Q: a compiler makes one loop over rows of it."""
+    slopes = list(G.unbind(-2))
+    moves: list[torch.Tensor] = []
+    integers: list[torch.Tensor] = []
+    for i, v in enumerate(V.unbind(-2)):
+        for j, d in enumerate(moves):
+            slopes[i] = slopes[i] - H[..., j, i].unsqueeze(-1) * d
+        integers.append((v + slopes[i] * (pace[..., i, :] / s)).round().clamp(low, high))
+        moves.append((integers[i] - v) * s)
+    return torch.stack(slopes, -2), torch.stack(moves, -2), torch.stack(integers, -2)

@@ -14,6 +14,7 @@ from typing import Any
 import torch
 import transformers
 
+from astro import fusion
 from astro.block import quantize_block
 from astro.errors import CheckpointError, NumericalError, RunError
 from astro.expert_policy import GroupStatistics
@@ -82,6 +83,7 @@ class Worker:
     def prepare(self) -> None:
         """Open the source; called once before anything else. Apart from the constructor, so that its errors arrive."""
         configure_process(self._spec.threads)
+        fusion.enable(self._spec.compiles)
         self._stage = Stage(self._spec)
         self._tiles = TileSolver(self._stage)
 

@@ -27,7 +27,7 @@ __all__ = [
     "run_key",
 ]
 
-_ARITHMETIC = ("mode", "rounds", "hessian_shares", "compute_dtype", "threads_per_worker")
+_ARITHMETIC = ("mode", "rounds", "hessian_shares", "compute_dtype", "threads_per_worker", "compile")
 """Keys of `execution` that decide the bytes of the result."""
 _REPOSITORY = re.compile(r"[\w.-]+/[\w.-]+")
 
@@ -83,7 +83,7 @@ class CalibrationConfig(_Section):
 
 
 class ExecutionConfig(_Section):
-    """Who does the work and in which order. The arithmetic depends on the first five alone."""
+    """Who does the work and in which order. The arithmetic depends on the first six alone."""
 
     mode: Literal["blocks", "sequential"] = "blocks"
     """`blocks`: all blocks in parallel, calibrated on the source model, or on the round before; `sequential`: each
@@ -96,6 +96,8 @@ class ExecutionConfig(_Section):
     """Of forward passes and activations. `auto` is the checkpoint's own dtype, but float32 for float16 on a CPU."""
     threads_per_worker: int = Field(1, ge=1)
     """CPU threads of a worker."""
+    compile: bool | Literal["auto"] = "auto"
+    """Compile the innermost loops of the solve (torch.compile; wants a C++ compiler on every node). `auto`: on GPUs."""
 
     executor: Literal["ray", "local"] = "ray"
     """`ray`: actors on a cluster; `local`: in this process, for debugging."""
@@ -111,6 +113,10 @@ class ExecutionConfig(_Section):
     """Seconds after which a worker's call is taken to hang and given to another; `auto` by what it computes."""
     worker_timeout_s: float = Field(1800, gt=0)
     """Seconds that the run waits without any worker before it fails."""
+
+    def compiles(self, device_type: str) -> bool:
+        """Whether workers on "cpu" or "cuda" compile."""
+        return device_type == "cuda" if self.compile == "auto" else self.compile
 
     @model_validator(mode="after")
     def _check(self) -> "ExecutionConfig":

@@ -25,6 +25,8 @@ _CANDIDATE_PASSES = 4
 """Elementwise operations for each candidate of a scale, by the time of the proximal map's."""
 _COLUMN_STEPS = 6
 """Operations for a column, in GPTQ as in a pass of refinement."""
+_COMPILED_STEPS = 1.0
+"""The same where a panel of 16 columns is one kernel: its call, two products and copies take the time of 16 launches."""
 _LIBRARIES_BYTES = 430_000_000
 """Resident memory of a CPU worker before it does anything: Python, torch, transformers, Ray."""
 _STATES = 6
@@ -86,6 +88,7 @@ class CostModel:
             device_type: "cpu" or "cuda".
         """
         self._device_type = device_type
+        self._column_steps = _COMPILED_STEPS if config.execution.compiles(device_type) else _COLUMN_STEPS
         self._known: dict[int, list[LayerGroup]] = {}
         self._plan, self._tokens, self._itemsize = plan, dict(chunk_tokens), itemsize
         self._quantization: Quantization = config.quantization
@@ -253,7 +256,7 @@ class CostModel:
         return Work(
             exact=(passes + iterations) * 2.0 * batch.columns * elements,
             elements=elementwise * elements,
-            steps=float(len(tiles) * batch.columns * _COLUMN_STEPS * (1 + settings.refine_passes)),
+            steps=len(tiles) * batch.columns * self._column_steps * (1 + settings.refine_passes),
         )
 
     def _forward(self, unit: BlockUnit, tokens: int) -> float:

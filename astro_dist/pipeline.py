@@ -362,6 +362,7 @@ def _worker_spec(
         compute_dtype=dtype,
         device=device,
         threads=config.execution.threads_per_worker,
+        compiles=config.execution.compiles(device),
         needed_bytes=cost.worker_bytes(),
     )
 

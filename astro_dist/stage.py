@@ -50,6 +50,7 @@ class WorkerSpec:
         compute_dtype: of forwards and activations.
         device: "cpu" or "cuda".
         threads: CPU threads.
+        compiles: whether the innermost loops are compiled.
         needed_bytes: memory that a worker is expected to need.
     """
 
@@ -67,6 +68,7 @@ class WorkerSpec:
     compute_dtype: torch.dtype
     device: str
     threads: int
+    compiles: bool
     needed_bytes: int
 
 

@@ -45,7 +45,9 @@ def gptqmodel(model_folder: Path, sequences: torch.Tensor, bits: int, group_size
     """GPTQ with its MSE search; everything else as it comes (activation order within groups)."""
     from gptqmodel import BACKEND, GPTQModel, QuantizeConfig
 
-    config = QuantizeConfig(bits=bits, group_size=group_size, sym=True, mse=2.4, offload_to_disk=False)
+    # Its activation order within groups is for groups alone; per channel any order is as good to read.
+    order = {} if group_size > 0 else {"act_group_aware": False, "desc_act": True}
+    config = QuantizeConfig(bits=bits, group_size=group_size, sym=True, mse=2.4, offload_to_disk=False, **order)
     model = GPTQModel.load(str(model_folder), config, dtype=torch.float32)
     rows = [{"input_ids": row[None], "attention_mask": torch.ones_like(row[None])} for row in sequences]
     model.quantize(rows, batch_size=1, backend=BACKEND.TORCH)
