@@ -26,7 +26,7 @@ _CANDIDATE_PASSES = 4
 _COLUMN_STEPS = 6
 """Operations for a column, in GPTQ as in a pass of refinement."""
 _COMPILED_STEPS = 1.0
-"""The same where a panel of 16 columns is one kernel: its call, two products and copies take the time of 16 launches."""
+"""The same where 16 columns are one kernel: its call, two products and copies take the time of 16 launches."""
 _LIBRARIES_BYTES = 430_000_000
 """Resident memory of a CPU worker before it does anything: Python, torch, transformers, Ray."""
 _STATES = 6
