@@ -37,7 +37,7 @@ from tests.publish_faults import FAULTS, published  # noqa: E402
 
 FILES = 30
 # hidden, intermediate, heads, heads of keys and values, vocabulary
-SIZES, LAYERS = (768, 2048, 12, 6, 3000), 32
+SIZES, LAYERS = (768, 2048, 12, 6, 3000), 30
 
 
 def environment(hub: HubServer) -> dict[str, str]:
@@ -173,11 +173,15 @@ def overlap(folder: Path, repeats: int) -> None:
     if not (source / "tokenizer.json").exists():
         source.mkdir(parents=True, exist_ok=True)
         fabricate(source, SIZES, LAYERS)
-    print("| seconds without | seconds with | MB/s of the server | MB sent | after the run's end, s | added |")
-    print("|---|---|---|---|---|---|", flush=True)
+    print(
+        "| seconds without | seconds with | MB/s of the server | MB sent | after the last block, s "
+        "| driver MB without, with | added |\n|---|---|---|---|---|---|---|",
+        flush=True,
+    )
     added = []
     for _ in range(repeats):
         alone_s, summary = quantize(source, run, None)
+        alone_bytes = summary["peak_rss_bytes"]["driver"]
         hub = HubServer()
         hub.chunk_bytes, hub.bytes_per_s = 1 << 20, summary["bytes_written"] / summary["wall_s"]
         with_s, summary = quantize(source, run, hub)
@@ -185,7 +189,9 @@ def overlap(folder: Path, repeats: int) -> None:
         added.append(with_s / alone_s - 1)
         print(
             f"| {alone_s:.1f} | {with_s:.1f} | {hub.bytes_per_s / 1e6:.2f} | {hub.uploaded / 1e6:.0f} | "
-            f"{summary['publish']['seconds']:.1f} | {added[-1]:+.1%}{'' if equal else ', **files differ**'} |",
+            f"{summary['publish']['seconds']:.1f} | {alone_bytes / 1e6:.0f}, "
+            f"{summary['peak_rss_bytes']['driver'] / 1e6:.0f} | {added[-1]:+.1%} "
+            f"{'' if equal else '**files differ** '}|",
             flush=True,
         )
         hub.close()
