@@ -166,7 +166,7 @@ class HubWriter:
         )  # fmt: skip
 
     def _absent(self, infos: Iterable[UploadInfo]) -> set[str]:
-        wanted, errors, _ = post_lfs_batch_info(infos, token=None, repo_type="model", repo_id=self.repository)
+        wanted, errors = post_lfs_batch_info(infos, token=None, repo_type="model", repo_id=self.repository)[:2]
         if errors:
             raise RuntimeError(f"LFS batch API: {errors[0]['error']['message']}")
         return {answer["oid"] for answer in wanted if answer.get("actions")}

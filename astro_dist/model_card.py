@@ -18,6 +18,10 @@ _HUB = "https://huggingface.co"
 _SERVED_BITS = (4, 8)
 _PACKAGES = {"compressed-tensors": "compressed-tensors", "gptq": "gptqmodel optimum"}
 """What transformers wants besides to read a format."""
+_METHODS = {
+    "astro": "Astro regularization", "magr": "MagR regularization", "none": "", "gptq": "GPTQ",
+    "rtn": "rounding to nearest",
+}  # fmt: skip
 _SCALES = {
     "hessian": "searched under the error that GPTQ will pay for", "mse": "searched by mean square error",
     "minmax": "cover the whole range",
@@ -41,17 +45,18 @@ _CITATIONS = """\
 
 
 def metadata(
-    base: BaseModel, format_name: str, bits: int | None, repository: str | None
+    config: RunConfig, base: BaseModel, bits: int | None, repository: str | None
 ) -> huggingface_hub.ModelCardData:
     """What the Hub reads of a card.
 
     Args:
+        config: of the run.
         base: what was quantized.
-        format_name: of the packed layers.
         bits: their width; None where they have several.
         repository: ORG/NAME that the model goes to, if any.
     """
-    width = [f"{bits}-bit"] if bits else ["mixed-precision"]
+    regularizer, quantization = config.regularizer.name, config.quantization
+    methods = [quantization.method, *([regularizer] if regularizer != "none" else [])]
     return huggingface_hub.ModelCardData(
         base_model=base.name,
         base_model_relation="quantized" if base.name else None,
@@ -62,14 +67,21 @@ def metadata(
         language=list(base.language) or None,
         pipeline_tag="text-generation",
         quantized_by=repository.partition("/")[0] if repository else "astro-dist",
-        tags=["quantized", *width, format_name, "gptq", "astro", "astro-dist", "vllm"],
+        tags=[
+            "quantized",
+            f"{bits}-bit" if bits else "mixed-precision",
+            quantization.format,
+            *methods,
+            "astro-dist",
+            "vllm",
+        ],
     )
 
 
 def planned_card(config: RunConfig, base: BaseModel) -> huggingface_hub.ModelCard:
     """The metadata that the card of a run will have, as far as it is known before."""
     bits = config.quantization.bits
-    data = metadata(base, config.quantization.format, bits if isinstance(bits, int) else None, config.publish.repo)
+    data = metadata(config, base, bits if isinstance(bits, int) else None, config.publish.repo)
     return huggingface_hub.ModelCard(f"---\n{data}\n---\n")
 
 
@@ -94,7 +106,7 @@ def model_card(
     layers = [layer for block in blocks for layer in block["layers"]]
     widths = {layer["bits"] for layer in layers}
     place = repository or "FOLDER"
-    data = metadata(base, config.quantization.format, widths.pop() if len(widths) == 1 else None, repository)
+    data = metadata(config, base, widths.pop() if len(widths) == 1 else None, repository)
     sections = {
         "Accuracy": _accuracy(config, summary),
         "How it was quantized": _method(config, summary) + "\n\n" + _by_kind(layers),
@@ -113,9 +125,10 @@ def model_card(
 
 def _opening(config: RunConfig, summary: Mapping[str, Any], base: BaseModel, identity: Mapping[str, Any]) -> str:
     original = f"[{base.name}]({_HUB}/{base.name})" if base.name else PurePath(config.model.source).name
+    done = [_METHODS[config.regularizer.name], _METHODS[config.quantization.method]]
     return (
         f"{original}, its linear layers quantized to {summary['average_bits']:.3g} bits a weight by astro-dist "
-        f"{identity['version']} (Astro regularization and GPTQ), format `{config.quantization.format}`, "
+        f"{identity['version']} ({' and '.join(filter(None, done))}), format `{config.quantization.format}`, "
         f"{_size(summary['bytes_written'])} of {_size(summary['bytes_read'])}. {_terms(base)} {base.remark}"
     ).strip()
 
@@ -150,7 +163,7 @@ def _method(config: RunConfig, summary: Mapping[str, Any]) -> str:
     grid = "symmetric" if q.symmetric else "asymmetric"
     betas = ", ".join(f"{beta} ({count})" for beta, count in summary["betas"].items())
     rows = [
-        ("method", "GPTQ" if q.method == "gptq" else "rounding to nearest"),
+        ("method", _METHODS[q.method]),
         ("bits a weight", f"{summary['average_bits']:.3g}" + (" on average" if q.bits == "auto" else "")),
         ("one scale for", f"{group}, {grid}, {_SCALES[q.scale_search]}"),
         (
@@ -180,7 +193,7 @@ def _by_kind(layers: Sequence[Mapping[str, Any]]) -> str:
         rows.append(
             (
                 f"`{kind}`", str(len(own)), _span(layer["bits"] for layer in own),
-                f"{min(betas):.3g} / {statistics.median(betas):.3g} / {max(betas):.3g}",
+                f"{min(betas):.3g} / {statistics.median_low(betas):.3g} / {max(betas):.3g}",
                 f"{statistics.mean(errors):.3g}", f"{max(errors):.3g} (`{worst['name'].partition('+')[0]}`)",
             )
         )  # fmt: skip

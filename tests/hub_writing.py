@@ -1,4 +1,4 @@
-"""The half of the Hub's protocol that changes repositories: who may, uploads, commits, branches, the card's check.
+"""The half of the Hub's protocol that changes repositories: who may, commits, branches, the card's check.
 
 A fault of `HubServer.write_faults[kind]` is a status, `(status, headers)`, `cut` (the connection ends in the middle of
 what is sent), or `("after", fault)` where the request is done and its answer lost. None lets one request pass.
@@ -9,10 +9,11 @@ import hashlib
 import json
 import os
 import re
-import time
 import urllib.parse
 
 import yaml
+
+from tests.hub_uploads import Uploads
 
 LFS_NAMES = re.compile(r".*\.(safetensors|model|bin)")
 REGULAR_AT_MOST = 200_000
@@ -35,7 +36,7 @@ ROUTES = [
 ]
 
 
-class Writing:
+class Writing(Uploads):
     """A part of the request handler."""
 
     def do_POST(self):
@@ -159,58 +160,6 @@ class Writing:
             return 404, {"error": f"Invalid rev id: {revision}"}
         lfs = self.server_hub.lfs.get(found[0], {})
         return {"files": [_mode(file, found[1], lfs) for file in json.loads(body)["files"]]}
-
-    def batch(self, body, repository):
-        hub, objects = self.server_hub, []
-        for asked in json.loads(body)["objects"]:
-            held = hub.objects / asked["oid"]
-            if held.is_file() and held.stat().st_size == asked["size"]:
-                objects.append(asked)
-                continue
-            store = hub.address.replace("127.0.0.1", "localhost")
-            upload = {"href": f"{store}/parts/{asked['oid']}/1"}
-            if asked["size"] > hub.chunk_bytes:
-                count = -(-asked["size"] // hub.chunk_bytes)
-                links = {str(part): f"{store}/parts/{asked['oid']}/{part}?sig=s3cr3t" for part in range(1, count + 1)}
-                header = {"chunk_size": str(hub.chunk_bytes), **links}
-                upload = {"href": f"{hub.address}/complete/{asked['oid']}", "header": header}
-            verify = {"href": f"{hub.address}/verify/{repository}"}
-            objects.append({**asked, "actions": {"upload": upload, "verify": verify}})
-        return {"transfer": "multipart", "objects": objects}
-
-    def put(self, body, oid, part):
-        hub = self.server_hub
-        if hub.bytes_per_s:
-            hub.lock.release()  # a slow line holds nobody else up
-            time.sleep(len(body) / hub.bytes_per_s)
-            hub.lock.acquire()
-        hub.uploaded += len(body)
-        hub.parts[oid, int(part)] = body
-        if "sig" not in self.path:
-            self.keep(oid, [body])
-        return 200, {}, {"ETag": f'"{hashlib.md5(body).hexdigest()}"'}
-
-    def complete(self, body, oid):
-        listed = sorted(json.loads(body)["parts"], key=lambda part: part["partNumber"])
-        parts = [self.server_hub.parts[oid, part["partNumber"]] for part in listed]
-        tags = [f'"{hashlib.md5(part).hexdigest()}"' for part in parts]
-        if tags != [part["etag"] for part in listed] or not self.keep(oid, parts):
-            return 400, {"error": "the parts are not those of the object"}
-        return {}
-
-    def keep(self, oid, parts):
-        """Hold an object, if it is what it is called."""
-        content = b"".join(parts)
-        if hashlib.sha256(content).hexdigest() != oid:
-            return False
-        (self.server_hub.objects / oid).write_bytes(content)
-        return True
-
-    def verify(self, body, repository):
-        asked = json.loads(body)
-        held = self.server_hub.objects / asked["oid"]
-        sound = held.is_file() and held.stat().st_size == asked["size"]
-        return (200, {}) if sound else (404, {"error": "no such object"})
 
     def branch(self, body, repository, revision):
         refs = self.server_hub.refs[repository]

@@ -87,8 +87,8 @@ def test_fallbacks_and_retries_are_listed(run):
         (BaseModel(name="a/b", license="mit"), None, {"base_model": "a/b", "base_model_relation": "quantized"}),
     ],
 )
-def test_metadata_of_sources_that_tell_more_or_less(base, bits, expected):
-    told = metadata(base, "gptq", bits, None).to_dict()
+def test_metadata_of_sources_that_tell_more_or_less(run, base, bits, expected):
+    told = metadata(run.config, base, bits, None).to_dict()
     assert expected.items() <= told.items()
     assert ("base_model_relation" in told) == (base.name is not None)
     assert (f"{bits}-bit" if bits else "mixed-precision") in told["tags"]
@@ -104,4 +104,7 @@ def test_metadata_of_sources_that_tell_more_or_less(base, bits, expected):
 )
 def test_card_of_other_runs(run_config, tmp_path, changes, title, expected):
     pipeline.quantize(run_config(regularizer__name="none", **changes))
-    assert expected in section(FinishedRun.open(tmp_path / "run").card(None), title)
+    card = FinishedRun.open(tmp_path / "run").card(None)
+    assert expected in section(card, title)
+    assert "by astro-dist 0.1.0 (GPTQ), format" in card.text
+    assert "astro" not in card.data.tags
