@@ -1,18 +1,22 @@
 """What the solve of a block asks of a GPU's queue: kernel launches and host syncs by phase, and by line.
 
-    python tests/bench/launches.py [--shapes 70B]
+    python tests/bench/launches.py [--shapes 70B] [--plain]
 
 Runs the arithmetic of one group of layers on the CPU with few rows, at three widths, and counts the operators that are
 dispatched: one that only makes a view, or memory, launches nothing. What grows with the columns is found from two
 widths and checked at the third; rows do not matter within a tile, and tiles are those of a GPU. A sync is an operator
-that makes the host wait for a value. Every refinement pass is done. The block's own forward is not counted, nor the
-copies to files. Prints Markdown.
+that makes the host wait for a value. What a GPU's worker compiles counts as the one kernel that torch makes of it for a
+CPU, refinement's as its two; `--plain` counts it uncompiled. Every refinement pass is done. The block's own forward is
+not counted, nor the copies to files. Prints Markdown.
 """
 
 import argparse
 import sys
 from collections import Counter
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager, nullcontext
 from pathlib import Path
+from unittest import mock
 
 import torch
 from torch.overrides import TorchFunctionMode
@@ -20,7 +24,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 sys.path.insert(0, str(Path(__file__).parents[2]))
 
-from astro import beta
+from astro import beta, fusion, gptq, refine, regularizer
 from astro.block import quantize_block
 from astro.config import Quantization, Regularizer
 from astro.expert_policy import GroupStatistics
@@ -42,6 +46,7 @@ _MEMORY = ("aten::empty", "aten::new_empty", "aten::empty_like", "aten::empty_st
 _SYNCS = ("aten::_local_scalar_dense", "aten::nonzero", "aten::masked_select", "aten::equal", "aten::_unique2")
 _COPIES = ("tolist", "cpu", "numpy")
 _LEAST_SHOWN = 0.15
+_COMPILED = [(gptq, "_rounded_panel", 1), (refine, "_moved_panel", 2), (regularizer, "prox", 1)]
 _SOLVE = {
     "regularize": "regularize", "fit_grid": "grid", "require_finite_scales": "grid", "solve": "gptq",
     "refine": "refine",
@@ -69,15 +74,43 @@ class Launches(TorchDispatchMode):
     def __init__(self) -> None:
         super().__init__()
         self.launches, self.syncs = Counter(), Counter()
+        self.inside_kernel = False
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         name = func.name().split(".")[0]
+        if self.inside_kernel:
+            return func(*args, **(kwargs or {}))
         waits = name in _SYNCS or (name == "aten::index" and any(_is_mask(index) for index in args[1]))
         if waits or not (func.is_view or name in _MEMORY):
             key = _key()
             self.syncs[key] += waits
             self.launches[key] += name != "aten::_local_scalar_dense"
         return func(*args, **(kwargs or {}))
+
+
+@contextmanager
+def compiled(counter: Launches) -> Iterator[None]:
+    """Count what is compiled by its kernels."""
+    with ExitStack() as patched:
+        patched.enter_context(mock.patch.object(fusion, "is_enabled", return_value=True))
+        for module, name, kernels in _COMPILED:
+            replacement = as_kernels(counter, getattr(module, name).__wrapped__, kernels)
+            patched.enter_context(mock.patch.object(module, name, replacement))
+        yield
+
+
+def as_kernels(counter: Launches, function: Callable, kernels: int) -> Callable:
+    """The function, counted as so many launches."""
+
+    def call(*args):
+        counter.launches[_key()] += kernels
+        counter.inside_kernel = True
+        try:
+            return function(*args)
+        finally:
+            counter.inside_kernel = False
+
+    return call
 
 
 class HostCopies(TorchFunctionMode):
@@ -113,7 +146,7 @@ def _is_mask(index: object) -> bool:
 
 def _frames() -> list[tuple[str, str]]:
     """Line and function of every frame of ours, the innermost first."""
-    found, frame, folder = [], sys._getframe(3), str(ROOT / "astro") + "/"
+    found, frame, folder = [], sys._getframe(1), str(ROOT / "astro") + "/"
     while frame is not None:
         name = frame.f_code.co_filename
         if name.startswith(folder):
@@ -122,19 +155,21 @@ def _frames() -> list[tuple[str, str]]:
     return found or [("elsewhere", "")]
 
 
-def run_group(columns: int, settings: Quantization) -> Launches:
+def run_group(columns: int, settings: Quantization, plain: bool) -> Launches:
     """Everything that is done for a group of layers, with one chunk, one tile and one tile of the sample."""
     generator = torch.Generator().manual_seed(0)
     W = torch.randn(ROWS, columns, generator=generator) * 0.02
     X = torch.randn(2 * columns, columns, generator=generator) * torch.rand(columns, generator=generator)
     layout, counters = LAYOUTS["compressed-tensors"], []
     # The search may find 0 best, and nothing to regularize then: what follows it is counted with a β that is given.
-    for regularizer in (Regularizer(), Regularizer(beta=1e-4)):
+    for settings_of_beta in (Regularizer(), Regularizer(beta=1e-4)):
         sums = HessianAccumulator(columns, torch.device("cpu"))
-        with torch.no_grad(), Launches() as counter, HostCopies(counter):
+        counter = Launches()
+        kernels = nullcontext() if plain else compiled(counter)
+        with torch.no_grad(), counter, HostCopies(counter), kernels:
             sums.add_(X.bfloat16())
             known = GroupStatistics(("layer",), sums.finish_("layer"), len(X), len(X))
-            job = ([known], {"layer": settings}, regularizer, torch.bfloat16)
+            job = ([known], {"layer": settings}, settings_of_beta, torch.bfloat16)
             layers, _ = quantize_block({"layer": W}, [["layer"]], *job)
             layout.pack_linear("layer", layers["layer"], torch.bfloat16)
         counters.append(counter)
@@ -183,10 +218,11 @@ def main() -> None:
     parser.add_argument("--shapes", default="70B", choices=list(SHAPES))
     parser.add_argument("--chunks", type=int, default=64, help="of calibration text")
     parser.add_argument("--group-size", type=int, default=128)
+    parser.add_argument("--plain", action="store_true", help="nothing is compiled")
     options = parser.parse_args()
     torch.set_num_threads(1)
     settings = Quantization(group_size=options.group_size, refine_tolerance=0.0)
-    counters = [run_group(columns, settings) for columns in WIDTHS]
+    counters = [run_group(columns, settings, options.plain) for columns in WIDTHS]
     launches, syncs = (Lines(*(by_phase(getattr(own, which)) for own in counters)) for which in ("launches", "syncs"))
     groups = SHAPES[options.shapes]
     print(f"A block of {options.shapes}, group {options.group_size}, {settings.refine_passes} refinement passes, "
