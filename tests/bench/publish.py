@@ -109,6 +109,7 @@ def try_kill(run: Path) -> None:
         time.sleep(0.02)
     process.send_signal(signal.SIGKILL)
     process.communicate()
+    time.sleep(1)  # what was on its way has come in
     held, commits = sum(path.stat().st_size for path in hub.objects.iterdir()), [len(hub.commits)]
     hub.bytes_per_s, hub.uploaded = None, 0
     codes = [process.returncode, end(begin(run, hub))]

@@ -163,12 +163,15 @@ def test_process_that_is_killed_goes_on(online_hub, finished):
         time.sleep(0.02)
     process.send_signal(signal.SIGKILL)
     assert not [text for text in process.communicate() if TOKEN in text]
-    held = sum(path.stat().st_size for path in online_hub.objects.iterdir())
+    held = {path.name for path in online_hub.objects.iterdir()}
     assert online_hub.commits == []
-    online_hub.bytes_per_s, online_hub.uploaded = None, 0
+    online_hub.bytes_per_s = None
+    online_hub.parts.clear()
     publish_run(finished, TARGET)
-    shards = sum(path.stat().st_size for path in (finished / "model").glob("*.safetensors"))
-    assert online_hub.uploaded == shards - held
+    sent = {oid for oid, _ in online_hub.parts}
+    shards = {sha for name, sha in files_of(finished / "model").items() if name.endswith(".safetensors")}
+    assert not sent & held
+    assert sent < shards
     assert len(online_hub.commits) == 1
     assert published(online_hub, "org/model") == files_of(finished / "model", with_card=True)
 
