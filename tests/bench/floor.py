@@ -179,8 +179,9 @@ def count(shape: Shape, config: RunConfig, regularized: float = 1.0) -> dict[str
     add("write", Need(moved_bytes=shape.written_bytes))
     rounds = config.execution.rounds
     needs = {phase: need * (1 if phase == "evaluate" else rounds) for phase, need in total.items()}
-    head = 2.0 * shape.held_out * shape.hidden * shape.vocabulary
-    return needs | {"head": Need(head, 0.0, shape.vocabulary * shape.hidden * shape.itemsize) * (1 + rounds)}
+    matrix = shape.vocabulary * shape.hidden
+    head = Need(2.0 * shape.held_out * matrix, 0.0, matrix * shape.itemsize) * bool(shape.held_out)
+    return needs | {"head": head * (1 + rounds)}
 
 
 def plan_of(folder: Path, quantization: Quantization) -> tuple[Plan, Skeleton]:
