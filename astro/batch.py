@@ -10,7 +10,7 @@ import torch
 
 from astro.tiling import cut, most_layers
 
-__all__ = ["batches", "first_of"]
+__all__ = ["batches", "first_of", "stacked"]
 
 
 def batches(shapes: Sequence[tuple[object, int, int]], device_type: str) -> list[range]:
@@ -34,6 +34,11 @@ def batches(shapes: Sequence[tuple[object, int, int]], device_type: str) -> list
         found += [range(first + part.start, first + part.stop) for part in parts]
         first = last
     return found
+
+
+def stacked(layers: Sequence[torch.Tensor]) -> torch.Tensor:
+    """Tensors of one shape side by side, [B, ...]; of one alone no copy is made: a wide layer's are gigabytes."""
+    return layers[0].unsqueeze(0) if len(layers) == 1 else torch.stack(list(layers))
 
 
 def first_of(found: torch.Tensor, names: Sequence[str]) -> str | None:

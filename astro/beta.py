@@ -63,7 +63,7 @@ def choose(groups: LinearGroups, errors: torch.Tensor) -> LinearGroups:
     # The sample's own noise is taken off, so that a β is not chosen for a few lucky rows.
     sure = gains - saved.std(-1, correction=0) * errors.shape[-1] ** 0.5 / plain
     best = sure.argmax(-1, keepdim=True)
-    is_gain = sure.gather(-1, best) >= _LEAST_GAIN
+    is_gain = (sure.gather(-1, best) >= _LEAST_GAIN) & ~groups.rounded.unsqueeze(-1)
     candidates = torch.tensor(_BETAS, dtype=torch.float64, device=errors.device)
     beta = torch.where(is_gain, candidates[best], 0.0).squeeze(-1)
     gain = torch.where(is_gain, gains.gather(-1, best), 0.0).double().squeeze(-1)

@@ -10,9 +10,9 @@ from collections.abc import Iterable, Mapping, Sequence
 import torch
 from torch import nn
 
-from astro.batch import batches
+from astro.batch import batches, stacked
 from astro.config import Quantization, Regularizer
-from astro.expert_policy import GroupStatistics
+from astro.expert_policy import GroupStatistics, exhaust
 from astro.layer import QuantizedLinear, quantize_groups
 from astro.recording import BlockCall
 from astro.report import LayerRecord
@@ -57,16 +57,18 @@ def quantize_block(
     remaining = iter(statistics)
     for batch in side_by_side(groups, shapes, quantization, device_type):
         known = list(itertools.islice(remaining, len(batch)))
-        H = known[0].H.unsqueeze(0) if len(known) == 1 else torch.stack([own.H for own in known])
-        tokens = [own.num_tokens for own in known]
+        H, tokens = stacked([own.H for own in known]), [own.num_tokens for own in known]
+        rounded = [own.fallback == "rtn" for own in known]
         counted = [(own.routed_tokens, own.fallback) for own in known]
         del known  # a wide layer's matrices are gigabytes
         for settings, stacks in apart([groups[i] for i in batch], quantization):
             layers = [{name: weights[name] for name in members} for members in stacks]
-            solved, own = quantize_groups(layers, H, tokens, settings, regularization, scale_dtype, widths)
+            solved, own = quantize_groups(layers, H, tokens, settings, regularization, scale_dtype, widths, rounded)
             quantized |= solved
             for record, (routed, fallback) in zip(own, counted, strict=True):
                 records.append(dataclasses.replace(record, routed_tokens=routed, fallback=fallback))
+        del H
+    exhaust(remaining)
     return quantized, records
 
 

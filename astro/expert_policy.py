@@ -4,7 +4,7 @@ Shapes: T tokens, C columns.
 """
 
 import dataclasses
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -16,7 +16,7 @@ from astro.experts import call_alone, reads_inputs
 from astro.hessian import HessianAccumulator
 from astro.observation import BlockLayers, Operand
 
-__all__ = ["AllTokens", "GroupStatistics", "is_starved", "starved_statistics"]
+__all__ = ["AllTokens", "GroupStatistics", "exhaust", "is_starved", "starved_statistics"]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -36,6 +36,18 @@ class GroupStatistics:
     num_tokens: int
     routed_tokens: int
     fallback: str = ""
+
+
+def exhaust(statistics: Iterator[GroupStatistics]) -> None:
+    """Let statistics that were all taken come to their end: what they were made from is let go, and where there was no
+    group they see that none should have been.
+
+    Args:
+        statistics: nothing is left of them.
+    """
+    left = next(statistics, None)
+    if left is not None:
+        raise AssertionError(f"statistics of {left.names} belong to no group")
 
 
 class AllTokens:

@@ -43,7 +43,8 @@ def fused(function: Callable[P, T]) -> Callable[P, T]:
     """The function, compiled where `enable` was called.
 
     Args:
-        function: of tensors and whole numbers, without effects.
+        function: of tensors, without effects, and elementwise: a compiled sum's last bits would depend on the shapes
+            that a process met first.
 
     Raises:
         NumericalError: it cannot be compiled.
@@ -61,8 +62,8 @@ def fused(function: Callable[P, T]) -> Callable[P, T]:
             return compiled()(*args, **kwargs)
         except (torch._dynamo.exc.TorchDynamoException, torch._dynamo.exc.FailOnRecompileLimitHit) as error:
             raise NumericalError(
-                f"{function.__module__}.{function.__qualname__} cannot be compiled: {_first_line(error)}; a C++ "
-                "compiler (g++) is needed on every node, or set execution.compile to false"
+                f"{function.__module__}.{function.__qualname__} cannot be compiled: {_first_line(error)}; see to a C++ "
+                "compiler (g++) and Python's headers on every node, or set execution.compile to false"
             ) from error
 
     return call

@@ -24,7 +24,7 @@ _SHRINKS = tuple(1.0 - 0.02 * i for i in range(36))
 
 
 def grouped(W: torch.Tensor, group_size: int) -> torch.Tensor:
-    """Rows [R, C] with their groups apart, [R, G, g]."""
+    """Rows [B, R, C] with their groups apart, [B, R, G, g]."""
     groups: torch.Tensor = W.unflatten(-1, (-1, group_size))
     return groups
 

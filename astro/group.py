@@ -96,6 +96,7 @@ class LinearGroups:
         problem: regularization; None where every β is 0.
         beta: strengths of the regularization, float64 [B]; None where they are yet to be chosen.
         beta_gain: share of the sampled rows' error that each saved against 0, [B]; 0 where it was not searched.
+        rounded: groups that are rounded to nearest for want of statistics, bool [B]: H is the identity, β 0.
         seconds: time by phase, added to by every solve.
     """
 
@@ -108,6 +109,7 @@ class LinearGroups:
     problem: Problem | None
     beta: torch.Tensor | None
     beta_gain: torch.Tensor
+    rounded: torch.Tensor
     seconds: dict[str, float]
 
     def outcomes_(self) -> list[GroupOutcome]:
@@ -135,6 +137,7 @@ def prepare_groups(
     regularization: Regularizer,
     scale_dtype: torch.dtype,
     drift: torch.Tensor | None = None,
+    rounded: Sequence[bool] = (),
 ) -> LinearGroups:
     """Factors and regularizers of groups; β stays open where it is to be searched.
 
@@ -146,6 +149,7 @@ def prepare_groups(
         regularization: what is done to the weights before.
         scale_dtype: dtype in which scales are stored.
         drift: mean of (x_s − x)xᵀ, x_s the same tokens' inputs in the source model, float32 [B, C, C].
+        rounded: which groups have no statistics, their H being the identity; none where not given.
 
     Raises:
         NumericalError: H is zero, or cannot be factored within the damping limit.
@@ -160,12 +164,13 @@ def prepare_groups(
             factor = factorize(H, order, quantization.damping, quantization.max_damping, names)
     drift = None if drift is None or factor is None else drift * quantization.compensation
     none = H.new_zeros(len(H), dtype=torch.float64)
-    groups = LinearGroups(tuple(names), H, drift, quantization, scale_dtype, factor, None, none, none, seconds)
+    plain = torch.tensor(list(rounded) or [False] * len(H), device=H.device)
+    groups = LinearGroups(tuple(names), H, drift, quantization, scale_dtype, factor, None, none, none, plain, seconds)
     if regularization.name == "none" or regularization.beta == 0:
         return groups
     with timed(seconds, "regularize"):
         problem = regularizer.prepare(H, mean_group_maximum(W, group_size), regularization, group_size, names)
-    beta = None if regularization.beta == "auto" else none + regularization.beta
+    beta = None if regularization.beta == "auto" else torch.where(plain, none, regularization.beta)
     return dataclasses.replace(groups, problem=problem, beta=beta)
 
 

@@ -243,7 +243,7 @@ def _cholesky(H: torch.Tensor, order: torch.Tensor, damping: torch.Tensor) -> tu
 
 
 def layer_error(W: torch.Tensor, W_hat: torch.Tensor, H: torch.Tensor) -> torch.Tensor:
-    """Squared output error of each row: diag((W − Ŵ) H (W − Ŵ)ᵀ), float32 [R]."""
+    """Squared output error of each row [B, R]: diag((W − Ŵ) H (W − Ŵ)ᵀ), float32, W and Ŵ [B, R, C], H [B, C, C]."""
     E = W - W_hat
     error: torch.Tensor = ((E @ H) * E).sum(-1)
     return error

@@ -11,6 +11,7 @@ from dataclasses import dataclass, replace
 import torch
 
 from astro import beta
+from astro.batch import stacked
 from astro.config import Quantization, Regularizer
 from astro.errors import NumericalError
 from astro.grid import Grid
@@ -42,7 +43,7 @@ class QuantizedLinear:
 
 def stack(groups: Sequence[Sequence[torch.Tensor]]) -> torch.Tensor:
     """The weights of each group's members over each other, groups of one shape side by side, float32 [B, R, C]."""
-    return torch.stack([torch.cat([weight.float() for weight in members]) for members in groups])
+    return stacked([torch.cat([weight.float() for weight in members]) for members in groups])
 
 
 def quantize_groups(
@@ -53,6 +54,7 @@ def quantize_groups(
     regularization: Regularizer,
     scale_dtype: torch.dtype,
     widths: Sequence[int] = (),
+    rounded: Sequence[bool] = (),
 ) -> tuple[dict[str, QuantizedLinear], list[LayerRecord]]:
     """Quantize groups of linear layers, those of a group with a common input, all groups of one shape.
 
@@ -64,6 +66,7 @@ def quantize_groups(
         regularization: what is done to the weights before.
         scale_dtype: dtype in which scales are stored.
         widths: that are measured besides, on sampled rows.
+        rounded: groups without statistics, whose H is the identity: nothing is regularized. None where not given.
 
     Returns:
         Each member on its grid by name, and the record of each group.
@@ -73,7 +76,7 @@ def quantize_groups(
     """
     W = stack([list(members.values()) for members in groups])
     names = ["+".join(members) for members in groups]
-    prepared = prepare_groups(names, W, H, quantization, regularization, scale_dtype)
+    prepared = prepare_groups(names, W, H, quantization, regularization, scale_dtype, rounded=rounded)
     if prepared.beta is None:
         prepared = beta.search(prepared, W)
     tiles = row_tiles(W.shape[1], W.shape[2], W.device.type, copies=len(W))

@@ -50,7 +50,7 @@ def refine(
         H: undamped Hessians, float32 [B, C, C].
         damping: λ of each, float32 [B].
         passes: at most so many.
-        tolerance: a pass that lowers the error of these rows by a smaller share is the last.
+        tolerance: a pass that lowers the error of no layer's rows by a larger share is the last.
         scale_dtype: dtype in which scales are stored; every new scale is exact in it.
 
     Returns:
@@ -66,10 +66,10 @@ def refine(
         grid=grid,
         scale_dtype=scale_dtype,
     )
-    error = torch.linalg.vecdot(state.E, state.product(slice(None)), dim=-2).sum() if passes else H.new_zeros(())
+    error = torch.linalg.vecdot(state.E, state.product(slice(None)), dim=-2).sum(-1) if passes else H.new_zeros(())
     for _ in range(passes):
         gain = state.sweep()
-        if not bool(gain >= tolerance * error):
+        if not bool((gain >= tolerance * error).any()):
             break
         error = error - gain
     Q = (grouped(state.V.mT, grid.group_size) + grid.zero.unsqueeze(-1)).flatten(-2).to(torch.int8)
@@ -94,7 +94,7 @@ class _State:
         return (self.H[..., rows, :] @ self.E).addcmul_(self.damping, self.E[..., rows, :])
 
     def sweep(self) -> torch.Tensor:
-        """One pass over all scales and integers; by how much the error fell, a scalar tensor."""
+        """One pass over all scales and integers; by how much the error of each layer fell, [B]."""
         gain = self.H.new_zeros(())
         size = self.grid.group_size
         for k in range(self.scale.shape[-2]):
@@ -122,7 +122,7 @@ class _State:
         s += step
         self.E[..., group, :] -= V * step.unsqueeze(-2)
         G -= HV * step.unsqueeze(-2)
-        return torch.where(wanted, gain, 0.0).sum()
+        return torch.where(wanted, gain, 0.0).sum(-1)
 
     def _move_integers(self, k: int, block: slice, G: torch.Tensor) -> torch.Tensor:
         """Choose the integers of some columns of a group anew, one column after the other; alters G."""
@@ -141,7 +141,7 @@ class _State:
         V.copy_(chosen)
         E -= D
         gain: torch.Tensor = torch.linalg.vecdot(D, 2 * G[..., :size, :] - D * diagonal, dim=-2)
-        return gain.sum()
+        return gain.sum(-1)
 
 
 def _move_panel_(
@@ -163,13 +163,22 @@ def _move_panel_(
         for X, found in zip((G, D, Q), _moved_panel(H, s, low, high, pace, G, V), strict=True):
             X.copy_(found)
         return
+    is_alone = G.ndim == 2 or len(G) == 1
+    if (
+        is_alone
+    ):  # its slopes change by a product with a vector, which is faster; libraries have none for several layers
+        H, pace, G, V, D, Q = (X.reshape(X.shape[-2:]) for X in (H, pace, G, V, D, Q))
+        s, low, high = (X.reshape(-1) for X in (s, low, high))
     # Views of all columns at once: where rows are few, the calls are what takes time.
     per_slope = (pace / s.unsqueeze(-2)).unbind(-2)
     g, v, d, q = (X.unbind(-2) for X in (G, V, D, Q))
     for i in range(len(g)):
+        if is_alone and i:
+            g[i].addmv_(D.T[:, :i], H[:i, i], alpha=-1)
         torch.addcmul(v[i], g[i], per_slope[i], out=q[i]).round_().clamp_(low, high)
         torch.sub(q[i], v[i], out=d[i]).mul_(s)
-        G[..., i + 1 :, :].addcmul_(H[..., i, i + 1 :].unsqueeze(-1), d[i].unsqueeze(-2), value=-1)
+        if not is_alone:
+            G[..., i + 1 :, :].addcmul_(H[..., i, i + 1 :].unsqueeze(-1), d[i].unsqueeze(-2), value=-1)
 
 
 @fusion.fused

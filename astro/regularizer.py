@@ -14,7 +14,6 @@ from collections.abc import Sequence
 
 import torch
 
-from astro import fusion
 from astro.batch import first_of
 from astro.config import Regularizer
 from astro.errors import NumericalError
@@ -64,7 +63,6 @@ def mean_group_maximum(W: torch.Tensor, group_size: int) -> torch.Tensor:
     return grouped(W, group_size).abs().amax(-1).mean((-2, -1))
 
 
-@fusion.fused
 def prox(V: torch.Tensor, tau: torch.Tensor, group_size: int) -> torch.Tensor:
     """Proximal map of τ_k‖·‖_∞ on each group (eq. 14-15): v − τ P₁(v/τ).
 

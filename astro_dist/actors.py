@@ -198,22 +198,22 @@ class Worker:
         return self._tiles.share(index, stage_index, number)
 
     @torch.no_grad()
-    def decide(self, round_index: int, index: int, group: int) -> None:
-        """Decide what holds for all rows of one group of a block's layers, its shares summed."""
+    def decide(self, round_index: int, index: int, batch: int) -> None:
+        """Decide what holds for all rows of one batch of a block's layer groups, its shares summed."""
         self._open = None
-        self._tiles.decide(round_index, index, group)
+        self._tiles.decide(round_index, index, batch)
 
     @torch.no_grad()
-    def weigh(self, round_index: int, index: int, group: int, number: int) -> None:
-        """Try every strength of the regularization on one tile of the group's sampled rows."""
+    def weigh(self, round_index: int, index: int, batch: int, number: int) -> None:
+        """Try every strength of the regularization on one tile of the batch's sampled rows."""
         self._open = None
-        self._tiles.weigh(round_index, index, group, number)
+        self._tiles.weigh(round_index, index, batch, number)
 
     @torch.no_grad()
-    def tile(self, round_index: int, index: int, group: int, number: int) -> None:
-        """Solve one tile of the group's rows."""
+    def tile(self, round_index: int, index: int, batch: int, number: int) -> None:
+        """Solve one tile of the batch's rows."""
         self._open = None
-        self._tiles.tile(round_index, index, group, number)
+        self._tiles.tile(round_index, index, batch, number)
 
     @torch.no_grad()
     def write(self, round_index: int, index: int) -> dict[str, Any]:

@@ -1,4 +1,6 @@
-"""The calls by which workers solve groups of layers together: for each a decision, then its parts. Pure."""
+"""The calls by which workers solve a block together: for each group of layers, or batch of groups side by side, a
+decision, then its parts. Pure.
+"""
 
 from collections.abc import Mapping
 

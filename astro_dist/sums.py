@@ -10,7 +10,8 @@ from typing import Any
 
 import torch
 
-from astro.expert_policy import AllTokens, GroupStatistics, is_starved, starved_statistics
+from astro.batch import stacked
+from astro.expert_policy import AllTokens, GroupStatistics, exhaust, is_starved, starved_statistics
 from astro.hessian import DriftAccumulator, HessianAccumulator
 from astro.observation import Operand
 from astro.report import add_seconds, timed
@@ -35,9 +36,9 @@ class Sums:
         """Let go of what was gathered for starved experts."""
         self._instead = None
 
-    def share(self, block: SharedBlock, stage_index: int, number: int) -> None:
-        """Partial sums of a stage's batches from one share of the calibration chunks."""
-        stage, start = self._stage, time.perf_counter()
+    def share(self, block: SharedBlock, stage_index: int, number: int, start: float) -> None:
+        """Partial sums of a stage's batches from one share of the calibration chunks, begun at a time."""
+        stage = self._stage
         batches = block.stages[stage_index] if block.stages else []
         sums = {batch: [self._accumulators(operand) for operand in self._operands(block, batch)] for batch in batches}
         every = {
@@ -64,18 +65,21 @@ class Sums:
         for batch, groups in enumerate(block.batches):
             known = [next(remaining) for _ in groups]
             _save_sum(block, batch, known, None, {} if batch else seconds)
+            known.clear()
+        exhaust(remaining)
 
     def of(self, block: SharedBlock, batch: int) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
         """A batch's sums and their note, as they were given out, or from its shares."""
-        if not block.is_there(batch, "sum"):
-            seconds: dict[str, float] = {}
-            known, drifts = [], []
-            merged = self._merged(block, batch, seconds)
-            for operand, (H, drift) in zip(self._operands(block, batch), merged, strict=True):
-                known.append(self._statistics(block, batch, operand, H))
-                drifts += [drift.finish_("+".join(known[-1].names))] if drift is not None else []
-            _save_sum(block, batch, known, torch.stack(drifts) if drifts else None, seconds)
-        return block.load(batch, "sum")
+        if block.is_there(batch, "sum"):
+            return block.load(batch, "sum")
+        seconds: dict[str, float] = {}
+        known, drifts = [], []
+        merged = self._merged(block, batch, seconds)
+        for names, operand in zip(block.batches[batch], self._operands(block, batch), strict=True):
+            H, drift = merged.pop(0)
+            known.append(self._statistics(block, batch, names, operand, H))
+            drifts += [drift.finish_("+".join(names))] if drift is not None else []
+        return _save_sum(block, batch, known, stacked(drifts) if drifts else None, seconds)
 
     def _feed(
         self,
@@ -132,9 +136,9 @@ class Sums:
         sums: Sequence[_Accumulators],
         seconds: Mapping[str, float],
     ) -> None:
-        tensors = {"hessian": torch.stack([H.partial for H, _ in sums])}
+        tensors = {"hessian": stacked([H.partial for H, _ in sums])}
         drifts = [drift.partial for _, drift in sums if drift is not None]
-        tensors |= {"drift": torch.stack(drifts)} if drifts else {}
+        tensors |= {"drift": stacked(drifts)} if drifts else {}
         note = {"num_tokens": [H.num_tokens for H, _ in sums], "seconds": seconds}
         block.save(batch, f"share-{number}", tensors, note)
 
@@ -151,12 +155,13 @@ class Sums:
                     drift.merge_(tensors["drift"][i].to(stage.device), note["num_tokens"][i])
         return merged
 
-    def _statistics(self, block: SharedBlock, batch: int, operand: Operand, H: HessianAccumulator) -> GroupStatistics:
+    def _statistics(
+        self, block: SharedBlock, batch: int, names: Sequence[str], operand: Operand, H: HessianAccumulator
+    ) -> GroupStatistics:
         """Of a group whose shares are merged, or what takes their place where too few tokens reached an expert."""
         stage, experts = self._stage, self._stage.spec.experts
-        names = tuple(next(names for names in block.batches[batch] if operand.names[0] in names))
         if not is_starved(operand, H.num_tokens, experts):
-            return GroupStatistics(names, H.finish_("+".join(names)), H.num_tokens, H.num_tokens)
+            return GroupStatistics(tuple(names), H.finish_("+".join(names)), H.num_tokens, H.num_tokens)
         stage_index = next(i for i, batches in enumerate(block.stages) if batch in batches)
         if experts.policy == "all-tokens":
             layers = stage.layers(stage.load("original", block.unit.index))
@@ -199,7 +204,10 @@ def _save_sum(
     known: Sequence[GroupStatistics],
     drift: torch.Tensor | None,
     seconds: Mapping[str, float],
-) -> None:
-    tensors = {"hessian": torch.stack([own.H for own in known])} | ({"drift": drift} if drift is not None else {})
+) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
+    """Write the sum of a batch; it and its note."""
+    tensors = {"hessian": stacked([own.H for own in known])} | ({"drift": drift} if drift is not None else {})
     counts = {key: [getattr(own, key) for own in known] for key in ("num_tokens", "routed_tokens", "fallback")}
-    block.save(batch, "sum", tensors, {**counts, "seconds": seconds})
+    note = {**counts, "seconds": seconds}
+    block.save(batch, "sum", tensors, note)
+    return tensors, note

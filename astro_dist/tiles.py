@@ -7,6 +7,7 @@ tiles as files.
 """
 
 import dataclasses
+import time
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
@@ -57,9 +58,9 @@ class TileSolver:
         Returns:
             `stages` of the block, and `groups`: each batch of this stage with its parts, see `SharedBlock.parts`.
         """
-        stage = self._stage
+        stage, start = self._stage, time.perf_counter()
         block = self._enter(0, index, shares(stage.spec.chunks, stage.spec.shares)[number][0])
-        self._sums.share(block, stage_index, number)
+        self._sums.share(block, stage_index, number, start)
         batches = block.stages[stage_index] if block.stages else []
         return {"stages": len(block.stages), "groups": {batch: block.parts(batch) for batch in batches}}
 
@@ -92,11 +93,11 @@ class TileSolver:
     def decide(self, round_index: int, index: int, batch: int) -> None:
         """Add up a batch's shares, where it has any, in their order; see that it can be solved, and measure widths."""
         block = self._enter(round_index, index)
-        sums, _ = self._sums.of(block, batch)
+        sums, note = self._sums.of(block, batch)
         errors: dict[str, dict[int, float]] = {}
         seconds: dict[str, float] = {}
         for tile in {tile.names: tile for tile in block.tiles(batch)}.values():
-            ready = self._prepare_(block, tile, sums)
+            ready = self._prepare_(block, tile, sums, note)
             measured = {bits: measure_width(ready.groups, ready.W, bits) for bits in self._stage.widths(round_index)}
             errors |= {name: {bits: own[i] for bits, own in measured.items()} for i, name in enumerate(tile.names)}
             add_seconds(seconds, ready.groups.spent_())
@@ -167,10 +168,12 @@ class TileSolver:
     def _ready(self, block: SharedBlock, batch: int, tile: Tile) -> _Prepared:
         """What a tile's groups share, at hand from the call before, or from their sums."""
         if self._prepared is None or self._prepared.names != tile.names:
-            return self._prepare_(block, tile, block.load(batch, "sum")[0])
+            return self._prepare_(block, tile, *block.load(batch, "sum"))
         return self._prepared
 
-    def _prepare_(self, block: SharedBlock, tile: Tile, sums: Mapping[str, torch.Tensor]) -> _Prepared:
+    def _prepare_(
+        self, block: SharedBlock, tile: Tile, sums: Mapping[str, torch.Tensor], note: Mapping[str, Any]
+    ) -> _Prepared:
         """What a tile's groups share; kept for the next call."""
         stage = self._stage
         self._prepared = self._chosen = None  # makes room
@@ -180,7 +183,8 @@ class TileSolver:
         drift = drift.to(stage.device) if drift is not None else None
         settings, regularization = tile.settings, stage.spec.regularization
         scale_dtype = stage.scale_dtype(block.unit)
-        groups = prepare_groups(tile.names, W, H, settings, regularization, scale_dtype, drift)
+        rounded = [fallback == "rtn" for fallback in note["fallback"]]
+        groups = prepare_groups(tile.names, W, H, settings, regularization, scale_dtype, drift, rounded)
         self._prepared = _Prepared(tile.names, groups, W)
         return self._prepared
 

@@ -24,7 +24,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 sys.path.insert(0, str(Path(__file__).parents[2]))
 
-from astro import beta, fusion, gptq, refine, regularizer
+from astro import beta, fusion, gptq, refine
 from astro.block import quantize_block
 from astro.config import Quantization, Regularizer
 from astro.expert_policy import GroupStatistics
@@ -46,7 +46,7 @@ _MEMORY = ("aten::empty", "aten::new_empty", "aten::empty_like", "aten::empty_st
 _SYNCS = ("aten::_local_scalar_dense", "aten::nonzero", "aten::masked_select", "aten::equal", "aten::_unique2")
 _COPIES = ("tolist", "cpu", "numpy")
 _LEAST_SHOWN = 0.15
-_COMPILED = [(gptq, "_rounded_panel", 1), (refine, "_moved_panel", 2), (regularizer, "prox", 1)]
+_COMPILED = [(gptq, "_rounded_panel", 1), (refine, "_moved_panel", 2)]
 _SOLVE = {
     "regularize": "regularize", "fit_grid": "grid", "require_finite_scales": "grid", "solve": "gptq",
     "refine": "refine",

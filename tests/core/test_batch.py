@@ -1,14 +1,16 @@
 """Groups side by side: which are, and that each gets what it would get alone."""
 
 import dataclasses
+import weakref
 
 import pytest
 import torch
 
 from astro.batch import batches, first_of
-from astro.block import apart, side_by_side
+from astro.block import apart, quantize_block, side_by_side
 from astro.config import Quantization, Regularizer
 from astro.errors import NumericalError
+from astro.expert_policy import GroupStatistics
 from astro.layer import quantize_groups
 from tests.conftest import correlated_inputs, random_weights
 
@@ -60,6 +62,44 @@ def test_damping_is_raised_where_it_must_be_alone():
     assert [record.damping for record in records[:2]] == [0.01, 0.01]
     assert records[2].damping > 0.05
     assert [record.factorizations > 1 for record in records] == [False, False, True]
+
+
+def test_group_without_statistics_is_rounded_to_nearest_among_others():
+    groups, H = problems(3)
+    H[1] = torch.eye(64)
+    for regularizer in (AUTO, Regularizer(beta=1e-2)):
+        settings = dataclasses.replace(SETTINGS, scale_search="minmax", refine_passes=0)
+        layers, records = quantize_groups(
+            groups, H, [100, 0, 100], settings, regularizer, torch.float16, rounded=[False, True, False]
+        )
+        for name, W in groups[1].items():
+            assert torch.equal(layers[name].Q, layers[name].grid.quantize(W))
+        assert [record.beta > 0 for record in records] == [True, False, True]
+
+
+def test_statistics_come_to_their_end_and_are_let_go():
+    last = []
+
+    def statistics():
+        H = torch.eye(64)
+        last.append(weakref.ref(H))
+        yield GroupStatistics(("a",), H, 1, 1)
+
+    settings = {"a": SETTINGS}
+    known = statistics()
+    quantize_block({"a": random_weights(8, 64)}, [["a"]], known, settings, AUTO, torch.float16)
+    assert last[0]() is None
+
+
+def test_statistics_that_fail_do_so_without_any_group():
+    def unreached():
+        raise NumericalError("no token reached a")
+        yield
+
+    with pytest.raises(NumericalError, match="no token reached a"):
+        quantize_block({}, [], unreached(), {}, AUTO, torch.float16)
+    with pytest.raises(AssertionError, match="belong to no group"):
+        quantize_block({}, [], iter([GroupStatistics(("a",), torch.eye(2), 1, 1)]), {}, AUTO, torch.float16)
 
 
 def test_group_that_cannot_be_solved_is_named():

@@ -12,14 +12,24 @@ from tests.conftest import files_of, write_checkpoint
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]
 
 
-@pytest.mark.filterwarnings("ignore::DeprecationWarning")  # of torch's own compiler
-def test_compiled_run_comes_to_the_same_bytes(run_config, tmp_path):
-    source = str(write_checkpoint(tmp_path / "mixtral", EXPERTS["mixtral"]))
-    changes = {"model__source": source, "quantization__group_size": 16}
-    plain, compiled = (
-        pipeline.quantize(run_config(**changes, execution__compile=on, output__dir=str(tmp_path / str(on))))
-        for on in (False, True)
-    )
-    assert fusion.is_enabled()
+@pytest.fixture(autouse=True)
+def plain_again():
+    yield
     fusion.enable(False)
-    assert files_of(Path(compiled["model"])) == files_of(Path(plain["model"]))
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")  # of torch's own compiler
+def test_compiled_runs_come_to_the_same_bytes(run_config, tmp_path):
+    source = str(write_checkpoint(tmp_path / "mixtral", EXPERTS["mixtral"]))
+    plain, alone, together = (
+        pipeline.quantize(
+            run_config(
+                model__source=source, quantization__group_size=16, execution__compile=compiles,
+                execution__workers=workers, output__dir=str(tmp_path / f"{compiles}-{workers}"),
+            )
+        )
+        for compiles, workers in ((False, 1), (True, 1), (True, 2))
+    )  # fmt: skip
+    assert fusion.is_enabled()
+    files = [files_of(Path(summary["model"])) for summary in (plain, alone, together)]
+    assert files[0] == files[1] == files[2]

@@ -61,7 +61,7 @@ def test_policies_are_counted(experts_config, mode, policy):
     assert 0 < used[policy] < 16
     assert len(summary["fallbacks"]["experts"][policy]) == used[policy]
     rounded = [layer for layer in layers_of(summary) if layer["fallback"] == "rtn"]
-    assert all(layer["factorizations"] == 1 and layer["num_tokens"] == 0 for layer in rounded)
+    assert all(layer["beta"] == 0 and layer["num_tokens"] == 0 for layer in rounded)
 
 
 @pytest.mark.parametrize("mode", ["blocks", "sequential"])
