@@ -198,7 +198,9 @@ def _refuse_other_kinds(store: Store, sizes: Mapping[str, int]) -> None:
             f"{store}: holds {pickles[0]} but no safetensors; such a file is a pickle, which runs code when it is "
             "loaded, and is not read. Convert it (transformers: save_pretrained) or fetch the safetensors revision"
         )
-    raise CheckpointError(f"{store}: holds neither {INDEX_NAME} nor {_SINGLE_NAME}")
+    raise CheckpointError(
+        f"{store}: holds neither {INDEX_NAME} nor {_SINGLE_NAME}; the model of a run is in its `model`"
+    )
 
 
 def _read_bytes(store: Store, file: str, start: int, length: int) -> bytes:

@@ -125,7 +125,14 @@ def save_tensors(path: Path, tensors: "Mapping[str, torch.Tensor]", note: str | 
 
     metadata = {"format": "pt"} if note is None else {"note": note}
     ready = {name: tensors[name].detach().cpu().contiguous() for name in sorted(tensors)}
-    write_atomic(path, lambda partial: save_file(ready, partial, metadata=metadata))
+
+    def write(partial: Path) -> None:
+        partial.touch()
+        mode = partial.stat().st_mode
+        save_file(ready, partial, metadata=metadata)
+        partial.chmod(mode)  # the library lets the owner alone read
+
+    write_atomic(path, write)
 
 
 def load_tensors(path: Path) -> "tuple[dict[str, torch.Tensor], str]":

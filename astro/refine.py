@@ -163,22 +163,13 @@ def _move_panel_(
         for X, found in zip((G, D, Q), _moved_panel(H, s, low, high, pace, G, V), strict=True):
             X.copy_(found)
         return
-    is_alone = G.ndim == 2 or len(G) == 1
-    if (
-        is_alone
-    ):  # its slopes change by a product with a vector, which is faster; libraries have none for several layers
-        H, pace, G, V, D, Q = (X.reshape(X.shape[-2:]) for X in (H, pace, G, V, D, Q))
-        s, low, high = (X.reshape(-1) for X in (s, low, high))
     # Views of all columns at once: where rows are few, the calls are what takes time.
     per_slope = (pace / s.unsqueeze(-2)).unbind(-2)
     g, v, d, q = (X.unbind(-2) for X in (G, V, D, Q))
     for i in range(len(g)):
-        if is_alone and i:
-            g[i].addmv_(D.T[:, :i], H[:i, i], alpha=-1)
         torch.addcmul(v[i], g[i], per_slope[i], out=q[i]).round_().clamp_(low, high)
         torch.sub(q[i], v[i], out=d[i]).mul_(s)
-        if not is_alone:
-            G[..., i + 1 :, :].addcmul_(H[..., i, i + 1 :].unsqueeze(-1), d[i].unsqueeze(-2), value=-1)
+        G[..., i + 1 :, :].addcmul_(H[..., i, i + 1 :].unsqueeze(-1), d[i].unsqueeze(-2), value=-1)
 
 
 @fusion.fused

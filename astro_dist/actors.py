@@ -7,6 +7,7 @@ import dataclasses
 import math
 import platform
 import resource
+import shutil
 import time
 from collections.abc import Iterator
 from typing import Any
@@ -32,6 +33,7 @@ from astro_dist.tiles import TileSolver
 __all__ = ["Worker", "configure_process", "peak_rss_bytes"]
 
 _PROBE_TOKENS = 8
+_COMPILERS = ("g++", "clang++", "c++")
 
 
 def configure_process(threads: int) -> None:
@@ -83,6 +85,11 @@ class Worker:
     def prepare(self) -> None:
         """Open the source; called once before anything else. Apart from the constructor, so that its errors arrive."""
         configure_process(self._spec.threads)
+        if self._spec.compiles and not any(map(shutil.which, _COMPILERS)):
+            raise RunError(
+                f"{platform.node()}: execution.compile wants a C++ compiler, and none of {', '.join(_COMPILERS)} is "
+                "there; install g++ on every node, or set execution.compile to false"
+            )
         fusion.enable(self._spec.compiles)
         self._stage = Stage(self._spec)
         self._tiles = TileSolver(self._stage)

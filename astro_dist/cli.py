@@ -81,10 +81,12 @@ def plan(
     config: _ConfigPath,
     assignments: _Assignments = None,
     workers: Annotated[int | None, typer.Option(min=1, help="To plan for; as configured, or 1.")] = None,
-    device: Annotated[str, typer.Option(help="cpu (this machine, measured), or a GPU: h100, a100, ...")] = "cpu",
+    device: Annotated[
+        str | None, typer.Option(help="cpu (this machine, measured), or a GPU: h100, a100, ...", show_default="cpu")
+    ] = None,
     as_json: _Json = False,
 ) -> None:
-    """What a run will need, from the headers alone: units, bytes, memory, disk, time. Nothing is read or written.
+    """What a run will need, from the headers alone: units, bytes, memory, disk, time. No weight is read, no run begun.
 
     Blocks of one size that follow each other share a row.
     """

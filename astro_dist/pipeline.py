@@ -131,19 +131,21 @@ def prepare(config: RunConfig, commit: str | None = None) -> Prepared:
     return Prepared(config, source, checkpoint, plan, base, tuple(notes), skeleton.limits()[1])
 
 
-def forecast(prepared: Prepared, workers: int | None, device_name: str) -> Estimate:
+def forecast(prepared: Prepared, workers: int | None, device_name: str | None) -> Estimate:
     """What a run will need on workers of some kind.
 
     Args:
         prepared: the run.
         workers: their number; what the configuration says where not given, or 1.
-        device_name: of a GPU, or `cpu` for this machine.
+        device_name: of a GPU, or `cpu` for this machine, which is also meant where none is given.
 
     Raises:
         ConfigError: a device that is not known, or that is too small.
     """
     config, execution = prepared.config, prepared.config.execution
-    if device_name == "cpu":
+    if device_name is None and execution.device == "cuda":
+        raise ConfigError(f"execution.device is cuda: say which GPUs with --device, one of {', '.join(DEVICES)}")
+    if device_name in (None, "cpu"):
         device = measure(execution.threads_per_worker)
     elif device_name in DEVICES:
         device = DEVICES[device_name]

@@ -178,3 +178,9 @@ def test_failed_write_leaves_the_old_file_and_nothing_else(tmp_path, monkeypatch
         write_json(tmp_path / "x.json", {"new": 2})
     assert [path.name for path in tmp_path.iterdir()] == ["x.json"]
     assert json.loads((tmp_path / "x.json").read_text()) == {"old": 1}
+
+
+def test_shards_can_be_read_by_whom_other_files_can(tmp_path):
+    save_tensors(tmp_path / "a.safetensors", {"a": torch.zeros(2)})
+    (tmp_path / "other").touch()
+    assert (tmp_path / "a.safetensors").stat().st_mode == (tmp_path / "other").stat().st_mode

@@ -292,3 +292,9 @@ def test_verify_reads_from_the_hub(run, finished, online_hub, monkeypatch, tmp_p
     code, _, err = run("verify", "org/model@v2")
     assert code == 2
     assert "it has no branch, tag or commit 'v2'" in err
+
+
+def test_plan_of_a_run_on_gpus_asks_which(run, config):
+    code, _, error = run("plan", config, "--set", "execution.device=cuda")
+    assert (code, "say which GPUs with --device, one of" in " ".join(error.split())) == (2, True)
+    assert run("plan", config, "--set", "execution.device=cuda", "--device", "h100")[0] == 0

@@ -431,3 +431,9 @@ def test_call_that_takes_long_in_this_process_is_progress(run_config, monkeypatc
     config = run_config()
     pipeline.quantize(config)
     assert "stuck" not in (config.output.dir / "journal.jsonl").read_text()
+
+
+def test_worker_that_shall_compile_without_a_compiler_says_so(run_config, monkeypatch):
+    monkeypatch.setenv("PATH", "/nowhere")
+    with pytest.raises(RunError, match=r"execution.compile wants a C\+\+ compiler, and none of g\+\+, clang"):
+        pipeline.quantize(run_config(execution__compile=True, execution__max_retries=0))
