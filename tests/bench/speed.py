@@ -36,9 +36,10 @@ def peer_run(options: argparse.Namespace, tool: str, python: str, tokens: Path, 
     threads = str(options.threads)
     environment = os.environ | {"OMP_NUM_THREADS": threads, "GPTQMODEL_CPU_WORKERS": threads}
     job = [str(options.model), str(tokens), "--bits", str(options.bits), "--group-size", str(options.group_size)]
-    command = [python, str(Path(__file__).with_name("peers.py")), tool, *job]
+    command = [python, str(Path(__file__).resolve().with_name("peers.py")), tool, *job]
+    own = {"env": environment, "cwd": options.out}  # some write logs where they are
     with log.open("w") as errors:
-        done = subprocess.run(command, stdout=subprocess.PIPE, stderr=errors, text=True, check=True, env=environment)
+        done = subprocess.run(command, stdout=subprocess.PIPE, stderr=errors, text=True, check=True, **own)
     return json.loads(done.stdout.splitlines()[-1])
 
 
@@ -144,6 +145,8 @@ def main() -> None:
     options = parser.parse_args()
     options.out = options.out.resolve()
     options.out.mkdir(parents=True, exist_ok=True)
+    if hasattr(options, "model"):
+        options.model, options.text = options.model.resolve(), options.text.resolve()
     options.action(options)
 
 
