@@ -143,8 +143,9 @@ def _sequences(documents: Sequence[str], tokenizer: Any, config: CalibrationConf
         tokens.extend(tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"])
     available = len(tokens) // body
     if available < count:
+        beside = f" beside {config.holdout_samples} held out" if option == "samples" else ""
         raise ConfigError(
-            f"calibration.{option}: {count} sequences of {length} tokens asked for, but the text of "
+            f"calibration.{option}: {count} sequences of {length} tokens{beside} asked for, but the text of "
             f"{config.source} gives {available}; use more text, fewer samples or shorter sequences"
         )
     chosen = sorted(random.Random(config.seed).sample(range(available), count))

@@ -12,6 +12,7 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
+import astro
 from astro.errors import AstroError, InputError
 
 if TYPE_CHECKING:  # they import torch: seconds that `--help` need not wait for
@@ -35,12 +36,21 @@ _Assignments = Annotated[
 _Json = Annotated[bool, typer.Option("--json", help="One JSON object on stdout and nothing else.")]
 _Debug = Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")]
 
+
+def _show_version(asked: bool) -> None:
+    if asked:
+        typer.echo(astro.__version__)
+        raise typer.Exit
+
+
+_Version = Annotated[bool, typer.Option("--version", callback=_show_version, is_eager=True, help="Show it and end.")]
+
 _FAILED, _WRONG_INPUT, _INTERRUPTED = 1, 2, 130
 _shows_tracebacks = False
 
 
 @app.callback()
-def _options(debug: _Debug = False) -> None:
+def _options(debug: _Debug = False, version: _Version = False) -> None:
     global _shows_tracebacks
     _shows_tracebacks = debug
 

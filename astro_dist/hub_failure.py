@@ -17,7 +17,7 @@ PASSING = (408, 429, 500, 502, 503, 504)
 """Answers of a server that may be another one in a while."""
 _LONGEST_ASKED_S = 300.0
 """What a server may ask to wait: the Hub counts requests in windows of five minutes."""
-_FINAL = (hub_errors.OfflineModeIsEnabled, hub_errors.LocalTokenNotFoundError, hub_errors.HFValidationError)
+_FINAL = (hub_errors.LocalTokenNotFoundError, hub_errors.HFValidationError)
 _ADVICE = {
     400: "the Hub does not take what it was sent",
     401: "the token is not valid, or not any more; set HF_TOKEN, or `hf auth login`",
@@ -79,6 +79,8 @@ def failure_of(error: Exception) -> HubFailure:
         if not str(cause.response.url).startswith(huggingface_hub.constants.ENDPOINT):
             return HubFailure(None, f"the store behind the Hub answers {status}: {said}", True, asked_s)  # expired link
         return HubFailure(status, said, status in PASSING, asked_s)
+    if isinstance(cause, hub_errors.OfflineModeIsEnabled):
+        return HubFailure(None, "the Hub is not asked: HF_HUB_OFFLINE is set", passes=False)
     reason = f"{type(cause).__name__}: {without_secrets(str(cause))}"
     if isinstance(cause, hub_errors.HTTPError):  # of whichever HTTP library: no answer, or half of one
         return HubFailure(None, f"the connection failed: {reason}", passes=True)

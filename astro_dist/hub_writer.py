@@ -22,6 +22,7 @@ from astro.errors import DamagedError
 from astro_dist.config import PublishConfig
 from astro_dist.hub_failure import HubError, HubFailure, failure_of
 from astro_dist.inventory import ModelFile
+from astro_dist.progress import say
 
 __all__ = ["HubWriter", "different"]
 
@@ -78,6 +79,8 @@ class HubWriter:
                 failure = failure_of(error)
                 if not failure.passes or attempt == attempts:
                     raise self.error(doing, failure, attempt) from error
+                if attempt == 1 and attempts > 1:
+                    say(f"{self.repository}: {doing}: {failure}; trying again")
             time.sleep(max(wait_s, failure.wait_s))
             wait_s = min(2 * wait_s, _LONGEST_WAIT_S)
         raise AssertionError("unreachable: the last attempt returns or raises")

@@ -33,7 +33,7 @@ from astro_dist.estimate import Estimate, estimate, require_room
 from astro_dist.executor import Executor, LocalExecutor
 from astro_dist.failure import FailureHistory
 from astro_dist.finished_run import FinishedRun
-from astro_dist.inventory import all_shards, is_whole, seal
+from astro_dist.inventory import CARD_NAME, all_shards, is_whole, read_inventory, seal
 from astro_dist.manifest import RunDirectory, begun_commit
 from astro_dist.model_card import planned_card
 from astro_dist.plan import Plan, make_plan
@@ -127,6 +127,9 @@ def prepare(config: RunConfig, commit: str | None = None) -> Prepared:
             f"{len(plan.others)} matrices that are gates, or no linear layers, stay as they are, the first is "
             f"{plan.others[0]}"
         )
+    text = config.calibration.source
+    if text != "python-docs" and not Path(text).expanduser().is_file():
+        notes.append(f"calibration.source {text} is not there: `quantize` will refuse")
     base = read_base_model(source, config.model)
     return Prepared(config, source, checkpoint, plan, base, tuple(notes), skeleton.limits()[1])
 
@@ -211,7 +214,7 @@ def _run(
     if schedule.complete and is_whole(run, all_shards(run)):
         say(f"{run.root}: this run was finished already; nothing was done, and the figures are those of then")
         run.drop_leftovers()
-        return read_json(run.summary)
+        return _renamed(prepared, run)
     folder = prepared.source.folder
     if prepared.source.is_remote:
         folder = run.keep_side_files(folder)
@@ -232,6 +235,18 @@ def _run(
     card = FinishedRun.open(run.root).card(prepared.config.publish.repo)
     seal(run, all_shards(run), names, str(card))
     run.drop_leftovers()
+    return summary
+
+
+def _renamed(prepared: Prepared, run: RunDirectory) -> dict[str, Any]:
+    """The summary of a finished run. What the card calls the base model may have been corrected since."""
+    summary = read_json(run.summary)
+    if summary["base_model"] != prepared.base.plain():
+        summary["base_model"] = prepared.base.plain()
+        write_json(run.summary, summary)
+        files = {file.name: file for file in read_inventory(run) if file.name != CARD_NAME}
+        seal(run, files, (), str(FinishedRun.open(run.root).card(prepared.config.publish.repo)))
+        say(f"its card names {prepared.base.name or 'no base model'} now")
     return summary
 
 

@@ -10,6 +10,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+import astro
 from astro.checkpoint import INDEX_NAME
 from astro_dist import cli
 
@@ -298,3 +299,12 @@ def test_plan_of_a_run_on_gpus_asks_which(run, config):
     code, _, error = run("plan", config, "--set", "execution.device=cuda")
     assert (code, "say which GPUs with --device, one of" in " ".join(error.split())) == (2, True)
     assert run("plan", config, "--set", "execution.device=cuda", "--device", "h100")[0] == 0
+
+
+def test_version(run):
+    assert run("--version")[:2] == (0, f"{astro.__version__}\n")
+
+
+def test_plan_tells_of_a_text_that_is_not_there(run, config, tmp_path):
+    _, out, err = run("plan", config, "--set", f"calibration.source={tmp_path}/no.parquet")
+    assert "no.parquet is not there: `quantize` will refuse" in " ".join((out + err).split()).replace("- ", "-")

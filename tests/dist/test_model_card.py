@@ -1,9 +1,13 @@
 """The card says what the records say, and its metadata is what the Hub reads."""
 
+import json
+from pathlib import Path
+
 import huggingface_hub
 import pytest
 import yaml
 
+from astro.files import sha256_of
 from astro_dist import pipeline
 from astro_dist.base_model import BaseModel
 from astro_dist.finished_run import FinishedRun
@@ -108,3 +112,13 @@ def test_card_of_other_runs(run_config, tmp_path, changes, title, expected):
     assert expected in section(card, title)
     assert "by astro-dist 0.1.0 (GPTQ), format" in card.text
     assert "astro" not in card.data.tags
+
+
+def test_base_model_of_a_finished_run_can_be_corrected(run_config):
+    first = pipeline.quantize(run_config())
+    again = pipeline.quantize(run_config(model__name="org/right"))
+    assert (first["base_model"]["name"], again["base_model"]["name"]) == (None, "org/right")
+    folder = Path(again["model"])
+    assert "base_model: org/right" in (folder / "README.md").read_text()
+    inventory = json.loads((folder.parent / "model.json").read_text())["files"]
+    assert {file["name"]: file["sha256"] for file in inventory} == {p.name: sha256_of(p) for p in folder.iterdir()}
