@@ -103,10 +103,10 @@ def plan(
     from astro_dist.config import load_config
 
     settings = load_config(config, assignments)
-    from astro_dist import pipeline
+    from astro_dist.prepared import forecast, prepare
 
-    prepared = pipeline.prepare(settings)
-    found, needed = prepared.plan, pipeline.forecast(prepared, workers, device)
+    prepared = prepare(settings)
+    found, needed = prepared.plan, forecast(prepared, workers, device)
     if as_json:
         _print_json(
             {

@@ -1,8 +1,6 @@
 """A whole run: validate, plan, execute, assemble, summarize, publish."""
 
 import contextlib
-import dataclasses
-import math
 import os
 import time
 from collections.abc import Callable, Sequence
@@ -13,39 +11,32 @@ import torch
 import transformers
 
 import astro
-from astro.checkpoint import Checkpoint, require_finite
-from astro.errors import CheckpointError, ConfigError, UnsupportedError
+from astro.checkpoint import require_finite
+from astro.errors import CheckpointError, ConfigError
 from astro.files import read_json, write_json
-from astro.formats import LAYOUTS
-from astro.formats.servers import reader_notes
-from astro.skeleton import Skeleton
-from astro_dist.actors import configure_process
 from astro_dist.assemble import assemble
 from astro_dist.background_upload import BackgroundUpload
-from astro_dist.base_model import BaseModel, read_base_model
-from astro_dist.budget import require_affordable, settle_widths
+from astro_dist.budget import settle_widths
 from astro_dist.calibration import Chunk, TokenChunks, as_tensors, read_documents, tokenize
 from astro_dist.config import RunConfig, run_key
 from astro_dist.cost import CostModel
-from astro_dist.devices import DEVICES, measure, memory_shortage
 from astro_dist.driver import Driver
-from astro_dist.estimate import Estimate, estimate, require_room
+from astro_dist.estimate import require_room
 from astro_dist.executor import Executor, LocalExecutor
 from astro_dist.failure import FailureHistory
 from astro_dist.finished_run import FinishedRun
 from astro_dist.inventory import CARD_NAME, all_shards, is_whole, read_inventory, seal
 from astro_dist.manifest import RunDirectory, begun_commit
 from astro_dist.model_card import planned_card
-from astro_dist.plan import Plan, make_plan
+from astro_dist.prepared import Prepared, compute_dtype, prepare
 from astro_dist.progress import ProgressDisplay, say
 from astro_dist.publish import Publication
 from astro_dist.resume import make_schedule
 from astro_dist.schedule import Call, Schedule
-from astro_dist.source import Source, resolve_source
 from astro_dist.stage import WorkerSpec
 from astro_dist.summary import summarize
 
-__all__ = ["Prepared", "forecast", "prepare", "quantize"]
+__all__ = ["quantize"]
 
 _CALL_PATIENCE_S = 600.0
 _SLACK = 20.0
@@ -53,115 +44,6 @@ _SLOWEST_CORE, _SLOWEST_GPU = 5e9, 1e12
 """Operations a second below which no device in use is."""
 _CRAWL = 5e6
 """Bytes a second below which no shared folder in use is."""
-
-
-@dataclasses.dataclass(frozen=True)
-class Prepared:
-    """A run that was found sound; nothing has been started or written.
-
-    Attributes:
-        config: of the run.
-        source: where the model comes from.
-        checkpoint: its weights, opened.
-        plan: every unit.
-        base: what the source says of itself.
-        notes: what the user should know before it starts.
-        max_positions: longest sequence it has positions for, None where it says none.
-    """
-
-    config: RunConfig
-    source: Source
-    checkpoint: Checkpoint
-    plan: Plan
-    base: BaseModel
-    notes: tuple[str, ...]
-    max_positions: int | None
-
-
-def prepare(config: RunConfig, commit: str | None = None) -> Prepared:
-    """Check the configuration against the checkpoint's headers and plan the work.
-
-    Args:
-        config: of the run.
-        commit: of a Hub repository that the run was begun with.
-
-    Raises:
-        InputError: anything that is wrong with what the user gave.
-    """
-    configure_process(config.execution.threads_per_worker)
-    source = resolve_source(config.model, commit)
-    checkpoint = Checkpoint.open(source.store)
-    if read_json(source.folder / "config.json").get("quantization_config"):
-        raise CheckpointError(f"{source.store}/config.json: the model is quantized already; give the original one")
-    skeleton = Skeleton(source.folder, torch.float32, config.model.trust_remote_code)
-    plan = make_plan(checkpoint, skeleton, config.quantization)
-    linears = {linear.name: linear for unit in plan.blocks for linear in unit.linears}
-    if config.quantization.bits == "auto":
-        require_affordable(config.quantization, {name: c.rows * c.columns for name, c in linears.items()})
-    settings = {name: config.quantization.for_layer(name).fitted(c.columns) for name, c in linears.items()}
-    packed = LAYOUTS[config.quantization.format]
-    for linear in linears.values():
-        reason = packed.refusal(linear.rows, linear.columns, settings[linear.name])
-        if reason:
-            raise UnsupportedError(
-                f"{linear.name}: {reason}, as format {config.quantization.format} wants; use compressed-tensors, or "
-                "name the layer in quantization.ignore"
-            )
-    notes = [
-        *packed.server_notes(settings, plan.ignore),
-        *reader_notes(linears.values(), config.quantization.format),
-    ]
-    if plan.unknown:
-        notes.append(
-            f"{len(plan.unknown)} tensors that {type(skeleton.model).__name__} does not have are copied as they are, "
-            f"the first is {plan.unknown[0]}"
-        )
-    if plan.odd:
-        notes.append(
-            f"{len(plan.odd)} layers whose input is no multiple of the group size: "
-            f"{'kept as they are' if config.quantization.odd_widths == 'keep' else 'per channel'}, the first is "
-            f"{plan.odd[0]}"
-        )
-    if plan.others:
-        notes.append(
-            f"{len(plan.others)} matrices that are gates, or no linear layers, stay as they are, the first is "
-            f"{plan.others[0]}"
-        )
-    text = config.calibration.source
-    if text != "python-docs" and not Path(text).expanduser().is_file():
-        notes.append(f"calibration.source {text} is not there: `quantize` will refuse")
-    base = read_base_model(source, config.model)
-    return Prepared(config, source, checkpoint, plan, base, tuple(notes), skeleton.limits()[1])
-
-
-def forecast(prepared: Prepared, workers: int | None, device_name: str | None) -> Estimate:
-    """What a run will need on workers of some kind.
-
-    Args:
-        prepared: the run.
-        workers: their number; what the configuration says where not given, or 1.
-        device_name: of a GPU, or `cpu` for this machine, which is also meant where none is given.
-
-    Raises:
-        ConfigError: a device that is not known, or that is too small.
-    """
-    config, execution = prepared.config, prepared.config.execution
-    if device_name is None and execution.device == "cuda":
-        raise ConfigError(f"execution.device is cuda: say which GPUs with --device, one of {', '.join(DEVICES)}")
-    if device_name in (None, "cpu"):
-        device = measure(execution.threads_per_worker)
-    elif device_name in DEVICES:
-        device = DEVICES[device_name]
-    else:
-        raise ConfigError(f"--device {device_name}: expected cpu or one of {', '.join(DEVICES)}")
-    count = workers or (execution.workers if isinstance(execution.workers, int) else 1)
-    kind = "cuda" if device.memory_bytes else "cpu"
-    dtype = _compute_dtype(config, prepared.plan, prepared.checkpoint, kind)
-    needed = estimate(config, prepared.plan, dtype, count, device)
-    shortage = memory_shortage(needed.worker_bytes, device.memory_bytes or math.inf, f"a {device.name}")
-    if shortage:
-        raise ConfigError(shortage)
-    return needed
 
 
 def quantize(config: RunConfig) -> dict[str, Any]:
@@ -297,16 +179,6 @@ def _make_executor(config: RunConfig) -> Executor:
     return RayExecutor(config.execution)
 
 
-def _compute_dtype(config: RunConfig, plan: Plan, checkpoint: Checkpoint, device: str) -> torch.dtype:
-    if config.execution.compute_dtype != "auto":
-        dtype: torch.dtype = getattr(torch, config.execution.compute_dtype)
-        return dtype
-    key = next(linear.key for unit in plan.blocks for linear in unit.linears)
-    stored = checkpoint.entries[key].float_dtype or torch.float32
-    # CPUs have no float16 arithmetic worth the name: float32 is exact for such weights, and faster.
-    return torch.float32 if stored == torch.float16 and device == "cpu" else stored
-
-
 def _execute(
     prepared: Prepared,
     folder: Path,
@@ -320,7 +192,7 @@ def _execute(
     """Do every unit that is not finished; what the workers say of themselves at the end."""
     config, plan, execution = prepared.config, prepared.plan, prepared.config.execution
     device = "cuda" if executor.has_gpus else "cpu"
-    dtype = _compute_dtype(config, plan, prepared.checkpoint, device)
+    dtype = compute_dtype(config, plan, prepared.checkpoint, device)
     _refuse_other_arithmetic(run, dtype, device)
     cost = CostModel(plan, config, {chunk.name: chunk.tokens.size for chunk in chunks}, dtype.itemsize, device)
     if not schedule.finished:

@@ -12,6 +12,7 @@ from safetensors.torch import load_file
 
 from astro.errors import ConfigError, NumericalError
 from astro_dist import pipeline
+from astro_dist.prepared import prepare
 from astro_dist.cost import CostModel
 from astro_dist.verify import verify_model
 from tests.architectures import EXPERTS
@@ -93,7 +94,7 @@ def test_gates_stay_as_they_are_and_servers_are_told(experts_config):
 
 def test_fused_tensor_is_not_quantized_in_parts(experts_config):
     with pytest.raises(ConfigError, match="lies in one tensor with layers that are quantized"):
-        pipeline.prepare(experts_config("llama4", quantization__ignore=["*.experts.2.up_proj"]))
+        prepare(experts_config("llama4", quantization__ignore=["*.experts.2.up_proj"]))
 
 
 def test_experts_can_be_left_as_they_are(experts_config):
@@ -120,9 +121,9 @@ def test_experts_of_a_layer_get_one_width(experts_config):
 
 def test_what_readers_make_of_experts_is_told(experts_config):
     overrides = {"*.experts.1.*": {"bits": 8}}
-    notes = pipeline.prepare(experts_config("mixtral", quantization__overrides=overrides)).notes
+    notes = prepare(experts_config("mixtral", quantization__overrides=overrides)).notes
     assert any("the experts of model.layers.0.block_sparse_moe.experts differ in width" in note for note in notes)
-    notes = pipeline.prepare(experts_config("gpt-oss", quantization__format="gptq")).notes
+    notes = prepare(experts_config("gpt-oss", quantization__format="gptq")).notes
     assert any("leaves them random and says nothing" in note for note in notes)
     assert any("the source holds its experts fused" in note for note in notes)
 
@@ -132,7 +133,7 @@ def test_layers_of_odd_widths_have_a_policy(run_config, tmp_path, policy):
     source = write_checkpoint(tmp_path / "odd", transformers.LlamaConfig(**{**LLAMA, "intermediate_size": 72}))
     changes = {"model__source": str(source), "quantization__group_size": 16}
     with pytest.raises(ConfigError, match="group_size 16 does not divide a layer of 72 input columns"):
-        pipeline.prepare(run_config(**changes))
+        prepare(run_config(**changes))
     summary = pipeline.quantize(run_config(**changes, quantization__odd_widths=policy))
     found = {layer["group_size"] for layer in layers_of(summary)}
     assert found == ({16, 72} if policy == "per-channel" else {16})
@@ -144,12 +145,12 @@ def test_width_of_some_layers_of_experts_is_refused_before_a_budget_is_measured(
     changes = {"quantization__bits": "auto", "quantization__average_bits": 5.0, "execution__rounds": 2}
     overrides = {"*.w2": {"bits": 8}}
     with pytest.raises(ConfigError, match="all experts of a layer get one width"):
-        pipeline.prepare(experts_config("mixtral", quantization__overrides=overrides, **changes))
+        prepare(experts_config("mixtral", quantization__overrides=overrides, **changes))
 
 
 def test_room_on_disk_is_that_of_the_largest_block(experts_config):
     """The first block of DeepSeek-V3 is dense."""
-    prepared = pipeline.prepare(experts_config("deepseek-v3"))
+    prepared = prepare(experts_config("deepseek-v3"))
     blocks = prepared.plan.blocks
     turned = dataclasses.replace(prepared.plan, blocks=tuple(reversed(blocks)))
     costs = [CostModel(plan, prepared.config, {"c0000": 64}, 4, "cpu") for plan in (prepared.plan, turned)]

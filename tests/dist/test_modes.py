@@ -11,6 +11,7 @@ from safetensors.torch import load_file
 from astro.checkpoint import Checkpoint
 from astro.errors import ConfigError, RunError
 from astro_dist import pipeline
+from astro_dist.prepared import prepare
 from astro_dist.actors import Worker
 from astro_dist.manifest import RunDirectory
 from astro_dist.tiles import TileSolver
@@ -204,7 +205,7 @@ def test_overrides_of_other_widths_are_written_noted_and_load(run_config):
 def test_override_that_matches_nothing_is_refused(run_config):
     for pattern in ("*.w1", "*.mlp"):
         with pytest.raises(ConfigError, match=r"quantization.overrides: '\*.\w+' matches no linear layer"):
-            pipeline.prepare(run_config(quantization__overrides={pattern: {"bits": 8}}))
+            prepare(run_config(quantization__overrides={pattern: {"bits": 8}}))
 
 
 def test_budget_that_overrides_exceed_is_refused_before_anything_starts(run_config, tmp_path):

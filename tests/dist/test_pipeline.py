@@ -22,6 +22,7 @@ from astro.errors import (
     UnsupportedError,
 )
 from astro_dist import failure, pipeline
+from astro_dist.prepared import prepare
 from astro_dist.actors import Worker
 from astro_dist.executor import Failed, LocalExecutor, Returned
 from astro_dist.verify import verify_model
@@ -70,7 +71,7 @@ def test_result_is_a_whole_checkpoint(run_config, llama, tmp_path):
 
 
 def test_plan_tells_the_bytes_that_are_written(run_config):
-    prepared = pipeline.prepare(run_config())
+    prepared = prepare(run_config())
     folder = model_of(pipeline.quantize(run_config()))
     written = sum(entry.size_bytes for entry in Checkpoint.open(folder).entries.values())
     assert prepared.plan.written_bytes == written
@@ -220,7 +221,7 @@ def test_output_folder_that_is_no_run_is_refused(run_config, tmp_path):
 def test_going_on_in_another_dtype_is_refused(run_config, tmp_path, monkeypatch):
     pipeline.quantize(run_config())
     (tmp_path / "run" / "records" / "round-0-block-0002.json").unlink()
-    monkeypatch.setattr(pipeline, "_compute_dtype", lambda *args: torch.bfloat16)
+    monkeypatch.setattr(pipeline, "compute_dtype", lambda *args: torch.bfloat16)
     with pytest.raises(ConfigError, match=r"begun in torch.float32 .* set execution.compute_dtype: float32"):
         pipeline.quantize(run_config())
 
@@ -397,7 +398,7 @@ def test_layer_that_the_gptq_layout_cannot_hold_is_refused_before_the_start(run_
     write_checkpoint(tmp_path / "llama", transformers.LlamaConfig(**{**LLAMA, "intermediate_size": 132}))
     overrides = {"*.down_proj": {"group_size": -1}}
     with pytest.raises(UnsupportedError, match=r"gate_proj: 132 x 64 weights of 4 bits do not fill whole words"):
-        pipeline.prepare(run_config(quantization__format="gptq", quantization__overrides=overrides))
+        prepare(run_config(quantization__format="gptq", quantization__overrides=overrides))
 
 
 def test_journal_with_a_line_that_was_cut_short_is_read(run_config, tmp_path):

@@ -7,6 +7,7 @@ import torch
 
 from astro.errors import ConfigError, RunError
 from astro_dist import estimate as estimates
+from astro_dist.prepared import forecast, prepare
 from astro_dist import pipeline
 from astro_dist.calibration import chunk_tokens
 from astro_dist.cost import CostModel, Work
@@ -21,7 +22,7 @@ SLOW = Device("slow", 1e9, 4e9, 2e9, 1e-6, 10**9, 1e8)
 
 @pytest.fixture
 def prepared(run_config):
-    return pipeline.prepare(run_config())
+    return prepare(run_config())
 
 
 def every_call(prepared, workers=1):
@@ -58,7 +59,7 @@ def test_seconds_add_up():
 
 @pytest.mark.parametrize("changes", [{}, {"execution__mode": "sequential"}, {"execution__rounds": 2}], ids=str)
 def test_simulated_workers_are_never_faster_than_their_work(run_config, changes):
-    prepared = pipeline.prepare(run_config(**changes))
+    prepared = prepare(run_config(**changes))
     walls = []
     for workers in (1, 2, 3, 8):
         calls, _ = every_call(prepared, workers)
@@ -72,16 +73,16 @@ def test_simulated_workers_are_never_faster_than_their_work(run_config, changes)
 
 
 def test_forecast_of_a_gpu_and_of_one_that_is_not_known(prepared):
-    needed = pipeline.forecast(prepared, 4, "h100")
+    needed = forecast(prepared, 4, "h100")
     assert (needed.workers, needed.device) == (4, "h100")
     with pytest.raises(ConfigError, match="--device h1000: expected cpu or one of a100"):
-        pipeline.forecast(prepared, 4, "h1000")
+        forecast(prepared, 4, "h1000")
 
 
 def test_device_that_is_too_small_is_refused(prepared, monkeypatch):
     monkeypatch.setitem(DEVICES, "toy", dataclasses.replace(DEVICES["h100"], name="toy", memory_bytes=10**8))
     with pytest.raises(ConfigError, match=r"a worker needs about 0.4 GB, but a toy has 0.1 GB; lower calibration.chunk_samples"):
-        pipeline.forecast(prepared, 1, "toy")
+        forecast(prepared, 1, "toy")
     with pytest.raises(RunError, match="a worker needs about 1000000.0 GB, but its device has"):
         require_memory(10**15, torch.device("cpu"))
 
@@ -108,7 +109,7 @@ def test_disk_is_never_needed_beyond_the_estimate(run_config, tmp_path, monkeypa
 
     monkeypatch.setattr(RunDirectory, "drop", drop)
     config = run_config(execution__workers=2, execution__mode=mode, calibration__samples=60)
-    prepared = pipeline.prepare(config)
+    prepared = prepare(config)
     pipeline.quantize(config)
     cost = CostModel(prepared.plan, config, chunk_tokens(config.calibration), 4, "cpu")
     assert 0.4 * cost.disk_bytes(2) < largest[0] < 1.1 * cost.disk_bytes(2)

@@ -15,6 +15,7 @@ from moto.server import ThreadedMotoServer
 from astro.checkpoint import Checkpoint
 from astro.errors import CheckpointError, ConfigError
 from astro_dist import object_files, pipeline, remote
+from astro_dist.prepared import prepare
 from astro_dist.actors import Worker
 from astro_dist.config import ModelConfig
 from astro_dist.hub_failure import asked_wait_s
@@ -131,7 +132,7 @@ def test_failure_that_does_not_pass_names_the_file_and_the_reason(hub, remote_co
     hub.faults = [503] * 1000
     message = r"org/llama@\w{12}/config.json: bytes 0 to \d+ cannot be fetched, tried \d+ times .* the Hub answers 503"
     with pytest.raises(CheckpointError, match=message):
-        pipeline.prepare(remote_config())
+        prepare(remote_config())
 
 
 def test_range_that_was_not_asked_for_is_refused(hub, tmp_path):
@@ -153,7 +154,7 @@ def test_other_revision_than_the_runs_is_refused(hub, remote_config, tmp_path, l
 
 def test_relative_cache_is_refused(run_config):
     with pytest.raises(ConfigError, match="model.cache_dir: cache is relative"):
-        pipeline.prepare(run_config(model__cache_dir="cache"))
+        prepare(run_config(model__cache_dir="cache"))
 
 
 def test_run_keeps_the_commit_that_it_began_with(hub, remote_config, expected, tmp_path, monkeypatch, llama):
@@ -174,7 +175,7 @@ def test_run_keeps_the_commit_that_it_began_with(hub, remote_config, expected, t
 def test_commit_can_be_asked_for(hub, remote_config, tmp_path):
     first = hub.folder("org/llama", "main")[0]
     hub.publish("org/llama", tmp_path)
-    assert pipeline.prepare(remote_config(model__revision=first)).source.commit == first
+    assert prepare(remote_config(model__revision=first)).source.commit == first
 
 
 @pytest.mark.parametrize(
@@ -188,30 +189,30 @@ def test_commit_can_be_asked_for(hub, remote_config, tmp_path):
 def test_what_the_hub_refuses_is_told_with_its_reason(hub, remote_config, source, revision, message):
     hub.gated.add("org/gated")
     with pytest.raises(CheckpointError, match=message):
-        pipeline.prepare(remote_config(source, model__revision=revision))
+        prepare(remote_config(source, model__revision=revision))
 
 
 def test_hub_that_is_not_there(hub, remote_config):
     hub.close()
     with pytest.raises(CheckpointError, match="org/llama: no such folder here, and the Hub cannot be reached: .*; correct model.source"):
-        pipeline.prepare(remote_config())
+        prepare(remote_config())
 
 
 def test_hub_that_shall_not_be_asked(remote_config, monkeypatch):
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
     with pytest.raises(CheckpointError, match="org/llama: no such folder here, and the Hub is not asked: HF_HUB_OFFLINE is set"):
-        pipeline.prepare(remote_config())
+        prepare(remote_config())
 
 
 def test_server_without_ranges_is_refused(hub, remote_config):
     hub.ranges = False
     with pytest.raises(CheckpointError, match="the server does not send byte ranges"):
-        pipeline.prepare(remote_config())
+        prepare(remote_config())
 
 
 def test_revision_of_a_folder_is_refused(run_config):
     with pytest.raises(ConfigError, match="model.revision: only a Hub repository has revisions"):
-        pipeline.prepare(run_config(model__revision="main"))
+        prepare(run_config(model__revision="main"))
 
 
 def test_repository_that_holds_pickles_is_refused(hub, remote_config, tmp_path):
@@ -221,7 +222,7 @@ def test_repository_that_holds_pickles_is_refused(hub, remote_config, tmp_path):
         (folder / file).write_text("{}")
     hub.publish("org/pickles", folder)
     with pytest.raises(CheckpointError, match=r"org/pickles@\w+: holds pytorch_model.bin but no safetensors"):
-        pipeline.prepare(remote_config("org/pickles"))
+        prepare(remote_config("org/pickles"))
 
 
 def test_code_of_a_repository_is_fetched_only_when_trusted(hub, tmp_path, llama):
@@ -266,7 +267,7 @@ def test_run_from_s3_writes_the_bytes_of_a_local_run(bucket, remote_config, expe
 
 def test_bucket_that_is_not_there(bucket, remote_config):
     with pytest.raises(CheckpointError, match="model.source s3://other/llama.*: cannot be listed: "):
-        pipeline.prepare(remote_config(bucket.replace("models", "other")))
+        prepare(remote_config(bucket.replace("models", "other")))
 
 
 def test_folder_behind_a_url_that_changes_is_another_source(llama, tmp_path):
@@ -311,7 +312,7 @@ def test_files_that_are_no_part_of_a_model_do_not_make_another_source(llama, tmp
 )
 def test_url_that_is_no_good(url, error, message, remote_config):
     with pytest.raises(error, match=message):
-        pipeline.prepare(remote_config(url))
+        prepare(remote_config(url))
 
 
 def test_remote_tensors_are_those_of_the_folder(hub, tmp_path, llama, monkeypatch):

@@ -1,0 +1,144 @@
+"""What is checked before a run starts: the configuration against the checkpoint's headers, and what it will need."""
+
+import dataclasses
+import math
+from pathlib import Path
+
+import torch
+
+from astro.checkpoint import Checkpoint
+from astro.errors import CheckpointError, ConfigError, UnsupportedError
+from astro.files import read_json
+from astro.formats import LAYOUTS
+from astro.formats.servers import reader_notes
+from astro.skeleton import Skeleton
+from astro_dist.actors import configure_process
+from astro_dist.base_model import BaseModel, read_base_model
+from astro_dist.budget import require_affordable
+from astro_dist.config import RunConfig
+from astro_dist.devices import DEVICES, measure, memory_shortage
+from astro_dist.estimate import Estimate, estimate
+from astro_dist.plan import Plan, make_plan
+from astro_dist.source import Source, resolve_source
+
+__all__ = ["Prepared", "compute_dtype", "forecast", "prepare"]
+
+
+@dataclasses.dataclass(frozen=True)
+class Prepared:
+    """A run that was found sound; nothing has been started or written.
+
+    Attributes:
+        config: of the run.
+        source: where the model comes from.
+        checkpoint: its weights, opened.
+        plan: every unit.
+        base: what the source says of itself.
+        notes: what the user should know before it starts.
+        max_positions: longest sequence it has positions for, None where it says none.
+    """
+
+    config: RunConfig
+    source: Source
+    checkpoint: Checkpoint
+    plan: Plan
+    base: BaseModel
+    notes: tuple[str, ...]
+    max_positions: int | None
+
+
+def prepare(config: RunConfig, commit: str | None = None) -> Prepared:
+    """Check the configuration against the checkpoint's headers and plan the work.
+
+    Args:
+        config: of the run.
+        commit: of a Hub repository that the run was begun with.
+
+    Raises:
+        InputError: anything that is wrong with what the user gave.
+    """
+    configure_process(config.execution.threads_per_worker)
+    source = resolve_source(config.model, commit)
+    checkpoint = Checkpoint.open(source.store)
+    if read_json(source.folder / "config.json").get("quantization_config"):
+        raise CheckpointError(f"{source.store}/config.json: the model is quantized already; give the original one")
+    skeleton = Skeleton(source.folder, torch.float32, config.model.trust_remote_code)
+    plan = make_plan(checkpoint, skeleton, config.quantization)
+    linears = {linear.name: linear for unit in plan.blocks for linear in unit.linears}
+    if config.quantization.bits == "auto":
+        require_affordable(config.quantization, {name: c.rows * c.columns for name, c in linears.items()})
+    settings = {name: config.quantization.for_layer(name).fitted(c.columns) for name, c in linears.items()}
+    packed = LAYOUTS[config.quantization.format]
+    for linear in linears.values():
+        reason = packed.refusal(linear.rows, linear.columns, settings[linear.name])
+        if reason:
+            raise UnsupportedError(
+                f"{linear.name}: {reason}, as format {config.quantization.format} wants; use compressed-tensors, or "
+                "name the layer in quantization.ignore"
+            )
+    notes = [
+        *packed.server_notes(settings, plan.ignore),
+        *reader_notes(linears.values(), config.quantization.format),
+    ]
+    if plan.unknown:
+        notes.append(
+            f"{len(plan.unknown)} tensors that {type(skeleton.model).__name__} does not have are copied as they are, "
+            f"the first is {plan.unknown[0]}"
+        )
+    if plan.odd:
+        notes.append(
+            f"{len(plan.odd)} layers whose input is no multiple of the group size: "
+            f"{'kept as they are' if config.quantization.odd_widths == 'keep' else 'per channel'}, the first is "
+            f"{plan.odd[0]}"
+        )
+    if plan.others:
+        notes.append(
+            f"{len(plan.others)} matrices that are gates, or no linear layers, stay as they are, the first is "
+            f"{plan.others[0]}"
+        )
+    text = config.calibration.source
+    if text != "python-docs" and not Path(text).expanduser().is_file():
+        notes.append(f"calibration.source {text} is not there: `quantize` will refuse")
+    base = read_base_model(source, config.model)
+    return Prepared(config, source, checkpoint, plan, base, tuple(notes), skeleton.limits()[1])
+
+
+def forecast(prepared: Prepared, workers: int | None, device_name: str | None) -> Estimate:
+    """What a run will need on workers of some kind.
+
+    Args:
+        prepared: the run.
+        workers: their number; what the configuration says where not given, or 1.
+        device_name: of a GPU, or `cpu` for this machine, which is also meant where none is given.
+
+    Raises:
+        ConfigError: a device that is not known, or that is too small.
+    """
+    config, execution = prepared.config, prepared.config.execution
+    if device_name is None and execution.device == "cuda":
+        raise ConfigError(f"execution.device is cuda: say which GPUs with --device, one of {', '.join(DEVICES)}")
+    if device_name in (None, "cpu"):
+        device = measure(execution.threads_per_worker)
+    elif device_name in DEVICES:
+        device = DEVICES[device_name]
+    else:
+        raise ConfigError(f"--device {device_name}: expected cpu or one of {', '.join(DEVICES)}")
+    count = workers or (execution.workers if isinstance(execution.workers, int) else 1)
+    kind = "cuda" if device.memory_bytes else "cpu"
+    dtype = compute_dtype(config, prepared.plan, prepared.checkpoint, kind)
+    needed = estimate(config, prepared.plan, dtype, count, device)
+    shortage = memory_shortage(needed.worker_bytes, device.memory_bytes or math.inf, f"a {device.name}")
+    if shortage:
+        raise ConfigError(shortage)
+    return needed
+
+
+def compute_dtype(config: RunConfig, plan: Plan, checkpoint: Checkpoint, device: str) -> torch.dtype:
+    """Dtype of forward passes on "cpu" or "cuda"."""
+    if config.execution.compute_dtype != "auto":
+        dtype: torch.dtype = getattr(torch, config.execution.compute_dtype)
+        return dtype
+    key = next(linear.key for unit in plan.blocks for linear in unit.linears)
+    stored = checkpoint.entries[key].float_dtype or torch.float32
+    # CPUs have no float16 arithmetic worth the name: float32 is exact for such weights, and faster.
+    return torch.float32 if stored == torch.float16 and device == "cpu" else stored
