@@ -168,14 +168,14 @@ def quantize(source: Path, run: Path, hub: HubServer | None) -> tuple[float, dic
     return time.perf_counter() - since, json.loads(done.stdout)
 
 
-def solving_s(run: Path) -> float:
-    """Seconds from the start of the workers to the last shard."""
+def pace(run: Path) -> float:
+    """Bytes a second of finished shards, from the first to the last."""
     lines = [json.loads(line) for line in (run / "journal.jsonl").read_text().splitlines()]
-    begin = next(line["time"] for line in lines if line["event"] == "started")
-    shards = ("round-0-block", "copy")
-    return (
-        max(line["time"] for line in lines if line["event"] == "finished" and line["unit"].startswith(shards)) - begin
+    ends = sorted(
+        line["time"] for line in lines if line["event"] == "finished" and line["unit"].startswith("round-0-block")
     )
+    size = sum(path.stat().st_size for path in (run / "model").glob("*.safetensors"))
+    return size * (len(ends) - 1) / len(ends) / (ends[-1] - ends[0])
 
 
 def overlap(folder: Path, repeats: int) -> None:
@@ -194,7 +194,7 @@ def overlap(folder: Path, repeats: int) -> None:
         alone_s, summary = quantize(source, run, None)
         alone_bytes = summary["peak_rss_bytes"]["driver"]
         hub = HubServer()
-        hub.chunk_bytes, hub.bytes_per_s = 1 << 20, summary["bytes_written"] / solving_s(run)
+        hub.chunk_bytes, hub.bytes_per_s = 1 << 20, pace(run)
         with_s, summary = quantize(source, run, hub)
         equal = published(hub, "org/model") == files_of(run / "model", with_card=True)
         added.append(with_s / alone_s - 1)
