@@ -6,7 +6,7 @@ experts of a layer one after the other, or all of them in one batched product. S
 
 import contextlib
 import dataclasses
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -15,7 +15,7 @@ from torch.overrides import TorchFunctionMode
 
 from astro.linear import LinearLayer
 
-__all__ = ["BlockLayers", "Operand"]
+__all__ = ["BlockLayers", "Operand", "names_of"]
 
 _OPERANDS = {
     "linear": ((0, "input"), (1, "weight")),
@@ -47,6 +47,11 @@ class Operand:
 
 
 Note = Callable[[Operand, torch.Tensor], None]
+
+
+def names_of(group: Iterable[Operand]) -> list[str]:
+    """Names of the layers of operands that share an input."""
+    return [name for operand in group for name in operand.names]
 
 
 class BlockLayers:

@@ -13,7 +13,7 @@ from astro.config import Experts
 from astro.errors import NumericalError, UnsupportedError
 from astro.expert_policy import AllTokens, GroupStatistics, is_starved, starved_statistics
 from astro.hessian import HessianAccumulator
-from astro.observation import BlockLayers, Operand
+from astro.observation import BlockLayers, Operand, names_of
 
 __all__ = ["BlockStatistics", "input_stages", "inputs_of"]
 
@@ -67,7 +67,7 @@ class BlockStatistics:
         again = AllTokens(self._layers, few, repeats) if experts.policy == "all-tokens" else None
         shared = self._shared(accumulators) if few and experts.policy == "shared-hessian" else {}
         for group, sums in zip(self.groups, accumulators, strict=True):
-            names = tuple(name for operand in group for name in operand.names)
+            names = tuple(names_of(group))
             if group[0] not in few:
                 H = sums.finish_("+".join(names))
                 yield GroupStatistics(names, H, sums.num_tokens, sums.num_tokens)

@@ -21,6 +21,7 @@ from astro.errors import CheckpointError, NumericalError, RunError
 from astro.expert_policy import GroupStatistics
 from astro.files import save_tensors
 from astro.layer import QuantizedLinear
+from astro.observation import names_of
 from astro.recording import load_call, record, returns_tuple, run_head, save_calls
 from astro.report import LayerRecord, add_seconds, timed
 from astro.statistics import BlockStatistics
@@ -62,7 +63,7 @@ class _OpenBlock:
     @property
     def groups(self) -> list[list[str]]:
         """Names of the layers that share an input."""
-        return [[name for operand in group for name in operand.names] for group in self.statistics.groups]
+        return [names_of(group) for group in self.statistics.groups]
 
     def feeding_seconds(self) -> dict[str, float]:
         """Time by phase until all chunks have passed; that of the Hessians apart."""

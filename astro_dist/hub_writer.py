@@ -2,7 +2,7 @@
 
 What the client does itself: it asks the Hub whether a file goes to Xet or LFS, cuts it into parts, streams them from
 disk, and repeats a request for a part five times when the answer is 408, 429, 500, 502, 503 or 504 or the connection
-fails. Here every request is repeated on top of that, except the one commit: whether that happened is looked up first.
+fails. Here every request is repeated on top of that; for the one commit, whether it happened is looked up first.
 The token is the client's own affair; nothing here holds it.
 """
 
@@ -18,7 +18,7 @@ import huggingface_hub
 from huggingface_hub.hf_api import RepoFile
 from huggingface_hub.lfs import UploadInfo, post_lfs_batch_info
 
-from astro.errors import DamagedError
+from astro.errors import AstroError, DamagedError
 from astro_dist.config import PublishConfig
 from astro_dist.hub_failure import HubError, HubFailure, failure_of
 from astro_dist.inventory import ModelFile
@@ -75,6 +75,8 @@ class HubWriter:
             huggingface_hub.get_session().timeout = _TIMEOUT_S
             try:
                 return call()
+            except AstroError:  # of our own, and final
+                raise
             except Exception as error:  # of huggingface_hub, its HTTP library and hf_xet
                 failure = failure_of(error)
                 if not failure.passes or attempt == attempts:

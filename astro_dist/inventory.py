@@ -16,6 +16,7 @@ __all__ = [
     "describe",
     "is_whole",
     "read_inventory",
+    "replace_card",
     "seal",
     "shards_of",
     "write_inventory",
@@ -79,6 +80,15 @@ def seal(run: RunDirectory, shards: Mapping[str, ModelFile], names: Iterable[str
     """
     write_text(run.model / CARD_NAME, card)
     write_inventory(run, {*shards, *names, CARD_NAME}, shards)
+
+
+def replace_card(run: RunDirectory, card: str) -> None:
+    """Give a finished model another card.
+
+    Raises:
+        ConfigError: the model is not finished.
+    """
+    seal(run, {file.name: file for file in read_inventory(run) if file.name != CARD_NAME}, (), card)
 
 
 def is_whole(run: RunDirectory, shards: Mapping[str, ModelFile]) -> bool:

@@ -25,7 +25,7 @@ from astro_dist.estimate import require_room
 from astro_dist.executor import Executor, LocalExecutor
 from astro_dist.failure import FailureHistory
 from astro_dist.finished_run import FinishedRun
-from astro_dist.inventory import CARD_NAME, all_shards, is_whole, read_inventory, seal
+from astro_dist.inventory import all_shards, is_whole, replace_card, seal
 from astro_dist.manifest import RunDirectory, begun_commit
 from astro_dist.model_card import planned_card
 from astro_dist.prepared import Prepared, compute_dtype, prepare
@@ -126,8 +126,7 @@ def _renamed(prepared: Prepared, run: RunDirectory) -> dict[str, Any]:
     if summary["base_model"] != prepared.base.plain():
         summary["base_model"] = prepared.base.plain()
         write_json(run.summary, summary)
-        files = {file.name: file for file in read_inventory(run) if file.name != CARD_NAME}
-        seal(run, files, (), str(FinishedRun.open(run.root).card(prepared.config.publish.repo)))
+        replace_card(run, str(FinishedRun.open(run.root).card(prepared.config.publish.repo)))
         say(f"its card names {prepared.base.name or 'no base model'} now")
     return summary
 

@@ -19,9 +19,9 @@ from astro_dist.background_upload import BackgroundUpload
 from astro_dist.base_model import BaseModel
 from astro_dist.config import PublishConfig
 from astro_dist.finished_run import FinishedRun
-from astro_dist.hub_failure import failure_of
+from astro_dist.hub_failure import HubError
 from astro_dist.hub_writer import HubWriter, different
-from astro_dist.inventory import CARD_NAME, ModelFile, read_inventory, seal
+from astro_dist.inventory import CARD_NAME, ModelFile, read_inventory, replace_card
 from astro_dist.manifest import RunDirectory
 from astro_dist.preflight import preflight
 from astro_dist.progress import say
@@ -30,7 +30,6 @@ from astro_dist.upload_record import UploadRecord
 __all__ = ["Publication", "publish_run"]
 
 _ATTEMPTS = 5
-_FIRST_WAIT_S, _LONGEST_WAIT_S = 2.0, 60.0
 _ALWAYS_LARGE_BYTES = 10_000_000
 """Above this the Hub keeps no file as plain text in git, whatever its name."""
 
@@ -98,11 +97,9 @@ class Publication:
     def _write_card(self, finished: FinishedRun) -> None:
         """The card names the repository that it is in."""
         card = str(finished.card(self._writer.repository))
-        files = {file.name: file for file in read_inventory(self._run)}
         path = self._run.model / CARD_NAME
         if not path.is_file() or path.read_bytes() != card.encode():
-            files.pop(CARD_NAME, None)
-            seal(self._run, files, (), card)
+            replace_card(self._run, card)
 
     def _publish(self, title: str) -> dict[str, Any]:
         begin, writer, folder = time.perf_counter(), self._writer, self._run.model
@@ -163,26 +160,20 @@ class Publication:
 
     def _commit(self, files: Sequence[ModelFile], title: str) -> tuple[str, str]:
         """Make the one commit, once; its revision and hash."""
-        writer, wait_s = self._writer, _FIRST_WAIT_S
-        for attempt in range(1, _ATTEMPTS + 1):
+        writer = self._writer
+
+        def attempt() -> tuple[str, str]:
             if made := self._made(files, title):
                 return made
-            try:
-                answer = writer.commit(files, self._run.model, self._parent, title)
-                return answer.pr_revision or writer.branch, answer.oid
-            except DamagedError:
-                raise
-            except Exception as error:  # of huggingface_hub, its HTTP library and hf_xet
-                failure = failure_of(error)
-                refusal = writer.error("making the commit", failure, attempt)
-                refusal.__cause__ = error
-            if not failure.passes:
-                break
-            time.sleep(max(wait_s, failure.wait_s))
-            wait_s = min(2 * wait_s, _LONGEST_WAIT_S)
-        if made := self._made(files, title):
-            return made
-        raise refusal
+            answer = writer.commit(files, self._run.model, self._parent, title)
+            return answer.pr_revision or writer.branch, answer.oid
+
+        try:
+            return writer.patiently("making the commit", attempt, _ATTEMPTS)
+        except HubError:
+            if made := self._made(files, title):
+                return made
+            raise
 
     def _made(self, files: Sequence[ModelFile], title: str) -> tuple[str, str] | None:
         """The commit whose answer was lost, or another publisher's of the same model; None where it can be made.

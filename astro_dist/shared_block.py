@@ -7,7 +7,7 @@ a batch. All of it follows from the model and the settings, so that it does not 
 import dataclasses
 import functools
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -86,19 +86,11 @@ class SharedBlock:
 
     def tiles(self, batch: int) -> list[Tile]:
         """Of all rows."""
-        cut = []
-        for settings, members, rows, columns in self._apart(batch):
-            tiles = row_tiles(rows, columns, self._device_type, copies=len(members))
-            cut += [Tile(settings, members, own) for own in tiles]
-        return cut
+        return self._cut(batch, row_tiles)
 
     def sample_tiles(self, batch: int) -> list[Tile]:
         """Of the sampled rows, where β is searched."""
-        cut: list[Tile] = []
-        for settings, members, rows, columns in self._apart(batch) if self._spec.regularization.is_searched else ():
-            tiles = beta.sample_tiles(rows, columns, self._device_type, len(members))
-            cut += [Tile(settings, members, own) for own in tiles]
-        return cut
+        return self._cut(batch, beta.sample_tiles) if self._spec.regularization.is_searched else []
 
     def solved(self, batch: int) -> tuple[dict[str, QuantizedLinear], list[LayerRecord]]:
         """Layers and records of a batch whose tiles are all solved."""
@@ -143,14 +135,14 @@ class SharedBlock:
         path = self._path(batch, part)
         return path in path.parent.glob("*")
 
-    def _apart(self, batch: int) -> list[tuple[Quantization, tuple[tuple[str, ...], ...], int, int]]:
-        """What of a batch is solved together: settings, members, rows and columns of each stack."""
-        found = []
+    def _cut(self, batch: int, tiles: Callable[[int, int, str, int], list[slice]]) -> list[Tile]:
+        cut = []
         for settings, stacks in apart(self.batches[batch], self.settings):
             shapes = [self.unit.by_name[name] for name in stacks[0]]
-            rows = sum(linear.rows for linear in shapes)
-            found.append((settings, tuple(tuple(names) for names in stacks), rows, shapes[0].columns))
-        return found
+            rows, members = sum(linear.rows for linear in shapes), tuple(tuple(names) for names in stacks)
+            own = tiles(rows, shapes[0].columns, self._device_type, len(stacks))
+            cut += [Tile(settings, members, part) for part in own]
+        return cut
 
     def _merged(
         self, batch: int, tiles: Sequence[tuple[Tile, SolvedRows, list[GroupOutcome]]]

@@ -17,6 +17,7 @@ from astro import beta
 from astro.expert_policy import GroupStatistics
 from astro.group import Figures, LinearGroups, measure_width, prepare_groups, solve_rows
 from astro.layer import QuantizedLinear, stack
+from astro.observation import names_of
 from astro.report import LayerRecord, add_seconds
 from astro.statistics import input_stages
 from astro_dist.plan import BlockUnit
@@ -159,7 +160,7 @@ class TileSolver:
             if unit.linears and chunk is not None:
                 hidden = stage.hidden("round-0", index, chunk)
                 found = input_stages(stage.layers(unit), lambda: stage.forward(index, hidden))
-                block.lay_out([[[n for operand in group for n in operand.names] for group in own] for own in found])
+                block.lay_out([[names_of(group) for group in groups] for groups in found])
             elif unit.linears:
                 block.lay_out(block.note(0, "sum" if block.is_there(0, "sum") else "share-0")["layout"])
             self._block = block

@@ -75,7 +75,7 @@ def test_waits_grow_until_it_is_enough(online_hub, finished):
     online_hub.write_faults["commit"] = [503] * 99
     with pytest.raises(RunError, match="making the commit: the Hub answers 503: .* \\(tried 5 times\\)"):
         publish_run(finished, TARGET)
-    assert online_hub.own_waits == [2.0, 4.0, 8.0, 16.0, 32.0]
+    assert online_hub.own_waits == [2.0, 4.0, 8.0, 16.0]
 
 
 def test_repeated_it_sends_nothing_and_commits_nothing(online_hub, finished):
