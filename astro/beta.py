@@ -1,7 +1,9 @@
-"""The search of β: sampled rows get just what all rows will get, under every candidate, and the errors decide.
+"""The search of β: sampled rows are regularized and solved under every candidate, and the errors decide.
 
-Rows are independent, so that candidates can be tried on a tile of the sample anywhere. Shapes: R rows of all members
-together, C columns, S sampled rows, K candidates, B groups side by side, each of which gets a β of its own.
+They get what all rows will get but for the refinement: it is half of the work, and the choices without it are no worse
+(measured at 2, 3 and 4 bits). Rows are independent, so that candidates can be tried on a tile of the sample anywhere.
+Shapes: R rows of all members together, C columns, S sampled rows, K candidates, B groups side by side, each of which
+gets a β of its own.
 """
 
 import dataclasses
@@ -9,7 +11,8 @@ import dataclasses
 import torch
 
 from astro import regularizer
-from astro.group import LinearGroups, compensate, num_sampled, sampled, solve_rows
+from astro.group import LinearGroups, compensate, num_sampled, quantize_rows, sampled
+from astro.hessian import layer_error
 from astro.report import timed
 from astro.tiling import row_tiles
 
@@ -40,13 +43,15 @@ def weigh(groups: LinearGroups, W: torch.Tensor, tile: slice) -> torch.Tensor:
     """
     assert groups.problem is not None
     rows = compensate(groups, sampled(W)[:, tile])
-    # Its own clock: what the search spends on grids, GPTQ and refinement is the search's.
-    own = dataclasses.replace(groups, seconds={}, drift=None)
+    # Its own clock: what the search spends on grids and GPTQ is the search's.
+    own = dataclasses.replace(groups, seconds={})
     with timed(groups.seconds, "beta"):
-        targets = [rows, *(regularizer.regularize(rows, groups.problem, beta) for beta in _BETAS)]
-        # All candidates are quantized in one solve, as rows over each other.
-        solved = solve_rows(own, rows.repeat(1, NUM_CANDIDATES, 1), torch.cat(targets, dim=1))
-    error = solved.figures.error
+        # All candidates are regularized and quantized as rows over each other.
+        copies = rows.repeat(1, NUM_CANDIDATES, 1)
+        betas = torch.tensor(_BETAS, device=rows.device).repeat_interleave(rows.shape[1]).expand(len(rows), -1)
+        regularized = regularizer.regularize(copies[:, rows.shape[1] :], groups.problem, betas)
+        Q, grid = quantize_rows(own, torch.cat([rows, regularized], dim=1))
+        error = layer_error(copies, grid.dequantize(Q), groups.H)
     return error.reshape(len(error), NUM_CANDIDATES, -1)
 
 

@@ -113,4 +113,6 @@ def _rounded_panel(
 
 def _columns(X: torch.Tensor, index: torch.Tensor) -> torch.Tensor:
     """Columns of X [B, C, R], chosen for each layer by [B, C']."""
-    return X.take_along_dim(index.unsqueeze(-1), -2)
+    layers, columns, rows = X.shape[:-2].numel(), X.shape[-2], X.shape[-1]
+    first = torch.arange(layers, device=X.device).mul_(columns).view(*X.shape[:-2], 1)
+    return X.reshape(-1, rows).index_select(0, (first + index).flatten()).view(*index.shape, rows)

@@ -28,6 +28,7 @@ __all__ = [
     "measure_width",
     "num_sampled",
     "prepare_groups",
+    "quantize_rows",
     "sampled",
     "solve_rows",
 ]
@@ -174,34 +175,47 @@ def prepare_groups(
     return dataclasses.replace(groups, problem=problem, beta=beta)
 
 
-def solve_rows(groups: LinearGroups, W: torch.Tensor, target: torch.Tensor | None = None) -> SolvedRows:
-    """Regularize, fit the grid, solve and refine some rows.
+def quantize_rows(groups: LinearGroups, target: torch.Tensor) -> tuple[torch.Tensor, Grid]:
+    """Fit the grid to some rows and solve them, no more.
 
     Args:
         groups: prepared from all rows.
+        target: of these rows of each, regularized where they are to be, float32 [B, R, C].
+
+    Returns:
+        Integers int8 [B, R, C] and their grid.
+
+    Raises:
+        NumericalError: a scale overflows the dtype in which it is stored.
+    """
+    with timed(groups.seconds, "grid"):
+        cost = groups.factor.cost if groups.factor else groups.H.diagonal(dim1=-2, dim2=-1)
+        grid = fit_grid(target, groups.quantization, groups.scale_dtype, cost)
+        require_finite_scales(grid, groups.names)
+    if groups.factor is None:
+        return grid.quantize(target), grid
+    with timed(groups.seconds, "gptq"):
+        return gptq.solve(target, groups.factor, grid), grid
+
+
+def solve_rows(groups: LinearGroups, W: torch.Tensor) -> SolvedRows:
+    """Regularize, quantize and refine some rows.
+
+    Args:
+        groups: prepared from all rows, β known.
         W: original weights of these rows of each, float32 [B, R, C]; errors are those of their compensated form.
-        target: their regularized form [B, R, C], where it is known already; else β must be.
 
     Raises:
         NumericalError: a scale overflows the dtype in which it is stored.
     """
     settings, seconds = groups.quantization, groups.seconds
-    W = compensate(groups, W)
-    if target is None:
-        target = W
-        if groups.problem is not None:
-            assert groups.beta is not None
-            with timed(seconds, "regularize"):
-                target = regularizer.regularize(W, groups.problem, groups.beta)
-    with timed(seconds, "grid"):
-        cost = groups.factor.cost if groups.factor else groups.H.diagonal(dim1=-2, dim2=-1)
-        grid = fit_grid(target, settings, groups.scale_dtype, cost)
-        require_finite_scales(grid, groups.names)
-    if groups.factor is None:
-        Q = grid.quantize(target)
-    else:
-        with timed(seconds, "gptq"):
-            Q = gptq.solve(target, groups.factor, grid)
+    target = W = compensate(groups, W)
+    if groups.problem is not None:
+        assert groups.beta is not None
+        with timed(seconds, "regularize"):
+            target = regularizer.regularize(W, groups.problem, groups.beta)
+    Q, grid = quantize_rows(groups, target)
+    if groups.factor is not None and settings.refine_passes:
         with timed(seconds, "refine"):
             damping = groups.factor.damping.float() * groups.H.diagonal(dim1=-2, dim2=-1).mean(-1)
             passes, tolerance = settings.refine_passes, settings.refine_tolerance

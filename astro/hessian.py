@@ -14,8 +14,9 @@ from astro.errors import NumericalError
 
 __all__ = ["DriftAccumulator", "Factor", "HessianAccumulator", "factorize", "layer_error", "require_inputs"]
 
-_TILE = 1024
-"""Rows of H in one product. Part of the arithmetic: another tile rounds differently."""
+_TILE = {"cpu": 256, "cuda": 1024}
+"""Rows of H in one product: small ones compute less that is thrown away, but a GPU wants large ones. Part of the
+arithmetic: another tile rounds differently."""
 
 
 class HessianAccumulator:
@@ -93,18 +94,20 @@ class HessianAccumulator:
                 f"{name}: its calibration inputs hold NaN or Inf, or overflow float32 when squared; "
                 "check the model in this compute dtype (execution.compute_dtype)"
             )
-        for start in range(0, H.shape[0], _TILE):
-            stop = start + _TILE
+        tile = _TILE[H.device.type]
+        for start in range(0, H.shape[0], tile):
+            stop = start + tile
             H[stop:, start:stop] = H[start:stop, stop:].T
         return H.div_(self.num_tokens)
 
     def _fold(self) -> None:
         kept, self._kept = self._kept, []
+        tile = _TILE[self._device.type]
         if kept and self._sum is None:
             self._sum = torch.zeros(self._shape, dtype=torch.float32, device=self._device)
         for X in (X.float() for X in kept):
-            for start in range(0, X.shape[1], _TILE):
-                rows = slice(start, start + _TILE)
+            for start in range(0, X.shape[1], tile):
+                rows = slice(start, start + tile)
                 self._sum[rows, start:] += X[:, rows].T @ X[:, start:]  # type: ignore[index]
 
 

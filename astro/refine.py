@@ -20,9 +20,9 @@ import torch
 from astro import fusion
 from astro.grid import Grid, grouped
 
-__all__ = ["refine"]
+__all__ = ["MOST_COLUMNS", "refine"]
 
-_BLOCK = 128
+MOST_COLUMNS = 128
 """Columns between two products with all columns; a smaller group is a block of its own. Part of the arithmetic."""
 _PANEL = 16
 """Columns of the innermost loop."""
@@ -101,8 +101,8 @@ class _State:
             group = slice(k * size, (k + 1) * size)
             G = self.product(group)
             gain = gain + self._move_scale(k, group, G)
-            for start in range(group.start, group.stop, _BLOCK):
-                block = slice(start, min(start + _BLOCK, group.stop))
+            for start in range(group.start, group.stop, MOST_COLUMNS):
+                block = slice(start, min(start + MOST_COLUMNS, group.stop))
                 if start > group.start:
                     G = self.product(block)
                 gain = gain + self._move_integers(k, block, G)
@@ -120,8 +120,8 @@ class _State:
         wanted = (gain > 0) & (stored * s > 0)
         step = torch.where(wanted, step, 0.0)
         s += step
-        self.E[..., group, :] -= V * step.unsqueeze(-2)
-        G -= HV * step.unsqueeze(-2)
+        self.E[..., group, :].addcmul_(V, step.unsqueeze(-2), value=-1)
+        G.addcmul_(HV, step.unsqueeze(-2), value=-1)
         return torch.where(wanted, gain, 0.0).sum(-1)
 
     def _move_integers(self, k: int, block: slice, G: torch.Tensor) -> torch.Tensor:

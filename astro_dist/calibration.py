@@ -146,7 +146,8 @@ def _sequences(documents: Sequence[str], tokenizer: Any, config: CalibrationConf
         beside = f" beside {config.holdout_samples} held out" if option == "samples" else ""
         raise ConfigError(
             f"calibration.{option}: {count} sequences of {length} tokens{beside} asked for, but the text of "
-            f"{config.source} gives {available}; use more text, fewer samples or shorter sequences"
+            f"{config.source} gives {available} (a quarter of it is held out); use more text, fewer samples or shorter "
+            "sequences"
         )
     chosen = sorted(random.Random(config.seed).sample(range(available), count))
     rows = [bos + tokens[i * body : (i + 1) * body] for i in chosen]

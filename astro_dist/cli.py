@@ -84,6 +84,8 @@ def quantize(config: _ConfigPath, assignments: _Assignments = None, as_json: _Js
     _say(f"Done in {summary['wall_s']:.0f} s: {summary['model']}")
     if "publish" in summary:
         _say(_published(summary["publish"]))
+    else:
+        _say(f"Next: astro-dist verify {summary['model']}, astro-dist report or publish {settings.output.dir}")
 
 
 @app.command()
@@ -131,10 +133,10 @@ def plan(
         f"{found.read_bytes / 1e6:.1f} MB read, {found.written_bytes / 1e6:.1f} MB written"
     )
     _say(
-        f"with {needed.workers} worker(s), {needed.device}: about {needed.wall_s / 60:.1f} min, "
-        f"{needed.device_hours:.2f} device-hours, {needed.efficiency:.0%} of them at work; "
-        f"{needed.worker_bytes / 1e9:.2f} GB of memory a worker, {needed.disk_bytes / 1e9:.2f} GB of disk, "
-        f"{needed.moved_bytes / 1e9:.1f} GB moved"
+        f"with {needed.workers} worker(s) on {needed.device}: about {needed.wall_s / 60:.1f} min; "
+        f"{needed.device_hours:.2f} device-hours, {needed.efficiency:.0%} of that at work; a worker needs "
+        f"{needed.worker_bytes / 1e9:.2f} GB of memory, the run directory {needed.disk_bytes / 1e9:.2f} GB of disk; "
+        f"workers read and write {needed.moved_bytes / 1e9:.1f} GB"
     )
     for note in prepared.notes:
         _say(f"note: {note}")
@@ -230,8 +232,11 @@ def verify(
     if as_json:
         _print_json(report)
         return
-    for name, error in report["relative_weight_errors"].items():
-        _say(f"{name}: {error:.5f}")
+    if errors := report["relative_weight_errors"]:
+        table = Table("layer", "‖ŵ − w‖ / ‖w‖")
+        for name, error in errors.items():
+            table.add_row(name, f"{error:.5f}")
+        Console().print(table)
     _say(f"{report['linears']} packed layers and {report['tensors']} tensors are sound")
 
 

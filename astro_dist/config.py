@@ -208,7 +208,7 @@ def make_target(repo: str, private: bool, revision: str | None, pull_request: bo
     try:
         return PublishConfig(repo=repo, private=private, revision=revision, pull_request=pull_request)
     except ValidationError as error:
-        raise ConfigError("publish." + "; ".join(_explain(item) for item in error.errors())) from error
+        raise ConfigError("; ".join(f"publish.{_explain(item)}" for item in error.errors())) from error
 
 
 def run_key(config: RunConfig, source_fingerprint: str, version: str) -> str:
@@ -241,12 +241,24 @@ def load_config(path: Path, assignments: list[str] | None = None) -> RunConfig:
         raise ConfigError(f"{path}: cannot be read as YAML: {error}") from error
     if not isinstance(content, dict):
         raise ConfigError(f"{path}: expected a mapping of sections (model, quantization, ...), got {content!r:.80}")
+    in_file = _complaints(content)
     for assignment in assignments or []:
         _assign(content, assignment)
+    complaints = _complaints(content)
+    if complaints:
+        assigned = "".join(f" --set {assignment}" for assignment in assignments or [])
+        raise ConfigError(
+            "; ".join(f"{path}{'' if one in in_file else f' with{assigned}'}: {one}" for one in complaints)
+        )
+    return RunConfig.model_validate(content)
+
+
+def _complaints(content: dict[str, Any]) -> list[str]:
     try:
-        return RunConfig.model_validate(content)
+        RunConfig.model_validate(content)
     except ValidationError as error:
-        raise ConfigError(f"{path}: " + "; ".join(_explain(item) for item in error.errors())) from error
+        return [_explain(item) for item in error.errors()]
+    return []
 
 
 def _assign(content: dict[str, Any], assignment: str) -> None:
@@ -267,12 +279,12 @@ def _assign(content: dict[str, Any], assignment: str) -> None:
 
 def _explain(item: Any) -> str:
     # Union branches and generic markers are pydantic's, not the user's: the path keeps only keys of the file.
-    path = ".".join(str(part) for part in item["loc"])
+    key = ".".join(str(part) for part in item["loc"])
     if item["type"] in ("extra_forbidden", "unexpected_keyword_argument"):
-        return f"unknown key {path}{_suggest(item['loc'])}"
+        return f"unknown key {key}{_suggest(item['loc'])}"
     message = str(item["msg"]).removeprefix("Value error, ")
     shown = "" if item["type"] in ("missing", "value_error") else f", got {item['input']!r:.80}"
-    return f"{path}: {message}{shown}" if path else message
+    return f"{key}: {message}{shown}" if key else message
 
 
 def _suggest(location: tuple[int | str, ...]) -> str:

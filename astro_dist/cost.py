@@ -10,6 +10,7 @@ from typing import Any
 from astro.beta import NUM_CANDIDATES, sample_tiles
 from astro.config import Quantization, Regularizer
 from astro.grid import num_candidates
+from astro.refine import MOST_COLUMNS
 from astro.regularizer import PROX_PASSES
 from astro.tiling import row_tile, row_tiles
 from astro_dist.config import RunConfig
@@ -232,7 +233,7 @@ class CostModel:
         entered = self._prepare(batch) + Work(moved_bytes=square + weights)
         number = int(call.args[3])
         if call.method == "weigh":
-            return entered + self._solve_tiles(batch, [self._sample_tiles(batch)[number]], NUM_CANDIDATES)
+            return entered + self._weigh_tiles(batch, [self._sample_tiles(batch)[number]])
         tile = self._tiles(batch)[number]
         written = 5.0 * batch.count * (tile.stop - tile.start) * batch.columns
         return entered + self._solve_tiles(batch, [tile]) + Work(moved_bytes=written)
@@ -240,23 +241,34 @@ class CostModel:
     def _solve(self, batch: LayerGroup) -> Work:
         """All of a batch by one worker."""
         all_rows = self._solve_tiles(batch, self._tiles(batch))
-        return self._prepare(batch) + self._solve_tiles(batch, self._sample_tiles(batch), NUM_CANDIDATES) + all_rows
+        return self._prepare(batch) + self._weigh_tiles(batch, self._sample_tiles(batch)) + all_rows
 
     def _prepare(self, batch: LayerGroup) -> Work:
         """Factorization, and the operator of the regularizer."""
         return Work(exact=2.0 * batch.square * batch.columns)
 
-    def _solve_tiles(self, batch: LayerGroup, tiles: list[slice], copies: int = 1) -> Work:
-        """Regularization, GPTQ and refinement of tiles that hold so many copies of each row."""
-        settings, regularization = self._quantization, self._regularization
-        passes = 1 + 2 * settings.refine_passes  # a pass multiplies by H twice: for scales and for integers
+    def _weigh_tiles(self, batch: LayerGroup, tiles: list[slice]) -> Work:
+        """Regularization, GPTQ and errors of sampled rows under every candidate."""
+        return self._quantize_tiles(batch, tiles, NUM_CANDIDATES, products=1, loops=1)
+
+    def _solve_tiles(self, batch: LayerGroup, tiles: list[slice]) -> Work:
+        """Regularization, GPTQ, refinement and figures of tiles."""
+        settings = self._quantization
+        # A pass of refinement multiplies by H block of columns by block; for the scale of a wider group twice more.
+        wide = settings.group_size == -1 or settings.group_size > MOST_COLUMNS
+        refining = 1 + settings.refine_passes * (3 if wide else 1) if settings.refine_passes else 0
+        return self._quantize_tiles(batch, tiles, 1, products=refining + 2, loops=1 + settings.refine_passes)
+
+    def _quantize_tiles(self, batch: LayerGroup, tiles: list[slice], copies: int, products: int, loops: int) -> Work:
+        """Of tiles that hold so many copies of each row, with products with H and loops over columns besides."""
+        regularization = self._regularization
         iterations = regularization.steps if regularization.name != "none" else 0
         elements = copies * batch.count * sum(tile.stop - tile.start for tile in tiles) * float(batch.columns)
-        elementwise = iterations * PROX_PASSES + num_candidates(settings) * _CANDIDATE_PASSES
+        elementwise = iterations * PROX_PASSES + num_candidates(self._quantization) * _CANDIDATE_PASSES
         return Work(
-            exact=(passes + iterations) * 2.0 * batch.columns * elements,
+            exact=(iterations + 0.5 + products) * 2.0 * batch.columns * elements,
             elements=elementwise * elements,
-            steps=len(tiles) * batch.columns * self._column_steps * (1 + settings.refine_passes),
+            steps=len(tiles) * batch.columns * self._column_steps * loops,
         )
 
     def _forward(self, unit: BlockUnit, tokens: int) -> float:

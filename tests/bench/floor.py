@@ -138,6 +138,7 @@ def group_needs(group: LayerGroup, settings: Quantization, regularization: Regul
         sampled = num_sampled(group.rows)
         weighed = solve_needs(columns, sampled * NUM_CANDIDATES, settings, regularization)
         weighed["regularize"] *= 1 - 1 / NUM_CANDIDATES
+        weighed.pop("refine", None)
         needs["beta"] = sum(weighed.values(), Need())
     return needs
 

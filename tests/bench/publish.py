@@ -1,7 +1,7 @@
 """What may happen to an upload, and what uploading adds to a run: the README's figures of publishing.
 
     python tests/bench/publish.py faults --folder DIR
-    python tests/bench/publish.py overlap --folder DIR [--repeats 3]
+    python tests/bench/publish.py overlap --folder DIR [--repeats 3] [--layers 30]
 
 `faults` lets everything in `tests/publish_faults.py` happen to `astro-dist publish`, in a process of its own with the
 client as it is installed, against the tests' Hub server on loopback. `overlap` quantizes a fabricated checkpoint with
@@ -37,7 +37,7 @@ from tests.publish_faults import FAULTS, published  # noqa: E402
 
 FILES = 30
 # hidden, intermediate, heads, heads of keys and values, vocabulary
-SIZES, LAYERS = (768, 2048, 12, 6, 3000), 30
+SIZES = (768, 2048, 12, 6, 3000)
 
 
 def environment(hub: HubServer) -> dict[str, str]:
@@ -164,7 +164,8 @@ def quantize(source: Path, run: Path, hub: HubServer | None) -> tuple[float, dic
     command += [part for setting in settings for part in ("--set", setting)]
     since = time.perf_counter()
     own = environment(hub) if hub else None
-    done = subprocess.run(command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, env=own, cwd=ROOT, check=True)
+    with (run.parent / ("publishing.log" if hub else "alone.log")).open("w") as log:
+        done = subprocess.run(command, stdout=subprocess.PIPE, stderr=log, env=own, cwd=ROOT, check=True)
     return time.perf_counter() - since, json.loads(done.stdout)
 
 
@@ -178,12 +179,12 @@ def pace(run: Path) -> float:
     return size * (len(ends) - 1) / len(ends) / (ends[-1] - ends[0])
 
 
-def overlap(folder: Path, repeats: int) -> None:
+def overlap(folder: Path, repeats: int, layers: int) -> None:
     """Print what publishing adds to a run."""
-    source, run = folder / "source", folder / "run"
+    source, run = folder / f"source-{layers}", folder / "run"
     if not (source / "tokenizer.json").exists():
         source.mkdir(parents=True, exist_ok=True)
-        fabricate(source, SIZES, LAYERS)
+        fabricate(source, SIZES, layers)
     print(
         "| seconds without | seconds with | MB/s of the server | MB sent | after the last block, s "
         "| driver MB without, with | added |\n|---|---|---|---|---|---|---|",
@@ -216,13 +217,14 @@ def main() -> None:
     parser.add_argument("--folder", type=Path, required=True)
     parser.add_argument("--only", default="", help="part of what happens")
     parser.add_argument("--repeats", type=int, default=3)
+    parser.add_argument("--layers", type=int, default=30, help="of the fabricated model: how long a run takes")
     options = parser.parse_args()
     folder = options.folder.resolve()
     folder.mkdir(parents=True, exist_ok=True)
     if options.what == "faults":
         faults(folder, options.only)
     else:
-        overlap(folder, options.repeats)
+        overlap(folder, options.repeats, options.layers)
 
 
 if __name__ == "__main__":

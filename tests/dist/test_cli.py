@@ -1,6 +1,7 @@
 """The commands as a user runs them: output, exit codes, one readable paragraph for what is wrong."""
 
 import json
+import re
 import os
 import subprocess
 import sys
@@ -91,7 +92,8 @@ def test_verify_measures_against_the_source(run, config, llama):
     run("quantize", config)
     code, out, _ = run("verify", config.parent / "run" / "model", "--against", llama)
     assert code == 0
-    assert "model.layers.2.mlp.down_proj: 0." in out
+    assert "‖ŵ − w‖ / ‖w‖" in out
+    assert re.search(r"model\.layers\.2\.mlp\.down_proj +│ 0\.", out)
     assert "21 packed layers" in out
 
 
