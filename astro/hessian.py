@@ -45,8 +45,8 @@ class HessianAccumulator:
         """Add one chunk.
 
         Args:
-            X: inputs of the layer [..., C], any float dtype; products are formed in float32. Where inputs are kept it
-                must not be written to any more.
+            X: inputs of the layer [..., C], any float dtype; products are formed and added in float32. Where inputs are
+                kept it must not be written to any more.
         """
         X = X.reshape(-1, X.shape[-1])
         self.num_tokens += X.shape[0]
@@ -105,10 +105,20 @@ class HessianAccumulator:
         tile = _TILE[self._device.type]
         if kept and self._sum is None:
             self._sum = torch.zeros(self._shape, dtype=torch.float32, device=self._device)
-        for X in (X.float() for X in kept):
+        for X in (X if _is_multiplied_exactly(X) else X.float() for X in kept):
             for start in range(0, X.shape[1], tile):
                 rows = slice(start, start + tile)
-                self._sum[rows, start:] += X[:, rows].T @ X[:, start:]  # type: ignore[index]
+                self._sum[rows, start:] += _product(X[:, rows], X[:, start:])  # type: ignore[index]
+
+
+def _is_multiplied_exactly(X: torch.Tensor) -> bool:
+    """Whether its device takes 16-bit numbers for sums in float32, in which each of their products is exact."""
+    return X.device.type == "cuda" and X.dtype in (torch.bfloat16, torch.float16)
+
+
+def _product(X: torch.Tensor, Y: torch.Tensor) -> torch.Tensor:
+    """XᵀY in float32."""
+    return X.T @ Y if X.dtype == torch.float32 else torch.mm(X.T, Y, out_dtype=torch.float32)
 
 
 class DriftAccumulator:

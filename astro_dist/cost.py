@@ -119,10 +119,9 @@ class CostModel:
             return Work(moved_bytes=unit.read_bytes if args[0] == 0 else unit.written_bytes)
         if call.method in ("forward", "pass_on"):
             chunk = str(args[2])
-            exact = self._hessian(unit, self._tokens[chunk]) if not is_held_out(chunk) else 0.0
-            moved = 2.0 * self._activations([chunk])
-            exact *= call.method == "forward"
-            return Work(self._forward(unit, self._tokens[chunk]), exact, moved_bytes=moved)
+            passed = Work(self._forward(unit, self._tokens[chunk]), moved_bytes=2.0 * self._activations([chunk]))
+            counts = call.method == "forward" and not is_held_out(chunk)
+            return passed + self._hessian(self._batches(unit), self._tokens[chunk]) if counts else passed
         if call.method == "solve":
             solved = (self._solve(batch) for batch in self._batches(unit))
             return sum(solved, Work(moved_bytes=unit.written_bytes))
@@ -218,11 +217,12 @@ class CostModel:
             chunks = self._shares[int(call.args[2])]
             tokens = sum(self._tokens[chunk] for chunk in chunks)
             streams = 1 + self._compensated
-            exact = tokens * sum(batch.reach * batch.square for batch in stage) * (1.0 + 2 * self._compensated)
+            drift = 2.0 * tokens * sum(batch.reach * batch.square for batch in stage) * self._compensated
             # A stage's inputs take the block's forward up to that stage; which worker has the block already is open.
             passed = (int(call.args[1]) + 1) / len(stages)
             moved = streams * self._activations(chunks) + square + unit.read_bytes
-            return Work(streams * passed * self._forward(unit, tokens), exact, moved_bytes=moved)
+            summed = self._hessian(stage, tokens)
+            return summed + Work(streams * passed * self._forward(unit, tokens), drift, moved_bytes=moved)
         batch = found[min(int(call.args[2]), len(found) - 1)]
         square = 4.0 * batch.square * (1 + self._compensated)
         weights = batch.weights * self._itemsize
@@ -274,9 +274,10 @@ class CostModel:
     def _forward(self, unit: BlockUnit, tokens: int) -> float:
         return 2.0 * tokens * sum(batch.reach * batch.weights for batch in self._batches(unit))
 
-    def _hessian(self, unit: BlockUnit, tokens: int) -> float:
-        """XᵀX on and above the diagonal."""
-        return 1.0 * tokens * sum(batch.reach * batch.square for batch in self._batches(unit))
+    def _hessian(self, batches: Iterable[LayerGroup], tokens: int) -> Work:
+        """XᵀX on and above the diagonal; a GPU multiplies inputs of 16 bits as they are."""
+        operations = 1.0 * tokens * sum(batch.reach * batch.square for batch in batches)
+        return Work(operations) if self._device_type == "cuda" else Work(exact=operations)
 
     def _batches(self, unit: BlockUnit) -> list[LayerGroup]:
         if unit.index not in self._known:

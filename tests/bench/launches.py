@@ -51,7 +51,7 @@ _SOLVE = {
     "regularize": "regularize", "fit_grid": "grid", "require_finite_scales": "grid", "solve": "gptq",
     "refine": "refine",
 }  # fmt: skip
-"""Phases of a solve by the function that `solve_rows` calls; all else it calls are figures."""
+"""Phases of a solve by the functions that `solve_rows` calls; all else it calls are figures."""
 _PHASES = {
     "weigh": "beta", "choose": "choose", "add_": "hessian", "finish_": "prepare", "prepare_groups": "prepare",
     "merge_rows": "merge and pack", "pack_linear": "merge and pack",
@@ -135,8 +135,8 @@ def _key() -> tuple[str, str]:
 def _phase(functions: list[str]) -> str:
     """Of an operator by the functions of ours that it was called in, the innermost first."""
     if "weigh" not in functions and "solve_rows" in functions:
-        called = functions[functions.index("solve_rows") - 1] if functions[0] != "solve_rows" else ""
-        return _SOLVE.get(called, "figures")
+        called = reversed(functions[: functions.index("solve_rows")])  # the outermost first
+        return next((_SOLVE[name] for name in called if name in _SOLVE), "figures")
     return next((phase for function, phase in _PHASES.items() if function in functions), "other")
 
 

@@ -3,6 +3,7 @@
 import pytest
 import torch
 
+from astro import hessian as hessian_module
 from astro.errors import NumericalError
 from astro.hessian import HessianAccumulator, factorize, layer_error
 from tests.conftest import correlated_inputs, random_weights
@@ -38,6 +39,25 @@ def test_bfloat16_inputs_are_multiplied_exactly():
     X = correlated_inputs(64, 16).to(torch.bfloat16)
     accumulator = HessianAccumulator(16, CPU)
     accumulator.add_(X)
+    assert torch.equal(accumulator.finish_("x"), hessian(X.double()))
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_where_a_device_multiplies_16_bits_exactly_they_stay_16_bits(dtype, monkeypatch):
+    """What a GPU gets. Here its product is made of float32 ones."""
+    X, seen, real = correlated_inputs(64, 300).to(dtype), [], torch.mm
+
+    def mm(A, B, out_dtype):
+        assert real(A.to("meta"), B.to("meta"), out_dtype=out_dtype).dtype == torch.float32  # the call exists
+        seen.append((A.dtype, B.dtype))
+        return A.to(out_dtype) @ B.to(out_dtype)
+
+    monkeypatch.setattr(hessian_module, "_is_multiplied_exactly", lambda X: True)
+    accumulator = HessianAccumulator(300, CPU)
+    with monkeypatch.context() as patched:
+        patched.setattr(hessian_module.torch, "mm", mm)
+        accumulator.add_(X)
+    assert seen == [(dtype, dtype)] * 2
     assert torch.equal(accumulator.finish_("x"), hessian(X.double()))
 
 
