@@ -138,8 +138,14 @@ class DriftAccumulator:
             X_source: inputs of the layer in the source model [..., C].
             X: inputs of the layer behind quantized layers, for the same tokens [..., C].
         """
-        X = X.reshape(-1, X.shape[-1]).float()
-        self.partial += (X_source.reshape(X.shape).float() - X).T @ X
+        X = X.reshape(-1, X.shape[-1])
+        D = X_source.reshape(X.shape).float() - X.float()
+        parts = [D]
+        if _is_multiplied_exactly(X):  # their difference takes two such numbers
+            high = D.to(X.dtype)
+            parts = [high, (D - high.float()).to(X.dtype)]
+        for part in parts:
+            self.partial += _product(part, X if part.dtype == X.dtype else X.float())
         self.num_tokens += X.shape[0]
 
     def merge_(self, partial: torch.Tensor, num_tokens: int) -> None:

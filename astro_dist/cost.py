@@ -217,12 +217,11 @@ class CostModel:
             chunks = self._shares[int(call.args[2])]
             tokens = sum(self._tokens[chunk] for chunk in chunks)
             streams = 1 + self._compensated
-            drift = 2.0 * tokens * sum(batch.reach * batch.square for batch in stage) * self._compensated
             # A stage's inputs take the block's forward up to that stage; which worker has the block already is open.
             passed = (int(call.args[1]) + 1) / len(stages)
             moved = streams * self._activations(chunks) + square + unit.read_bytes
-            summed = self._hessian(stage, tokens)
-            return summed + Work(streams * passed * self._forward(unit, tokens), drift, moved_bytes=moved)
+            sums = self._hessian(stage, tokens, self._compensated)
+            return sums + Work(streams * passed * self._forward(unit, tokens), moved_bytes=moved)
         batch = found[min(int(call.args[2]), len(found) - 1)]
         square = 4.0 * batch.square * (1 + self._compensated)
         weights = batch.weights * self._itemsize
@@ -274,10 +273,12 @@ class CostModel:
     def _forward(self, unit: BlockUnit, tokens: int) -> float:
         return 2.0 * tokens * sum(batch.reach * batch.weights for batch in self._batches(unit))
 
-    def _hessian(self, batches: Iterable[LayerGroup], tokens: int) -> Work:
-        """XᵀX on and above the diagonal; a GPU multiplies inputs of 16 bits as they are."""
-        operations = 1.0 * tokens * sum(batch.reach * batch.square for batch in batches)
-        return Work(operations) if self._device_type == "cuda" else Work(exact=operations)
+    def _hessian(self, batches: Iterable[LayerGroup], tokens: int, drift: bool = False) -> Work:
+        """XᵀX on and above the diagonal, and the drift. A GPU multiplies 16-bit inputs as they are, a drift as two."""
+        on_gpu = self._device_type == "cuda"
+        operations = tokens * sum(batch.reach * batch.square for batch in batches)
+        operations *= 1.0 + drift * (4.0 if on_gpu else 2.0)
+        return Work(operations) if on_gpu else Work(exact=operations)
 
     def _batches(self, unit: BlockUnit) -> list[LayerGroup]:
         if unit.index not in self._known:

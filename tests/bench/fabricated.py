@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from accuracy import PLAIN
-from measured_run import PHASES, kept, our_run
+from measured_run import PHASES, kept, our_run, peer_runs
 
 _WORDS = 4096
 BASE = {"hidden": 512, "intermediate": 1536, "layers": 2, "samples": 16}
@@ -102,7 +102,7 @@ def growth(options: argparse.Namespace) -> None:
 
 
 def wide(options: argparse.Namespace) -> None:
-    """One wide block, with β searched and as plain GPTQ."""
+    """One wide block, with β searched and as plain GPTQ; the other tools' whole time beside."""
     ways = {"auto": [], "plain GPTQ": PLAIN}
     results: dict[str, list[dict]] = {}
     for turn in range(options.turns):
@@ -110,8 +110,14 @@ def wide(options: argparse.Namespace) -> None:
             out = options.out / f"wide-{name.replace(' ', '-')}-turn-{turn}"
             measure = lambda out=out, changes=changes: fabricated_run(options, out, WIDE, changes)  # noqa: E731
             results.setdefault(name, []).append(kept(out.with_suffix(".json"), measure))
-    print("| | " + " | ".join((*PHASES, "sum", "peak GB")) + " |\n" + "|---" * (len(PHASES) + 3) + "|")
+        source = fabricated(options.out, WIDE["hidden"], WIDE["intermediate"], WIDE["layers"])
+        for tool, found in peer_runs(options, source, out / "tokens.safetensors", options.out, f"wide-{turn}").items():
+            results.setdefault(tool, []).append(found)
+    print("| | " + " | ".join((*PHASES, "at work", "all", "peak GB")) + " |\n" + "|---" * (len(PHASES) + 4) + "|")
     for name, own in results.items():
-        cells = [statistics.median(one["phases_s"].get(phase, 0.0) for one in own) for phase in PHASES]
-        last = (statistics.median(one["work_s"] for one in own), max(one["peak_bytes"] for one in own) / 1e9)
-        print(f"| {name} | " + " | ".join(f"{value:.1f}" for value in (*cells, *last)) + " |")
+        cells = [""] * (len(PHASES) + 1)
+        if "phases_s" in own[0]:
+            parts = [{**dict.fromkeys(PHASES, 0.0), **one["phases_s"], "at work": one["work_s"]} for one in own]
+            cells = [f"{statistics.median(one[part] for one in parts):.1f}" for part in (*PHASES, "at work")]
+        last = (statistics.median(one["wall_s"] for one in own), max(one["peak_bytes"] for one in own) / 1e9)
+        print(f"| {name} | " + " | ".join((*cells, *(f"{value:.1f}" for value in last))) + " |")

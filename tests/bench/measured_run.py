@@ -1,6 +1,9 @@
-"""One run of the command line: its seconds, its phases and the memory of all of its processes."""
+"""One run of the command line, or of another tool: seconds, phases, the memory of all of its processes."""
 
+import argparse
+import functools
 import json
+import os
 import shutil
 import subprocess
 import sys
@@ -84,3 +87,24 @@ def kept(path: Path, measure: Callable[[], dict]) -> dict:
     if not path.exists():
         path.write_text(json.dumps(measure()))
     return json.loads(path.read_text())
+
+
+def peer_runs(options: argparse.Namespace, model: Path, tokens: Path, out: Path, turn: str) -> dict[str, dict]:
+    """One run of every other tool asked for: seconds and memory of quantizing, perplexity where tokens are held out."""
+    found = {}
+    for tool, _, python in (peer.partition("=") for peer in options.peer):
+        path = out / f"{tool}-{turn}.json"
+        measure = functools.partial(_peer_run, options, tool, python, model, tokens, path)
+        found[tool] = kept(path, measure)
+    return found
+
+
+def _peer_run(options: argparse.Namespace, tool: str, python: str, model: Path, tokens: Path, path: Path) -> dict:
+    threads = str(options.threads)
+    environment = os.environ | {"OMP_NUM_THREADS": threads, "GPTQMODEL_CPU_WORKERS": threads}
+    job = [str(model), str(tokens), "--bits", str(options.bits), "--group-size", str(options.group_size)]
+    command = [python, str(Path(__file__).resolve().with_name("peers.py")), tool, *job]
+    own = {"env": environment, "cwd": path.parent}  # some write logs where they are
+    with path.with_suffix(".log").open("w") as errors:
+        done = subprocess.run(command, stdout=subprocess.PIPE, stderr=errors, text=True, check=True, **own)
+    return json.loads(done.stdout.splitlines()[-1])

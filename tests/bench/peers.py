@@ -117,8 +117,8 @@ def main() -> None:
     options = parser.parse_args()
     torch.manual_seed(0)
     tokens = load_file(options.tokens)
-    sequences = {kind: torch.cat([tokens[n] for n in sorted(tokens) if n[0] == kind]) for kind in "ch"}
-    job = (options.model, sequences["c"], options.bits, options.group_size)
+    chunks = {kind: [tokens[name] for name in sorted(tokens) if name[0] == kind] for kind in "ch"}
+    job = (options.model, torch.cat(chunks["c"]), options.bits, options.group_size)
     start = time.perf_counter()
     weights = {
         "llm-compressor": lambda: llm_compressor(*job),
@@ -127,7 +127,7 @@ def main() -> None:
         "none": dict,
     }[options.tool]()
     wall_s, peak = time.perf_counter() - start, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-    value = perplexity(options.model, weights, sequences["h"])
+    value = perplexity(options.model, weights, torch.cat(chunks["h"])) if chunks["h"] else None
     print(json.dumps({"tool": options.tool, "perplexity": value, "wall_s": round(wall_s, 1), "peak_bytes": peak}))
 
 

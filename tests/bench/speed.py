@@ -3,7 +3,7 @@
     python tests/bench/speed.py peers MODEL TEXT.parquet --out DIR --turns 3 \
         --peer llm-compressor=/venvs/llm-compressor/bin/python --peer gptqmodel=/venvs/gptqmodel/bin/python
     python tests/bench/speed.py growth --out DIR
-    python tests/bench/speed.py wide --out DIR
+    python tests/bench/speed.py wide --out DIR [--peer ...]
 
 `peers`: the command line and other tools (`peers.py`, in their own environments) quantize one model from the same
 tokens with as many threads, one after the other, in turn. Nothing is held out, so that all do the same; perplexity is
@@ -16,7 +16,6 @@ import argparse
 import json
 import os
 import statistics
-import subprocess
 import sys
 from collections.abc import Mapping
 from pathlib import Path
@@ -26,21 +25,9 @@ sys.path.insert(0, str(Path(__file__).parents[2]))
 
 from accuracy import PLAIN, SEQUENTIAL
 from fabricated import growth, wide
-from measured_run import PHASES, kept, our_run
+from measured_run import PHASES, kept, our_run, peer_runs
 
 OURS = {"ours, blocks": [], "ours, blocks, plain GPTQ": PLAIN, "ours, sequential": SEQUENTIAL}
-
-
-def peer_run(options: argparse.Namespace, tool: str, python: str, tokens: Path, log: Path) -> dict:
-    """One run of another tool: seconds and memory of quantizing, perplexity."""
-    threads = str(options.threads)
-    environment = os.environ | {"OMP_NUM_THREADS": threads, "GPTQMODEL_CPU_WORKERS": threads}
-    job = [str(options.model), str(tokens), "--bits", str(options.bits), "--group-size", str(options.group_size)]
-    command = [python, str(Path(__file__).resolve().with_name("peers.py")), tool, *job]
-    own = {"env": environment, "cwd": options.out}  # some write logs where they are
-    with log.open("w") as errors:
-        done = subprocess.run(command, stdout=subprocess.PIPE, stderr=errors, text=True, check=True, **own)
-    return json.loads(done.stdout.splitlines()[-1])
 
 
 def write_tokens(options: argparse.Namespace, path: Path) -> None:
@@ -94,10 +81,8 @@ def compare(options: argparse.Namespace) -> None:
                 found["perplexity"] = our_perplexity(options, run, tokens)
                 path.write_text(json.dumps(found))
             results.setdefault(name, []).append(found)
-        for tool, _, python in (peer.partition("=") for peer in options.peer):
-            path = options.out / f"{tool}-{turn}.json"
-            job = (options, tool, python, tokens, path.with_suffix(".log"))
-            results.setdefault(tool, []).append(kept(path, lambda job=job: peer_run(*job)))
+        for tool, found in peer_runs(options, options.model, tokens, options.out, str(turn)).items():
+            results.setdefault(tool, []).append(found)
     print_comparison(results, options)
 
 
@@ -132,8 +117,9 @@ def main() -> None:
             mode.add_argument("model", type=Path)
             mode.add_argument("text", type=Path)
             mode.add_argument("--ours", nargs="+", default=list(OURS), choices=list(OURS))
-            mode.add_argument("--peer", action="append", default=[], metavar="TOOL=PYTHON")
             mode.add_argument("--samples", type=int, default=32)
+        if action is not growth:
+            mode.add_argument("--peer", action="append", default=[], metavar="TOOL=PYTHON")
         mode.add_argument("--out", type=Path, required=True)
         mode.add_argument("--turns", type=int, default=3)
         threads = {"default": 2, "help": "of every tool; ours are workers of one thread each"}

@@ -5,7 +5,7 @@ import torch
 
 from astro import hessian as hessian_module
 from astro.errors import NumericalError
-from astro.hessian import HessianAccumulator, factorize, layer_error
+from astro.hessian import DriftAccumulator, HessianAccumulator, factorize, layer_error
 from tests.conftest import correlated_inputs, random_weights
 
 CPU = torch.device("cpu")
@@ -42,23 +42,36 @@ def test_bfloat16_inputs_are_multiplied_exactly():
     assert torch.equal(accumulator.finish_("x"), hessian(X.double()))
 
 
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-def test_where_a_device_multiplies_16_bits_exactly_they_stay_16_bits(dtype, monkeypatch):
-    """What a GPU gets. Here its product is made of float32 ones."""
-    X, seen, real = correlated_inputs(64, 300).to(dtype), [], torch.mm
+@pytest.fixture(params=[torch.bfloat16, torch.float16])
+def half(request, monkeypatch):
+    """The dtype that a GPU multiplies as it is. Its product, which a CPU has not, is made of one in float32."""
+    real = torch.mm
 
     def mm(A, B, out_dtype):
+        assert A.dtype == B.dtype == request.param
         assert real(A.to("meta"), B.to("meta"), out_dtype=out_dtype).dtype == torch.float32  # the call exists
-        seen.append((A.dtype, B.dtype))
-        return A.to(out_dtype) @ B.to(out_dtype)
+        return real(A.float(), B.float())
 
     monkeypatch.setattr(hessian_module, "_is_multiplied_exactly", lambda X: True)
+    monkeypatch.setattr(hessian_module.torch, "mm", mm)
+    return request.param
+
+
+def test_what_a_gpu_gets_in_16_bits_comes_to_the_same(half):
+    X = correlated_inputs(64, 300).to(half)
     accumulator = HessianAccumulator(300, CPU)
-    with monkeypatch.context() as patched:
-        patched.setattr(hessian_module.torch, "mm", mm)
-        accumulator.add_(X)
-    assert seen == [(dtype, dtype)] * 2
+    accumulator.add_(X)
     assert torch.equal(accumulator.finish_("x"), hessian(X.double()))
+
+
+def test_drift_that_a_gpu_gets_in_16_bits_is_exact(half):
+    X = correlated_inputs(64, 40).to(half)
+    X_source = (X.double() * 1.01 + 0.003 * correlated_inputs(64, 40, seed=5)).to(half)
+    accumulator = DriftAccumulator(40, CPU)
+    accumulator.add_(X_source, X)
+    expected = (X_source.double() - X.double()).T @ X.double() / 64
+    found = accumulator.finish_("x").double()
+    torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-6 * float(expected.abs().max()))
 
 
 def test_no_token_is_an_error():
