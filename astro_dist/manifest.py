@@ -11,7 +11,6 @@ source/        of a remote model: config, tokenizer, code
 
 import contextlib
 import dataclasses
-import fcntl
 import hashlib
 import json
 import shutil
@@ -19,9 +18,10 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from astro.errors import CheckpointError, ConfigError, DamagedError, RunError
+from astro.errors import CheckpointError, ConfigError, DamagedError
 from astro.files import PARTIAL_SUFFIX, read_json, sha256_of, write_bytes, write_json, write_text
 from astro.parts import load_part, save_part
+from astro_dist import run_lock
 from astro_dist.config import RunConfig
 from astro_dist.journal import Journal
 from astro_dist.schedule import Spent, block_unit
@@ -273,23 +273,7 @@ class RunDirectory:
         Raises:
             RunError: another driver is at work here, or the folder cannot be written.
         """
-        try:
-            self.root.mkdir(parents=True, exist_ok=True)
-            lock = (self.root / "lock").open("w")
-        except OSError as error:
-            raise RunError(f"{self.root}: cannot be written: {error}") from error
-        with lock:
-            try:
-                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError as error:
-                raise RunError(
-                    f"{self.root}: another process is at work on this run; wait for it, or stop it first"
-                ) from error
-            except OSError as error:
-                raise RunError(
-                    f"{self.root}: its file system cannot lock files ({error}); mount it with locks, so that two "
-                    "drivers never work on one run"
-                ) from error
+        with run_lock.held(self.root):
             self._sweep()
             self.journal.note("opened")
             try:
@@ -299,15 +283,7 @@ class RunDirectory:
 
     def is_locked(self) -> bool:
         """Whether a driver is at work here."""
-        path = self.root / "lock"
-        if not path.is_file():
-            return False
-        with path.open() as lock:
-            try:
-                fcntl.flock(lock, fcntl.LOCK_SH | fcntl.LOCK_NB)
-            except OSError:
-                return True
-        return False
+        return run_lock.is_held(self.root)
 
     def _sweep(self) -> None:
         """Delete what was left half written."""

@@ -74,9 +74,6 @@ def _page(
 ) -> str:
     newest = max((layer["round"] for layer in layers), default=0)
     last = [layer for layer in layers if layer["round"] == newest]
-    raised = [layer for layer in last if layer["factorizations"] > 1]
-    starved = [layer for layer in last if layer["fallback"]]
-    failed = [line for line in journal if line["event"] in _FAILED]
     worst = sorted(last, key=lambda layer: -layer["relative_error"])[:10]
     parts = [
         f"<h1>{_text(root.name)}: {_text(status['state'])}</h1>",
@@ -84,24 +81,7 @@ def _page(
         f"{status['units']['total']} units done.</p>",
         _figures(summary),
         "<h2>What was degraded, and what was tried again</h2>",
-        _table(("layers", "damping"), [(layer["name"], f"{layer['damping']:g}") for layer in raised])
-        if raised
-        else "<p>No damping had to be raised.</p>",
-        _table(
-            ("layers of experts", "routed tokens", "instead of their own statistics"),
-            [(layer["name"], str(layer["routed_tokens"]), layer["fallback"]) for layer in starved],
-        )
-        if starved
-        else "",
-        _table(
-            ("unit", "what", "cause"),
-            [
-                (line.get("unit", ""), line.get("kind", line["event"]), line.get("cause", line.get("reason", "")))
-                for line in failed
-            ],
-        )
-        if failed
-        else "<p>Nothing failed.</p>",
+        *_degraded(last, journal),
         "<h2>Relative layer error by block</h2>",
         _chart(last) if last else "<p>No block is finished yet.</p>",
         "<h2>Largest relative layer errors</h2>",
@@ -125,6 +105,21 @@ def _page(
         f'<!doctype html>\n<html lang="en"><head><meta charset="utf-8"><title>{_text(root.name)}</title>'
         f"<style>{_STYLE}</style></head>\n<body>\n{body}\n</body></html>\n"
     )
+
+
+def _degraded(layers: Sequence[dict[str, Any]], journal: Sequence[dict[str, Any]]) -> list[str]:
+    raised = [(layer["name"], f"{layer['damping']:g}") for layer in layers if layer["factorizations"] > 1]
+    starved = [(layer["name"], str(layer["routed_tokens"]), layer["fallback"]) for layer in layers if layer["fallback"]]
+    failed = [
+        (line.get("unit", ""), line.get("kind", line["event"]), line.get("cause", line.get("reason", "")))
+        for line in journal
+        if line["event"] in _FAILED
+    ]
+    return [
+        _table(("layers", "damping"), raised) if raised else "<p>No damping had to be raised.</p>",
+        _table(("layers of experts", "routed tokens", "instead of their own statistics"), starved) if starved else "",
+        _table(("unit", "what", "cause"), failed) if failed else "<p>Nothing failed.</p>",
+    ]
 
 
 def _figures(summary: dict[str, Any]) -> str:
