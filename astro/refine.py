@@ -40,7 +40,7 @@ def refine(
     passes: int,
     tolerance: float,
     scale_dtype: torch.dtype,
-) -> tuple[torch.Tensor, Grid]:
+) -> tuple[torch.Tensor, Grid, torch.Tensor]:
     """Lower the layer error of quantized rows by passes over their scales and integers.
 
     Args:
@@ -54,7 +54,8 @@ def refine(
         scale_dtype: dtype in which scales are stored; every new scale is exact in it.
 
     Returns:
-        Integers int8 [B, R, C] and their grid. In the damped layer error never worse than what was given.
+        Integers int8 [B, R, C], their grid, and the undamped layer error of each row, float32 [B, R]. In the damped one
+        never worse than what was given.
     """
     state = _State(
         V=(grouped(Q.float(), grid.group_size) - grid.zero.unsqueeze(-1)).flatten(-2).mT.contiguous(),
@@ -66,14 +67,15 @@ def refine(
         grid=grid,
         scale_dtype=scale_dtype,
     )
-    error = torch.linalg.vecdot(state.E, state.product(slice(None)), dim=-2).sum(-1) if passes else H.new_zeros(())
+    error = torch.linalg.vecdot(state.E, state.product(slice(None)), dim=-2)
     for _ in range(passes):
-        gain = state.sweep()
-        if not bool((gain >= tolerance * error).any()):
-            break
+        before, gain = error.sum(-1), state.sweep()
         error = error - gain
+        if not bool((gain.sum(-1) >= tolerance * before).any()):
+            break
     Q = (grouped(state.V.mT, grid.group_size) + grid.zero.unsqueeze(-1)).flatten(-2).to(torch.int8)
-    return Q, dataclasses.replace(grid, scale=state.scale.mT.contiguous())
+    error = error - damping.unsqueeze(-1) * torch.linalg.vecdot(state.E, state.E, dim=-2)
+    return Q, dataclasses.replace(grid, scale=state.scale.mT.contiguous()), error.clamp_(min=0)
 
 
 @dataclasses.dataclass
@@ -94,18 +96,18 @@ class _State:
         return (self.H[..., rows, :] @ self.E).addcmul_(self.damping, self.E[..., rows, :])
 
     def sweep(self) -> torch.Tensor:
-        """One pass over all scales and integers; by how much the error of each layer fell, [B]."""
-        gain = self.H.new_zeros(())
+        """One pass over all scales and integers; by how much the error of each row fell, [B, R]."""
+        gain = torch.zeros_like(self.scale[..., 0, :])
         size = self.grid.group_size
         for k in range(self.scale.shape[-2]):
             group = slice(k * size, (k + 1) * size)
             G = self.product(group)
-            gain = gain + self._move_scale(k, group, G)
+            gain += self._move_scale(k, group, G)
             for start in range(group.start, group.stop, MOST_COLUMNS):
                 block = slice(start, min(start + MOST_COLUMNS, group.stop))
                 if start > group.start:
                     G = self.product(block)
-                gain = gain + self._move_integers(k, block, G)
+                gain += self._move_integers(k, block, G)
         return gain
 
     def _move_scale(self, k: int, group: slice, G: torch.Tensor) -> torch.Tensor:
@@ -122,7 +124,7 @@ class _State:
         s += step
         self.E[..., group, :].addcmul_(V, step.unsqueeze(-2), value=-1)
         G.addcmul_(HV, step.unsqueeze(-2), value=-1)
-        return torch.where(wanted, gain, 0.0).sum(-1)
+        return torch.where(wanted, gain, 0.0)
 
     def _move_integers(self, k: int, block: slice, G: torch.Tensor) -> torch.Tensor:
         """Choose the integers of some columns of a group anew, one column after the other; alters G."""
@@ -141,7 +143,7 @@ class _State:
         V.copy_(chosen)
         E -= D
         gain: torch.Tensor = torch.linalg.vecdot(D, 2 * G[..., :size, :] - D * diagonal, dim=-2)
-        return gain.sum(-1)
+        return gain
 
 
 def _move_panel_(

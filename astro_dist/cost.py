@@ -253,10 +253,10 @@ class CostModel:
     def _solve_tiles(self, batch: LayerGroup, tiles: list[slice]) -> Work:
         """Regularization, GPTQ, refinement and figures of tiles."""
         settings = self._quantization
-        # A pass of refinement multiplies by H block of columns by block; for the scale of a wider group twice more.
+        # Two are for figures; a pass of refinement takes one block by block, for the scale of a wider group two more.
         wide = settings.group_size == -1 or settings.group_size > MOST_COLUMNS
-        refining = 1 + settings.refine_passes * (3 if wide else 1) if settings.refine_passes else 0
-        return self._quantize_tiles(batch, tiles, 1, products=refining + 2, loops=1 + settings.refine_passes)
+        products = 2 + settings.refine_passes * (3 if wide else 1)
+        return self._quantize_tiles(batch, tiles, 1, products, loops=1 + settings.refine_passes)
 
     def _quantize_tiles(self, batch: LayerGroup, tiles: list[slice], copies: int, products: int, loops: int) -> Work:
         """Of tiles that hold so many copies of each row, with products with H and loops over columns besides."""
