@@ -70,7 +70,7 @@ class GroupOutcome:
 
     Attributes:
         beta: strength of the regularization.
-        beta_gain: share of the sampled rows' error that it saved against 0; 0 where it was not searched.
+        beta_gain: share of the sampled rows' error before refinement that it saved against 0; 0 if not searched.
         damping: share of the mean diagonal that the Hessian needed.
         factorizations: that were tried.
         seconds: time by phase.
@@ -96,7 +96,8 @@ class LinearGroups:
         factor: of the damped H; None for rounding to nearest.
         problem: regularization; None where every β is 0.
         beta: strengths of the regularization, float64 [B]; None where they are yet to be chosen.
-        beta_gain: share of the sampled rows' error that each saved against 0, [B]; 0 where it was not searched.
+        beta_gain: share of the sampled rows' error before refinement that each saved against 0, [B]; 0 where it was not
+            searched.
         rounded: groups that are rounded to nearest for want of statistics, bool [B]: H is the identity, β 0.
         seconds: time by phase, added to by every solve.
     """
@@ -219,11 +220,9 @@ def solve_rows(groups: LinearGroups, W: torch.Tensor) -> SolvedRows:
         with timed(seconds, "refine"):
             damping = groups.factor.damping.float() * groups.H.diagonal(dim1=-2, dim2=-1).mean(-1)
             passes, tolerance = settings.refine_passes, settings.refine_tolerance
-            Q, grid, error = refine(W, Q, grid, groups.H, damping, passes, tolerance, groups.scale_dtype)
-    else:
-        error = layer_error(W, grid.dequantize(Q), groups.H)
+            Q, grid = refine(W, Q, grid, groups.H, damping, passes, tolerance, groups.scale_dtype)
     figures = Figures(
-        error=error,
+        error=layer_error(W, grid.dequantize(Q), groups.H),
         energy=layer_error(W, torch.zeros_like(W), groups.H),
         maximum_before=grouped(W, grid.group_size).abs().amax(-1).mean(-1),
         maximum_after=grouped(target, grid.group_size).abs().amax(-1).mean(-1),

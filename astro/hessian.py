@@ -141,9 +141,9 @@ class DriftAccumulator:
         X = X.reshape(-1, X.shape[-1])
         D = X_source.reshape(X.shape).float() - X.float()
         parts = [D]
-        if _is_multiplied_exactly(X):  # their difference takes two such numbers
+        if _is_multiplied_exactly(X) and X.dtype == torch.bfloat16:  # of a float32's range; two hold it to 2⁻¹⁷
             high = D.to(X.dtype)
-            parts = [high, (D - high.float()).to(X.dtype)]
+            parts = [high, D.sub_(high).to(X.dtype)]
         for part in parts:
             self.partial += _product(part, X if part.dtype == X.dtype else X.float())
         self.num_tokens += X.shape[0]

@@ -20,9 +20,9 @@ import torch
 from astro import fusion
 from astro.grid import Grid, grouped
 
-__all__ = ["MOST_COLUMNS", "refine"]
+__all__ = ["BLOCK_COLUMNS", "refine"]
 
-MOST_COLUMNS = 128
+BLOCK_COLUMNS = 128
 """Columns between two products with all columns; a smaller group is a block of its own. Part of the arithmetic."""
 _PANEL = 16
 """Columns of the innermost loop."""
@@ -40,7 +40,7 @@ def refine(
     passes: int,
     tolerance: float,
     scale_dtype: torch.dtype,
-) -> tuple[torch.Tensor, Grid, torch.Tensor]:
+) -> tuple[torch.Tensor, Grid]:
     """Lower the layer error of quantized rows by passes over their scales and integers.
 
     Args:
@@ -54,8 +54,7 @@ def refine(
         scale_dtype: dtype in which scales are stored; every new scale is exact in it.
 
     Returns:
-        Integers int8 [B, R, C], their grid, and the undamped layer error of each row, float32 [B, R]. In the damped one
-        never worse than what was given.
+        Integers int8 [B, R, C] and their grid. In the damped layer error never worse than what was given.
     """
     state = _State(
         V=(grouped(Q.float(), grid.group_size) - grid.zero.unsqueeze(-1)).flatten(-2).mT.contiguous(),
@@ -67,15 +66,12 @@ def refine(
         grid=grid,
         scale_dtype=scale_dtype,
     )
-    error = torch.linalg.vecdot(state.E, state.product(slice(None)), dim=-2)
     for _ in range(passes):
-        before, gain = error.sum(-1), state.sweep()
-        error = error - gain
-        if not bool((gain.sum(-1) >= tolerance * before).any()):
+        gain, error = state.sweep()
+        if not bool((gain >= tolerance * error).any()):
             break
     Q = (grouped(state.V.mT, grid.group_size) + grid.zero.unsqueeze(-1)).flatten(-2).to(torch.int8)
-    error = error - damping.unsqueeze(-1) * torch.linalg.vecdot(state.E, state.E, dim=-2)
-    return Q, dataclasses.replace(grid, scale=state.scale.mT.contiguous()), error.clamp_(min=0)
+    return Q, dataclasses.replace(grid, scale=state.scale.mT.contiguous())
 
 
 @dataclasses.dataclass
@@ -95,20 +91,27 @@ class _State:
         """Rows of (H + λI) E."""
         return (self.H[..., rows, :] @ self.E).addcmul_(self.damping, self.E[..., rows, :])
 
-    def sweep(self) -> torch.Tensor:
-        """One pass over all scales and integers; by how much the error of each row fell, [B, R]."""
+    def sweep(self) -> tuple[torch.Tensor, torch.Tensor]:
+        """One pass over all scales and integers.
+
+        Returns:
+            By how much the error of each layer fell, and about what it was: each group's share as the pass met it,
+            which costs no product of its own. Both [B].
+        """
         gain = torch.zeros_like(self.scale[..., 0, :])
+        error = torch.zeros_like(gain)
         size = self.grid.group_size
         for k in range(self.scale.shape[-2]):
             group = slice(k * size, (k + 1) * size)
             G = self.product(group)
+            error += torch.linalg.vecdot(self.E[..., group, :], G, dim=-2)
             gain += self._move_scale(k, group, G)
-            for start in range(group.start, group.stop, MOST_COLUMNS):
-                block = slice(start, min(start + MOST_COLUMNS, group.stop))
+            for start in range(group.start, group.stop, BLOCK_COLUMNS):
+                block = slice(start, min(start + BLOCK_COLUMNS, group.stop))
                 if start > group.start:
                     G = self.product(block)
                 gain += self._move_integers(k, block, G)
-        return gain
+        return gain.sum(-1), error.sum(-1)
 
     def _move_scale(self, k: int, group: slice, G: torch.Tensor) -> torch.Tensor:
         """Refit a group's scale; brings the group's rows of G = H E up to date."""

@@ -31,7 +31,7 @@ class LayerRecord:
     beta: float
     """Strength of the regularization; 0 where none was done."""
     beta_gain: float
-    """Share of the sampled rows' layer error that the chosen beta saved against beta 0; 0 where not searched."""
+    """Share of the sampled rows' layer error before refinement that beta saved against 0; 0 where not searched."""
     width_errors: dict[int, float]
     """Relative error of the sampled rows at each width that was measured, without regularization."""
     group_maximum_ratio: float

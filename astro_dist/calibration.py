@@ -144,9 +144,10 @@ def _sequences(documents: Sequence[str], tokenizer: Any, config: CalibrationConf
     available = len(tokens) // body
     if available < count:
         beside = f" beside {config.holdout_samples} held out" if option == "samples" else ""
+        part = "three quarters" if option == "samples" else "a quarter"
         raise ConfigError(
             f"calibration.{option}: {count} sequences of {length} tokens{beside} asked for, but the text of "
-            f"{config.source} gives {available} (a quarter of it is held out); use more text, fewer samples or shorter "
+            f"{config.source} gives {available} ({part} of it are for that); use more text, fewer samples or shorter "
             "sequences"
         )
     chosen = sorted(random.Random(config.seed).sample(range(available), count))

@@ -85,7 +85,10 @@ def quantize(config: _ConfigPath, assignments: _Assignments = None, as_json: _Js
     if "publish" in summary:
         _say(_published(summary["publish"]))
     else:
-        _say(f"Next: astro-dist verify {summary['model']}, astro-dist report or publish {settings.output.dir}")
+        root = settings.output.dir
+        _say(
+            f"Next: astro-dist verify {root}/model; astro-dist report {root}; astro-dist publish {root} --repo ORG/NAME"
+        )
 
 
 @app.command()
@@ -233,10 +236,9 @@ def verify(
         _print_json(report)
         return
     if errors := report["relative_weight_errors"]:
-        table = Table("layer", "‖ŵ − w‖ / ‖w‖")
+        _say(f"‖ŵ − w‖ / ‖w‖ of each layer, w of {against}:")
         for name, error in errors.items():
-            table.add_row(name, f"{error:.5f}")
-        Console().print(table)
+            _say(f"{name}: {error:.5f}")
     _say(f"{report['linears']} packed layers and {report['tensors']} tensors are sound")
 
 

@@ -244,16 +244,20 @@ def load_config(path: Path, assignments: list[str] | None = None) -> RunConfig:
     in_file = _complaints(content)
     for assignment in assignments or []:
         _assign(content, assignment)
-    complaints = _complaints(content)
-    if complaints:
-        assigned = "".join(f" --set {assignment}" for assignment in assignments or [])
-        raise ConfigError(
-            "; ".join(f"{path}{'' if one in in_file else f' with{assigned}'}: {one}" for one in complaints)
-        )
-    return RunConfig.model_validate(content)
+    try:
+        return RunConfig.model_validate(content)
+    except ValidationError as error:
+        complaints = _complaints(content)
+        where = {
+            True: str(path),
+            False: f"{path} with --set {', '.join(a.partition('=')[0] for a in assignments or [])}",
+        }
+        told = [(f"{where[own]}: ", [one for one in complaints if (one in in_file) == own]) for own in where]
+        raise ConfigError("; ".join(place + "; ".join(found) for place, found in told if found)) from error
 
 
 def _complaints(content: dict[str, Any]) -> list[str]:
+    """Of a configuration, without raising."""
     try:
         RunConfig.model_validate(content)
     except ValidationError as error:

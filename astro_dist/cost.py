@@ -10,7 +10,7 @@ from typing import Any
 from astro.beta import NUM_CANDIDATES, sample_tiles
 from astro.config import Quantization, Regularizer
 from astro.grid import num_candidates
-from astro.refine import MOST_COLUMNS
+from astro.refine import BLOCK_COLUMNS
 from astro.regularizer import PROX_PASSES
 from astro.tiling import row_tile, row_tiles
 from astro_dist.config import RunConfig
@@ -42,8 +42,8 @@ class Work:
     """What a call does.
 
     Attributes:
-        compute: operations in the compute dtype: forward passes.
-        exact: operations in float32: statistics and solve.
+        compute: operations in the compute dtype: forward passes, on a GPU statistics too.
+        exact: operations in float32: solve, on a CPU statistics too.
         elements: that elementwise operations go through: proximal map, candidates of scales.
         steps: dependent small operations: columns of GPTQ and refinement.
         moved_bytes: read from and written to the shared folder.
@@ -180,7 +180,8 @@ class CostModel:
         solving = max((self._solving_bytes(batch) for batch in found), default=0.0)
         widest = max([self._plan.hidden_size, *(batch.columns for batch in found)])
         tokens = max(self._tokens.values())
-        forwarding = tokens * (_STATES * self._plan.hidden_size * self._itemsize + widest * (3 * self._itemsize + 4))
+        inputs = (3 * self._itemsize + 4) * (2 if self._compensated else 1)  # of both streams, and their drift
+        forwarding = tokens * (_STATES * self._plan.hidden_size * self._itemsize + widest * inputs)
         # Quantized layers wait as bytes until the shard is written.
         phase = max(forwarding, solving + weights)
         parameters: dict[str, float] = {}
@@ -253,12 +254,13 @@ class CostModel:
     def _solve_tiles(self, batch: LayerGroup, tiles: list[slice]) -> Work:
         """Regularization, GPTQ, refinement and figures of tiles."""
         settings = self._quantization
-        # Two are for figures; a pass of refinement takes one block by block, for the scale of a wider group two more.
-        wide = settings.group_size == -1 or settings.group_size > MOST_COLUMNS
-        products = 2 + settings.refine_passes * (3 if wide else 1)
-        return self._quantize_tiles(batch, tiles, 1, products, loops=1 + settings.refine_passes)
+        passes = settings.refine_passes if settings.method == "gptq" else 0
+        # A pass takes a product block by block, and for the scale of a group of more than a block once more its own.
+        size = batch.columns if settings.group_size == -1 else settings.group_size
+        wider = 1 - BLOCK_COLUMNS / size + size / batch.columns if size > BLOCK_COLUMNS else 0.0
+        return self._quantize_tiles(batch, tiles, 1, products=2 + passes * (1 + wider), loops=1 + passes)
 
-    def _quantize_tiles(self, batch: LayerGroup, tiles: list[slice], copies: int, products: int, loops: int) -> Work:
+    def _quantize_tiles(self, batch: LayerGroup, tiles: list[slice], copies: int, products: float, loops: int) -> Work:
         """Of tiles that hold so many copies of each row, with products with H and loops over columns besides."""
         regularization = self._regularization
         iterations = regularization.steps if regularization.name != "none" else 0
@@ -275,10 +277,10 @@ class CostModel:
 
     def _hessian(self, batches: Iterable[LayerGroup], tokens: int, drift: bool = False) -> Work:
         """XᵀX on and above the diagonal, and the drift. A GPU multiplies 16-bit inputs as they are, a drift as two."""
-        on_gpu = self._device_type == "cuda"
+        halves = self._device_type == "cuda" and self._itemsize == 2
         operations = tokens * sum(batch.reach * batch.square for batch in batches)
-        operations *= 1.0 + drift * (4.0 if on_gpu else 2.0)
-        return Work(operations) if on_gpu else Work(exact=operations)
+        operations *= 1.0 + drift * (4.0 if halves else 2.0)
+        return Work(operations) if halves else Work(exact=operations)
 
     def _batches(self, unit: BlockUnit) -> list[LayerGroup]:
         if unit.index not in self._known:

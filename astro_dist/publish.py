@@ -29,7 +29,7 @@ from astro_dist.upload_record import UploadRecord
 
 __all__ = ["Publication", "publish_run"]
 
-_ATTEMPTS = 5
+_ATTEMPTS, _LAST_LOOK_S = 5, 32.0
 _ALWAYS_LARGE_BYTES = 10_000_000
 """Above this the Hub keeps no file as plain text in git, whatever its name."""
 
@@ -170,7 +170,9 @@ class Publication:
 
         try:
             return writer.patiently("making the commit", attempt, _ATTEMPTS)
-        except HubError:
+        except HubError as error:
+            if error.failure.passes:
+                time.sleep(_LAST_LOOK_S)  # it may be making it still
             if made := self._made(files, title):
                 return made
             raise

@@ -2,12 +2,17 @@
 
 import contextlib
 import fcntl
+import time
 from collections.abc import Iterator
 from pathlib import Path
+from typing import IO
 
 from astro.errors import RunError
 
 __all__ = ["held", "is_held"]
+
+_LOOKS, _BETWEEN_S = 10, 0.1
+"""Who only asks whether the lock is held holds it for a moment."""
 
 
 @contextlib.contextmanager
@@ -24,14 +29,14 @@ def held(root: Path) -> Iterator[None]:
         raise RunError(f"{root}: cannot be written: {error}") from error
     with lock:
         try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError as error:
-            raise RunError(f"{root}: another process is at work on this run; wait for it, or stop it first") from error
+            taken = any(_take(lock, look) for look in range(_LOOKS))
         except OSError as error:
             raise RunError(
                 f"{root}: its file system cannot lock files ({error}); mount it with locks, so that two drivers never "
                 "work on one run"
             ) from error
+        if not taken:
+            raise RunError(f"{root}: another process is at work on this run; wait for it, or stop it first")
         yield
 
 
@@ -42,9 +47,20 @@ def is_held(root: Path) -> bool:
     with _path(root).open() as lock:
         try:
             fcntl.flock(lock, fcntl.LOCK_SH | fcntl.LOCK_NB)
-        except OSError:
+        except BlockingIOError:
             return True
+        except OSError:  # it has no locks, and no driver works on it
+            return False
     return False
+
+
+def _take(lock: IO[str], look: int) -> bool:
+    time.sleep(_BETWEEN_S * (look > 0))
+    try:
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    return True
 
 
 def _path(root: Path) -> Path:

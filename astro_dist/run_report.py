@@ -86,7 +86,7 @@ def _page(
         _chart(last) if last else "<p>No block is finished yet.</p>",
         "<h2>Largest relative layer errors</h2>",
         _table(
-            ("layers", "bits", "relative error", "β", "gain of β"),
+            ("layers", "bits", "relative error", "β", "its gain before refinement"),
             [
                 (
                     layer["name"],

@@ -111,7 +111,8 @@ def wide(options: argparse.Namespace) -> None:
             measure = lambda out=out, changes=changes: fabricated_run(options, out, WIDE, changes)  # noqa: E731
             results.setdefault(name, []).append(kept(out.with_suffix(".json"), measure))
         source = fabricated(options.out, WIDE["hidden"], WIDE["intermediate"], WIDE["layers"])
-        for tool, found in peer_runs(options, source, out / "tokens.safetensors", options.out, f"wide-{turn}").items():
+        tokens = options.out / f"wide-auto-turn-{turn}" / "tokens.safetensors"
+        for tool, found in peer_runs(options, source, tokens, options.out, f"wide-{turn}").items():
             results.setdefault(tool, []).append(found)
     print("| | " + " | ".join((*PHASES, "at work", "all", "peak GB")) + " |\n" + "|---" * (len(PHASES) + 4) + "|")
     for name, own in results.items():

@@ -49,7 +49,7 @@ _LEAST_SHOWN = 0.15
 _COMPILED = [(gptq, "_rounded_panel", 1), (refine, "_moved_panel", 2)]
 _SOLVE = {
     "regularize": "regularize", "fit_grid": "grid", "require_finite_scales": "grid", "solve": "gptq",
-    "refine": "refine",
+    "refine": "refine", "compensate": "compensate",
 }  # fmt: skip
 """Phases of a solve by the functions that `solve_rows` calls; all else it calls are figures."""
 _PHASES = {

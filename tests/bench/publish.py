@@ -189,6 +189,7 @@ def overlap(folder: Path, repeats: int, layers: int) -> None:
         maker = multiprocessing.get_context("spawn").Process(target=fabricate, args=(source, SIZES, layers))
         maker.start()
         maker.join()
+        assert maker.exitcode == 0
     print(
         "| seconds without | seconds with | MB/s of the server | MB sent | after the last block, s "
         "| driver MB without, with | added |\n|---|---|---|---|---|---|---|",

@@ -6,8 +6,9 @@ import torch
 from astro import beta, tiling
 from astro.config import Quantization, Regularizer
 from astro.errors import NumericalError
-from astro.group import compensate, measure_width, prepare_groups, solve_rows
+from astro.group import compensate, measure_width, prepare_groups, quantize_rows, sampled, solve_rows
 from astro.hessian import DriftAccumulator, layer_error
+from astro.regularizer import regularize
 from tests.conftest import correlated_inputs, random_weights
 
 NONE = Regularizer(name="none")
@@ -136,6 +137,28 @@ def test_measured_widths_fall_and_leave_the_group_alone():
     assert errors[1] == pytest.approx(
         float((f := solve_rows(prepared(W[::4], H), W[None, ::4]).figures).error.sum() / f.energy.sum()), rel=0.3
     )
+
+
+@pytest.mark.parametrize("solver", ["admm", "pgd"])
+def test_candidates_weighed_together_are_those_weighed_alone(solver):
+    """Three groups, each with a drift: a tile of the sample, against one candidate of one group after the other."""
+    settings, regularization = Quantization(group_size=16, bits=3), Regularizer(solver=solver, iterations=6)
+    W = torch.stack([random_weights(128, 64, seed + 1) for seed in range(3)])
+    seen = [drifted(seed) for seed in range(3)]
+    H = torch.stack([(X.T @ X / len(X)).float() for _, X, _ in seen])
+    drift = torch.stack([drift for _, _, drift in seen])
+    names = ["a", "b", "c"]
+    together = prepare_groups(names, W, H, settings, regularization, torch.float16, drift)
+    errors = beta.weigh(together, W, slice(3, 9))
+    assert errors.shape == (3, 6, 6)
+    for i, name in enumerate(names):
+        own = slice(i, i + 1)
+        alone = prepare_groups([name], W[own], H[own], settings, regularization, torch.float16, drift[own])
+        rows = compensate(alone, sampled(W[own])[:, 3:9])
+        for k, strength in enumerate((0.0, 1e-5, 3e-5, 1e-4, 3e-4, 1e-3)):
+            Q, grid = quantize_rows(alone, regularize(rows, alone.problem, strength))
+            expected = layer_error(rows, grid.dequantize(Q), H[own])[0]
+            torch.testing.assert_close(errors[i, k], expected, rtol=1e-2, atol=0)
 
 
 def test_drift_that_is_not_finite_is_an_error():

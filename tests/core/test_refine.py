@@ -20,7 +20,7 @@ def ridge(H):
 
 
 def run(W, Q, grid, H, passes, tolerance=0.0, dtype=torch.float16):
-    return refine(W, Q, grid, H, ridge(H), passes, tolerance, dtype)[:2]
+    return refine(W, Q, grid, H, ridge(H), passes, tolerance, dtype)
 
 
 def problem(rows=12, columns=64, seed=0, **changes):
@@ -93,15 +93,6 @@ def test_two_passes_save_some_percent(bits):
     W, H, Q, grid = problem(rows=64, bits=bits)
     refined = run(W, Q, grid, H, 2)
     assert float(error(W, *refined, H).sum()) < 0.96 * float(error(W, Q, grid, H).sum())
-
-
-@pytest.mark.parametrize("bits", [2, 4, 8])
-@pytest.mark.parametrize("passes", [0, 1, 4])
-def test_error_is_the_undamped_one_of_each_row(bits, passes):
-    W, H, Q, grid = problem(rows=64, bits=bits)
-    Q, grid, found = refine(W, Q, grid, H, ridge(H), passes, 0.0, torch.float16)
-    E = W.double() - grid.dequantize(Q).double()
-    torch.testing.assert_close(found.double(), ((E @ H.double()) * E).sum(1), rtol=1e-3, atol=0)
 
 
 def test_rows_do_not_meet():

@@ -29,7 +29,9 @@ def slow_solves(monkeypatch):
 def test_shards_go_up_while_later_blocks_are_solved(online_hub, run_config, tmp_path, slow_solves):
     summary = pipeline.quantize(run_config(publish__repo="org/model"))
     events = [(line["event"], line.get("unit", line.get("file"))) for line in journal(tmp_path / "run")]
-    assert events.index(("uploaded", "model-00002-of-00004.safetensors")) < events.index(("finished", "round-0-block-0002"))
+    assert events.index(("uploaded", "model-00002-of-00004.safetensors")) < events.index(
+        ("finished", "round-0-block-0002")
+    )
     assert summary["publish"]["repository"] == "org/model"
     assert len(online_hub.commits) == 1
     assert published(online_hub, "org/model") == files_of(tmp_path / "run" / "model", with_card=True)
@@ -39,7 +41,9 @@ def test_only_shards_of_the_last_round_go_up(online_hub, run_config, tmp_path):
     pipeline.quantize(run_config(publish__repo="org/model", execution__rounds=2))
     assert published(online_hub, "org/model") == files_of(tmp_path / "run" / "model", with_card=True)
     assert {path.name for path in online_hub.objects.iterdir()} == {
-        sha for name, sha in files_of(tmp_path / "run" / "model", with_card=True).items() if name.endswith(".safetensors")
+        sha
+        for name, sha in files_of(tmp_path / "run" / "model", with_card=True).items()
+        if name.endswith(".safetensors")
     }
 
 

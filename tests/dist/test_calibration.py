@@ -14,7 +14,9 @@ DOCUMENTS = [f"document {i:02d} " * 20 for i in range(8)]
 
 
 def settings(**changes):
-    return CalibrationConfig(**{"samples": 10, "sequence_length": 32, "chunk_samples": 4, "holdout_samples": 5, **changes})
+    return CalibrationConfig(
+        **{"samples": 10, "sequence_length": 32, "chunk_samples": 4, "holdout_samples": 5, **changes}
+    )
 
 
 def test_chunks_have_fixed_sizes_and_names():
@@ -36,7 +38,9 @@ def test_every_fourth_document_is_held_out():
 
 def test_single_document_is_split_at_three_quarters():
     found = tokenize(["a" * 900 + "b" * 300], byte_tokenizer(), settings())
-    calibration, holdout = ({t for c in found.chunks if is_held_out(c.name) is h for t in c.tokens.ravel()} for h in (False, True))
+    calibration, holdout = (
+        {t for c in found.chunks if is_held_out(c.name) is h for t in c.tokens.ravel()} for h in (False, True)
+    )
     assert len(calibration) == len(holdout) == 1
     assert calibration != holdout
 

@@ -68,7 +68,9 @@ def test_slurm_script_is_sound_bash_and_cleans_up_its_token():
     text = path.read_text()
     assert "RAY_AUTH_MODE=token" in text
     assert "trap 'rm -f \"$RAY_AUTH_TOKEN_PATH\"' EXIT" in text
-    assert all(re.fullmatch(r"#SBATCH --[a-z-]+(=\S+)?", line) for line in text.splitlines() if line.startswith("#SBATCH"))
+    assert all(
+        re.fullmatch(r"#SBATCH --[a-z-]+(=\S+)?", line) for line in text.splitlines() if line.startswith("#SBATCH")
+    )
 
 
 def test_versions_agree():

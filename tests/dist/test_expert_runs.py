@@ -12,8 +12,8 @@ from safetensors.torch import load_file
 
 from astro.errors import ConfigError, NumericalError
 from astro_dist import pipeline
-from astro_dist.prepared import prepare
 from astro_dist.cost import CostModel
+from astro_dist.prepared import prepare
 from astro_dist.verify import verify_model
 from tests.architectures import EXPERTS
 from tests.conftest import LLAMA, files_of, write_checkpoint

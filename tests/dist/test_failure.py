@@ -22,7 +22,9 @@ def test_node_that_takes_many_workers_with_it_counts_once_for_each_of_their_call
     history = FailureHistory(max_retries=1)
     for call in TILE:
         assert judge(history, call, LOST, lost=True) == 0
-    with pytest.raises(RunError, match=r"block-0000, tile on worker 5: the worker died. Attempt 2 of 2 .*often wants more memory"):
+    with pytest.raises(
+        RunError, match=r"block-0000, tile on worker 5: the worker died. Attempt 2 of 2 .*often wants more memory"
+    ):
         judge(history, TILE[3], LOST, lost=True)
 
 

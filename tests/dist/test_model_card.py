@@ -54,7 +54,7 @@ def test_figures_are_those_of_the_records(run):
     layers = [layer for block in range(3) for layer in run.run.read(f"round-0-block-{block:04d}")["layers"]]
     largest = max(layer["relative_error"] for layer in layers if "o_proj" in layer["name"])
     (row,) = [line for line in section(card, "How it was quantized").splitlines() if "`o_proj`" in line]
-    assert f"| 3 | 4 | " in row
+    assert "| 3 | 4 | " in row
     assert f"{largest:.3g} (`model.layers." in row
     assert run.identity["tokens_sha256"] in section(card, "Calibration data")
     assert "3 on x86_64, torch" in section(card, "Hardware and time")
@@ -110,7 +110,7 @@ def test_card_of_other_runs(run_config, tmp_path, changes, title, expected):
     pipeline.quantize(run_config(regularizer__name="none", **changes))
     card = FinishedRun.open(tmp_path / "run").card(None)
     assert expected in section(card, title)
-    assert "by astro-dist 0.1.0 (GPTQ), format" in card.text
+    assert "by astro-dist 0.2.0 (GPTQ), format" in card.text
     assert "astro" not in card.data.tags
 
 

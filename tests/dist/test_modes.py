@@ -11,9 +11,9 @@ from safetensors.torch import load_file
 from astro.checkpoint import Checkpoint
 from astro.errors import ConfigError, RunError
 from astro_dist import pipeline
-from astro_dist.prepared import prepare
 from astro_dist.actors import Worker
 from astro_dist.manifest import RunDirectory
+from astro_dist.prepared import prepare
 from astro_dist.tiles import TileSolver
 from astro_dist.verify import verify_model
 from tests.conftest import files_of
@@ -33,8 +33,8 @@ MODES = {
     },
 }
 STEPS = (
-    "embed", "copy", "open_block", "forward", "solve", "give_out", "conclude", "head", "share", "decide", "weigh", "tile",
-    "write", "pass_on",
+    "embed", "copy", "open_block", "forward", "solve", "give_out", "conclude", "head", "share", "decide", "weigh",
+    "tile", "write", "pass_on",
 )  # fmt: skip
 
 

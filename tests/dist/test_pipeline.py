@@ -22,9 +22,9 @@ from astro.errors import (
     UnsupportedError,
 )
 from astro_dist import failure, pipeline
-from astro_dist.prepared import prepare
 from astro_dist.actors import Worker
 from astro_dist.executor import Failed, LocalExecutor, Returned
+from astro_dist.prepared import prepare
 from astro_dist.verify import verify_model
 from tests.conftest import LLAMA, files_of, write_checkpoint
 
@@ -187,7 +187,9 @@ def test_input_error_of_a_worker_is_a_failed_run(run_config, tmp_path, monkeypat
         raise CheckpointError("shard gone")
 
     monkeypatch.setattr(Worker, "solve", damaged)
-    with pytest.raises(RunError, match="block-0000, solve on worker 3: shard gone. Attempt 4 of 4 .*What is finished is kept"):
+    with pytest.raises(
+        RunError, match="block-0000, solve on worker 3: shard gone. Attempt 4 of 4 .*What is finished is kept"
+    ):
         pipeline.quantize(run_config())
 
 
@@ -288,7 +290,9 @@ def test_full_disk_that_is_freed_delays_the_run(run_config, tmp_path, monkeypatc
 def test_error_that_comes_back_ends_the_run_with_its_unit_and_the_same_command_goes_on(run_config, monkeypatch):
     with monkeypatch.context() as patch:
         patch.setattr(Worker, "solve", lambda self, r, index: {}["layer"])
-        with pytest.raises(RunError, match="block-0000, solve on worker 2: KeyError: 'layer'. Attempt 3 of 3 .*max_retries: 2"):
+        with pytest.raises(
+            RunError, match="block-0000, solve on worker 2: KeyError: 'layer'. Attempt 3 of 3 .*max_retries: 2"
+        ):
             pipeline.quantize(run_config(execution__max_retries=2))
     assert len(pipeline.quantize(run_config())["retries"]) == 3
 
@@ -420,8 +424,14 @@ def test_damaged_record_is_redone(run_config, tmp_path):
 def test_going_on_on_another_kind_of_device_is_refused(run_config, tmp_path, monkeypatch):
     pipeline.quantize(run_config())
     (tmp_path / "run" / "records" / "round-0-block-0002.json").unlink()
-    monkeypatch.setattr(LocalExecutor, "__init__", lambda self, workers, on_gpu: vars(self).update(num_workers=1, has_gpus=True, _workers={}, _events=[]))
-    with pytest.raises(ConfigError, match="this run was begun on cpu and would go on on cuda; set execution.device: cpu"):
+    monkeypatch.setattr(
+        LocalExecutor,
+        "__init__",
+        lambda self, workers, on_gpu: vars(self).update(num_workers=1, has_gpus=True, _workers={}, _events=[]),
+    )
+    with pytest.raises(
+        ConfigError, match="this run was begun on cpu and would go on on cuda; set execution.device: cpu"
+    ):
         pipeline.quantize(run_config())
 
 

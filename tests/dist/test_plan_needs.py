@@ -7,11 +7,11 @@ import torch
 
 from astro.errors import ConfigError, RunError
 from astro_dist import estimate as estimates
-from astro_dist.prepared import forecast, prepare
 from astro_dist import pipeline
 from astro_dist.calibration import chunk_tokens
 from astro_dist.cost import CostModel, Work
 from astro_dist.devices import DEVICES, Device
+from astro_dist.prepared import forecast, prepare
 from astro_dist.resume import schedule_of
 from astro_dist.schedule import Call
 from astro_dist.simulate import simulate
@@ -81,7 +81,9 @@ def test_forecast_of_a_gpu_and_of_one_that_is_not_known(prepared):
 
 def test_device_that_is_too_small_is_refused(prepared, monkeypatch):
     monkeypatch.setitem(DEVICES, "toy", dataclasses.replace(DEVICES["h100"], name="toy", memory_bytes=10**8))
-    with pytest.raises(ConfigError, match=r"a worker needs about 0.4 GB, but a toy has 0.1 GB; lower calibration.chunk_samples"):
+    with pytest.raises(
+        ConfigError, match=r"a worker needs about 0.4 GB, but a toy has 0.1 GB; lower calibration.chunk_samples"
+    ):
         forecast(prepared, 1, "toy")
     with pytest.raises(RunError, match="a worker needs about 1000000.0 GB, but its device has"):
         require_memory(10**15, torch.device("cpu"))

@@ -27,13 +27,16 @@ def holds(hub, tmp_path, *names):
 
 
 REFUSED = {
-    "no token": (lambda hub, m, t: m.setattr("huggingface_hub.get_token", lambda: None), "there is no token; set HF_TOKEN"),
+    "no token": (
+        lambda hub, m, t: m.setattr("huggingface_hub.get_token", lambda: None), "there is no token; set HF_TOKEN"),
     "a token that is none": (lambda hub, m, t: m.setenv("HF_TOKEN", "hf_a\x01b"), "holds a space or a character"),
-    "a token that may only read": (lambda hub, m, t: hub.account.update(auth=READ_ONLY), "the token 'mine' may only read"),
+    "a token that may only read": (
+        lambda hub, m, t: hub.account.update(auth=READ_ONLY), "the token 'mine' may only read"),
     "a fine-grained token for another": (
         lambda hub, m, t: hub.account.update(auth=fine_grained("other", "repo.write")), "no write access to .* of org"),
     "a fine-grained token that may only read": (
-        lambda hub, m, t: hub.account.update(auth=fine_grained("org", "repo.content.read")), "no write access to .* of org"),
+        lambda hub, m, t: hub.account.update(auth=fine_grained("org", "repo.content.read")),
+        "no write access to .* of org"),
     "another's namespace": (
         lambda hub, m, t: hub.account.update(orgs=[{"name": "elsewhere"}]), "no member of org; it has me, elsewhere"),
     "an organization where one may only read": (
@@ -72,7 +75,7 @@ def test_fine_grained_token_for_the_very_repository(online_hub, finished):
 
 def test_license_that_the_hub_does_not_know_is_refused_before_the_run(online_hub, run_config, llama, tmp_path):
     (llama / "README.md").write_text("---\nlicense: My License!\n---\n")
-    with pytest.raises(ConfigError, match='checking the card\'s metadata: .*license.* must be one of the known ones'):
+    with pytest.raises(ConfigError, match="checking the card's metadata: .*license.* must be one of the known ones"):
         pipeline.quantize(run_config(publish__repo="org/model"))
     assert not (tmp_path / "run").exists()
 

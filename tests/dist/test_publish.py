@@ -1,4 +1,4 @@
-"""A finished run on its way to a Hub on loopback: one commit or none, whatever happens; what is there is what is here."""
+"""A finished run on its way to a Hub on loopback: one commit or none, whatever happens; what is there is as here."""
 
 import json
 import os
@@ -17,8 +17,8 @@ from safetensors.torch import load_file, save_file
 from astro.errors import AstroError, ConfigError, InputError, RunError
 from astro_dist import cli, publish, upload_record
 from astro_dist.config import PublishConfig
-from astro_dist.inventory import read_inventory, write_inventory
 from astro_dist.finished_run import FinishedRun
+from astro_dist.inventory import read_inventory, write_inventory
 from astro_dist.publish import publish_run
 from astro_dist.status import read_status
 from astro_dist.verify import verify_model
@@ -75,7 +75,7 @@ def test_waits_grow_until_it_is_enough(online_hub, finished):
     online_hub.write_faults["commit"] = [503] * 99
     with pytest.raises(RunError, match="making the commit: the Hub answers 503: .* \\(tried 5 times\\)"):
         publish_run(finished, TARGET)
-    assert online_hub.own_waits == [2.0, 4.0, 8.0, 16.0]
+    assert online_hub.own_waits == [2.0, 4.0, 8.0, 16.0, 32.0]
 
 
 def test_repeated_it_sends_nothing_and_commits_nothing(online_hub, finished):
@@ -124,7 +124,9 @@ def test_commit_that_holds_other_bytes_is_found(online_hub, finished, monkeypatc
         return real(self, repository, revision, folder, lfs, title)
 
     monkeypatch.setattr(handler, "made", made)
-    with pytest.raises(RunError, match="the commit was made, but 1 files in it are not those .* the first is config.json"):
+    with pytest.raises(
+        RunError, match="the commit was made, but 1 files in it are not those .* the first is config.json"
+    ):
         publish_run(finished, TARGET)
 
 
@@ -132,7 +134,9 @@ def test_commit_that_holds_other_bytes_is_found(online_hub, finished, monkeypatc
 def test_file_that_is_not_as_it_was_written_is_not_published(online_hub, finished, name):
     path = finished / "model" / name
     path.write_bytes(path.read_bytes()[:-1] + b"?")
-    with pytest.raises(RunError, match=f"{name}: its SHA-256 is not that of its record.* `astro-dist quantize` makes it"):
+    with pytest.raises(
+        RunError, match=f"{name}: its SHA-256 is not that of its record.* `astro-dist quantize` makes it"
+    ):
         publish_run(finished, TARGET)
     assert online_hub.commits == []
 
@@ -214,11 +218,14 @@ def test_two_publishers_of_different_models_are_told_of_each_other(online_hub, f
     opened = FinishedRun.open(other).run
     write_inventory(opened, [file.name for file in read_inventory(opened)], {})
     barrier, real = threading.Barrier(2), publish.HubWriter.commit
-    monkeypatch.setattr(publish.HubWriter, "commit", lambda self, *args: barrier.wait() and None or real(self, *args))
+    monkeypatch.setattr(publish.HubWriter, "commit", lambda self, *args: (barrier.wait() and None) or real(self, *args))
     ended = both(finished, other)
     assert len(online_hub.commits) == 1
     assert sum("someone else has committed there" in text for text in ended) == 1
-    assert published(online_hub, "org/model") in (files_of(finished / "model", with_card=True), files_of(other / "model", with_card=True))
+    assert published(online_hub, "org/model") in (
+        files_of(finished / "model", with_card=True),
+        files_of(other / "model", with_card=True),
+    )
 
 
 def test_revision_is_a_branch_that_is_made(online_hub, finished):
@@ -235,7 +242,7 @@ def test_pull_request_is_opened_once(online_hub, finished, tmp_path, meets):
     for _ in range(2):
         entry = publish_run(finished, PublishConfig(repo="them/model", pull_request=True))
         assert entry["revision"] == "refs/pr/1"
-    assert online_hub.requests == [("them/model", "llama, 4 bits (astro-dist 0.1.0)")]
+    assert online_hub.requests == [("them/model", "llama, 4 bits (astro-dist 0.2.0)")]
     assert published(online_hub, "them/model", "refs/pr/1") == files_of(finished / "model", with_card=True)
     assert published(online_hub, "them/model") == {}
 

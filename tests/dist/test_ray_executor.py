@@ -49,9 +49,7 @@ def wait_for_all(monkeypatch):
     return begin_with
 
 
-def test_local_and_ray_with_one_two_and_three_workers_write_the_same_bytes(
-    cluster, run_config, tmp_path, wait_for_all
-):
+def test_local_and_ray_with_one_two_and_three_workers_write_the_same_bytes(cluster, run_config, tmp_path, wait_for_all):
     wait_for_all(missing=0)
     pipeline.quantize(run_config(output__dir=str(tmp_path / "local")))
     expected = files_of(tmp_path / "local" / "model")
@@ -108,7 +106,9 @@ def test_worker_that_hangs_is_given_up_and_past_the_retries_the_error_names_the_
     config = run_config(
         execution__executor="ray", execution__workers=2, execution__call_timeout_s=2.0, execution__max_retries=0
     )
-    with pytest.raises(RunError, match=r"block-000\d, solve on worker \d: took longer than its deadline of 2 s. Attempt 1 of 1"):
+    with pytest.raises(
+        RunError, match=r"block-000\d, solve on worker \d: took longer than its deadline of 2 s. Attempt 1 of 1"
+    ):
         pipeline.quantize(config)
 
 
@@ -132,7 +132,9 @@ def test_more_workers_than_the_cluster_has_wait_for_room(cluster, run_config, wa
 
 
 def test_cluster_without_room_for_a_worker(cluster):
-    with pytest.raises(RunError, match=r"the cluster has 0 GPUs and 3 CPUs on 1 node\(s\), not enough for one worker of 4"):
+    with pytest.raises(
+        RunError, match=r"the cluster has 0 GPUs and 3 CPUs on 1 node\(s\), not enough for one worker of 4"
+    ):
         RayExecutor(ExecutionConfig(threads_per_worker=4))
 
 

@@ -176,7 +176,8 @@ def quantized(calls, r):
 def test_workers_that_have_nothing_to_do_solve_a_block_with_its_worker(seed):
     log = blocks(8, seed)
     given_out = {call.args for _, call in log if call.method == "give_out"}
-    assert given_out and given_out == {call.args for _, call in log if call.method == "write"}
+    assert given_out
+    assert given_out == {call.args for _, call in log if call.method == "write"}
     assert max(len({w for w, c in log if c.method == "tile" and c.args[:2] == place}) for place in given_out) > 1
     assert not {call.method for _, call in blocks(1, seed)} & {"give_out", "write"}
 
@@ -223,7 +224,10 @@ def test_worker_waits_for_one_block_of_the_result_at_most():
 def test_blocks_in_flight_are_bounded_by_the_workers():
     opened, solved = 0, 0
     for _, call in blocks(3, 1):
-        opened, solved = opened + (call.method == "open_block"), solved + (call.method in ("solve", "give_out", "conclude"))
+        opened, solved = (
+            opened + (call.method == "open_block"),
+            solved + (call.method in ("solve", "give_out", "conclude")),
+        )
         assert opened - solved <= 3
 
 

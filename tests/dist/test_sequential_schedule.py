@@ -103,9 +103,12 @@ def test_without_held_out_text_there_is_no_head():
 def test_chunk_that_is_lost_where_the_current_block_wants_it_is_passed_on_again(lost):
     """It was passed on to the next block before, which does not help."""
     finished = ["embed", "round-0-block-0000", "round-0-block-0001"]
-    whole = {block: CHUNKS for block in range(4)}
+    whole = dict.fromkeys(range(4), CHUNKS)
     there = {**whole, 2: [chunk for chunk in CHUNKS if chunk != lost]}
-    log = [(c.method, *c.args) for _, c in run(1, 0, finished, {"round-0": {0: CHUNKS, 2: CHUNKS}, "original": there}, compensated=True)]
+    log = [
+        (c.method, *c.args)
+        for _, c in run(1, 0, finished, {"round-0": {0: CHUNKS, 2: CHUNKS}, "original": there}, compensated=True)
+    ]
     needed = not lost.startswith("h")
     assert (("pass_on", "original", 1, lost) in log) == needed
     assert ("write", 0, 3) in log

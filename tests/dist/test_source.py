@@ -15,14 +15,15 @@ from moto.server import ThreadedMotoServer
 from astro.checkpoint import Checkpoint
 from astro.errors import CheckpointError, ConfigError
 from astro_dist import object_files, pipeline, remote
-from astro_dist.prepared import prepare
 from astro_dist.actors import Worker
 from astro_dist.config import ModelConfig
 from astro_dist.hub_failure import asked_wait_s
+from astro_dist.prepared import prepare
 from astro_dist.range_cache import RangeCache
 from astro_dist.source import resolve_source
 from tests.conftest import files_of
 from tests.dist.conftest import TOKEN
+
 
 @pytest.fixture
 def hub(online_hub, llama):
@@ -74,7 +75,8 @@ def test_token_is_used_at_the_hub_and_nowhere_else(hub, remote_config, tmp_path)
     pipeline.quantize(remote_config())
     assert hub.tokens == {"hub": {f"Bearer {TOKEN}"}, "store": {None}}
     written = [path for folder in ("run", "cache") for path in (tmp_path / folder).rglob("*") if path.is_file()]
-    assert written and not [path for path in written if TOKEN.encode() in path.read_bytes()]
+    assert written
+    assert not [path for path in written if TOKEN.encode() in path.read_bytes()]
 
 
 def test_cache_never_holds_more_than_its_bound(hub, remote_config, expected, tmp_path):
@@ -120,8 +122,13 @@ def test_hub_is_asked_once_for_the_place_of_a_file_until_that_expires(hub, tmp_p
 
 @pytest.mark.parametrize(
     ("headers", "seconds"),
-    [({"Retry-After": "7"}, 7), ({"RateLimit": '"resolvers";r=0;t=55'}, 55),
-        ({"RateLimit": '"resolvers";r=7;t=55'}, 0), ({"Retry-After": "soon"}, 0), ({}, 0)],
+    [
+        ({"Retry-After": "7"}, 7),
+        ({"RateLimit": '"resolvers";r=0;t=55'}, 55),
+        ({"RateLimit": '"resolvers";r=7;t=55'}, 0),
+        ({"Retry-After": "soon"}, 0),
+        ({}, 0),
+    ],
 )
 def test_server_says_how_long_to_wait(headers, seconds):
     assert asked_wait_s(headers) == seconds
@@ -181,26 +188,34 @@ def test_commit_can_be_asked_for(hub, remote_config, tmp_path):
 @pytest.mark.parametrize(
     ("source", "revision", "message"),
     [
-        ("org/llama", "v2", "the Hub refuses: .*Invalid rev id: v2.*; it has no branch, tag or commit 'v2'; correct model.revision"),
-        ("org/nothing", None, "the Hub refuses: .*Repository not found.*; there is no such folder here either; correct model.source"),
-        ("org/gated", None, "the Hub refuses: .*Access to model org/gated is restricted.*; ask for access at https://huggingface.co/org/gated"),
+        ("org/llama", "v2", "Invalid rev id: v2.*; it has no branch, tag or commit 'v2'; correct model.revision"),
+        ("org/nothing", None, "Repository not found.*; there is no such folder here either; correct model.source"),
+        (
+            "org/gated",
+            None,
+            "Access to model org/gated is restricted.*; ask for access at https://huggingface.co/org/gated",
+        ),
     ],
-)  # fmt: skip
+)
 def test_what_the_hub_refuses_is_told_with_its_reason(hub, remote_config, source, revision, message):
     hub.gated.add("org/gated")
-    with pytest.raises(CheckpointError, match=message):
+    with pytest.raises(CheckpointError, match=f"the Hub refuses: .*{message}"):
         prepare(remote_config(source, model__revision=revision))
 
 
 def test_hub_that_is_not_there(hub, remote_config):
     hub.close()
-    with pytest.raises(CheckpointError, match="org/llama: no such folder here, and the Hub cannot be reached: .*; correct model.source"):
+    with pytest.raises(
+        CheckpointError, match="org/llama: no such folder here, and the Hub cannot be reached: .*; correct model.source"
+    ):
         prepare(remote_config())
 
 
 def test_hub_that_shall_not_be_asked(remote_config, monkeypatch):
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
-    with pytest.raises(CheckpointError, match="org/llama: no such folder here, and the Hub is not asked: HF_HUB_OFFLINE is set"):
+    with pytest.raises(
+        CheckpointError, match="org/llama: no such folder here, and the Hub is not asked: HF_HUB_OFFLINE is set"
+    ):
         prepare(remote_config())
 
 

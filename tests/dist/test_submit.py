@@ -22,8 +22,12 @@ def job_server(tmp_path_factory, address, port):
     token.write_text("0123456789abcdef" * 4)
     token.chmod(0o600)
     environment = {
-        **os.environ, "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}", "RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN_PATH": str(token), "RAY_USAGE_STATS_ENABLED": "0",
-    }  # fmt: skip
+        **os.environ,
+        "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}",
+        "RAY_AUTH_MODE": "token",
+        "RAY_AUTH_TOKEN_PATH": str(token),
+        "RAY_USAGE_STATS_ENABLED": "0",
+    }
     command = [
         *RAY, "start", "--block", "--head", f"--node-ip-address={address}", f"--port={port}", "--num-cpus=2",
         "--include-dashboard=true", "--dashboard-host=127.0.0.1", f"--dashboard-port={port + 1}",
@@ -120,7 +124,9 @@ def test_job_that_is_stopped_goes_on_when_it_is_submitted_again(server, config, 
         time.sleep(0.1)
     subprocess.run([*RAY, "job", "stop", "--address", url, job], env=environment, check=True, capture_output=True)
     before = record.stat().st_mtime_ns
-    again = subprocess.run([part for part in slow if part != "--no-follow"], env=environment, cwd=ROOT, capture_output=True)
+    again = subprocess.run(
+        [part for part in slow if part != "--no-follow"], env=environment, cwd=ROOT, capture_output=True
+    )
     assert again.returncode == 0, again.stdout
     assert record.stat().st_mtime_ns == before
     assert (tmp_path / "run" / "summary.json").is_file()

@@ -1,0 +1,44 @@
+"""The lock of a run: one driver, who is not kept out by those who only ask."""
+
+import fcntl
+import threading
+
+import pytest
+
+from astro.errors import RunError
+from astro_dist import run_lock
+
+
+def test_one_holds_it_at_a_time(tmp_path):
+    root = tmp_path / "run"
+    assert not run_lock.is_held(root)
+    with run_lock.held(root):
+        assert run_lock.is_held(root)
+        with pytest.raises(RunError, match="another process is at work on this run"), run_lock.held(root):
+            pass
+    assert not run_lock.is_held(root)
+
+
+def test_who_only_asks_keeps_nobody_out(tmp_path):
+    with (tmp_path / "lock").open("w") as asking:
+        fcntl.flock(asking, fcntl.LOCK_SH)
+        threading.Timer(0.2, fcntl.flock, (asking.fileno(), fcntl.LOCK_UN)).start()
+        with run_lock.held(tmp_path):
+            assert run_lock.is_held(tmp_path)
+
+
+def test_file_system_without_locks_is_named_and_holds_none(tmp_path, monkeypatch):
+    def flock(*_):
+        raise OSError(37, "No locks available")
+
+    (tmp_path / "lock").touch()
+    monkeypatch.setattr(run_lock.fcntl, "flock", flock)
+    with pytest.raises(RunError, match=r"cannot lock files \(.*No locks available\)"), run_lock.held(tmp_path):
+        pass
+    assert not run_lock.is_held(tmp_path)
+
+
+def test_folder_that_cannot_be_made_is_named(tmp_path):
+    (tmp_path / "file").touch()
+    with pytest.raises(RunError, match="file/run: cannot be written"), run_lock.held(tmp_path / "file" / "run"):
+        pass
