@@ -29,6 +29,8 @@ __all__ = [
 
 _ARITHMETIC = ("mode", "rounds", "hessian_shares", "compute_dtype", "threads_per_worker", "compile")
 """Keys of `execution` that decide the bytes of the result."""
+_MARKER = re.compile(r"int|float|str|literal\[.*\]")
+"""What pydantic puts into a path for the branch of a union that it tried."""
 _REPOSITORY = re.compile(r"[\w.-]+/[\w.-]+")
 
 
@@ -282,8 +284,7 @@ def _assign(content: dict[str, Any], assignment: str) -> None:
 
 
 def _explain(item: Any) -> str:
-    # Union branches and generic markers are pydantic's, not the user's: the path keeps only keys of the file.
-    key = ".".join(str(part) for part in item["loc"])
+    key = ".".join(str(part) for part in item["loc"] if not _MARKER.fullmatch(str(part)))
     if item["type"] in ("extra_forbidden", "unexpected_keyword_argument"):
         return f"unknown key {key}{_suggest(item['loc'])}"
     message = str(item["msg"]).removeprefix("Value error, ")

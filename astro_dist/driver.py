@@ -18,6 +18,7 @@ __all__ = ["Driver"]
 _TICK_S = 1.0
 _STALL_S = 30.0
 _STUCK_S = 120.0
+_TELL_S = 30.0
 """Without anything to hand out although workers are free: the state of the run is read anew, once."""
 _FINISHING = ("embed", "copy", "solve", "write", "conclude", "head")
 """Calls whose record is the last thing that they write."""
@@ -65,7 +66,7 @@ class Driver:
         self._worker_timeout_s = worker_timeout_s
         self._running: dict[int, _Running] = {}
         self._not_before = 0.0
-        self._last_worker = self._last_look = self._last_call = time.monotonic()
+        self._last_worker = self._last_told = self._last_look = self._last_call = time.monotonic()
         self._read_anew = False
         self._stale = False
         self._unnoted: list[tuple[str, dict[str, Any]]] = []
@@ -174,8 +175,15 @@ class Driver:
     def _require_workers(self) -> None:
         now = time.monotonic()
         if self._running or self._executor.idle():
-            self._last_worker = now
-        elif now - self._last_worker > self._worker_timeout_s:
+            self._last_worker = self._last_told = now
+            return
+        left = self._worker_timeout_s - (now - self._last_worker)
+        if now - self._last_told > _TELL_S:
+            self._last_told = now
+            self._display.say(
+                f"no worker is up; waits {left:.0f} s more for the cluster to have room, see `ray status`"
+            )
+        if left < 0:
             raise RunError(
                 f"no worker was up for {self._worker_timeout_s:.0f} s (execution.worker_timeout_s); the cluster is "
                 "down, or another job holds its CPUs or GPUs (see `ray status`). What is finished is kept; run the "

@@ -10,7 +10,7 @@ from typing import Any, Literal
 import ray
 from ray.exceptions import RayActorError, RayError, RayTaskError
 
-from astro.errors import RunError
+from astro.errors import ConfigError, RunError
 from astro_dist.actors import Worker
 from astro_dist.config import ExecutionConfig
 from astro_dist.executor import Event, Failed, Joined, Returned
@@ -56,6 +56,7 @@ class RayExecutor:
 
         Raises:
             RunError: no cluster can be reached.
+            ConfigError: GPUs are asked for, but this machine has none.
         """
         self._config = config
         self._actors: dict[int, Any] = {}
@@ -64,11 +65,18 @@ class RayExecutor:
         self._next, self._looked_around = 0, time.monotonic()
         self._postponed: list[float] = []
         self._started_here = not ray.is_initialized()
+        self._is_private = self._started_here and _address(config) is None
         if self._started_here:
             _connect(config)
         nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
         gpus, cpus = (int(sum(node.get(name, 0) for node in nodes)) for name in ("GPU", "CPU"))
         self.has_gpus = config.device == "cuda" or (config.device == "auto" and gpus > 0)
+        if self.has_gpus and not gpus and self._is_private:
+            self.close()
+            raise ConfigError(
+                "execution.device: cuda, but Ray sees no GPU on this machine; take cpu or auto, or name a cluster "
+                "(RAY_ADDRESS or execution.ray_address)"
+            )
         self.num_workers = config.workers if isinstance(config.workers, int) else self._places()
         if not self.num_workers:
             self.close()
@@ -199,8 +207,13 @@ class RayExecutor:
             self._add()
 
 
+def _address(config: ExecutionConfig) -> str | None:
+    """Of the cluster; None for a private one on this machine."""
+    return os.environ.get("RAY_ADDRESS") or None if config.ray_address == "auto" else config.ray_address
+
+
 def _connect(config: ExecutionConfig) -> None:
-    address = os.environ.get("RAY_ADDRESS") if config.ray_address == "auto" else config.ray_address
+    address = _address(config)
     options: dict[str, Any] = {"logging_level": logging.WARNING, "log_to_driver": False}
     if address:
         options["address"] = address

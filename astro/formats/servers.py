@@ -16,8 +16,12 @@ _MARLIN_SIZES = (PER_CHANNEL, 32, 64, 128)
 
 def low_width_notes(settings: Mapping[str, Quantization], who_loads_them: str) -> list[str]:
     """Widths below 4 bits, and what a layout's readers make of them."""
-    widths = sorted({own.width for own in settings.values() if own.bits in (2, 3)})
-    return [f"{' and '.join(map(str, widths))}-bit weights: {who_loads_them}"] if widths else []
+    open_ = {width for own in settings.values() if own.bits == "auto" for width in own.bit_choices}
+    widths = sorted({own.bits for own in settings.values() if own.bits != "auto"} & {2, 3} | open_ & {2, 3})
+    which = " and ".join(map(str, widths))
+    return (
+        [f"{which}-bit weights{' (bits: auto may choose them)' if open_ else ''}: {who_loads_them}"] if widths else []
+    )
 
 
 def group_size_notes(settings: Mapping[str, Quantization]) -> list[str]:

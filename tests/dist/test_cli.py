@@ -66,6 +66,12 @@ def test_quantize_says_what_came_out(run, config):
     assert "round-0-block-0002 done by worker 0; 3 of 3 blocks" in err
 
 
+def test_plan_tells_of_widths_that_a_budget_may_choose(run, config):
+    code, out, _ = run("plan", config, "--set", "quantization.bits=auto", "--set", "quantization.average_bits=3.5")
+    assert code == 0
+    assert "note: 2 and 3-bit weights (bits: auto may choose them): no server has a kernel" in out
+
+
 def test_plan_writes_nothing(run, config):
     code, out, _ = run("plan", config, "--json")
     content = json.loads(out)

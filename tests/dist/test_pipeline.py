@@ -21,7 +21,7 @@ from astro.errors import (
     StorageError,
     UnsupportedError,
 )
-from astro_dist import failure, pipeline
+from astro_dist import driver, failure, pipeline
 from astro_dist.actors import Worker
 from astro_dist.executor import Failed, LocalExecutor, Returned
 from astro_dist.prepared import prepare
@@ -152,6 +152,15 @@ def test_second_driver_on_a_run_is_refused(run_config, tmp_path):
         fcntl.flock(lock, fcntl.LOCK_EX)
         with pytest.raises(RunError, match="another process is at work on this run"):
             pipeline.quantize(run_config())
+
+
+def test_waiting_for_workers_is_told_and_ends(run_config, monkeypatch, capsys):
+    monkeypatch.setattr(LocalExecutor, "idle", lambda self: [])
+    monkeypatch.setattr(driver, "_TELL_S", 0.05)
+    monkeypatch.setattr(driver, "_TICK_S", 0.01)
+    with pytest.raises(RunError, match=r"no worker was up for 0 s \(execution.worker_timeout_s\); the cluster is down"):
+        pipeline.quantize(run_config(execution__worker_timeout_s=0.3))
+    assert "no worker is up; waits 0 s more for the cluster to have room" in capsys.readouterr().err
 
 
 def test_changed_source_is_another_run(run_config, llama):

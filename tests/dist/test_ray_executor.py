@@ -12,6 +12,7 @@ import ray
 from astro.errors import (
     AstroError,
     CheckpointError,
+    ConfigError,
     DamagedError,
     InputError,
     NumericalError,
@@ -143,6 +144,17 @@ def test_cluster_that_cannot_be_reached(monkeypatch):
     monkeypatch.setattr(ray, "init", lambda **options: (_ for _ in ()).throw(ConnectionError("refused")))
     with pytest.raises(RunError, match="Ray cluster 127.0.0.1:1: cannot be reached or started: refused"):
         RayExecutor(ExecutionConfig(ray_address="127.0.0.1:1"))
+
+
+def test_gpus_that_this_machine_has_not_are_refused(monkeypatch):
+    for name, found in {"is_initialized": False, "init": None, "shutdown": None}.items():
+        monkeypatch.setattr(ray, name, lambda *_, found=found, **__: found)
+    monkeypatch.setattr(ray, "nodes", lambda: [{"Alive": True, "Resources": {"CPU": 2.0}}])
+    monkeypatch.delenv("RAY_ADDRESS", raising=False)
+    with pytest.raises(ConfigError, match="execution.device: cuda, but Ray sees no GPU on this machine"):
+        RayExecutor(ExecutionConfig(device="cuda"))
+    # To a cluster that is named they may still come.
+    assert RayExecutor(ExecutionConfig(device="cuda", workers=2, ray_address="10.0.0.1:6379")).has_gpus
 
 
 def test_damage_survives_the_way_through_a_cluster_with_its_path(cluster):
