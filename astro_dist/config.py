@@ -225,6 +225,26 @@ def run_key(config: RunConfig, source_fingerprint: str, version: str) -> str:
     return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
 
 
+class _Strict(yaml.SafeLoader):
+    """YAML as it is, but for a key that stands twice in one mapping: the last would win in silence."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        """The mapping of a node.
+
+        Raises:
+            ConstructorError: a key stands in it twice.
+        """
+        found: list[Any] = []
+        for key_node, _ in node.value:
+            key = self.construct_object(key_node, deep=True)
+            if key in found:
+                raise yaml.constructor.ConstructorError(
+                    problem=f"the key {key!r} is there twice", problem_mark=key_node.start_mark
+                )
+            found.append(key)
+        return super().construct_mapping(node, deep)
+
+
 def load_config(path: Path, assignments: list[str] | None = None) -> RunConfig:
     """Read a YAML file, apply `key.path=value` assignments, validate.
 
@@ -236,7 +256,7 @@ def load_config(path: Path, assignments: list[str] | None = None) -> RunConfig:
         ConfigError: naming every key that is unknown or wrong.
     """
     try:
-        content = yaml.safe_load(path.read_text(encoding="utf-8"))
+        content = yaml.load(path.read_text(encoding="utf-8"), _Strict)  # a safe loader
     except FileNotFoundError as error:
         raise ConfigError(f"{path}: no such configuration file") from error
     except (OSError, ValueError, yaml.YAMLError) as error:

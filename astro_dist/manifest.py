@@ -227,7 +227,8 @@ class RunDirectory:
             if found.get("key") != self.key or found.get("tokens_sha256") != identity["tokens_sha256"]:
                 raise ConfigError(
                     f"{self.root}: holds another run ({self._difference(config, identity, found)}); "
-                    "choose another output.dir, or remove this one if it is not wanted"
+                    "choose another output.dir, or remove this one if it is not wanted. Only the version that began a "
+                    "run can go on with it; a finished one can be verified and published by any"
                 )
             return True
         foreign = self.root.exists() and not self.root.is_dir()

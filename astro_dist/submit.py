@@ -13,7 +13,7 @@ from ray.job_submission import JobSubmissionClient
 
 import astro
 import astro_dist
-from astro.errors import RunError
+from astro.errors import ConfigError, RunError
 from astro_dist.config import RunConfig
 
 __all__ = ["submit"]
@@ -41,8 +41,11 @@ def submit(config: RunConfig, address: str, say: Callable[[str], Any], follow: b
         end.
 
     Raises:
+        ConfigError: the address is none of a job server.
         RunError: the job server cannot be reached, or refuses.
     """
+    if not address.startswith(("http://", "https://")):
+        raise ConfigError(f"--address {address}: expected the job server's, e.g. http://127.0.0.1:8265")
     with tempfile.TemporaryDirectory(prefix="astro-dist-") as folder:
         _fill(Path(folder), config)
         try:
@@ -51,7 +54,7 @@ def submit(config: RunConfig, address: str, say: Callable[[str], Any], follow: b
                 entrypoint=f"python -m astro_dist quantize {_CONFIG}", runtime_env={"working_dir": folder}
             )
         except (ConnectionError, RuntimeError, ValueError, ray.exceptions.RayError) as error:
-            reason = str(error).strip().splitlines()[-1]
+            reason = str(error).strip().splitlines()[-1].rstrip(".")
             raise RunError(
                 f"job server {address}: {reason}. It listens on the head node's dashboard port, mostly reached through "
                 "an SSH tunnel; with token authentication RAY_AUTH_MODE and RAY_AUTH_TOKEN_PATH must be set here too"

@@ -66,6 +66,13 @@ def test_quantize_says_what_came_out(run, config):
     assert "round-0-block-0002 done by worker 0; 3 of 3 blocks" in err
 
 
+@pytest.mark.parametrize("address", ["nonsense", "10.0.0.1:8265", "ray://10.0.0.1:10001"])
+def test_submit_refuses_what_is_no_job_server(run, config, address):
+    code, _, err = run("submit", config, "--address", address)
+    assert code == 2
+    assert f"--address {address}: expected the job server's, e.g. http://127.0.0.1:8265" in err
+
+
 def test_plan_tells_of_widths_that_a_budget_may_choose(run, config):
     changes = ("quantization.bits=auto", "quantization.average_bits=3.5", "execution.rounds=2")
     code, out, _ = run("plan", config, *(part for change in changes for part in ("--set", change)))

@@ -71,6 +71,8 @@ def test_resolved_config_reads_back_the_same(write):
         ("model: {source: x}", "output: Field required"),
         ("- 1", "expected a mapping of sections"),
         ("{", "cannot be read as YAML"),
+        (MINIMAL + "quantization:\n  bits: 4\n  bits: 3\n", "cannot be read as YAML: the key 'bits' is there twice"),
+        (MINIMAL + "model: {source: y}\n", "the key 'model' is there twice"),
     ],
 )
 def test_wrong_configs_are_explained(write, text, message):
