@@ -48,7 +48,7 @@ def weigh(groups: LinearGroups, W: torch.Tensor, tile: slice) -> torch.Tensor:
     with timed(groups.seconds, "beta"):
         # All candidates are regularized and quantized as rows over each other.
         copies = rows.repeat(1, NUM_CANDIDATES, 1)
-        betas = torch.tensor(_BETAS, device=rows.device).repeat_interleave(rows.shape[1]).expand(len(rows), -1)
+        betas = torch.tensor(_BETAS, device=rows.device).repeat_interleave(rows.shape[1]).unsqueeze(0)
         regularized = regularizer.regularize(copies[:, rows.shape[1] :], groups.problem, betas)
         Q, grid = quantize_rows(own, torch.cat([rows, regularized], dim=1))
         error = layer_error(copies, grid.dequantize(Q), groups.H)

@@ -214,7 +214,7 @@ def solve_rows(groups: LinearGroups, W: torch.Tensor) -> SolvedRows:
     if groups.problem is not None:
         assert groups.beta is not None
         with timed(seconds, "regularize"):
-            target = regularizer.regularize(W, groups.problem, groups.beta)
+            target = regularizer.regularize(W, groups.problem, groups.beta.unsqueeze(-1))
     Q, grid = quantize_rows(groups, target)
     if groups.factor is not None and settings.refine_passes:
         with timed(seconds, "refine"):

@@ -146,13 +146,13 @@ def regularize(W: torch.Tensor, problem: Problem, beta: torch.Tensor | float) ->
     Args:
         W: original weights, float32 [B, R, C], or [R, C].
         problem: prepared for the layers.
-        beta: strength of the penalty, one for all, [B], or of each row [B, R]. Where it is 0 weights stay as they are.
+        beta: strength of the penalty, one for all, or [B, R] or [B, 1]. Where it is 0 weights stay as they are.
 
     Returns:
         float32 [B, R, C].
     """
     if isinstance(beta, torch.Tensor):
-        beta = (beta.unsqueeze(-1) if beta.ndim < W.ndim - 1 else beta).to(W.dtype).unsqueeze(-1)
+        beta = beta.to(W.dtype).unsqueeze(-1)
     tau = beta * problem.guidance.unsqueeze(-2)
     return _admm(W, problem, tau) if problem.settings.solver == "admm" else _proximal_gradient(W, problem, tau)
 

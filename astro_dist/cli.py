@@ -61,7 +61,7 @@ def quantize(config: _ConfigPath, assignments: _Assignments = None, as_json: _Js
 
     Goes on where it was when the run directory holds this very run.
     """
-    from astro_dist.config import load_config
+    from astro_dist.config_file import load_config
 
     settings = load_config(config, assignments)
     from astro_dist import pipeline  # imports torch: seconds that neither `--help` nor a wrong key need wait for
@@ -105,10 +105,11 @@ def plan(
 
     Blocks of one size that follow each other share a row.
     """
-    from astro_dist.config import load_config
+    from astro_dist.config_file import load_config
 
     settings = load_config(config, assignments)
     from astro_dist.prepared import forecast, prepare
+    from astro_dist.progress import duration
 
     prepared = prepare(settings)
     found, needed = prepared.plan, forecast(prepared, workers, device)
@@ -136,7 +137,7 @@ def plan(
         f"{found.read_bytes / 1e6:.1f} MB read, {found.written_bytes / 1e6:.1f} MB written"
     )
     _say(
-        f"with {needed.workers} worker(s) on {needed.device}: about {_duration(needed.wall_s)}; "
+        f"with {needed.workers} worker(s) on {needed.device}: about {duration(needed.wall_s)}; "
         f"{needed.device_hours:.2f} device-hours, {needed.efficiency:.0%} of that at work; a worker needs "
         f"{needed.worker_bytes / 1e9:.2f} GB of memory, the run directory {needed.disk_bytes / 1e9:.2f} GB of disk; "
         f"workers read and write {needed.moved_bytes / 1e9:.1f} GB"
@@ -153,7 +154,7 @@ def submit(
     follow: Annotated[bool, typer.Option(help="Show the job's log until it ends, and end with its exit code.")] = True,
 ) -> None:
     """Run `quantize` as a job of a Ray cluster. Submitted again after a failure, it goes on where it was."""
-    from astro_dist.config import load_config
+    from astro_dist.config_file import load_config
     from astro_dist.submit import submit as submit_job
 
     code = submit_job(load_config(config, assignments), address, _say, follow)
@@ -205,7 +206,7 @@ def publish(
     as_json: _Json = False,
 ) -> None:
     """Upload a finished run to the Hub, or go on with that. Sends what is missing and makes one commit."""
-    from astro_dist.config import make_target
+    from astro_dist.config_file import make_target
     from astro_dist.publish import publish_run
 
     entry = publish_run(run, make_target(repo, not public, revision, pull_request))
@@ -263,10 +264,6 @@ def main() -> None:
     if code == _INTERRUPTED:
         typer.echo("interrupted; what is finished is kept, run the same command to go on", err=True)
     sys.exit(code or 0)
-
-
-def _duration(seconds: float) -> str:
-    return f"{seconds:.0f} s" if seconds < 120 else f"{seconds / 60:.1f} min"
 
 
 def _size(block: "BlockUnit") -> tuple[int, int, int]:

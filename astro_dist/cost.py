@@ -8,7 +8,7 @@ from collections.abc import Iterable, Mapping
 from typing import Any
 
 from astro.beta import NUM_CANDIDATES, sample_tiles
-from astro.config import Quantization, Regularizer
+from astro.config import PER_CHANNEL, Quantization, Regularizer
 from astro.grid import num_candidates
 from astro.refine import BLOCK_COLUMNS
 from astro.regularizer import PROX_PASSES
@@ -256,7 +256,7 @@ class CostModel:
         settings = self._quantization
         passes = settings.refine_passes if settings.method == "gptq" else 0
         # A pass takes a product block by block, and for the scale of a group of more than a block once more its own.
-        size = batch.columns if settings.group_size == -1 else settings.group_size
+        size = batch.columns if settings.group_size == PER_CHANNEL else settings.group_size
         wider = 1 - BLOCK_COLUMNS / size + size / batch.columns if size > BLOCK_COLUMNS else 0.0
         return self._quantize_tiles(batch, tiles, 1, products=2 + passes * (1 + wider), loops=1 + passes)
 

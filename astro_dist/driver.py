@@ -17,8 +17,8 @@ __all__ = ["Driver"]
 
 _TICK_S = 1.0
 _STALL_S = 30.0
-_STUCK_S = 120.0
 _TELL_S = 30.0
+_STUCK_S = 120.0
 """Without anything to hand out although workers are free: the state of the run is read anew, once."""
 _FINISHING = ("embed", "copy", "solve", "write", "conclude", "head")
 """Calls whose record is the last thing that they write."""

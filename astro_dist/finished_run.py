@@ -9,7 +9,8 @@ import huggingface_hub
 from astro.errors import ConfigError
 from astro.files import read_json
 from astro_dist.base_model import BaseModel
-from astro_dist.config import RunConfig, load_config
+from astro_dist.config import RunConfig
+from astro_dist.config_file import load_config
 from astro_dist.manifest import RunDirectory
 from astro_dist.model_card import model_card
 

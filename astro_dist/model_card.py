@@ -11,6 +11,7 @@ import yaml
 
 from astro_dist.base_model import BaseModel
 from astro_dist.config import RunConfig
+from astro_dist.progress import duration
 
 __all__ = ["metadata", "model_card", "planned_card"]
 
@@ -245,7 +246,7 @@ def _effort(blocks: Iterable[Mapping[str, Any]], summary: Mapping[str, Any]) -> 
     resumed = summary["resumed_units"]
     return (
         f"Blocks by device: {'; '.join(f'{count} on {name}' for name, count in devices.items())}. "
-        f"{_duration(spent)} of all workers together, {_duration(summary['wall_s'])} from start to end"
+        f"{duration(spent)} of all workers together, {duration(summary['wall_s'])} from start to end"
         + (f" of the last session, before which {resumed} units were finished." if resumed else ".")
     )
 
@@ -273,13 +274,6 @@ def _kind(name: str) -> str:
 
 def _size(size_bytes: int) -> str:
     return f"{size_bytes / 1e9:.2f} GB" if size_bytes >= 1e9 else f"{size_bytes / 1e6:.1f} MB"
-
-
-def _duration(seconds: float) -> str:
-    for unit, length in (("hours", 3600), ("minutes", 60)):
-        if seconds >= 2 * length:
-            return f"{seconds / length:.1f} {unit}"
-    return f"{seconds:.0f} seconds"
 
 
 def _span(values: Iterable[int]) -> str:

@@ -1,7 +1,6 @@
 """A whole run: validate, plan, execute, assemble, summarize, publish."""
 
 import contextlib
-import os
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -133,8 +132,7 @@ def _renamed(prepared: Prepared, run: RunDirectory) -> dict[str, Any]:
 
 def _refuse_relative_paths(config: RunConfig) -> None:
     """On a cluster a relative path means another folder on every node."""
-    private = config.execution.ray_address == "auto" and not os.environ.get("RAY_ADDRESS")
-    if config.execution.executor == "local" or private:
+    if config.execution.executor == "local" or config.execution.cluster_address is None:
         return
     paths = {"output.dir": config.output.dir}
     if Path(config.model.source).exists():

@@ -11,7 +11,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextC
 
 from astro_dist.schedule import Call
 
-__all__ = ["ProgressDisplay", "say"]
+__all__ = ["ProgressDisplay", "duration", "say"]
 
 _PHASES = {
     "embed": "embedding",
@@ -35,6 +35,14 @@ def say(text: str, console: Console | None = None) -> None:
     """One line that stays, with the time; on a console that shows a live display where one is given."""
     console = console or Console(stderr=True)
     console.print(f"[{time.strftime('%H:%M:%S')}] {text}", markup=False, highlight=False, soft_wrap=True)
+
+
+def duration(seconds: float) -> str:
+    """Seconds in the largest unit of which they make two."""
+    for unit, length in (("hours", 3600), ("minutes", 60)):
+        if seconds >= 2 * length:
+            return f"{seconds / length:.1f} {unit}"
+    return f"{seconds:.0f} seconds"
 
 
 class ProgressDisplay:

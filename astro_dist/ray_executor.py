@@ -65,13 +65,12 @@ class RayExecutor:
         self._next, self._looked_around = 0, time.monotonic()
         self._postponed: list[float] = []
         self._started_here = not ray.is_initialized()
-        self._is_private = self._started_here and _address(config) is None
         if self._started_here:
             _connect(config)
         nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
         gpus, cpus = (int(sum(node.get(name, 0) for node in nodes)) for name in ("GPU", "CPU"))
         self.has_gpus = config.device == "cuda" or (config.device == "auto" and gpus > 0)
-        if self.has_gpus and not gpus and self._is_private:
+        if self.has_gpus and not gpus and self._started_here and config.cluster_address is None:
             self.close()
             raise ConfigError(
                 "execution.device: cuda, but Ray sees no GPU on this machine; take cpu or auto, or name a cluster "
@@ -207,13 +206,8 @@ class RayExecutor:
             self._add()
 
 
-def _address(config: ExecutionConfig) -> str | None:
-    """Of the cluster; None for a private one on this machine."""
-    return os.environ.get("RAY_ADDRESS") or None if config.ray_address == "auto" else config.ray_address
-
-
 def _connect(config: ExecutionConfig) -> None:
-    address = _address(config)
+    address = config.cluster_address
     options: dict[str, Any] = {"logging_level": logging.WARNING, "log_to_driver": False}
     if address:
         options["address"] = address

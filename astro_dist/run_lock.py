@@ -47,10 +47,8 @@ def is_held(root: Path) -> bool:
     with _path(root).open() as lock:
         try:
             fcntl.flock(lock, fcntl.LOCK_SH | fcntl.LOCK_NB)
-        except BlockingIOError:
-            return True
-        except OSError:  # it has no locks, and no driver works on it
-            return False
+        except OSError as error:  # any other: a file system without locks, on which no driver works
+            return isinstance(error, BlockingIOError)
     return False
 
 

@@ -16,12 +16,10 @@ _MARLIN_SIZES = (PER_CHANNEL, 32, 64, 128)
 
 def low_width_notes(settings: Mapping[str, Quantization], who_loads_them: str) -> list[str]:
     """Widths below 4 bits, and what a layout's readers make of them."""
-    open_ = {width for own in settings.values() if own.bits == "auto" for width in own.bit_choices}
-    widths = sorted({own.bits for own in settings.values() if own.bits != "auto"} & {2, 3} | open_ & {2, 3})
-    which = " and ".join(map(str, widths))
-    return (
-        [f"{which}-bit weights{' (bits: auto may choose them)' if open_ else ''}: {who_loads_them}"] if widths else []
-    )
+    is_open = any(own.bits == "auto" for own in settings.values())
+    possible = (own.bit_choices if own.bits == "auto" else (own.bits,) for own in settings.values())
+    low = " and ".join(map(str, sorted({2, 3} & set().union(*possible))))
+    return [f"{low}-bit weights{' (bits: auto may choose them)' if is_open else ''}: {who_loads_them}"] if low else []
 
 
 def group_size_notes(settings: Mapping[str, Quantization]) -> list[str]:

@@ -32,7 +32,8 @@ from astro.grid import num_candidates
 from astro.group import num_sampled
 from astro.skeleton import Skeleton
 from astro.store import FolderStore
-from astro_dist.config import RunConfig, load_config
+from astro_dist.config import RunConfig
+from astro_dist.config_file import load_config
 from astro_dist.devices import DEVICES, measure
 from astro_dist.layer_groups import LayerGroup, layer_groups
 from astro_dist.plan import Plan, make_plan

@@ -6,7 +6,7 @@
 `faults` lets everything in `tests/publish_faults.py` happen to `astro-dist publish`, in a process of its own with the
 client as it is installed, against the tests' Hub server on loopback. `overlap` quantizes a fabricated checkpoint with
 two Ray workers, without publishing and with it, in turns; the server takes in as many bytes a second as the run without
-publishing produced from its workers' start to the last shard. Both print Markdown.
+publishing finished, from its first shard to its last. Both print Markdown.
 """
 
 import argparse

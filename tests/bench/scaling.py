@@ -19,7 +19,8 @@ sys.path.insert(0, str(Path(__file__).parents[2]))
 
 from astro.linear import LinearLayer
 from astro_dist.calibration import chunk_tokens
-from astro_dist.config import RunConfig, load_config
+from astro_dist.config import RunConfig
+from astro_dist.config_file import load_config
 from astro_dist.cost import CostModel
 from astro_dist.devices import DEVICES
 from astro_dist.plan import BlockUnit, CopyUnit, Plan

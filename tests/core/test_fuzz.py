@@ -12,7 +12,8 @@ from hypothesis import strategies as st
 from astro.checkpoint import INDEX_NAME, Checkpoint
 from astro.errors import CheckpointError, ConfigError
 from astro.files import save_tensors, write_json
-from astro_dist.config import RunConfig, load_config
+from astro_dist.config import RunConfig
+from astro_dist.config_file import load_config
 
 FUZZ = settings(
     max_examples=350, derandomize=True, deadline=None, database=None,

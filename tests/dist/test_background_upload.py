@@ -8,7 +8,7 @@ import pytest
 from astro.errors import RunError
 from astro_dist import pipeline
 from astro_dist.actors import Worker
-from astro_dist.config import load_config
+from astro_dist.config_file import load_config
 from astro_dist.manifest import RunDirectory
 from astro_dist.status import read_status
 from tests.conftest import files_of

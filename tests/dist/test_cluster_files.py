@@ -13,7 +13,7 @@ import typer
 import yaml
 
 from astro_dist import cli
-from astro_dist.config import load_config
+from astro_dist.config_file import load_config
 
 ROOT = Path(__file__).parents[2]
 CLUSTER = ROOT / "cluster"

@@ -5,7 +5,8 @@ from pathlib import Path
 import pytest
 
 from astro.errors import ConfigError
-from astro_dist.config import load_config, run_key
+from astro_dist.config import run_key
+from astro_dist.config_file import load_config
 
 ROOT = Path(__file__).parents[2]
 MINIMAL = "model: {source: x}\noutput: {dir: r}\n"

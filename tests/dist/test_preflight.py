@@ -5,7 +5,8 @@ import pytest
 from astro.errors import ConfigError
 from astro_dist import pipeline
 from astro_dist.base_model import BaseModel, read_base_model
-from astro_dist.config import ModelConfig, PublishConfig, make_target
+from astro_dist.config import ModelConfig, PublishConfig
+from astro_dist.config_file import make_target
 from astro_dist.publish import publish_run
 from astro_dist.source import resolve_source
 

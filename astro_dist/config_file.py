@@ -1,0 +1,135 @@
+"""The file of a run: one YAML file is one whole run. A key that is not known is an error that names its path."""
+
+import copy
+import dataclasses
+import difflib
+import re
+import typing
+from pathlib import Path
+from typing import Any
+
+import yaml
+from pydantic import ValidationError
+
+from astro.errors import ConfigError
+from astro_dist.config import PublishConfig, RunConfig
+
+__all__ = ["load_config", "make_target"]
+
+_MARKER = re.compile(r"int|float|str|literal\[.*\]")
+"""What pydantic puts into a path for the branch of a union that it tried."""
+
+
+class _Strict(yaml.SafeLoader):
+    """YAML as it is, but for a key that stands twice in one mapping: the last would win in silence."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        """The mapping of a node.
+
+        Raises:
+            ConstructorError: a key stands in it twice.
+        """
+        found: list[Any] = []
+        for key_node, _ in node.value:
+            key = self.construct_object(key_node, deep=True)
+            if key in found:
+                raise yaml.constructor.ConstructorError(
+                    problem=f"the key {key!r} is there twice", problem_mark=key_node.start_mark
+                )
+            found.append(key)
+        return super().construct_mapping(node, deep)
+
+
+def load_config(path: Path, assignments: list[str] | None = None) -> RunConfig:
+    """Read a YAML file, apply `key.path=value` assignments, validate.
+
+    Args:
+        path: of the YAML file.
+        assignments: each `section.key=value`, the value read as YAML.
+
+    Raises:
+        ConfigError: naming every key that is unknown or wrong.
+    """
+    try:
+        content = yaml.load(path.read_text(encoding="utf-8"), _Strict)  # a safe loader
+    except FileNotFoundError as error:
+        raise ConfigError(f"{path}: no such configuration file") from error
+    except (OSError, ValueError, yaml.YAMLError) as error:
+        raise ConfigError(f"{path}: cannot be read as YAML: {error}") from error
+    if not isinstance(content, dict):
+        raise ConfigError(f"{path}: expected a mapping of sections (model, quantization, ...), got {content!r:.80}")
+    alone = copy.deepcopy(content)
+    for assignment in assignments or []:
+        _assign(content, assignment)
+    try:
+        return RunConfig.model_validate(content)
+    except ValidationError as error:
+        in_file, found = _complaints(alone), [_explain(item) for item in error.errors()]
+        assigned = ", ".join(assignment.partition("=")[0] for assignment in assignments or [])
+        told = {
+            str(path): [one for one in found if one in in_file],
+            f"{path} with --set {assigned}": [one for one in found if one not in in_file],
+        }
+        raise ConfigError("; ".join(f"{where}: {'; '.join(own)}" for where, own in told.items() if own)) from error
+
+
+def make_target(repo: str, private: bool, revision: str | None, pull_request: bool) -> PublishConfig:
+    """A place to publish to, as a command line gives it.
+
+    Raises:
+        ConfigError: it is none.
+    """
+    try:
+        return PublishConfig(repo=repo, private=private, revision=revision, pull_request=pull_request)
+    except ValidationError as error:
+        raise ConfigError("; ".join(f"publish.{_explain(item)}" for item in error.errors())) from error
+
+
+def _complaints(content: dict[str, Any]) -> list[str]:
+    """Of a configuration, without raising."""
+    try:
+        RunConfig.model_validate(content)
+    except ValidationError as error:
+        return [_explain(item) for item in error.errors()]
+    return []
+
+
+def _assign(content: dict[str, Any], assignment: str) -> None:
+    name, separator, value = assignment.partition("=")
+    *sections, key = name.strip().split(".")
+    if not separator or not key or not all(sections):
+        raise ConfigError(f"--set {assignment}: expected section.key=value, e.g. quantization.bits=3")
+    target = content
+    for section in sections:
+        target = target.setdefault(section, {})
+        if not isinstance(target, dict):
+            raise ConfigError(f"--set {assignment}: {section!r} is not a section")
+    try:
+        target[key] = yaml.safe_load(value)
+    except yaml.YAMLError as error:
+        raise ConfigError(f"--set {assignment}: the value is no YAML: {error}") from error
+
+
+def _explain(item: Any) -> str:
+    key = ".".join(str(part) for part in item["loc"] if not _MARKER.fullmatch(str(part)))
+    if item["type"] in ("extra_forbidden", "unexpected_keyword_argument"):
+        return f"unknown key {key}{_suggest(item['loc'])}"
+    message = str(item["msg"]).removeprefix("Value error, ")
+    shown = "" if item["type"] in ("missing", "value_error") else f", got {item['input']!r:.80}"
+    return f"{key}: {message}{shown}" if key else message
+
+
+def _suggest(location: tuple[int | str, ...]) -> str:
+    kind: Any = RunConfig
+    for part in location[:-1]:
+        kind = typing.get_args(kind)[1] if typing.get_origin(kind) is dict else _keys(kind).get(str(part))
+    names = list(_keys(kind))
+    close = difflib.get_close_matches(str(location[-1]), names, n=1)
+    return f" (did you mean {close[0]}?)" if close else f"; known here: {', '.join(names)}"
+
+
+def _keys(kind: Any) -> dict[str, Any]:
+    """Keys of a section with their types."""
+    if dataclasses.is_dataclass(kind):
+        return {field.name: typing.get_type_hints(kind)[field.name] for field in dataclasses.fields(kind)}
+    return {name: field.annotation for name, field in getattr(kind, "model_fields", {}).items()}
