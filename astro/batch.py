@@ -10,7 +10,7 @@ import torch
 
 from astro.tiling import cut, most_layers
 
-__all__ = ["batches", "first_of", "stacked"]
+__all__ = ["add_product_", "batches", "first_of", "stacked"]
 
 
 def batches(shapes: Sequence[tuple[object, int, int]], device_type: str) -> list[range]:
@@ -39,6 +39,11 @@ def batches(shapes: Sequence[tuple[object, int, int]], device_type: str) -> list
 def stacked(layers: Sequence[torch.Tensor]) -> torch.Tensor:
     """Tensors of one shape side by side, [B, ...]; of one alone no copy is made: a wide layer's are gigabytes."""
     return layers[0].unsqueeze(0) if len(layers) == 1 else torch.stack(list(layers))
+
+
+def add_product_(X: torch.Tensor, A: torch.Tensor, B: torch.Tensor, alpha: float = 1.0) -> None:
+    """X += α A B as one kernel, for matrices alone or side by side, [B, ., .]."""
+    (X.addmm_ if X.ndim == 2 else X.baddbmm_)(A, B, alpha=alpha)
 
 
 def first_of(found: torch.Tensor, names: Sequence[str]) -> str | None:

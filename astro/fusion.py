@@ -30,6 +30,8 @@ def enable(on: bool) -> None:
     if on:
         torch._dynamo.config.recompile_limit = _VARIANTS
         torch._dynamo.config.fail_on_recompile_limit_hit = True
+        # Sizes and offsets that are equal by chance in one call need not be in the next one.
+        torch.fx.experimental._config.use_duck_shape = False
         # A worker is one of many on its machine, and there are few kernels: no processes for them.
         torch._inductor.config.compile_threads = 1
 

@@ -14,6 +14,7 @@ contiguous.
 import torch
 
 from astro import fusion
+from astro.batch import add_product_
 from astro.grid import Grid
 from astro.hessian import Factor
 
@@ -52,41 +53,52 @@ def solve(W: torch.Tensor, factor: Factor, grid: Grid) -> torch.Tensor:
         block = slice(start, stop)
         T = Wt[..., block, :].clone()
         if start:
-            T += N[..., :start, block].mT @ E[..., :start, :]
+            add_product_(T, N[..., :start, block].mT, E[..., :start, :])
         S, Z = _columns(scale, group[..., block]), _columns(zero, group[..., block])
-        V = torch.empty_like(T)  # integers, counted from the zero point
-        work = (T, Wt[..., block, :], E[..., block, :], V, S, grid.q_min - Z, grid.q_max - Z)
+        work = (T, Wt[..., block, :], S, grid.q_min - Z, grid.q_max - Z)
+        integers, errors = [], []
         for left in range(start, stop, _PANEL):
             right = min(left + _PANEL, stop)
-            if left > start:
-                T[..., left - start : right - start, :] += N[..., start:left, left:right].mT @ E[..., start:left, :]
-            panel = tuple(X[..., left - start : right - start, :] for X in work)
-            _solve_panel_(N[..., left:right, left:right], *panel)
-        Q[..., block, :] = V + Z
+            panel = (X[..., left - start : right - start, :] for X in work)
+            V, error = _round_panel(N[..., left:right, left:right], *panel)
+            if right < stop:
+                add_product_(T[..., right - start :, :], N[..., left:right, right:stop].mT, error)
+            integers.append(V)
+            errors.append(error)
+        torch.cat(errors, -2, out=E[..., block, :])
+        Q[..., block, :] = torch.cat(integers, -2) + Z
     return _columns(Q, order.argsort(-1)).mT.contiguous()
 
 
-def _solve_panel_(
+def _round_panel(
     N: torch.Tensor,
     T: torch.Tensor,
     W: torch.Tensor,
-    E: torch.Tensor,
-    V: torch.Tensor,
     S: torch.Tensor,
     low: torch.Tensor,
     high: torch.Tensor,
-) -> None:
-    """Round the columns of a panel one after the other: fills E and V, uses T up. N [B, P, P], all else [B, P, R]."""
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Round the columns of a panel one after the other; uses T up.
+
+    Args:
+        N: feedback within the panel, [B, P, P].
+        T: weights with the errors of all columns before the panel made up for, [B, P, R].
+        W: weights to approximate, [B, P, R].
+        S: scales, with low and high the bounds of q − z, [B, P, R].
+
+    Returns:
+        Integers counted from the zero point, and w − q, both [B, P, R].
+    """
     if fusion.is_enabled():
-        for X, found in zip((V, E), _rounded_panel(N, T, W, S, low, high), strict=True):
-            X.copy_(found)
-        return
+        return _rounded_panel(N, T, W, S, low, high)
+    V, E = torch.empty_like(T), torch.empty_like(T)
     # Views of all columns at once: where rows are few, the calls are what takes time.
     t, w, e, v, s, least, most = (X.unbind(-2) for X in (T, W, E, V, S, low, high))
     for i in range(len(t)):
         torch.div(t[i], s[i], out=v[i]).round_().clamp_(least[i], most[i])
         torch.addcmul(w[i], v[i], s[i], value=-1, out=e[i])
         T[..., i + 1 :, :].addcmul_(N[..., i, i + 1 :].unsqueeze(-1), e[i].unsqueeze(-2))
+    return V, E
 
 
 @fusion.fused
@@ -98,7 +110,7 @@ def _rounded_panel(
     low: torch.Tensor,
     high: torch.Tensor,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """The same without effects, V and E: a compiler makes one loop over rows of it."""
+    """The same as one chain of values: a compiler makes one loop over rows of it."""
     integers: list[torch.Tensor] = []
     errors: list[torch.Tensor] = []
     t, w, s, least, most = (X.unbind(-2) for X in (T, W, S, low, high))

@@ -18,6 +18,7 @@ import dataclasses
 import torch
 
 from astro import fusion
+from astro.batch import add_product_
 from astro.grid import Grid, grouped
 
 __all__ = ["BLOCK_COLUMNS", "refine"]
@@ -60,10 +61,11 @@ def refine(
         V=(grouped(Q.float(), grid.group_size) - grid.zero.unsqueeze(-1)).flatten(-2).mT.contiguous(),
         E=(W - grid.dequantize(Q)).mT.contiguous(),
         scale=grid.scale.mT.clone(memory_format=torch.contiguous_format),
-        zero=grid.zero.mT.contiguous(),
+        low=grid.q_min - grid.zero.mT,
+        high=grid.q_max - grid.zero.mT,
         H=H,
         damping=damping.unsqueeze(-1).unsqueeze(-1),
-        grid=grid,
+        group_size=grid.group_size,
         scale_dtype=scale_dtype,
     )
     for _ in range(passes):
@@ -76,16 +78,20 @@ def refine(
 
 @dataclasses.dataclass
 class _State:
-    """Rows under refinement: V = q − z and E = w − ŵ [B, C, R], scale and zero [B, G, R], damping [B, 1, 1]."""
+    """Rows under refinement: V = q − z and E = w − ŵ [B, C, R], its scale and bounds [B, G, R], damping [B, 1, 1]."""
 
     V: torch.Tensor
     E: torch.Tensor
     scale: torch.Tensor
-    zero: torch.Tensor
+    low: torch.Tensor
+    high: torch.Tensor
     H: torch.Tensor
     damping: torch.Tensor
-    grid: Grid
+    group_size: int
     scale_dtype: torch.dtype
+
+    def __post_init__(self) -> None:
+        self.diagonal = self.H.diagonal(dim1=-2, dim2=-1).unsqueeze(-1) + self.damping  # of H + λI, [B, C, 1]
 
     def product(self, rows: slice) -> torch.Tensor:
         """Rows of (H + λI) E."""
@@ -100,7 +106,7 @@ class _State:
         """
         gain = torch.zeros_like(self.scale[..., 0, :])
         error = torch.zeros_like(gain)
-        size = self.grid.group_size
+        size = self.group_size
         for k in range(self.scale.shape[-2]):
             group = slice(k * size, (k + 1) * size)
             G = self.product(group)
@@ -110,7 +116,7 @@ class _State:
                 block = slice(start, min(start + BLOCK_COLUMNS, group.stop))
                 if start > group.start:
                     G = self.product(block)
-                gain += self._move_integers(k, block, G)
+                gain = self._move_integers(k, block, G, gain)
         return gain.sum(-1), error.sum(-1)
 
     def _move_scale(self, k: int, group: slice, G: torch.Tensor) -> torch.Tensor:
@@ -118,63 +124,77 @@ class _State:
         V, s = self.V[..., group, :], self.scale[..., k, :]
         HV = (self.H[..., group, group] @ V).addcmul_(self.damping, V)
         slope, curvature = torch.linalg.vecdot(G, V, dim=-2), torch.linalg.vecdot(HV, V, dim=-2)
-        best = s + slope / curvature.clamp(min=torch.finfo(torch.float32).tiny)
-        stored = best.to(self.scale_dtype).float()
-        step = stored - s
-        gain = step * (2 * _CAUTION * slope - step * curvature)
-        wanted = (gain > 0) & (stored * s > 0)
-        step = torch.where(wanted, step, 0.0)
+        best = torch.addcdiv(s, slope, curvature.clamp(min=torch.finfo(torch.float32).tiny))
+        step, gain = _scale_step(s, best.to(self.scale_dtype).float(), slope, curvature)
         s += step
         self.E[..., group, :].addcmul_(V, step.unsqueeze(-2), value=-1)
         G.addcmul_(HV, step.unsqueeze(-2), value=-1)
-        return torch.where(wanted, gain, 0.0)
+        return gain
 
-    def _move_integers(self, k: int, block: slice, G: torch.Tensor) -> torch.Tensor:
-        """Choose the integers of some columns of a group anew, one column after the other; alters G."""
-        H, V, E, s = self.H[..., block, block], self.V[..., block, :], self.E[..., block, :], self.scale[..., k, :]
-        low, high = self.grid.q_min - self.zero[..., k, :], self.grid.q_max - self.zero[..., k, :]
+    def _move_integers(self, k: int, block: slice, G: torch.Tensor, gain: torch.Tensor) -> torch.Tensor:
+        """Choose the integers of some columns of a group anew, one column after the other; uses G up, adds to gain."""
+        H, V, diagonal = self.H[..., block, block], self.V[..., block, :], self.diagonal[..., block, :]
+        s, low, high = self.scale[..., k, :], self.low[..., k, :], self.high[..., k, :]
         size = V.shape[-2]
-        diagonal = H.diagonal(dim1=-2, dim2=-1).unsqueeze(-1) + self.damping
-        pace = _CAUTION / diagonal
-        D, chosen = torch.empty_like(V), torch.empty_like(V)  # change of ŵ; integers
+        moves, integers = [], []
         for left in range(0, size, _PANEL):
-            panel = slice(left, min(left + _PANEL, size))
-            if left:
-                G[..., panel, :] -= H[..., panel, :left] @ D[..., :left, :]
-            work = (X[..., panel, :] for X in (pace, G, V, D, chosen))
-            _move_panel_(H[..., panel, panel], s, low, high, *work)
-        V.copy_(chosen)
-        E -= D
-        gain: torch.Tensor = torch.linalg.vecdot(D, 2 * G[..., :size, :] - D * diagonal, dim=-2)
+            panel, rest = slice(left, min(left + _PANEL, size)), slice(left + _PANEL, size)
+            work = (s, low, high, *(X[..., panel, :] for X in (diagonal, G, V)), gain)
+            D, Q, gain = _move_panel(H[..., panel, panel], *work)
+            if rest.start < size:
+                add_product_(G[..., rest, :], H[..., rest, panel], D, alpha=-1)
+            moves.append(D)
+            integers.append(Q)
+        self.E[..., block, :] -= torch.cat(moves, -2)
+        torch.cat(integers, -2, out=V)
         return gain
 
 
-def _move_panel_(
+@fusion.fused
+def _scale_step(
+    s: torch.Tensor, wanted: torch.Tensor, slope: torch.Tensor, curvature: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """How far scales move towards the ones wanted, and what that gains: not at all where it would be a loss."""
+    step = wanted - s
+    gain = step * (2 * _CAUTION * slope - step * curvature)
+    moves = (gain > 0) & (wanted * s > 0)
+    return torch.where(moves, step, 0.0), torch.where(moves, gain, 0.0)
+
+
+def _move_panel(
     H: torch.Tensor,
     s: torch.Tensor,
     low: torch.Tensor,
     high: torch.Tensor,
-    pace: torch.Tensor,
+    diagonal: torch.Tensor,
     G: torch.Tensor,
     V: torch.Tensor,
-    D: torch.Tensor,
-    Q: torch.Tensor,
-) -> None:
-    """Choose the integers of a panel's columns one after the other: fills D and Q, brings G up to date.
+    gain: torch.Tensor,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Choose the integers of a panel's columns one after the other; uses G up.
 
-    H [B, P, P], pace [B, P, 1], one value a row [B, R] in s, low and high, all else [B, P, R].
+    Args:
+        H: undamped Hessians of the panel, [B, P, P].
+        s: scales, with low and high the bounds of q − z, [B, R].
+        diagonal: of the damped Hessians, [B, P, 1].
+        G: slopes H E, [B, P, R].
+        V: integers as they are, [B, P, R].
+        gain: so far, [B, R].
+
+    Returns:
+        The change of ŵ, and the integers chosen, both [B, P, R]; the gain with theirs.
     """
     if fusion.is_enabled():
-        for X, found in zip((G, D, Q), _moved_panel(H, s, low, high, pace, G, V), strict=True):
-            X.copy_(found)
-        return
+        return _moved_panel(H, s, low, high, diagonal, G, V, gain)
+    D, Q = torch.empty_like(V), torch.empty_like(V)
     # Views of all columns at once: where rows are few, the calls are what takes time.
-    per_slope = (pace / s.unsqueeze(-2)).unbind(-2)
+    per_slope = (_CAUTION / (diagonal * s.unsqueeze(-2))).unbind(-2)
     g, v, d, q = (X.unbind(-2) for X in (G, V, D, Q))
     for i in range(len(g)):
         torch.addcmul(v[i], g[i], per_slope[i], out=q[i]).round_().clamp_(low, high)
         torch.sub(q[i], v[i], out=d[i]).mul_(s)
         G[..., i + 1 :, :].addcmul_(H[..., i, i + 1 :].unsqueeze(-1), d[i].unsqueeze(-2), value=-1)
+    return D, Q, gain + torch.linalg.vecdot(D, G.mul_(2).addcmul_(D, diagonal, value=-1), dim=-2)
 
 
 @fusion.fused
@@ -183,17 +203,20 @@ def _moved_panel(
     s: torch.Tensor,
     low: torch.Tensor,
     high: torch.Tensor,
-    pace: torch.Tensor,
+    diagonal: torch.Tensor,
     G: torch.Tensor,
     V: torch.Tensor,
+    gain: torch.Tensor,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """The same without effects, G, D and Q: a compiler makes one loop over rows of it."""
+    """The same as one chain of values: a compiler makes one loop over rows of it."""
     slopes = list(G.unbind(-2))
     moves: list[torch.Tensor] = []
     integers: list[torch.Tensor] = []
     for i, v in enumerate(V.unbind(-2)):
         for j, d in enumerate(moves):
             slopes[i] = slopes[i] - H[..., j, i].unsqueeze(-1) * d
-        integers.append((v + slopes[i] * (pace[..., i, :] / s)).round().clamp(low, high))
+        curvature = diagonal[..., i, :]
+        integers.append((v + slopes[i] * (_CAUTION / (curvature * s))).round().clamp(low, high))
         moves.append((integers[i] - v) * s)
-    return torch.stack(slopes, -2), torch.stack(moves, -2), torch.stack(integers, -2)
+        gain = gain + moves[i] * (2 * slopes[i] - moves[i] * curvature)
+    return torch.stack(moves, -2), torch.stack(integers, -2), gain

@@ -76,7 +76,7 @@ class FolderStore:
             return {self.folder.name: self.folder.stat().st_size}
         if not self.folder.is_dir():
             raise CheckpointError(
-                f"{self.folder}: no such folder; model.source is a folder with config.json and *.safetensors, a Hub "
+                f"{self.folder}: no such folder; expected a folder with config.json and *.safetensors, a Hub "
                 "repository (ORG/NAME) or a URL of an object store (s3://..., gs://...)"
             )
         try:

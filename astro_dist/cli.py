@@ -181,6 +181,11 @@ def status(
         f"{found['state']}: {blocks['done']} of {blocks['total']} blocks, {units['done']} of {units['total']} units "
         f"done{time_left}{up}"
     )
+    if found["damaged"]:
+        _say(
+            f"damaged: {len(found['damaged'])} files of the model are gone or of another size, among them "
+            f"{found['damaged'][0]}; `quantize` makes them anew"
+        )
     for doing in found["in_flight"]:
         _say(f"in flight: {doing['unit']} on worker {doing['worker']} for {doing['seconds']} s")
     for retry in found["retries"]:
@@ -227,7 +232,7 @@ def report(run: Annotated[Path, typer.Argument(help="Run directory (output.dir).
 @app.command()
 def verify(
     model: Annotated[str, typer.Argument(help="Folder of a quantized model, or ORG/NAME[@REVISION] on the Hub.")],
-    against: Annotated[str | None, typer.Option(help="The source, as model.source: also each layer's error.")] = None,
+    against: Annotated[str | None, typer.Option(help="The source it was made from: also each layer's error.")] = None,
     as_json: _Json = False,
 ) -> None:
     """Re-read what was written: every tensor present, shapes, finite scales, index and config agree."""

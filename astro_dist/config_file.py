@@ -18,6 +18,11 @@ __all__ = ["load_config", "make_target"]
 
 _MARKER = re.compile(r"int|float|str|literal\[.*\]")
 """What pydantic puts into a path for the branch of a union that it tried."""
+_KINDS = {
+    "int": "a whole number", "float": "a number", "bool": "true or false", "string": "text", "list": "a list",
+    "tuple": "a list", "dict": "a mapping", "model": "a mapping", "dataclass": "a mapping", "path": "a path",
+}  # fmt: skip
+"""Kinds of values by the beginning of pydantic's names for what is wrong with one."""
 
 
 class _Strict(yaml.SafeLoader):
@@ -64,7 +69,7 @@ def load_config(path: Path, assignments: list[str] | None = None) -> RunConfig:
     try:
         return RunConfig.model_validate(content)
     except ValidationError as error:
-        in_file, found = _complaints(alone), [_explain(item) for item in error.errors()]
+        in_file, found = _complaints(alone), _explain(error)
         assigned = ", ".join(assignment.partition("=")[0] for assignment in assignments or [])
         told = {
             str(path): [one for one in found if one in in_file],
@@ -82,7 +87,7 @@ def make_target(repo: str, private: bool, revision: str | None, pull_request: bo
     try:
         return PublishConfig(repo=repo, private=private, revision=revision, pull_request=pull_request)
     except ValidationError as error:
-        raise ConfigError("; ".join(f"publish.{_explain(item)}" for item in error.errors())) from error
+        raise ConfigError("; ".join(f"publish.{found}" for found in _explain(error))) from error
 
 
 def _complaints(content: dict[str, Any]) -> list[str]:
@@ -90,7 +95,7 @@ def _complaints(content: dict[str, Any]) -> list[str]:
     try:
         RunConfig.model_validate(content)
     except ValidationError as error:
-        return [_explain(item) for item in error.errors()]
+        return _explain(error)
     return []
 
 
@@ -110,13 +115,35 @@ def _assign(content: dict[str, Any], assignment: str) -> None:
         raise ConfigError(f"--set {assignment}: the value is no YAML: {error}") from error
 
 
-def _explain(item: Any) -> str:
-    key = ".".join(str(part) for part in item["loc"] if not _MARKER.fullmatch(str(part)))
-    if item["type"] in ("extra_forbidden", "unexpected_keyword_argument"):
-        return f"unknown key {key}{_suggest(item['loc'])}"
-    message = str(item["msg"]).removeprefix("Value error, ")
-    shown = "" if item["type"] in ("missing", "value_error") else f", got {item['input']!r:.80}"
-    return f"{key}: {message}{shown}" if key else message
+def _explain(error: ValidationError) -> list[str]:
+    """A complaint for each key, though several kinds of values may have been tried on it."""
+    by_key: dict[str, list[Any]] = {}
+    for item in error.errors():
+        key = ".".join(str(part) for part in item["loc"] if not _MARKER.fullmatch(str(part)))
+        by_key.setdefault(key, []).append(item)
+    return [_complaint(key, items) for key, items in by_key.items()]
+
+
+def _complaint(key: str, items: list[Any]) -> str:
+    first = items[0]
+    if first["type"] in ("extra_forbidden", "unexpected_keyword_argument"):
+        return f"unknown key {key}{_suggest(first['loc'])}"
+    kinds = [_expected(item) for item in items]
+    if all(kinds):
+        return f"{key}: expected {' or '.join(filter(None, kinds))}, got {first['input']!r:.80}"
+    messages = "; ".join(
+        str(item["msg"]).removeprefix("Value error, ").replace("Input should", "must") for item in items
+    )
+    shown = "" if first["type"] in ("missing", "value_error") else f", got {first['input']!r:.80}"
+    return f"{key}: {messages}{shown}" if key else messages
+
+
+def _expected(item: Any) -> str | None:
+    """What kind of value was wanted, where that is what is wrong."""
+    if item["type"] == "literal_error":
+        return str(item["ctx"]["expected"])
+    kind, _, fault = item["type"].rpartition("_")
+    return _KINDS.get(kind.removesuffix("_from")) if fault in ("type", "parsing", "float") else None
 
 
 def _suggest(location: tuple[int | str, ...]) -> str:

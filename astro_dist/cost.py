@@ -26,8 +26,8 @@ _CANDIDATE_PASSES = 4
 """Elementwise operations for each candidate of a scale, by the time of the proximal map's."""
 _COLUMN_STEPS = 6
 """Operations for a column, in GPTQ as in a pass of refinement."""
-_COMPILED_STEPS = 1.0
-"""The same where 16 columns are one kernel: its call, two products and copies take the time of 16 launches."""
+_COMPILED_STEPS = 0.5
+"""The same where 16 columns are a kernel or two, with their products and what refits the scales, in launches."""
 _LIBRARIES_BYTES = 430_000_000
 """Resident memory of a CPU worker before it does anything: Python, torch, transformers, Ray."""
 _STATES = 6

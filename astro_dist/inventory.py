@@ -13,6 +13,7 @@ __all__ = [
     "CARD_NAME",
     "ModelFile",
     "all_shards",
+    "damaged_files",
     "describe",
     "is_whole",
     "read_inventory",
@@ -103,6 +104,18 @@ def is_whole(run: RunDirectory, shards: Mapping[str, ModelFile]) -> bool:
     files = [file for file in read_inventory(run) if file.name not in shards]
     paths = {file: run.model / file.name for file in files}
     return all(path.is_file() and describe(path) == file for file, path in paths.items())
+
+
+def damaged_files(run: RunDirectory) -> list[str]:
+    """Files of the finished model that are gone or of another size than was written.
+
+    Raises:
+        ConfigError: the model is not finished.
+    """
+    paths = {file: run.model / file.name for file in read_inventory(run)}
+    return [
+        file.name for file, path in paths.items() if not (path.is_file() and path.stat().st_size == file.size_bytes)
+    ]
 
 
 def read_inventory(run: RunDirectory) -> list[ModelFile]:

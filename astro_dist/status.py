@@ -7,7 +7,7 @@ from typing import Any
 from astro.errors import ConfigError
 from astro.files import read_json
 from astro.report import fallbacks
-from astro_dist.inventory import all_shards, read_inventory
+from astro_dist.inventory import all_shards, damaged_files, read_inventory
 from astro_dist.manifest import RunDirectory
 from astro_dist.upload_record import read_uploads
 
@@ -21,7 +21,8 @@ def read_status(root: Path) -> dict[str, Any]:
         root: the run directory.
 
     Returns:
-        `state` (running, stopped, complete), `units` and `blocks` with `done` and `total`, `workers` that are up,
+        `state` (running, stopped, complete), `damaged` (files of a complete model that are gone or of another size, by
+        their sizes alone), `units` and `blocks` with `done` and `total`, `workers` that are up,
         `in_flight` units with their worker and seconds, `retries`, `fallbacks`, `publish` (what each place on the Hub
         holds), `upload_failures` since the last upload that worked, `seconds_left` (None where nothing was finished yet
         in this session).
@@ -42,9 +43,10 @@ def read_status(root: Path) -> dict[str, Any]:
     running = run.is_locked()
     workers, in_flight = _at_work(session if running else [])
     total = start.get("units", len(records))
-    state = "running" if running else "complete" if run.summary.is_file() and len(records) == total else "stopped"
+    complete = run.summary.is_file() and run.inventory.is_file() and len(records) == total
     return {
-        "state": state,
+        "state": "running" if running else "complete" if complete else "stopped",
+        "damaged": damaged_files(run) if complete and not running else [],
         "units": {"done": len(records), "total": total},
         "blocks": {"done": len(blocks), "total": start.get("blocks", len(blocks))},
         "workers": workers,

@@ -46,7 +46,7 @@ _MEMORY = ("aten::empty", "aten::new_empty", "aten::empty_like", "aten::empty_st
 _SYNCS = ("aten::_local_scalar_dense", "aten::nonzero", "aten::masked_select", "aten::equal", "aten::_unique2")
 _COPIES = ("tolist", "cpu", "numpy")
 _LEAST_SHOWN = 0.15
-_COMPILED = [(gptq, "_rounded_panel", 1), (refine, "_moved_panel", 2)]
+_COMPILED = [(gptq, "_rounded_panel", 1), (refine, "_moved_panel", 2), (refine, "_scale_step", 1)]
 _SOLVE = {
     "regularize": "regularize", "fit_grid": "grid", "require_finite_scales": "grid", "solve": "gptq",
     "refine": "refine", "compensate": "compensate",

@@ -21,8 +21,7 @@ def test_fused_panel_of_gptq_is_the_panel(shape):
     N, (T, W, S) = panel(shape, 3)
     S, low, high = S.abs() + 0.1, torch.full(shape, -4.0), torch.full(shape, 3.0)
     fused = gptq._rounded_panel(N, T, W, S, low, high)
-    E, V = torch.empty_like(T), torch.empty_like(T)
-    gptq._solve_panel_(N, T, W, E, V, S, low, high)
+    V, E = gptq._round_panel(N, T, W, S, low, high)
     torch.testing.assert_close((V, E), fused)
     assert -4 <= int(V.min()) < int(V.max()) <= 3
 
@@ -31,12 +30,12 @@ def test_fused_panel_of_gptq_is_the_panel(shape):
 def test_fused_panel_of_refinement_is_the_panel(shape):
     N, (G, V) = panel(shape, 2)
     H, V = N + N.mT, V.round()
-    s, pace = G[..., 0, :].abs() + 0.1, torch.ones(*shape[:-1], 1)
+    s, diagonal = G[..., 0, :].abs() + 0.1, torch.linspace(1, 2, shape[-2]).unsqueeze(-1).expand(*shape[:-1], 1)
     low, high = torch.full_like(s, -4), torch.full_like(s, 3)
-    fused = refine._moved_panel(H, s, low, high, pace, G, V)
-    D, Q = torch.empty_like(V), torch.empty_like(V)
-    refine._move_panel_(H, s, low, high, pace, G, V, D, Q)
-    torch.testing.assert_close((G, D, Q), fused)
+    job = (H, s, low, high, diagonal, G, V, torch.ones_like(s))
+    fused = refine._moved_panel(*job)
+    D, Q, gain = refine._move_panel(*job)
+    torch.testing.assert_close((D, Q, gain), fused)
     assert int(Q.ne(V).sum()) > 0
 
 

@@ -69,6 +69,13 @@ def test_resolved_config_reads_back_the_same(write):
             MINIMAL + "quantization: {overrides: {'*.o': {bit: 4}}}",
             r"unknown key quantization.overrides.*\.bit \(did you mean bits",
         ),
+        (
+            MINIMAL + "execution: {workers: many, threads_per_worker: 1.5}",
+            r"^\S+: execution.threads_per_worker: expected a whole number, got 1.5; "
+            r"execution.workers: expected a whole number or 'auto', got 'many'$",
+        ),
+        (MINIMAL + "quantization: {symmetric: 3, ignore: x}", "symmetric: expected true or false, got 3; .*a list"),
+        (MINIMAL + "regularizer: {beta: strong}\npublish: 7", "beta: expected a number or 'auto', .*a mapping, got 7"),
         ("model: {source: x}", "output: Field required"),
         ("- 1", "expected a mapping of sections"),
         ("{", "cannot be read as YAML"),

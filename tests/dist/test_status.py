@@ -18,6 +18,17 @@ def test_complete_run(run_config, tmp_path):
     assert (status["state"], status["in_flight"], status["retries"]) == ("complete", [], [])
     assert status["units"]["done"] == status["units"]["total"]
     assert status["blocks"] == {"done": 3, "total": 3}
+    assert status["damaged"] == []
+
+
+def test_files_of_a_complete_run_that_are_gone_or_cut_off(run_config, tmp_path):
+    pipeline.quantize(run_config())
+    shard, *_ = sorted((tmp_path / "run" / "model").glob("*.safetensors"))
+    shard.write_bytes(shard.read_bytes()[:-1])
+    (tmp_path / "run" / "model" / "config.json").unlink()
+    assert sorted(read_status(tmp_path / "run")["damaged"]) == sorted(["config.json", shard.name])
+    pipeline.quantize(run_config())
+    assert read_status(tmp_path / "run")["damaged"] == []
 
 
 def test_run_that_goes_on(run_config, tmp_path, monkeypatch):
