@@ -1,4 +1,4 @@
-"""Innermost loops as few kernels, where a process asked for it: torch.compile.
+"""Innermost loops as few kernels, where a thread asked for it: torch.compile.
 
 A GPU takes microseconds to start a kernel, as long as the work on one column of a tile, and elementwise chains read
 and write memory once for each link. What is marked here is compiled as a whole then; what it computes is the same up to
@@ -6,6 +6,7 @@ the last bits. It is compiled on first use, for as long as a minute, and kept on
 """
 
 import functools
+import threading
 from collections.abc import Callable
 from typing import ParamSpec, TypeVar
 
@@ -20,13 +21,20 @@ _VARIANTS = 64
 
 P = ParamSpec("P")
 T = TypeVar("T")
-_enabled = False
+
+
+class _OfThread(threading.local):
+    """What a thread asked for; torch keeps its own settings by thread as well."""
+
+    enabled = False
+
+
+_own = _OfThread()
 
 
 def enable(on: bool) -> None:
-    """Compile what is marked, in this process, or do not."""
-    global _enabled
-    _enabled = on
+    """Compile what is marked, in this thread, or do not."""
+    _own.enabled = on
     if on:
         torch._dynamo.config.recompile_limit = _VARIANTS
         torch._dynamo.config.fail_on_recompile_limit_hit = True
@@ -37,8 +45,8 @@ def enable(on: bool) -> None:
 
 
 def is_enabled() -> bool:
-    """Whether this process compiles."""
-    return _enabled
+    """Whether this thread compiles."""
+    return _own.enabled
 
 
 def fused(function: Callable[P, T]) -> Callable[P, T]:
@@ -58,7 +66,7 @@ def fused(function: Callable[P, T]) -> Callable[P, T]:
 
     @functools.wraps(function)
     def call(*args: P.args, **kwargs: P.kwargs) -> T:
-        if not _enabled:
+        if not _own.enabled:
             return function(*args, **kwargs)
         try:
             return compiled()(*args, **kwargs)

@@ -140,13 +140,13 @@ class DriftAccumulator:
         """
         X = X.reshape(-1, X.shape[-1])
         D = X_source.reshape(X.shape).float() - X.float()
-        self.num_tokens += X.shape[0]
         if _is_multiplied_exactly(X) and X.dtype == torch.bfloat16:  # of a float32's range; two hold it to 2⁻¹⁷
             high = D.to(X.dtype)
             self.partial += _product(high, X)
             self.partial += _product(D.sub_(high).to(X.dtype), X)
         else:
             self.partial += _product(D, X.float())
+        self.num_tokens += X.shape[0]
 
     def merge_(self, partial: torch.Tensor, num_tokens: int) -> None:
         """Add a sum that was begun elsewhere, [C, C] on this one's device."""

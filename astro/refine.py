@@ -57,12 +57,13 @@ def refine(
     Returns:
         Integers int8 [B, R, C] and their grid. In the damped layer error never worse than what was given.
     """
+    zero = grid.zero.mT.contiguous()
     state = _State(
         V=(grouped(Q.float(), grid.group_size) - grid.zero.unsqueeze(-1)).flatten(-2).mT.contiguous(),
         E=(W - grid.dequantize(Q)).mT.contiguous(),
         scale=grid.scale.mT.clone(memory_format=torch.contiguous_format),
-        low=grid.q_min - grid.zero.mT,
-        high=grid.q_max - grid.zero.mT,
+        low=grid.q_min - zero,
+        high=grid.q_max - zero,
         H=H,
         damping=damping.unsqueeze(-1).unsqueeze(-1),
         group_size=grid.group_size,
@@ -78,7 +79,17 @@ def refine(
 
 @dataclasses.dataclass
 class _State:
-    """Rows under refinement: V = q − z and E = w − ŵ [B, C, R], its scale and bounds [B, G, R], damping [B, 1, 1]."""
+    """Rows under refinement.
+
+    Attributes:
+        V: q − z, [B, C, R].
+        E: w − ŵ, [B, C, R].
+        scale: of each group; with low and high the bounds of V, [B, G, R]. All of them are contiguous: a row is read
+            and written group by group, on a GPU by kernels that want their rows aligned.
+        H: undamped, [B, C, C].
+        damping: λ, [B, 1, 1].
+        diagonal: of H + λI, [B, C, 1].
+    """
 
     V: torch.Tensor
     E: torch.Tensor
@@ -89,9 +100,10 @@ class _State:
     damping: torch.Tensor
     group_size: int
     scale_dtype: torch.dtype
+    diagonal: torch.Tensor = dataclasses.field(init=False)
 
     def __post_init__(self) -> None:
-        self.diagonal = self.H.diagonal(dim1=-2, dim2=-1).unsqueeze(-1) + self.damping  # of H + λI, [B, C, 1]
+        self.diagonal = self.H.diagonal(dim1=-2, dim2=-1).unsqueeze(-1) + self.damping
 
     def product(self, rows: slice) -> torch.Tensor:
         """Rows of (H + λI) E."""
@@ -120,7 +132,7 @@ class _State:
         return gain.sum(-1), error.sum(-1)
 
     def _move_scale(self, k: int, group: slice, G: torch.Tensor) -> torch.Tensor:
-        """Refit a group's scale; brings the group's rows of G = H E up to date."""
+        """Refit a group's scale; brings the group's rows of G = (H + λI) E up to date."""
         V, s = self.V[..., group, :], self.scale[..., k, :]
         HV = (self.H[..., group, group] @ V).addcmul_(self.damping, V)
         slope, curvature = torch.linalg.vecdot(G, V, dim=-2), torch.linalg.vecdot(HV, V, dim=-2)
@@ -177,7 +189,7 @@ def _move_panel(
         H: undamped Hessians of the panel, [B, P, P].
         s: scales, with low and high the bounds of q − z, [B, R].
         diagonal: of the damped Hessians, [B, P, 1].
-        G: slopes H E, [B, P, R].
+        G: slopes (H + λI) E, [B, P, R].
         V: integers as they are, [B, P, R].
         gain: so far, [B, R].
 

@@ -146,12 +146,14 @@ def regularize(W: torch.Tensor, problem: Problem, beta: torch.Tensor | float) ->
     Args:
         W: original weights, float32 [B, R, C], or [R, C].
         problem: prepared for the layers.
-        beta: strength of the penalty, one for all, or [B, R] or [B, 1]. Where it is 0 weights stay as they are.
+        beta: strength of the penalty, one for all, or of rows [B, R], or of layers [B, 1]. Where it is 0 weights stay
+            as they are.
 
     Returns:
         float32 [B, R, C].
     """
     if isinstance(beta, torch.Tensor):
+        assert beta.ndim == W.ndim - 1, f"beta {list(beta.shape)} for weights {list(W.shape)}"
         beta = beta.to(W.dtype).unsqueeze(-1)
     tau = beta * problem.guidance.unsqueeze(-2)
     return _admm(W, problem, tau) if problem.settings.solver == "admm" else _proximal_gradient(W, problem, tau)

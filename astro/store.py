@@ -76,8 +76,8 @@ class FolderStore:
             return {self.folder.name: self.folder.stat().st_size}
         if not self.folder.is_dir():
             raise CheckpointError(
-                f"{self.folder}: no such folder; expected a folder with config.json and *.safetensors, a Hub "
-                "repository (ORG/NAME) or a URL of an object store (s3://..., gs://...)"
+                f"{self.folder}: no such folder; model.source, or what `verify` is given, is a folder with config.json "
+                "and *.safetensors, a Hub repository (ORG/NAME) or a URL of an object store (s3://..., gs://...)"
             )
         try:
             return {path.name: path.stat().st_size for path in sorted(self.folder.iterdir()) if path.is_file()}

@@ -10,6 +10,7 @@ import resource
 import shutil
 import time
 from collections.abc import Iterator
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -151,7 +152,8 @@ class Worker:
         """One chunk through the open block; a calibration chunk adds to the statistics. The output is handed on."""
         opened, start, stage = self._opened(round_index, index), time.perf_counter(), self._stage
         stream = stream_names(self._spec.run.rounds)[round_index]
-        hidden = stage.hidden(stream, index, chunk)
+        following = dict(pairwise(self._spec.chunks)).get(chunk)
+        hidden = stage.hidden(stream, index, chunk, (stream, following) if following else None)
         if is_held_out(chunk):
             output = stage.forward(index, hidden)
         else:

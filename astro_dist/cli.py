@@ -14,6 +14,7 @@ from rich.table import Table
 
 import astro
 from astro.errors import AstroError, InputError
+from astro_dist.duration import in_words
 
 if TYPE_CHECKING:  # they import torch: seconds that `--help` need not wait for
     from astro_dist.config import RunConfig
@@ -109,7 +110,6 @@ def plan(
 
     settings = load_config(config, assignments)
     from astro_dist.prepared import forecast, prepare
-    from astro_dist.progress import duration
 
     prepared = prepare(settings)
     found, needed = prepared.plan, forecast(prepared, workers, device)
@@ -137,7 +137,7 @@ def plan(
         f"{found.read_bytes / 1e6:.1f} MB read, {found.written_bytes / 1e6:.1f} MB written"
     )
     _say(
-        f"with {needed.workers} worker(s) on {needed.device}: about {duration(needed.wall_s)}; "
+        f"with {needed.workers} worker(s) on {needed.device}: about {in_words(needed.wall_s)}; "
         f"{needed.device_hours:.2f} device-hours, {needed.efficiency:.0%} of that at work; a worker needs "
         f"{needed.worker_bytes / 1e9:.2f} GB of memory, the run directory {needed.disk_bytes / 1e9:.2f} GB of disk; "
         f"workers read and write {needed.moved_bytes / 1e9:.1f} GB"
@@ -175,16 +175,17 @@ def status(
         _print_json(found)
         return
     units, blocks, left = found["units"], found["blocks"], found["seconds_left"]
-    time_left = f", about {left / 60:.0f} min left" if left is not None else ""
+    time_left = f", about {in_words(left)} left" if left is not None else ""
     up = "" if found["state"] == "complete" else f"; {found['workers']} workers up"
     _say(
         f"{found['state']}: {blocks['done']} of {blocks['total']} blocks, {units['done']} of {units['total']} units "
         f"done{time_left}{up}"
     )
     if found["damaged"]:
+        first, more = ", ".join(found["damaged"][:3]), len(found["damaged"]) - 3
         _say(
-            f"damaged: {len(found['damaged'])} files of the model are gone or of another size, among them "
-            f"{found['damaged'][0]}; `quantize` makes them anew"
+            f"damaged: {first}{f' and {more} more' if more > 0 else ''} (gone, or of another size than was written); "
+            "`quantize` makes them anew"
         )
     for doing in found["in_flight"]:
         _say(f"in flight: {doing['unit']} on worker {doing['worker']} for {doing['seconds']} s")

@@ -16,10 +16,11 @@ from astro_dist.config import PublishConfig, RunConfig
 
 __all__ = ["load_config", "make_target"]
 
-_MARKER = re.compile(r"int|float|str|literal\[.*\]")
+_MARKER = re.compile(r"int|float|bool|str|literal\[.*\]")
 """What pydantic puts into a path for the branch of a union that it tried."""
+_UNKNOWN = ("extra_forbidden", "unexpected_keyword_argument")
 _KINDS = {
-    "int": "a whole number", "float": "a number", "bool": "true or false", "string": "text", "list": "a list",
+    "int": "a whole number", "float": "a number", "bool": "true or false", "string": "text",
     "tuple": "a list", "dict": "a mapping", "model": "a mapping", "dataclass": "a mapping", "path": "a path",
 }  # fmt: skip
 """Kinds of values by the beginning of pydantic's names for what is wrong with one."""
@@ -119,22 +120,27 @@ def _explain(error: ValidationError) -> list[str]:
     """A complaint for each key, though several kinds of values may have been tried on it."""
     by_key: dict[str, list[Any]] = {}
     for item in error.errors():
-        key = ".".join(str(part) for part in item["loc"] if not _MARKER.fullmatch(str(part)))
+        path = [str(part) for part in item["loc"]]
+        if path and item["type"] not in _UNKNOWN and _MARKER.fullmatch(path[-1]):
+            path.pop()
+        key = ".".join(path)
         by_key.setdefault(key, []).append(item)
     return [_complaint(key, items) for key, items in by_key.items()]
 
 
 def _complaint(key: str, items: list[Any]) -> str:
     first = items[0]
-    if first["type"] in ("extra_forbidden", "unexpected_keyword_argument"):
+    if first["type"] in _UNKNOWN:
         return f"unknown key {key}{_suggest(first['loc'])}"
-    kinds = [_expected(item) for item in items]
+    kinds = list(dict.fromkeys(_expected(item) for item in items))
     if all(kinds):
         return f"{key}: expected {' or '.join(filter(None, kinds))}, got {first['input']!r:.80}"
+    if first["type"] == "missing":
+        return f"{key}: missing"
     messages = "; ".join(
         str(item["msg"]).removeprefix("Value error, ").replace("Input should", "must") for item in items
     )
-    shown = "" if first["type"] in ("missing", "value_error") else f", got {first['input']!r:.80}"
+    shown = "" if first["type"] == "value_error" else f", got {first['input']!r:.80}"
     return f"{key}: {messages}{shown}" if key else messages
 
 

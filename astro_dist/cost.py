@@ -27,7 +27,8 @@ _CANDIDATE_PASSES = 4
 _COLUMN_STEPS = 6
 """Operations for a column, in GPTQ as in a pass of refinement."""
 _COMPILED_STEPS = 0.5
-"""The same where 16 columns are a kernel or two, with their products and what refits the scales, in launches."""
+"""The same where 16 columns are a kernel or two: 0.24 launches for GPTQ and 0.38 for a pass, counted, and in round
+numbers what a solve launches besides (`tests/bench/launches.py`)."""
 _LIBRARIES_BYTES = 430_000_000
 """Resident memory of a CPU worker before it does anything: Python, torch, transformers, Ray."""
 _STATES = 6

@@ -11,7 +11,7 @@ import yaml
 
 from astro_dist.base_model import BaseModel
 from astro_dist.config import RunConfig
-from astro_dist.progress import duration
+from astro_dist.duration import in_words
 
 __all__ = ["metadata", "model_card", "planned_card"]
 
@@ -246,7 +246,7 @@ def _effort(blocks: Iterable[Mapping[str, Any]], summary: Mapping[str, Any]) -> 
     resumed = summary["resumed_units"]
     return (
         f"Blocks by device: {'; '.join(f'{count} on {name}' for name, count in devices.items())}. "
-        f"{duration(spent)} of all workers together, {duration(summary['wall_s'])} from start to end"
+        f"{in_words(spent)} of all workers together, {in_words(summary['wall_s'])} from start to end"
         + (f" of the last session, before which {resumed} units were finished." if resumed else ".")
     )
 

@@ -9,9 +9,10 @@ from rich.console import Console, Group
 from rich.live import Live
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeElapsedColumn
 
+from astro_dist.duration import in_words
 from astro_dist.schedule import Call
 
-__all__ = ["ProgressDisplay", "duration", "say"]
+__all__ = ["ProgressDisplay", "say"]
 
 _PHASES = {
     "embed": "embedding",
@@ -35,14 +36,6 @@ def say(text: str, console: Console | None = None) -> None:
     """One line that stays, with the time; on a console that shows a live display where one is given."""
     console = console or Console(stderr=True)
     console.print(f"[{time.strftime('%H:%M:%S')}] {text}", markup=False, highlight=False, soft_wrap=True)
-
-
-def duration(seconds: float) -> str:
-    """Seconds in the largest unit of which they make two."""
-    for unit, length in (("hours", 3600), ("minutes", 60)):
-        if seconds >= 2 * length:
-            return f"{seconds / length:.1f} {unit}"
-    return f"{seconds:.0f} seconds"
 
 
 class ProgressDisplay:
@@ -115,4 +108,4 @@ class ProgressDisplay:
     def _time_left(self) -> str:
         done = max(self._finished - self._before, 1)
         seconds = (time.monotonic() - self._begin) / done * (self._total - self._finished)
-        return f"about {seconds / 60:.0f} min left" if seconds > 90 else f"about {seconds:.0f} s left"
+        return f"about {in_words(seconds)} left"

@@ -26,6 +26,7 @@ from astro_dist.budget import layer_settings
 from astro_dist.devices import memory_shortage
 from astro_dist.manifest import RunDirectory
 from astro_dist.plan import BlockUnit, Plan
+from astro_dist.read_ahead import ReadAhead
 from astro_dist.schedule import block_unit, is_held_out
 
 __all__ = ["Stage", "WorkerSpec"]
@@ -99,6 +100,7 @@ class Stage:
         if store.revision is None and Checkpoint.open(store).fingerprint() != spec.fingerprint:
             raise RunError(f"{platform.node()}: {store} is not the checkpoint that the driver sees under this path")
         self.skeleton = Skeleton(spec.folder, spec.compute_dtype, spec.trust_remote_code)
+        self._ahead = ReadAhead()
         self._tokens: dict[str, torch.Tensor] | None = None
         self._loaded: tuple[str, int] | None = None
         self._layers: tuple[int, BlockLayers] | None = None
@@ -137,6 +139,7 @@ class Stage:
 
     def close(self) -> None:
         """Take the block off the device."""
+        self._ahead.forget()
         if self._loaded is not None:
             self.skeleton.blocks[self._loaded[1]].to("meta")
             self._loaded = None
@@ -228,10 +231,19 @@ class Stage:
             self._tokens, _ = load_part(self.spec.run.tokens)
         return self._tokens[chunk].to(self.device)
 
-    def hidden(self, stream: str, index: int, chunk: str) -> torch.Tensor:
-        """A chunk's hidden states before a block, [B, T, H]."""
-        tensors, _ = load_part(self.spec.run.hidden(stream, index, chunk))
-        return tensors["hidden"].to(self.device)
+    def hidden(self, stream: str, index: int, chunk: str, then: tuple[str, str] | None = None) -> torch.Tensor:
+        """A chunk's hidden states before a block, [B, T, H].
+
+        Args:
+            stream: that the chunk is in.
+            index: of the block.
+            chunk: its name.
+            then: stream and name of the chunk that will be wanted next, which is read meanwhile.
+        """
+        hidden = self._ahead.take(self.spec.run.hidden(stream, index, chunk))["hidden"]
+        if then is not None:
+            self._ahead.expect(self.spec.run.hidden(then[0], index, then[1]))
+        return hidden.to(self.device)
 
     def hand_on(self, stream: str, index: int, chunk: str, hidden: torch.Tensor) -> None:
         """Keep a chunk's hidden states before a block. What is there stays: other hardware may round differently."""

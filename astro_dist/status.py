@@ -21,8 +21,8 @@ def read_status(root: Path) -> dict[str, Any]:
         root: the run directory.
 
     Returns:
-        `state` (running, stopped, complete), `damaged` (files of a complete model that are gone or of another size, by
-        their sizes alone), `units` and `blocks` with `done` and `total`, `workers` that are up,
+        `state` (running, stopped, complete), `damaged` (files of a complete model that are gone or of another size;
+        what is in them is not read), `units` and `blocks` with `done` and `total`, `workers` that are up,
         `in_flight` units with their worker and seconds, `retries`, `fallbacks`, `publish` (what each place on the Hub
         holds), `upload_failures` since the last upload that worked, `seconds_left` (None where nothing was finished yet
         in this session).

@@ -6,6 +6,7 @@ errors of the stages before. A share is a fixed part of the chunks; sums are for
 
 import time
 from collections.abc import Iterable, Mapping, Sequence
+from itertools import zip_longest
 from typing import Any
 
 import torch
@@ -93,10 +94,12 @@ class Sums:
         layers, quantized = self._stage.layers(block.unit), self._dequantized(block, stage_index)
         drifts = [operand for operand, (_, drift) in sums.items() if drift is not None]
         with layers.replaced({} if drifts else quantized):
-            for chunk in chunks:
+            for chunk, following in zip_longest(chunks, chunks[1:]):
+                later = ("round-0", following) if following else None
                 with layers.replaced(quantized if drifts else {}):
-                    inputs = self._inputs(block, sums.keys(), "round-0", chunk)
-                before = self._inputs(block, drifts, "original", chunk) if drifts else {}
+                    source = ("original", chunk) if drifts else later
+                    inputs = self._inputs(block, sums.keys(), ("round-0", chunk), source)
+                before = self._inputs(block, drifts, ("original", chunk), later) if drifts else {}
                 for operand, X in inputs.items():
                     H, drift = sums[operand]
                     with timed(seconds, "hessian"):
@@ -106,11 +109,11 @@ class Sums:
                             drift.add_(before[operand], X)
 
     def _inputs(
-        self, block: SharedBlock, operands: Iterable[Operand], stream: str, chunk: str
+        self, block: SharedBlock, operands: Iterable[Operand], chunk: tuple[str, str], then: tuple[str, str] | None
     ) -> dict[Operand, torch.Tensor]:
-        """What operands read of one chunk, with the weights that are in the block now."""
+        """What operands read of one chunk of a stream, with the weights as they are now; `then` is read meanwhile."""
         stage, index = self._stage, block.unit.index
-        hidden = stage.hidden(stream, index, chunk)
+        hidden = stage.hidden(chunk[0], index, chunk[1], then)
         return inputs_of(stage.layers(block.unit), list(operands), lambda: stage.forward(index, hidden))
 
     def _operands(self, block: SharedBlock, batch: int) -> list[Operand]:

@@ -16,7 +16,7 @@ _MARLIN_SIZES = (PER_CHANNEL, 32, 64, 128)
 
 def low_width_notes(settings: Mapping[str, Quantization], who_loads_them: str) -> list[str]:
     """Widths below 4 bits, and what a layout's readers make of them."""
-    is_open = any(own.bits == "auto" for own in settings.values())
+    is_open = any(own.bits == "auto" and {2, 3} & set(own.bit_choices) for own in settings.values())
     possible = (own.bit_choices if own.bits == "auto" else (own.bits,) for own in settings.values())
     low = " and ".join(map(str, sorted({2, 3} & set().union(*possible))))
     return [f"{low}-bit weights{' (bits: auto may choose them)' if is_open else ''}: {who_loads_them}"] if low else []

@@ -5,9 +5,9 @@
 Runs the arithmetic of one group of layers on the CPU with few rows, at three widths, and counts the operators that are
 dispatched: one that only makes a view, or memory, launches nothing. What grows with the columns is found from two
 widths and checked at the third; rows do not matter within a tile, and tiles are those of a GPU. A sync is an operator
-that makes the host wait for a value. What a GPU's worker compiles counts as the one kernel that torch makes of it for a
-CPU, refinement's as its two; `--plain` counts it uncompiled. Every refinement pass is done. The block's own forward is
-not counted, nor the copies to files. Prints Markdown.
+that makes the host wait for a value. What a GPU's worker compiles counts as the kernels that torch makes of it for a
+CPU: one each, two of a panel of refinement; `--plain` counts it uncompiled. Every refinement pass is done. The block's
+own forward is not counted, nor the copies to files. Prints Markdown.
 """
 
 import argparse

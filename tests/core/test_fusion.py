@@ -1,5 +1,7 @@
 """Panels without effects are the panels; what cannot be compiled says so. Compiled for real: dist/test_compiled.py."""
 
+from concurrent.futures import ThreadPoolExecutor
+
 import pytest
 import torch
 
@@ -31,12 +33,23 @@ def test_fused_panel_of_refinement_is_the_panel(shape):
     N, (G, V) = panel(shape, 2)
     H, V = N + N.mT, V.round()
     s, diagonal = G[..., 0, :].abs() + 0.1, torch.linspace(1, 2, shape[-2]).unsqueeze(-1).expand(*shape[:-1], 1)
-    low, high = torch.full_like(s, -4), torch.full_like(s, 3)
+    low = torch.arange(s.numel()).view_as(s) % 3 - 4.0  # as zero points make them, another one a row
+    high = low + 7
     job = (H, s, low, high, diagonal, G, V, torch.ones_like(s))
     fused = refine._moved_panel(*job)
     D, Q, gain = refine._move_panel(*job)
     torch.testing.assert_close((D, Q, gain), fused)
     assert int(Q.ne(V).sum()) > 0
+
+
+def test_only_the_thread_that_asked_for_it_compiles():
+    fusion.enable(True)
+    try:
+        with ThreadPoolExecutor(1) as pool:
+            assert (fusion.is_enabled(), pool.submit(fusion.is_enabled).result()) == (True, False)
+    finally:
+        fusion.enable(False)
+    assert not fusion.is_enabled()
 
 
 def test_what_cannot_be_compiled_names_the_switch(monkeypatch):
@@ -46,6 +59,6 @@ def test_what_cannot_be_compiled_names_the_switch(monkeypatch):
 
     X = torch.ones(3)
     assert torch.equal(looks_at_values(X), X + 1)
-    monkeypatch.setattr(fusion, "_enabled", True)
+    monkeypatch.setattr(fusion._own, "enabled", True)
     with pytest.raises(NumericalError, match=r"looks_at_values cannot be compiled: .*set execution\.compile to false"):
         looks_at_values(X)

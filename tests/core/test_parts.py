@@ -31,6 +31,32 @@ def test_every_byte_that_is_changed_is_found(tmp_path):
             load_part(tmp_path / "part")
 
 
+def test_changes_within_pages_and_pages_that_changed_places_are_found(tmp_path):
+    values = torch.randn(3 * 1024 + 5, generator=torch.Generator().manual_seed(0))
+    save_part(tmp_path / "part", {"x": values})
+    whole = (tmp_path / "part").read_bytes()
+    start = len(whole) - values.nbytes
+    for position in range(start, len(whole), 97):
+        changed = bytearray(whole)
+        changed[position] ^= 0x80
+        (tmp_path / "part").write_bytes(changed)
+        with pytest.raises(DamagedError, match="its checksum is wrong"):
+            load_part(tmp_path / "part")
+    first, second = whole[start : start + 4096], whole[start + 4096 : start + 8192]
+    for pages in (second + first, first + bytes(4096)):
+        (tmp_path / "part").write_bytes(whole[:start] + pages + whole[start + 8192 :])
+        with pytest.raises(DamagedError, match="its checksum is wrong"):
+            load_part(tmp_path / "part")
+
+
+def test_part_of_a_larger_tensor(tmp_path):
+    large = torch.arange(20_000, dtype=torch.int8)
+    save_part(tmp_path / "part", {"x": large[3:9003], "y": large.clone()[8:16_008].view(2, -1)})
+    tensors, _ = load_part(tmp_path / "part")
+    assert torch.equal(tensors["x"], large[3:9003])
+    assert torch.equal(tensors["y"].flatten(), large[8:16_008])
+
+
 def test_part_that_is_missing_or_cut_short(tmp_path):
     save_part(tmp_path / "part", TENSORS)
     (tmp_path / "part").write_bytes((tmp_path / "part").read_bytes()[:-1])

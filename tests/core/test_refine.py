@@ -5,6 +5,7 @@ import dataclasses
 import pytest
 import torch
 
+from astro import refine as refine_module
 from astro.config import Quantization
 from astro.gptq import activation_order, solve
 from astro.grid import fit_grid
@@ -93,6 +94,15 @@ def test_two_passes_save_some_percent(bits):
     W, H, Q, grid = problem(rows=64, bits=bits)
     refined = run(W, Q, grid, H, 2)
     assert float(error(W, *refined, H).sum()) < 0.96 * float(error(W, Q, grid, H).sum())
+
+
+def test_what_is_read_group_by_group_lies_row_by_row(monkeypatch):
+    W, H, Q, grid = problem(symmetric=False)
+    states, real = [], refine_module._State.sweep
+    monkeypatch.setattr(refine_module._State, "sweep", lambda self: states.append(self) or real(self))
+    run(W, Q, grid, H, 1)
+    work = (states[0].V, states[0].E, states[0].scale, states[0].low, states[0].high)
+    assert all(X.is_contiguous() for X in work)
 
 
 def test_rows_do_not_meet():

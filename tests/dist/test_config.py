@@ -76,7 +76,16 @@ def test_resolved_config_reads_back_the_same(write):
         ),
         (MINIMAL + "quantization: {symmetric: 3, ignore: x}", "symmetric: expected true or false, got 3; .*a list"),
         (MINIMAL + "regularizer: {beta: strong}\npublish: 7", "beta: expected a number or 'auto', .*a mapping, got 7"),
-        ("model: {source: x}", "output: Field required"),
+        (
+            MINIMAL + "execution: {compile: perhaps}",
+            r"^\S+: execution.compile: expected true .* or 'auto', got 'perhaps'$",
+        ),
+        (MINIMAL + "quantization: {int: 4, str: 3}", r"unknown key quantization.int; .*unknown key quantization.str;"),
+        (
+            MINIMAL + "quantization: {overrides: {int: {bits: x}, float: {bits: x}}}",
+            r"overrides.int.bits: expected a whole number, got 'x'; .*overrides.float.bits: expected a whole",
+        ),
+        ("model: {source: x}", "output: missing"),
         ("- 1", "expected a mapping of sections"),
         ("{", "cannot be read as YAML"),
         (MINIMAL + "quantization:\n  bits: 4\n  bits: 3\n", "cannot be read as YAML: the key 'bits' is there twice"),

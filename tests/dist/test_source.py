@@ -206,7 +206,7 @@ def test_what_the_hub_refuses_is_told_with_its_reason(hub, remote_config, source
 def test_hub_that_is_not_there(hub, remote_config):
     hub.close()
     with pytest.raises(
-        CheckpointError, match="org/llama: no such folder here, and the Hub cannot be reached: .*; correct the name"
+        CheckpointError, match="org/llama: no such folder here, and the Hub cannot be reached: .*; correct model.source"
     ):
         prepare(remote_config())
 

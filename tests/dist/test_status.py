@@ -4,9 +4,10 @@ import fcntl
 import json
 
 import pytest
+from typer.testing import CliRunner
 
 from astro.errors import ConfigError, StorageError
-from astro_dist import pipeline
+from astro_dist import cli, pipeline
 from astro_dist.actors import Worker
 from astro_dist.journal import Journal
 from astro_dist.status import read_status
@@ -27,6 +28,8 @@ def test_files_of_a_complete_run_that_are_gone_or_cut_off(run_config, tmp_path):
     shard.write_bytes(shard.read_bytes()[:-1])
     (tmp_path / "run" / "model" / "config.json").unlink()
     assert sorted(read_status(tmp_path / "run")["damaged"]) == sorted(["config.json", shard.name])
+    shown = CliRunner().invoke(cli.app, ["status", str(tmp_path / "run")])
+    assert f"damaged: config.json, {shard.name} (gone, or of another size than was written)" in shown.output
     pipeline.quantize(run_config())
     assert read_status(tmp_path / "run")["damaged"] == []
 

@@ -1,0 +1,45 @@
+"""Files that are read while the device is at work on the ones before."""
+
+from concurrent.futures import Future, ThreadPoolExecutor
+from pathlib import Path
+
+import torch
+
+from astro.errors import DamagedError
+from astro.parts import load_part
+
+__all__ = ["ReadAhead"]
+
+
+class ReadAhead:
+    """Reads one file at a time in a thread of its own, and keeps it until it is asked for or another is wanted."""
+
+    def __init__(self) -> None:
+        self._pool = ThreadPoolExecutor(1, thread_name_prefix="read-ahead")
+        self._next: tuple[Path, Future[dict[str, torch.Tensor]]] | None = None
+
+    def expect(self, path: Path) -> None:
+        """Begin to read a file that will be wanted, where it is there by now."""
+        if (self._next is None or self._next[0] != path) and path.exists():
+            self.forget()
+            self._next = path, self._pool.submit(lambda: load_part(path)[0])
+
+    def take(self, path: Path) -> dict[str, torch.Tensor]:
+        """The tensors of a file, as `load_part` gives them.
+
+        Raises:
+            DamagedError: the file is missing, cut short, or differs from what was written.
+        """
+        expected, self._next = self._next, None
+        if expected is not None and expected[0] == path:
+            try:
+                return expected[1].result()
+            except DamagedError:
+                pass  # it may have been made again since
+        return load_part(path)[0]
+
+    def forget(self) -> None:
+        """Let go of what was read, or is being read."""
+        if self._next is not None:
+            self._next[1].cancel()
+            self._next = None
