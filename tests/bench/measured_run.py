@@ -13,7 +13,8 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 PHASES = ("read", "forward", "hessian", "factor", "beta", "regularize", "grid", "gptq", "refine", "compensate", "write")
-_LOOK_S = 0.25
+_LOOK_S = 1.0
+"""Between two looks. The system walks all pages of a process for one, which costs that process time."""
 
 
 class TreeMemory(threading.Thread):
