@@ -177,15 +177,16 @@ def status(
     units, blocks, left = found["units"], found["blocks"], found["seconds_left"]
     time_left = f", about {in_words(left)} left" if left is not None else ""
     up = "" if found["state"] == "complete" else f"; {found['workers']} workers up"
+    state = found["state"] + (", but damaged" if found["damaged"] else "")
     _say(
-        f"{found['state']}: {blocks['done']} of {blocks['total']} blocks, {units['done']} of {units['total']} units "
+        f"{state}: {blocks['done']} of {blocks['total']} blocks, {units['done']} of {units['total']} units "
         f"done{time_left}{up}"
     )
     if found["damaged"]:
         first, more = ", ".join(found["damaged"][:3]), len(found["damaged"]) - 3
         _say(
             f"damaged: {first}{f' and {more} more' if more > 0 else ''} (gone, or of another size than was written); "
-            "`quantize` makes them anew"
+            "`quantize` of the same version makes them anew"
         )
     for doing in found["in_flight"]:
         _say(f"in flight: {doing['unit']} on worker {doing['worker']} for {doing['seconds']} s")

@@ -4,10 +4,13 @@ For each a tiny random checkpoint, written by transformers itself, is streamed, 
 """
 
 import argparse
+import sys
 import tempfile
 from pathlib import Path
 
 import transformers
+
+sys.path.insert(0, str(Path(__file__).parents[2]))
 
 from tests.architectures import DENSE, EXPERTS, UNREADABLE, examine
 

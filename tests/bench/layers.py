@@ -9,11 +9,14 @@ what β auto did to the layer error of whole groups on the calibration tokens, a
 
 import argparse
 import math
+import sys
 from pathlib import Path
 
 import torch
 import transformers
 from safetensors.torch import load_file
+
+sys.path.insert(0, str(Path(__file__).parents[2]))
 
 from astro.config import Quantization, Regularizer
 from astro.hessian import HessianAccumulator, layer_error

@@ -8,14 +8,18 @@ most 0.02 of 3.3 to 5.5 (arXiv 2602.07596, Table 2).
 
 import argparse
 import json
+import sys
 from pathlib import Path
 
 import torch
 import transformers
 import yaml
+from safetensors.torch import load_file
+
+sys.path.insert(0, str(Path(__file__).parents[2]))
+
 from layers import hessians
 from peers import perplexity_of
-from safetensors.torch import load_file
 
 from astro.config import Regularizer
 from astro.regularizer import mean_group_maximum, prepare, regularize

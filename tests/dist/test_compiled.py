@@ -11,7 +11,11 @@ from astro_dist import pipeline
 from tests.architectures import EXPERTS
 from tests.conftest import files_of, write_checkpoint
 
-pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.timeout(900),
+    pytest.mark.filterwarnings("ignore::DeprecationWarning"),  # of torch's own compiler
+]
 
 
 @pytest.fixture(autouse=True)
@@ -35,7 +39,6 @@ def test_one_graph_serves_all_numbers_of_rows_and_places():
     assert counters["stats"]["unique_graphs"] == before + 1
 
 
-@pytest.mark.filterwarnings("ignore::DeprecationWarning")  # of torch's own compiler
 def test_compiled_runs_of_one_worker_and_two_come_to_the_same_bytes(run_config, tmp_path):
     source = str(write_checkpoint(tmp_path / "mixtral", EXPERTS["mixtral"]))
     plain, alone, together = (

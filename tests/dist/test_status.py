@@ -29,6 +29,7 @@ def test_files_of_a_complete_run_that_are_gone_or_cut_off(run_config, tmp_path):
     (tmp_path / "run" / "model" / "config.json").unlink()
     assert sorted(read_status(tmp_path / "run")["damaged"]) == sorted(["config.json", shard.name])
     shown = CliRunner().invoke(cli.app, ["status", str(tmp_path / "run")])
+    assert "complete, but damaged: 3 of 3 blocks" in shown.output
     assert f"damaged: config.json, {shard.name} (gone, or of another size than was written)" in shown.output
     pipeline.quantize(run_config())
     assert read_status(tmp_path / "run")["damaged"] == []
