@@ -212,7 +212,7 @@ class RunDirectory:
         return result
 
     def begun(self, config: RunConfig, identity: dict[str, Any]) -> bool:
-        """Whether this run was begun here before.
+        """Whether this run was begun here before. One that came to nothing, be it another, counts for nothing.
 
         Args:
             config: of the run.
@@ -222,7 +222,11 @@ class RunDirectory:
             ConfigError: the directory holds another run, or files that are none.
         """
         mark = self.root / "run.json"
-        if mark.is_file():
+        # What a run writes before its first unit, it may leave behind when it ends there.
+        own = {mark.name, "config.yaml", "lock", self.journal.path.name, self.tokens.name}
+        paths = list(self.root.iterdir()) if self.root.is_dir() else []
+        others = [path for path in paths if path.name not in own and path.suffix != PARTIAL_SUFFIX]
+        if mark.is_file() and others:
             found = read_json(mark)
             if found.get("key") != self.key or found.get("tokens_sha256") != identity["tokens_sha256"]:
                 raise ConfigError(
@@ -231,12 +235,7 @@ class RunDirectory:
                     "run can go on with it; a finished one can be verified and published by any"
                 )
             return True
-        foreign = self.root.exists() and not self.root.is_dir()
-        if self.root.is_dir():
-            # What a run writes before its mark, it may leave behind when it dies there.
-            own = {"config.yaml", "lock", self.journal.path.name, self.tokens.name}
-            foreign = any(path.name not in own and path.suffix != PARTIAL_SUFFIX for path in self.root.iterdir())
-        if foreign:
+        if others or (self.root.exists() and not self.root.is_dir()):
             raise ConfigError(f"{self.root}: exists and is not a run directory; choose another output.dir")
         return False
 

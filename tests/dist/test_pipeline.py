@@ -213,6 +213,20 @@ def test_damaged_shard_is_redone_and_noted(run_config, tmp_path):
     assert [line["event"] for line in journal].count("damaged") == 1
 
 
+def test_run_that_came_to_nothing_makes_room_for_another(run_config, tmp_path, monkeypatch):
+    def no_gpu(config):
+        raise ConfigError("execution.device: cuda, but there is none")
+
+    with monkeypatch.context() as without:
+        without.setattr(pipeline, "_make_executor", no_gpu)
+        with pytest.raises(ConfigError, match="cuda"):
+            pipeline.quantize(run_config(quantization__bits=8))
+    assert (tmp_path / "run" / "run.json").is_file()
+    summary = pipeline.quantize(run_config(quantization__bits=3))
+    assert "bits: 3" in (tmp_path / "run" / "config.yaml").read_text()
+    assert summary["resumed_units"] == 0
+
+
 def test_output_folder_that_holds_another_run_is_refused(run_config, tmp_path):
     pipeline.quantize(run_config())
     before = files_of(tmp_path / "run" / "model")
