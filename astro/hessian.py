@@ -9,14 +9,11 @@ from collections.abc import Sequence
 
 import torch
 
-from astro.batch import first_of
+from astro.batch import add_product_, first_of
 from astro.errors import NumericalError
+from astro.tiling import product_strips
 
 __all__ = ["DriftAccumulator", "Factor", "HessianAccumulator", "factorize", "layer_error", "require_inputs"]
-
-_TILE = {"cpu": 256, "cuda": 1024}
-"""Rows of H in one product: small ones compute less that is thrown away, but a GPU wants large ones. Part of the
-arithmetic: another tile rounds differently."""
 
 
 class HessianAccumulator:
@@ -94,21 +91,17 @@ class HessianAccumulator:
                 f"{name}: its calibration inputs hold NaN or Inf, or overflow float32 when squared; "
                 "check the model in this compute dtype (execution.compute_dtype)"
             )
-        tile = _TILE[H.device.type]
-        for start in range(0, H.shape[0], tile):
-            stop = start + tile
-            H[stop:, start:stop] = H[start:stop, stop:].T
+        for strip in product_strips(H):
+            H[strip.stop :, strip] = H[strip, strip.stop :].T
         return H.div_(self.num_tokens)
 
     def _fold(self) -> None:
         kept, self._kept = self._kept, []
-        tile = _TILE[self._device.type]
         if kept and self._sum is None:
             self._sum = torch.zeros(self._shape, dtype=torch.float32, device=self._device)
         for X in (X if _is_multiplied_exactly(X) else X.float() for X in kept):
-            for start in range(0, X.shape[1], tile):
-                rows = slice(start, start + tile)
-                self._sum[rows, start:] += _product(X[:, rows], X[:, start:])  # type: ignore[index]
+            for rows in product_strips(self._sum):  # type: ignore[arg-type]
+                self._sum[rows, rows.start :] += _product(X[:, rows], X[:, rows.start :])  # type: ignore[index]
 
 
 def _is_multiplied_exactly(X: torch.Tensor) -> bool:
@@ -254,15 +247,27 @@ def require_inputs(size: torch.Tensor, names: Sequence[str]) -> None:
 
 def _cholesky(H: torch.Tensor, order: torch.Tensor, damping: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """Lower factor of each reordered matrix, reversed, and where one has none a number above 0."""
-    reverse = order.flip(-1)
-    P = H.take_along_dim(reverse.unsqueeze(-1), -2).take_along_dim(reverse.unsqueeze(-2), -1)
+    size = H.shape[-1]
+    P = torch.empty_like(H)
+    # Copies of whole rows and columns, one layer at a time: never another matrix for each of them.
+    layers = (H.reshape(-1, size, size), order.flip(-1).reshape(-1, size), P.view(-1, size, size))
+    for M, reverse, out in zip(*layers, strict=True):
+        torch.index_select(M.index_select(0, reverse), 1, reverse, out=out)
     P.diagonal(dim1=-2, dim2=-1).add_(damping.to(H.dtype).unsqueeze(-1))
     factor: tuple[torch.Tensor, torch.Tensor] = torch.linalg.cholesky_ex(P)
     return factor
 
 
 def layer_error(W: torch.Tensor, W_hat: torch.Tensor, H: torch.Tensor) -> torch.Tensor:
-    """Squared output error of each row [B, R]: diag((W − Ŵ) H (W − Ŵ)ᵀ), float32, W and Ŵ [B, R, C], H [B, C, C]."""
+    """Squared output error of each row [B, R]: diag((W − Ŵ) H (W − Ŵ)ᵀ), float32, W and Ŵ [B, R, C], H [B, C, C].
+
+    H is symmetric: what is below the diagonal counts twice, and the rest of that half is not computed.
+    """
     E = W - W_hat
-    error: torch.Tensor = ((E @ H) * E).sum(-1)
+    error = torch.zeros_like(E[..., 0])
+    for strip in product_strips(H):
+        own = E[..., strip]
+        product = torch.matmul(E[..., strip.stop :], H[..., strip.stop :, strip]).mul_(2)
+        add_product_(product, own, H[..., strip, strip])
+        error += torch.linalg.vecdot(product, own)
     return error

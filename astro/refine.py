@@ -20,11 +20,14 @@ import torch
 from astro import fusion
 from astro.batch import add_product_
 from astro.grid import Grid, grouped
+from astro.half import Split, splits
 
-__all__ = ["BLOCK_COLUMNS", "refine"]
+__all__ = ["refine"]
 
-BLOCK_COLUMNS = 128
-"""Columns between two products with all columns; a smaller group is a block of its own. Part of the arithmetic."""
+_SPAN = 256
+"""Columns between two products with all columns, at least; groups are not cut. Part of the arithmetic."""
+_BLOCK = 128
+"""Columns, of one group, between two products with the rest of a span."""
 _PANEL = 16
 """Columns of the innermost loop."""
 _CAUTION = 1 - 1e-4
@@ -89,6 +92,7 @@ class _State:
         H: undamped, [B, C, C].
         damping: λ, [B, 1, 1].
         diagonal: of H + λI, [B, C, 1].
+        halves: H and E split, where a device is faster with that.
     """
 
     V: torch.Tensor
@@ -101,13 +105,22 @@ class _State:
     group_size: int
     scale_dtype: torch.dtype
     diagonal: torch.Tensor = dataclasses.field(init=False)
+    halves: tuple[Split, Split] | None = dataclasses.field(init=False)
 
     def __post_init__(self) -> None:
+        self.halves = (Split(self.H), Split(self.E)) if splits(self.E.device) else None
         self.diagonal = self.H.diagonal(dim1=-2, dim2=-1).unsqueeze(-1) + self.damping
 
     def product(self, rows: slice) -> torch.Tensor:
         """Rows of (H + λI) E."""
-        return (self.H[..., rows, :] @ self.E).addcmul_(self.damping, self.E[..., rows, :])
+        HE = self.halves[0].rows_times(rows, self.halves[1]) if self.halves else self.H[..., rows, :] @ self.E
+        return HE.addcmul_(self.damping, self.E[..., rows, :])
+
+    def lower_(self, rows: slice, change: torch.Tensor) -> None:
+        """Take what was added to ŵ off E."""
+        self.E[..., rows, :] -= change
+        if self.halves:
+            self.halves[1].set_rows_(rows, self.E[..., rows, :])
 
     def sweep(self) -> tuple[torch.Tensor, torch.Tensor]:
         """One pass over all scales and integers.
@@ -118,33 +131,48 @@ class _State:
         """
         gain = torch.zeros_like(self.scale[..., 0, :])
         error = torch.zeros_like(gain)
-        size = self.group_size
-        for k in range(self.scale.shape[-2]):
-            group = slice(k * size, (k + 1) * size)
-            G = self.product(group)
-            error += torch.linalg.vecdot(self.E[..., group, :], G, dim=-2)
-            gain += self._move_scale(k, group, G)
-            for start in range(group.start, group.stop, BLOCK_COLUMNS):
-                block = slice(start, min(start + BLOCK_COLUMNS, group.stop))
-                if start > group.start:
-                    G = self.product(block)
-                gain = self._move_integers(k, block, G, gain)
+        num_groups, size = self.scale.shape[-2], self.group_size
+        step = max(1, _SPAN // size)
+        for first in range(0, num_groups, step):
+            last = min(first + step, num_groups)
+            stop = last * size
+            G = self.product(slice(first * size, stop))  # of the columns that are yet to come
+            for k in range(first, last):
+                group = slice(k * size, (k + 1) * size)
+                error += torch.linalg.vecdot(self.E[..., group, :], G[..., :size, :], dim=-2)
+                D, own = self._move_scale(k, group, G[..., :size, :])
+                gain += own
+                for start in range(group.start, group.stop, _BLOCK):
+                    block = slice(start, min(start + _BLOCK, group.stop))
+                    moved, gain = self._move_integers(k, block, G[..., : block.stop - start, :], gain)
+                    G = G[..., block.stop - start :, :]
+                    if block.stop < stop:
+                        # Beyond the group, of which this is all then, the change of its scale counts as well.
+                        moved = moved if block.stop < group.stop else moved.add_(D)
+                        add_product_(G, self.H[..., block.stop : stop, block], moved, alpha=-1)
         return gain.sum(-1), error.sum(-1)
 
-    def _move_scale(self, k: int, group: slice, G: torch.Tensor) -> torch.Tensor:
-        """Refit a group's scale; brings the group's rows of G = (H + λI) E up to date."""
+    def _move_scale(self, k: int, group: slice, G: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Refit a group's scale; brings the group's rows of G = (H + λI) E up to date. Change of ŵ, and the gain."""
         V, s = self.V[..., group, :], self.scale[..., k, :]
         HV = (self.H[..., group, group] @ V).addcmul_(self.damping, V)
         slope, curvature = torch.linalg.vecdot(G, V, dim=-2), torch.linalg.vecdot(HV, V, dim=-2)
         best = torch.addcdiv(s, slope, curvature.clamp(min=torch.finfo(torch.float32).tiny))
         step, gain = _scale_step(s, best.to(self.scale_dtype).float(), slope, curvature)
         s += step
-        self.E[..., group, :].addcmul_(V, step.unsqueeze(-2), value=-1)
+        D = V * step.unsqueeze(-2)
+        self.lower_(group, D)
         G.addcmul_(HV, step.unsqueeze(-2), value=-1)
-        return gain
+        return D, gain
 
-    def _move_integers(self, k: int, block: slice, G: torch.Tensor, gain: torch.Tensor) -> torch.Tensor:
-        """Choose the integers of some columns of a group anew, one column after the other; uses G up, adds to gain."""
+    def _move_integers(
+        self, k: int, block: slice, G: torch.Tensor, gain: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Choose the integers of some columns of a group anew, one column after the other; uses G up.
+
+        Returns:
+            The change of ŵ, and the gain with that of these columns.
+        """
         H, V, diagonal = self.H[..., block, block], self.V[..., block, :], self.diagonal[..., block, :]
         s, low, high = self.scale[..., k, :], self.low[..., k, :], self.high[..., k, :]
         size = V.shape[-2]
@@ -157,9 +185,10 @@ class _State:
                 add_product_(G[..., rest, :], H[..., rest, panel], D, alpha=-1)
             moves.append(D)
             integers.append(Q)
-        self.E[..., block, :] -= torch.cat(moves, -2)
+        moved = torch.cat(moves, -2)
+        self.lower_(block, moved)
         torch.cat(integers, -2, out=V)
-        return gain
+        return moved, gain
 
 
 @fusion.fused

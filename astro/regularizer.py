@@ -6,7 +6,8 @@ Per row (eq. 12):
     J(w) = ½ (w − w₀) H (w − w₀)ᵀ + β Σ_k α_k ‖w^(k)‖_∞,      H scaled to a largest eigenvalue of 1,
 
 for groups k of g contiguous columns. Shapes: R rows, C columns, G = C/g groups, B layers side by side.
-Two solvers: the published proximal gradient, and ADMM, which comes close to the minimum in a few iterations.
+Two solvers: the published proximal gradient, and ADMM, which comes close to the minimum in a few iterations. ADMM's
+products may round their factors to bfloat16 (`astro.half`): what they give is a step from W, small beside it.
 """
 
 import dataclasses
@@ -18,7 +19,10 @@ from astro.batch import first_of
 from astro.config import Regularizer
 from astro.errors import NumericalError
 from astro.grid import grouped
+from astro.half import product, rounded
 from astro.hessian import require_inputs
+from astro.inverse import invert_
+from astro.tiling import near_rows
 
 __all__ = [
     "PROX_PASSES",
@@ -77,6 +81,15 @@ def prox(V: torch.Tensor, tau: torch.Tensor, group_size: int) -> torch.Tensor:
     Returns:
         float32 [B, R, C].
     """
+    tau = tau.expand(*V.shape[:-1], -1)
+    result = torch.empty_like(V)
+    for rows in near_rows(V):
+        result[..., rows, :] = _clipped(V[..., rows, :], tau[..., rows, :], group_size)
+    return result
+
+
+def _clipped(V: torch.Tensor, tau: torch.Tensor, group_size: int) -> torch.Tensor:
+    """The proximal map for thresholds of every row, [B, R, G]."""
     A = grouped(V, group_size).abs()
     # Both lie left of θ, from where Newton's method on a convex falling function never overshoots.
     theta = torch.maximum(A.amax(-1) - tau, (A.sum(-1) - tau) / group_size).clamp_(min=0)
@@ -96,7 +109,8 @@ class Problem:
         settings: which regularizer and which solver.
         group_size: columns a group.
         guidance: α_k in units in which β is given, float32 [B, G].
-        operator: H/λ_max for proximal gradient; ρ(H/λ_max + ρI)⁻¹ for ADMM; float32 [B, C, C].
+        operator: [B, C, C], H/λ_max in float32 for proximal gradient; ρ(H/λ_max + ρI)⁻¹ for ADMM, in bfloat16 where
+            the device is faster with it.
     """
 
     settings: Regularizer
@@ -131,12 +145,10 @@ def prepare(
         guidance = guidance * unit.unsqueeze(-1)
     if settings.solver == "admm":
         diagonal.add_(settings.rho)
-        L, info = torch.linalg.cholesky_ex(H)
-        del H, diagonal
-        name = first_of(info > 0, names)
+        name = first_of(invert_(H) > 0, names)
         if name is not None:
             raise NumericalError(f"{name}: H + {settings.rho:g} λ_max is not positive definite; raise regularizer.rho")
-        H = torch.cholesky_inverse(L).mul_(settings.rho)
+        H = rounded(H.mul_(settings.rho))
     return Problem(settings, group_size, guidance, H)
 
 
@@ -169,10 +181,11 @@ def _proximal_gradient(W: torch.Tensor, problem: Problem, tau: torch.Tensor) -> 
 
 def _admm(W: torch.Tensor, problem: Problem, tau: torch.Tensor) -> torch.Tensor:
     tau = tau / problem.settings.rho
-    Z, U = W, torch.zeros_like(W)
-    for _ in range(problem.settings.steps):
+    Z = prox(W, tau, problem.group_size)  # the first iteration: its smooth part is least at W
+    U = W - Z
+    for _ in range(problem.settings.steps - 1):
         # argmin of the smooth part: (H + ρI) Y = H W + ρ(Z − U), written as a step from W
-        Y = ((Z - U - W) @ problem.operator).add_(W).add_(U)
+        Y = product(Z - U - W, problem.operator).add_(W).add_(U)
         Z = prox(Y, tau, problem.group_size)
         U = Y.sub_(Z)
     return Z

@@ -1,11 +1,17 @@
 """Rows are cut into tiles that are solved apart: part of the arithmetic, of the model and the kind of device alone."""
 
-__all__ = ["cut", "most_layers", "row_tile", "row_tiles"]
+import torch
+
+__all__ = ["cut", "most_layers", "near_rows", "product_strips", "row_tile", "row_tiles"]
 
 _LEAST_ROWS = 512
-_ELEMENTS = {"cpu": 1 << 19, "cuda": 1 << 27}
+_ELEMENTS = {"cpu": 1 << 20, "cuda": 1 << 27}
 """What is worked on at once bounds the memory of a solve, but a column of few rows takes no less time than its calls,
 on a GPU much more than on a CPU."""
+_NEAR_ELEMENTS = 1 << 18
+"""A chain of elementwise operations on more would fetch them from a CPU's memory every time."""
+_STRIP = {"cpu": 256, "cuda": 1024}
+"""Narrow ones compute less that is thrown away, but a GPU wants wide ones."""
 
 
 def cut(num_items: int, num_parts: int) -> list[slice]:
@@ -27,3 +33,15 @@ def row_tile(num_columns: int, device_type: str) -> int:
 def row_tiles(num_rows: int, num_columns: int, device_type: str, copies: int = 1) -> list[slice]:
     """The tiles in which rows are solved, where a tile holds so many copies of each of its rows."""
     return cut(num_rows, -(-num_rows * copies // row_tile(num_columns, device_type)))
+
+
+def near_rows(X: torch.Tensor) -> list[slice]:
+    """Rows of X [..., R, C] that stay close to a CPU core; on a GPU, which wants many at once, all of them."""
+    most = X.numel() if X.device.type == "cuda" else _NEAR_ELEMENTS
+    return cut(X.shape[-2], -(-X.numel() // most))
+
+
+def product_strips(S: torch.Tensor) -> list[slice]:
+    """Strips of columns in which one half of a symmetric matrix [..., C, C] is worked on."""
+    size, strip = S.shape[-1], _STRIP[S.device.type]
+    return [slice(start, min(start + strip, size)) for start in range(0, size, strip)]

@@ -10,7 +10,6 @@ from typing import Any
 from astro.beta import NUM_CANDIDATES, sample_tiles
 from astro.config import PER_CHANNEL, Quantization, Regularizer
 from astro.grid import num_candidates
-from astro.refine import BLOCK_COLUMNS
 from astro.regularizer import PROX_PASSES
 from astro.tiling import row_tile, row_tiles
 from astro_dist.config import RunConfig
@@ -27,14 +26,14 @@ _CANDIDATE_PASSES = 4
 _COLUMN_STEPS = 6
 """Operations for a column, in GPTQ as in a pass of refinement."""
 _COMPILED_STEPS = 0.5
-"""The same where 16 columns are a kernel or two: 0.24 launches for GPTQ and 0.38 for a pass, counted, and in round
+"""The same where 16 columns are a kernel or two: 0.24 launches for GPTQ and 0.44 for a pass, counted, and in round
 numbers what a solve launches besides (`tests/bench/launches.py`)."""
 _LIBRARIES_BYTES = 430_000_000
 """Resident memory of a CPU worker before it does anything: Python, torch, transformers, Ray."""
 _STATES = 6
 """Hidden states that a block's forward holds at its peak, attention's queries, keys and values among them."""
 _LOGITS = 3
-_SQUARES, _TILES = 3, 8
+_SQUARES, _TILES = 2.5, 8
 """Matrices of columns × columns beside the Hessian, and of a row tile, that a solve holds at its peak."""
 
 
@@ -44,13 +43,15 @@ class Work:
 
     Attributes:
         compute: operations in the compute dtype: forward passes, on a GPU statistics too.
-        exact: operations in float32: solve, on a CPU statistics too.
+        rounded: operations on bfloat16 factors where those are faster: regularization, on a GPU refinement.
+        exact: operations in float32: all else of the solve, on a CPU statistics too.
         elements: that elementwise operations go through: proximal map, candidates of scales.
         steps: dependent small operations: columns of GPTQ and refinement.
         moved_bytes: read from and written to the shared folder.
     """
 
     compute: float = 0.0
+    rounded: float = 0.0
     exact: float = 0.0
     elements: float = 0.0
     steps: float = 0.0
@@ -64,8 +65,8 @@ class Work:
         """Time on a device; `half` where forward passes run in 16 bits."""
         rate = device.bfloat16 if half else device.float32
         return (
-            self.compute / rate + self.exact / device.float32 + self.elements / device.elements
-            + self.steps * device.step_s + self.moved_bytes / device.storage
+            self.compute / rate + self.rounded / max(device.bfloat16, device.float32) + self.exact / device.float32
+            + self.elements / device.elements + self.steps * device.step_s + self.moved_bytes / device.storage
         )  # fmt: skip
 
 
@@ -246,29 +247,38 @@ class CostModel:
 
     def _prepare(self, batch: LayerGroup) -> Work:
         """Factorization, and the operator of the regularizer."""
-        return Work(exact=2.0 * batch.square * batch.columns)
+        return Work(exact=4.0 / 3.0 * batch.square * batch.columns)
 
     def _weigh_tiles(self, batch: LayerGroup, tiles: list[slice]) -> Work:
         """Regularization, GPTQ and errors of sampled rows under every candidate."""
-        return self._quantize_tiles(batch, tiles, NUM_CANDIDATES, products=1, loops=1)
+        return self._quantize_tiles(batch, tiles, NUM_CANDIDATES, products=0.5, loops=1)
 
     def _solve_tiles(self, batch: LayerGroup, tiles: list[slice]) -> Work:
         """Regularization, GPTQ, refinement and figures of tiles."""
         settings = self._quantization
         passes = settings.refine_passes if settings.method == "gptq" else 0
-        # A pass takes a product block by block, and for the scale of a group of more than a block once more its own.
+        # A pass takes a product span by span, and of a wide group within it half of one, and one for its scale.
         size = batch.columns if settings.group_size == PER_CHANNEL else settings.group_size
-        wider = 1 - BLOCK_COLUMNS / size + size / batch.columns if size > BLOCK_COLUMNS else 0.0
-        return self._quantize_tiles(batch, tiles, 1, products=2 + passes * (1 + wider), loops=1 + passes)
+        wider = 1.5 * size / batch.columns
+        solved = self._quantize_tiles(batch, tiles, 1, products=1 + passes * wider, loops=1 + passes)
+        spans = passes * 2.0 * batch.columns * self._elements(batch, tiles)
+        return solved + (Work(rounded=3 * spans) if self._device_type == "cuda" else Work(exact=spans))
+
+    def _elements(self, batch: LayerGroup, tiles: list[slice]) -> float:
+        return batch.count * sum(tile.stop - tile.start for tile in tiles) * float(batch.columns)
 
     def _quantize_tiles(self, batch: LayerGroup, tiles: list[slice], copies: int, products: float, loops: int) -> Work:
         """Of tiles that hold so many copies of each row, with products with H and loops over columns besides."""
         regularization = self._regularization
         iterations = regularization.steps if regularization.name != "none" else 0
-        elements = copies * batch.count * sum(tile.stop - tile.start for tile in tiles) * float(batch.columns)
+        elements = copies * self._elements(batch, tiles)
         elementwise = iterations * PROX_PASSES + num_candidates(self._quantization) * _CANDIDATE_PASSES
-        return Work(
-            exact=(iterations + 0.5 + products) * 2.0 * batch.columns * elements,
+        product = 2.0 * batch.columns * elements
+        published = regularization.solver == "pgd"
+        # The first iteration of ADMM takes no product.
+        regularized = Work(exact=iterations * product) if published else Work(rounded=max(iterations - 1, 0) * product)
+        return regularized + Work(
+            exact=(0.5 + products) * product,
             elements=elementwise * elements,
             steps=len(tiles) * batch.columns * self._column_steps * loops,
         )

@@ -49,31 +49,43 @@ _COPY_BYTES = 1 << 28
 
 @dataclasses.dataclass(frozen=True)
 class Need:
-    """What must be done: operations in the compute dtype, operations in float32, bytes between memory and processor."""
+    """What must be done: operations in the compute dtype, operations in float32, bytes between memory and processor,
+    operations on factors that may be rounded to bfloat16.
+    """
 
     compute: float = 0.0
     exact: float = 0.0
     moved_bytes: float = 0.0
+    rounded: float = 0.0
+
+    @property
+    def operations(self) -> float:
+        """All of them."""
+        return self.compute + self.exact + self.rounded
 
     def __add__(self, other: "Need") -> "Need":
-        return Need(self.compute + other.compute, self.exact + other.exact, self.moved_bytes + other.moved_bytes)
+        return Need(*(a + b for a, b in zip(dataclasses.astuple(self), dataclasses.astuple(other), strict=True)))
 
     def __mul__(self, times: float) -> "Need":
-        return Need(self.compute * times, self.exact * times, self.moved_bytes * times)
+        return Need(*(value * times for value in dataclasses.astuple(self)))
 
 
 @dataclasses.dataclass(frozen=True)
 class Machine:
-    """All workers together: operations a second in the compute dtype and in float32, bytes a second of its memory."""
+    """All workers together: operations a second in the compute dtype, in float32, and in bfloat16 where that is faster;
+    bytes a second of its memory.
+    """
 
     name: str
     compute: float
     exact: float
+    rounded: float
     bandwidth: float
 
     def seconds(self, need: Need) -> float:
         """The least time."""
-        return max(need.compute / self.compute + need.exact / self.exact, need.moved_bytes / self.bandwidth)
+        computing = need.compute / self.compute + need.exact / self.exact + need.rounded / self.rounded
+        return max(computing, need.moved_bytes / self.bandwidth)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -117,8 +129,11 @@ def solve_needs(columns: int, rows: float, settings: Quantization, regularizatio
     square, read, written = 4.0 * columns**2, 4.0 * weights, 5.0 * weights
     steps = regularization.steps if regularization.name != "none" else 0
     elementwise = num_candidates(settings) * _CANDIDATE_OPERATIONS * weights
+    is_admm = regularization.solver == "admm"
+    products = max(steps - 1, 0) * product if is_admm else steps * product
+    clipped = Need(exact=steps * _PROX_OPERATIONS * weights, moved_bytes=square + 2 * read)
     needs = {
-        "regularize": Need(exact=steps * (product + _PROX_OPERATIONS * weights), moved_bytes=square + 2 * read),
+        "regularize": clipped + (Need(rounded=products) if is_admm else Need(exact=products)),
         "grid": Need(exact=elementwise, moved_bytes=read),
     }
     if settings.method == "gptq":
@@ -223,8 +238,9 @@ def this_machine(threads: int, half: bool) -> Machine:
     """The best of three measurements of the CPU at hand; what runs beside it makes it look slower."""
     found = [measure(threads, size=2048) for _ in range(3)]
     exact = max(device.float32 for device in found)
-    compute = max(device.bfloat16 for device in found) if half else exact
-    return Machine(f"this CPU, {threads} threads", compute, exact, max(bandwidth(threads) for _ in range(3)))
+    rounded = max(exact, *(device.bfloat16 for device in found))
+    compute = rounded if half else exact
+    return Machine(f"this CPU, {threads} threads", compute, exact, rounded, max(bandwidth(threads) for _ in range(3)))
 
 
 def bandwidth(threads: int) -> float:
@@ -244,8 +260,9 @@ def bandwidth(threads: int) -> float:
 def some_gpus(name: str, workers: int, half: bool) -> Machine:
     """Several GPUs of a kind at what large products reach of their data sheet; float32 without TF32."""
     device = DEVICES[name]
-    compute = device.bfloat16 if half else device.float32
-    return Machine(f"{workers} × {name}", workers * compute, workers * device.float32, workers * 8 * device.elements)
+    rounded = max(device.bfloat16, device.float32)
+    rates = (device.bfloat16 if half else device.float32, device.float32, rounded, 8 * device.elements)
+    return Machine(f"{workers} × {name}", *(workers * rate for rate in rates))
 
 
 def measured_phases(run: Path, summary: Mapping) -> tuple[dict[str, float], int]:
@@ -268,13 +285,13 @@ def print_table(needs: Mapping[str, Need], machine: Machine, measured: Mapping[s
     """Print phases, the longest floor first, then what is only measured, then the sum."""
     floors = {phase: machine.seconds(need) for phase, need in needs.items() if need != Need()}
     print(f"{machine.name}: {machine.compute / 1e9:.0f} GFLOP/s in the compute dtype, {machine.exact / 1e9:.0f} in "
-          f"float32, {machine.bandwidth / 1e9:.0f} GB/s\n")  # fmt: skip
+          f"float32, {machine.rounded / 1e9:.0f} on rounded factors, {machine.bandwidth / 1e9:.0f} GB/s\n")  # fmt: skip
     print("| phase | operations | GB moved | floor s | measured s | ratio |\n|---|---|---|---|---|---|")
     for phase in [*sorted(floors, key=lambda phase: -floors[phase]), *(own for own in measured if own not in floors)]:
         need, floor = needs.get(phase, Need()), floors.get(phase, 0.0)
-        print(_row(phase, need.compute + need.exact, need.moved_bytes, floor, measured.get(phase)))
+        print(_row(phase, need.operations, need.moved_bytes, floor, measured.get(phase)))
     total = sum(needs.values(), Need())
-    print(_row("sum", total.compute + total.exact, total.moved_bytes, sum(floors.values()),
+    print(_row("sum", total.operations, total.moved_bytes, sum(floors.values()),
                sum(measured.values()) if measured else None))  # fmt: skip
 
 

@@ -123,7 +123,7 @@ def test_figures_are_those_of_the_compensated_weights():
     W, H = random_weights(8, 64), (X.T @ X / len(X)).float()
     group = prepared(W, H, drift=drift, compensation=0.5)
     solved = solve_rows(group, W[None])
-    expected = layer_error(compensate(group, W[None]), solved.grid.dequantize(solved.Q), H)
+    expected = layer_error(compensate(group, W[None]), solved.grid.dequantize(solved.Q), H[None])
     torch.testing.assert_close(solved.figures.error, expected, rtol=1e-3, atol=1e-7)
 
 

@@ -131,8 +131,9 @@ def test_hessian_of_zeros_is_an_error():
         factorize(torch.zeros(4, 4), torch.arange(4), 0.01, 1.0, ["x"])
 
 
-def test_layer_error_is_the_output_error():
-    X, W = correlated_inputs(50, 16), random_weights(6, 16).double()
+@pytest.mark.parametrize("columns", [16, 600])
+def test_layer_error_is_the_output_error(columns):
+    X, W = correlated_inputs(50, columns), random_weights(6, columns).double()
     W_hat = W.round(decimals=1)
     expected = ((X @ (W - W_hat).T) ** 2).sum(0)
     torch.testing.assert_close(layer_error(W, W_hat, X.T @ X), expected)

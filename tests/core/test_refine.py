@@ -44,7 +44,7 @@ def error(W, Q, grid, H):
 
 @pytest.mark.parametrize("seed", range(6))
 @pytest.mark.parametrize("bits", [2, 3, 4, 8])
-@pytest.mark.parametrize(("group_size", "columns"), [(16, 64), (-1, 64), (-1, 300), (160, 320)])
+@pytest.mark.parametrize(("group_size", "columns"), [(16, 64), (96, 480), (-1, 64), (-1, 300), (160, 320)])
 @pytest.mark.parametrize("symmetric", [True, False])
 def test_no_pass_raises_the_error_of_any_row(seed, bits, group_size, columns, symmetric):
     W, H, Q, grid = problem(columns=columns, seed=seed, bits=bits, group_size=group_size, symmetric=symmetric)
@@ -54,6 +54,22 @@ def test_no_pass_raises_the_error_of_any_row(seed, bits, group_size, columns, sy
         after = error(W, Q, grid, H)
         assert bool((after <= before).all())
         before = after
+
+
+@pytest.mark.parametrize("seed", range(3))
+@pytest.mark.parametrize("bits", [2, 4, 8])
+@pytest.mark.parametrize(("group_size", "columns"), [(16, 64), (96, 480), (-1, 300)])
+def test_products_of_split_factors_keep_the_promise(monkeypatch, seed, bits, group_size, columns):
+    W, H, Q, grid = problem(columns=columns, seed=seed, bits=bits, group_size=group_size)
+    plain = run(W, Q, grid, H, 3)
+    monkeypatch.setattr(refine_module, "splits", lambda device: True)
+    before = error(W, Q, grid, H)
+    for _ in range(3):
+        Q, grid = run(W, Q, grid, H, 1)
+        after = error(W, Q, grid, H)
+        assert bool((after <= before).all())
+        before = after
+    assert float(before.sum()) == pytest.approx(float(error(W, *plain, H).sum()), rel=5e-3)
 
 
 def naive(W, Q, grid, H, scale_dtype):
@@ -81,7 +97,7 @@ def naive(W, Q, grid, H, scale_dtype):
 
 
 @pytest.mark.parametrize("symmetric", [True, False])
-@pytest.mark.parametrize(("group_size", "columns"), [(16, 64), (144, 144)])
+@pytest.mark.parametrize(("group_size", "columns"), [(16, 64), (48, 288), (144, 144)])
 def test_against_one_coordinate_after_the_other_in_float64(symmetric, group_size, columns):
     W, H, Q, grid = problem(rows=4, columns=columns, group_size=group_size, symmetric=symmetric)
     ours, theirs = run(W, Q, grid, H, 1), naive(W, Q, grid, H, torch.float16)

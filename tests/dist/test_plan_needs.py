@@ -52,9 +52,9 @@ def test_embed_and_head_move_and_compute_what_lies_outside_the_blocks(prepared):
 
 
 def test_seconds_add_up():
-    work = Work(compute=8e9, exact=1e9, elements=2e9, steps=1e6, moved_bytes=1e8)
-    assert work.seconds(SLOW, half=True) == pytest.approx(2 + 1 + 1 + 1 + 1)
-    assert work.seconds(SLOW, half=False) == pytest.approx(8 + 1 + 1 + 1 + 1)
+    work = Work(compute=8e9, rounded=4e9, exact=1e9, elements=2e9, steps=1e6, moved_bytes=1e8)
+    assert work.seconds(SLOW, half=True) == pytest.approx(2 + 1 + 1 + 1 + 1 + 1)
+    assert work.seconds(SLOW, half=False) == pytest.approx(8 + 1 + 1 + 1 + 1 + 1)
 
 
 @pytest.mark.parametrize("changes", [{}, {"execution__mode": "sequential"}, {"execution__rounds": 2}], ids=str)
