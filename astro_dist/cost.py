@@ -265,7 +265,7 @@ class CostModel:
         return solved + (Work(rounded=3 * spans) if self._device_type == "cuda" else Work(exact=spans))
 
     def _elements(self, batch: LayerGroup, tiles: list[slice]) -> float:
-        return batch.count * sum(tile.stop - tile.start for tile in tiles) * float(batch.columns)
+        return float(batch.count * sum(tile.stop - tile.start for tile in tiles) * batch.columns)
 
     def _quantize_tiles(self, batch: LayerGroup, tiles: list[slice], copies: int, products: float, loops: int) -> Work:
         """Of tiles that hold so many copies of each row, with products with H and loops over columns besides."""
