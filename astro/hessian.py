@@ -11,7 +11,7 @@ import torch
 
 from astro.batch import add_product_, first_of
 from astro.errors import NumericalError
-from astro.tiling import product_strips
+from astro.triangle import mirror_, strips
 
 __all__ = ["DriftAccumulator", "Factor", "HessianAccumulator", "factorize", "layer_error", "require_inputs"]
 
@@ -91,8 +91,7 @@ class HessianAccumulator:
                 f"{name}: its calibration inputs hold NaN or Inf, or overflow float32 when squared; "
                 "check the model in this compute dtype (execution.compute_dtype)"
             )
-        for strip in product_strips(H):
-            H[strip.stop :, strip] = H[strip, strip.stop :].T
+        mirror_(H)
         return H.div_(self.num_tokens)
 
     def _fold(self) -> None:
@@ -100,7 +99,7 @@ class HessianAccumulator:
         if kept and self._sum is None:
             self._sum = torch.zeros(self._shape, dtype=torch.float32, device=self._device)
         for X in (X if _is_multiplied_exactly(X) else X.float() for X in kept):
-            for rows in product_strips(self._sum):  # type: ignore[arg-type]
+            for rows in strips(self._sum):  # type: ignore[arg-type]
                 self._sum[rows, rows.start :] += _product(X[:, rows], X[:, rows.start :])  # type: ignore[index]
 
 
@@ -265,7 +264,7 @@ def layer_error(W: torch.Tensor, W_hat: torch.Tensor, H: torch.Tensor) -> torch.
     """
     E = W - W_hat
     error = torch.zeros_like(E[..., 0])
-    for strip in product_strips(H):
+    for strip in strips(H):
         own = E[..., strip]
         product = torch.matmul(E[..., strip.stop :], H[..., strip.stop :, strip]).mul_(2)
         add_product_(product, own, H[..., strip, strip])

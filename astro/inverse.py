@@ -11,7 +11,7 @@ orders of magnitude apart.
 import torch
 
 from astro.batch import add_product_
-from astro.tiling import product_strips
+from astro.triangle import mirror_, strips
 
 __all__ = ["invert_"]
 
@@ -42,18 +42,12 @@ def invert_(M: torch.Tensor) -> torch.Tensor:
     found = torch.maximum(found, invert_(D))
     torch.matmul(D, BA, out=B)
     _add_lower_(A, BA.mT, B, alpha=1)
-    _mirror_(A)
+    mirror_(A.mT)
     M[..., :half, half:] = B.neg_().mT
     return found
 
 
 def _add_lower_(S: torch.Tensor, A: torch.Tensor, B: torch.Tensor, alpha: float) -> None:
     """S += α A B, a symmetric product: its strips on and below the diagonal, which are half of it."""
-    for strip in product_strips(S):
+    for strip in strips(S):
         add_product_(S[..., strip.start :, strip], A[..., strip.start :, :], B[..., strip], alpha=alpha)
-
-
-def _mirror_(S: torch.Tensor) -> None:
-    """Copy what is below the diagonal's strips to above it."""
-    for strip in product_strips(S):
-        S[..., strip, strip.stop :] = S[..., strip.stop :, strip].mT

@@ -2,7 +2,7 @@
 
 import torch
 
-__all__ = ["cut", "most_layers", "near_rows", "product_strips", "row_tile", "row_tiles"]
+__all__ = ["cut", "most_layers", "near_rows", "row_tile", "row_tiles"]
 
 _LEAST_ROWS = 512
 _ELEMENTS = {"cpu": 1 << 20, "cuda": 1 << 27}
@@ -10,8 +10,6 @@ _ELEMENTS = {"cpu": 1 << 20, "cuda": 1 << 27}
 on a GPU much more than on a CPU."""
 _NEAR_ELEMENTS = 1 << 18
 """A chain of elementwise operations on more would fetch them from a CPU's memory every time."""
-_STRIP = {"cpu": 256, "cuda": 1024}
-"""Narrow ones compute less that is thrown away, but a GPU wants wide ones."""
 
 
 def cut(num_items: int, num_parts: int) -> list[slice]:
@@ -39,9 +37,3 @@ def near_rows(X: torch.Tensor) -> list[slice]:
     """Rows of X [..., R, C] that stay close to a CPU core; on a GPU, which wants many at once, all of them."""
     most = X.numel() if X.device.type == "cuda" else _NEAR_ELEMENTS
     return cut(X.shape[-2], -(-X.numel() // most))
-
-
-def product_strips(S: torch.Tensor) -> list[slice]:
-    """Strips of columns in which one half of a symmetric matrix [..., C, C] is worked on."""
-    size, strip = S.shape[-1], _STRIP[S.device.type]
-    return [slice(start, min(start + strip, size)) for start in range(0, size, strip)]

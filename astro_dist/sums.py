@@ -17,6 +17,7 @@ from astro.hessian import DriftAccumulator, HessianAccumulator
 from astro.observation import Operand
 from astro.report import add_seconds, timed
 from astro.statistics import inputs_of
+from astro.triangle import packed, unpacked
 from astro_dist.sequential_schedule import shares
 from astro_dist.shared_block import SharedBlock
 from astro_dist.stage import Stage
@@ -70,9 +71,13 @@ class Sums:
         exhaust(remaining)
 
     def of(self, block: SharedBlock, batch: int) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
-        """A batch's sums and their note, as they were given out, or from its shares."""
+        """A batch's sums and their note, as they were given out, or from its shares.
+
+        Returns:
+            `hessian` [B, C, C], with `drift` of the same shape where errors are compensated; and the note.
+        """
         if block.is_there(batch, "sum"):
-            return block.load(batch, "sum")
+            return self.read(block, batch)
         seconds: dict[str, float] = {}
         known, drifts = [], []
         merged = self._merged(block, batch, seconds)
@@ -81,6 +86,12 @@ class Sums:
             known.append(self._statistics(block, batch, names, operand, H))
             drifts += [drift.finish_("+".join(names))] if drift is not None else []
         return _save_sum(block, batch, known, stacked(drifts) if drifts else None, seconds)
+
+    def read(self, block: SharedBlock, batch: int) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
+        """A batch's sums and their note, as they were written."""
+        tensors, note = block.load(batch, "sum")
+        H = unpacked(tensors["hessian"].to(self._stage.device), block.columns(batch))
+        return {**tensors, "hessian": H}, note
 
     def _feed(
         self,
@@ -139,7 +150,7 @@ class Sums:
         sums: Sequence[_Accumulators],
         seconds: Mapping[str, float],
     ) -> None:
-        tensors = {"hessian": stacked([H.partial for H, _ in sums])}
+        tensors = {"hessian": stacked([packed(H.partial) for H, _ in sums])}
         drifts = [drift.partial for _, drift in sums if drift is not None]
         tensors |= {"drift": stacked(drifts)} if drifts else {}
         note = {"num_tokens": [H.num_tokens for H, _ in sums], "seconds": seconds}
@@ -153,7 +164,8 @@ class Sums:
             tensors, note = block.load(batch, f"share-{number}")
             add_seconds(seconds, note["seconds"])
             for i, (H, drift) in enumerate(merged):
-                H.merge_(tensors["hessian"][i].to(stage.device), note["num_tokens"][i])
+                partial = unpacked(tensors["hessian"][i].to(stage.device), block.columns(batch))
+                H.merge_(partial, note["num_tokens"][i])
                 if drift is not None:
                     drift.merge_(tensors["drift"][i].to(stage.device), note["num_tokens"][i])
         return merged
@@ -210,7 +222,8 @@ def _save_sum(
 ) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
     """Write the sum of a batch; it and its note."""
     tensors = {"hessian": stacked([own.H for own in known])} | ({"drift": drift} if drift is not None else {})
+    written = {**tensors, "hessian": packed(tensors["hessian"])}
     counts = {key: [getattr(own, key) for own in known] for key in ("num_tokens", "routed_tokens", "fallback")}
     note = {**counts, "seconds": seconds}
-    block.save(batch, "sum", tensors, note)
+    block.save(batch, "sum", written, note)
     return tensors, note

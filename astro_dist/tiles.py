@@ -169,7 +169,7 @@ class TileSolver:
     def _ready(self, block: SharedBlock, batch: int, tile: Tile) -> _Prepared:
         """What a tile's groups share, at hand from the call before, or from their sums."""
         if self._prepared is None or self._prepared.names != tile.names:
-            return self._prepare_(block, tile, *block.load(batch, "sum"))
+            return self._prepare_(block, tile, *self._sums.read(block, batch))
         return self._prepared
 
     def _prepare_(

@@ -79,7 +79,7 @@ def floor_operations(options: argparse.Namespace, shape: Mapping[str, int]) -> f
     sizes = {**BASE, **shape}
     source = fabricated(options.out, sizes["hidden"], sizes["intermediate"], sizes["layers"])
     config = configured(None, source, _fabricated_settings(options, source, sizes["samples"]))
-    return sum(need.compute + need.exact for need in count(shape_of(source, config, 4), config).values())
+    return sum(need.operations for need in count(shape_of(source, config, 4), config).values())
 
 
 def growth(options: argparse.Namespace) -> None:

@@ -7,10 +7,10 @@ import pytest
 
 ROOT = Path(__file__).parents[2]
 ORDER = {
-    "errors": 0, "config": 1, "files": 1, "store": 1, "linear": 1, "tiling": 1, "fusion": 1, "batch": 2, "packing": 2,
-    "checkpoint": 2, "parts": 3, "report": 2, "half": 1, "inverse": 3, "grid": 2, "hessian": 2, "experts": 2,
-    "observation": 2, "expert_policy": 3, "statistics": 4, "skeleton": 3, "recording": 4, "regularizer": 3, "gptq": 4,
-    "refine": 4, "group": 5, "beta": 6, "layer": 7, "block": 8, "formats.servers": 2,
+    "errors": 0, "config": 1, "files": 1, "store": 1, "linear": 1, "tiling": 1, "triangle": 1, "fusion": 1, "batch": 2,
+    "packing": 2, "checkpoint": 2, "parts": 3, "report": 2, "half": 1, "inverse": 3, "grid": 2, "hessian": 2,
+    "experts": 2, "observation": 2, "expert_policy": 3, "statistics": 4, "skeleton": 3, "recording": 4, "regularizer":
+    3, "gptq": 4, "refine": 4, "group": 5, "beta": 6, "layer": 7, "block": 8, "formats.servers": 2,
     "formats.compressed_tensors": 8, "formats.gptq": 8, "formats": 9,
 }  # fmt: skip
 
