@@ -155,7 +155,12 @@ def _make_grid(
 def _group_error(V: torch.Tensor, grid: Grid, weight: torch.Tensor | None) -> torch.Tensor:
     """Error of each group [R, G] for V [R, G, g]: squares weighted by column [1, G, g], or the plain norm."""
     scale, zero = grid.scale.unsqueeze(-1), grid.zero.unsqueeze(-1)
-    E = (V / scale).round_().add_(zero).clamp_(grid.q_min, grid.q_max).sub_(zero).mul_(scale).sub_(V)
+    E = (V / scale).round_()
+    if grid.symmetric:  # zero is 0: two passes over all elements less
+        E.clamp_(grid.q_min, grid.q_max)
+    else:
+        E.add_(zero).clamp_(grid.q_min, grid.q_max).sub_(zero)
+    E.mul_(scale).sub_(V)
     return E.abs_().pow_(_PLAIN_NORM).sum(-1) if weight is None else E.square_().mul_(weight).sum(-1)
 
 

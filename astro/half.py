@@ -65,5 +65,6 @@ def _is_faster(device: torch.device) -> bool:
     """Whether the device has units for bfloat16; others emulate it."""
     if device.type == "cuda":
         return torch.cuda.get_device_capability(device) >= (8, 0)
-    has = torch.cpu.get_capabilities() if device.type == "cpu" else {}
+    # An older torch cannot say what a CPU has; float32 is never wrong.
+    has = getattr(torch.cpu, "get_capabilities", dict)() if device.type == "cpu" else {}
     return any(has.get(name, False) for name in ("avx512_bf16", "amx_bf16", "bf16"))

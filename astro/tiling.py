@@ -4,7 +4,7 @@ import torch
 
 __all__ = ["cut", "most_layers", "near_rows", "row_tile", "row_tiles"]
 
-_LEAST_ROWS = 512
+_LEAST_ROWS = 1024
 _ELEMENTS = {"cpu": 1 << 20, "cuda": 1 << 27}
 """What is worked on at once bounds the memory of a solve, but a column of few rows takes no less time than its calls,
 on a GPU much more than on a CPU."""

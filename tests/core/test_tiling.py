@@ -8,7 +8,7 @@ from astro.tiling import cut, near_rows, row_tiles
 
 @pytest.mark.parametrize(
     ("columns", "device", "rows"),
-    [(8192, "cuda", 16384), (28672, "cuda", 4681), (10**6, "cuda", 512), (576, "cpu", 1820), (8192, "cpu", 512)],
+    [(8192, "cuda", 16384), (28672, "cuda", 4681), (10**6, "cuda", 1024), (576, "cpu", 1820), (8192, "cpu", 1024)],
 )
 def test_tiles_are_as_even_as_can_be_and_no_larger_than_the_device_takes(columns, device, rows):
     tiles = row_tiles(3 * rows + 5, columns, device)
@@ -18,7 +18,7 @@ def test_tiles_are_as_even_as_can_be_and_no_larger_than_the_device_takes(columns
 
 
 def test_copies_of_a_row_count_as_rows():
-    assert row_tiles(100, 4096, "cpu", copies=6) == [slice(0, 50), slice(50, 100)]
+    assert row_tiles(300, 4096, "cpu", copies=6) == [slice(0, 150), slice(150, 300)]
     assert row_tiles(2, 4096, "cpu", copies=2000) == [slice(0, 1), slice(1, 2)]
 
 
