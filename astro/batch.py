@@ -10,7 +10,7 @@ import torch
 
 from astro.tiling import cut, most_layers
 
-__all__ = ["add_product_", "batches", "first_of", "stacked", "take_rows"]
+__all__ = ["add_product_", "batches", "first_of", "stacked"]
 
 
 def batches(shapes: Sequence[tuple[object, int, int]], device_type: str) -> list[range]:
@@ -50,10 +50,3 @@ def first_of(found: torch.Tensor, names: Sequence[str]) -> str | None:
     """The name of the first layer of which something holds, bool [B] or a scalar; None where it holds of none."""
     which = found.reshape(-1).nonzero()
     return names[int(which[0])] if len(which) else None
-
-
-def take_rows(X: torch.Tensor, index: torch.Tensor) -> torch.Tensor:
-    """Rows of X [B, C, R], chosen for each layer by [B, C'], as one copy of whole rows."""
-    layers, columns, rows = X.shape[:-2].numel(), X.shape[-2], X.shape[-1]
-    first = torch.arange(layers, device=X.device).mul_(columns).view(*X.shape[:-2], 1)
-    return X.reshape(-1, rows).index_select(0, (first + index).flatten()).view(*index.shape, rows)

@@ -210,7 +210,8 @@ class Regularizer:
             self.beta != "auto" or self.beta_unit == "relative", "beta_unit: beta: auto is relative, give a number"
         )
         _require(1 <= self.steps <= 10_000, f"iterations: expected 1 to 10000, got {self.iterations}")
-        _require(math.isfinite(self.rho) and self.rho > 0, f"rho: expected a number > 0, got {self.rho}")
+        # Less would ask more of an inverse in float32 than it can hold; more than 1 hardly moves.
+        _require(1e-4 <= self.rho <= 1, f"rho: expected 1e-4 to 1, got {self.rho}")
 
     @property
     def is_searched(self) -> bool:

@@ -14,7 +14,7 @@ contiguous.
 import torch
 
 from astro import fusion
-from astro.batch import add_product_, take_rows
+from astro.batch import add_product_
 from astro.grid import Grid
 from astro.hessian import Factor
 
@@ -45,7 +45,7 @@ def solve(W: torch.Tensor, factor: Factor, grid: Grid) -> torch.Tensor:
     N, order = factor.feedback, factor.order
     num_columns = W.shape[-1]
     group = torch.div(order, grid.group_size, rounding_mode="floor")
-    Wt, scale, zero = take_rows(W.mT, order), grid.scale.mT.contiguous(), grid.zero.mT.contiguous()
+    Wt, scale, zero = _columns(W.mT, order), grid.scale.mT.contiguous(), grid.zero.mT.contiguous()
     E = torch.empty_like(Wt)  # w − q of the columns already rounded
     Q = torch.empty_like(Wt, dtype=torch.int8)
     for start in range(0, num_columns, _BLOCK):
@@ -54,7 +54,7 @@ def solve(W: torch.Tensor, factor: Factor, grid: Grid) -> torch.Tensor:
         T = Wt[..., block, :].clone()
         if start:
             add_product_(T, N[..., :start, block].mT, E[..., :start, :])
-        S, Z = take_rows(scale, group[..., block]), take_rows(zero, group[..., block])
+        S, Z = _columns(scale, group[..., block]), _columns(zero, group[..., block])
         work = (T, Wt[..., block, :], S, grid.q_min - Z, grid.q_max - Z)
         integers, errors = [], []
         for left in range(start, stop, _PANEL):
@@ -67,7 +67,7 @@ def solve(W: torch.Tensor, factor: Factor, grid: Grid) -> torch.Tensor:
             errors.append(error)
         torch.cat(errors, -2, out=E[..., block, :])
         Q[..., block, :] = torch.cat(integers, -2) + Z
-    return take_rows(Q, order.argsort(-1)).mT.contiguous()
+    return _columns(Q, order.argsort(-1)).mT.contiguous()
 
 
 def _round_panel(
@@ -121,3 +121,10 @@ def _rounded_panel(
         integers.append((target / s[i]).round().clamp(least[i], most[i]))
         errors.append(w[i] - integers[i] * s[i])
     return torch.stack(integers, -2), torch.stack(errors, -2)
+
+
+def _columns(X: torch.Tensor, index: torch.Tensor) -> torch.Tensor:
+    """Columns of X [B, C, R], chosen for each layer by [B, C']."""
+    layers, columns, rows = X.shape[:-2].numel(), X.shape[-2], X.shape[-1]
+    first = torch.arange(layers, device=X.device).mul_(columns).view(*X.shape[:-2], 1)
+    return X.reshape(-1, rows).index_select(0, (first + index).flatten()).view(*index.shape, rows)

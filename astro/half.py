@@ -1,25 +1,25 @@
 """Products of bfloat16 factors in place of float32 ones, where a device is faster with them.
 
-Two kinds. `product` rounds its factors: for steps that are small beside what they are added to, and only there, being
-off by 2⁻⁸ of the sum of magnitudes at most. `Split` keeps a float32 matrix as the sum of two of bfloat16; three
-products of those are off by some 2⁻¹⁶, as float32 sums over thousands of columns are themselves, and on a GPU's tensor
-cores they take a fraction of the time of one in float32. Products of bfloat16 are exact in float32, in which a GPU adds
-them up; a CPU rounds the result of `product` once more.
+Two kinds. `rounded_product` rounds its factors: for steps that are small beside what they are added to, and only there,
+being off by 2⁻⁷ of the sum of magnitudes at most. `Split` keeps a float32 matrix as the sum of two of bfloat16; three
+products of those are off by 2⁻¹⁵ at most and mostly far less, as float32 sums over thousands of columns are themselves,
+and on a GPU's tensor cores they take a fraction of the time of one in float32. Products of bfloat16 are exact in
+float32, in which a GPU adds them up; a CPU rounds the result of `rounded_product` once more.
 """
 
 import functools
 
 import torch
 
-__all__ = ["Split", "product", "rounded", "splits"]
+__all__ = ["Split", "rounded", "rounded_product", "splits"]
 
 
 def rounded(X: torch.Tensor) -> torch.Tensor:
-    """A factor as `product` takes it: bfloat16 where the device is faster with it, as it is elsewhere."""
+    """A float32 factor as `rounded_product` takes it: in bfloat16 where the device is faster with it, else as it is."""
     return X.bfloat16() if _is_faster(X.device) else X
 
 
-def product(A: torch.Tensor, B: torch.Tensor) -> torch.Tensor:
+def rounded_product(A: torch.Tensor, B: torch.Tensor) -> torch.Tensor:
     """A B in float32 for A float32 [..., m, k] and B [..., k, n] that was `rounded`, with A rounded alike."""
     if B.dtype == torch.float32:
         return A @ B
@@ -32,12 +32,18 @@ def splits(device: torch.device) -> bool:
 
 
 class Split:
-    """A float32 matrix as the sum of two bfloat16 ones: what float32 loses of it is 2⁻¹⁷ of each element at most."""
+    """A float32 matrix as the sum of two bfloat16 ones, which leave out 2⁻¹⁷ of each element at most.
+
+    Attributes:
+        high: the matrix rounded, bfloat16 [..., m, n].
+        low: the rest of it, rounded, bfloat16 [..., m, n].
+    """
 
     def __init__(self, X: torch.Tensor) -> None:
-        """Split X [..., m, n]."""
+        """Split X, float32 [..., m, n]."""
         self.high = X.bfloat16()
-        self.low = (X - self.high).bfloat16()
+        self.low = torch.empty_like(self.high)
+        torch.sub(X, self.high, out=self.low)  # no float32 matrix between
 
     def set_rows_(self, rows: slice, X: torch.Tensor) -> None:
         """Put other rows in place of some, float32 [..., rows, n]."""
@@ -66,5 +72,5 @@ def _is_faster(device: torch.device) -> bool:
     if device.type == "cuda":
         return torch.cuda.get_device_capability(device) >= (8, 0)
     # An older torch cannot say what a CPU has; float32 is never wrong.
-    has = getattr(torch.cpu, "get_capabilities", dict)() if device.type == "cpu" else {}
-    return any(has.get(name, False) for name in ("avx512_bf16", "amx_bf16", "bf16"))
+    has: dict[str, object] = getattr(torch.cpu, "get_capabilities", dict)() if device.type == "cpu" else {}
+    return any(bool(has.get(name)) for name in ("avx512_bf16", "amx_bf16", "bf16"))

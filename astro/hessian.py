@@ -260,7 +260,7 @@ def _cholesky(H: torch.Tensor, order: torch.Tensor, damping: torch.Tensor) -> tu
 def layer_error(W: torch.Tensor, W_hat: torch.Tensor, H: torch.Tensor) -> torch.Tensor:
     """Squared output error of each row [B, R]: diag((W − Ŵ) H (W − Ŵ)ᵀ), float32, W and Ŵ [B, R, C], H [B, C, C].
 
-    H is symmetric: what is below the diagonal counts twice, and the rest of that half is not computed.
+    H is symmetric: what is below the squares on its diagonal counts twice, and what is above them not at all.
     """
     E = W - W_hat
     error = torch.zeros_like(E[..., 0])

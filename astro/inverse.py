@@ -4,8 +4,8 @@ With M = [[A, Bᵀ], [B, D]] and its Schur complement S = D − B A⁻¹ Bᵀ,
 
     M⁻¹ = [[A⁻¹ + A⁻¹ Bᵀ S⁻¹ B A⁻¹,  −A⁻¹ Bᵀ S⁻¹], [−S⁻¹ B A⁻¹,  S⁻¹]].
 
-As many operations as by a Cholesky factor, C³, in half of the memory. Meant for matrices whose eigenvalues are not many
-orders of magnitude apart.
+As many operations as by a Cholesky factor, C³, in two thirds of the memory. Meant for matrices whose eigenvalues are no
+more than four orders of magnitude apart: beyond, the Schur complement loses what a factorization keeps.
 """
 
 import torch
@@ -16,7 +16,7 @@ from astro.triangle import mirror_, strips
 __all__ = ["invert_"]
 
 _LEAST = 256
-"""Columns of a matrix that is inverted through its Cholesky factor."""
+"""Columns, at most, of a matrix that is inverted through its Cholesky factor."""
 
 
 def invert_(M: torch.Tensor) -> torch.Tensor:
@@ -31,8 +31,10 @@ def invert_(M: torch.Tensor) -> torch.Tensor:
     size = M.shape[-1]
     if size <= _LEAST:
         L, info = torch.linalg.cholesky_ex(M)
-        M.copy_(torch.cholesky_inverse(L))
         found: torch.Tensor = info
+        # Without a factor there may be a 0 on the diagonal, which would raise before anyone can say of which layer.
+        identity = torch.eye(size, dtype=M.dtype, device=M.device)
+        M.copy_(torch.cholesky_inverse(torch.where(found[..., None, None] > 0, identity, L)))
         return found
     half = size // 2
     A, B, D = M[..., :half, :half], M[..., half:, :half], M[..., half:, half:]

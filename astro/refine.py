@@ -25,9 +25,10 @@ from astro.half import Split, splits
 __all__ = ["refine"]
 
 _SPAN = 256
-"""Columns between two products with all columns, at least; groups are not cut. Part of the arithmetic."""
+"""Columns between two products with all columns, at most, or a whole group. Part of the arithmetic."""
 _BLOCK = 128
-"""Columns, of one group, between two products with the rest of a span."""
+"""Columns, of one group, between two products with the rest of a span. At least half of it: where a span holds several
+groups each of them is one block then."""
 _PANEL = 16
 """Columns of the innermost loop."""
 _CAUTION = 1 - 1e-4
@@ -92,7 +93,7 @@ class _State:
         H: undamped, [B, C, C].
         damping: λ, [B, 1, 1].
         diagonal: of H + λI, [B, C, 1].
-        halves: H and E split, where a device is faster with that.
+        split: H and E, where a device is faster with that.
     """
 
     V: torch.Tensor
@@ -105,22 +106,22 @@ class _State:
     group_size: int
     scale_dtype: torch.dtype
     diagonal: torch.Tensor = dataclasses.field(init=False)
-    halves: tuple[Split, Split] | None = dataclasses.field(init=False)
+    split: tuple[Split, Split] | None = dataclasses.field(init=False)
 
     def __post_init__(self) -> None:
-        self.halves = (Split(self.H), Split(self.E)) if splits(self.E.device) else None
+        self.split = (Split(self.H), Split(self.E)) if splits(self.E.device) else None
         self.diagonal = self.H.diagonal(dim1=-2, dim2=-1).unsqueeze(-1) + self.damping
 
     def product(self, rows: slice) -> torch.Tensor:
         """Rows of (H + λI) E."""
-        HE = self.halves[0].rows_times(rows, self.halves[1]) if self.halves else self.H[..., rows, :] @ self.E
+        HE = self.split[0].rows_times(rows, self.split[1]) if self.split else self.H[..., rows, :] @ self.E
         return HE.addcmul_(self.damping, self.E[..., rows, :])
 
     def lower_(self, rows: slice, change: torch.Tensor) -> None:
         """Take what was added to ŵ off E."""
         self.E[..., rows, :] -= change
-        if self.halves:
-            self.halves[1].set_rows_(rows, self.E[..., rows, :])
+        if self.split:
+            self.split[1].set_rows_(rows, self.E[..., rows, :])
 
     def sweep(self) -> tuple[torch.Tensor, torch.Tensor]:
         """One pass over all scales and integers.

@@ -35,5 +35,4 @@ def row_tiles(num_rows: int, num_columns: int, device_type: str, copies: int = 1
 
 def near_rows(X: torch.Tensor) -> list[slice]:
     """Rows of X [..., R, C] that stay close to a CPU core; on a GPU, which wants many at once, all of them."""
-    most = X.numel() if X.device.type == "cuda" else _NEAR_ELEMENTS
-    return cut(X.shape[-2], -(-X.numel() // most))
+    return cut(X.shape[-2], 1 if X.device.type == "cuda" else -(-X.numel() // _NEAR_ELEMENTS))

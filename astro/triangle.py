@@ -1,44 +1,60 @@
 """One half of symmetric matrices: what is computed of them, and what workers hand each other.
 
-The half on and above the diagonal, and of the strips that it is cut into a little more. S is [..., C, C].
+The half on and above the diagonal, and of the strips of rows that it is cut into what is left of the diagonal in their
+own square. S is [..., C, C], of any float dtype.
 """
+
+from collections.abc import Iterator, Sequence
 
 import torch
 
 __all__ = ["mirror_", "packed", "strips", "unpacked"]
 
 _STRIP = {"cpu": 256, "cuda": 1024}
-"""Columns. Narrow strips compute less that is thrown away, but a GPU wants wide ones. Part of the arithmetic: another
-strip rounds differently."""
+"""Narrow strips compute less that is thrown away, but a GPU wants wide ones. Part of the arithmetic: another strip
+rounds differently."""
 _PACKED_STRIP = 256
+"""What is mirrored goes by this one on every device, as files do: so a matrix is the same to who wrote it and to who read
+it."""
 
 
 def strips(S: torch.Tensor) -> list[slice]:
-    """The strips in which one half is worked on."""
+    """The strips in which one half of S is computed."""
     return _cut(S.shape[-1], _STRIP[S.device.type])
 
 
 def mirror_(S: torch.Tensor) -> None:
-    """Copy what is above the diagonal to below it."""
-    for strip in strips(S):
+    """Copy what is above the diagonal's squares to below them."""
+    for strip in _cut(S.shape[-1], _PACKED_STRIP):
         S[..., strip.stop :, strip] = S[..., strip, strip.stop :].mT
 
 
 def packed(S: torch.Tensor) -> torch.Tensor:
-    """The half on and above the diagonal, strip behind strip, [..., n]."""
-    return torch.cat([S[..., s, s.start :].flatten(-2) for s in _cut(S.shape[-1], _PACKED_STRIP)], dim=-1)
+    """The half on and above the diagonal, strip behind strip, [..., n] with n a little more than C²/2."""
+    parts = [S[..., strip, strip.start :] for strip in _cut(S.shape[-1], _PACKED_STRIP)]
+    P = S.new_empty(*S.shape[:-2], sum(part.shape[-2] * part.shape[-1] for part in parts))
+    for own, part in zip(_laid_out(P, parts), parts, strict=True):
+        own.copy_(part)
+    return P
 
 
 def unpacked(P: torch.Tensor, size: int) -> torch.Tensor:
-    """The symmetric matrices [..., C, C] of which one half was `packed`, C the size."""
+    """The symmetric matrices [..., C, C] of which one half was `packed` to P [..., n], C the size."""
     S = P.new_empty(*P.shape[:-1], size, size)
-    start = 0
-    for strip in _cut(size, _PACKED_STRIP):
-        part = S[..., strip, strip.start :]
-        part.copy_(P[..., start : start + part.shape[-2] * part.shape[-1]].view_as(part))
-        start += part.shape[-2] * part.shape[-1]
+    parts = [S[..., strip, strip.start :] for strip in _cut(size, _PACKED_STRIP)]
+    for own, part in zip(_laid_out(P, parts), parts, strict=True):
+        part.copy_(own)
     mirror_(S)
     return S
+
+
+def _laid_out(P: torch.Tensor, parts: Sequence[torch.Tensor]) -> Iterator[torch.Tensor]:
+    """Views of P for each part, in its shape."""
+    start = 0
+    for part in parts:
+        size = part.shape[-2] * part.shape[-1]
+        yield P[..., start : start + size].view_as(part)
+        start += size
 
 
 def _cut(size: int, strip: int) -> list[slice]:

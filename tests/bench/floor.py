@@ -258,10 +258,13 @@ def bandwidth(threads: int) -> float:
 
 
 def some_gpus(name: str, workers: int, half: bool) -> Machine:
-    """Several GPUs of a kind at what large products reach of their data sheet; float32 without TF32."""
+    """Several GPUs of a kind at what large products reach of their data sheet; float32 without TF32, or as three of
+    bfloat16.
+    """
     device = DEVICES[name]
     rounded = max(device.bfloat16, device.float32)
-    rates = (device.bfloat16 if half else device.float32, device.float32, rounded, 8 * device.elements)
+    exact = max(device.float32, rounded / 3)
+    rates = (device.bfloat16 if half else device.float32, exact, rounded, 8 * device.elements)
     return Machine(f"{workers} × {name}", *(workers * rate for rate in rates))
 
 

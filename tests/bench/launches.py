@@ -7,7 +7,7 @@ dispatched: one that only makes a view, or memory, launches nothing. What grows 
 widths and checked at the third; rows do not matter within a tile, and tiles are those of a GPU. A sync is an operator
 that makes the host wait for a value. What a GPU's worker compiles counts as the kernels that torch makes of it for a
 CPU: one each, two of a panel of refinement; `--plain` counts it uncompiled. Every refinement pass is done. The block's
-own forward is not counted, nor the copies to files, nor what inverts a matrix: some 1,400 launches at the widest.
+own forward is not counted, nor the copies to files, nor what inverts a matrix, some 1,400 operators at the widest.
 Prints Markdown.
 """
 
@@ -25,7 +25,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 sys.path.insert(0, str(Path(__file__).parents[2]))
 
-from astro import beta, fusion, gptq, half, refine, regularizer
+from astro import beta, fusion, gptq, half, refine, regularizer, triangle
 from astro.block import quantize_block
 from astro.config import Quantization, Regularizer
 from astro.expert_policy import GroupStatistics
@@ -96,8 +96,9 @@ def as_on_a_gpu(counter: Launches) -> Iterator[None]:
     with (
         mock.patch.object(refine, "splits", return_value=True),
         mock.patch.object(half, "_is_faster", return_value=True),
+        mock.patch.dict(triangle._STRIP, cpu=triangle._STRIP["cuda"]),
         mock.patch.object(half, "_exact_product", multiply),
-        mock.patch.object(regularizer, "product", lambda A, B: multiply(A.bfloat16(), B)),
+        mock.patch.object(regularizer, "rounded_product", lambda A, B: multiply(A.bfloat16(), B)),
         mock.patch.object(regularizer, "invert_", as_kernels(counter, regularizer.invert_, 0)),
     ):
         yield

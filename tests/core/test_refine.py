@@ -72,6 +72,19 @@ def test_products_of_split_factors_keep_the_promise(monkeypatch, seed, bits, gro
     assert float(before.sum()) == pytest.approx(float(error(W, *plain, H).sum()), rel=5e-3)
 
 
+def test_layers_side_by_side_do_not_meet_when_factors_are_split(monkeypatch):
+    monkeypatch.setattr(refine_module, "splits", lambda device: True)
+    problems = [problem(columns=480, seed=seed, group_size=96) for seed in range(2)]
+    W, H, Q = (torch.stack([own[i] for own in problems]) for i in range(3))
+    scale, zero = (torch.stack([getattr(own[3], name) for own in problems]) for name in ("scale", "zero"))
+    grid = dataclasses.replace(problems[0][3], scale=scale, zero=zero)
+    together, found = refine(W, Q, grid, H, torch.stack([ridge(own[1]) for own in problems]), 2, 0.0, torch.float16)
+    for i, (W, H, Q, grid) in enumerate(problems):
+        alone = run(W, Q, grid, H, 2)
+        assert int(together[i].ne(alone[0]).sum()) <= 0.002 * Q.numel()
+        torch.testing.assert_close(found.scale[i], alone[1].scale, rtol=1e-2, atol=0)
+
+
 def naive(W, Q, grid, H, scale_dtype):
     """One pass in float64, one row and one coordinate after the other."""
     W, g = W.double(), grid.group_size

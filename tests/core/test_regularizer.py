@@ -176,10 +176,20 @@ def test_hessian_of_zeros_is_an_error():
         run(torch.zeros(8, 8), random_weights(2, 8))
 
 
+def test_matrix_that_has_no_inverse_is_an_error(monkeypatch):
+    monkeypatch.setattr("astro.regularizer.largest_eigenvalue", lambda H: torch.ones(1))
+    H = torch.zeros(1, 8, 8)
+    H[0, 3, 3] = -1e-3  # and ρ make a pivot of exactly 0
+    with pytest.raises(NumericalError, match=r"x: H \+ 0\.001 λ_max is not positive definite; raise regularizer\.rho"):
+        run(H, random_weights(2, 8))
+
+
 def test_wrong_settings_are_refused():
     with pytest.raises(ConfigError, match="beta: expected auto or a number >= 0, got -1"):
         Regularizer(beta=-1)
     with pytest.raises(ConfigError, match="beta_unit: beta: auto is relative"):
         Regularizer(beta_unit="absolute")
+    with pytest.raises(ConfigError, match="rho: expected 1e-4 to 1, got 1e-05"):
+        Regularizer(rho=1e-5)
     with pytest.raises(ConfigError, match="iterations: expected 1 to 10000, got 0"):
         Regularizer(iterations=0)
