@@ -14,8 +14,8 @@ _STRIP = {"cpu": 256, "cuda": 1024}
 """Narrow strips compute less that is thrown away, but a GPU wants wide ones. Part of the arithmetic: another strip
 rounds differently."""
 _PACKED_STRIP = 256
-"""What is mirrored goes by this one on every device, as files do: so a matrix is the same to who wrote it and to who read
-it."""
+"""What is mirrored goes by this one on every device, as files do: so a matrix is the same to who wrote and who read it.
+"""
 
 
 def strips(S: torch.Tensor) -> list[slice]:
