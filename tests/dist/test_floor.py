@@ -54,9 +54,9 @@ def test_config_alone_counts_what_the_weights_count(tmp_path, run_config, config
 
 
 def test_a_phase_takes_the_longer_of_computing_and_moving():
-    machine = Machine("slow", compute=4e9, exact=1e9, bandwidth=1e8)
-    assert machine.seconds(Need(compute=8e9, exact=1e9, moved_bytes=2e8)) == 3
-    assert machine.seconds(Need(compute=8e9, exact=1e9, moved_bytes=5e8)) == 5
+    machine = Machine("slow", compute=4e9, exact=1e9, rounded=2e9, bandwidth=1e8)
+    assert machine.seconds(Need(compute=8e9, exact=1e9, rounded=2e9, moved_bytes=2e8)) == 4
+    assert machine.seconds(Need(compute=8e9, exact=1e9, rounded=2e9, moved_bytes=5e8)) == 5
 
 
 def test_groups_of_experts_count_the_tokens_that_reach_them():
