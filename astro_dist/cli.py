@@ -104,14 +104,16 @@ def plan(
 ) -> None:
     """What a run will need, from the headers alone: units, bytes, memory, disk, time. No weight is read, no run begun.
 
-    Blocks of one size that follow each other share a row.
+    Refuses what `quantize` would refuse, the calibration text too where it is on this machine. Blocks of one size that
+    follow each other share a row.
     """
     from astro_dist.config_file import load_config
 
     settings = load_config(config, assignments)
-    from astro_dist.prepared import forecast, prepare
+    from astro_dist.prepared import forecast, prepare, require_text
 
     prepared = prepare(settings)
+    require_text(prepared)
     found, needed = prepared.plan, forecast(prepared, workers, device)
     if as_json:
         _print_json(
@@ -233,7 +235,7 @@ def report(run: Annotated[Path, typer.Argument(help="Run directory (output.dir).
 
 @app.command()
 def verify(
-    model: Annotated[str, typer.Argument(help="Folder of a quantized model, or ORG/NAME[@REVISION] on the Hub.")],
+    model: Annotated[str, typer.Argument(help="Folder of a quantized model, or ORG/NAME\\[@REVISION] on the Hub.")],
     against: Annotated[str | None, typer.Option(help="The source it was made from: also each layer's error.")] = None,
     as_json: _Json = False,
 ) -> None:

@@ -117,7 +117,7 @@ class ExecutionConfig(_Section):
     def _check(self) -> "ExecutionConfig":
         if isinstance(self.workers, int) and self.workers < 1:
             raise ValueError(f"workers: expected auto or at least 1, got {self.workers}")
-        if self.call_timeout_s != "auto" and self.call_timeout_s <= 0:
+        if self.call_timeout_s != "auto" and not self.call_timeout_s > 0:  # NaN is not
             raise ValueError(f"call_timeout_s: expected auto or more than 0, got {self.call_timeout_s}")
         if self.mode == "sequential" and self.rounds > 1:
             raise ValueError(f"rounds: only in mode blocks, got {self.rounds} in mode sequential")
@@ -152,6 +152,8 @@ class PublishConfig(_Section):
     def _check(self) -> "PublishConfig":
         if self.repo is not None and not _REPOSITORY.fullmatch(self.repo):
             raise ValueError(f"repo: expected ORG/NAME of a model repository, got {self.repo!r}")
+        if self.repo is None and (self.revision is not None or self.pull_request):
+            raise ValueError("repo: missing; revision and pull_request say how to publish, not where to")
         if self.revision is not None and self.pull_request:
             raise ValueError("revision: a pull request is made against main; give one of revision and pull_request")
         return self

@@ -57,7 +57,8 @@ def load_config(path: Path, assignments: list[str] | None = None) -> RunConfig:
         ConfigError: naming every key that is unknown or wrong.
     """
     try:
-        content = yaml.load(path.read_text(encoding="utf-8"), _Strict)  # a safe loader
+        with path.open(encoding="utf-8") as file:
+            content = yaml.load(file, _Strict)  # a safe loader
     except FileNotFoundError as error:
         raise ConfigError(f"{path}: no such configuration file") from error
     except (OSError, ValueError, yaml.YAMLError) as error:
@@ -68,7 +69,7 @@ def load_config(path: Path, assignments: list[str] | None = None) -> RunConfig:
     for assignment in assignments or []:
         _assign(content, assignment)
     try:
-        return RunConfig.model_validate(content)
+        config = RunConfig.model_validate(content)
     except ValidationError as error:
         in_file, found = _complaints(alone), _explain(error)
         assigned = ", ".join(assignment.partition("=")[0] for assignment in assignments or [])
@@ -77,6 +78,11 @@ def load_config(path: Path, assignments: list[str] | None = None) -> RunConfig:
             f"{path} with --set {assigned}": [one for one in found if one not in in_file],
         }
         raise ConfigError("; ".join(f"{where}: {'; '.join(own)}" for where, own in told.items() if own)) from error
+    if taken := _taken_for_numbers(content, config.plain()):
+        raise ConfigError(
+            f"{path}: {taken[0]}: expected a number, got true or false (so YAML reads yes, no, on and off)"
+        )
+    return config
 
 
 def make_target(repo: str, private: bool, revision: str | None, pull_request: bool) -> PublishConfig:
@@ -89,6 +95,15 @@ def make_target(repo: str, private: bool, revision: str | None, pull_request: bo
         return PublishConfig(repo=repo, private=private, revision=revision, pull_request=pull_request)
     except ValidationError as error:
         raise ConfigError("; ".join(f"publish.{found}" for found in _explain(error))) from error
+
+
+def _taken_for_numbers(given: Any, read: Any, path: str = "") -> list[str]:
+    """Keys whose true or false was read as 1 or 0."""
+    if isinstance(given, dict) and isinstance(read, dict):
+        return [key for name in given for key in _taken_for_numbers(given[name], read.get(name), f"{path}.{name}")]
+    if isinstance(given, list) and isinstance(read, list):
+        return [key for pair in zip(given, read, strict=True) for key in _taken_for_numbers(*pair, path)]
+    return [path.removeprefix(".")] if isinstance(given, bool) and not isinstance(read, bool) else []
 
 
 def _complaints(content: dict[str, Any]) -> list[str]:

@@ -13,6 +13,7 @@ from astro_dist.config import RunConfig
 from astro_dist.config_file import load_config
 from astro_dist.manifest import RunDirectory
 from astro_dist.model_card import model_card
+from astro_dist.run_identity import read_identity
 
 __all__ = ["FinishedRun"]
 
@@ -40,9 +41,7 @@ class FinishedRun:
         Raises:
             ConfigError: it holds no run, or one that is not finished.
         """
-        if not (root / "run.json").is_file():
-            raise ConfigError(f"{root}: holds no run.json, so it is no run directory, or its run has not begun yet")
-        identity, config = read_json(root / "run.json"), load_config(root / "config.yaml")
+        identity, config = read_identity(root), load_config(root / "config.yaml")
         run = RunDirectory(root, identity["key"], config.execution.rounds)
         summary = read_json(run.summary) if run.summary.is_file() else {}
         if "base_model" not in summary:

@@ -14,7 +14,7 @@ import dataclasses
 import hashlib
 import json
 import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -24,12 +24,13 @@ from astro.parts import load_part, save_part
 from astro_dist import run_lock
 from astro_dist.config import RunConfig
 from astro_dist.journal import Journal
+from astro_dist.run_identity import MARK, difference
 from astro_dist.schedule import Spent, block_unit
 
 if TYPE_CHECKING:
     import torch
 
-__all__ = ["RunDirectory", "begun_commit"]
+__all__ = ["RunDirectory"]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -221,7 +222,7 @@ class RunDirectory:
         Raises:
             ConfigError: the directory holds another run, or files that are none.
         """
-        mark = self.root / "run.json"
+        mark = self.root / MARK
         # What a run writes before its first unit, it may leave behind when it ends there.
         own = {mark.name, "config.yaml", "lock", self.journal.path.name, self.tokens.name}
         paths = list(self.root.iterdir()) if self.root.is_dir() else []
@@ -230,7 +231,7 @@ class RunDirectory:
             found = read_json(mark)
             if found.get("key") != self.key or found.get("tokens_sha256") != identity["tokens_sha256"]:
                 raise ConfigError(
-                    f"{self.root}: holds another run ({self._difference(config, identity, found)}); "
+                    f"{self.root}: holds another run ({difference(config, identity, found)}); "
                     "choose another output.dir, or remove this one if it is not wanted. Only the version that began a "
                     "run can go on with it; a finished one can be verified and published by any"
                 )
@@ -249,7 +250,7 @@ class RunDirectory:
         """
         write_text(self.root / "config.yaml", config.to_yaml())
         save_part(self.tokens, tokens)
-        write_json(self.root / "run.json", {"key": self.key, **identity, "arithmetic": config.arithmetic()})
+        write_json(self.root / MARK, {"key": self.key, **identity, "arithmetic": config.arithmetic()})
 
     def keep_side_files(self, folder: Path) -> Path:
         """A copy of a remote source's small files that every node sees."""
@@ -303,34 +304,6 @@ class RunDirectory:
         except OSError:
             return False
 
-    def _difference(self, config: RunConfig, identity: dict[str, Any], found: dict[str, Any]) -> str:
-        there = _flatten({name: found.get(name) for name in (*identity, "arithmetic")})
-        here = _flatten({**identity, "arithmetic": config.arithmetic()})
-        changed = [name for name in sorted({*there, *here}) if there.get(name) != here.get(name)]
-        shown = [
-            f"{name.removeprefix('arithmetic.')}: {there.get(name)} there, {here.get(name)} here" for name in changed
-        ]
-        return "; ".join(shown[:4]) or "of another kind"
-
-
-def begun_commit(root: Path, asked: Mapping[str, Any]) -> str | None:
-    """The commit of a Hub repository that the run in a folder was begun with.
-
-    Args:
-        root: the folder.
-        asked: repository and revision of the configuration; with others than the run's there is none.
-    """
-    mark = root / "run.json"
-    begun = read_json(mark) if mark.is_file() else {}
-    commit: str | None = begun.get("commit") if begun.get("asked") == asked else None
-    return commit
-
 
 def _checksum(record: dict[str, Any]) -> str:
     return hashlib.sha256(json.dumps(record, sort_keys=True).encode()).hexdigest()
-
-
-def _flatten(content: Any, prefix: str = "") -> dict[str, Any]:
-    if not isinstance(content, dict):
-        return {prefix.rstrip("."): content}
-    return {name: leaf for key, value in content.items() for name, leaf in _flatten(value, f"{prefix}{key}.").items()}

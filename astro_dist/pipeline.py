@@ -7,16 +7,15 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import transformers
 
 import astro
 from astro.checkpoint import require_finite
-from astro.errors import CheckpointError, ConfigError
+from astro.errors import ConfigError
 from astro.files import read_json, write_json
 from astro_dist.assemble import assemble
 from astro_dist.background_upload import BackgroundUpload
 from astro_dist.budget import settle_widths
-from astro_dist.calibration import Chunk, TokenChunks, as_tensors, read_documents, tokenize
+from astro_dist.calibration import Chunk, as_tensors
 from astro_dist.config import RunConfig, run_key
 from astro_dist.cost import CostModel
 from astro_dist.driver import Driver
@@ -25,12 +24,13 @@ from astro_dist.executor import Executor, LocalExecutor
 from astro_dist.failure import FailureHistory
 from astro_dist.finished_run import FinishedRun
 from astro_dist.inventory import all_shards, is_whole, replace_card, seal
-from astro_dist.manifest import RunDirectory, begun_commit
+from astro_dist.manifest import RunDirectory
 from astro_dist.model_card import planned_card
-from astro_dist.prepared import Prepared, compute_dtype, prepare
+from astro_dist.prepared import Prepared, compute_dtype, prepare, tokens_of
 from astro_dist.progress import ProgressDisplay, say
 from astro_dist.publish import Publication
 from astro_dist.resume import make_schedule
+from astro_dist.run_identity import begun_commit
 from astro_dist.schedule import Call, Schedule
 from astro_dist.stage import WorkerSpec
 from astro_dist.summary import summarize
@@ -57,7 +57,7 @@ def quantize(config: RunConfig) -> dict[str, Any]:
     root = config.output.dir.expanduser().absolute()
     asked = {"source": config.model.source, "revision": config.model.revision}
     prepared = prepare(config, begun_commit(root, asked))
-    chunks = _tokenize(prepared)
+    chunks = tokens_of(prepared)
     fingerprint = prepared.checkpoint.fingerprint()
     key = run_key(config, fingerprint, astro.__version__)
     run = RunDirectory(root, key, config.execution.rounds)
@@ -142,29 +142,6 @@ def _refuse_relative_paths(config: RunConfig) -> None:
     for name, path in paths.items():
         if not path.expanduser().is_absolute():
             raise ConfigError(f"{name}: {path} is relative; on a cluster give an absolute path that every node sees")
-
-
-def _tokenize(prepared: Prepared) -> TokenChunks:
-    config, source = prepared.config, prepared.source.folder
-    limit = prepared.max_positions
-    if limit is not None and config.calibration.sequence_length > limit:
-        raise ConfigError(
-            f"calibration.sequence_length: {config.calibration.sequence_length} is more than the {limit} positions "
-            "of this model (max_position_embeddings)"
-        )
-    documents = read_documents(config.calibration)
-    try:
-        tokenizer = transformers.AutoTokenizer.from_pretrained(source, trust_remote_code=config.model.trust_remote_code)
-    except Exception as error:  # tokenizers raises bare Exceptions for files it cannot parse
-        raise CheckpointError(f"{source}: its tokenizer cannot be loaded: {error}") from error
-    chunks = tokenize(documents, tokenizer, config.calibration)
-    largest = max(int(chunk.tokens.max()) for chunk in chunks.chunks)
-    if largest >= prepared.plan.vocab_size:
-        raise CheckpointError(
-            f"{source}: its tokenizer gives token {largest}, but the model has a vocabulary of "
-            f"{prepared.plan.vocab_size}; tokenizer and config.json are of different models"
-        )
-    return chunks
 
 
 def _make_executor(config: RunConfig) -> Executor:

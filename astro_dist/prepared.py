@@ -5,6 +5,7 @@ import math
 from pathlib import Path
 
 import torch
+import transformers
 
 from astro.checkpoint import Checkpoint
 from astro.errors import CheckpointError, ConfigError, UnsupportedError
@@ -15,13 +16,14 @@ from astro.skeleton import Skeleton
 from astro_dist.actors import configure_process
 from astro_dist.base_model import BaseModel, read_base_model
 from astro_dist.budget import require_affordable
+from astro_dist.calibration import TokenChunks, read_documents, tokenize
 from astro_dist.config import RunConfig
 from astro_dist.devices import DEVICES, measure, memory_shortage
 from astro_dist.estimate import Estimate, estimate
 from astro_dist.plan import Plan, make_plan
 from astro_dist.source import Source, resolve_source
 
-__all__ = ["Prepared", "compute_dtype", "forecast", "prepare"]
+__all__ = ["Prepared", "compute_dtype", "forecast", "prepare", "require_text", "tokens_of"]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -96,11 +98,48 @@ def prepare(config: RunConfig, commit: str | None = None) -> Prepared:
             f"{len(plan.others)} matrices that are gates, or no linear layers, stay as they are, the first is "
             f"{plan.others[0]}"
         )
-    text = config.calibration.source
-    if text != "python-docs" and not Path(text).expanduser().is_file():
-        notes.append(f"calibration.source {text} is not there: `quantize` will refuse")
+    if not _has_text(config):
+        notes.append(f"calibration.source {config.calibration.source} is not there: `quantize` will refuse")
     base = read_base_model(source, config.model)
     return Prepared(config, source, checkpoint, plan, base, tuple(notes), skeleton.limits()[1])
+
+
+def tokens_of(prepared: Prepared) -> TokenChunks:
+    """The tokens of a run.
+
+    Raises:
+        InputError: the text, the tokenizer or their settings do not do.
+    """
+    config, source = prepared.config, prepared.source.folder
+    limit = prepared.max_positions
+    if limit is not None and config.calibration.sequence_length > limit:
+        raise ConfigError(
+            f"calibration.sequence_length: {config.calibration.sequence_length} is more than the {limit} positions "
+            "of this model (max_position_embeddings)"
+        )
+    documents = read_documents(config.calibration)
+    try:
+        tokenizer = transformers.AutoTokenizer.from_pretrained(source, trust_remote_code=config.model.trust_remote_code)
+    except Exception as error:  # tokenizers raises bare Exceptions for files it cannot parse
+        raise CheckpointError(f"{source}: its tokenizer cannot be loaded: {error}") from error
+    chunks = tokenize(documents, tokenizer, config.calibration)
+    largest = max(int(chunk.tokens.max()) for chunk in chunks.chunks)
+    if largest >= prepared.plan.vocab_size:
+        raise CheckpointError(
+            f"{source}: its tokenizer gives token {largest}, but the model has a vocabulary of "
+            f"{prepared.plan.vocab_size}; tokenizer and config.json are of different models"
+        )
+    return chunks
+
+
+def require_text(prepared: Prepared) -> None:
+    """Refuse the calibration text that a run would refuse, where this machine has it.
+
+    Raises:
+        InputError: see `tokens_of`.
+    """
+    if _has_text(prepared.config):
+        tokens_of(prepared)
 
 
 def forecast(prepared: Prepared, workers: int | None, device_name: str | None) -> Estimate:
@@ -117,6 +156,7 @@ def forecast(prepared: Prepared, workers: int | None, device_name: str | None) -
     config, execution = prepared.config, prepared.config.execution
     if device_name is None and execution.device == "cuda":
         raise ConfigError(f"execution.device is cuda: say which GPUs with --device, one of {', '.join(DEVICES)}")
+    device_name = device_name.lower() if device_name else None
     if device_name in (None, "cpu"):
         device = measure(execution.threads_per_worker)
     elif device_name in DEVICES:
@@ -142,3 +182,8 @@ def compute_dtype(config: RunConfig, plan: Plan, checkpoint: Checkpoint, device:
     stored = checkpoint.entries[key].float_dtype or torch.float32
     # CPUs have no float16 arithmetic worth the name: float32 is exact for such weights, and faster.
     return torch.float32 if stored == torch.float16 and device == "cpu" else stored
+
+
+def _has_text(config: RunConfig) -> bool:
+    text = config.calibration.source
+    return text == "python-docs" or Path(text).expanduser().is_file()

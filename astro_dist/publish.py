@@ -13,7 +13,7 @@ from typing import Any
 
 import huggingface_hub
 
-from astro.errors import AstroError, DamagedError, RunError
+from astro.errors import AstroError, ConfigError, DamagedError, RunError
 from astro.files import write_json
 from astro_dist.background_upload import BackgroundUpload
 from astro_dist.base_model import BaseModel
@@ -21,7 +21,7 @@ from astro_dist.config import PublishConfig
 from astro_dist.finished_run import FinishedRun
 from astro_dist.hub_failure import HubError
 from astro_dist.hub_writer import HubWriter, different
-from astro_dist.inventory import CARD_NAME, ModelFile, read_inventory, replace_card
+from astro_dist.inventory import CARD_NAME, ModelFile, damaged_files, read_inventory, replace_card
 from astro_dist.manifest import RunDirectory
 from astro_dist.preflight import preflight
 from astro_dist.progress import say
@@ -218,6 +218,11 @@ def publish_run(root: Path, target: PublishConfig) -> dict[str, Any]:
     root = root.expanduser().absolute()
     finished = FinishedRun.open(root)
     with finished.run.locked():
+        if damaged := damaged_files(finished.run):
+            raise ConfigError(
+                f"{root}: {len(damaged)} files of the model are gone or of another size than was written, the first is "
+                f"{damaged[0]}; `astro-dist quantize` of the same version makes them anew"
+            )
         publication = Publication(finished.run, target)
         weights = [file.name for file in read_inventory(finished.run) if file.name.endswith(".safetensors")]
         for note in publication.prepare(weights, finished.base, finished.card(target.repo)):

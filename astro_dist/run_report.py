@@ -10,6 +10,7 @@ import pyarrow.parquet
 
 from astro.files import read_json, write_atomic, write_text
 from astro_dist.manifest import RunDirectory
+from astro_dist.run_identity import read_identity
 from astro_dist.status import read_status
 
 __all__ = ["write_report"]
@@ -41,7 +42,7 @@ def write_report(root: Path) -> Path:
         StorageError: the run directory cannot be written.
     """
     status = read_status(root)
-    run = RunDirectory(root, read_json(root / "run.json")["key"])
+    run = RunDirectory(root, read_identity(root)["key"])
     layers = _layers(run)
     folder = root / "report"
     if layers:
@@ -79,6 +80,7 @@ def _page(
         f"<h1>{_text(root.name)}: {_text(status['state'])}</h1>",
         f"<p>{status['blocks']['done']} of {status['blocks']['total']} blocks, {status['units']['done']} of "
         f"{status['units']['total']} units done.</p>",
+        _damage(status["damaged"]),
         _figures(summary),
         "<h2>What was degraded, and what was tried again</h2>",
         *_degraded(last, journal),
@@ -120,6 +122,15 @@ def _degraded(layers: Sequence[dict[str, Any]], journal: Sequence[dict[str, Any]
         _table(("layers of experts", "routed tokens", "instead of their own statistics"), starved) if starved else "",
         _table(("unit", "what", "cause"), failed) if failed else "<p>Nothing failed.</p>",
     ]
+
+
+def _damage(files: Sequence[str]) -> str:
+    """What a finished model has lost since."""
+    if not files:
+        return ""
+    return "<h2>Damaged since it was finished</h2>" + _table(
+        ("file, gone or of another size",), ([file] for file in files)
+    )
 
 
 def _figures(summary: dict[str, Any]) -> str:

@@ -4,11 +4,10 @@ import time
 from pathlib import Path
 from typing import Any
 
-from astro.errors import ConfigError
-from astro.files import read_json
 from astro.report import fallbacks
 from astro_dist.inventory import all_shards, damaged_files, read_inventory
 from astro_dist.manifest import RunDirectory
+from astro_dist.run_identity import read_identity
 from astro_dist.upload_record import read_uploads
 
 __all__ = ["read_status"]
@@ -30,10 +29,7 @@ def read_status(root: Path) -> dict[str, Any]:
     Raises:
         ConfigError: the folder holds no run.
     """
-    mark = root / "run.json"
-    if not mark.is_file():
-        raise ConfigError(f"{root}: holds no run.json, so it is no run directory, or its run has not begun yet")
-    run = RunDirectory(root, read_json(mark)["key"])
+    run = RunDirectory(root, read_identity(root)["key"])
     lines = run.journal.lines()
     opened = [index for index, line in enumerate(lines) if line["event"] == "opened"]
     session = lines[opened[-1] :] if opened else []

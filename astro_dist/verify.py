@@ -16,6 +16,7 @@ from astro.formats import LAYOUTS
 from astro.linear import LinearLayer
 from astro.skeleton import Skeleton
 from astro_dist.config import ModelConfig
+from astro_dist.run_identity import MARK
 from astro_dist.source import Source, resolve_source
 
 __all__ = ["verify_model"]
@@ -38,6 +39,16 @@ def verify_model(model: Path | str, against: Path | str | None = None) -> dict[s
         CheckpointError: naming the first thing that is wrong.
     """
     opened = _resolve(str(model))
+    try:
+        return _verify(opened, against)
+    except CheckpointError as error:
+        if opened.is_remote or not (opened.folder.parent / MARK).is_file():
+            raise
+        again = "`astro-dist quantize` with its configuration, of the same version, makes anew what is damaged"
+        raise CheckpointError(f"{error}. This is the model of a run: {again}") from error
+
+
+def _verify(opened: Source, against: Path | str | None) -> dict[str, Any]:
     checkpoint, folder = Checkpoint.open(opened.store), opened.folder
     require_finite(checkpoint)
     skeleton = Skeleton(folder, torch.float32)

@@ -319,7 +319,26 @@ def test_verify_reads_from_the_hub(run, finished, online_hub, monkeypatch, tmp_p
 def test_plan_of_a_run_on_gpus_asks_which(run, config):
     code, _, error = run("plan", config, "--set", "execution.device=cuda")
     assert (code, "say which GPUs with --device, one of" in " ".join(error.split())) == (2, True)
-    assert run("plan", config, "--set", "execution.device=cuda", "--device", "h100")[0] == 0
+    assert run("plan", config, "--set", "execution.device=cuda", "--device", "H100")[0] == 0
+
+
+@pytest.mark.parametrize(
+    ("assignment", "message"),
+    [
+        ("calibration.samples=100000", "calibration.samples: 100000 sequences of 32 tokens"),
+        ("calibration.sequence_length=4096", "is more than the 128 positions of this model"),
+        ("calibration.source={folder}/text.csv", "text.csv: expected python-docs, a .txt file or a .parquet file"),
+    ],
+)
+def test_plan_refuses_the_text_that_a_run_would_refuse(run, config, tmp_path, assignment, message):
+    (tmp_path / "text.csv").write_text("a,b")
+    code, _, error = run("plan", config, "--set", assignment.format(folder=tmp_path))
+    assert code == 2
+    assert message in error
+
+
+def test_help_shows_how_to_name_a_revision(run):
+    assert "ORG/NAME[@REVISION]" in run("verify", "--help")[1]
 
 
 def test_version(run):

@@ -141,6 +141,13 @@ def test_file_that_is_not_as_it_was_written_is_not_published(online_hub, finishe
     assert online_hub.commits == []
 
 
+def test_file_that_is_gone_is_told_before_the_hub_is_asked(online_hub, finished):
+    (finished / "model" / "config.json").unlink()
+    with pytest.raises(ConfigError, match="1 files of the model are gone .* config.json; `astro-dist quantize`"):
+        publish_run(finished, TARGET)
+    assert not online_hub.requests
+
+
 def test_model_of_thirty_files(online_hub, finished):
     grow(finished, 30)
     assert publish_run(finished, TARGET)["files"] == 30

@@ -50,6 +50,11 @@ def test_report_of_a_run_that_stopped_early(run_config, tmp_path, monkeypatch):
     assert not (tmp_path / "run" / "report" / "layers.parquet").exists()
 
 
+def test_report_names_what_is_damaged(finished):
+    (finished / "model" / "config.json").unlink()
+    assert "<td>config.json</td>" in write_report(finished).read_text()
+
+
 def test_report_of_no_run(tmp_path):
     with pytest.raises(ConfigError, match="holds no run.json"):
         write_report(tmp_path)

@@ -68,6 +68,13 @@ def test_folder_that_holds_no_run(tmp_path):
         read_status(tmp_path)
 
 
+@pytest.mark.parametrize(("content", "message"), [("{}", "names no run"), ("{", "is not known which run")])
+def test_mark_that_says_nothing(tmp_path, content, message):
+    (tmp_path / "run.json").write_text(content)
+    with pytest.raises(ConfigError, match=message):
+        read_status(tmp_path)
+
+
 def test_journal_lines_that_a_full_disk_refused_are_written_later(run_config, tmp_path, monkeypatch):
     real, refusals = Journal.note, iter([True] * 3)
 

@@ -56,6 +56,15 @@ def test_damage_is_found(model, key, change, message):
         verify_model(model)
 
 
+def test_damage_to_the_model_of_a_run_can_be_mended(model):
+    next(model.glob("*.safetensors")).unlink()
+    with pytest.raises(CheckpointError, match="is missing.* This is the model of a run: `astro-dist quantize`"):
+        verify_model(model)
+    model.rename(model.parent.parent / "elsewhere")
+    with pytest.raises(CheckpointError, match="is missing; fetch it again$"):
+        verify_model(model.parent.parent / "elsewhere")
+
+
 def test_layer_that_is_there_twice(model):
     index = json.loads((model / INDEX_NAME).read_text())
     path = model / index["weight_map"][f"{Q}.weight_packed"]
