@@ -156,7 +156,9 @@ def _complaint(key: str, items: list[Any]) -> str:
         str(item["msg"]).removeprefix("Value error, ").replace("Input should", "must") for item in items
     )
     shown = "" if first["type"] == "value_error" else f", got {first['input']!r:.80}"
-    return f"{key}: {messages}{shown}" if key else messages
+    # A section that checks itself says which of its keys is wrong.
+    inner = messages.partition(":")[0] in _keys(_kind(first["loc"]))
+    return f"{key}{'.' if inner else ': '}{messages}{shown}" if key else messages
 
 
 def _expected(item: Any) -> str | None:
@@ -168,12 +170,17 @@ def _expected(item: Any) -> str | None:
 
 
 def _suggest(location: tuple[int | str, ...]) -> str:
-    kind: Any = RunConfig
-    for part in location[:-1]:
-        kind = typing.get_args(kind)[1] if typing.get_origin(kind) is dict else _keys(kind).get(str(part))
-    names = list(_keys(kind))
+    names = list(_keys(_kind(location[:-1])))
     close = difflib.get_close_matches(str(location[-1]), names, n=1)
     return f" (did you mean {close[0]}?)" if close else f"; known here: {', '.join(names)}"
+
+
+def _kind(location: tuple[int | str, ...]) -> Any:
+    """The type of what stands there."""
+    kind: Any = RunConfig
+    for part in location:
+        kind = typing.get_args(kind)[1] if typing.get_origin(kind) is dict else _keys(kind).get(str(part))
+    return kind
 
 
 def _keys(kind: Any) -> dict[str, Any]:

@@ -38,12 +38,12 @@ def test_resolved_config_reads_back_the_same(write):
         (MINIMAL + "quantization: {bit: 3}", r"unknown key quantization.bit \(did you mean bits\?\)"),
         (MINIMAL + "regularizer: {gamma: 3}", "unknown key regularizer.gamma; known here: name, beta"),
         (MINIMAL + "excution: {}", r"unknown key excution \(did you mean execution\?\)"),
-        (MINIMAL + "quantization: {bits: 5}", "quantization: bits: expected 2, 3, 4 or 8, got 5"),
+        (MINIMAL + "quantization: {bits: 5}", "quantization.bits: expected 2, 3, 4 or 8, got 5"),
         (
             "model: {source: x, name: llama}\noutput: {dir: r}",
-            "model: name: expected ORG/NAME of a model on the Hub, got 'llama'",
+            "model.name: expected ORG/NAME of a model on the Hub, got 'llama'",
         ),
-        (MINIMAL + "publish: {repo: me}", "publish: repo: expected ORG/NAME of a model repository, got 'me'"),
+        (MINIMAL + "publish: {repo: me}", "publish.repo: expected ORG/NAME of a model repository, got 'me'"),
         (MINIMAL + "publish: {repository: a/b}", "unknown key publish.repository; known here: repo, private"),
         (MINIMAL + "calibration: {samples: 0}", "calibration.samples: .*got 0"),
         (MINIMAL + "execution: {workers: 0}", "workers: expected auto or at least 1, got 0"),
@@ -89,8 +89,8 @@ def test_resolved_config_reads_back_the_same(write):
         ("- 1", "expected a mapping of sections"),
         ("{", r"""cannot be read as YAML: while parsing [^"]* in "\S*c.yaml", line 1"""),
         (MINIMAL + "execution: {call_timeout_s: .nan}", "call_timeout_s: expected auto or more than 0, got nan"),
-        (MINIMAL + "publish: {pull_request: true}", "publish: repo: missing; revision and pull_request say how"),
-        (MINIMAL + "publish: {revision: w4}", "publish: repo: missing; revision and pull_request say how"),
+        (MINIMAL + "publish: {pull_request: true}", "publish.repo: missing; revision and pull_request say how"),
+        (MINIMAL + "publish: {revision: w4}", "publish.repo: missing; revision and pull_request say how"),
         (MINIMAL + "calibration: {samples: yes}", "calibration.samples: expected a number, got true or false"),
         (
             MINIMAL + "quantization: {overrides: {'*.o': {group_size: 32}}, damping: on}",
@@ -138,7 +138,7 @@ def test_wrong_assignments_are_explained(write, assignment):
 def test_it_is_said_whether_the_file_or_an_assignment_is_wrong(write, assignment):
     with pytest.raises(ConfigError, match=rf"^\S+\.yaml with --set {assignment.partition('=')[0]}: "):
         load_config(write(MINIMAL), [assignment])
-    with pytest.raises(ConfigError, match=r"\.yaml: quantization: bits: expected .*, got 5$"):
+    with pytest.raises(ConfigError, match=r"\.yaml: quantization.bits: expected .*, got 5$"):
         load_config(write(MINIMAL + "quantization: {bits: 5}"), ["quantization.group_size=64"])
 
 
