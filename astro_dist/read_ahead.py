@@ -1,5 +1,6 @@
 """Files that are read while the device is at work on the ones before."""
 
+import os
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 
@@ -19,8 +20,12 @@ class ReadAhead:
         self._next: tuple[Path, Future[dict[str, torch.Tensor]]] | None = None
 
     def expect(self, path: Path) -> None:
-        """Begin to read a file that will be wanted, where it is there by now."""
-        if (self._next is None or self._next[0] != path) and path.exists():
+        """Begin to read a file that will be wanted, where it is there by now.
+
+        Lists its folder: asking for a file that another machine is yet to write would make a network file system
+        remember that it is missing.
+        """
+        if (self._next is None or self._next[0] != path) and _is_listed(path):
             self.forget()
             self._next = path, self._pool.submit(lambda: load_part(path)[0])
 
@@ -43,3 +48,11 @@ class ReadAhead:
         if self._next is not None:
             self._next[1].cancel()
             self._next = None
+
+
+def _is_listed(path: Path) -> bool:
+    try:
+        with os.scandir(path.parent) as entries:
+            return any(entry.name == path.name for entry in entries)
+    except FileNotFoundError:
+        return False

@@ -47,6 +47,7 @@ def test_file_that_was_damaged_when_it_was_read_ahead(tmp_path, mended):
 
 def test_file_that_is_not_there_yet(tmp_path):
     ahead = ReadAhead()
+    ahead.expect(tmp_path / "folder" / "a")
     ahead.expect(tmp_path / "a")
     part(tmp_path / "a", 5.0)
     assert torch.equal(ahead.take(tmp_path / "a")["x"], torch.full((3,), 5.0))
