@@ -14,9 +14,10 @@ import torch
 from astro.errors import ConfigError
 from astro_dist.config import CalibrationConfig
 
-__all__ = ["Chunk", "TokenChunks", "as_tensors", "chunk_tokens", "read_documents", "tokenize"]
+__all__ = ["Chunk", "TokenChunks", "as_tensors", "chunk_tokens", "is_file", "read_documents", "tokenize"]
 
 Tokens = npt.NDArray[np.int64]
+_SUFFIXES = (".txt", ".parquet")
 _HOLDOUT_EVERY = 4
 """Every fourth document is held out."""
 _CHARACTERS_PER_TOKEN_WANTED = 64
@@ -52,6 +53,11 @@ class TokenChunks:
 def as_tensors(chunks: Sequence[Chunk]) -> dict[str, torch.Tensor]:
     """Tokens of each chunk by name, int64 [B, T]."""
     return {chunk.name: torch.from_numpy(chunk.tokens) for chunk in chunks}
+
+
+def is_file(source: str) -> bool:
+    """Whether a calibration source names a file; else it is a text that ships with Python, or is none."""
+    return Path(source).suffix in _SUFFIXES
 
 
 def read_documents(config: CalibrationConfig) -> list[str]:
@@ -128,6 +134,9 @@ def _read_file(path: Path, column: str) -> list[str]:
 def _read_column(path: Path, column: str) -> list[str]:
     import pyarrow.parquet  # slow to import, only for parquet files
 
+    names = pyarrow.parquet.read_schema(path).names
+    if column not in names:
+        raise ValueError(f"it has no column {column!r}, only {', '.join(names)}; see calibration.text_column")
     found = pyarrow.parquet.read_table(path, columns=[column])[column]
     if not (pyarrow.types.is_string(found.type) or pyarrow.types.is_large_string(found.type)):
         raise ValueError(f"column {column!r} holds {found.type}, expected text; see calibration.text_column")

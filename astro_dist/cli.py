@@ -197,6 +197,8 @@ def status(
             f"retried: {retry['unit']}, {retry['method']} on worker {retry['worker']} "
             f"({retry['kind']}): {retry['cause']}"
         )
+    for mended in found["mended"]:
+        _say(f"found damaged and made again: {mended['unit']}: {mended['reason']}")
     for failure in found["upload_failures"]:
         _say(f"upload failed: {failure['cause']}")
     for place in found["publish"]:
@@ -250,7 +252,9 @@ def verify(
         _say(f"‖ŵ − w‖ / ‖w‖ of each layer, w of {against}; 0.1 to 0.2 is usual at 4 bits:")
         for name, error in errors.items():
             _say(f"{name}: {error:.5f}")
-    _say(f"{report['linears']} packed layers and {report['tensors']} tensors are sound")
+        _say(f"mean {sum(errors.values()) / len(errors):.5f}, largest {max(errors.values()):.5f}")
+    compared = ", every file has the SHA-256 that it was written with" if report["checksums_compared"] else ""
+    _say(f"{report['linears']} packed layers and {report['tensors']} tensors are sound{compared}")
 
 
 def main() -> None:

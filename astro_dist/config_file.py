@@ -5,6 +5,7 @@ import dataclasses
 import difflib
 import re
 import typing
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -61,6 +62,8 @@ def load_config(path: Path, assignments: list[str] | None = None) -> RunConfig:
             content = yaml.load(file, _Strict)  # a safe loader
     except FileNotFoundError as error:
         raise ConfigError(f"{path}: no such configuration file") from error
+    except IsADirectoryError as error:
+        raise ConfigError(f"{path}: is a folder, expected the YAML file of a run") from error
     except (OSError, ValueError, yaml.YAMLError) as error:
         raise ConfigError(f"{path}: cannot be read as YAML: {error}") from error
     if not isinstance(content, dict):
@@ -68,21 +71,15 @@ def load_config(path: Path, assignments: list[str] | None = None) -> RunConfig:
     alone = copy.deepcopy(content)
     for assignment in assignments or []:
         _assign(content, assignment)
-    try:
-        config = RunConfig.model_validate(content)
-    except ValidationError as error:
-        in_file, found = _complaints(alone), _explain(error)
+    if found := _complaints(content):
+        in_file = _complaints(alone)
         assigned = ", ".join(assignment.partition("=")[0] for assignment in assignments or [])
         told = {
             str(path): [one for one in found if one in in_file],
             f"{path} with --set {assigned}": [one for one in found if one not in in_file],
         }
-        raise ConfigError("; ".join(f"{where}: {'; '.join(own)}" for where, own in told.items() if own)) from error
-    if taken := _taken_for_numbers(content, config.plain()):
-        raise ConfigError(
-            f"{path}: {taken[0]}: expected a number, got true or false (so YAML reads yes, no, on and off)"
-        )
-    return config
+        raise ConfigError("; ".join(f"{where}: {'; '.join(own)}" for where, own in told.items() if own))
+    return RunConfig.model_validate(content)
 
 
 def make_target(repo: str, private: bool, revision: str | None, pull_request: bool) -> PublishConfig:
@@ -97,22 +94,30 @@ def make_target(repo: str, private: bool, revision: str | None, pull_request: bo
         raise ConfigError("; ".join(f"publish.{found}" for found in _explain(error))) from error
 
 
-def _taken_for_numbers(given: Any, read: Any, path: str = "") -> list[str]:
-    """Keys whose true or false was read as 1 or 0."""
-    if isinstance(given, dict) and isinstance(read, dict):
-        return [key for name in given for key in _taken_for_numbers(given[name], read.get(name), f"{path}.{name}")]
-    if isinstance(given, list) and isinstance(read, list):
-        return [key for pair in zip(given, read, strict=True) for key in _taken_for_numbers(*pair, path)]
-    return [path.removeprefix(".")] if isinstance(given, bool) and not isinstance(read, bool) else []
-
-
 def _complaints(content: dict[str, Any]) -> list[str]:
-    """Of a configuration, without raising."""
+    """Everything that is wrong with a configuration."""
+    if booleans := list(_stray_booleans(content)):
+        return booleans
     try:
         RunConfig.model_validate(content)
     except ValidationError as error:
         return _explain(error)
     return []
+
+
+def _stray_booleans(value: Any, location: tuple[int | str, ...] = ()) -> Iterator[str]:
+    """Complaints of true and false where a number is wanted, which pydantic would take for 1 and 0."""
+    if isinstance(value, dict):
+        for name, inner in value.items():
+            yield from _stray_booleans(inner, (*location, str(name)))
+    elif isinstance(value, list):
+        for inner in value:
+            yield from _stray_booleans(inner, location)
+    elif isinstance(value, bool) and (wanted := _kind(location)) is not None:
+        kinds = {wanted, *typing.get_args(wanted)}
+        if bool not in kinds and kinds & {int, float}:
+            key, given = ".".join(map(str, location)), str(value).lower()
+            yield f"{key}: expected a number, got {given} (YAML reads yes, no, on and off so)"
 
 
 def _assign(content: dict[str, Any], assignment: str) -> None:
@@ -128,7 +133,10 @@ def _assign(content: dict[str, Any], assignment: str) -> None:
     try:
         target[key] = yaml.safe_load(value)
     except yaml.YAMLError as error:
-        raise ConfigError(f"--set {assignment}: the value is no YAML: {error}") from error
+        raise ConfigError(
+            f"--set {assignment}: the value is no YAML: {error}; text with * or : wants quotes of its own, e.g. "
+            "--set 'quantization.ignore=[\"*.o_proj\"]'"
+        ) from error
 
 
 def _explain(error: ValidationError) -> list[str]:

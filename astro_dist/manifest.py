@@ -165,9 +165,10 @@ class RunDirectory:
         if record["key"] != self.key:
             raise ConfigError(f"{path}: belongs to another run; choose another output.dir")
         files = [file for file in record["files"] if not superseded or (self.root / file["name"]).exists()]
-        if all(self._is_intact(file) for file in files):
+        damaged = next((file["name"] for file in files if not self._is_intact(file)), None)
+        if damaged is None:
             return record
-        reason = "a file is missing or differs from its checksum; the unit is redone"
+        reason = f"{damaged} is missing or differs from its checksum; the unit is redone"
         self.journal.note("damaged", unit=unit, reason=reason)
         return None
 

@@ -74,7 +74,7 @@ def metadata(
             quantization.format,
             *methods,
             "astro-dist",
-            "vllm",
+            *(["vllm"] if bits in _SERVED_BITS else []),
         ],
     )
 
@@ -231,8 +231,7 @@ def _loading(config: RunConfig, layers: Iterable[Mapping[str, Any]], place: str)
     servers = f"```\nvllm serve {place}\npython -m sglang.launch_server --model-path {place}\n```"
     trust = ", trust_remote_code=True" if config.model.trust_remote_code else ""
     return (
-        f"vLLM or SGLang:\n\n{servers}\n\n"
-        + ("" if served else "They have no kernels for some of these widths; transformers unpacks them.\n\n")
+        (f"vLLM or SGLang:\n\n{servers}\n\n" if served else "No server has kernels for all of these widths.\n\n")
         + f"transformers (`pip install transformers accelerate {packages}`):\n\n```python\n"
         "from transformers import AutoModelForCausalLM, AutoTokenizer\n\n"
         f'model = AutoModelForCausalLM.from_pretrained("{place}", device_map="auto"{trust})\n'

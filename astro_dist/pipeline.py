@@ -89,7 +89,10 @@ def _run(
     publication: Publication | None,
     begin: float,
 ) -> dict[str, Any]:
+    known = len(run.journal.lines("damaged"))
     schedule = make_schedule(prepared.config, prepared.plan, run, chunks)
+    for line in run.journal.lines("damaged")[known:]:
+        say(f"damaged: {line['unit']}: {line['reason']}")
     resumed = len(schedule.finished)
     workers: dict[int, dict[str, Any]] = {}
     if schedule.complete and is_whole(run, all_shards(run)):
@@ -193,8 +196,8 @@ def _execute(
     )  # fmt: skip
     executor.start(spec)
     with display:
-        if blocks_done:
-            display.say(f"going on: {blocks_done} of {blocks} blocks are finished")
+        begun = f"going on: {blocks_done} of {blocks} blocks are finished" if schedule.finished else f"{blocks} blocks"
+        display.say(f"{begun}; workers are starting")
         driver.run(schedule)
     return executor.describe()
 

@@ -9,7 +9,7 @@ import huggingface_hub
 from huggingface_hub import errors as hub_errors
 from huggingface_hub.utils import validate_repo_id
 
-from astro.errors import ConfigError
+from astro.errors import ConfigError, RunError
 from astro_dist.base_model import BaseModel
 from astro_dist.hub_failure import HubError
 from astro_dist.hub_writer import HubWriter
@@ -45,6 +45,7 @@ def preflight(writer: HubWriter, weights: Collection[str], base: BaseModel, card
 
     Raises:
         ConfigError: it cannot, and why.
+        RunError: the Hub could not be reached.
     """
     target, place = writer.target, f"publish.repo {writer.repository}"
     try:
@@ -70,6 +71,11 @@ def preflight(writer: HubWriter, weights: Collection[str], base: BaseModel, card
         _require_writeable(writer)
         writer.patiently("checking the card's metadata", card.validate)
     except HubError as error:
+        if error.failure.passes:
+            raise RunError(
+                f"publish.repo {error}. Nothing was sent; see to the network of this machine (proxy, HF_ENDPOINT), and "
+                "run the same command again"
+            ) from error
         raise ConfigError(f"publish.repo {error}") from error
     except hub_errors.HFValidationError as error:
         raise ConfigError(f"{place}: {error}") from error

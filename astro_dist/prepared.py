@@ -16,7 +16,7 @@ from astro.skeleton import Skeleton
 from astro_dist.actors import configure_process
 from astro_dist.base_model import BaseModel, read_base_model
 from astro_dist.budget import require_affordable
-from astro_dist.calibration import TokenChunks, read_documents, tokenize
+from astro_dist.calibration import TokenChunks, is_file, read_documents, tokenize
 from astro_dist.config import RunConfig
 from astro_dist.devices import DEVICES, measure, memory_shortage
 from astro_dist.estimate import Estimate, estimate
@@ -186,4 +186,4 @@ def compute_dtype(config: RunConfig, plan: Plan, checkpoint: Checkpoint, device:
 
 def _has_text(config: RunConfig) -> bool:
     text = config.calibration.source
-    return text == "python-docs" or Path(text).expanduser().is_file()
+    return not is_file(text) or Path(text).expanduser().is_file()

@@ -1,13 +1,14 @@
 """The lock of a run directory: one driver at a time works on a run."""
 
 import contextlib
+import errno
 import fcntl
 import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import IO
 
-from astro.errors import RunError
+from astro.errors import ConfigError, RunError
 
 __all__ = ["held", "is_held"]
 
@@ -20,13 +21,15 @@ def held(root: Path) -> Iterator[None]:
     """Keep other drivers out of a run directory for a while; it is made where it is not there.
 
     Raises:
-        RunError: another driver is at work here, or the folder cannot be written or locked.
+        ConfigError: the folder cannot be made or written.
+        RunError: another driver is at work here, the disk is full, or the folder cannot be locked.
     """
     try:
         root.mkdir(parents=True, exist_ok=True)
         lock = _path(root).open("w")
     except OSError as error:
-        raise RunError(f"{root}: cannot be written: {error}") from error
+        wrong = RunError if error.errno in (errno.ENOSPC, errno.EDQUOT) else ConfigError
+        raise wrong(f"{root}: the run directory (output.dir) cannot be written: {error}") from error
     with lock:
         try:
             taken = any(_take(lock, look) for look in range(_LOOKS))

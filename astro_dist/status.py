@@ -22,9 +22,9 @@ def read_status(root: Path) -> dict[str, Any]:
     Returns:
         `state` (running, stopped, complete), `damaged` (files of a complete model that are gone or of another size;
         what is in them is not read), `units` and `blocks` with `done` and `total`, `workers` that are up,
-        `in_flight` units with their worker and seconds, `retries`, `fallbacks`, `publish` (what each place on the Hub
-        holds), `upload_failures` since the last upload that worked, `seconds_left` (None where nothing was finished yet
-        in this session).
+        `in_flight` units with their worker and seconds, `retries`, `mended` (what was found damaged and is made again),
+        `fallbacks`, `publish` (what each place on the Hub holds), `upload_failures` since the last upload that worked,
+        `seconds_left` (None where nothing was finished yet in this session).
 
     Raises:
         ConfigError: the folder holds no run.
@@ -48,6 +48,7 @@ def read_status(root: Path) -> dict[str, Any]:
         "workers": workers,
         "in_flight": in_flight,
         "retries": [line for line in lines if line["event"] == "failed"],
+        "mended": [line for line in lines if line["event"] == "damaged"],
         "fallbacks": fallbacks(layer for unit in blocks for layer in run.read(unit)["layers"]),
         "publish": _published(run),
         "upload_failures": _upload_failures(lines),

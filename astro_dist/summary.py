@@ -18,6 +18,9 @@ from astro_dist.schedule import block_unit, evaluate_unit, head_unit, stream_nam
 
 __all__ = ["summarize"]
 
+_RUINED = 2.0
+"""Times the original's perplexity from which on a result is spoken of."""
+
 
 def summarize(
     plan: Plan,
@@ -43,6 +46,7 @@ def summarize(
     """
     final = LAYOUTS[quantization.format].server_notes(final_settings(quantization, plan, run), plan.ignore)
     streams = stream_names(run.rounds)
+    notes = [*notes, *(note for note in final if note not in notes)]
     rounds = [[run.read(block_unit(r, unit.index)) for unit in plan.blocks] for r in range(run.rounds)]
     layers = [[layer for record in records for layer in record["layers"]] for records in rounds]
     weights = sum(layer["rows"] * layer["columns"] for layer in layers[-1])
@@ -68,12 +72,23 @@ def summarize(
         "bytes_written": sum((run.model / file).stat().st_size for file in plan.files),
         "fallbacks": fallbacks(layers[-1]),
         "retries": run.journal.lines("failed"),
-        "notes": [*notes, *(note for note in final if note not in notes)],
+        "mended": run.journal.lines("damaged"),
+        "notes": notes + _ruin(original, results[-1]),
         "units": {"blocks": len(plan.blocks), "copies": len(plan.copies)},
         "model": str(run.model),
         "python": platform.python_version(),
         "base_model": base.plain(),
     }
+
+
+def _ruin(original: float | None, quantized: float | None) -> list[str]:
+    """What to say of a result that is hardly a language model any more."""
+    if original is None or quantized is None or quantized < _RUINED * original:
+        return []
+    return [
+        f"the hold-out perplexity is {quantized / original:.1f} times the original's: look at the layer errors, and "
+        "try the model before you rely on it; mode sequential, more bits, smaller groups or beta: auto lose less"
+    ]
 
 
 def _phases(run: RunDirectory, rounds: list[list[dict[str, Any]]]) -> dict[str, float]:

@@ -16,7 +16,9 @@ from astro.formats import LAYOUTS
 from astro.linear import LinearLayer
 from astro.skeleton import Skeleton
 from astro_dist.config import ModelConfig
-from astro_dist.run_identity import MARK
+from astro_dist.inventory import ModelFile, describe, read_inventory
+from astro_dist.manifest import RunDirectory
+from astro_dist.run_identity import MARK, read_identity
 from astro_dist.source import Source, resolve_source
 
 __all__ = ["verify_model"]
@@ -26,7 +28,8 @@ def verify_model(model: Path | str, against: Path | str | None = None) -> dict[s
     """Check a quantized model.
 
     Every parameter of the model's transformers class has its tensor, or is a linear layer with all of its packed
-    tensors in the right shapes; every float is finite and no scale zero; no layer is there twice.
+    tensors in the right shapes; every float is finite and no scale zero; no layer is there twice. In a run directory
+    every file has the SHA-256 that it was written with.
 
     Args:
         model: folder of a quantized model, or ORG/NAME[@REVISION] of one on the Hub, which is read by ranges.
@@ -39,16 +42,9 @@ def verify_model(model: Path | str, against: Path | str | None = None) -> dict[s
         CheckpointError: naming the first thing that is wrong.
     """
     opened = _resolve(str(model))
-    try:
-        return _verify(opened, against)
-    except CheckpointError as error:
-        if opened.is_remote or not (opened.folder.parent / MARK).is_file():
-            raise
-        again = "`astro-dist quantize` with its configuration, of the same version, makes anew what is damaged"
-        raise CheckpointError(f"{error}. This is the model of a run: {again}") from error
-
-
-def _verify(opened: Source, against: Path | str | None) -> dict[str, Any]:
+    is_of_run = not opened.is_remote and (opened.folder.parent / MARK).is_file()
+    if is_of_run:
+        _require_as_written(opened.folder)
     checkpoint, folder = Checkpoint.open(opened.store), opened.folder
     require_finite(checkpoint)
     skeleton = Skeleton(folder, torch.float32)
@@ -56,8 +52,10 @@ def _verify(opened: Source, against: Path | str | None) -> dict[str, Any]:
     path = folder / "config.json"
     config = read_json(path).get("quantization_config")
     packed = LAYOUTS.get(str(config.get("quant_method"))) if isinstance(config, dict) else None
+    if config is None:
+        raise CheckpointError(f"{path}: has no quantization_config, so this is no quantized model")
     if packed is None:
-        raise CheckpointError(f"{path}: its quantization_config is missing, or of no layout known here: {config!r:.80}")
+        raise CheckpointError(f"{path}: its quantization_config is of no layout known here: {config!r:.80}")
     mark = f".{packed.MARK}"
     stems = {key.removesuffix(mark) for key in checkpoint.entries if key.endswith(mark)}
     layers, unpacked = _layers(checkpoint, skeleton, stems)
@@ -84,8 +82,32 @@ def _verify(opened: Source, against: Path | str | None) -> dict[str, Any]:
         "model": str(opened.store),
         "linears": len(layers),
         "tensors": len(checkpoint.entries),
+        "checksums_compared": is_of_run,
         "relative_weight_errors": errors,
     }
+
+
+def _require_as_written(folder: Path) -> None:
+    """Compare every file of a run's model with what the run wrote.
+
+    Raises:
+        CheckpointError: the run is not finished, or a file is not as it was written.
+    """
+    run = RunDirectory(folder.parent, read_identity(folder.parent)["key"])
+    if not run.inventory.is_file():
+        raise CheckpointError(f"{folder}: its run is not finished; `astro-dist status {run.root}` tells how far it is")
+    files = read_inventory(run)
+    wrong = [file.name for file in files if not _is_there(folder / file.name, file)]
+    if wrong:
+        raise CheckpointError(
+            f"{folder / wrong[0]}: is gone, or is not as the run wrote it (size and SHA-256 in {run.inventory.name}); "
+            f"in all {len(wrong)} of {len(files)} files. `astro-dist quantize` with the run's configuration, of the "
+            "same version, makes them anew"
+        )
+
+
+def _is_there(path: Path, file: ModelFile) -> bool:
+    return path.is_file() and path.stat().st_size == file.size_bytes and describe(path) == file
 
 
 def _resolve(model: str) -> Source:

@@ -101,7 +101,7 @@ def test_files(tmp_path):
 @pytest.mark.parametrize(
     ("name", "message"),
     [("a.csv", "expected python-docs, a .txt file or a .parquet"), ("no.txt", "cannot be read"),
-     ("bad.parquet", "cannot be read"), ("column.parquet", "cannot be read"),
+     ("bad.parquet", "cannot be read"), ("column.parquet", "it has no column .text., only other; see"),
      ("numbers.parquet", "holds int64, expected text"), ("empty.txt", "holds no text")],
 )  # fmt: skip
 def test_wrong_files_are_explained(tmp_path, name, message):

@@ -91,10 +91,12 @@ def test_resolved_config_reads_back_the_same(write):
         (MINIMAL + "execution: {call_timeout_s: .nan}", "call_timeout_s: expected auto or more than 0, got nan"),
         (MINIMAL + "publish: {pull_request: true}", "publish.repo: missing; revision and pull_request say how"),
         (MINIMAL + "publish: {revision: w4}", "publish.repo: missing; revision and pull_request say how"),
-        (MINIMAL + "calibration: {samples: yes}", "calibration.samples: expected a number, got true or false"),
+        (MINIMAL + "calibration: {samples: yes}", "calibration.samples: expected a number, got true .YAML"),
+        (MINIMAL + "quantization: {bits: on, damping: 1}", "quantization.bits: expected a number, got true"),
+        (MINIMAL + "quantization: {bit_choices: [4, on]}", "quantization.bit_choices: expected a number, got true"),
         (
-            MINIMAL + "quantization: {overrides: {'*.o': {group_size: 32}}, damping: on}",
-            "quantization.damping: expected a number",
+            MINIMAL + "quantization: {overrides: {'a.*': {bits: no}}}",
+            r"overrides.a.\*.bits: expected a number, got false",
         ),
         (MINIMAL + "quantization:\n  bits: 4\n  bits: 3\n", "cannot be read as YAML: the key 'bits' is there twice"),
         (MINIMAL + "model: {source: y}\n", "the key 'model' is there twice"),
@@ -121,6 +123,11 @@ def test_width_that_is_set_is_not_touched_by_the_budget(write):
     settings = load_config(write(text)).quantization
     assert settings.for_layer("a.up").bits == "auto"
     assert [settings.for_layer(name, 2).bits for name in ("a.up", "a.down")] == [2, 8]
+
+
+def test_folder_in_place_of_a_file(tmp_path):
+    with pytest.raises(ConfigError, match="is a folder, expected the YAML file of a run"):
+        load_config(tmp_path)
 
 
 def test_missing_file():

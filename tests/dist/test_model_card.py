@@ -96,13 +96,14 @@ def test_metadata_of_sources_that_tell_more_or_less(run, base, bits, expected):
     assert expected.items() <= told.items()
     assert ("base_model_relation" in told) == (base.name is not None)
     assert (f"{bits}-bit" if bits else "mixed-precision") in told["tags"]
+    assert ("vllm" in told["tags"]) == (bits == 4)
 
 
 @pytest.mark.parametrize(
     ("changes", "title", "expected"),
     [
         ({"calibration__holdout_samples": 0}, "Accuracy", "Perplexity was not measured"),
-        ({"quantization__bits": 3}, "How to load it", "They have no kernels for some of these widths"),
+        ({"quantization__bits": 3}, "How to load it", "No server has kernels for all of these widths"),
         ({"quantization__format": "gptq"}, "How to load it", "gptqmodel optimum"),
     ],
 )

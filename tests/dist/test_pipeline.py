@@ -25,6 +25,7 @@ from astro_dist import driver, failure, pipeline
 from astro_dist.actors import Worker
 from astro_dist.executor import Failed, LocalExecutor, Returned
 from astro_dist.prepared import prepare
+from astro_dist.status import read_status
 from astro_dist.verify import verify_model
 from tests.conftest import LLAMA, files_of, write_checkpoint
 
@@ -107,6 +108,14 @@ def test_ignored_layers_are_copied_and_listed(run_config, llama):
     ignore = json.loads((folder / "config.json").read_text())["quantization_config"]["ignore"]
     assert ignore == [*(f"model.layers.{i}.mlp.down_proj" for i in range(3)), "lm_head"]
     transformers.AutoModelForCausalLM.from_pretrained(folder)
+
+
+@pytest.mark.parametrize(("times", "noted"), [(1.9, 0), (2.1, 1)])
+def test_result_that_is_ruined_is_spoken_of(run_config, monkeypatch, times, noted):
+    found = iter([10.0, times * 10.0])
+    monkeypatch.setattr("astro_dist.summary._perplexity", lambda result: next(found))
+    notes = pipeline.quantize(run_config())["notes"]
+    assert len([note for note in notes if "the hold-out perplexity is 2.1 times the original's" in note]) == noted
 
 
 def test_run_without_held_out_text_has_no_perplexity(run_config):
@@ -202,15 +211,18 @@ def test_input_error_of_a_worker_is_a_failed_run(run_config, tmp_path, monkeypat
         pipeline.quantize(run_config())
 
 
-def test_damaged_shard_is_redone_and_noted(run_config, tmp_path):
+def test_damaged_shard_is_redone_and_noted(run_config, tmp_path, capsys):
     folder = model_of(pipeline.quantize(run_config()))
     expected = files_of(folder)
     shard = sorted(folder.glob("model-*.safetensors"))[-2]
     shard.write_bytes(b"x" + shard.read_bytes()[1:])
-    pipeline.quantize(run_config())
+    summary = pipeline.quantize(run_config())
     assert files_of(folder) == expected
-    journal = [json.loads(line) for line in (tmp_path / "run" / "journal.jsonl").read_text().splitlines()]
-    assert [line["event"] for line in journal].count("damaged") == 1
+    for mended in (summary["mended"], read_status(tmp_path / "run")["mended"]):
+        assert [(line["unit"], line["reason"].partition(" ")[0]) for line in mended] == [
+            ("round-0-block-0001", f"model/{shard.name}")
+        ]
+    assert f"damaged: round-0-block-0001: model/{shard.name} is missing or differs" in capsys.readouterr().err
 
 
 def test_run_that_came_to_nothing_makes_room_for_another(run_config, tmp_path, monkeypatch):

@@ -2,7 +2,7 @@
 
 import pytest
 
-from astro.errors import ConfigError
+from astro.errors import ConfigError, RunError
 from astro_dist import pipeline
 from astro_dist.base_model import BaseModel, read_base_model
 from astro_dist.config import ModelConfig, PublishConfig
@@ -48,7 +48,6 @@ REFUSED = {
     "a repository with another model": (
         lambda hub, m, t: holds(hub, t, "model-00001-of-00009.safetensors"), "1 files of weights that are no part"),
     "a repository that ignores files": (lambda hub, m, t: holds(hub, t, ".gitignore"), "it holds a .gitignore"),
-    "no Hub": (lambda hub, m, t: hub.close(), "the connection failed: ConnectError"),
 }  # fmt: skip
 
 
@@ -60,6 +59,12 @@ def test_what_cannot_be_published_is_told_before_anything_is_sent(online_hub, fi
         publish_run(finished, PublishConfig(repo="org/model"))
     assert "hf_" not in str(caught.value)
     assert (online_hub.commits, online_hub.uploaded) == ([], 0)
+
+
+def test_hub_that_cannot_be_reached_is_no_wrong_input(online_hub, finished):
+    online_hub.close()
+    with pytest.raises(RunError, match="the connection failed: ConnectError.* Nothing was sent; .* the same command"):
+        publish_run(finished, PublishConfig(repo="org/model"))
 
 
 def test_run_that_could_not_be_published_does_not_start(online_hub, run_config, tmp_path):

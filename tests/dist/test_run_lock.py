@@ -5,7 +5,7 @@ import threading
 
 import pytest
 
-from astro.errors import RunError
+from astro.errors import ConfigError, RunError
 from astro_dist import run_lock
 
 
@@ -40,5 +40,5 @@ def test_file_system_without_locks_is_named_and_holds_none(tmp_path, monkeypatch
 
 def test_folder_that_cannot_be_made_is_named(tmp_path):
     (tmp_path / "file").touch()
-    with pytest.raises(RunError, match="file/run: cannot be written"), run_lock.held(tmp_path / "file" / "run"):
-        pass
+    with pytest.raises(ConfigError, match=r"file/run: the run directory \(output.dir\) cannot be written"):
+        run_lock.held(tmp_path / "file" / "run").__enter__()

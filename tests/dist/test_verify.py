@@ -14,8 +14,15 @@ from astro_dist.verify import verify_model
 
 
 @pytest.fixture
-def model(run_config):
+def run_model(run_config):
+    """In its run directory, whose checksums are compared."""
     return Path(pipeline.quantize(run_config(calibration__holdout_samples=0))["model"])
+
+
+@pytest.fixture
+def model(run_model, tmp_path):
+    """Alone."""
+    return run_model.rename(tmp_path / "alone")
 
 
 def change_tensor(folder, key, change):
@@ -56,13 +63,30 @@ def test_damage_is_found(model, key, change, message):
         verify_model(model)
 
 
-def test_damage_to_the_model_of_a_run_can_be_mended(model):
+def test_checksums_of_a_run_are_compared(run_model):
+    assert verify_model(run_model)["checksums_compared"]
+    path = run_model / "model-00002-of-00004.safetensors"
+    content = bytearray(path.read_bytes())
+    content[len(content) // 2] ^= 1
+    path.write_bytes(content)
+    with pytest.raises(CheckpointError, match="00002-of-00004.* not as the run wrote it .* in all 1 of 10 files"):
+        verify_model(run_model)
+    path.unlink()
+    with pytest.raises(CheckpointError, match="00002-of-00004.* is gone.*`astro-dist quantize`"):
+        verify_model(run_model)
+
+
+def test_model_of_a_run_that_is_not_finished(run_model):
+    (run_model.parent / "model.json").unlink()
+    with pytest.raises(CheckpointError, match="its run is not finished; `astro-dist status"):
+        verify_model(run_model)
+
+
+def test_model_that_lost_a_shard(model):
+    assert not verify_model(model)["checksums_compared"]
     next(model.glob("*.safetensors")).unlink()
-    with pytest.raises(CheckpointError, match="is missing.* This is the model of a run: `astro-dist quantize`"):
-        verify_model(model)
-    model.rename(model.parent.parent / "elsewhere")
     with pytest.raises(CheckpointError, match="is missing; fetch it again$"):
-        verify_model(model.parent.parent / "elsewhere")
+        verify_model(model)
 
 
 def test_layer_that_is_there_twice(model):
@@ -84,7 +108,7 @@ def test_config_without_its_ignore_list(model):
 
 
 def test_model_that_is_not_quantized(llama):
-    with pytest.raises(CheckpointError, match="quantization_config is missing, or of no layout known here"):
+    with pytest.raises(CheckpointError, match="has no quantization_config, so this is no quantized model"):
         verify_model(llama)
 
 
