@@ -157,7 +157,8 @@ def _complaint(key: str, items: list[Any]) -> str:
         return f"unknown key {key}{_suggest(first['loc'])}"
     kinds = list(dict.fromkeys(_expected(item) for item in items))
     if all(kinds):
-        return f"{key}: expected {' or '.join(filter(None, kinds))}, got {first['input']!r:.80}"
+        given = "nothing" if first["input"] is None else f"{first['input']!r:.80}"
+        return f"{key}: expected {' or '.join(filter(None, kinds))}, got {given}"
     if first["type"] == "missing":
         return f"{key}: missing"
     messages = "; ".join(

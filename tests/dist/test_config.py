@@ -86,6 +86,7 @@ def test_resolved_config_reads_back_the_same(write):
             r"overrides.int.bits: expected a whole number, got 'x'; .*overrides.float.bits: expected a whole",
         ),
         ("model: {source: x}", "output: missing"),
+        (MINIMAL + "quantization: {bits: }", "quantization.bits: expected a whole number or 'auto', got nothing"),
         ("- 1", "expected a mapping of sections"),
         ("{", r"""cannot be read as YAML: while parsing [^"]* in "\S*c.yaml", line 1"""),
         (MINIMAL + "execution: {call_timeout_s: .nan}", "call_timeout_s: expected auto or more than 0, got nan"),
