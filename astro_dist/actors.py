@@ -54,21 +54,12 @@ def peak_rss_bytes() -> int:
 
 @dataclasses.dataclass
 class _OpenBlock:
-    """A block that is being fed, and what was gathered for it.
-
-    Attributes:
-        round_index: of the pass.
-        unit: which block.
-        statistics: of the chunks that passed.
-        seconds: by phase.
-        ahead: output of the chunk that will be asked for next, where it has passed already.
-    """
+    """A block that is being fed, and what was gathered for it."""
 
     round_index: int
     unit: BlockUnit
     statistics: BlockStatistics
     seconds: dict[str, float]
-    ahead: dict[str, torch.Tensor] = dataclasses.field(default_factory=dict)
 
     @property
     def groups(self) -> list[list[str]]:
@@ -161,16 +152,14 @@ class Worker:
         """One chunk through the open block; a calibration chunk adds to the statistics. The output is handed on."""
         opened, start, stage = self._opened(round_index, index), time.perf_counter(), self._stage
         stream = stream_names(self._spec.run.rounds)[round_index]
-        output = opened.ahead.pop(chunk, None)
-        if output is None:
-            output = self._passed(opened, stream, chunk)
+        following = dict(pairwise(self._spec.chunks)).get(chunk)
+        hidden = stage.hidden(stream, index, chunk, (stream, following) if following else None)
+        if is_held_out(chunk):
+            output = stage.forward(index, hidden)
+        else:
+            output = opened.statistics.run(lambda: stage.forward(index, hidden))
         if index + 1 < len(self._spec.plan.blocks) or is_held_out(chunk):
-            with stage.handing_on(stream, index + 1, chunk, output):
-                del output
-                # The device need not wait for the file: the chunk after this one will be asked for next.
-                following = self._following(chunk)
-                if following and stage.expect(stream, index, following):
-                    opened.ahead[following] = self._passed(opened, stream, following)
+            stage.hand_on(stream, index + 1, chunk, output)
         opened.seconds["forward"] += time.perf_counter() - start
 
     @torch.no_grad()
@@ -264,18 +253,6 @@ class Worker:
                 f"the loss on the held-out text is {total} (stream {stream}); a forward pass overflowed"
             )
         return run.finish(head_unit(stream), [], {"negative_log_likelihood": total, "tokens": count})
-
-    def _following(self, chunk: str) -> str | None:
-        """The chunk that travels behind one."""
-        return dict(pairwise(self._spec.chunks)).get(chunk)
-
-    def _passed(self, opened: _OpenBlock, stream: str, chunk: str) -> torch.Tensor:
-        """A chunk's output of the open block; a calibration chunk adds to the statistics."""
-        stage, index, following = self._stage, opened.unit.index, self._following(chunk)
-        hidden = stage.hidden(stream, index, chunk, (stream, following) if following else None)
-        if is_held_out(chunk):
-            return stage.forward(index, hidden)
-        return opened.statistics.run(lambda: stage.forward(index, hidden))
 
     def _known(self, opened: _OpenBlock) -> Iterator[GroupStatistics]:
         """The statistics of every group of an open block that all chunks have passed."""

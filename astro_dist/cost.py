@@ -30,10 +30,8 @@ _COMPILED_STEPS = 0.5
 numbers what a solve launches besides (`tests/bench/launches.py`)."""
 _LIBRARIES_BYTES = 430_000_000
 """Resident memory of a CPU worker before it does anything: Python, torch, transformers, Ray."""
-_STATES = 7
-"""Hidden states that a block's forward holds at its peak, attention's queries, keys and values among them, and those of
-the chunk before, which are being written.
-"""
+_STATES = 6
+"""Hidden states that a block's forward holds at its peak, attention's queries, keys and values among them."""
 _LOGITS = 3
 _PACKED_BYTES = 2.1
 """Of a wide Hessian in a file, over its columns squared: one half in float32."""

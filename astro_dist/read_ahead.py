@@ -19,19 +19,15 @@ class ReadAhead:
         self._pool = ThreadPoolExecutor(1, thread_name_prefix="read-ahead")
         self._next: tuple[Path, Future[dict[str, torch.Tensor]]] | None = None
 
-    def expect(self, path: Path) -> bool:
-        """Begin to read a file that will be wanted, where it is there by now; whether it is being read.
+    def expect(self, path: Path) -> None:
+        """Begin to read a file that will be wanted, where it is there by now.
 
         Lists its folder: asking for a file that another machine is yet to write would make a network file system
         remember that it is missing.
         """
-        if self._next is not None and self._next[0] == path:
-            return True
-        if not _is_listed(path):
-            return False
-        self.forget()
-        self._next = path, self._pool.submit(lambda: load_part(path)[0])
-        return True
+        if (self._next is None or self._next[0] != path) and _is_listed(path):
+            self.forget()
+            self._next = path, self._pool.submit(lambda: load_part(path)[0])
 
     def take(self, path: Path) -> dict[str, torch.Tensor]:
         """The tensors of a file, as `load_part` gives them.

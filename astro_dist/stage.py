@@ -5,7 +5,6 @@ import dataclasses
 import os
 import platform
 from collections.abc import Callable, Iterable, Iterator
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -102,7 +101,6 @@ class Stage:
             raise RunError(f"{platform.node()}: {store} is not the checkpoint that the driver sees under this path")
         self.skeleton = Skeleton(spec.folder, spec.compute_dtype, spec.trust_remote_code)
         self._ahead = ReadAhead()
-        self._behind = ThreadPoolExecutor(1, thread_name_prefix="write-behind")
         self._tokens: dict[str, torch.Tensor] | None = None
         self._loaded: tuple[str, int] | None = None
         self._layers: tuple[int, BlockLayers] | None = None
@@ -244,31 +242,14 @@ class Stage:
         """
         hidden = self._ahead.take(self.spec.run.hidden(stream, index, chunk))["hidden"]
         if then is not None:
-            self.expect(then[0], index, then[1])
+            self._ahead.expect(self.spec.run.hidden(then[0], index, then[1]))
         return hidden.to(self.device)
-
-    def expect(self, stream: str, index: int, chunk: str) -> bool:
-        """Begin to read a chunk's hidden states before a block, where they are there by now; whether they are."""
-        return self._ahead.expect(self.spec.run.hidden(stream, index, chunk))
 
     def hand_on(self, stream: str, index: int, chunk: str, hidden: torch.Tensor) -> None:
         """Keep a chunk's hidden states before a block. What is there stays: other hardware may round differently."""
-        with self.handing_on(stream, index, chunk, hidden):
-            pass
-
-    @contextmanager
-    def handing_on(self, stream: str, index: int, chunk: str, hidden: torch.Tensor) -> Iterator[None]:
-        """The same while something else is computed: a thread of its own writes the file."""
         path = self.spec.run.hidden(stream, index, chunk)
-        if path.exists():
-            yield
-            return
-        written = self._behind.submit(save_part, path, {"hidden": hidden.cpu()})
-        del hidden  # the device need not keep it meanwhile
-        try:
-            yield
-        finally:
-            written.result()
+        if not path.exists():
+            save_part(path, {"hidden": hidden})
 
     def _read_outside(self) -> dict[str, torch.Tensor]:
         """Embeddings, norm and head; where the source is far away, from what was copied of it already."""

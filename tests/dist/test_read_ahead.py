@@ -1,15 +1,12 @@
 """What is read ahead is what would be read, and a run reads ahead."""
 
-import threading
-
 import pytest
 import torch
 
 from astro.errors import DamagedError
 from astro.parts import save_part
-from astro_dist import pipeline, stage
+from astro_dist import pipeline
 from astro_dist.read_ahead import ReadAhead
-from astro_dist.stage import Stage
 
 
 def part(path, value):
@@ -67,40 +64,3 @@ def test_run_reads_ahead(run_config, monkeypatch, mode):
     monkeypatch.setattr(ReadAhead, "take", take)
     pipeline.quantize(run_config(execution__mode=mode))
     assert sum(hits) >= len(hits) / 4, hits
-
-
-def test_chunk_is_forwarded_while_the_one_before_is_written(run_config, tmp_path, monkeypatch):
-    real_forward, real_save, passes, begun = Stage.forward, stage.save_part, [], threading.Condition()
-
-    def forward(self, index, hidden):
-        with begun:
-            passes.append(index)
-            begun.notify_all()
-        return real_forward(self, index, hidden)
-
-    def save(path, tensors):
-        if path.parts[-3] == "original" and path.stem == "c0000":
-            block = int(path.parts[-2]) - 1
-            with begun:
-                assert begun.wait_for(lambda: passes.count(block) >= 2, timeout=20)
-            begun_before_written.append(block)
-        real_save(path, tensors)
-
-    begun_before_written = []
-    monkeypatch.setattr(Stage, "forward", forward)
-    monkeypatch.setattr(stage, "save_part", save)
-    pipeline.quantize(run_config())
-    assert begun_before_written == [0, 1]
-
-
-def test_file_that_cannot_be_written_fails_the_chunk_that_it_is_of(run_config, tmp_path, monkeypatch):
-    real, refusals = stage.save_part, iter([True])
-
-    def save(path, tensors):
-        if next(refusals, False):
-            raise RuntimeError(f"{path.stem} refused")
-        real(path, tensors)
-
-    monkeypatch.setattr(stage, "save_part", save)
-    summary = pipeline.quantize(run_config())
-    assert [retry["cause"] for retry in summary["retries"]] == ["RuntimeError: c0000 refused"]
