@@ -198,7 +198,7 @@ def status(
             f"({retry['kind']}): {retry['cause']}"
         )
     for mended in found["mended"]:
-        _say(f"found damaged and made again: {mended['unit']}: {mended['reason']}")
+        _say(f"found damaged: {mended['unit']}: {mended['reason']}")
     for failure in found["upload_failures"]:
         _say(f"upload failed: {failure['cause']}")
     for place in found["publish"]:

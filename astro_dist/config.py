@@ -152,8 +152,6 @@ class PublishConfig(_Section):
     def _check(self) -> "PublishConfig":
         if self.repo is not None and not _REPOSITORY.fullmatch(self.repo):
             raise ValueError(f"repo: expected ORG/NAME of a model repository, got {self.repo!r}")
-        if self.repo is None and (self.revision is not None or self.pull_request):
-            raise ValueError("repo: missing; revision and pull_request say how to publish, not where to")
         if self.revision is not None and self.pull_request:
             raise ValueError("revision: a pull request is made against main; give one of revision and pull_request")
         return self

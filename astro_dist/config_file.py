@@ -71,7 +71,13 @@ def load_config(path: Path, assignments: list[str] | None = None) -> RunConfig:
     alone = copy.deepcopy(content)
     for assignment in assignments or []:
         _assign(content, assignment)
-    if found := _complaints(content):
+    try:
+        found = _complaints(content)
+    except RecursionError as error:
+        raise ConfigError(
+            f"{path}: holds something that contains itself: an alias (*) inside its anchor (&)"
+        ) from error
+    if found:
         in_file = _complaints(alone)
         assigned = ", ".join(assignment.partition("=")[0] for assignment in assignments or [])
         told = {
@@ -96,28 +102,33 @@ def make_target(repo: str, private: bool, revision: str | None, pull_request: bo
 
 def _complaints(content: dict[str, Any]) -> list[str]:
     """Everything that is wrong with a configuration."""
-    if booleans := list(_stray_booleans(content)):
-        return booleans
+    booleans = dict(_stray_booleans(content))
+    found = [
+        f"{key}: expected a number, got {told} (YAML reads yes, no, on and off so)" for key, told in booleans.items()
+    ]
     try:
         RunConfig.model_validate(content)
     except ValidationError as error:
-        return _explain(error)
-    return []
+        found += [one for one in _explain(error) if one.partition(":")[0] not in booleans]
+    return found
 
 
-def _stray_booleans(value: Any, location: tuple[int | str, ...] = ()) -> Iterator[str]:
-    """Complaints of true and false where a number is wanted, which pydantic would take for 1 and 0."""
+def _stray_booleans(
+    value: Any, location: tuple[int | str, ...] = (), in_list: bool = False
+) -> Iterator[tuple[str, str]]:
+    """Keys with true and false where a number is wanted, which pydantic would take for 1 and 0."""
     if isinstance(value, dict):
         for name, inner in value.items():
             yield from _stray_booleans(inner, (*location, str(name)))
     elif isinstance(value, list):
         for inner in value:
-            yield from _stray_booleans(inner, location)
-    elif isinstance(value, bool) and (wanted := _kind(location)) is not None:
-        kinds = {wanted, *typing.get_args(wanted)}
-        if bool not in kinds and kinds & {int, float}:
-            key, given = ".".join(map(str, location)), str(value).lower()
-            yield f"{key}: expected a number, got {given} (YAML reads yes, no, on and off so)"
+            yield from _stray_booleans(inner, location, in_list=True)
+    elif isinstance(value, bool):
+        wanted = _kind(location)
+        is_list = typing.get_origin(wanted) is tuple
+        kinds = set(typing.get_args(wanted)) or {wanted}
+        if in_list == is_list and kinds & {int, float} and bool not in kinds:
+            yield ".".join(map(str, location)), str(value).lower()
 
 
 def _assign(content: dict[str, Any], assignment: str) -> None:

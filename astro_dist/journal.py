@@ -4,12 +4,13 @@ import dataclasses
 import json
 import os
 import time
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
 from astro.errors import StorageError
 
-__all__ = ["Journal"]
+__all__ = ["Journal", "last_of_each_unit"]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -44,6 +45,11 @@ class Journal:
         written = self.path.read_text(encoding="utf-8").splitlines() if self.path.is_file() else []
         parsed = [_parse(line) for line in written]
         return [line for line in parsed if line and event in (None, line["event"])]
+
+
+def last_of_each_unit(lines: Iterable[dict[str, Any]]) -> list[dict[str, Any]]:
+    """The newest line of every unit, the oldest unit first: what was noted of one in every session counts once."""
+    return list({line["unit"]: line for line in lines}.values())
 
 
 def _parse(line: str) -> dict[str, Any]:

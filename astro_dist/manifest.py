@@ -273,7 +273,8 @@ class RunDirectory:
         """Keep other drivers out for a while, and sweep up what a dead one left half written.
 
         Raises:
-            RunError: another driver is at work here, or the folder cannot be written.
+            ConfigError: the folder cannot be made or written.
+            RunError: another driver is at work here, or the file system fails.
         """
         with run_lock.held(self.root):
             self._sweep()

@@ -2,7 +2,7 @@
 
 import statistics
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from pathlib import PurePath
 from typing import Any
 
@@ -46,14 +46,14 @@ _CITATIONS = """\
 
 
 def metadata(
-    config: RunConfig, base: BaseModel, bits: int | None, repository: str | None
+    config: RunConfig, base: BaseModel, widths: Collection[int], repository: str | None
 ) -> huggingface_hub.ModelCardData:
     """What the Hub reads of a card.
 
     Args:
         config: of the run.
         base: what was quantized.
-        bits: their width; None where they have several.
+        widths: of quantized layers, in bits; those that are possible, where a run is yet to choose.
         repository: ORG/NAME that the model goes to, if any.
     """
     regularizer, quantization = config.regularizer.name, config.quantization
@@ -70,19 +70,19 @@ def metadata(
         quantized_by=repository.partition("/")[0] if repository else "astro-dist",
         tags=[
             "quantized",
-            f"{bits}-bit" if bits else "mixed-precision",
+            f"{next(iter(widths))}-bit" if len(widths) == 1 else "mixed-precision",
             quantization.format,
             *methods,
             "astro-dist",
-            *(["vllm"] if bits in _SERVED_BITS else []),
+            *(["vllm"] if _are_served(widths) else []),
         ],
     )
 
 
 def planned_card(config: RunConfig, base: BaseModel) -> huggingface_hub.ModelCard:
     """The metadata that the card of a run will have, as far as it is known before."""
-    bits = config.quantization.bits
-    data = metadata(config, base, bits if isinstance(bits, int) else None, config.publish.repo)
+    q = config.quantization
+    data = metadata(config, base, q.bit_choices if q.bits == "auto" else {q.bits}, config.publish.repo)
     return huggingface_hub.ModelCard(f"---\n{data}\n---\n")
 
 
@@ -107,13 +107,13 @@ def model_card(
     layers = [layer for block in blocks for layer in block["layers"]]
     widths = {layer["bits"] for layer in layers}
     place = repository or "FOLDER"
-    data = metadata(config, base, widths.pop() if len(widths) == 1 else None, repository)
+    data = metadata(config, base, widths, repository)
     sections = {
         "Accuracy": _accuracy(config, summary),
         "How it was quantized": _method(config, summary) + "\n\n" + _by_kind(layers),
         "Calibration data": _calibration(config, summary, identity),
         "What was degraded, what to know": _degraded(summary),
-        "How to load it": _loading(config, layers, place),
+        "How to load it": _loading(config, widths, place),
         "Hardware and time": _effort(blocks, summary),
         "How to reproduce it": _reproduction(config, base, identity),
         "Citations": _CITATIONS,
@@ -225,13 +225,21 @@ def _degraded(summary: Mapping[str, Any]) -> str:
     return "\n".join(lines) + (f"\n\n{retries} calls failed and were done again." if retries else "")
 
 
-def _loading(config: RunConfig, layers: Iterable[Mapping[str, Any]], place: str) -> str:
+def _are_served(widths: Collection[int]) -> bool:
+    """Whether servers have kernels for all of these widths."""
+    return set(widths) <= set(_SERVED_BITS)
+
+
+def _loading(config: RunConfig, widths: Collection[int], place: str) -> str:
     packages = _PACKAGES[config.quantization.format]
-    served = all(layer["bits"] in _SERVED_BITS for layer in layers)
     servers = f"```\nvllm serve {place}\npython -m sglang.launch_server --model-path {place}\n```"
     trust = ", trust_remote_code=True" if config.model.trust_remote_code else ""
     return (
-        (f"vLLM or SGLang:\n\n{servers}\n\n" if served else "No server has kernels for all of these widths.\n\n")
+        (
+            f"vLLM or SGLang:\n\n{servers}\n\n"
+            if _are_served(widths)
+            else "No server has kernels for all of these widths.\n\n"
+        )
         + f"transformers (`pip install transformers accelerate {packages}`):\n\n```python\n"
         "from transformers import AutoModelForCausalLM, AutoTokenizer\n\n"
         f'model = AutoModelForCausalLM.from_pretrained("{place}", device_map="auto"{trust})\n'

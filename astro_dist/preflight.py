@@ -45,7 +45,7 @@ def preflight(writer: HubWriter, weights: Collection[str], base: BaseModel, card
 
     Raises:
         ConfigError: it cannot, and why.
-        RunError: the Hub could not be reached.
+        RunError: it cannot now: the Hub is not reached, or does not answer as it should.
     """
     target, place = writer.target, f"publish.repo {writer.repository}"
     try:
@@ -73,8 +73,8 @@ def preflight(writer: HubWriter, weights: Collection[str], base: BaseModel, card
     except HubError as error:
         if error.failure.passes:
             raise RunError(
-                f"publish.repo {error}. Nothing was sent; see to the network of this machine (proxy, HF_ENDPOINT), and "
-                "run the same command again"
+                f"publish.repo {error}. Nothing was sent; run the same command again in a while (behind a proxy, or "
+                "with a Hub of your own, set HTTPS_PROXY and HF_ENDPOINT)"
             ) from error
         raise ConfigError(f"publish.repo {error}") from error
     except hub_errors.HFValidationError as error:

@@ -37,7 +37,6 @@ class Prepared:
         plan: every unit.
         base: what the source says of itself.
         notes: what the user should know before it starts.
-        max_positions: longest sequence it has positions for, None where it says none.
     """
 
     config: RunConfig
@@ -46,7 +45,6 @@ class Prepared:
     plan: Plan
     base: BaseModel
     notes: tuple[str, ...]
-    max_positions: int | None
 
 
 def prepare(config: RunConfig, commit: str | None = None) -> Prepared:
@@ -59,12 +57,20 @@ def prepare(config: RunConfig, commit: str | None = None) -> Prepared:
     Raises:
         InputError: anything that is wrong with what the user gave.
     """
+    if config.publish.repo is None and (config.publish.revision is not None or config.publish.pull_request):
+        raise ConfigError("publish.repo: missing; publish.revision and publish.pull_request say how, not where to")
     configure_process(config.execution.threads_per_worker)
     source = resolve_source(config.model, commit)
     checkpoint = Checkpoint.open(source.store)
     if read_json(source.folder / "config.json").get("quantization_config"):
         raise CheckpointError(f"{source.store}/config.json: the model is quantized already; give the original one")
     skeleton = Skeleton(source.folder, torch.float32, config.model.trust_remote_code)
+    limit = skeleton.limits()[1]
+    if limit is not None and config.calibration.sequence_length > limit:
+        raise ConfigError(
+            f"calibration.sequence_length: {config.calibration.sequence_length} is more than the {limit} positions "
+            "of this model (max_position_embeddings)"
+        )
     plan = make_plan(checkpoint, skeleton, config.quantization)
     linears = {linear.name: linear for unit in plan.blocks for linear in unit.linears}
     if config.quantization.bits == "auto":
@@ -101,7 +107,7 @@ def prepare(config: RunConfig, commit: str | None = None) -> Prepared:
     if not _has_text(config):
         notes.append(f"calibration.source {config.calibration.source} is not there: `quantize` will refuse")
     base = read_base_model(source, config.model)
-    return Prepared(config, source, checkpoint, plan, base, tuple(notes), skeleton.limits()[1])
+    return Prepared(config, source, checkpoint, plan, base, tuple(notes))
 
 
 def tokens_of(prepared: Prepared) -> TokenChunks:
@@ -111,12 +117,6 @@ def tokens_of(prepared: Prepared) -> TokenChunks:
         InputError: the text, the tokenizer or their settings do not do.
     """
     config, source = prepared.config, prepared.source.folder
-    limit = prepared.max_positions
-    if limit is not None and config.calibration.sequence_length > limit:
-        raise ConfigError(
-            f"calibration.sequence_length: {config.calibration.sequence_length} is more than the {limit} positions "
-            "of this model (max_position_embeddings)"
-        )
     documents = read_documents(config.calibration)
     try:
         tokenizer = transformers.AutoTokenizer.from_pretrained(source, trust_remote_code=config.model.trust_remote_code)

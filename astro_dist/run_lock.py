@@ -14,6 +14,11 @@ __all__ = ["held", "is_held"]
 
 _LOOKS, _BETWEEN_S = 10, 0.1
 """Who only asks whether the lock is held holds it for a moment."""
+_WRONG_PLACE = (
+    errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOENT, errno.ENOTDIR, errno.EEXIST, errno.EISDIR, errno.ENAMETOOLONG,
+    errno.ELOOP,
+)  # fmt: skip
+"""What a folder says that can be none of a run; anything else may pass."""
 
 
 @contextlib.contextmanager
@@ -22,13 +27,13 @@ def held(root: Path) -> Iterator[None]:
 
     Raises:
         ConfigError: the folder cannot be made or written.
-        RunError: another driver is at work here, the disk is full, or the folder cannot be locked.
+        RunError: another driver is at work here, or the file system fails, or cannot lock files.
     """
     try:
         root.mkdir(parents=True, exist_ok=True)
         lock = _path(root).open("w")
     except OSError as error:
-        wrong = RunError if error.errno in (errno.ENOSPC, errno.EDQUOT) else ConfigError
+        wrong = ConfigError if error.errno in _WRONG_PLACE else RunError
         raise wrong(f"{root}: the run directory (output.dir) cannot be written: {error}") from error
     with lock:
         try:

@@ -6,6 +6,7 @@ from typing import Any
 
 from astro.report import fallbacks
 from astro_dist.inventory import all_shards, damaged_files, read_inventory
+from astro_dist.journal import last_of_each_unit
 from astro_dist.manifest import RunDirectory
 from astro_dist.run_identity import read_identity
 from astro_dist.upload_record import read_uploads
@@ -22,7 +23,7 @@ def read_status(root: Path) -> dict[str, Any]:
     Returns:
         `state` (running, stopped, complete), `damaged` (files of a complete model that are gone or of another size;
         what is in them is not read), `units` and `blocks` with `done` and `total`, `workers` that are up,
-        `in_flight` units with their worker and seconds, `retries`, `mended` (what was found damaged and is made again),
+        `in_flight` units with their worker and seconds, `retries`, `mended` (units found damaged, to be redone),
         `fallbacks`, `publish` (what each place on the Hub holds), `upload_failures` since the last upload that worked,
         `seconds_left` (None where nothing was finished yet in this session).
 
@@ -48,7 +49,7 @@ def read_status(root: Path) -> dict[str, Any]:
         "workers": workers,
         "in_flight": in_flight,
         "retries": [line for line in lines if line["event"] == "failed"],
-        "mended": [line for line in lines if line["event"] == "damaged"],
+        "mended": last_of_each_unit(line for line in lines if line["event"] == "damaged"),
         "fallbacks": fallbacks(layer for unit in blocks for layer in run.read(unit)["layers"]),
         "publish": _published(run),
         "upload_failures": _upload_failures(lines),

@@ -12,6 +12,7 @@ from astro.report import add_seconds, fallbacks
 from astro_dist.actors import peak_rss_bytes
 from astro_dist.assemble import final_settings
 from astro_dist.base_model import BaseModel
+from astro_dist.journal import last_of_each_unit
 from astro_dist.manifest import RunDirectory
 from astro_dist.plan import Plan
 from astro_dist.schedule import block_unit, evaluate_unit, head_unit, stream_names
@@ -72,7 +73,7 @@ def summarize(
         "bytes_written": sum((run.model / file).stat().st_size for file in plan.files),
         "fallbacks": fallbacks(layers[-1]),
         "retries": run.journal.lines("failed"),
-        "mended": run.journal.lines("damaged"),
+        "mended": last_of_each_unit(run.journal.lines("damaged")),
         "notes": notes + _ruin(original, results[-1]),
         "units": {"blocks": len(plan.blocks), "copies": len(plan.copies)},
         "model": str(run.model),

@@ -42,9 +42,10 @@ def verify_model(model: Path | str, against: Path | str | None = None) -> dict[s
         CheckpointError: naming the first thing that is wrong.
     """
     opened = _resolve(str(model))
-    is_of_run = not opened.is_remote and (opened.folder.parent / MARK).is_file()
+    root = opened.folder.resolve().parent
+    is_of_run = not opened.is_remote and (root / MARK).is_file() and opened.folder.resolve() == root / "model"
     if is_of_run:
-        _require_as_written(opened.folder)
+        _require_as_written(root)
     checkpoint, folder = Checkpoint.open(opened.store), opened.folder
     require_finite(checkpoint)
     skeleton = Skeleton(folder, torch.float32)
@@ -87,13 +88,14 @@ def verify_model(model: Path | str, against: Path | str | None = None) -> dict[s
     }
 
 
-def _require_as_written(folder: Path) -> None:
+def _require_as_written(root: Path) -> None:
     """Compare every file of a run's model with what the run wrote.
 
     Raises:
         CheckpointError: the run is not finished, or a file is not as it was written.
     """
-    run = RunDirectory(folder.parent, read_identity(folder.parent)["key"])
+    run = RunDirectory(root, read_identity(root)["key"])
+    folder = run.model
     if not run.inventory.is_file():
         raise CheckpointError(f"{folder}: its run is not finished; `astro-dist status {run.root}` tells how far it is")
     files = read_inventory(run)

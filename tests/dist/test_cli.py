@@ -325,12 +325,14 @@ def test_plan_of_a_run_on_gpus_asks_which(run, config):
 @pytest.mark.parametrize(
     ("assignment", "message"),
     [
+        ("publish.pull_request=true", "publish.repo: missing; publish.revision and publish.pull_request say how"),
+        ("publish.revision=w4", "publish.repo: missing"),
         ("calibration.samples=100000", "calibration.samples: 100000 sequences of 32 tokens"),
         ("calibration.sequence_length=4096", "is more than the 128 positions of this model"),
         ("calibration.source={folder}/text.csv", "text.csv: expected python-docs, a .txt file or a .parquet file"),
     ],
 )
-def test_plan_refuses_the_text_that_a_run_would_refuse(run, config, tmp_path, assignment, message):
+def test_plan_refuses_what_a_run_would_refuse(run, config, tmp_path, assignment, message):
     (tmp_path / "text.csv").write_text("a,b")
     code, _, error = run("plan", config, "--set", assignment.format(folder=tmp_path))
     assert code == 2

@@ -90,11 +90,16 @@ def test_resolved_config_reads_back_the_same(write):
         ("- 1", "expected a mapping of sections"),
         ("{", r"""cannot be read as YAML: while parsing [^"]* in "\S*c.yaml", line 1"""),
         (MINIMAL + "execution: {call_timeout_s: .nan}", "call_timeout_s: expected auto or more than 0, got nan"),
-        (MINIMAL + "publish: {pull_request: true}", "publish.repo: missing; revision and pull_request say how"),
-        (MINIMAL + "publish: {revision: w4}", "publish.repo: missing; revision and pull_request say how"),
         (MINIMAL + "calibration: {samples: yes}", "calibration.samples: expected a number, got true .YAML"),
         (MINIMAL + "quantization: {bits: on, damping: 1}", "quantization.bits: expected a number, got true"),
         (MINIMAL + "quantization: {bit_choices: [4, on]}", "quantization.bit_choices: expected a number, got true"),
+        (MINIMAL + "quantization: {bit_choices: on}", "quantization.bit_choices: expected a list, got True"),
+        (
+            MINIMAL + "quantization: {group_size: [on]}",
+            r"quantization.group_size: expected a whole number, got \[True\]",
+        ),
+        (MINIMAL + "quantization: {bits: on, group_sise: 64}", "bits: expected a number.* unknown key .*group_sise"),
+        (MINIMAL + "quantization: {bit_choices: &a [*a]}", "holds something that contains itself: an alias"),
         (
             MINIMAL + "quantization: {overrides: {'a.*': {bits: no}}}",
             r"overrides.a.\*.bits: expected a number, got false",
@@ -148,6 +153,11 @@ def test_it_is_said_whether_the_file_or_an_assignment_is_wrong(write, assignment
         load_config(write(MINIMAL), [assignment])
     with pytest.raises(ConfigError, match=r"\.yaml: quantization.bits: expected .*, got 5$"):
         load_config(write(MINIMAL + "quantization: {bits: 5}"), ["quantization.group_size=64"])
+
+
+def test_what_is_wrong_in_the_file_is_said_of_the_file(write):
+    with pytest.raises(ConfigError, match=r"c.yaml: unknown key quantization.group_sise"):
+        load_config(write(MINIMAL + "quantization: {bits: on, group_sise: 64}"), ["quantization.bits=4"])
 
 
 def test_key_ignores_where_a_run_happens_but_not_what_it_computes(write):

@@ -86,17 +86,17 @@ def test_fallbacks_and_retries_are_listed(run):
 @pytest.mark.parametrize(
     ("base", "bits", "expected"),
     [
-        (BaseModel(), 4, {"license": "unknown"}),
-        (BaseModel(license="other", license_name="x", license_link="LICENSE"), 3, {"license_link": "LICENSE"}),
-        (BaseModel(name="a/b", license="mit"), None, {"base_model": "a/b", "base_model_relation": "quantized"}),
+        (BaseModel(), {4}, {"license": "unknown"}),
+        (BaseModel(license="other", license_name="x", license_link="LICENSE"), {3}, {"license_link": "LICENSE"}),
+        (BaseModel(name="a/b", license="mit"), {4, 8}, {"base_model": "a/b", "base_model_relation": "quantized"}),
     ],
 )
 def test_metadata_of_sources_that_tell_more_or_less(run, base, bits, expected):
     told = metadata(run.config, base, bits, None).to_dict()
     assert expected.items() <= told.items()
     assert ("base_model_relation" in told) == (base.name is not None)
-    assert (f"{bits}-bit" if bits else "mixed-precision") in told["tags"]
-    assert ("vllm" in told["tags"]) == (bits == 4)
+    assert ("3-bit" if bits == {3} else "4-bit" if bits == {4} else "mixed-precision") in told["tags"]
+    assert ("vllm" in told["tags"]) == (bits != {3})
 
 
 @pytest.mark.parametrize(

@@ -1,5 +1,6 @@
 """The lock of a run: one driver, who is not kept out by those who only ask."""
 
+import errno
 import fcntl
 import threading
 
@@ -36,6 +37,18 @@ def test_file_system_without_locks_is_named_and_holds_none(tmp_path, monkeypatch
     with pytest.raises(RunError, match=r"cannot lock files \(.*No locks available\)"), run_lock.held(tmp_path):
         pass
     assert not run_lock.is_held(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("number", "kind"), [(errno.EROFS, ConfigError), (errno.ENOSPC, RunError), (errno.EIO, RunError)]
+)
+def test_what_may_pass_is_no_wrong_input(tmp_path, monkeypatch, number, kind):
+    def refuse(*_, **__):
+        raise OSError(number, "refused")
+
+    monkeypatch.setattr(run_lock.Path, "mkdir", refuse)
+    with pytest.raises(kind, match="cannot be written"):
+        run_lock.held(tmp_path).__enter__()
 
 
 def test_folder_that_cannot_be_made_is_named(tmp_path):

@@ -1,6 +1,7 @@
 """`verify` finds what a loader would stumble over."""
 
 import json
+import shutil
 from pathlib import Path
 
 import pytest
@@ -74,6 +75,14 @@ def test_checksums_of_a_run_are_compared(run_model):
     path.unlink()
     with pytest.raises(CheckpointError, match="00002-of-00004.* is gone.*`astro-dist quantize`"):
         verify_model(run_model)
+
+
+def test_checksums_are_those_of_the_folder_that_is_meant(run_model, tmp_path):
+    (tmp_path / "link").symlink_to(run_model)
+    assert verify_model(tmp_path / "link")["checksums_compared"]
+    shutil.copytree(run_model, run_model.parent / "edited")
+    (run_model.parent / "edited" / "README.md").write_text("mine")
+    assert not verify_model(run_model.parent / "edited")["checksums_compared"]
 
 
 def test_model_of_a_run_that_is_not_finished(run_model):
