@@ -18,7 +18,7 @@ from astro.tiling import row_tiles
 
 __all__ = ["NUM_CANDIDATES", "choose", "sample_tiles", "search", "weigh"]
 
-_BETAS = (1e-5, 3e-5, 1e-4, 3e-4, 1e-3)
+_BETAS = (3e-5, 1e-4, 3e-4, 1e-3)
 """Strengths that are tried beside 0, relative to the mean group maximum."""
 NUM_CANDIDATES = 1 + len(_BETAS)
 _LEAST_GAIN = 2e-3

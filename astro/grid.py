@@ -14,13 +14,16 @@ import torch
 from astro.batch import first_of
 from astro.config import Quantization
 from astro.errors import NumericalError
+from astro.tiling import near_rows
 
 __all__ = ["Grid", "fit_grid", "grouped", "num_candidates", "require_finite_scales"]
 
 _PLAIN_NORM = 2.4
 """Exponent of the unweighted error, GPTQ's own choice."""
-_SHRINKS = tuple(1.0 - 0.02 * i for i in range(36))
-"""Candidate factors of a group's range, 1.0 to 0.3: two-bit grids want the small ones."""
+_SHRINKS = tuple(1.0 - 0.06 * i for i in range(13))
+"""Candidate factors of a group's range, 1.0 to 0.28: two-bit grids want the small ones."""
+_NUDGES = (-0.02, 0.02)
+"""What is added to the best of them."""
 
 
 def grouped(W: torch.Tensor, group_size: int) -> torch.Tensor:
@@ -100,46 +103,55 @@ def fit_grid(
         The grid, its scales possibly infinite in a narrow `scale_dtype`: see `require_finite_scales`.
     """
     group_size = settings.columns_per_group(W.shape[-1])
-    V = grouped(W, group_size)
-    low, high = V.amin(-1).clamp_(max=0), V.amax(-1).clamp_(min=0)
-    if settings.symmetric:
-        high = torch.maximum(-low, high)
-        low = -high
-    shrinks, signs = _candidates(settings)
     weight = None
     if settings.scale_search == "hessian":
         assert cost is not None, "the search `hessian` needs the cost of each column"
         weight = grouped(cost, group_size).unsqueeze(-3)
-    best = _make_grid(low, high, settings, group_size, scale_dtype)
-    if len(shrinks) == 1:
+    grids = [_fit(grouped(W[..., rows, :], group_size), weight, settings, scale_dtype) for rows in near_rows(W)]
+    scale, zero = torch.cat([grid.scale for grid in grids], -2), torch.cat([grid.zero for grid in grids], -2)
+    return dataclasses.replace(grids[0], scale=scale, zero=zero)
+
+
+def _fit(V: torch.Tensor, weight: torch.Tensor | None, settings: Quantization, scale_dtype: torch.dtype) -> Grid:
+    """The grid of some rows [B, R, G, g], whose errors count with a weight by column [B, 1, G, g]."""
+    low, high = V.amin(-1).clamp_(max=0), V.amax(-1).clamp_(min=0)
+    if settings.symmetric:
+        high = torch.maximum(-low, high)
+        low = -high
+    best = _make_grid(low, high, settings, scale_dtype, V.shape[-1])
+    if settings.scale_search == "minmax":
         return best
-    least = _group_error(V, best, weight)
-    for shrink, sign in itertools.islice(itertools.product(shrinks, signs), 1, None):
-        grid = _make_grid(low * shrink, high * shrink, settings, group_size, scale_dtype)
+    least, shrink = _group_error(V, best, weight), torch.ones_like(low)
+
+    def consider(factor: torch.Tensor | float, sign: torch.Tensor | int) -> None:
+        nonlocal best, least, shrink
+        grid = _make_grid(low * factor, high * factor, settings, scale_dtype, V.shape[-1])
         grid = dataclasses.replace(grid, scale=grid.scale * sign)
         error = _group_error(V, grid, weight)
         better = error < least
-        scale = torch.where(better, grid.scale, best.scale)
-        best = dataclasses.replace(best, scale=scale, zero=torch.where(better, grid.zero, best.zero))
-        least = torch.minimum(error, least)
+        scale, zero = torch.where(better, grid.scale, best.scale), torch.where(better, grid.zero, best.zero)
+        best, least = dataclasses.replace(best, scale=scale, zero=zero), torch.minimum(error, least)
+        shrink = torch.where(better, factor, shrink)
+
+    for factor, sign in itertools.islice(itertools.product(_SHRINKS, _signs(settings)), 1, None):
+        consider(factor, sign)
+    coarse, side = shrink, best.scale.sign()
+    for nudge in _NUDGES:
+        consider(coarse + nudge, side)
     return best
 
 
 def num_candidates(settings: Quantization) -> int:
     """Scales that are tried for every group."""
-    shrinks, signs = _candidates(settings)
-    return len(shrinks) * len(signs)
+    return 1 if settings.scale_search == "minmax" else len(_SHRINKS) * len(_signs(settings)) + len(_NUDGES)
 
 
-def _candidates(settings: Quantization) -> tuple[tuple[float, ...], tuple[int, ...]]:
-    """Factors of a group's range, and signs."""
-    if settings.scale_search == "minmax":
-        return _SHRINKS[:1], (1,)
-    return _SHRINKS, (1, -1) if settings.symmetric and settings.signed_scales else (1,)
+def _signs(settings: Quantization) -> tuple[int, ...]:
+    return (1, -1) if settings.symmetric and settings.signed_scales else (1,)
 
 
 def _make_grid(
-    low: torch.Tensor, high: torch.Tensor, settings: Quantization, group_size: int, scale_dtype: torch.dtype
+    low: torch.Tensor, high: torch.Tensor, settings: Quantization, scale_dtype: torch.dtype, group_size: int
 ) -> Grid:
     levels = (1 << settings.width) - 1
     # eq. 2: a symmetric grid reaches the largest weight with its largest positive integer

@@ -33,7 +33,7 @@ __all__ = [
     "solve_rows",
 ]
 
-_SAMPLED_ROWS = 256
+_SAMPLED_ROWS = 128
 """Rows, evenly spaced over the group, that β and widths are measured on; of a small group one row in eight."""
 _TINY = torch.finfo(torch.float32).tiny
 
@@ -220,9 +220,11 @@ def solve_rows(groups: LinearGroups, W: torch.Tensor) -> SolvedRows:
         with timed(seconds, "refine"):
             damping = groups.factor.damping.float() * groups.H.diagonal(dim1=-2, dim2=-1).mean(-1)
             passes, tolerance = settings.refine_passes, settings.refine_tolerance
-            Q, grid = refine(W, Q, grid, groups.H, damping, passes, tolerance, groups.scale_dtype)
+            Q, grid, error = refine(W, Q, grid, groups.H, damping, passes, tolerance, groups.scale_dtype)
+    else:
+        error = layer_error(W, grid.dequantize(Q), groups.H)
     figures = Figures(
-        error=layer_error(W, grid.dequantize(Q), groups.H),
+        error=error,
         energy=layer_error(W, torch.zeros_like(W), groups.H),
         maximum_before=grouped(W, grid.group_size).abs().amax(-1).mean(-1),
         maximum_after=grouped(target, grid.group_size).abs().amax(-1).mean(-1),

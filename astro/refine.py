@@ -7,8 +7,10 @@ along one coordinate it is a parabola:
     integer i:  the minimum is at ŵ_i + (e A)_i / A_ii, of the grid's points the nearest one is best;
     scale k:    with the group's v = q − z, the minimum is at s_k + (e A)_k vᵀ / (v A_kk vᵀ).
 
-A move is made only where it lowers that error, so no pass can raise it. The damping is GPTQ's own: without it a column
-whose input was nearly silent on the calibration text would be free to go anywhere. Rows never meet.
+A move is made only where it lowers that error. The slopes e A come from products of factors that may be rounded to
+bfloat16 (`astro.half`): a slope that is a little off only matters near the middle of two grid points, where both are as
+good. Rows that are not better in the end, measured in float32, stay what they were. The damping is GPTQ's own: without
+it a column whose input was nearly silent on the calibration text would be free to go anywhere. Rows never meet.
 Shapes: R rows, C columns, g columns a group, B layers side by side; work arrays are transposed [B, C, R], so that a
 column of a layer is contiguous.
 """
@@ -20,7 +22,8 @@ import torch
 from astro import fusion
 from astro.batch import add_product_
 from astro.grid import Grid, grouped
-from astro.half import Split, splits
+from astro.half import product, rounded
+from astro.hessian import squared_error
 
 __all__ = ["refine"]
 
@@ -45,7 +48,7 @@ def refine(
     passes: int,
     tolerance: float,
     scale_dtype: torch.dtype,
-) -> tuple[torch.Tensor, Grid]:
+) -> tuple[torch.Tensor, Grid, torch.Tensor]:
     """Lower the layer error of quantized rows by passes over their scales and integers.
 
     Args:
@@ -59,7 +62,8 @@ def refine(
         scale_dtype: dtype in which scales are stored; every new scale is exact in it.
 
     Returns:
-        Integers int8 [B, R, C] and their grid. In the damped layer error never worse than what was given.
+        Integers int8 [B, R, C], their grid, and the layer error of each row, float32 [B, R]. No row is worse in the
+        damped layer error than what was given.
     """
     zero = grid.zero.mT.contiguous()
     state = _State(
@@ -73,12 +77,18 @@ def refine(
         group_size=grid.group_size,
         scale_dtype=scale_dtype,
     )
+    before, damped_before = state.errors()
     for _ in range(passes):
         gain, error = state.sweep()
         if not bool((gain >= tolerance * error).any()):
             break
-    Q = (grouped(state.V.mT, grid.group_size) + grid.zero.unsqueeze(-1)).flatten(-2).to(torch.int8)
-    return Q, dataclasses.replace(grid, scale=state.scale.mT.contiguous())
+    after, damped_after = state.errors()
+    is_better = damped_after < damped_before
+    rows = is_better.unsqueeze(-1)
+    moved = (grouped(state.V.mT, grid.group_size) + grid.zero.unsqueeze(-1)).flatten(-2).to(torch.int8)
+    scale = torch.where(rows, state.scale.mT, grid.scale)
+    error = torch.where(is_better, after, before)
+    return torch.where(rows, moved, Q), dataclasses.replace(grid, scale=scale), error
 
 
 @dataclasses.dataclass
@@ -93,7 +103,8 @@ class _State:
         H: undamped, [B, C, C].
         damping: λ, [B, 1, 1].
         diagonal: of H + λI, [B, C, 1].
-        split: H and E, where a device is faster with that.
+        half_H: H `rounded`.
+        half_E: E `rounded`, kept up to date; where nothing is, E itself.
     """
 
     V: torch.Tensor
@@ -106,22 +117,27 @@ class _State:
     group_size: int
     scale_dtype: torch.dtype
     diagonal: torch.Tensor = dataclasses.field(init=False)
-    split: tuple[Split, Split] | None = dataclasses.field(init=False)
+    half_H: torch.Tensor = dataclasses.field(init=False)
+    half_E: torch.Tensor = dataclasses.field(init=False)
 
     def __post_init__(self) -> None:
-        self.split = (Split(self.H), Split(self.E)) if splits(self.E.device) else None
+        self.half_H, self.half_E = rounded(self.H), rounded(self.E)
         self.diagonal = self.H.diagonal(dim1=-2, dim2=-1).unsqueeze(-1) + self.damping
 
-    def product(self, rows: slice) -> torch.Tensor:
+    def slopes(self, rows: slice) -> torch.Tensor:
         """Rows of (H + λI) E."""
-        HE = self.split[0].rows_times(rows, self.split[1]) if self.split else self.H[..., rows, :] @ self.E
-        return HE.addcmul_(self.damping, self.E[..., rows, :])
+        return product(self.half_H[..., rows, :], self.half_E).addcmul_(self.damping, self.E[..., rows, :])
+
+    def errors(self) -> tuple[torch.Tensor, torch.Tensor]:
+        """The layer error of each row, and the damped one, [B, R]."""
+        error = squared_error(self.E, self.H)
+        return error, error + self.damping.squeeze(-1) * torch.linalg.vecdot(self.E, self.E, dim=-2)
 
     def lower_(self, rows: slice, change: torch.Tensor) -> None:
         """Take what was added to ŵ off E."""
-        self.E[..., rows, :] -= change
-        if self.split:
-            self.split[1].set_rows_(rows, self.E[..., rows, :])
+        E = self.E[..., rows, :].sub_(change)
+        if self.half_E is not self.E:
+            self.half_E[..., rows, :].copy_(E)
 
     def sweep(self) -> tuple[torch.Tensor, torch.Tensor]:
         """One pass over all scales and integers.
@@ -137,7 +153,7 @@ class _State:
         for first in range(0, num_groups, step):
             last = min(first + step, num_groups)
             stop = last * size
-            G = self.product(slice(first * size, stop))  # of the columns that are yet to come
+            G = self.slopes(slice(first * size, stop))  # of the columns that are yet to come
             for k in range(first, last):
                 group = slice(k * size, (k + 1) * size)
                 error += torch.linalg.vecdot(self.E[..., group, :], G[..., :size, :], dim=-2)
@@ -169,27 +185,33 @@ class _State:
     def _move_integers(
         self, k: int, block: slice, G: torch.Tensor, gain: torch.Tensor
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Choose the integers of some columns of a group anew, one column after the other; uses G up.
+        """Choose the integers of some columns of a group anew, one column after the other.
+
+        In units of the scale: column i wants to go to t_i = q_i − z + (e A)_i / (A_ii s), and where it moves by d_i the
+        target of a later column j moves by −d_i A_ij / A_jj.
 
         Returns:
             The change of ŵ, and the gain with that of these columns.
         """
-        H, V, diagonal = self.H[..., block, block], self.V[..., block, :], self.diagonal[..., block, :]
-        s, low, high = self.scale[..., k, :], self.low[..., k, :], self.high[..., k, :]
-        size = V.shape[-2]
+        V, s = self.V[..., block, :], self.scale[..., k, :].unsqueeze(-2)
+        low, high, diagonal = self.low[..., k, :], self.high[..., k, :], self.diagonal[..., block, :]
+        T = torch.addcmul(V, G / s, _CAUTION / diagonal)
+        M = self.H[..., block, block] * (_CAUTION / diagonal).mT
+        size, own = V.shape[-2], torch.zeros_like(gain)
         moves, integers = [], []
         for left in range(0, size, _PANEL):
             panel, rest = slice(left, min(left + _PANEL, size)), slice(left + _PANEL, size)
-            work = (s, low, high, *(X[..., panel, :] for X in (diagonal, G, V)), gain)
-            D, Q, gain = _move_panel(H[..., panel, panel], *work)
+            D, Q, own = _move_panel(
+                M[..., panel, panel], T[..., panel, :], V[..., panel, :], low, high, diagonal[..., panel, :], own
+            )
             if rest.start < size:
-                add_product_(G[..., rest, :], H[..., rest, panel], D, alpha=-1)
+                add_product_(T[..., rest, :], M[..., panel, rest].mT, D, alpha=-1)
             moves.append(D)
             integers.append(Q)
-        moved = torch.cat(moves, -2)
+        moved = torch.cat(moves, -2).mul_(s)
         self.lower_(block, moved)
         torch.cat(integers, -2, out=V)
-        return moved, gain
+        return moved, torch.addcmul(gain, own, s.squeeze(-2).square())
 
 
 @fusion.fused
@@ -204,61 +226,59 @@ def _scale_step(
 
 
 def _move_panel(
-    H: torch.Tensor,
-    s: torch.Tensor,
+    M: torch.Tensor,
+    T: torch.Tensor,
+    V: torch.Tensor,
     low: torch.Tensor,
     high: torch.Tensor,
     diagonal: torch.Tensor,
-    G: torch.Tensor,
-    V: torch.Tensor,
     gain: torch.Tensor,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Choose the integers of a panel's columns one after the other; uses G up.
+    """Choose the integers of a panel's columns one after the other; uses T up.
 
     Args:
-        H: undamped Hessians of the panel, [B, P, P].
-        s: scales, with low and high the bounds of q − z, [B, R].
-        diagonal: of the damped Hessians, [B, P, 1].
-        G: slopes (H + λI) E, [B, P, R].
+        M: what a move of the first column takes off the target of the second, [B, P, P].
+        T: targets, [B, P, R].
         V: integers as they are, [B, P, R].
-        gain: so far, [B, R].
+        low: with high the bounds of the integers, [B, R].
+        high: see low.
+        diagonal: of the damped Hessians, [B, P, 1].
+        gain: so far, in units of the squared scale, [B, R].
 
     Returns:
-        The change of ŵ, and the integers chosen, both [B, P, R]; the gain with theirs.
+        The moves, and the integers chosen, both [B, P, R]; the gain with theirs.
     """
     if fusion.is_enabled():
-        return _moved_panel(H, s, low, high, diagonal, G, V, gain)
+        return _moved_panel(M, T, V, low, high, diagonal, gain)
     D, Q = torch.empty_like(V), torch.empty_like(V)
     # Views of all columns at once: where rows are few, the calls are what takes time.
-    per_slope = (_CAUTION / (diagonal * s.unsqueeze(-2))).unbind(-2)
-    g, v, d, q = (X.unbind(-2) for X in (G, V, D, Q))
-    for i in range(len(g)):
-        torch.addcmul(v[i], g[i], per_slope[i], out=q[i]).round_().clamp_(low, high)
-        torch.sub(q[i], v[i], out=d[i]).mul_(s)
-        G[..., i + 1 :, :].addcmul_(H[..., i, i + 1 :].unsqueeze(-1), d[i].unsqueeze(-2), value=-1)
-    return D, Q, gain + torch.linalg.vecdot(D, G.mul_(2).addcmul_(D, diagonal, value=-1), dim=-2)
+    t, v, d, q = (X.unbind(-2) for X in (T, V, D, Q))
+    for i in range(len(t)):
+        torch.round(t[i], out=q[i]).clamp_(low, high)
+        torch.sub(q[i], v[i], out=d[i])
+        T[..., i + 1 :, :].addcmul_(M[..., i, i + 1 :].unsqueeze(-1), d[i].unsqueeze(-2), value=-1)
+    slopes = T.sub_(V).mul_(2 / _CAUTION).sub_(D).mul_(diagonal)
+    return D, Q, gain + torch.linalg.vecdot(D, slopes, dim=-2)
 
 
 @fusion.fused
 def _moved_panel(
-    H: torch.Tensor,
-    s: torch.Tensor,
+    M: torch.Tensor,
+    T: torch.Tensor,
+    V: torch.Tensor,
     low: torch.Tensor,
     high: torch.Tensor,
     diagonal: torch.Tensor,
-    G: torch.Tensor,
-    V: torch.Tensor,
     gain: torch.Tensor,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """The same as one chain of values: a compiler makes one loop over rows of it."""
-    slopes = list(G.unbind(-2))
+    targets = list(T.unbind(-2))
     moves: list[torch.Tensor] = []
     integers: list[torch.Tensor] = []
     for i, v in enumerate(V.unbind(-2)):
         for j, d in enumerate(moves):
-            slopes[i] = slopes[i] - H[..., j, i].unsqueeze(-1) * d
-        curvature = diagonal[..., i, :]
-        integers.append((v + slopes[i] * (_CAUTION / (curvature * s))).round().clamp(low, high))
-        moves.append((integers[i] - v) * s)
-        gain = gain + moves[i] * (2 * slopes[i] - moves[i] * curvature)
+            targets[i] = targets[i] - M[..., j, i].unsqueeze(-1) * d
+        integers.append(targets[i].round().clamp(low, high))
+        moves.append(integers[i] - v)
+        gain = gain + moves[i] * ((targets[i] - v) * (2 / _CAUTION) - moves[i]) * diagonal[..., i, :]
     return torch.stack(moves, -2), torch.stack(integers, -2), gain

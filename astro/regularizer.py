@@ -19,7 +19,7 @@ from astro.batch import first_of
 from astro.config import Regularizer
 from astro.errors import NumericalError
 from astro.grid import grouped
-from astro.half import rounded, rounded_product
+from astro.half import product, rounded
 from astro.hessian import require_inputs
 from astro.inverse import invert_
 from astro.tiling import near_rows
@@ -185,7 +185,7 @@ def _admm(W: torch.Tensor, problem: Problem, tau: torch.Tensor) -> torch.Tensor:
     U = W - Z
     for _ in range(problem.settings.steps - 1):
         # argmin of the smooth part: (H + ρI) Y = H W + ρ(Z − U), written as a step from W
-        Y = rounded_product(Z - U - W, problem.operator).add_(W).add_(U)
+        Y = product(rounded(Z - U - W), problem.operator).add_(W).add_(U)
         Z = prox(Y, tau, problem.group_size)
         U = Y.sub_(Z)
     return Z

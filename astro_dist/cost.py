@@ -26,7 +26,7 @@ _CANDIDATE_PASSES = 4
 _COLUMN_STEPS = 6
 """Operations for a column, in GPTQ as in a pass of refinement."""
 _COMPILED_STEPS = 0.5
-"""The same where 16 columns are a kernel or two: 0.24 launches for GPTQ and 0.44 for a pass, counted, and in round
+"""The same where 16 columns are a kernel or two: 0.24 launches for GPTQ and 0.48 for a pass, counted, and in round
 numbers what a solve launches besides (`tests/bench/launches.py`)."""
 _LIBRARIES_BYTES = 430_000_000
 """Resident memory of a CPU worker before it does anything: Python, torch, transformers, Ray."""
@@ -45,7 +45,7 @@ class Work:
 
     Attributes:
         compute: operations in the compute dtype: forward passes, on a GPU statistics too.
-        rounded: operations on bfloat16 factors where those are faster: regularization, on a GPU refinement.
+        rounded: operations on bfloat16 factors where those are faster: regularization and refinement.
         exact: operations in float32: all else of the solve, on a CPU statistics too.
         elements: that elementwise operations go through: proximal map, candidates of scales.
         steps: dependent small operations: columns of GPTQ and refinement.
@@ -264,9 +264,10 @@ class CostModel:
         # A pass takes a product span by span, and of a wide group within it half of one, and one for its scale.
         size = batch.columns if settings.group_size == PER_CHANNEL else settings.group_size
         wider = 1.5 * size / batch.columns
-        solved = self._quantize_tiles(batch, tiles, 1, products=1 + passes * wider, loops=1 + passes)
-        spans = passes * 2.0 * batch.columns * self._elements(batch, tiles)
-        return solved + (Work(rounded=3 * spans) if self._device_type == "cuda" else Work(exact=spans))
+        # Of figures half a product is what a result is compared with, where it was refined half of another one.
+        products = 1 + 0.5 * bool(passes) + passes * wider
+        solved = self._quantize_tiles(batch, tiles, 1, products=products, loops=1 + passes)
+        return solved + Work(rounded=passes * 2.0 * batch.columns * self._elements(batch, tiles))
 
     def _elements(self, batch: LayerGroup, tiles: list[slice]) -> float:
         return float(batch.count * sum(tile.stop - tile.start for tile in tiles) * batch.columns)

@@ -140,8 +140,9 @@ def solve_needs(columns: int, rows: float, settings: Quantization, regularizatio
         needs["gptq"] = Need(
             exact=product / 2 + _ROUNDING_OPERATIONS * weights, moved_bytes=square / 2 + read + written
         )
-        refined = settings.refine_passes * (product + 2 * _ROUNDING_OPERATIONS * weights)
-        needs["refine"] = Need(exact=refined, moved_bytes=(square + read + written) * bool(settings.refine_passes))
+        passes = settings.refine_passes
+        rounding, moved = passes * 2 * _ROUNDING_OPERATIONS * weights, (square + read + written) * bool(passes)
+        needs["refine"] = Need(exact=rounding, moved_bytes=moved, rounded=passes * product)
     return needs
 
 

@@ -92,13 +92,12 @@ class Launches(TorchDispatchMode):
 @contextmanager
 def as_on_a_gpu(counter: Launches) -> Iterator[None]:
     """Take products of halves, which are a kernel each there."""
-    multiply = as_kernels(counter, half._exact_product, 1)
+    multiply = as_kernels(counter, half.product, 1)
     with (
-        mock.patch.object(refine, "splits", return_value=True),
         mock.patch.object(half, "_is_faster", return_value=True),
         mock.patch.dict(triangle._STRIP, cpu=triangle._STRIP["cuda"]),
-        mock.patch.object(half, "_exact_product", multiply),
-        mock.patch.object(regularizer, "rounded_product", lambda A, B: multiply(A.bfloat16(), B)),
+        mock.patch.object(refine, "product", multiply),
+        mock.patch.object(regularizer, "product", multiply),
         mock.patch.object(regularizer, "invert_", as_kernels(counter, regularizer.invert_, 0)),
     ):
         yield

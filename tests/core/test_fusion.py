@@ -30,12 +30,11 @@ def test_fused_panel_of_gptq_is_the_panel(shape):
 
 @pytest.mark.parametrize("shape", SHAPES)
 def test_fused_panel_of_refinement_is_the_panel(shape):
-    N, (G, V) = panel(shape, 2)
-    H, V = N + N.mT, V.round()
-    s, diagonal = G[..., 0, :].abs() + 0.1, torch.linspace(1, 2, shape[-2]).unsqueeze(-1).expand(*shape[:-1], 1)
-    low = torch.arange(s.numel()).view_as(s) % 3 - 4.0  # as zero points make them, another one a row
-    high = low + 7
-    job = (H, s, low, high, diagonal, G, V, torch.ones_like(s))
+    M, (G, V) = panel(shape, 2)
+    V, diagonal = V.round(), torch.linspace(1, 2, shape[-2]).unsqueeze(-1).expand(*shape[:-1], 1)
+    rows = G[..., 0, :]
+    low = torch.arange(rows.numel()).view_as(rows) % 3 - 4.0  # as zero points make them, another one a row
+    job = (M, V + G, V, low, low + 7, diagonal, torch.ones_like(rows))
     fused = refine._moved_panel(*job)
     D, Q, gain = refine._move_panel(*job)
     torch.testing.assert_close((D, Q, gain), fused)

@@ -57,7 +57,7 @@ def test_beta_that_gains_nothing_is_zero():
 def test_tiles_of_the_sample_do_not_change_the_choice(monkeypatch):
     W, H = random_weights(128, 64), hessian()
     whole = prepared(W, H, Regularizer(), scale_search="minmax", refine_passes=0)
-    monkeypatch.setattr(tiling, "row_tile", lambda *_: 40)  # less than seven of the sixteen rows under six candidates
+    monkeypatch.setattr(tiling, "row_tile", lambda *_: 34)  # less than seven of the sixteen rows under five candidates
     assert len(beta.sample_tiles(128, 64, "cpu")) == 3
     cut = prepared(W, H, Regularizer(), scale_search="minmax", refine_passes=0)
     assert cut.beta == whole.beta
@@ -150,12 +150,12 @@ def test_candidates_weighed_together_are_those_weighed_alone(solver):
     names = ["a", "b", "c"]
     together = prepare_groups(names, W, H, settings, regularization, torch.float16, drift)
     errors = beta.weigh(together, W, slice(3, 9))
-    assert errors.shape == (3, 6, 6)
+    assert errors.shape == (3, 5, 6)
     for i, name in enumerate(names):
         own = slice(i, i + 1)
         alone = prepare_groups([name], W[own], H[own], settings, regularization, torch.float16, drift[own])
         rows = compensate(alone, sampled(W[own])[:, 3:9])
-        for k, strength in enumerate((0.0, 1e-5, 3e-5, 1e-4, 3e-4, 1e-3)):
+        for k, strength in enumerate((0.0, 3e-5, 1e-4, 3e-4, 1e-3)):
             Q, grid = quantize_rows(alone, regularize(rows, alone.problem, strength))
             expected = layer_error(rows, grid.dequantize(Q), H[own])[0]
             torch.testing.assert_close(errors[i, k], expected, rtol=1e-2, atol=0)
