@@ -48,57 +48,77 @@ def solve(W: torch.Tensor, factor: Factor, grid: Grid) -> torch.Tensor:
     Wt, scale, zero = _columns(W.mT, order), grid.scale.mT.contiguous(), grid.zero.mT.contiguous()
     E = torch.empty_like(Wt)  # w − q of the columns already rounded
     Q = torch.empty_like(Wt, dtype=torch.int8)
+    work = _Columns(Wt[..., :_BLOCK, :])
     for start in range(0, num_columns, _BLOCK):
         stop = min(start + _BLOCK, num_columns)
         block = slice(start, stop)
-        T = Wt[..., block, :].clone()
+        if stop - start != work.size:
+            work = _Columns(Wt[..., block, :])
+        work.T.copy_(work.W.copy_(Wt[..., block, :]))
         if start:
-            add_product_(T, N[..., :start, block].mT, E[..., :start, :])
-        S, Z = _columns(scale, group[..., block]), _columns(zero, group[..., block])
-        work = (T, Wt[..., block, :], S, grid.q_min - Z, grid.q_max - Z)
-        integers, errors = [], []
-        for left in range(start, stop, _PANEL):
-            right = min(left + _PANEL, stop)
-            panel = (X[..., left - start : right - start, :] for X in work)
-            V, error = _round_panel(N[..., left:right, left:right], *panel)
-            if right < stop:
-                add_product_(T[..., right - start :, :], N[..., left:right, right:stop].mT, error)
-            integers.append(V)
-            errors.append(error)
-        torch.cat(errors, -2, out=E[..., block, :])
-        Q[..., block, :] = torch.cat(integers, -2) + Z
+            add_product_(work.T, N[..., :start, block].mT, E[..., :start, :])
+        work.N.copy_(N[..., block, block])
+        work.S.copy_(_columns(scale, group[..., block]))
+        Z = _columns(zero, group[..., block])
+        torch.sub(grid.q_min, Z, out=work.low)
+        torch.sub(grid.q_max, Z, out=work.high)
+        work.round_(E[..., block, :])
+        Q[..., block, :] = work.V.add_(Z)
     return _columns(Q, order.argsort(-1)).mT.contiguous()
 
 
-def _round_panel(
-    N: torch.Tensor,
-    T: torch.Tensor,
-    W: torch.Tensor,
-    S: torch.Tensor,
-    low: torch.Tensor,
-    high: torch.Tensor,
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """Round the columns of a panel one after the other; uses T up.
+class _Columns:
+    """A block of columns, which are rounded one after the other.
 
-    Args:
-        N: feedback within the panel, [B, P, P].
-        T: weights with the errors of all columns before the panel made up for, [B, P, R].
+    Kept from block to block, with views of every column: where rows are few, the calls are what takes time.
+
+    Attributes:
+        N: feedback within the block, [B, P, P].
+        T: weights with the errors of all columns before made up for, [B, P, R]; used up.
         W: weights to approximate, [B, P, R].
         S: scales, with low and high the bounds of q − z, [B, P, R].
-
-    Returns:
-        Integers counted from the zero point, and w − q, both [B, P, R].
+        low: see S.
+        high: see S.
+        V: the integers, counted from the zero point, [B, P, R].
     """
-    if fusion.is_enabled():
-        return _rounded_panel(N, T, W, S, low, high)
-    V, E = torch.empty_like(T), torch.empty_like(T)
-    # Views of all columns at once: where rows are few, the calls are what takes time.
-    t, w, e, v, s, least, most = (X.unbind(-2) for X in (T, W, E, V, S, low, high))
-    for i in range(len(t)):
-        torch.div(t[i], s[i], out=v[i]).round_().clamp_(least[i], most[i])
-        torch.addcmul(w[i], v[i], s[i], value=-1, out=e[i])
-        T[..., i + 1 :, :].addcmul_(N[..., i, i + 1 :].unsqueeze(-1), e[i].unsqueeze(-2))
-    return V, E
+
+    def __init__(self, like: torch.Tensor) -> None:
+        self.size = like.shape[-2]
+        self.N = like.new_empty(*like.shape[:-2], self.size, self.size)
+        self.T, self.W, self.S, self.low, self.high, self.V, self._E = (
+            torch.empty_like(like, memory_format=torch.contiguous_format) for _ in range(7)
+        )
+        self._panels = [slice(left, min(left + _PANEL, self.size)) for left in range(0, self.size, _PANEL)]
+        columns = zip(
+            *(X.unbind(-2) for X in (self.T, self.W, self.S, self.low, self.high, self.V, self._E)), strict=True
+        )
+        self._views = []
+        for i, own in enumerate(columns):
+            later = slice(i + 1, min((i // _PANEL + 1) * _PANEL, self.size))
+            rest, factors = self.T[..., later, :], self.N[..., i, later].unsqueeze(-1)
+            self._views.append((*own, rest, factors, own[-1].unsqueeze(-2)))
+
+    def round_(self, E: torch.Tensor) -> None:
+        """Fill V, and E with w − q, [B, P, R]."""
+        integers, errors = [], []
+        for panel in self._panels:
+            if fusion.is_enabled():
+                work = (X[..., panel, :] for X in (self.T, self.W, self.S, self.low, self.high))
+                V, error = _rounded_panel(self.N[..., panel, panel], *work)
+                integers.append(V)
+                errors.append(error)
+            else:
+                error = self._E[..., panel, :]
+                for t, w, s, low, high, v, e, rest, factors, row in self._views[panel]:
+                    torch.div(t, s, out=v).round_().clamp_(low, high)
+                    torch.addcmul(w, v, s, value=-1, out=e)
+                    rest.addcmul_(factors, row)
+            if panel.stop < self.size:
+                add_product_(self.T[..., panel.stop :, :], self.N[..., panel, panel.stop :].mT, error)
+        if integers:
+            torch.cat(integers, -2, out=self.V)
+            torch.cat(errors, -2, out=self._E)
+        E.copy_(self._E)
 
 
 @fusion.fused

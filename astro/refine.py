@@ -119,6 +119,7 @@ class _State:
     diagonal: torch.Tensor = dataclasses.field(init=False)
     half_H: torch.Tensor = dataclasses.field(init=False)
     half_E: torch.Tensor = dataclasses.field(init=False)
+    _work: dict[int, "_Columns"] = dataclasses.field(init=False, default_factory=dict)
 
     def __post_init__(self) -> None:
         self.half_H, self.half_E = rounded(self.H), rounded(self.E)
@@ -187,31 +188,74 @@ class _State:
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """Choose the integers of some columns of a group anew, one column after the other.
 
-        In units of the scale: column i wants to go to t_i = q_i − z + (e A)_i / (A_ii s), and where it moves by d_i the
-        target of a later column j moves by −d_i A_ij / A_jj.
+        In units of the scale: column i wants to move by t_i = (e A)_i / (A_ii s), and where it does by d_i a later
+        column j wants to by d_i A_ij / A_jj less.
 
         Returns:
             The change of ŵ, and the gain with that of these columns.
         """
         V, s = self.V[..., block, :], self.scale[..., k, :].unsqueeze(-2)
-        low, high, diagonal = self.low[..., k, :], self.high[..., k, :], self.diagonal[..., block, :]
-        T = torch.addcmul(V, G / s, _CAUTION / diagonal)
-        M = self.H[..., block, block] * (_CAUTION / diagonal).mT
-        size, own = V.shape[-2], torch.zeros_like(gain)
-        moves, integers = [], []
-        for left in range(0, size, _PANEL):
-            panel, rest = slice(left, min(left + _PANEL, size)), slice(left + _PANEL, size)
-            D, Q, own = _move_panel(
-                M[..., panel, panel], T[..., panel, :], V[..., panel, :], low, high, diagonal[..., panel, :], own
-            )
-            if rest.start < size:
-                add_product_(T[..., rest, :], M[..., panel, rest].mT, D, alpha=-1)
-            moves.append(D)
-            integers.append(Q)
-        moved = torch.cat(moves, -2).mul_(s)
+        size = V.shape[-2]
+        work = self._work.get(size) or self._work.setdefault(size, _Columns(V))
+        caution = _CAUTION / self.diagonal[..., block, :]
+        torch.div(G, s, out=work.T).mul_(caution)
+        torch.mul(self.H[..., block, block], caution.mT, out=work.M)
+        torch.sub(self.low[..., k, :].unsqueeze(-2), V, out=work.low)
+        torch.sub(self.high[..., k, :].unsqueeze(-2), V, out=work.high)
+        D = work.choose_()
+        V += D
+        # What each move gained, T being what it was when its column came to its turn.
+        own = torch.linalg.vecdot(D, torch.sub(work.T.mul_(2), D, alpha=_CAUTION).div_(caution), dim=-2)
+        moved = D * s
         self.lower_(block, moved)
-        torch.cat(integers, -2, out=V)
         return moved, torch.addcmul(gain, own, s.squeeze(-2).square())
+
+
+class _Columns:
+    """Some columns of a group, whose integers are chosen one after the other.
+
+    Kept from block to block, with views of every column: where rows are few, the calls are what takes time.
+
+    Attributes:
+        T: by how much each wants to move, [B, P, R]; afterwards, by how much it did when it came to its turn.
+        M: what a move of the first column takes off what the second wants, [B, P, P].
+        low: with high the bounds of the moves, [B, P, R].
+        high: see low.
+    """
+
+    def __init__(self, like: torch.Tensor) -> None:
+        self.T, self._D, self.low, self.high = (torch.empty_like(like) for _ in range(4))
+        size = like.shape[-2]
+        self.M = like.new_empty(*like.shape[:-2], size, size)
+        self._panels = [slice(left, min(left + _PANEL, size)) for left in range(0, size, _PANEL)]
+        t, d, low, high = (X.unbind(-2) for X in (self.T, self._D, self.low, self.high))
+        self._views = []
+        for i in range(size):
+            later = slice(i + 1, min((i // _PANEL + 1) * _PANEL, size))
+            rest, factors = self.T[..., later, :], self.M[..., i, later].unsqueeze(-1)
+            self._views.append((t[i], d[i], low[i], high[i], rest, factors, d[i].unsqueeze(-2)))
+
+    def choose_(self) -> torch.Tensor:
+        """The moves [B, P, R], which the next call overwrites; brings T up to date."""
+        moves, wanted = [], []
+        for panel in self._panels:
+            if fusion.is_enabled():
+                work = (X[..., panel, :] for X in (self.T, self.low, self.high))
+                D, T = _moved_panel(self.M[..., panel, panel], *work)
+                moves.append(D)
+                wanted.append(T)
+            else:
+                D = self._D[..., panel, :]
+                for t, d, low, high, rest, factors, move in self._views[panel]:
+                    torch.round(t, out=d).clamp_(low, high)
+                    rest.addcmul_(factors, move, value=-1)
+            if panel.stop < self.T.shape[-2]:
+                later = self.T[..., panel.stop :, :]
+                add_product_(later, self.M[..., panel, panel.stop :].mT, D, alpha=-1)
+        if moves:
+            torch.cat(moves, -2, out=self._D)
+            torch.cat(wanted, -2, out=self.T)
+        return self._D
 
 
 @fusion.fused
@@ -225,60 +269,16 @@ def _scale_step(
     return torch.where(moves, step, 0.0), torch.where(moves, gain, 0.0)
 
 
-def _move_panel(
-    M: torch.Tensor,
-    T: torch.Tensor,
-    V: torch.Tensor,
-    low: torch.Tensor,
-    high: torch.Tensor,
-    diagonal: torch.Tensor,
-    gain: torch.Tensor,
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Choose the integers of a panel's columns one after the other; uses T up.
-
-    Args:
-        M: what a move of the first column takes off the target of the second, [B, P, P].
-        T: targets, [B, P, R].
-        V: integers as they are, [B, P, R].
-        low: with high the bounds of the integers, [B, R].
-        high: see low.
-        diagonal: of the damped Hessians, [B, P, 1].
-        gain: so far, in units of the squared scale, [B, R].
-
-    Returns:
-        The moves, and the integers chosen, both [B, P, R]; the gain with theirs.
-    """
-    if fusion.is_enabled():
-        return _moved_panel(M, T, V, low, high, diagonal, gain)
-    D, Q = torch.empty_like(V), torch.empty_like(V)
-    # Views of all columns at once: where rows are few, the calls are what takes time.
-    t, v, d, q = (X.unbind(-2) for X in (T, V, D, Q))
-    for i in range(len(t)):
-        torch.round(t[i], out=q[i]).clamp_(low, high)
-        torch.sub(q[i], v[i], out=d[i])
-        T[..., i + 1 :, :].addcmul_(M[..., i, i + 1 :].unsqueeze(-1), d[i].unsqueeze(-2), value=-1)
-    slopes = T.sub_(V).mul_(2 / _CAUTION).sub_(D).mul_(diagonal)
-    return D, Q, gain + torch.linalg.vecdot(D, slopes, dim=-2)
-
-
 @fusion.fused
 def _moved_panel(
-    M: torch.Tensor,
-    T: torch.Tensor,
-    V: torch.Tensor,
-    low: torch.Tensor,
-    high: torch.Tensor,
-    diagonal: torch.Tensor,
-    gain: torch.Tensor,
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """The same as one chain of values: a compiler makes one loop over rows of it."""
-    targets = list(T.unbind(-2))
+    M: torch.Tensor, T: torch.Tensor, low: torch.Tensor, high: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """The moves of a panel, and what its columns wanted, as one chain of values: a compiler makes one loop of it."""
+    wanted = list(T.unbind(-2))
     moves: list[torch.Tensor] = []
-    integers: list[torch.Tensor] = []
-    for i, v in enumerate(V.unbind(-2)):
+    bounds = zip(low.unbind(-2), high.unbind(-2), strict=True)
+    for i, (least, most) in enumerate(bounds):
         for j, d in enumerate(moves):
-            targets[i] = targets[i] - M[..., j, i].unsqueeze(-1) * d
-        integers.append(targets[i].round().clamp(low, high))
-        moves.append(integers[i] - v)
-        gain = gain + moves[i] * ((targets[i] - v) * (2 / _CAUTION) - moves[i]) * diagonal[..., i, :]
-    return torch.stack(moves, -2), torch.stack(integers, -2), gain
+            wanted[i] = wanted[i] - M[..., j, i].unsqueeze(-1) * d
+        moves.append(wanted[i].round().clamp(least, most))
+    return torch.stack(moves, -2), torch.stack(wanted, -2)

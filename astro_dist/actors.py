@@ -27,6 +27,7 @@ from astro.recording import load_call, record, returns_tuple, run_head, save_cal
 from astro.report import LayerRecord, add_seconds, timed
 from astro.statistics import BlockStatistics
 from astro_dist.budget import layer_settings
+from astro_dist.heap import keep_freed_memory
 from astro_dist.plan import BlockUnit
 from astro_dist.schedule import block_unit, evaluate_unit, head_unit, is_held_out, stream_names
 from astro_dist.stage import Stage, WorkerSpec
@@ -87,6 +88,7 @@ class Worker:
     def prepare(self) -> None:
         """Open the source; called once before anything else. Apart from the constructor, so that its errors arrive."""
         configure_process(self._spec.threads)
+        keep_freed_memory()
         if self._spec.compiles and not any(map(shutil.which, _COMPILERS)):
             raise RunError(
                 f"{platform.node()}: execution.compile wants a C++ compiler, and none of {', '.join(_COMPILERS)} is "

@@ -1,6 +1,5 @@
 """What a worker works on: one block of one model on its device, and the hidden states that pass through it."""
 
-import ctypes
 import dataclasses
 import os
 import platform
@@ -24,6 +23,7 @@ from astro.skeleton import Skeleton
 from astro.store import FolderStore
 from astro_dist.budget import layer_settings
 from astro_dist.devices import memory_shortage
+from astro_dist.heap import return_freed_memory
 from astro_dist.manifest import RunDirectory
 from astro_dist.plan import BlockUnit, Plan
 from astro_dist.read_ahead import ReadAhead
@@ -144,7 +144,7 @@ class Stage:
             self.skeleton.blocks[self._loaded[1]].to("meta")
             self._loaded = None
             self._calls.clear()
-            _return_freed_memory()
+            return_freed_memory()
 
     @contextmanager
     def outside_loaded(self, with_block: BlockUnit | None = None) -> Iterator[None]:
@@ -159,7 +159,7 @@ class Stage:
         finally:
             skeleton.model.to("meta")
             skeleton.model.tie_weights()
-            _return_freed_memory()
+            return_freed_memory()
 
     def layers(self, unit: BlockUnit) -> BlockLayers:
         """The layers of a block that are quantized, where they lie in the loaded block."""
@@ -296,10 +296,3 @@ def require_memory(needed_bytes: int, device: torch.device) -> None:
     shortage = memory_shortage(needed_bytes, total, "its device")
     if shortage:
         raise RunError(f"{platform.node()}: {shortage}")
-
-
-def _return_freed_memory() -> None:
-    """Give the C library's free memory back to the system; a worker lives for hours and would keep its largest ever."""
-    trim = getattr(ctypes.CDLL(None), "malloc_trim", None)  # glibc has it
-    if trim is not None:
-        trim(0)

@@ -23,22 +23,24 @@ def test_fused_panel_of_gptq_is_the_panel(shape):
     N, (T, W, S) = panel(shape, 3)
     S, low, high = S.abs() + 0.1, torch.full(shape, -4.0), torch.full(shape, 3.0)
     fused = gptq._rounded_panel(N, T, W, S, low, high)
-    V, E = gptq._round_panel(N, T, W, S, low, high)
-    torch.testing.assert_close((V, E), fused)
-    assert -4 <= int(V.min()) < int(V.max()) <= 3
+    columns, E = gptq._Columns(T), torch.empty_like(T)
+    for name, given in (("N", N), ("T", T), ("W", W), ("S", S), ("low", low), ("high", high)):
+        getattr(columns, name).copy_(given)
+    columns.round_(E)
+    torch.testing.assert_close((columns.V, E), fused)
+    assert -4 <= int(columns.V.min()) < int(columns.V.max()) <= 3
 
 
 @pytest.mark.parametrize("shape", SHAPES)
 def test_fused_panel_of_refinement_is_the_panel(shape):
-    M, (G, V) = panel(shape, 2)
-    V, diagonal = V.round(), torch.linspace(1, 2, shape[-2]).unsqueeze(-1).expand(*shape[:-1], 1)
-    rows = G[..., 0, :]
-    low = torch.arange(rows.numel()).view_as(rows) % 3 - 4.0  # as zero points make them, another one a row
-    job = (M, V + G, V, low, low + 7, diagonal, torch.ones_like(rows))
-    fused = refine._moved_panel(*job)
-    D, Q, gain = refine._move_panel(*job)
-    torch.testing.assert_close((D, Q, gain), fused)
-    assert int(Q.ne(V).sum()) > 0
+    M, (T,) = panel(shape, 1)
+    low = torch.arange(T.numel()).view_as(T) % 3 - 3.0  # as zero points and integers make them
+    columns = refine._Columns(T)
+    for own, given in ((columns.M, M), (columns.T, 2 * T), (columns.low, low), (columns.high, low + 4)):
+        own.copy_(given)
+    fused = refine._moved_panel(M, 2 * T, low, low + 4)
+    torch.testing.assert_close((columns.choose_(), columns.T), fused)
+    assert int(fused[0].ne(0).sum()) > 0
 
 
 def test_only_the_thread_that_asked_for_it_compiles():

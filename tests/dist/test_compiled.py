@@ -28,14 +28,14 @@ def test_one_graph_serves_all_numbers_of_rows_and_places():
     fusion.enable(True)
     before = counters["stats"]["unique_graphs"]
     for rows, groups, k in ((48, 5, 0), (48, 5, 1), (48, 5, 4), (64, 4, 3), (257, 9, 8), (4096, 2, 1)):
-        M = torch.eye(32)[None] + 0.1
-        low, high = (torch.full((1, groups, rows), value)[:, k] for value in (-4.0, 3.0))
-        T, V = torch.ones(1, 32, rows), torch.zeros(1, groups * 32, rows)[:, k * 32 : k * 32 + 32]
-        T, V, diagonal = (X[:, 16:] for X in (T, V, torch.full((1, 32, 1), 1.1)))
-        D, Q, gain = refine._move_panel(M[:, 16:, 16:], T, V, low, high, diagonal, torch.zeros(1, rows))
-        assert bool(Q.any())
-        assert bool((gain > 0).all())
-        assert torch.equal(D, Q)
+        columns = refine._Columns(torch.zeros(1, groups * 32, rows)[:, k * 32 : k * 32 + 32])
+        columns.M.copy_(torch.eye(32) + 0.1)
+        columns.T.fill_(3.0)
+        columns.low.fill_(-4.0)
+        columns.high.fill_(3.0)
+        D = columns.choose_()
+        assert bool((D[:, 0] == 3).all())
+        assert not bool(D[:, -1].any())
     assert counters["stats"]["unique_graphs"] == before + 1
 
 
