@@ -1,3 +1,3 @@
 """Arithmetic and files of one process: Hessians, Astro regularization, GPTQ, packing, checkpoints."""
 
-__version__ = "0.4.0"
+__version__ = "0.5.0"

@@ -111,7 +111,7 @@ def test_card_of_other_runs(run_config, tmp_path, changes, title, expected):
     pipeline.quantize(run_config(regularizer__name="none", **changes))
     card = FinishedRun.open(tmp_path / "run").card(None)
     assert expected in section(card, title)
-    assert "by astro-dist 0.4.0 (GPTQ), format" in card.text
+    assert "by astro-dist 0.5.0 (GPTQ), format" in card.text
     assert "astro" not in card.data.tags
 
 

@@ -249,7 +249,7 @@ def test_pull_request_is_opened_once(online_hub, finished, tmp_path, meets):
     for _ in range(2):
         entry = publish_run(finished, PublishConfig(repo="them/model", pull_request=True))
         assert entry["revision"] == "refs/pr/1"
-    assert online_hub.requests == [("them/model", "llama, 4 bits (astro-dist 0.4.0)")]
+    assert online_hub.requests == [("them/model", "llama, 4 bits (astro-dist 0.5.0)")]
     assert published(online_hub, "them/model", "refs/pr/1") == files_of(finished / "model", with_card=True)
     assert published(online_hub, "them/model") == {}
 
