@@ -85,9 +85,7 @@ class _Columns:
     def __init__(self, like: torch.Tensor) -> None:
         self.size = like.shape[-2]
         self.N = like.new_empty(*like.shape[:-2], self.size, self.size)
-        self.T, self.W, self.S, self.low, self.high, self.V, self._E = (
-            torch.empty_like(like, memory_format=torch.contiguous_format) for _ in range(7)
-        )
+        self.T, self.W, self.S, self.low, self.high, self.V, self._E = (like.new_empty(like.shape) for _ in range(7))
         self._panels = [slice(left, min(left + _PANEL, self.size)) for left in range(0, self.size, _PANEL)]
         columns = zip(
             *(X.unbind(-2) for X in (self.T, self.W, self.S, self.low, self.high, self.V, self._E)), strict=True

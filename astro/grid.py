@@ -23,7 +23,7 @@ _PLAIN_NORM = 2.4
 _SHRINKS = tuple(1.0 - 0.06 * i for i in range(13))
 """Candidate factors of a group's range, 1.0 to 0.28: two-bit grids want the small ones."""
 _NUDGES = (-0.02, 0.02)
-"""What is added to the best of them."""
+"""What is then added to the best of them."""
 
 
 def grouped(W: torch.Tensor, group_size: int) -> torch.Tensor:

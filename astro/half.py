@@ -1,8 +1,8 @@
 """Products of bfloat16 factors in place of float32 ones, where a device is faster with them.
 
-Meant for steps that are small beside what they are added to, and for slopes that only tell which way to go: a product
-is off by 2⁻⁷ of the sum of magnitudes at most. Products of bfloat16 are exact in float32, in which a GPU adds them up;
-a CPU rounds the result once more.
+Meant for steps that are small beside what they are added to, and for slopes of what is rounded to a grid: a product is
+off by 2⁻⁷ of the sum of magnitudes at most, and mostly far less. Products of bfloat16 are exact in float32, in which a
+GPU adds them up; a CPU rounds the result once more, by 2⁻⁸ of itself.
 """
 
 import functools

@@ -7,10 +7,11 @@ along one coordinate it is a parabola:
     integer i:  the minimum is at ŵ_i + (e A)_i / A_ii, of the grid's points the nearest one is best;
     scale k:    with the group's v = q − z, the minimum is at s_k + (e A)_k vᵀ / (v A_kk vᵀ).
 
-A move is made only where it lowers that error. The slopes e A come from products of factors that may be rounded to
-bfloat16 (`astro.half`): a slope that is a little off only matters near the middle of two grid points, where both are as
-good. Rows that are not better in the end, measured in float32, stay what they were. The damping is GPTQ's own: without
-it a column whose input was nearly silent on the calibration text would be free to go anywhere. Rows never meet.
+A move is made only where it lowers that error by the slopes e A at hand. They come from products of factors that may be
+rounded to bfloat16 (`astro.half`): a slope that is a little off only matters near the middle of two grid points, where
+both are as good. Rows that are not better in the end, measured in float32, stay what they were. The damping is GPTQ's
+own: without it a column whose input was nearly silent on the calibration text would be free to go anywhere. Rows never
+meet.
 Shapes: R rows, C columns, g columns a group, B layers side by side; work arrays are transposed [B, C, R], so that a
 column of a layer is contiguous.
 """
@@ -35,8 +36,8 @@ groups each of them is one block then."""
 _PANEL = 16
 """Columns of the innermost loop."""
 _CAUTION = 1 - 1e-4
-"""Share of the way to a parabola's minimum that is gone, so that float32 never takes a loss for a gain: an integer
-only moves past the middle of two grid points."""
+"""Share of the way to a parabola's minimum that is gone, so that rounding in float32 never takes a loss for a
+gain: an integer only moves past the middle of two grid points."""
 
 
 def refine(
@@ -62,8 +63,8 @@ def refine(
         scale_dtype: dtype in which scales are stored; every new scale is exact in it.
 
     Returns:
-        Integers int8 [B, R, C], their grid, and the layer error of each row, float32 [B, R]. No row is worse in the
-        damped layer error than what was given.
+        Integers int8 [B, R, C], their grid, and the layer error of each row, float32 [B, R]. No row is worse than what
+        was given in the damped layer error, as float32 has it.
     """
     zero = grid.zero.mT.contiguous()
     state = _State(
@@ -86,7 +87,7 @@ def refine(
     is_better = damped_after < damped_before
     rows = is_better.unsqueeze(-1)
     moved = (grouped(state.V.mT, grid.group_size) + grid.zero.unsqueeze(-1)).flatten(-2).to(torch.int8)
-    scale = torch.where(rows, state.scale.mT, grid.scale)
+    scale = torch.where(rows, state.scale.mT, grid.scale).contiguous()
     error = torch.where(is_better, after, before)
     return torch.where(rows, moved, Q), dataclasses.replace(grid, scale=scale), error
 
@@ -204,11 +205,11 @@ class _State:
         torch.sub(self.high[..., k, :].unsqueeze(-2), V, out=work.high)
         D = work.choose_()
         V += D
-        # What each move gained, T being what it was when its column came to its turn.
+        # What each move gained, T being what it was when its column came to its turn; infinite for the least of scales.
         own = torch.linalg.vecdot(D, torch.sub(work.T.mul_(2), D, alpha=_CAUTION).div_(caution), dim=-2)
         moved = D * s
         self.lower_(block, moved)
-        return moved, torch.addcmul(gain, own, s.squeeze(-2).square())
+        return moved, torch.addcmul(gain, own.nan_to_num_(), s.squeeze(-2).square())
 
 
 class _Columns:
@@ -224,7 +225,7 @@ class _Columns:
     """
 
     def __init__(self, like: torch.Tensor) -> None:
-        self.T, self._D, self.low, self.high = (torch.empty_like(like) for _ in range(4))
+        self.T, self._D, self.low, self.high = (like.new_empty(like.shape) for _ in range(4))
         size = like.shape[-2]
         self.M = like.new_empty(*like.shape[:-2], size, size)
         self._panels = [slice(left, min(left + _PANEL, size)) for left in range(0, size, _PANEL)]

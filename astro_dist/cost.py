@@ -23,11 +23,11 @@ __all__ = ["CostModel", "Work"]
 
 _CANDIDATE_PASSES = 4
 """Elementwise operations for each candidate of a scale, by the time of the proximal map's."""
-_COLUMN_STEPS = 6
-"""Operations for a column, in GPTQ as in a pass of refinement."""
-_COMPILED_STEPS = 0.5
-"""The same where 16 columns are a kernel or two: 0.24 launches for GPTQ and 0.48 for a pass, counted, and in round
-numbers what a solve launches besides (`tests/bench/launches.py`)."""
+_COLUMN_STEPS = (5.5, 4.0)
+"""Operations for a column in GPTQ, and in a pass of refinement."""
+_COMPILED_STEPS = (0.5, 0.6)
+"""The same where 16 columns are a kernel or two: 0.27 and 0.51 launches, counted, and in round numbers what a solve
+launches besides (`tests/bench/launches.py`)."""
 _LIBRARIES_BYTES = 430_000_000
 """Resident memory of a CPU worker before it does anything: Python, torch, transformers, Ray."""
 _STATES = 6
@@ -255,7 +255,7 @@ class CostModel:
 
     def _weigh_tiles(self, batch: LayerGroup, tiles: list[slice]) -> Work:
         """Regularization, GPTQ and errors of sampled rows under every candidate."""
-        return self._quantize_tiles(batch, tiles, NUM_CANDIDATES, products=0.5, loops=1)
+        return self._quantize_tiles(batch, tiles, NUM_CANDIDATES, products=0.5, passes=0)
 
     def _solve_tiles(self, batch: LayerGroup, tiles: list[slice]) -> Work:
         """Regularization, GPTQ, refinement and figures of tiles."""
@@ -266,14 +266,15 @@ class CostModel:
         wider = 1.5 * size / batch.columns
         # Of figures half a product is what a result is compared with, where it was refined half of another one.
         products = 1 + 0.5 * bool(passes) + passes * wider
-        solved = self._quantize_tiles(batch, tiles, 1, products=products, loops=1 + passes)
+        solved = self._quantize_tiles(batch, tiles, 1, products, passes)
         return solved + Work(rounded=passes * 2.0 * batch.columns * self._elements(batch, tiles))
 
     def _elements(self, batch: LayerGroup, tiles: list[slice]) -> float:
         return float(batch.count * sum(tile.stop - tile.start for tile in tiles) * batch.columns)
 
-    def _quantize_tiles(self, batch: LayerGroup, tiles: list[slice], copies: int, products: float, loops: int) -> Work:
-        """Of tiles that hold so many copies of each row, with products with H and loops over columns besides."""
+    def _quantize_tiles(self, batch: LayerGroup, tiles: list[slice], copies: int, products: float, passes: int) -> Work:
+        """Of tiles that hold so many copies of each row, with products with H and passes over columns besides."""
+        solving, refining = self._column_steps
         regularization = self._regularization
         iterations = regularization.steps if regularization.name != "none" else 0
         elements = copies * self._elements(batch, tiles)
@@ -285,7 +286,7 @@ class CostModel:
         return regularized + Work(
             exact=(0.5 + products) * product,
             elements=elementwise * elements,
-            steps=len(tiles) * batch.columns * self._column_steps * loops,
+            steps=len(tiles) * batch.columns * (solving + passes * refining),
         )
 
     def _forward(self, unit: BlockUnit, tokens: int) -> float:

@@ -16,7 +16,9 @@ class ReadAhead:
     """Reads one file at a time in a thread of its own, and keeps it until it is asked for or another is wanted."""
 
     def __init__(self) -> None:
-        self._pool = ThreadPoolExecutor(1, thread_name_prefix="read-ahead")
+        # With one thread for its sums: OpenMP would give it threads of its own, more than there are cores with those at
+        # work, and from then on let all of them sleep between two operations instead of waiting awake.
+        self._pool = ThreadPoolExecutor(1, "read-ahead", initializer=torch.set_num_threads, initargs=(1,))
         self._next: tuple[Path, Future[dict[str, torch.Tensor]]] | None = None
 
     def expect(self, path: Path) -> None:

@@ -43,6 +43,28 @@ def test_fused_panel_of_refinement_is_the_panel(shape):
     assert int(fused[0].ne(0).sum()) > 0
 
 
+@pytest.mark.parametrize("shape", [(40, 9), (2, 40, 9)])
+def test_blocks_of_several_panels_are_the_same_either_way(monkeypatch, shape):
+    generator = torch.Generator().manual_seed(1)
+    given = {name: torch.randn(shape, generator=generator) for name in ("T", "W", "S")}
+    given |= {"low": torch.full(shape, -4.0), "high": torch.full(shape, 3.0), "S": given["S"].abs() + 0.1}
+    N = panel(shape, 0)[0]
+    found = []
+    for enabled in (False, True):  # not compiled: what is marked runs as it is
+        monkeypatch.setattr(fusion, "is_enabled", lambda enabled=enabled: enabled)
+        solving, refining, E = gptq._Columns(given["T"]), refine._Columns(given["T"]), torch.empty(shape)
+        for name, value in given.items():
+            getattr(solving, name).copy_(value)
+        for name in ("T", "low", "high"):
+            getattr(refining, name).copy_(3 * given[name])
+        solving.N.copy_(N)
+        refining.M.copy_(N)
+        solving.round_(E)
+        found.append((solving.V, E, refining.choose_(), refining.T))
+    torch.testing.assert_close(found[0], found[1])
+    assert bool(found[0][2].any())
+
+
 def test_only_the_thread_that_asked_for_it_compiles():
     fusion.enable(True)
     try:

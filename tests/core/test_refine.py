@@ -17,6 +17,12 @@ from tests.conftest import correlated_inputs, random_weights
 DAMPING = 0.01
 
 
+@pytest.fixture(autouse=True)
+def float32_products(monkeypatch):
+    """What is tested does not depend on the machine: rounded factors where a test asks for them."""
+    monkeypatch.setattr(half, "_is_faster", lambda device: False)
+
+
 def ridge(H):
     return DAMPING * H.diagonal().mean()
 
@@ -62,7 +68,6 @@ def test_no_pass_raises_the_error_of_any_row(seed, bits, group_size, columns, sy
 @pytest.mark.parametrize(("group_size", "columns"), [(16, 64), (96, 480), (-1, 300)])
 def test_products_of_rounded_factors_keep_the_promise(monkeypatch, seed, bits, group_size, columns):
     W, H, Q, grid = problem(columns=columns, seed=seed, bits=bits, group_size=group_size)
-    monkeypatch.setattr(half, "_is_faster", lambda device: False)
     plain = run(W, Q, grid, H, 3)
     monkeypatch.setattr(half, "_is_faster", lambda device: True)
     before = error(W, Q, grid, H)
@@ -85,6 +90,27 @@ def test_rows_that_would_end_worse_stay_what_they_were(monkeypatch):
     assert bool((after[::2] < before[::2]).all())
     assert torch.equal(refined[0][1::2], Q[1::2])
     assert torch.equal(refined[1].scale[1::2], grid.scale[1::2])
+
+
+@pytest.mark.parametrize(("group_size", "columns"), [(16, 64), (96, 480), (-1, 300)])
+@pytest.mark.parametrize("symmetric", [True, False])
+def test_gain_of_a_pass_is_what_the_error_fell_by(monkeypatch, group_size, columns, symmetric):
+    """Nothing is held back then: in float32 a pass alone keeps the promise for every row."""
+    W, H, Q, grid = problem(rows=40, columns=columns, group_size=group_size, symmetric=symmetric)
+    assert symmetric == bool((grid.scale < 0).any())
+    seen, real = [], refine_module._State.sweep
+
+    def sweep(state):
+        before = state.errors()[1]
+        seen.append((before, *real(state), state.errors()[1]))
+        return seen[-1][1:3]
+
+    monkeypatch.setattr(refine_module._State, "sweep", sweep)
+    run(W, Q, grid, H, 3)
+    for before, gain, met, after in seen:
+        assert bool((after <= before * (1 + 1e-5)).all())
+        assert float(gain) == pytest.approx(float((before - after).sum()), rel=2e-3)
+        assert float(after.sum()) * 0.99 < float(met) < float(before.sum()) * 1.01
 
 
 def test_error_is_that_of_the_result():

@@ -1,5 +1,7 @@
 """What is read ahead is what would be read, and a run reads ahead."""
 
+import os
+
 import pytest
 import torch
 
@@ -64,3 +66,20 @@ def test_run_reads_ahead(run_config, monkeypatch, mode):
     monkeypatch.setattr(ReadAhead, "take", take)
     pipeline.quantize(run_config(execution__mode=mode))
     assert sum(hits) >= len(hits) / 4, hits
+
+
+def test_reading_has_one_thread_and_leaves_those_at_work_alone(tmp_path):
+    before, path = torch.get_num_threads(), part(tmp_path / "a", 1.0)
+    torch.set_num_threads(2)
+    try:
+        torch.ones(1 << 20).sum()
+        ahead = ReadAhead()
+        ahead.expect(path)
+        ahead.take(path)
+        assert ahead._pool.submit(torch.get_num_threads).result() == 1
+        assert torch.get_num_threads() == 2
+        tasks = len(os.listdir("/proc/self/task"))
+        ahead._pool.submit(lambda: torch.ones(1 << 22).sum()).result()
+        assert len(os.listdir("/proc/self/task")) == tasks
+    finally:
+        torch.set_num_threads(before)
