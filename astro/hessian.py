@@ -267,18 +267,18 @@ def _cholesky(H: torch.Tensor, order: torch.Tensor, damping: torch.Tensor) -> tu
 
 def layer_error(W: torch.Tensor, W_hat: torch.Tensor, H: torch.Tensor) -> torch.Tensor:
     """Squared output error of each row [B, R]: diag((W − Ŵ) H (W − Ŵ)ᵀ), float32, W and Ŵ [B, R, C], H [B, C, C]."""
-    return squared_error((W - W_hat).mT, H)
+    return squared_error(W - W_hat, H)
 
 
 def squared_error(E: torch.Tensor, H: torch.Tensor) -> torch.Tensor:
-    """diag(Eᵀ H E), [B, R] for E float32 [B, C, R] and H [B, C, C].
+    """diag(E H Eᵀ), float32 [B, R] for E [B, R, C] and H [B, C, C].
 
-    H is symmetric: what is right of the squares on its diagonal counts twice, and what is left of them not at all.
+    H is symmetric: what is below the squares on its diagonal counts twice, and what is above them not at all.
     """
-    error = torch.zeros_like(E[..., 0, :])
+    error = torch.zeros_like(E[..., 0])
     for strip in strips(H):
-        own = E[..., strip, :]
-        product = torch.matmul(H[..., strip, strip.stop :], E[..., strip.stop :, :]).mul_(2)
-        add_product_(product, H[..., strip, strip], own)
-        error += torch.linalg.vecdot(product, own, dim=-2)
+        own = E[..., strip]
+        product = torch.matmul(E[..., strip.stop :], H[..., strip.stop :, strip]).mul_(2)
+        add_product_(product, own, H[..., strip, strip])
+        error += torch.linalg.vecdot(product, own)
     return error

@@ -132,7 +132,7 @@ class _State:
 
     def errors(self) -> tuple[torch.Tensor, torch.Tensor]:
         """The layer error of each row, and the damped one, [B, R]."""
-        error = squared_error(self.E, self.H)
+        error = squared_error(self.E.mT, self.H)
         return error, error + self.damping.squeeze(-1) * torch.linalg.vecdot(self.E, self.E, dim=-2)
 
     def lower_(self, rows: slice, change: torch.Tensor) -> None:
