@@ -17,6 +17,7 @@ from astro import fusion
 from astro.batch import add_product_
 from astro.grid import Grid
 from astro.hessian import Factor
+from astro.tiling import every
 
 __all__ = ["activation_order", "solve"]
 
@@ -86,7 +87,7 @@ class _Columns:
         self.size = like.shape[-2]
         self.N = like.new_empty(*like.shape[:-2], self.size, self.size)
         self.T, self.W, self.S, self.low, self.high, self.V, self._E = (like.new_empty(like.shape) for _ in range(7))
-        self._panels = [slice(left, min(left + _PANEL, self.size)) for left in range(0, self.size, _PANEL)]
+        self._panels = every(self.size, _PANEL)
         columns = zip(
             *(X.unbind(-2) for X in (self.T, self.W, self.S, self.low, self.high, self.V, self._E)), strict=True
         )
@@ -115,8 +116,9 @@ class _Columns:
                 add_product_(self.T[..., panel.stop :, :], self.N[..., panel, panel.stop :].mT, error)
         if integers:
             torch.cat(integers, -2, out=self.V)
-            torch.cat(errors, -2, out=self._E)
-        E.copy_(self._E)
+            torch.cat(errors, -2, out=E)
+        else:
+            E.copy_(self._E)
 
 
 @fusion.fused

@@ -25,6 +25,7 @@ from astro.batch import add_product_
 from astro.grid import Grid, grouped
 from astro.half import product, rounded
 from astro.hessian import squared_error
+from astro.tiling import every
 
 __all__ = ["refine"]
 
@@ -228,7 +229,7 @@ class _Columns:
         self.T, self._D, self.low, self.high = (like.new_empty(like.shape) for _ in range(4))
         size = like.shape[-2]
         self.M = like.new_empty(*like.shape[:-2], size, size)
-        self._panels = [slice(left, min(left + _PANEL, size)) for left in range(0, size, _PANEL)]
+        self._panels = every(size, _PANEL)
         t, d, low, high = (X.unbind(-2) for X in (self.T, self._D, self.low, self.high))
         self._views = []
         for i in range(size):

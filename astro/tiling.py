@@ -2,7 +2,7 @@
 
 import torch
 
-__all__ = ["cut", "most_layers", "near_rows", "row_tile", "row_tiles"]
+__all__ = ["cut", "every", "most_layers", "near_rows", "row_tile", "row_tiles"]
 
 _LEAST_ROWS = 1024
 _ELEMENTS = {"cpu": 1 << 20, "cuda": 1 << 27}
@@ -16,6 +16,11 @@ def cut(num_items: int, num_parts: int) -> list[slice]:
     """Contiguous parts, as even as can be; fewer where there are fewer items."""
     count = min(num_parts, num_items)
     return [slice(num_items * i // count, num_items * (i + 1) // count) for i in range(count)]
+
+
+def every(size: int, width: int) -> list[slice]:
+    """Contiguous parts of a width, the last one shorter where it does not divide."""
+    return [slice(start, min(start + width, size)) for start in range(0, size, width)]
 
 
 def most_layers(num_rows: int, num_columns: int, device_type: str) -> int:

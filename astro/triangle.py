@@ -8,6 +8,8 @@ from collections.abc import Iterator, Sequence
 
 import torch
 
+from astro.tiling import every
+
 __all__ = ["mirror_", "packed", "strips", "unpacked"]
 
 _STRIP = {"cpu": 256, "cuda": 1024}
@@ -20,18 +22,18 @@ _PACKED_STRIP = 256
 
 def strips(S: torch.Tensor) -> list[slice]:
     """The strips in which one half of S is computed."""
-    return _cut(S.shape[-1], _STRIP[S.device.type])
+    return every(S.shape[-1], _STRIP[S.device.type])
 
 
 def mirror_(S: torch.Tensor) -> None:
     """Copy what is above the diagonal's squares to below them."""
-    for strip in _cut(S.shape[-1], _PACKED_STRIP):
+    for strip in every(S.shape[-1], _PACKED_STRIP):
         S[..., strip.stop :, strip] = S[..., strip, strip.stop :].mT
 
 
 def packed(S: torch.Tensor) -> torch.Tensor:
     """The half on and above the diagonal, strip behind strip, [..., n] with n a little more than C²/2."""
-    parts = [S[..., strip, strip.start :] for strip in _cut(S.shape[-1], _PACKED_STRIP)]
+    parts = [S[..., strip, strip.start :] for strip in every(S.shape[-1], _PACKED_STRIP)]
     P = S.new_empty(*S.shape[:-2], sum(part.shape[-2] * part.shape[-1] for part in parts))
     for own, part in zip(_laid_out(P, parts), parts, strict=True):
         own.copy_(part)
@@ -41,7 +43,7 @@ def packed(S: torch.Tensor) -> torch.Tensor:
 def unpacked(P: torch.Tensor, size: int) -> torch.Tensor:
     """The symmetric matrices [..., C, C] of which one half was `packed` to P [..., n], C the size."""
     S = P.new_empty(*P.shape[:-1], size, size)
-    parts = [S[..., strip, strip.start :] for strip in _cut(size, _PACKED_STRIP)]
+    parts = [S[..., strip, strip.start :] for strip in every(size, _PACKED_STRIP)]
     for own, part in zip(_laid_out(P, parts), parts, strict=True):
         part.copy_(own)
     mirror_(S)
@@ -55,7 +57,3 @@ def _laid_out(P: torch.Tensor, parts: Sequence[torch.Tensor]) -> Iterator[torch.
         size = part.shape[-2] * part.shape[-1]
         yield P[..., start : start + size].view_as(part)
         start += size
-
-
-def _cut(size: int, strip: int) -> list[slice]:
-    return [slice(start, min(start + strip, size)) for start in range(0, size, strip)]
