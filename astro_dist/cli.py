@@ -14,11 +14,11 @@ from rich.table import Table
 
 import astro
 from astro.errors import AstroError, InputError
-from astro_dist.duration import in_words
+from astro_dist.console import in_words
 
 if TYPE_CHECKING:  # they import torch: seconds that `--help` need not wait for
-    from astro_dist.config import RunConfig
-    from astro_dist.plan import BlockUnit
+    from astro_dist.config.schema import RunConfig
+    from astro_dist.planning.units import BlockUnit
 
 __all__ = ["app", "main"]
 
@@ -62,7 +62,7 @@ def quantize(config: _ConfigPath, assignments: _Assignments = None, as_json: _Js
 
     Goes on where it was when the run directory holds this very run.
     """
-    from astro_dist.config_file import load_config
+    from astro_dist.config.yaml_file import load_config
 
     settings = load_config(config, assignments)
     from astro_dist import pipeline  # imports torch: seconds that neither `--help` nor a wrong key need wait for
@@ -107,10 +107,10 @@ def plan(
     Refuses what `quantize` would refuse, the calibration text too where it is on this machine. Blocks of one size that
     follow each other share a row.
     """
-    from astro_dist.config_file import load_config
+    from astro_dist.config.yaml_file import load_config
 
     settings = load_config(config, assignments)
-    from astro_dist.prepared import forecast, prepare, require_text
+    from astro_dist.planning.validate import forecast, prepare, require_text
 
     prepared = prepare(settings)
     require_text(prepared)
@@ -156,8 +156,8 @@ def submit(
     follow: Annotated[bool, typer.Option(help="Show the job's log until it ends, and end with its exit code.")] = True,
 ) -> None:
     """Run `quantize` as a job of a Ray cluster. Submitted again after a failure, it goes on where it was."""
-    from astro_dist.config_file import load_config
-    from astro_dist.submit import submit as submit_job
+    from astro_dist.config.yaml_file import load_config
+    from astro_dist.execution.ray_job import submit as submit_job
 
     code = submit_job(load_config(config, assignments), address, _say, follow)
     if code:
@@ -170,7 +170,7 @@ def status(
     as_json: _Json = False,
 ) -> None:
     """What is done, in flight and left of a run; retries, fallbacks, time left."""
-    from astro_dist.status import read_status
+    from astro_dist.report.status import read_status
 
     found = read_status(run)
     if as_json:
@@ -217,8 +217,8 @@ def publish(
     as_json: _Json = False,
 ) -> None:
     """Upload a finished run to the Hub, or go on with that. Sends what is missing and makes one commit."""
-    from astro_dist.config_file import make_target
-    from astro_dist.publish import publish_run
+    from astro_dist.config.yaml_file import make_target
+    from astro_dist.publish.publication import publish_run
 
     entry = publish_run(run, make_target(repo, not public, revision, pull_request))
     if as_json:
@@ -230,7 +230,7 @@ def publish(
 @app.command()
 def report(run: Annotated[Path, typer.Argument(help="Run directory (output.dir).")]) -> None:
     """Write one HTML page and one parquet table of a run's layers, retries and fallbacks into its directory."""
-    from astro_dist.run_report import write_report
+    from astro_dist.report.html import write_report
 
     _say(f"written: {write_report(run)}")
 
@@ -242,7 +242,7 @@ def verify(
     as_json: _Json = False,
 ) -> None:
     """Re-read what was written: every tensor present, shapes, finite scales, index and config agree."""
-    from astro_dist.verify import verify_model
+    from astro_dist.export.verify import verify_model
 
     report = verify_model(model, against)
     if as_json:

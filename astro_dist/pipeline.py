@@ -9,31 +9,33 @@ from typing import Any
 import torch
 
 import astro
-from astro.checkpoint import require_finite
 from astro.errors import ConfigError
-from astro.files import read_json, write_json
-from astro_dist.assemble import assemble
-from astro_dist.background_upload import BackgroundUpload
-from astro_dist.budget import settle_widths
-from astro_dist.calibration import Chunk, as_tensors
-from astro_dist.config import RunConfig, run_key
-from astro_dist.cost import CostModel
-from astro_dist.driver import Driver
-from astro_dist.estimate import require_room
-from astro_dist.executor import Executor, LocalExecutor
-from astro_dist.failure import FailureHistory
-from astro_dist.finished_run import FinishedRun
-from astro_dist.inventory import all_shards, is_whole, replace_card, seal
-from astro_dist.manifest import RunDirectory
-from astro_dist.model_card import planned_card
-from astro_dist.prepared import Prepared, compute_dtype, prepare, tokens_of
-from astro_dist.progress import ProgressDisplay, say
-from astro_dist.publish import Publication
-from astro_dist.resume import make_schedule
-from astro_dist.run_identity import begun_commit
-from astro_dist.schedule import Call, Schedule
-from astro_dist.stage import WorkerSpec
-from astro_dist.summary import summarize
+from astro.storage.atomic import read_json, write_json
+from astro.storage.checkpoint import require_finite
+from astro_dist.config.schema import RunConfig, run_key
+from astro_dist.console import say
+from astro_dist.execution.driver import Driver
+from astro_dist.execution.executor import Executor
+from astro_dist.execution.failure import FailureHistory
+from astro_dist.execution.local_executor import LocalExecutor
+from astro_dist.export.assemble import assemble
+from astro_dist.export.finished_run import FinishedRun
+from astro_dist.export.inventory import all_shards, is_whole, replace_card, seal
+from astro_dist.export.model_card import planned_card
+from astro_dist.planning.cost import CostModel
+from astro_dist.planning.estimate import require_room
+from astro_dist.planning.validate import Prepared, compute_dtype, prepare, tokens_of
+from astro_dist.publish.background_upload import BackgroundUpload
+from astro_dist.publish.publication import Publication
+from astro_dist.report.progress import ProgressDisplay
+from astro_dist.report.summary import summarize
+from astro_dist.run_directory.identity import begun_commit
+from astro_dist.run_directory.layer_widths import settle_widths
+from astro_dist.run_directory.records import RunDirectory
+from astro_dist.run_directory.resume import make_schedule
+from astro_dist.schedule.calls import Call, Schedule
+from astro_dist.source.calibration_text import Chunk, as_tensors
+from astro_dist.worker.spec import WorkerSpec
 
 __all__ = ["quantize"]
 
@@ -151,7 +153,7 @@ def _make_executor(config: RunConfig) -> Executor:
     if config.execution.executor == "local":
         workers = config.execution.workers if isinstance(config.execution.workers, int) else 1
         return LocalExecutor(workers, on_gpu=config.execution.device == "cuda")
-    from astro_dist.ray_executor import RayExecutor  # Ray is slow to import and not needed for validation
+    from astro_dist.execution.ray_executor import RayExecutor  # Ray is slow to import and not needed for validation
 
     return RayExecutor(config.execution)
 

@@ -9,9 +9,8 @@ from typing import Any
 import pytest
 import torch
 import transformers
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 
-from astro.files import sha256_of
+from tests.support.models import LLAMA, write_checkpoint
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
@@ -24,52 +23,6 @@ if "RAY_AUTH_MODE" not in os.environ:
 torch.set_num_threads(1)
 transformers.utils.logging.disable_progress_bar()
 
-LLAMA = {
-    "vocab_size": 260, "hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 3, "num_attention_heads": 4,
-    "num_key_value_heads": 2, "max_position_embeddings": 128,
-}  # fmt: skip
-
-
-def correlated_inputs(num_tokens: int, num_columns: int, seed: int = 0) -> torch.Tensor:
-    """Tokens whose columns are correlated and of very different sizes, as activations are: float64 [T, C]."""
-    generator = torch.Generator().manual_seed(seed)
-    mix = torch.randn(num_columns, num_columns, generator=generator, dtype=torch.float64)
-    size = torch.rand(num_columns, generator=generator, dtype=torch.float64) ** 4 + 0.02
-    return torch.randn(num_tokens, num_columns, generator=generator, dtype=torch.float64) @ mix * size
-
-
-def random_weights(rows: int, columns: int, seed: int = 1) -> torch.Tensor:
-    """Heavy-tailed weights, float32 [R, C]."""
-    generator = torch.Generator().manual_seed(seed)
-    return torch.randn(rows, columns, generator=generator) * torch.rand(rows, columns, generator=generator)
-
-
-def files_of(folder: Path, with_card: bool = False) -> dict[str, str]:
-    """SHA-256 of every file of a folder, by name; of a model's card, which tells hardware and seconds, if asked."""
-    return {path.name: sha256_of(path) for path in sorted(folder.iterdir()) if with_card or path.name != "README.md"}
-
-
-def byte_tokenizer() -> Any:
-    """A tokenizer with one token a byte."""
-    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
-    vocabulary = {symbol: i for i, symbol in enumerate(alphabet)} | {"<s>": 256, "</s>": 257}
-    tokenizer = Tokenizer(models.BPE(vocab=vocabulary, merges=[]))
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    tokenizer.decoder = decoders.ByteLevel()
-    return transformers.PreTrainedTokenizerFast(tokenizer_object=tokenizer, bos_token="<s>", eos_token="</s>")
-
-
-def write_checkpoint(folder: Path, config: Any, dtype: torch.dtype = torch.float32, shard: str = "60KB") -> Path:
-    """A random model of a transformers config, in several shards, with a tokenizer."""
-    torch.manual_seed(0)
-    model = transformers.AutoModelForCausalLM.from_config(config).to(dtype)
-    for name, parameter in model.named_parameters():
-        if "norm" in name or name.endswith("bias"):
-            torch.nn.init.normal_(parameter, mean=1.0 if "norm" in name else 0.0, std=0.1)
-    model.save_pretrained(folder, max_shard_size=shard)
-    byte_tokenizer().save_pretrained(folder)
-    return folder
-
 
 @pytest.fixture
 def llama(tmp_path: Path) -> Path:
@@ -80,7 +33,7 @@ def llama(tmp_path: Path) -> Path:
 @pytest.fixture
 def run_config(llama: Path, tmp_path: Path) -> Callable[..., Any]:
     """Configurations of a short run on the tiny Llama; arguments are `section__key=value`."""
-    from astro_dist.config import RunConfig
+    from astro_dist.config.schema import RunConfig
 
     def build(**changes: Any) -> RunConfig:
         content: dict[str, Any] = {

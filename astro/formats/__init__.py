@@ -2,9 +2,9 @@
 
 from types import ModuleType
 
-from astro.formats import compressed_tensors, gptq
+from astro.formats import compressed_tensors, gptq_v1
 
 __all__ = ["LAYOUTS"]
 
-LAYOUTS: dict[str, ModuleType] = {"compressed-tensors": compressed_tensors, "gptq": gptq}
+LAYOUTS: dict[str, ModuleType] = {"compressed-tensors": compressed_tensors, "gptq": gptq_v1}
 """By what `quantization.format` and `quant_method` call them."""

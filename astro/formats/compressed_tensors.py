@@ -17,10 +17,9 @@ import torch
 
 from astro.config import PER_CHANNEL, Quantization
 from astro.errors import CheckpointError
-from astro.formats.servers import group_size_notes, low_width_notes, mixed_fusion_notes
-from astro.grid import Grid
-from astro.layer import QuantizedLinear
-from astro.packing import pack, unpack
+from astro.formats.bit_packing import pack, unpack
+from astro.formats.server_limits import group_size_notes, low_width_notes, mixed_fusion_notes
+from astro.quantization.grid import Grid, QuantizedLinear
 
 __all__ = [
     "MARK", "METHOD", "SCALE_DTYPE", "is_ignored", "pack_linear", "quantization_config", "read_settings",

@@ -12,7 +12,7 @@ import transformers
 
 sys.path.insert(0, str(Path(__file__).parents[2]))
 
-from tests.architectures import DENSE, EXPERTS, UNREADABLE, examine
+from tests.support.architectures import DENSE, EXPERTS, UNREADABLE, examine
 
 
 def main() -> None:

@@ -29,7 +29,7 @@ import transformers
 ROOT = Path(__file__).parents[2]
 sys.path.insert(0, str(ROOT))
 
-from tests.conftest import LLAMA, write_checkpoint  # noqa: E402
+from tests.support.models import LLAMA, write_checkpoint  # noqa: E402
 
 BLOCKS = 8
 CABLE = "cable pulled"

@@ -25,18 +25,18 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).parents[2]))
 
-from astro.beta import NUM_CANDIDATES
-from astro.checkpoint import Checkpoint, TensorEntry
 from astro.config import Quantization, Regularizer
-from astro.grid import num_candidates
-from astro.group import num_sampled
-from astro.skeleton import Skeleton
-from astro.store import FolderStore
-from astro_dist.config import RunConfig
-from astro_dist.config_file import load_config
-from astro_dist.devices import DEVICES, measure
-from astro_dist.layer_groups import LayerGroup, layer_groups
-from astro_dist.plan import Plan, make_plan
+from astro.model.skeleton import Skeleton
+from astro.quantization.beta_search import NUM_CANDIDATES
+from astro.quantization.grid import num_candidates
+from astro.quantization.row_solver import num_sampled
+from astro.storage.byte_store import FolderStore
+from astro.storage.checkpoint import Checkpoint, TensorEntry
+from astro_dist.config.schema import RunConfig
+from astro_dist.config.yaml_file import load_config
+from astro_dist.planning.devices import DEVICES, measure
+from astro_dist.planning.predicted_groups import LayerGroup, layer_groups
+from astro_dist.planning.units import Plan, make_plan
 
 _DTYPES = {"bfloat16": ("BF16", 2), "float16": ("F16", 2), "float32": ("F32", 4)}
 _PROX_OPERATIONS = 20

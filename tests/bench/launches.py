@@ -25,14 +25,15 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 sys.path.insert(0, str(Path(__file__).parents[2]))
 
-from astro import beta, fusion, gptq, half, refine, regularizer, triangle
-from astro.block import quantize_block
+from astro.calibration.hessian import HessianAccumulator
+from astro.calibration.starved_experts import GroupStatistics
 from astro.config import Quantization, Regularizer
-from astro.expert_policy import GroupStatistics
 from astro.formats import LAYOUTS
-from astro.hessian import HessianAccumulator
-from astro.tiling import row_tiles
-from astro_dist.devices import DEVICES
+from astro.linalg import bf16_matmul, compiled, symmetric
+from astro.linalg.tiling import row_tiles
+from astro.quantization import beta_search, gptq, refine, regularizer
+from astro.quantization.block import quantize_block
+from astro_dist.planning.devices import DEVICES
 
 ROOT = Path(__file__).parents[2]
 WIDTHS = (256, 512, 768)
@@ -92,10 +93,10 @@ class Launches(TorchDispatchMode):
 @contextmanager
 def as_on_a_gpu(counter: Launches) -> Iterator[None]:
     """Take products of halves, which are a kernel each there."""
-    multiply = as_kernels(counter, half.product, 1)
+    multiply = as_kernels(counter, bf16_matmul.product, 1)
     with (
-        mock.patch.object(half, "_is_faster", return_value=True),
-        mock.patch.dict(triangle._STRIP, cpu=triangle._STRIP["cuda"]),
+        mock.patch.object(bf16_matmul, "_is_faster", return_value=True),
+        mock.patch.dict(symmetric._STRIP, cpu=symmetric._STRIP["cuda"]),
         mock.patch.object(refine, "product", multiply),
         mock.patch.object(regularizer, "product", multiply),
         mock.patch.object(regularizer, "invert_", as_kernels(counter, regularizer.invert_, 0)),
@@ -104,10 +105,10 @@ def as_on_a_gpu(counter: Launches) -> Iterator[None]:
 
 
 @contextmanager
-def compiled(counter: Launches) -> Iterator[None]:
+def counted_kernels(counter: Launches) -> Iterator[None]:
     """Count what is compiled by its kernels."""
     with ExitStack() as patched:
-        patched.enter_context(mock.patch.object(fusion, "is_enabled", return_value=True))
+        patched.enter_context(mock.patch.object(compiled, "is_enabled", return_value=True))
         for module, name, kernels in _COMPILED:
             replacement = as_kernels(counter, getattr(module, name).__wrapped__, kernels)
             patched.enter_context(mock.patch.object(module, name, replacement))
@@ -180,7 +181,7 @@ def run_group(columns: int, settings: Quantization, plain: bool) -> Launches:
     for settings_of_beta in (Regularizer(), Regularizer(beta=1e-4)):
         sums = HessianAccumulator(columns, torch.device("cpu"))
         counter = Launches()
-        kernels = nullcontext() if plain else compiled(counter)
+        kernels = nullcontext() if plain else counted_kernels(counter)
         with torch.no_grad(), counter, HostCopies(counter), as_on_a_gpu(counter), kernels:
             sums.add_(X.bfloat16())
             known = GroupStatistics(("layer",), sums.finish_("layer"), len(X), len(X))
@@ -223,7 +224,7 @@ class Lines:
 def times(phase: str, rows: int, columns: int, chunks: int) -> int:
     """How often a phase is done for a group of layers."""
     of = TIMES.get(phase, "tile")
-    tiles = {"tile": row_tiles, "sample tile": beta.sample_tiles}.get(of)
+    tiles = {"tile": row_tiles, "sample tile": beta_search.sample_tiles}.get(of)
     return len(tiles(rows, columns, "cuda")) if tiles else chunks if of == "chunk" else 1
 
 

@@ -18,9 +18,10 @@ from safetensors.torch import load_file
 
 sys.path.insert(0, str(Path(__file__).parents[2]))
 
+from astro.calibration.hessian import HessianAccumulator
 from astro.config import Quantization, Regularizer
-from astro.hessian import HessianAccumulator, layer_error
-from astro.layer import quantize_groups
+from astro.linalg.symmetric import layer_error
+from astro.quantization.input_group import quantize_groups
 
 NONE, AUTO = Regularizer(name="none"), Regularizer()
 PLAIN = {"scale_search": "mse", "signed_scales": False, "refine_passes": 0}

@@ -37,9 +37,9 @@ def fabricate(folder: Path, sizes: tuple[int, int, int, int, int], layers: int, 
     import transformers
     from safetensors.torch import save_file
 
-    from astro.checkpoint import INDEX_NAME
-    from astro.files import write_json
-    from tests.conftest import byte_tokenizer
+    from astro.storage.atomic import write_json
+    from astro.storage.checkpoint import INDEX_NAME
+    from tests.support.models import byte_tokenizer
 
     hidden, intermediate, heads, kv_heads, vocabulary = sizes
     common = {

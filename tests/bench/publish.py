@@ -27,14 +27,14 @@ sys.path.insert(0, str(ROOT))
 import transformers  # noqa: E402
 
 from astro_dist import pipeline  # noqa: E402
-from astro_dist.config import RunConfig  # noqa: E402
-from astro_dist.finished_run import FinishedRun  # noqa: E402
-from astro_dist.inventory import read_inventory, write_inventory  # noqa: E402
+from astro_dist.config.schema import RunConfig  # noqa: E402
+from astro_dist.export.finished_run import FinishedRun  # noqa: E402
+from astro_dist.export.inventory import read_inventory, write_inventory  # noqa: E402
 from tests.bench.memory import fabricate  # noqa: E402
 from tests.bench.sources import QUICK  # noqa: E402
-from tests.conftest import LLAMA, files_of, write_checkpoint  # noqa: E402
-from tests.hub_server import HubServer  # noqa: E402
-from tests.publish_faults import FAULTS, published  # noqa: E402
+from tests.support.hub_server import HubServer  # noqa: E402
+from tests.support.models import LLAMA, files_of, write_checkpoint  # noqa: E402
+from tests.support.publish_faults import FAULTS, published  # noqa: E402
 
 FILES = 30
 # hidden, intermediate, heads, heads of keys and values, vocabulary

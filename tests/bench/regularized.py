@@ -22,7 +22,7 @@ from layers import hessians
 from peers import perplexity_of
 
 from astro.config import Regularizer
-from astro.regularizer import mean_group_maximum, prepare, regularize
+from astro.quantization.regularizer import mean_group_maximum, prepare, regularize
 
 
 @torch.no_grad()

@@ -17,16 +17,16 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parents[2]))
 
-from astro.linear import LinearLayer
-from astro_dist.calibration import chunk_tokens
-from astro_dist.config import RunConfig
-from astro_dist.config_file import load_config
-from astro_dist.cost import CostModel
-from astro_dist.devices import DEVICES
-from astro_dist.plan import BlockUnit, CopyUnit, Plan
-from astro_dist.resume import schedule_of
-from astro_dist.schedule import Call
-from astro_dist.simulate import simulate
+from astro.model.linear_layer import LinearLayer
+from astro_dist.config.schema import RunConfig
+from astro_dist.config.yaml_file import load_config
+from astro_dist.planning.cost import CostModel
+from astro_dist.planning.devices import DEVICES
+from astro_dist.planning.simulate import simulate
+from astro_dist.planning.units import BlockUnit, CopyUnit, Plan
+from astro_dist.schedule.calls import Call
+from astro_dist.schedule.factory import schedule_of
+from astro_dist.source.calibration_text import chunk_tokens
 
 WORKERS = [1, 2, 4, 8, 16, 32, 64, 128, 256, 512]
 CONFIG = {
@@ -108,7 +108,7 @@ def table(name: str, device_name: str, gigabits: float) -> None:
         cost = CostModel(plan, config, tokens, 2, "cuda")
         walls, efficiencies, alone = [], [], 0.0
         for workers in WORKERS:
-            schedule = schedule_of(config, plan, list(tokens))
+            schedule = schedule_of(config, len(plan.blocks), len(plan.copies), list(tokens))
             found = simulate(
                 schedule, workers, lambda call, cost=cost: cost.work(call).seconds(device, True), cost.result
             )
@@ -169,7 +169,7 @@ def measured(run: Path, workers: list[int]) -> None:
         (), (), 0, 0, 0, 0, (),
     )  # fmt: skip
     for count in workers:
-        found = simulate(schedule_of(config, plan, list(tokens)), count, seconds, result)
+        found = simulate(schedule_of(config, len(plan.blocks), len(plan.copies), list(tokens)), count, seconds, result)
         print(f"{count} workers: simulated {found.wall_s:.0f} s, {found.efficiency(count):.0%} at work")
     print(f"the run itself: {max(line['time'] for line in lines) - min(began.values()):.0f} s after its first call")
 

@@ -23,9 +23,9 @@ from pathlib import Path
 ROOT = Path(__file__).parents[2]
 sys.path.insert(0, str(ROOT))
 
-from astro.checkpoint import INDEX_NAME, Checkpoint  # noqa: E402
+from astro.storage.checkpoint import INDEX_NAME, Checkpoint  # noqa: E402
 from tests.bench.memory import fabricate  # noqa: E402
-from tests.hub_server import HubServer  # noqa: E402
+from tests.support.hub_server import HubServer  # noqa: E402
 
 # hidden, intermediate, heads, heads of keys and values, vocabulary
 SIZES, LAYERS = (1024, 2816, 16, 8, 3000), 16

@@ -35,8 +35,8 @@ def write_tokens(options: argparse.Namespace, path: Path) -> None:
     import transformers
     from safetensors.torch import save_file
 
-    from astro_dist.calibration import as_tensors, read_documents, tokenize
-    from astro_dist.config import CalibrationConfig
+    from astro_dist.config.schema import CalibrationConfig
+    from astro_dist.source.calibration_text import as_tensors, read_documents, tokenize
 
     config = CalibrationConfig(
         source=str(options.text), samples=options.samples, holdout_samples=options.samples,
@@ -52,7 +52,7 @@ def our_perplexity(options: argparse.Namespace, run: Path, tokens: Path) -> floa
     from peers import perplexity
     from safetensors.torch import load_file
 
-    from tests.dequantized import write_dequantized
+    from tests.support.dequantized import write_dequantized
 
     common, own = load_file(tokens), load_file(run / "tokens.safetensors")
     assert all(torch.equal(common[name], own[name]) for name in own), f"{run} took other tokens"

@@ -6,8 +6,8 @@ import pytest
 import transformers
 
 from astro_dist import pipeline
-from astro_dist.config import RunConfig
-from tests.dequantized import write_dequantized
+from astro_dist.config.schema import RunConfig
+from tests.support.dequantized import write_dequantized
 
 OPTIONS = {
     "--model": "folder with SmolLM2-135M, in safetensors",

@@ -29,7 +29,7 @@ class _Finder(importlib.abc.MetaPathFinder):
     """Wraps the methods when the worker's module has been imported."""
 
     def find_spec(self, name, path, target=None):
-        if name != "astro_dist.actors":
+        if name != "astro_dist.worker.worker":
             return None
         sys.meta_path.remove(self)
         spec = importlib.util.find_spec(name)
@@ -45,13 +45,13 @@ class _Finder(importlib.abc.MetaPathFinder):
 
 
 def _wrap(phase):
-    from astro.hessian import HessianAccumulator
-    from astro_dist import actors, stage
-    from astro_dist.manifest import RunDirectory
+    from astro.calibration.hessian import HessianAccumulator
+    from astro_dist.run_directory.records import RunDirectory
+    from astro_dist.worker import block_runner, worker
 
     class_name, method = PHASES[phase]
     owner = {
-        "Stage": stage.Stage, "Worker": actors.Worker, "HessianAccumulator": HessianAccumulator,
+        "Stage": block_runner.Stage, "Worker": worker.Worker, "HessianAccumulator": HessianAccumulator,
         "RunDirectory": RunDirectory, "Path": Path,
     }[class_name]  # fmt: skip
     real, calls = getattr(owner, method), [0]

@@ -1,0 +1,1 @@
+"""Statistics of a layer's inputs on the calibration text."""

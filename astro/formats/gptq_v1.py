@@ -1,0 +1,178 @@
+"""The GPTQ layout, version 1, which GPTQModel, vLLM, SGLang and transformers read.
+
+For a linear layer `name` of R rows and C columns in G groups, words packed least significant bits first:
+
+    name.qweight  int32 [C·b/32, R]   value + 2^(b−1), packed along columns
+    name.qzeros   int32 [G, R·b/32]   zero point + 2^(b−1) − 1, packed along rows
+    name.scales   float16 [G, R]
+    name.g_idx    int32 [C]           group of each column
+
+Readers add 1 to what `qzeros` holds. Symmetric only: an unsigned zero point of 0 has no place there, and vLLM refuses
+asymmetric layers of this layout. With a static activation order columns lie in their original order, so `desc_act` is
+false.
+"""
+
+import re
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+
+from astro.config import Quantization
+from astro.errors import CheckpointError
+from astro.formats.bit_packing import pack, unpack
+from astro.formats.server_limits import group_size_notes, low_width_notes, mixed_fusion_notes
+from astro.quantization.grid import Grid, QuantizedLinear
+
+__all__ = [
+    "MARK", "METHOD", "SCALE_DTYPE", "is_ignored", "pack_linear", "quantization_config", "read_settings",
+    "refusal", "server_notes", "suffixes", "unpack_linear",
+]  # fmt: skip
+
+METHOD = "gptq"
+"""`quant_method` in config.json."""
+MARK = "qweight"
+"""Ending of the tensor that tells a packed layer."""
+SCALE_DTYPE = torch.float16
+"""Dtype of scales, whatever the model's."""
+
+
+def suffixes(settings: Quantization) -> tuple[str, ...]:
+    """What a linear layer's `weight` becomes."""
+    return ("qweight", "qzeros", "scales", "g_idx")
+
+
+def refusal(rows: int, columns: int, settings: Quantization) -> str | None:
+    """Why a layer cannot be stored so; None where it can."""
+    if rows * settings.width % 32 or columns * settings.width % 32:
+        return f"{rows} x {columns} weights of {settings.width} bits do not fill whole words of 32 bits"
+    return None
+
+
+def pack_linear(name: str, linear: QuantizedLinear, scale_dtype: torch.dtype) -> dict[str, torch.Tensor]:
+    """The tensors that store one linear layer.
+
+    Args:
+        name: the layer's name in the checkpoint, without `.weight`.
+        linear: integers and symmetric grid.
+        scale_dtype: dtype of `scales`; the grid's scales are exact in it.
+
+    Returns:
+        Tensors by checkpoint name, on the layer's device.
+    """
+    grid, (rows, columns) = linear.grid, linear.Q.shape
+    groups = grid.scale.shape[1]
+    zeros = torch.full((groups, rows), -1, dtype=torch.int8, device=linear.Q.device)
+    return {
+        f"{name}.qweight": pack(linear.Q, grid.bits).T.contiguous(),
+        f"{name}.qzeros": pack(zeros, grid.bits),
+        f"{name}.scales": grid.scale.to(scale_dtype).T.contiguous(),
+        f"{name}.g_idx": _group_of_each_column(columns, grid.group_size),
+    }
+
+
+def unpack_linear(name: str, tensors: Mapping[str, torch.Tensor], settings: Quantization) -> QuantizedLinear:
+    """Read back one linear layer.
+
+    Args:
+        name: the layer's name in the checkpoint.
+        tensors: at least the layer's own tensors, by checkpoint name.
+        settings: bits and group size it was written with.
+
+    Raises:
+        CheckpointError: a tensor is missing, has another shape than the others ask for, or a value of no meaning here.
+    """
+    missing = [f"{name}.{suffix}" for suffix in suffixes(settings) if f"{name}.{suffix}" not in tensors]
+    if missing:
+        raise CheckpointError(f"packed layer {name}: missing {', '.join(missing)}")
+    words, scales, g_idx = (tensors[f"{name}.{suffix}"] for suffix in ("qweight", "scales", "g_idx"))
+    if words.ndim != 2 or scales.ndim != 2 or g_idx.ndim != 1 or not len(g_idx):
+        raise CheckpointError(f"packed layer {name}: qweight and scales should have two dimensions, g_idx one")
+    rows, columns = words.shape[1], len(g_idx)
+    group_size = settings.columns_per_group(columns)
+    if tuple(scales.shape) != (columns // group_size, rows):
+        raise CheckpointError(
+            f"packed layer {name}: scales should be {[columns // group_size, rows]}, got {list(scales.shape)}"
+        )
+    if not torch.equal(g_idx.cpu(), _group_of_each_column(columns, group_size)):
+        raise CheckpointError(f"packed layer {name}: g_idx should number groups of {group_size} columns in order")
+    zeros = unpack(tensors[f"{name}.qzeros"], settings.width, rows)
+    if len(zeros) != len(scales) or not bool((zeros == -1).all()):
+        raise CheckpointError(f"packed layer {name}: qzeros should say symmetric for every group")
+    scale = scales.float().T.contiguous()
+    Q = unpack(words.T, settings.width, columns)
+    return QuantizedLinear(Q, Grid(scale, torch.zeros_like(scale), settings.width, group_size, symmetric=True))
+
+
+def quantization_config(settings: Mapping[str, Quantization], ignore: Sequence[str]) -> dict[str, Any]:
+    """The `quantization_config` of config.json.
+
+    Args:
+        settings: bits and group size of each quantized layer by module name.
+        ignore: names of the linear modules that are not quantized.
+    """
+    schemes = {name: (own.width, own.group_size) for name, own in settings.items()}
+    (bits, group_size), _ = Counter(schemes.values()).most_common(1)[0]
+    dynamic: dict[str, dict[str, int]] = {
+        f"+:^{re.escape(name)}$": {"bits": own_bits, "group_size": own_size}
+        for name, (own_bits, own_size) in schemes.items()
+        if (own_bits, own_size) != (bits, group_size)
+    }
+    dynamic |= {f"-:^{re.escape(name)}$": {} for name in ignore if name != "lm_head"}
+    return {
+        "quant_method": METHOD,
+        "checkpoint_format": "gptq",
+        "bits": bits,
+        "group_size": group_size,
+        "desc_act": False,
+        "sym": True,
+        "lm_head": False,
+        **({"dynamic": dynamic} if dynamic else {}),
+    }
+
+
+def read_settings(config: Mapping[str, Any], names: Sequence[str]) -> dict[str, Quantization]:
+    """The settings of each layer by name, from a `quantization_config` as `quantization_config` writes it.
+
+    Args:
+        config: read from config.json.
+        names: module names of the packed layers.
+
+    Raises:
+        CheckpointError: the layout is another one.
+    """
+    kind = (config["quant_method"], config["checkpoint_format"], config["sym"], config["desc_act"])
+    if kind != (METHOD, "gptq", True, False):
+        raise CheckpointError(f"expected gptq, version 1, symmetric, desc_act false, got {kind}")
+    found = {}
+    for name in names:
+        own = {"bits": config["bits"], "group_size": config["group_size"]}
+        for pattern, changes in config.get("dynamic", {}).items():
+            if re.match(pattern[2:], name):
+                if pattern.startswith("-:"):
+                    raise CheckpointError(f"dynamic excludes {name}, but it is packed")
+                own |= changes
+        found[name] = Quantization(**own, format="gptq")
+    return found
+
+
+def is_ignored(config: Mapping[str, Any], name: str) -> bool:
+    """Whether a `quantization_config` says that a linear module is not packed."""
+    patterns = [pattern[2:] for pattern in config.get("dynamic", {}) if pattern.startswith("-:")]
+    return (name == "lm_head" and not config["lm_head"]) or any(re.match(pattern, name) for pattern in patterns)
+
+
+def server_notes(settings: Mapping[str, Quantization], ignore: Sequence[str]) -> list[str]:
+    """What servers are known to refuse about these settings, one sentence each; empty where all load it.
+
+    Args:
+        settings: of each quantized layer by module name; a width that is not settled yet is not judged.
+        ignore: names of the linear modules that are not quantized.
+    """
+    below = "vLLM has no kernel for them in this layout; GPTQModel and transformers with it load them"
+    return [*low_width_notes(settings, below), *group_size_notes(settings), *mixed_fusion_notes(settings, ignore)]
+
+
+def _group_of_each_column(columns: int, group_size: int) -> torch.Tensor:
+    return (torch.arange(columns) // group_size).to(torch.int32)

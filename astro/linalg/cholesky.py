@@ -1,0 +1,111 @@
+"""Triangular factors of damped Hessians.
+
+Shapes: R rows, C columns (inputs of the layer), B layers side by side.
+"""
+
+import dataclasses
+from collections.abc import Sequence
+
+import torch
+
+from astro.errors import NumericalError
+from astro.linalg.batching import first_of
+
+__all__ = ["Factor", "factorize", "require_inputs"]
+
+
+@dataclasses.dataclass(frozen=True)
+class Factor:
+    """Triangular factors of damped, reordered Hessians, one for each of B layers; of a single one without [B].
+
+    Attributes:
+        feedback: unit upper triangular N [B, C, C] float32 with H[order][:, order] + λI = (N D)(N D)ᵀ, D diagonal.
+        order: int64 [B, C], the column that is visited first, second, ...
+        cost: D², float32 [B, C] in the original column order: what a unit error of a column costs once the columns
+            visited after it have made up for it as well as they can. GPTQ's squared error is Σ_i D_i² e_i².
+        damping: the share of the mean diagonal that was added, float64 [B].
+        attempts: factorizations that were tried, int64 [B]; 1 where nothing had to be raised.
+    """
+
+    feedback: torch.Tensor
+    order: torch.Tensor
+    cost: torch.Tensor
+    damping: torch.Tensor
+    attempts: torch.Tensor
+
+    def solve(self, A: torch.Tensor) -> torch.Tensor:
+        """A (H + λI)⁻¹ for A [B, R, C], float32 [B, R, C]."""
+        V = self.feedback * self.cost.take_along_dim(self.order, -1).sqrt().unsqueeze(-2)
+        # A P (V Vᵀ)⁻¹ with the columns in the order of the factor
+        ordered = A.take_along_dim(self.order.unsqueeze(-2), -1)
+        half = torch.linalg.solve_triangular(V.mT, ordered, upper=False, left=False)
+        solved = torch.linalg.solve_triangular(V, half, upper=True, left=False)
+        result: torch.Tensor = solved.take_along_dim(self.order.argsort(-1).unsqueeze(-2), -1)
+        return result
+
+
+def factorize(H: torch.Tensor, order: torch.Tensor, damping: float, max_damping: float, names: Sequence[str]) -> Factor:
+    """Factor H + λI with λ = damping · mean(diag H), columns taken in `order`.
+
+    Where the Cholesky factorization fails the damping is multiplied by 10 and tried again, up to `max_damping`.
+
+    Args:
+        H: symmetric float32 [B, C, C], or [C, C].
+        order: permutation, int64 [B, C], or [C].
+        damping: share of the mean diagonal to begin with.
+        max_damping: largest share that is acceptable.
+        names: of the layers, for messages.
+
+    Raises:
+        NumericalError: H is zero, or not positive definite even with `max_damping`.
+
+    Source: damping from GPTQ, arXiv 2210.17323. An upper factor comes from a lower one of the reversed matrix.
+    """
+    mean = H.diagonal(dim1=-2, dim2=-1).mean(-1)
+    require_inputs(mean, names)
+    share = torch.full_like(mean, damping, dtype=torch.float64)
+    attempts = torch.ones_like(mean, dtype=torch.int64)
+    L, info = _cholesky(H, order, share * mean)
+    while first_of(info > 0, names) is not None:
+        name = first_of((info > 0) & (share * 10 > max_damping * (1 + 1e-6)), names)
+        if name is not None:
+            raise NumericalError(
+                f"{name}: the Hessian is not positive definite with damping {float(share[info > 0].max()):g} "
+                f"(the limit is {max_damping:g}); use more calibration tokens or raise quantization.max_damping"
+            )
+        share, attempts = torch.where(info > 0, share * 10, share), attempts + (info > 0)
+        del L  # a wide layer's matrices are gigabytes: never hold one more than needed
+        L, info = _cholesky(H, order, share * mean)
+    V = L.flip(-2, -1)
+    del L
+    D = V.diagonal(dim1=-2, dim2=-1).clone()
+    cost = torch.empty_like(D).scatter_(-1, order, D.square())
+    return Factor(V.div_(D.unsqueeze(-2)), order, cost, share, attempts)
+
+
+def require_inputs(size: torch.Tensor, names: Sequence[str]) -> None:
+    """Refuse Hessians of nothing but zeros.
+
+    Args:
+        size: of each Hessian, float32 [B].
+        names: of the layers.
+
+    Raises:
+        NumericalError: a size is 0.
+    """
+    name = first_of(~(size > 0), names)
+    if name is not None:
+        raise NumericalError(f"{name}: every calibration input of this layer is zero")
+
+
+def _cholesky(H: torch.Tensor, order: torch.Tensor, damping: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Lower factor of each reordered matrix, reversed, and where one has none a number above 0."""
+    size = H.shape[-1]
+    P = torch.empty_like(H)
+    # Copies of whole rows and columns, one layer at a time: never another matrix for each of them.
+    layers = (H.reshape(-1, size, size), order.flip(-1).reshape(-1, size), P.view(-1, size, size))
+    for M, reverse, out in zip(*layers, strict=True):
+        torch.index_select(M.index_select(0, reverse), 1, reverse, out=out)
+    P.diagonal(dim1=-2, dim2=-1).add_(damping.to(H.dtype).unsqueeze(-1))
+    factor: tuple[torch.Tensor, torch.Tensor] = torch.linalg.cholesky_ex(P)
+    return factor

@@ -1,0 +1,149 @@
+"""What the layers of a block are multiplied with, seen in the block's own forward.
+
+A layer is known by where its weight lies in memory, whatever module or loop multiplies with it: linear layers, the
+experts of a layer one after the other, or all of them in one batched product. Shapes: T tokens, C columns, E experts.
+"""
+
+import contextlib
+import dataclasses
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import nn
+from torch.overrides import TorchFunctionMode
+
+from astro.model.linear_layer import LinearLayer
+
+__all__ = ["BlockLayers", "Operand", "names_of"]
+
+_OPERANDS = {
+    "linear": ((0, "input"), (1, "weight")),
+    "matmul": ((0, "input"), (1, "other")),
+    "__matmul__": ((0, "self"), (1, "other")),
+    "mm": ((0, "input"), (1, "mat2")),
+    "bmm": ((0, "input"), (1, "mat2")),
+    "addmm": ((1, "mat1"), (2, "mat2")),
+    "baddbmm": ((1, "batch1"), (2, "batch2")),
+}
+"""Places and names of the inputs and of the weight among the arguments of torch's matrix products, by function name."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Operand:
+    """The weight that a block multiplies its activations with: a linear layer's, or gate's and up's of one expert.
+
+    Attributes:
+        names: of its layers, which share their input.
+        parameter: name of the model's parameter it lies in.
+        expert: index of the expert; None outside experts.
+        columns: input size.
+    """
+
+    names: tuple[str, ...]
+    parameter: str
+    expert: int | None
+    columns: int
+
+
+Note = Callable[[Operand, torch.Tensor], None]
+
+
+def names_of(group: Iterable[Operand]) -> list[str]:
+    """Names of the layers of operands that share an input."""
+    return [name for operand in group for name in operand.names]
+
+
+class BlockLayers:
+    """The linear layers of a block that is loaded.
+
+    Attributes:
+        operands: in the model's order.
+        by_name: the operand of each layer.
+    """
+
+    def __init__(self, model: nn.Module, layers: Sequence[LinearLayer]) -> None:
+        """Look at some layers of one block.
+
+        Args:
+            model: that the block belongs to.
+            layers: of the block.
+        """
+        self._model = model
+        self._layers = {layer.name: layer for layer in layers}
+        grouped: dict[tuple[str, int | None], list[LinearLayer]] = {}
+        for layer in layers:
+            grouped.setdefault((layer.parameter, layer.expert), []).append(layer)
+        self.operands = tuple(
+            Operand(tuple(layer.name for layer in members), parameter, expert, members[0].columns)
+            for (parameter, expert), members in grouped.items()
+        )
+        self.by_name = {name: operand for operand in self.operands for name in operand.names}
+
+    def weight(self, name: str) -> torch.Tensor:
+        """A layer's weight [rows, columns] as it is loaded. No copy."""
+        layer = self._layers[name]
+        return layer.view(self._model.get_parameter(layer.parameter).detach())
+
+    def module_of(self, operand: Operand) -> nn.Module:
+        """The module that an operand's parameter belongs to."""
+        return self._model.get_submodule(operand.parameter.rpartition(".")[0])
+
+    def owner_of(self, operand: Operand) -> nn.Module:
+        """The module around it: of experts, the one that routes to them."""
+        return self._model.get_submodule(operand.parameter.rpartition(".")[0].rpartition(".")[0])
+
+    def observed(self, note: Note) -> "_Observation":
+        """A context in which `note` is called with every operand and its inputs [..., C], before each product."""
+        places: dict[tuple[int, int], list[Operand]] = {}
+        for operand in self.operands:
+            parameter = self._model.get_parameter(operand.parameter)
+            own = parameter if operand.expert is None else parameter[operand.expert]
+            places[own.data_ptr(), own.ndim] = [operand]
+            if operand.expert is not None:
+                places.setdefault((parameter.data_ptr(), parameter.ndim), []).append(operand)
+        return _Observation(places, note)
+
+    @contextlib.contextmanager
+    def replaced(self, weights: Mapping[str, torch.Tensor]) -> Iterator[None]:
+        """Put other weights [rows, columns] into some layers for a while."""
+        kept: dict[str, torch.Tensor] = {}
+        try:
+            for name, weight in weights.items():
+                kept[name] = self._exchange(name, weight)
+            yield
+        finally:
+            for name, weight in kept.items():
+                self._exchange(name, weight)
+
+    def _exchange(self, name: str, weight: torch.Tensor) -> torch.Tensor:
+        """Put a weight into a layer; the one that was there. No copy where the layer is a parameter of its own."""
+        layer = self._layers[name]
+        parameter = self._model.get_parameter(layer.parameter)
+        if layer.expert is None and not layer.transposed:
+            kept, parameter.data = parameter.data, weight
+            return kept
+        view = layer.view(parameter.detach())
+        before = view.clone()
+        view.copy_(weight)
+        return before
+
+
+class _Observation(TorchFunctionMode):
+    def __init__(self, places: Mapping[tuple[int, int], list[Operand]], note: Note) -> None:
+        super().__init__()
+        self._places = places
+        self._note = note
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        place = _OPERANDS.get(getattr(func, "__name__", ""))
+        if place is not None:
+            X, weight = (args[i] if i < len(args) else kwargs[name] for i, name in place)
+            operands = self._places.get((weight.data_ptr(), weight.ndim), [])
+            if len(operands) == 1:
+                self._note(operands[0], X)
+            for operand, rows in zip(operands, X, strict=True) if len(operands) > 1 else ():
+                # A token that was not routed to an expert is a row of zeros.
+                self._note(operand, rows[rows.any(-1)])
+        return func(*args, **kwargs)

@@ -1,0 +1,239 @@
+"""A model without weights, from its own transformers class; parts of it are filled from checkpoint tensors.
+
+transformers' internal loading functions are used here and nowhere else: they map checkpoint names to module names and
+convert layouts, so that a lone block equals the same block of the whole model for any architecture transformers knows.
+"""
+
+import re
+from collections.abc import Mapping, Sequence, Set
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+from torch import nn
+from transformers.conversion_mapping import get_model_conversion_mapping
+from transformers.core_model_loading import (
+    WeightConverter,
+    WeightRenaming,
+    convert_and_load_state_dict_in_model,
+    rename_source_key,
+)
+from transformers.modeling_utils import LoadStateDictConfig
+from transformers.pytorch_utils import Conv1D
+
+from astro.errors import CheckpointError, UnsupportedError
+from astro.model.experts import expert_layers, expert_owners, has_biases, is_gate, num_experts
+from astro.model.linear_layer import LinearLayer
+from astro.storage.atomic import read_json
+
+__all__ = ["Skeleton"]
+
+
+class Skeleton:
+    """The meta model of a checkpoint, its list of blocks, and which checkpoint tensors feed what.
+
+    Attributes:
+        model: the causal language model, on the meta device but for parts that are loaded.
+        blocks: its transformer blocks.
+        blocks_name: name of the block list in the model, e.g. "model.layers".
+    """
+
+    def __init__(self, folder: Path, dtype: torch.dtype, trust_remote_code: bool = False) -> None:
+        """Build the skeleton from a folder's config.json.
+
+        Raises:
+            UnsupportedError: transformers has no causal language model for it, or its blocks cannot be found.
+            CheckpointError: config.json is missing or wrong.
+        """
+        self.model = _build_on_meta(folder, dtype, trust_remote_code)
+        self.blocks_name, self.blocks = _find_blocks(self.model)
+        mapping = get_model_conversion_mapping(self.model)
+        self._renamings = [entry for entry in mapping if isinstance(entry, WeightRenaming)]
+        self._converters = [entry for entry in mapping if isinstance(entry, WeightConverter)]
+        self._mapping: list[WeightConverter | WeightRenaming] = [*self._renamings, *self._converters]
+        self._dtype = dtype
+        self._state = dict(self.model.state_dict())
+
+    def target_of(self, key: str) -> tuple[str, str | None]:
+        """The model's own name for a checkpoint tensor, and the pattern of the conversion that it passes, if any."""
+        prefix = self.model.base_model_prefix
+        name, pattern = rename_source_key(key, self._renamings, self._converters, prefix, self._state)
+        if name not in self._state and key in self._state:
+            name, pattern = rename_source_key(key, [], [], prefix, self._state)
+        return name, pattern
+
+    def shape_of(self, name: str) -> tuple[int, ...] | None:
+        """Shape of a parameter or buffer of the model; None where it has no such tensor."""
+        tensor = self._state.get(name)
+        return None if tensor is None else tuple(tensor.shape)
+
+    def block_of(self, name: str) -> int | None:
+        """Index of the block that a name of the model belongs to; None outside the blocks and beyond the last."""
+        head, _, tail = name.partition(f"{self.blocks_name}.")
+        index = tail.split(".", 1)[0]
+        return int(index) if not head and index.isdigit() and int(index) < len(self.blocks) else None
+
+    def linear_layers(self, index: int, keys: Sequence[str]) -> tuple[list[LinearLayer], list[str]]:
+        """The linear layers of a block, in the model's order, and the model's names of matrices that are none.
+
+        Routers and other gates are of the latter: they stay as they are.
+
+        Args:
+            index: of the block.
+            keys: checkpoint tensors of the block.
+
+        Raises:
+            UnsupportedError: experts are held in a layout that is not known.
+            CheckpointError: a weight is missing from the checkpoint.
+        """
+        block, prefix = self.blocks[index], f"{self.blocks_name}.{index}"
+        plain: dict[str, str] = {}
+        converted: dict[str, dict[tuple[int, int], str]] = {}
+        for key in keys:
+            target, pattern = self.target_of(key)
+            if pattern is None:
+                plain[target] = key
+            else:
+                converted.setdefault(target, {})[self._place(key, pattern)] = key
+        layers: list[LinearLayer] = []
+        others: list[str] = []
+        experts, owners = num_experts(block), expert_owners(block, prefix)
+        for name, module in block.named_modules(prefix=prefix):
+            for own, parameter in module.named_parameters(recurse=False):
+                target = f"{name}.{own}"
+                if parameter.ndim == 3 and experts and len(parameter) == experts:
+                    layers += expert_layers(name, module, own, converted.get(target, {}), plain)
+                elif target not in plain and target not in converted and not has_biases(name, module, own, plain):
+                    raise CheckpointError(f"the checkpoint has no tensor for {target} of {type(self.model).__name__}")
+                elif parameter.ndim < 2 or (experts and own.endswith("_bias")):
+                    continue
+                elif isinstance(module, nn.Linear) and target in plain and not is_gate(name, module, experts, owners):
+                    layers.append(LinearLayer.plain(name, plain[target], *parameter.shape))
+                elif isinstance(module, Conv1D) and target in plain:
+                    columns, rows = parameter.shape
+                    layers.append(LinearLayer.plain(name, plain[target], rows, columns, transposed=True))
+                elif parameter.ndim > 2 and not isinstance(module, nn.Conv1d | nn.Conv2d | nn.Conv3d):
+                    raise UnsupportedError(
+                        f"{target} is a {type(module).__name__} parameter of shape {list(parameter.shape)}: experts in "
+                        "a layout that is not known here"
+                    )
+                else:
+                    others.append(target)
+        return layers, others
+
+    def _place(self, key: str, pattern: str) -> tuple[int, int]:
+        """Expert and part that a converted tensor is, where it is one of many that become one parameter."""
+        number = next(e.source_patterns.index(pattern) for e in self._converters if pattern in e.source_patterns)
+        found = re.search(re.escape(pattern).replace(r"\*", r"(\d+)"), key)
+        return (int(found.group(1)) if found and found.groups() else 0), number
+
+    def load(self, part: nn.Module, tensors: Mapping[str, torch.Tensor], device: torch.device) -> None:
+        """Fill a part of the model from checkpoint tensors, in place.
+
+        Args:
+            part: the model or one of its blocks.
+            tensors: by checkpoint name, all that the part needs.
+            device: where the part shall be.
+
+        Raises:
+            CheckpointError: a tensor has the wrong shape, or a parameter got no tensor.
+        """
+        self._fill_buffers(part, device)
+        config = LoadStateDictConfig(
+            device_map={"": device}, dtype=self._dtype, weight_mapping=self._mapping, ignore_mismatched_sizes=False
+        )
+        try:
+            info, _ = convert_and_load_state_dict_in_model(self.model, dict(tensors), config, None)
+        except RuntimeError as error:
+            raise CheckpointError(f"loading {type(self.model).__name__}: {error}") from error
+        problems = [str(entry) for entry in (*info.mismatched_keys, *info.conversion_errors.items(), *info.error_msgs)]
+        if problems:
+            raise CheckpointError(
+                f"a tensor does not fit {type(self.model).__name__}: {problems[0]:.300}; config.json and the shards "
+                "are of different models"
+            )
+
+    def require_covered(self, targets: Set[str]) -> None:
+        """Refuse a checkpoint that leaves a parameter outside the blocks without a tensor.
+
+        Args:
+            targets: the model's names of all tensors that the checkpoint holds.
+
+        Raises:
+            CheckpointError: naming the first parameter that no tensor feeds, tied ones aside.
+        """
+        tied = getattr(self.model, "all_tied_weights_keys", None) or {}
+        for name, _ in self.model.named_parameters():
+            covered = name in targets or (name in tied and tied[name] in targets)
+            if self.block_of(name) is None and not covered:
+                raise CheckpointError(f"the checkpoint has no tensor for {name} of {type(self.model).__name__}")
+
+    def limits(self) -> tuple[int, int | None]:
+        """Size of the vocabulary, and the longest sequence the model has positions for (None where it says none)."""
+        config = self.model.config.get_text_config()
+        return int(config.vocab_size), getattr(config, "max_position_embeddings", None)
+
+    @property
+    def hidden_size(self) -> int:
+        """Width of the hidden states that pass from block to block."""
+        return int(self.model.config.get_text_config().hidden_size)
+
+    @property
+    def expert_share(self) -> float:
+        """Share of the tokens that reaches an expert; 1 where there are none, or where the model does not say."""
+        counts = (num_experts(block) for block in self.blocks)
+        experts = next((count for count in counts if count), None)
+        chosen = getattr(self.model.config.get_text_config(), "num_experts_per_tok", None)
+        return chosen / experts if experts and chosen else 1.0
+
+    def require_filled(self, part: nn.Module, name: str) -> None:
+        """Refuse a part of the model of which something is still without weights.
+
+        Raises:
+            CheckpointError: naming the first parameter or buffer that is empty.
+        """
+        for own, tensor in (*part.named_parameters(), *part.named_buffers()):
+            if tensor.is_meta:
+                raise CheckpointError(f"{name}: the checkpoint holds no tensor for {own} of this model")
+
+    def _fill_buffers(self, part: nn.Module, device: torch.device) -> None:
+        # Buffers that no file holds (rotary frequencies) are computed by the model's own initializer.
+        for module in part.modules():
+            empty = [own for own in module._non_persistent_buffers_set if module._buffers[own] is not None]
+            empty = [own for own in empty if module._buffers[own].is_meta]  # type: ignore[union-attr]
+            for own in empty:
+                module._buffers[own] = torch.empty_like(module._buffers[own], device=device)  # type: ignore[arg-type]
+            if empty:
+                self.model._init_weights(module)
+
+
+def _build_on_meta(folder: Path, dtype: torch.dtype, trust_remote_code: bool) -> Any:
+    content = read_json(folder / "config.json")
+    kind = content.get("model_type")
+    try:
+        config = transformers.AutoConfig.from_pretrained(folder, trust_remote_code=trust_remote_code)
+        with torch.device("meta"):
+            model = transformers.AutoModelForCausalLM.from_config(
+                config, dtype=dtype, trust_remote_code=trust_remote_code, experts_implementation="eager"
+            )
+    except Exception as error:  # transformers raises many kinds for a config it cannot use
+        hint = (
+            " It ships its own code, which runs only with model.trust_remote_code: true."
+            if "auto_map" in content
+            else ""
+        )
+        raise UnsupportedError(
+            f"{folder / 'config.json'}: transformers {transformers.__version__} has no causal language model for "
+            f"model_type {kind!r}: {str(error).splitlines()[0] if str(error) else type(error).__name__:.300}.{hint}"
+        ) from error
+    model.tie_weights()
+    return model.eval()
+
+
+def _find_blocks(model: Any) -> tuple[str, nn.ModuleList]:
+    count = model.config.get_text_config().num_hidden_layers
+    for name, module in model.named_modules():
+        if isinstance(module, nn.ModuleList) and len(module) == count:
+            return name, module
+    raise UnsupportedError(f"{type(model).__name__}: no list of {count} transformer blocks found in it")

@@ -1,0 +1,1 @@
+"""Files of one process: written atomically, read by ranges, checked against what was written."""

@@ -1,0 +1,1 @@
+"""What one whole run is, and the YAML file that says so."""

@@ -1,0 +1,1 @@
+"""Workers and the driver that hands them calls."""

@@ -1,0 +1,76 @@
+"""The executor that has all its workers in this process."""
+
+from collections import deque
+from typing import Any
+
+from astro_dist.execution.executor import Event, Failed, Joined, Returned
+from astro_dist.schedule.calls import Call
+from astro_dist.worker.spec import WorkerSpec
+from astro_dist.worker.worker import Worker
+
+__all__ = ["LocalExecutor"]
+
+
+class LocalExecutor:
+    """Workers in this process, called in turn: for tests and debugging, and the reference for every other executor."""
+
+    enforces_deadlines = False
+
+    def __init__(self, num_workers: int, on_gpu: bool = False) -> None:
+        self.num_workers = num_workers
+        self.has_gpus = on_gpu
+        self._workers: dict[int, Worker] = {}
+        self._events: deque[Event | tuple[int, Call]] = deque()
+        self._busy: set[int] = set()
+        self._next = 0
+
+    def start(self, spec: WorkerSpec) -> None:
+        """Build the workers."""
+        self._spec = spec
+        for _ in range(self.num_workers):
+            self._add()
+
+    def idle(self) -> list[int]:
+        """Workers that have nothing to do."""
+        return [worker for worker in self._workers if worker not in self._busy]
+
+    def submit(self, worker: int, call: Call) -> None:
+        """Note a call; it runs when it is waited for."""
+        self._busy.add(worker)
+        self._events.append((worker, call))
+
+    def wait(self, timeout_s: float) -> Event | None:
+        """Run the oldest call, if no worker has joined since."""
+        event = self._events.popleft() if self._events else None
+        if not isinstance(event, tuple):
+            return event
+        worker, call = event
+        try:
+            result = getattr(self._workers[worker], call.method)(*call.args)
+        except Exception as error:
+            self.discard(worker)
+            return Failed(worker, error, lost=False)
+        self._busy.discard(worker)
+        return Returned(worker, result)
+
+    def discard(self, worker: int) -> None:
+        """Forget a worker and what it was to do, and build another."""
+        del self._workers[worker]
+        self._busy.discard(worker)
+        self._add()
+
+    def describe(self) -> dict[int, dict[str, Any]]:
+        """What each worker says of itself."""
+        return {number: worker.describe() for number, worker in self._workers.items()}
+
+    def close(self) -> None:
+        """Forget the workers."""
+        self._workers.clear()
+        self._events.clear()
+
+    def _add(self) -> None:
+        worker = Worker(self._spec)
+        worker.prepare()
+        self._workers[self._next] = worker
+        self._events.append(Joined(self._next))
+        self._next += 1

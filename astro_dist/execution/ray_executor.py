@@ -1,0 +1,237 @@
+"""Workers as Ray actors."""
+
+import contextlib
+import dataclasses
+import logging
+import os
+import time
+from typing import Any, Literal
+
+import ray
+from ray.exceptions import RayActorError, RayError, RayTaskError
+
+from astro.errors import ConfigError, RunError
+from astro_dist.config.schema import ExecutionConfig
+from astro_dist.execution.executor import Event, Failed, Joined, Returned
+from astro_dist.schedule.calls import Call
+from astro_dist.worker.spec import WorkerSpec
+from astro_dist.worker.worker import Worker
+
+__all__ = ["RayExecutor"]
+
+_LOOK_AROUND_S = 5.0
+"""How often nodes that have joined the cluster are looked for."""
+_START_AGAIN_S = 60.0
+_DESCRIBE_TIMEOUT_S = 30.0
+_START_TIMEOUT_S = 900.0
+"""For a worker to open the source, from when its process is up."""
+_OBJECT_STORE_BYTES = 100_000_000
+"""Of a private cluster: large arrays travel as files, so next to nothing lies in the object store."""
+
+
+@dataclasses.dataclass(frozen=True)
+class _Pending:
+    """What an actor was asked for: to be `placed`, to `start`, or to do a `call`; and when."""
+
+    worker: int
+    kind: Literal["placed", "start", "call"]
+    since: float = dataclasses.field(default_factory=time.monotonic)
+
+
+class RayExecutor:
+    """One single-threaded actor a GPU, or for each `threads_per_worker` CPUs where there is none.
+
+    An actor that died is never revived behind the driver's back, because it lost its open block; a new one is asked
+    for in its place, and waits for room where its node is gone. With `workers: auto` nodes that join are used too.
+
+    Attributes:
+        num_workers: actors that were asked for at the start.
+        has_gpus: whether the workers have GPUs.
+    """
+
+    enforces_deadlines = True
+
+    def __init__(self, config: ExecutionConfig) -> None:
+        """Connect to the cluster that the configuration names, or start a private one.
+
+        Raises:
+            RunError: no cluster can be reached.
+            ConfigError: GPUs are asked for, but this machine has none.
+        """
+        self._config = config
+        self._actors: dict[int, Any] = {}
+        self._idle: set[int] = set()
+        self._calls: dict[Any, _Pending] = {}
+        self._next, self._looked_around = 0, time.monotonic()
+        self._postponed: list[float] = []
+        self._started_here = not ray.is_initialized()
+        if self._started_here:
+            _connect(config)
+        nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
+        gpus, cpus = (int(sum(node.get(name, 0) for node in nodes)) for name in ("GPU", "CPU"))
+        self.has_gpus = config.device == "cuda" or (config.device == "auto" and gpus > 0)
+        if self.has_gpus and not gpus and self._started_here and config.cluster_address is None:
+            self.close()
+            raise ConfigError(
+                "execution.device: cuda, but Ray sees no GPU on this machine; take cpu or auto, or name a cluster "
+                "(RAY_ADDRESS or execution.ray_address)"
+            )
+        self.num_workers = config.workers if isinstance(config.workers, int) else self._places()
+        if not self.num_workers:
+            self.close()
+            raise RunError(
+                f"execution.workers: auto, but the cluster has {gpus} GPUs and {cpus} CPUs on {len(nodes)} node(s), "
+                f"not enough for one worker of {config.threads_per_worker} CPUs"
+                f"{' and one GPU' if self.has_gpus else ''}; add nodes, lower threads_per_worker, or give a number of "
+                "workers for the cluster to grow to"
+            )
+
+    def start(self, spec: WorkerSpec) -> None:
+        """Ask for the actors, spread over the nodes in mode `blocks` and close together in mode `sequential`."""
+        self._spec = spec
+        # No runtime environment: with one Ray would not take the processes that it has started already. It sets
+        # OMP_NUM_THREADS to `num_cpus` itself, and the worker sets its threads.
+        self._remote = ray.remote(Worker).options(
+            num_cpus=spec.threads,
+            num_gpus=1 if self.has_gpus else 0,
+            scheduling_strategy="SPREAD" if self._config.mode == "blocks" else "DEFAULT",
+            max_restarts=0,
+            max_task_retries=0,
+        )
+        for _ in range(self.num_workers):
+            self._add()
+
+    def idle(self) -> list[int]:
+        """Actors that are up and have nothing to do."""
+        return sorted(self._idle)
+
+    def submit(self, worker: int, call: Call) -> None:
+        """Let an actor begin a call."""
+        self._idle.discard(worker)
+        self._calls[getattr(self._actors[worker], call.method).remote(*call.args)] = _Pending(worker, "call")
+
+    def wait(self, timeout_s: float) -> Event | None:
+        """Block until something happens; None where nothing did for so long."""
+        self._look_around()
+        if not self._calls:
+            time.sleep(timeout_s)
+            return None
+        ready, _ = ray.wait(list(self._calls), num_returns=1, timeout=timeout_s)
+        if not ready:
+            return self._give_up_start()
+        pending = self._calls.pop(ready[0])
+        worker, starting = pending.worker, pending.kind != "call"
+        try:
+            result = ray.get(ready[0])
+        except RayTaskError as error:
+            self._replace(worker, starting)
+            return Failed(worker, _cause(error), lost=False)
+        except RayError as error:
+            self._replace(worker, starting)
+            return Failed(worker, _explain(error), lost=True)
+        if pending.kind == "placed":
+            self._calls[self._actors[worker].prepare.remote()] = _Pending(worker, "start")
+            return None
+        self._idle.add(worker)
+        return Joined(worker) if starting else Returned(worker, result)
+
+    def discard(self, worker: int) -> None:
+        """Kill an actor, wherever it is, and ask for another."""
+        self._remove(worker)
+        self._add()
+
+    def describe(self) -> dict[int, dict[str, Any]]:
+        """What each idle worker says of itself; one that dies meanwhile says nothing."""
+        asked = {worker: self._actors[worker].describe.remote() for worker in self.idle()}
+        told = {}
+        for worker, reference in asked.items():
+            with contextlib.suppress(RayError):
+                told[worker] = ray.get(reference, timeout=_DESCRIBE_TIMEOUT_S)
+        return told
+
+    def close(self) -> None:
+        """End the actors, and the cluster where it is a private one."""
+        for actor in self._actors.values():
+            ray.kill(actor)
+        self._actors, self._calls = {}, {}
+        if self._started_here:
+            ray.shutdown()
+
+    def _remove(self, worker: int) -> None:
+        ray.kill(self._actors.pop(worker))
+        self._idle.discard(worker)
+        self._calls = {reference: call for reference, call in self._calls.items() if call.worker != worker}
+
+    def _add(self) -> None:
+        worker, self._next = self._next, self._next + 1
+        self._actors[worker] = self._remote.remote(self._spec)
+        self._calls[self._actors[worker].is_up.remote()] = _Pending(worker, "placed")
+
+    def _give_up_start(self) -> Event | None:
+        """End a worker that hangs before it ever joined: its node may not reach the source."""
+        due = time.monotonic() - _START_TIMEOUT_S
+        late = next((call for call in self._calls.values() if call.kind == "start" and call.since < due), None)
+        if late is None:
+            return None
+        self._replace(late.worker, starting=True)
+        return Failed(late.worker, RunError(f"did not open the source within {_START_TIMEOUT_S:.0f} s"), lost=True)
+
+    def _replace(self, worker: int, starting: bool) -> None:
+        """Ask for another; where one could not start, the next cannot either for a while."""
+        self._remove(worker)
+        if starting:
+            self._postponed.append(time.monotonic() + _START_AGAIN_S)
+        else:
+            self._add()
+
+    def _places(self) -> int:
+        """Workers that the nodes have room for, were they all ours."""
+        found = 0
+        for node in ray.nodes():
+            resources = node["Resources"] if node["Alive"] else {}
+            places = int(resources.get("CPU", 0)) // self._config.threads_per_worker
+            found += min(places, int(resources.get("GPU", 0))) if self.has_gpus else places
+        return found
+
+    def _look_around(self) -> None:
+        """Try again what could not start, and use nodes that have joined."""
+        now = time.monotonic()
+        due = [moment for moment in self._postponed if moment <= now]
+        self._postponed = [moment for moment in self._postponed if moment > now]
+        missing = len(due)
+        if self._config.workers == "auto" and now - self._looked_around > _LOOK_AROUND_S:
+            self._looked_around = now
+            missing = max(missing, self._places() - len(self._actors) - len(self._postponed))
+        for _ in range(missing):
+            self._add()
+
+
+def _connect(config: ExecutionConfig) -> None:
+    address = config.cluster_address
+    options: dict[str, Any] = {"logging_level": logging.WARNING, "log_to_driver": False}
+    if address:
+        options["address"] = address
+    else:
+        workers = config.workers if isinstance(config.workers, int) else 0
+        cpus = max(os.cpu_count() or 1, workers * config.threads_per_worker)
+        options |= {
+            "address": "local",
+            "num_cpus": cpus,
+            "include_dashboard": False,
+            "object_store_memory": _OBJECT_STORE_BYTES,
+        }
+    try:
+        ray.init(**options)
+    except (RayError, ConnectionError, RuntimeError, ValueError) as error:
+        raise RunError(f"Ray cluster {address or 'on this machine'}: cannot be reached or started: {error}") from error
+
+
+def _cause(error: RayTaskError) -> Exception:
+    """What the call raised."""
+    return error.cause if isinstance(error.cause, Exception) else RunError(" ".join(str(error).split()))
+
+
+def _explain(error: RayError) -> RunError:
+    """How a worker was lost. The first line of what Ray says tells which process ended and how."""
+    first = next(iter(str(error).strip().splitlines()), type(error).__name__)
+    return RunError(f"the worker died ({first})" if isinstance(error, RayActorError) else first)

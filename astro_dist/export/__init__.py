@@ -1,0 +1,1 @@
+"""The finished model: assembled, listed, described, verified."""

@@ -1,0 +1,63 @@
+"""What makes finished shards a model: index, config, tokenizer. Nothing that is a shard is touched."""
+
+import shutil
+from pathlib import Path
+
+from astro.config import Quantization
+from astro.formats import LAYOUTS
+from astro.storage.atomic import read_json, write_atomic, write_json
+from astro.storage.checkpoint import INDEX_NAME, read_header
+from astro_dist.config.schema import RunConfig
+from astro_dist.planning.units import Plan
+from astro_dist.run_directory.layer_widths import layer_settings
+from astro_dist.run_directory.records import RunDirectory
+from astro_dist.source.resolve import SIDE_FILES
+
+__all__ = ["assemble", "final_settings"]
+
+
+def assemble(source: Path, plan: Plan, run: RunDirectory, config: RunConfig) -> list[str]:
+    """Write what is missing beside the shards, all but the card.
+
+    Args:
+        source: folder with config.json and the tokenizer of the source.
+        plan: of the run, all of its units finished.
+        run: the run directory.
+        config: of the run.
+
+    Returns:
+        Names of the files that were written.
+    """
+    weight_map: dict[str, str] = {}
+    total = 0
+    for file in plan.files:
+        for entry in read_header(run.model, file):
+            weight_map[entry.name] = file
+            total += entry.size_bytes
+    index = {"metadata": {"total_size": total}, "weight_map": dict(sorted(weight_map.items()))}
+    write_json(run.model / INDEX_NAME, index)
+    patterns = (*SIDE_FILES, *(("*.py",) if config.model.trust_remote_code else ()))
+    beside = sorted({path for pattern in patterns for path in source.glob(pattern) if path.is_file()})
+    for path in beside:
+        _copy(path, run.model / path.name)
+    content = read_json(source / "config.json")
+    settings = final_settings(config.quantization, plan, run)
+    content["quantization_config"] = LAYOUTS[config.quantization.format].quantization_config(settings, plan.ignore)
+    write_json(run.model / "config.json", content)
+    return [INDEX_NAME, "config.json", *(path.name for path in beside)]
+
+
+def final_settings(quantization: Quantization, plan: Plan, run: RunDirectory) -> dict[str, Quantization]:
+    """Settings of every quantized layer by name, their widths settled: the last round's."""
+    settings: dict[str, Quantization] = {}
+    for unit in plan.blocks:
+        settings |= layer_settings(run, quantization, unit, run.rounds - 1)
+    return settings
+
+
+def _copy(source: Path, target: Path) -> None:
+    write_atomic(target, lambda partial: _copy_bytes(source, partial))
+
+
+def _copy_bytes(source: Path, target: Path) -> None:
+    shutil.copyfile(source, target)

@@ -1,0 +1,107 @@
+"""How fast devices compute and move data: the makers' figures for GPUs, a measurement for the machine at hand."""
+
+import dataclasses
+import time
+from collections.abc import Callable
+
+import torch
+
+from astro.quantization.regularizer import PROX_PASSES, prox
+
+__all__ = ["DEVICES", "Device", "measure", "memory_shortage"]
+
+_ACHIEVED = 0.6
+"""Share of the makers' peak that large matrix products reach."""
+
+
+_GROUP = 128
+"""Columns a group, where the regularizer's proximal map is timed."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Device:
+    """A kind of worker.
+
+    Attributes:
+        name: as `plan --device` takes it.
+        float32: operations a second of large float32 products, without TF32.
+        bfloat16: operations a second of large bfloat16 products.
+        elements: that elementwise operations go through a second.
+        step_s: seconds of one small dependent operation, such as those for a column of GPTQ: a kernel launch on a GPU.
+        memory_bytes: of the device; 0 where it is the machine's own.
+        storage: bytes a second from and to the shared folder.
+    """
+
+    name: str
+    float32: float
+    bfloat16: float
+    elements: float
+    step_s: float
+    memory_bytes: int
+    storage: float
+
+
+def _gpu(name: str, float32: float, bfloat16: float, gigabytes_s: float, gigabytes: int) -> Device:
+    # Dense peaks in TFLOP/s, without sparsity; memory that is read and written; 1 GB/s a worker of a shared folder.
+    rates = (float32 * 1e12 * _ACHIEVED, bfloat16 * 1e12 * _ACHIEVED, gigabytes_s * 1e9 / 8 * _ACHIEVED)
+    return Device(name, *rates, 8e-6, gigabytes * 10**9, 1e9)
+
+
+DEVICES = {
+    device.name: device
+    for device in (
+        _gpu("a100-40", 19.5, 312, 1555, 40),
+        _gpu("a100", 19.5, 312, 2039, 80),
+        _gpu("h100", 67, 989, 3350, 80),
+        _gpu("h200", 67, 989, 4800, 141),
+        _gpu("b200", 75, 2250, 8000, 180),
+        _gpu("l40s", 91.6, 362, 864, 48),
+        _gpu("l4", 30.3, 121, 300, 24),
+        _gpu("rtx4090", 82.6, 165, 1008, 24),
+    )
+}
+"""NVIDIA's data sheets: float32 on CUDA cores, dense bfloat16 on tensor cores, bandwidth of the memory; SXM modules
+where there are several."""
+
+
+def memory_shortage(needed_bytes: float, there_bytes: float, device: str) -> str | None:
+    """What to say of a device that is too small for a worker; nothing where it is large enough."""
+    if needed_bytes <= there_bytes:
+        return None
+    return (
+        f"a worker needs about {needed_bytes / 1e9:.1f} GB, but {device} has {there_bytes / 1e9:.1f} GB; lower "
+        "calibration.chunk_samples, or use devices with more memory"
+    )
+
+
+def measure(threads: int, size: int = 1024, seconds: float = 0.1) -> Device:
+    """The CPU at hand, with some threads a worker.
+
+    Args:
+        threads: of one worker.
+        size: of the square matrices whose product is timed.
+        seconds: to measure each for.
+    """
+    before = torch.get_num_threads()
+    torch.set_num_threads(threads)
+    try:
+        A = torch.randn(size, size)
+        B, tau = A.bfloat16(), torch.ones(size // _GROUP)
+        float32 = 2.0 * size**3 / _time(lambda: A @ A, seconds)
+        bfloat16 = 2.0 * size**3 / _time(lambda: B @ B, seconds)
+        tile = A[: size // 2]
+        elements = PROX_PASSES * tile.numel() / _time(lambda: prox(tile, tau, _GROUP), seconds)
+        step_s = _time(lambda: torch.addcmul(A[0], A[1], A[2]), seconds)
+    finally:
+        torch.set_num_threads(before)
+    return Device("cpu", float32, bfloat16, elements, step_s, 0, 1e9)
+
+
+def _time(action: Callable[[], object], seconds: float) -> float:
+    """Seconds that an action takes when nothing else is in its way: the least of many."""
+    action()
+    least, end = float("inf"), time.perf_counter() + seconds
+    while (start := time.perf_counter()) < end:
+        action()
+        least = min(least, time.perf_counter() - start)
+    return least

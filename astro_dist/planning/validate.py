@@ -1,0 +1,189 @@
+"""What is checked before a run starts: the configuration against the checkpoint's headers, and what it will need."""
+
+import dataclasses
+import math
+from pathlib import Path
+
+import torch
+import transformers
+
+from astro.errors import CheckpointError, ConfigError, UnsupportedError
+from astro.formats import LAYOUTS
+from astro.formats.server_limits import reader_notes
+from astro.model.skeleton import Skeleton
+from astro.process import configure_process
+from astro.quantization.bit_allocation import require_affordable
+from astro.storage.atomic import read_json
+from astro.storage.checkpoint import Checkpoint
+from astro_dist.config.schema import RunConfig
+from astro_dist.planning.devices import DEVICES, measure, memory_shortage
+from astro_dist.planning.estimate import Estimate, estimate
+from astro_dist.planning.units import Plan, make_plan
+from astro_dist.source.calibration_text import TokenChunks, is_file, read_documents, tokenize
+from astro_dist.source.model_info import BaseModel, read_base_model
+from astro_dist.source.resolve import Source, resolve_source
+
+__all__ = ["Prepared", "compute_dtype", "forecast", "prepare", "require_text", "tokens_of"]
+
+
+@dataclasses.dataclass(frozen=True)
+class Prepared:
+    """A run that was found sound; nothing has been started or written.
+
+    Attributes:
+        config: of the run.
+        source: where the model comes from.
+        checkpoint: its weights, opened.
+        plan: every unit.
+        base: what the source says of itself.
+        notes: what the user should know before it starts.
+    """
+
+    config: RunConfig
+    source: Source
+    checkpoint: Checkpoint
+    plan: Plan
+    base: BaseModel
+    notes: tuple[str, ...]
+
+
+def prepare(config: RunConfig, commit: str | None = None) -> Prepared:
+    """Check the configuration against the checkpoint's headers and plan the work.
+
+    Args:
+        config: of the run.
+        commit: of a Hub repository that the run was begun with.
+
+    Raises:
+        InputError: anything that is wrong with what the user gave.
+    """
+    if config.publish.repo is None and (config.publish.revision is not None or config.publish.pull_request):
+        raise ConfigError("publish.repo: missing; publish.revision and publish.pull_request say how, not where to")
+    configure_process(config.execution.threads_per_worker)
+    source = resolve_source(config.model, commit)
+    checkpoint = Checkpoint.open(source.store)
+    if read_json(source.folder / "config.json").get("quantization_config"):
+        raise CheckpointError(f"{source.store}/config.json: the model is quantized already; give the original one")
+    skeleton = Skeleton(source.folder, torch.float32, config.model.trust_remote_code)
+    limit = skeleton.limits()[1]
+    if limit is not None and config.calibration.sequence_length > limit:
+        raise ConfigError(
+            f"calibration.sequence_length: {config.calibration.sequence_length} is more than the {limit} positions "
+            "of this model (max_position_embeddings)"
+        )
+    plan = make_plan(checkpoint, skeleton, config.quantization)
+    linears = {linear.name: linear for unit in plan.blocks for linear in unit.linears}
+    if config.quantization.bits == "auto":
+        require_affordable(config.quantization, {name: c.rows * c.columns for name, c in linears.items()})
+    settings = {name: config.quantization.for_layer(name).fitted(c.columns) for name, c in linears.items()}
+    packed = LAYOUTS[config.quantization.format]
+    for linear in linears.values():
+        reason = packed.refusal(linear.rows, linear.columns, settings[linear.name])
+        if reason:
+            raise UnsupportedError(
+                f"{linear.name}: {reason}, as format {config.quantization.format} wants; use compressed-tensors, or "
+                "name the layer in quantization.ignore"
+            )
+    notes = [
+        *packed.server_notes(settings, plan.ignore),
+        *reader_notes(linears.values(), config.quantization.format),
+    ]
+    if plan.unknown:
+        notes.append(
+            f"{len(plan.unknown)} tensors that {type(skeleton.model).__name__} does not have are copied as they are, "
+            f"the first is {plan.unknown[0]}"
+        )
+    if plan.odd:
+        notes.append(
+            f"{len(plan.odd)} layers whose input is no multiple of the group size: "
+            f"{'kept as they are' if config.quantization.odd_widths == 'keep' else 'per channel'}, the first is "
+            f"{plan.odd[0]}"
+        )
+    if plan.others:
+        notes.append(
+            f"{len(plan.others)} matrices that are gates, or no linear layers, stay as they are, the first is "
+            f"{plan.others[0]}"
+        )
+    if not _has_text(config):
+        notes.append(f"calibration.source {config.calibration.source} is not there: `quantize` will refuse")
+    base = read_base_model(source, config.model)
+    return Prepared(config, source, checkpoint, plan, base, tuple(notes))
+
+
+def tokens_of(prepared: Prepared) -> TokenChunks:
+    """The tokens of a run.
+
+    Raises:
+        InputError: the text, the tokenizer or their settings do not do.
+    """
+    config, source = prepared.config, prepared.source.folder
+    documents = read_documents(config.calibration)
+    try:
+        tokenizer = transformers.AutoTokenizer.from_pretrained(source, trust_remote_code=config.model.trust_remote_code)
+    except Exception as error:  # tokenizers raises bare Exceptions for files it cannot parse
+        raise CheckpointError(f"{source}: its tokenizer cannot be loaded: {error}") from error
+    chunks = tokenize(documents, tokenizer, config.calibration)
+    largest = max(int(chunk.tokens.max()) for chunk in chunks.chunks)
+    if largest >= prepared.plan.vocab_size:
+        raise CheckpointError(
+            f"{source}: its tokenizer gives token {largest}, but the model has a vocabulary of "
+            f"{prepared.plan.vocab_size}; tokenizer and config.json are of different models"
+        )
+    return chunks
+
+
+def require_text(prepared: Prepared) -> None:
+    """Refuse the calibration text that a run would refuse, where this machine has it.
+
+    Raises:
+        InputError: see `tokens_of`.
+    """
+    if _has_text(prepared.config):
+        tokens_of(prepared)
+
+
+def forecast(prepared: Prepared, workers: int | None, device_name: str | None) -> Estimate:
+    """What a run will need on workers of some kind.
+
+    Args:
+        prepared: the run.
+        workers: their number; what the configuration says where not given, or 1.
+        device_name: of a GPU, or `cpu` for this machine, which is also meant where none is given.
+
+    Raises:
+        ConfigError: a device that is not known, or that is too small.
+    """
+    config, execution = prepared.config, prepared.config.execution
+    if device_name is None and execution.device == "cuda":
+        raise ConfigError(f"execution.device is cuda: say which GPUs with --device, one of {', '.join(DEVICES)}")
+    device_name = device_name.lower() if device_name else None
+    if device_name in (None, "cpu"):
+        device = measure(execution.threads_per_worker)
+    elif device_name in DEVICES:
+        device = DEVICES[device_name]
+    else:
+        raise ConfigError(f"--device {device_name}: expected cpu or one of {', '.join(DEVICES)}")
+    count = workers or (execution.workers if isinstance(execution.workers, int) else 1)
+    kind = "cuda" if device.memory_bytes else "cpu"
+    dtype = compute_dtype(config, prepared.plan, prepared.checkpoint, kind)
+    needed = estimate(config, prepared.plan, dtype, count, device)
+    shortage = memory_shortage(needed.worker_bytes, device.memory_bytes or math.inf, f"a {device.name}")
+    if shortage:
+        raise ConfigError(shortage)
+    return needed
+
+
+def compute_dtype(config: RunConfig, plan: Plan, checkpoint: Checkpoint, device: str) -> torch.dtype:
+    """Dtype of forward passes on "cpu" or "cuda"."""
+    if config.execution.compute_dtype != "auto":
+        dtype: torch.dtype = getattr(torch, config.execution.compute_dtype)
+        return dtype
+    key = next(linear.key for unit in plan.blocks for linear in unit.linears)
+    stored = checkpoint.entries[key].float_dtype or torch.float32
+    # CPUs have no float16 arithmetic worth the name: float32 is exact for such weights, and faster.
+    return torch.float32 if stored == torch.float16 and device == "cpu" else stored
+
+
+def _has_text(config: RunConfig) -> bool:
+    text = config.calibration.source
+    return not is_file(text) or Path(text).expanduser().is_file()

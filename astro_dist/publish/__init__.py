@@ -1,0 +1,1 @@
+"""The upload to the Hugging Face Hub."""

@@ -1,0 +1,212 @@
+"""One repository of the Hugging Face Hub as it is written to, by huggingface_hub's own client.
+
+What the client does itself: it asks the Hub whether a file goes to Xet or LFS, cuts it into parts, streams them from
+disk, and repeats a request for a part five times when the answer is 408, 429, 500, 502, 503 or 504 or the connection
+fails. Here every request is repeated on top of that; for the one commit, whether it happened is looked up first.
+The token is the client's own affair; nothing here holds it.
+"""
+
+import functools
+import hashlib
+import logging
+import time
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import TypeVar
+
+import huggingface_hub
+from huggingface_hub.hf_api import RepoFile
+from huggingface_hub.lfs import UploadInfo, post_lfs_batch_info
+
+from astro.errors import AstroError, DamagedError
+from astro_dist.config.schema import PublishConfig
+from astro_dist.console import say
+from astro_dist.export.inventory import ModelFile
+from astro_dist.source.hub_errors import HubError, HubFailure, failure_of
+
+__all__ = ["HubWriter", "different"]
+
+_ATTEMPTS = 6
+_FIRST_WAIT_S, _LONGEST_WAIT_S = 2.0, 60.0
+_TIMEOUT_S = 600.0
+"""Without a byte in either direction: assembling a large upload's parts takes a store minutes."""
+_BATCH = 256
+"""Files that the Hub takes in one question."""
+
+T = TypeVar("T")
+
+
+class HubWriter:
+    """Uploads files and makes commits."""
+
+    def __init__(self, target: PublishConfig) -> None:
+        """Nothing is asked yet.
+
+        Args:
+            target: where to; its `repo` is given.
+        """
+        self.repository = str(target.repo)
+        self.target = target
+        self.api = huggingface_hub.HfApi()
+        self._additions: dict[str, huggingface_hub.CommitOperationAdd] = {}
+        # Its warnings quote signed links, its bars overwrite the run's display; what happened is told by the run.
+        huggingface_hub.logging.set_verbosity(logging.ERROR)
+        huggingface_hub.utils.disable_progress_bars()
+
+    @property
+    def branch(self) -> str:
+        """That is committed to, or against which a pull request is made."""
+        return self.target.revision or "main"
+
+    def patiently(self, doing: str, call: Callable[[], T], attempts: int = _ATTEMPTS) -> T:
+        """Make a request that may be made again, until it works.
+
+        Args:
+            doing: what it is for, for the message.
+            call: makes it.
+            attempts: at most.
+
+        Raises:
+            HubError: it will not work, or has failed too often.
+        """
+        wait_s = _FIRST_WAIT_S
+        for attempt in range(1, attempts + 1):
+            # The client waits for ever otherwise; after a lost connection it makes itself a new session.
+            huggingface_hub.get_session().timeout = _TIMEOUT_S
+            try:
+                return call()
+            except AstroError:  # of our own, and final
+                raise
+            except Exception as error:  # of huggingface_hub, its HTTP library and hf_xet
+                failure = failure_of(error)
+                if not failure.passes or attempt == attempts:
+                    raise self.error(doing, failure, attempt) from error
+                if attempt == 1 and attempts > 1:
+                    say(f"{self.repository}: {doing}: {failure}; trying again")
+            time.sleep(max(wait_s, failure.wait_s))
+            wait_s = min(2 * wait_s, _LONGEST_WAIT_S)
+        raise AssertionError("unreachable: the last attempt returns or raises")
+
+    def error(self, doing: str, failure: HubFailure, attempts: int = 1) -> HubError:
+        """What to raise for a request that failed."""
+        often = f" (tried {attempts} times)" if attempts > 1 else ""
+        return HubError(f"{self.repository}: {doing}: {failure}{often}", failure)
+
+    def upload(self, files: Sequence[ModelFile], folder: Path, attempts: int = _ATTEMPTS) -> None:
+        """Upload what of these is no small text; the repository does not change.
+
+        Args:
+            files: as they were written.
+            folder: where they are.
+            attempts: at most.
+
+        Raises:
+            DamagedError: a file is not as it was written.
+            HubError: the Hub does not take them.
+        """
+        additions = [self._addition(file, folder) for file in files]
+        names = files[0].name if len(files) == 1 else f"{len(files)} files"
+        self.patiently(
+            f"uploading {names}",
+            lambda: self.api.preupload_lfs_files(
+                self.repository, additions, revision=self.target.revision, create_pr=self.target.pull_request,
+                free_memory=False, num_threads=1,
+            ),
+            attempts,
+        )  # fmt: skip
+
+    def missing(self, files: Sequence[ModelFile]) -> list[ModelFile]:
+        """Those files of which the Hub says that it does not hold this SHA-256 in this size. They can be sent again."""
+        absent: set[str] = set()
+        for start in range(0, len(files), _BATCH):
+            infos = [
+                UploadInfo(size=file.size_bytes, sha256=bytes.fromhex(file.sha256), sample=b"")
+                for file in files[start : start + _BATCH]
+            ]
+            absent |= self.patiently("asking which files it holds", functools.partial(self._absent, infos))
+        missing = [file for file in files if file.sha256 in absent]
+        for file in missing:
+            self._additions.pop(file.name, None)
+        return missing
+
+    def head(self, revision: str | None = None) -> str:
+        """The commit that a revision is at; the branch where none is given."""
+        info = self.patiently(
+            "asking for its newest commit",
+            lambda: self.api.model_info(self.repository, revision=revision or self.branch),
+        )
+        return str(info.sha)
+
+    def listing(self, revision: str) -> dict[str, RepoFile]:
+        """Every file of the repository at a revision, by path."""
+        entries = self.patiently(
+            f"listing {revision[:12]}",
+            lambda: list(self.api.list_repo_tree(self.repository, recursive=True, revision=revision)),
+        )
+        return {entry.path: entry for entry in entries if isinstance(entry, RepoFile)}
+
+    def pull_requests(self, title: str) -> list[str]:
+        """Revisions of the open pull requests of a title."""
+        found = self.patiently(
+            "listing its pull requests",
+            lambda: list(
+                self.api.get_repo_discussions(self.repository, discussion_type="pull_request", discussion_status="open")
+            ),
+        )
+        return [f"refs/pr/{request.num}" for request in found if request.title == title]
+
+    def commit(self, files: Sequence[ModelFile], folder: Path, parent: str, title: str) -> huggingface_hub.CommitInfo:
+        """Make one commit of all files, once. Whatever this raises, the commit may have been made nevertheless.
+
+        Args:
+            files: all of the model.
+            folder: where they are.
+            parent: commit that the branch must be at.
+            title: of the commit.
+        """
+        huggingface_hub.get_session().timeout = _TIMEOUT_S
+        return self.api.create_commit(
+            self.repository, [self._addition(file, folder) for file in files], commit_message=title,
+            revision=self.target.revision, create_pr=self.target.pull_request, parent_commit=parent, num_threads=1,
+        )  # fmt: skip
+
+    def _absent(self, infos: Iterable[UploadInfo]) -> set[str]:
+        wanted, errors = post_lfs_batch_info(infos, token=None, repo_type="model", repo_id=self.repository)[:2]
+        if errors:
+            raise RuntimeError(f"LFS batch API: {errors[0]['error']['message']}")
+        return {answer["oid"] for answer in wanted if answer.get("actions")}
+
+    def _addition(self, file: ModelFile, folder: Path) -> huggingface_hub.CommitOperationAdd:
+        """A file to upload, its bytes held against its record; one that was uploaded already is not read again."""
+        known = self._additions.get(file.name)
+        if known is not None and known.upload_info.sha256.hex() == file.sha256:
+            return known
+        path = folder / file.name
+        if not path.is_file() or path.stat().st_size != file.size_bytes:
+            raise DamagedError(path, "is missing, or not of the size in its record; nothing of it is published")
+        addition = huggingface_hub.CommitOperationAdd(path_in_repo=file.name, path_or_fileobj=path)
+        if addition.upload_info.sha256.hex() != file.sha256:
+            raise DamagedError(path, "its SHA-256 is not that of its record; nothing of it is published")
+        self._additions[file.name] = addition
+        return addition
+
+
+def different(listing: Mapping[str, RepoFile], files: Iterable[ModelFile], folder: Path) -> list[str]:
+    """Names of files that a repository does not hold as they are here.
+
+    Args:
+        listing: of the repository.
+        files: of the model.
+        folder: where they are.
+    """
+    return [file.name for file in files if not _is_same(listing.get(file.name), file, folder)]
+
+
+def _is_same(there: RepoFile | None, file: ModelFile, folder: Path) -> bool:
+    if there is None or there.size != file.size_bytes:
+        return False
+    if there.lfs is not None:
+        return bool(there.lfs.sha256 == file.sha256)
+    content = (folder / file.name).read_bytes()
+    blob = hashlib.sha1(b"blob %d\0" % len(content) + content, usedforsecurity=False).hexdigest()
+    return bool(there.blob_id == blob and hashlib.sha256(content).hexdigest() == file.sha256)

@@ -1,0 +1,105 @@
+"""What a person sees of a run: a live display on a terminal, plain lines in a log. Always on stderr."""
+
+import time
+from collections.abc import Collection
+from types import TracebackType
+from typing import Self
+
+from rich.console import Console, Group
+from rich.live import Live
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeElapsedColumn
+
+from astro_dist.console import in_words, say
+from astro_dist.schedule.calls import Call
+
+__all__ = ["ProgressDisplay"]
+
+_PHASES = {
+    "embed": "embedding",
+    "copy": "copying",
+    "open_block": "reading",
+    "forward": "forward",
+    "solve": "solving",
+    "give_out": "giving out",
+    "share": "collecting",
+    "decide": "deciding",
+    "weigh": "choosing beta",
+    "tile": "solving",
+    "write": "writing",
+    "pass_on": "passing on",
+    "conclude": "evaluating",
+    "head": "measuring perplexity",
+}
+
+
+class ProgressDisplay:
+    """Units and blocks done, what each worker does, time left."""
+
+    def __init__(self, total: int, finished: int, num_blocks: int, blocks_done: int) -> None:
+        self._console = Console(stderr=True)
+        self._begin, self._before = time.monotonic(), finished
+        self._total, self._finished = total, finished
+        self._num_blocks, self._blocks_done = num_blocks, blocks_done
+        self._bar = Progress(
+            TextColumn("[bold]blocks  "),
+            BarColumn(bar_width=40),
+            MofNCompleteColumn(),
+            TextColumn("{task.fields[left]}"),
+            TimeElapsedColumn(),
+            console=self._console,
+        )
+        self._phases = Progress(TextColumn("{task.description}"), TextColumn("{task.fields[phase]}"))
+        self._all: TaskID = self._bar.add_task("blocks", total=num_blocks, completed=blocks_done, left="")
+        self._rows: dict[int, TaskID] = {}
+        shown = Group(self._bar, self._phases)
+        self._live = Live(shown, console=self._console, refresh_per_second=4) if self._console.is_terminal else None
+
+    def __enter__(self) -> Self:
+        if self._live:
+            self._live.start()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if self._live:
+            self._live.stop()
+
+    def joined(self, worker: int) -> None:
+        """A worker is up."""
+        self._rows[worker] = self._phases.add_task(f"worker {worker}", phase="idle")
+
+    def left(self, worker: int) -> None:
+        """A worker is gone."""
+        if worker in self._rows:
+            self._phases.remove_task(self._rows.pop(worker))
+
+    def started(self, worker: int, call: Call) -> None:
+        """A worker began a call."""
+        chunk = f" {call.args[-1]}" if call.method in ("forward", "share", "weigh", "tile", "pass_on") else ""
+        self._show(worker, f"{call.unit}: {_PHASES[call.method]}{chunk}")
+
+    def ended(self, worker: int, call: Call, finished: Collection[str] | None) -> None:
+        """A worker's call returned; all finished units where it finished one."""
+        self._show(worker, "idle")
+        if finished is None:
+            return
+        is_block = "block-" in call.unit
+        self._finished, self._blocks_done = len(finished), sum("block-" in unit for unit in finished)
+        left = self._time_left()
+        self._bar.update(self._all, completed=self._blocks_done, left=left)
+        if not self._live and (is_block or call.method == "head"):
+            self.say(f"{call.unit} done by worker {worker}; {self._blocks_done} of {self._num_blocks} blocks, {left}")
+
+    def say(self, text: str) -> None:
+        """One line that stays."""
+        say(text, self._console)
+
+    def _show(self, worker: int, phase: str) -> None:
+        if worker in self._rows:
+            self._phases.update(self._rows[worker], phase=phase)
+
+    def _time_left(self) -> str:
+        done = max(self._finished - self._before, 1)
+        seconds = (time.monotonic() - self._begin) / done * (self._total - self._finished)
+        return f"about {in_words(seconds)} left"

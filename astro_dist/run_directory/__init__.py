@@ -1,0 +1,1 @@
+"""What must survive: the files of a run and their records."""

@@ -1,0 +1,49 @@
+"""The schedule of a run, from what its directory holds: nothing at the beginning, or what is finished already."""
+
+from collections.abc import Sequence
+
+from astro_dist.config.schema import RunConfig
+from astro_dist.planning.units import Plan
+from astro_dist.run_directory.records import RunDirectory
+from astro_dist.schedule.calls import Schedule
+from astro_dist.schedule.factory import schedule_of
+from astro_dist.schedule.names import block_unit, is_held_out, sequential_units, stream_names, unit_names
+from astro_dist.source.calibration_text import Chunk, as_tensors
+
+__all__ = ["make_schedule"]
+
+
+def make_schedule(config: RunConfig, plan: Plan, run: RunDirectory, chunks: Sequence[Chunk]) -> Schedule:
+    """Read every record, check every file against its checksum, and go on from there.
+
+    Args:
+        config: of the run.
+        plan: every unit.
+        run: the run directory.
+        chunks: in the order in which they travel.
+    """
+    run.mend_tokens(as_tensors(chunks))
+    names, blocks, copies = [chunk.name for chunk in chunks], len(plan.blocks), len(plan.copies)
+    evaluated = any(is_held_out(name) for name in names)
+    present = {stream: run.present(stream) for stream in stream_names(run.rounds)}
+    sequential = config.execution.mode == "sequential"
+    units = (
+        sequential_units(blocks, copies, evaluated) if sequential else unit_names(blocks, copies, run.rounds, evaluated)
+    )
+    finished = _finished(run, units)
+    calls_there = all(run.calls(*chunk.tokens.shape).is_file() for chunk in chunks)
+    if not calls_there and any(unit not in finished for unit in units):
+        finished.discard("embed")
+    written = None if sequential else {unit for unit in finished if run.has_files(unit)}
+    return schedule_of(config, len(plan.blocks), len(plan.copies), names, finished, present, written)
+
+
+def _finished(run: RunDirectory, units: Sequence[str]) -> set[str]:
+    """Units whose records hold. Later rounds come first: they tell which shards of earlier ones may be gone."""
+    finished: set[str] = set()
+    for unit in reversed(units):
+        r, _, block = unit.removeprefix("round-").partition("-block-")
+        superseded = bool(block) and block_unit(int(r) + 1, int(block)) in finished
+        if run.finished(unit, superseded) is not None:
+            finished.add(unit)
+    return finished

@@ -1,0 +1,1 @@
+"""Who does what next: pure state machines that load no torch."""

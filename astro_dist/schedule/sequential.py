@@ -1,0 +1,209 @@
+"""Mode `sequential`: all workers serve one block, and the next is calibrated on what it wrote.
+
+A block is solved in stages: one group of layers that share an input, or such groups of all experts. For each stage:
+shares of the calibration chunks give partial Hessians, in any order; for each group one worker sums them and decides
+what holds for all rows; where β is searched, tiles of the sampled rows are weighed; then tiles of all rows are solved.
+At the end one worker writes the shard, and every chunk goes on through the block as it was written. Pure, as every
+schedule.
+"""
+
+from collections.abc import Collection, Sequence
+from typing import Any
+
+from astro.linalg.tiling import cut
+from astro_dist.schedule.calls import Call, Present, Spent, copy_calls
+from astro_dist.schedule.names import STREAMS, block_unit, head_unit, is_held_out, sequential_units
+from astro_dist.schedule.pending_calls import OpenCalls
+
+__all__ = ["SequentialSchedule", "shares"]
+
+
+def shares(chunks: Sequence[str], count: int) -> list[list[str]]:
+    """Calibration chunks in `count` contiguous shares, as even as can be; fewer where there are fewer chunks."""
+    calibration = [chunk for chunk in chunks if not is_held_out(chunk)]
+    return [calibration[part] for part in cut(len(calibration), count)]
+
+
+class SequentialSchedule:
+    """State of a run in mode `sequential`. What is not finished of a block is begun anew when a run goes on."""
+
+    def __init__(
+        self,
+        num_blocks: int,
+        num_copies: int,
+        chunks: Sequence[str],
+        num_shares: int,
+        finished: Collection[str],
+        present: Present,
+        compensated: bool = False,
+    ) -> None:
+        """Begin, or go on.
+
+        Args:
+            num_blocks: of the model.
+            num_copies: units of copied tensors.
+            chunks: names in the order in which they travel.
+            num_shares: shares of the calibration chunks.
+            finished: names of the units that are finished, their files in place.
+            present: chunks that are there as input of each block.
+            compensated: whether the calibration chunks pass through the source's blocks too.
+        """
+        self._num_blocks = num_blocks
+        self._compensated = compensated
+        self._chunks = list(chunks)
+        self._held_out = [name for name in chunks if is_held_out(name)]
+        self._shares = shares(chunks, num_shares)
+        self.units = sequential_units(num_blocks, num_copies, bool(self._held_out))
+        self.finished = set(finished) & set(self.units)
+        self._ready = {
+            (stream, block): set(present.get(stream, {}).get(block, ()))
+            for stream in STREAMS
+            for block in range(num_blocks + 1)
+        }
+        self._before_current = 0
+        self._reopen()
+        self._stages: dict[int, int] = {}
+        self._solving: dict[tuple[int, int], OpenCalls] = {}
+        self._open: dict[tuple[int, int], OpenCalls] = {}  # the same by block and group
+        self._done: set[Call] = set()
+        self._taken: set[Call] = set()
+
+    @property
+    def complete(self) -> bool:
+        """Whether every unit is finished."""
+        return len(self.finished) == len(self.units)
+
+    def next_call(self, worker: int, idle: int = 0) -> Call | None:
+        """What a free worker shall do now; None where it must wait for another."""
+        for call in self._candidates():
+            if call not in self._taken:
+                self._taken.add(call)
+                return call
+        return None
+
+    def done(self, worker: int, call: Call, result: Any) -> list[Spent]:
+        """Take note that a call returned; what is not needed any more."""
+        self._done.add(call)
+        if call.method == "embed":
+            for stream in STREAMS:
+                self._ready[stream, 0].update(self._chunks)
+        if call.method == "pass_on":
+            stream, block, chunk = str(call.args[0]), int(call.args[1]), str(call.args[2])
+            self._ready[stream, block + 1].add(chunk)
+        elif call.method == "share":
+            block, stage = int(call.args[0]), int(call.args[1])
+            self._stages[block] = int(result["stages"])
+            solving = OpenCalls((0, block), call.unit, dict(result["groups"]))
+            solving = self._solving.setdefault((block, stage), solving)
+            self._open |= {(block, group): solving for group in solving.groups}
+        elif call.method in ("decide", "weigh", "tile"):
+            self._open[int(call.args[1]), int(call.args[2])].done(call)
+        else:
+            self.finished.add(call.unit)
+        return self._spent(call)
+
+    def holds(self, worker: int) -> bool:
+        """Whether a worker has something in hand that only it can go on with: never in this mode."""
+        return False
+
+    def failed(self, worker: int, call: Call) -> None:
+        """Take note that a call came to nothing; no worker holds anything from one call to the next."""
+        self._taken.discard(call)
+
+    def _spent(self, call: Call) -> list[Spent]:
+        if call.method == "decide":
+            return self._decided(call)
+        if call.method == "write":
+            block = int(call.args[1])
+            before = [Spent("inputs", block - 1, stream) for stream in STREAMS] if block else []
+            return [Spent("parts", block), *before]
+        return [Spent("inputs", self._num_blocks, str(call.args[0]))] if call.method == "head" else []
+
+    @property
+    def _current(self) -> int:
+        """The first block that is not finished."""
+        while self._before_current < self._num_blocks and block_unit(0, self._before_current) in self.finished:
+            self._before_current += 1
+        return self._before_current
+
+    def _candidates(self) -> list[Call]:
+        """Calls whose inputs are there, the most urgent first."""
+        copying = copy_calls(unit for unit in self.units if unit not in self.finished)
+        if "embed" not in self.finished:
+            return [Call("embed", (), "embed"), *copying]
+        behind, side = (self._passes(stream) for stream in ("round-0", "original"))
+        # A head reads what was copied.
+        return [*behind, *self._quantize(self._current, bool(behind or side)), *side, *copying, *self._heads()]
+
+    def _passes(self, stream: str) -> list[Call]:
+        """Chunks that shall go through the next block on their way, each from the furthest it has come."""
+        calls = []
+        goals = {held_out: self._goals(stream, held_out) for held_out in (False, True)}
+        for chunk in self._chunks:
+            goal = next((g for g in goals[is_held_out(chunk)] if chunk not in self._ready[stream, g]), None)
+            place = self._place(stream, chunk, goal) if goal else None
+            if place is not None:
+                calls.append(Call("pass_on", (stream, place, chunk), block_unit(0, place)))
+        return calls
+
+    def _goals(self, stream: str, held_out: bool) -> list[int]:
+        """Blocks whose inputs are wanted, the most urgent first: the current one's, then how far the way is open."""
+        target = self._target(stream, held_out)
+        return [self._current, target] if target > self._current and not held_out else [target]
+
+    def _target(self, stream: str, held_out: bool) -> int:
+        """The block that chunks are wanted at, as far as their way is open; 0 where they are not wanted any more."""
+        current = self._current
+        if held_out:
+            wanted = self._num_blocks if head_unit(stream) not in self.finished else 0
+        else:
+            calibrates = current < self._num_blocks and (stream == "round-0" or self._compensated)
+            wanted = self._num_blocks - 1 if calibrates else 0
+        # The result's blocks are there up to the current one. The source's could all be passed at once, but what is
+        # kept for each block costs space.
+        return min(wanted, current if stream == "round-0" else current + 1)
+
+    def _place(self, stream: str, chunk: str, target: int) -> int | None:
+        """The furthest block up to the target whose input of a chunk is there."""
+        return next((b for b in range(target, -1, -1) if chunk in self._ready[stream, b]), None)
+
+    def _quantize(self, block: int, chunks_behind: bool) -> list[Call]:
+        """For each stage shares, a decision, its parts; then the shard of the block that is next."""
+        if block == self._num_blocks:
+            return []
+        unit = block_unit(0, block)
+        ready = self._ready["round-0", block]
+        if self._compensated:
+            ready = ready & self._ready["original", block]
+        for stage in range(self._stages.get(block, 1)):
+            sharing = [Call("share", (block, stage, i), unit) for i in range(len(self._shares))]
+            if not self._done.issuperset(sharing):
+                return [call for call in sharing if ready.issuperset(self._shares[int(call.args[2])])]
+            left = self._solving[block, stage].left if (block, stage) in self._solving else None
+            if left:
+                return list(left)
+        # Writing the shard drops the inputs of the block before, which chunks on their way may still need.
+        return [] if chunks_behind else [Call("write", (0, block), unit)]
+
+    def _decided(self, call: Call) -> list[Spent]:
+        """Once all groups of a stage are decided nothing needs its shares any more; experts may need each other's."""
+        block = int(call.args[1])
+        solving = self._open[block, int(call.args[2])]
+        return [] if solving.undecided else [Spent("shares", block, number=other) for other in solving.groups]
+
+    def _heads(self) -> list[Call]:
+        heads = [(stream, head_unit(stream)) for stream in STREAMS if self._held_out]
+        there = [(stream, unit) for stream, unit in heads if self._passed_through(stream) and unit not in self.finished]
+        return [Call("head", (stream,), unit) for stream, unit in there]
+
+    def _passed_through(self, stream: str) -> bool:
+        return self._ready[stream, self._num_blocks].issuperset(self._held_out)
+
+    def _reopen(self) -> None:
+        """Begin again with the embeddings where a chunk that is still wanted is nowhere on its way."""
+        for stream in STREAMS:
+            for chunk in self._chunks:
+                for goal in self._goals(stream, is_held_out(chunk)):
+                    wanted = goal > 0 or self._current == 0
+                    if wanted and self._place(stream, chunk, goal) is None:
+                        self.finished.discard("embed")

@@ -1,0 +1,1 @@
+"""Where checkpoints and calibration text come from."""

@@ -1,0 +1,254 @@
+"""What a worker works on: one block of one model on its device, and the hidden states that pass through it."""
+
+import os
+import platform
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import torch
+
+from astro.errors import CheckpointError, RunError
+from astro.formats import LAYOUTS
+from astro.model.activations import BlockLayers
+from astro.model.block_call import BlockCall, forward, load_call
+from astro.model.skeleton import Skeleton
+from astro.process import return_freed_memory
+from astro.quantization.grid import QuantizedLinear
+from astro.storage.atomic import load_tensors, save_tensors
+from astro.storage.byte_store import FolderStore
+from astro.storage.checked_tensors import load_part, save_part
+from astro.storage.checkpoint import Checkpoint
+from astro_dist.planning.devices import memory_shortage
+from astro_dist.planning.units import BlockUnit
+from astro_dist.run_directory.layer_widths import layer_settings
+from astro_dist.schedule.names import block_unit, is_held_out
+from astro_dist.worker.prefetch import ReadAhead
+from astro_dist.worker.spec import WorkerSpec
+
+__all__ = ["Stage"]
+
+
+class Stage:
+    """Holds at most one block, of the source or of what a round wrote.
+
+    Attributes:
+        spec: of the worker.
+        device: where the block is.
+        checkpoint: the source.
+        skeleton: the model, on meta but for what is loaded.
+    """
+
+    def __init__(self, spec: WorkerSpec) -> None:
+        """Open the source.
+
+        Raises:
+            RunError: this machine does not see the run directory, or sees another source than the driver.
+        """
+        self.spec = spec
+        self.device = torch.device(spec.device)
+        if not (spec.run.root / "run.json").is_file():
+            raise RunError(
+                f"{platform.node()}: does not see {spec.run.root}; output.dir must be a folder all nodes see"
+            )
+        require_memory(spec.needed_bytes, self.device)
+        self.checkpoint, store = spec.checkpoint, spec.checkpoint.store
+        if store.revision is None and Checkpoint.open(store).fingerprint() != spec.fingerprint:
+            raise RunError(f"{platform.node()}: {store} is not the checkpoint that the driver sees under this path")
+        self.skeleton = Skeleton(spec.folder, spec.compute_dtype, spec.trust_remote_code)
+        self._ahead = ReadAhead()
+        self._tokens: dict[str, torch.Tensor] | None = None
+        self._loaded: tuple[str, int] | None = None
+        self._layers: tuple[int, BlockLayers] | None = None
+        self._calls: dict[tuple[int, int, int], BlockCall] = {}
+
+    @property
+    def held_out(self) -> list[str]:
+        """Chunks that are only measured on."""
+        return [chunk for chunk in self.spec.chunks if is_held_out(chunk)]
+
+    def load(self, stream: str, index: int) -> BlockUnit:
+        """Bring a block onto the device, if it is not there already.
+
+        Args:
+            stream: `original` for the source's weights, `round-r` for what that round wrote.
+            index: of the block.
+
+        Raises:
+            CheckpointError: a tensor is missing, or holds NaN or Inf.
+        """
+        unit = self.spec.plan.blocks[index]
+        if self._loaded == (stream, index):
+            return unit
+        self.close()
+        tensors = self.checkpoint.read(unit.keys) if stream == "original" else self._read_result(stream, unit)
+        block = self.skeleton.blocks[index]
+        self.skeleton.load(block, tensors, self.device)
+        self.skeleton.require_filled(block, unit.name)
+        self._loaded = (stream, index)
+        for name, parameter in block.named_parameters():
+            # NaN passes through minimum and maximum; nothing of a parameter's size is made.
+            if parameter.numel() and not bool(torch.isfinite(torch.stack(torch.aminmax(parameter.detach()))).all()):
+                origin = str(self.checkpoint.store) if stream == "original" else f"the shard of {stream}"
+                raise CheckpointError(f"{origin}: {name} of {unit.name} holds NaN or Inf")
+        return unit
+
+    def close(self) -> None:
+        """Take the block off the device."""
+        self._ahead.forget()
+        if self._loaded is not None:
+            self.skeleton.blocks[self._loaded[1]].to("meta")
+            self._loaded = None
+            self._calls.clear()
+            return_freed_memory()
+
+    @contextmanager
+    def outside_loaded(self, with_block: BlockUnit | None = None) -> Iterator[None]:
+        """Embeddings, norm and head, and one block where wanted, on the device for a while."""
+        self.close()
+        skeleton = self.skeleton
+        tensors = self._read_outside() | self.checkpoint.read(with_block.keys if with_block else ())
+        skeleton.load(skeleton.model, tensors, self.device)
+        skeleton.model.tie_weights()
+        try:
+            yield
+        finally:
+            skeleton.model.to("meta")
+            skeleton.model.tie_weights()
+            return_freed_memory()
+
+    def layers(self, unit: BlockUnit) -> BlockLayers:
+        """The layers of a block that are quantized, where they lie in the loaded block."""
+        if self._layers is None or self._layers[0] != unit.index:
+            self._layers = (unit.index, BlockLayers(self.skeleton.model, unit.linears))
+        return self._layers[1]
+
+    def weights(self, unit: BlockUnit, names: Iterable[str]) -> dict[str, torch.Tensor]:
+        """Original weights of some of a block's layers by name, exact: the loaded ones where those are."""
+        linears = [unit.by_name[name] for name in names]
+        exact = torch.promote_types(self._stored_dtype(unit), self.spec.compute_dtype) == self.spec.compute_dtype
+        if self._loaded == ("original", unit.index) and exact:
+            layers = self.layers(unit)
+            return {linear.name: layers.weight(linear.name) for linear in linears}
+        read = self.checkpoint.read({linear.key for linear in linears})
+        return {linear.name: linear.stored(read[linear.key]).to(self.device) for linear in linears}
+
+    def scale_dtype(self, unit: BlockUnit) -> torch.dtype:
+        """Dtype in which a block's scales are stored: the layout's, or that of its weights in the source."""
+        fixed: torch.dtype | None = LAYOUTS[self.spec.quantization.format].SCALE_DTYPE
+        return fixed if fixed is not None else self._stored_dtype(unit)
+
+    def _stored_dtype(self, unit: BlockUnit) -> torch.dtype:
+        """Dtype of a block's weights in the source."""
+        dtypes = [self.checkpoint.entries[linear.key].float_dtype for linear in unit.linears]
+        return dtypes[0] or self.spec.compute_dtype if dtypes else self.spec.compute_dtype
+
+    def widths(self, round_index: int) -> tuple[int, ...]:
+        """Widths that a round measures besides: the first, where a budget is to be spent."""
+        quantization = self.spec.quantization
+        return quantization.bit_choices if quantization.bits == "auto" and round_index == 0 else ()
+
+    def write_block(self, unit: BlockUnit, round_index: int, quantized: dict[str, QuantizedLinear]) -> Path:
+        """Write a block's shard: packed layers, and every other tensor as it was."""
+        dtype = self.scale_dtype(unit)
+        packed = LAYOUTS[self.spec.quantization.format]
+        biases = self.checkpoint.read({linear.bias for linear in unit.linears if linear.bias})
+        tensors: dict[str, torch.Tensor] = {}
+        for linear in unit.linears:
+            tensors |= packed.pack_linear(linear.stem, quantized.pop(linear.name), dtype)
+            if linear.bias:
+                tensors[f"{linear.stem}.bias"] = linear.stored_bias(biases[linear.bias]).contiguous()
+        replaced = {linear.key for linear in unit.linears} | biases.keys()
+        tensors |= self.checkpoint.read(key for key in unit.keys if key not in replaced)
+        path = self.spec.run.shard(round_index, unit.file)
+        save_tensors(path, tensors)
+        return path
+
+    def pass_on(self, stream: str, index: int, chunk: str) -> None:
+        """One chunk through the block of a stream; the output is handed on."""
+        self.load(stream, index)
+        self.hand_on(stream, index + 1, chunk, self.forward(index, self.hidden(stream, index, chunk)))
+
+    def forward(self, index: int, hidden: torch.Tensor) -> torch.Tensor:
+        """The loaded block's output for input hidden states [B, T, H]."""
+        shape = (index, hidden.shape[0], hidden.shape[1])
+        if shape not in self._calls:
+            self._calls[shape], _ = load_call(self.spec.run.calls(*shape[1:]), index, self.device)
+        return forward(self.skeleton.blocks[index], hidden, self._calls[shape])
+
+    def repeats(self, stream: str, index: int) -> list[Callable[[], torch.Tensor]]:
+        """For every calibration chunk a forward through the loaded block, whose output is not handed on."""
+        chunks = [chunk for chunk in self.spec.chunks if not is_held_out(chunk)]
+        return [lambda chunk=chunk: self.forward(index, self.hidden(stream, index, chunk)) for chunk in chunks]  # type: ignore[misc]
+
+    def input_ids(self, chunk: str) -> torch.Tensor:
+        """A chunk's tokens, int64 [B, T]."""
+        if self._tokens is None:
+            self._tokens, _ = load_part(self.spec.run.tokens)
+        return self._tokens[chunk].to(self.device)
+
+    def hidden(self, stream: str, index: int, chunk: str, then: tuple[str, str] | None = None) -> torch.Tensor:
+        """A chunk's hidden states before a block, [B, T, H].
+
+        Args:
+            stream: that the chunk is in.
+            index: of the block.
+            chunk: its name.
+            then: stream and name of the chunk that will be wanted next, which is read meanwhile.
+        """
+        hidden = self._ahead.take(self.spec.run.hidden(stream, index, chunk))["hidden"]
+        if then is not None:
+            self._ahead.expect(self.spec.run.hidden(then[0], index, then[1]))
+        return hidden.to(self.device)
+
+    def hand_on(self, stream: str, index: int, chunk: str, hidden: torch.Tensor) -> None:
+        """Keep a chunk's hidden states before a block. What is there stays: other hardware may round differently."""
+        path = self.spec.run.hidden(stream, index, chunk)
+        if not path.exists():
+            save_part(path, {"hidden": hidden})
+
+    def _read_outside(self) -> dict[str, torch.Tensor]:
+        """Embeddings, norm and head; where the source is far away, from what was copied of it already."""
+        wanted, tensors = set(self.spec.plan.outside), dict[str, torch.Tensor]()
+        for unit in self.spec.plan.copies:
+            is_near = isinstance(self.checkpoint.store, FolderStore)
+            if not is_near and wanted.intersection(unit.keys) and self.spec.run.finished(unit.name):
+                copied, _ = load_tensors(self.spec.run.model / unit.file)
+                tensors |= {key: copied[key] for key in wanted.intersection(copied)}
+        return tensors | self.checkpoint.read(wanted - tensors.keys())
+
+    def _read_result(self, stream: str, unit: BlockUnit) -> dict[str, torch.Tensor]:
+        round_index = int(stream.removeprefix("round-"))
+        self.spec.run.require_intact(block_unit(round_index, unit.index))
+        tensors, _ = load_tensors(self.spec.run.shard(round_index, unit.file))
+        settings = layer_settings(self.spec.run, self.spec.quantization, unit, round_index)
+        packed = LAYOUTS[self.spec.quantization.format]
+        for linear in unit.linears:
+            weight = packed.unpack_linear(linear.stem, tensors, settings[linear.name]).dequantize()
+            for suffix in packed.suffixes(settings[linear.name]):
+                del tensors[f"{linear.stem}.{suffix}"]
+            shape = self.checkpoint.entries[linear.key].shape
+            if linear.key not in tensors:
+                tensors[linear.key] = torch.empty(shape, dtype=self.spec.compute_dtype)
+            linear.stored(tensors[linear.key]).copy_(weight)
+            if linear.bias:
+                bias = tensors.pop(f"{linear.stem}.bias")
+                if linear.bias not in tensors:
+                    tensors[linear.bias] = bias.new_empty(self.checkpoint.entries[linear.bias].shape)
+                linear.stored_bias(tensors[linear.bias]).copy_(bias)
+        return {key: tensors[key] for key in unit.keys}
+
+
+def require_memory(needed_bytes: int, device: torch.device) -> None:
+    """Refuse a device that is too small, before anything is loaded.
+
+    Raises:
+        RunError: naming both sizes.
+    """
+    if device.type == "cuda":
+        total = torch.cuda.get_device_properties(device).total_memory
+    else:
+        total = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    shortage = memory_shortage(needed_bytes, total, "its device")
+    if shortage:
+        raise RunError(f"{platform.node()}: {shortage}")

@@ -1,0 +1,60 @@
+"""Files that are read while the device is at work on the ones before."""
+
+import os
+from concurrent.futures import Future, ThreadPoolExecutor
+from pathlib import Path
+
+import torch
+
+from astro.errors import DamagedError
+from astro.storage.checked_tensors import load_part
+
+__all__ = ["ReadAhead"]
+
+
+class ReadAhead:
+    """Reads one file at a time in a thread of its own, and keeps it until it is asked for or another is wanted."""
+
+    def __init__(self) -> None:
+        # With one thread for its sums: OpenMP would give it threads of its own, more than there are cores with those at
+        # work, and from then on let all of them sleep between two operations instead of waiting awake.
+        self._pool = ThreadPoolExecutor(1, "read-ahead", initializer=torch.set_num_threads, initargs=(1,))
+        self._next: tuple[Path, Future[dict[str, torch.Tensor]]] | None = None
+
+    def expect(self, path: Path) -> None:
+        """Begin to read a file that will be wanted, where it is there by now.
+
+        Lists its folder: asking for a file that another machine is yet to write would make a network file system
+        remember that it is missing.
+        """
+        if (self._next is None or self._next[0] != path) and _is_listed(path):
+            self.forget()
+            self._next = path, self._pool.submit(lambda: load_part(path)[0])
+
+    def take(self, path: Path) -> dict[str, torch.Tensor]:
+        """The tensors of a file, as `load_part` gives them.
+
+        Raises:
+            DamagedError: the file is missing, cut short, or differs from what was written.
+        """
+        expected, self._next = self._next, None
+        if expected is not None and expected[0] == path:
+            try:
+                return expected[1].result()
+            except DamagedError:
+                pass  # it may have been made again since
+        return load_part(path)[0]
+
+    def forget(self) -> None:
+        """Let go of what was read, or is being read."""
+        if self._next is not None:
+            self._next[1].cancel()
+            self._next = None
+
+
+def _is_listed(path: Path) -> bool:
+    try:
+        with os.scandir(path.parent) as entries:
+            return any(entry.name == path.name for entry in entries)
+    except FileNotFoundError:
+        return False

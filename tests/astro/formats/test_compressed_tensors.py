@@ -1,0 +1,129 @@
+"""The pack-quantized layout against the library that defines it."""
+
+import pytest
+import torch
+from compressed_tensors.compressors import PackedQuantizationCompressor
+from compressed_tensors.quantization import QuantizationArgs, QuantizationConfig, QuantizationScheme
+
+from astro.config import Override, Quantization
+from astro.errors import CheckpointError
+from astro.formats import compressed_tensors as ct
+from astro.quantization.grid import QuantizedLinear, fit_grid
+from tests.support.models import random_weights
+
+
+def linear(settings, rows=16, columns=64):
+    W = random_weights(rows, columns)
+    grid = fit_grid(W, settings, torch.float16, torch.ones(columns))
+    return QuantizedLinear(grid.quantize(W), grid)
+
+
+@pytest.mark.parametrize("bits", [2, 3, 4, 8])
+@pytest.mark.parametrize("symmetric", [True, False])
+@pytest.mark.parametrize("group_size", [32, -1])
+def test_round_trip(bits, symmetric, group_size):
+    settings = Quantization(bits=bits, symmetric=symmetric, group_size=group_size)
+    before = linear(settings)
+    tensors = ct.pack_linear("m.q", before, torch.float16)
+    assert set(tensors) == {f"m.q.{suffix}" for suffix in ct.suffixes(settings)}
+    after = ct.unpack_linear("m.q", tensors, settings)
+    assert torch.equal(after.Q, before.Q)
+    assert torch.equal(after.dequantize(), before.dequantize())
+
+
+@pytest.mark.parametrize("bits", [2, 3, 4, 8])
+@pytest.mark.parametrize("symmetric", [True, False])
+@pytest.mark.parametrize("group_size", [32, -1])
+def test_against_the_librarys_own_compressor(bits, symmetric, group_size):
+    settings = Quantization(bits=bits, symmetric=symmetric, group_size=group_size)
+    quantized = linear(settings)
+    state = {"weight": quantized.dequantize(), "weight_scale": quantized.grid.scale}
+    if not symmetric:
+        state["weight_zero_point"] = quantized.grid.zero.to(torch.int8)
+    weights = ct.quantization_config({"m": settings}, [])["config_groups"]["group_0"]["weights"]
+    scheme = QuantizationScheme(targets=["Linear"], weights=QuantizationArgs(**weights))
+    expected = PackedQuantizationCompressor.compress(state, scheme)
+    found = {name.removeprefix("m."): t for name, t in ct.pack_linear("m", quantized, torch.float32).items()}
+    assert set(found) == set(expected)
+    assert all(torch.equal(found[name], expected[name]) for name in expected)
+
+
+def test_layout_is_exact():
+    tensors = ct.pack_linear("m.q", linear(Quantization(group_size=32, symmetric=False)), torch.bfloat16)
+    found = {name: (tensor.dtype, tuple(tensor.shape)) for name, tensor in tensors.items()}
+    assert found == {
+        "m.q.weight_packed": (torch.int32, (16, 8)),
+        "m.q.weight_scale": (torch.bfloat16, (16, 2)),
+        "m.q.weight_shape": (torch.int64, (2,)),
+        "m.q.weight_zero_point": (torch.int32, (2, 2)),
+    }
+
+
+@pytest.mark.parametrize("group_size", [32, -1])
+@pytest.mark.parametrize("symmetric", [True, False])
+def test_config_is_accepted_by_the_library(group_size, symmetric):
+    settings = Quantization(group_size=group_size, symmetric=symmetric)
+    parsed = QuantizationConfig.model_validate(ct.quantization_config({"m.q": settings}, ["lm_head"]))
+    weights = parsed.config_groups["group_0"].weights
+    assert (weights.num_bits, weights.symmetric, parsed.ignore) == (4, symmetric, ["lm_head"])
+    assert weights.group_size == (32 if group_size == 32 else None)
+
+
+@pytest.mark.parametrize(
+    ("suffix", "tensor", "message"),
+    [
+        ("weight_packed", None, r"missing m\.q\.weight_packed"),
+        ("weight_scale", torch.ones(16, 3), r"weight_scale should be \[16, 2\], got \[16, 3\]"),
+        ("weight_shape", torch.tensor([16]), "weight_shape should hold two positive sizes"),
+        ("weight_packed", torch.zeros(15, 8, dtype=torch.int32), "weight_packed should have 16 rows, got 15"),
+    ],
+)
+def test_damaged_layers_are_refused(suffix, tensor, message):
+    settings = Quantization(group_size=32)
+    tensors = ct.pack_linear("m.q", linear(settings), torch.float16)
+    tensors.pop(f"m.q.{suffix}") if tensor is None else tensors.update({f"m.q.{suffix}": tensor})
+    with pytest.raises(CheckpointError, match=message):
+        ct.unpack_linear("m.q", tensors, settings)
+
+
+@pytest.mark.parametrize(
+    ("changes", "note"),
+    [
+        ({"group_size": 128}, None),
+        ({"bits": 3, "group_size": 128}, "no server has a kernel"),
+        ({"group_size": 96}, "group size 96"),
+        ({"symmetric": False}, "asymmetric"),
+    ],
+)
+def test_what_servers_refuse_is_said(changes, note):
+    notes = ct.server_notes({"m.q": Quantization(**changes)}, [])
+    assert (note is None and not notes) or any(note in text for text in notes)
+
+
+def mixed(overrides, names=("a.q_proj", "a.k_proj", "a.v_proj", "a.o_proj")):
+    settings = Quantization(group_size=32, overrides=overrides)
+    return {name: settings.for_layer(name) for name in names}
+
+
+def test_layers_with_settings_of_their_own_are_named_in_the_config():
+    settings = mixed({"*.o_proj": Override(bits=8), "*.v_proj": Override(group_size=64)})
+    config = ct.quantization_config(settings, ["lm_head"])
+    parsed = QuantizationConfig.model_validate(config)
+    found = {tuple(g.targets): (g.weights.num_bits, g.weights.group_size) for g in parsed.config_groups.values()}
+    assert found == {("a.q_proj", "a.k_proj"): (4, 32), ("a.v_proj",): (4, 64), ("a.o_proj",): (8, 32)}
+    read = ct.read_settings(config, list(settings))
+    assert {name: (own.bits, own.group_size) for name, own in read.items()} == {
+        name: (own.bits, own.group_size) for name, own in settings.items()
+    }
+    with pytest.raises(CheckpointError, match=r"no config_group names the packed layer a\.x"):
+        ct.read_settings(config, ["a.x"])
+    config["config_groups"]["group_1"]["targets"].append("a.o_proj")
+    with pytest.raises(CheckpointError, match=r"two config_groups name layer a\.o_proj"):
+        ct.read_settings(config, list(settings))
+
+
+def test_layers_that_servers_fuse_and_that_differ_are_said():
+    assert not ct.server_notes(mixed({"*.o_proj": Override(bits=8)}), ["lm_head"])
+    ignored = mixed({}, ("a.q_proj", "a.v_proj"))
+    for notes in (ct.server_notes(mixed({"*.v_proj": Override(bits=8)}), []), ct.server_notes(ignored, ["a.k_proj"])):
+        assert any("a.q_proj and a.k_proj and a.v_proj differ" in note for note in notes)

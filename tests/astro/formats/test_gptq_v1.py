@@ -1,0 +1,91 @@
+"""The GPTQ layout against its definition, written out value by value."""
+
+import pytest
+import torch
+
+from astro.config import Override, Quantization
+from astro.errors import CheckpointError, ConfigError
+from astro.formats import gptq_v1
+from astro.quantization.grid import QuantizedLinear, fit_grid
+from tests.support.models import random_weights
+
+
+def linear(settings, rows=32, columns=64):
+    W = random_weights(rows, columns)
+    grid = fit_grid(W, settings, torch.float16, torch.ones(columns))
+    return QuantizedLinear(grid.quantize(W), grid)
+
+
+def read_as_defined(tensors, bits, rows, columns):
+    """Weights by the formula that readers use: scale · (q − (qzeros + 1)), one bit string a column of words."""
+
+    def values(words, count):
+        bit_string = sum((int(word) & 0xFFFFFFFF) << (32 * i) for i, word in enumerate(words))
+        return [(bit_string >> (i * bits)) & ((1 << bits) - 1) for i in range(count)]
+
+    stored = torch.tensor([values(tensors["m.qweight"][:, row], columns) for row in range(rows)])
+    zeros = torch.tensor([values(words, rows) for words in tensors["m.qzeros"]]) + 1
+    group = tensors["m.g_idx"].long()
+    return tensors["m.scales"].float()[group].T * (stored - zeros[group].T)
+
+
+@pytest.mark.parametrize("bits", [2, 3, 4, 8])
+@pytest.mark.parametrize("group_size", [32, -1])
+def test_readers_get_the_weights(bits, group_size):
+    settings = Quantization(bits=bits, group_size=group_size, format="gptq")
+    before = linear(settings)
+    tensors = gptq_v1.pack_linear("m", before, torch.float16)
+    assert torch.equal(read_as_defined(tensors, bits, 32, 64), before.dequantize())
+    after = gptq_v1.unpack_linear("m", tensors, settings)
+    assert torch.equal(after.Q, before.Q)
+    assert torch.equal(after.dequantize(), before.dequantize())
+
+
+def test_layout_is_exact():
+    tensors = gptq_v1.pack_linear("m", linear(Quantization(group_size=32, format="gptq")), torch.float16)
+    assert {name: (tensor.dtype, tuple(tensor.shape)) for name, tensor in tensors.items()} == {
+        "m.qweight": (torch.int32, (8, 32)),
+        "m.qzeros": (torch.int32, (2, 4)),
+        "m.scales": (torch.float16, (2, 32)),
+        "m.g_idx": (torch.int32, (64,)),
+    }
+    assert set(tensors["m.qzeros"].flatten().tolist()) == {0x77777777}
+
+
+def test_config_round_trip_with_other_widths_and_layers_that_stay():
+    base, other = Quantization(group_size=32, format="gptq"), Quantization(bits=8, group_size=64, format="gptq")
+    config = gptq_v1.quantization_config({"a.b": base, "a.bc": base, "axb": other}, ["lm_head", "a.d"])
+    assert (config["bits"], config["group_size"], config["desc_act"], config["sym"]) == (4, 32, False, True)
+    found = gptq_v1.read_settings(config, ["a.b", "a.bc", "axb"])
+    assert [(own.bits, own.group_size) for own in found.values()] == [(4, 32), (4, 32), (8, 64)]
+    assert [gptq_v1.is_ignored(config, name) for name in ("lm_head", "a.d", "a.b", "axd")] == [True, True, False, False]
+    with pytest.raises(CheckpointError, match="dynamic excludes a.d, but it is packed"):
+        gptq_v1.read_settings(config, ["a.d"])
+
+
+def test_asymmetric_grids_are_refused():
+    with pytest.raises(ConfigError, match="format: gptq wants symmetric: true"):
+        Quantization(format="gptq", symmetric=False)
+    with pytest.raises(ConfigError, match="format: gptq wants symmetric: true"):
+        Quantization(format="gptq", overrides={"*": Override(symmetric=False)})
+
+
+@pytest.mark.parametrize(
+    ("name", "change", "message"),
+    [
+        ("qzeros", lambda t: torch.zeros_like(t), "qzeros should say symmetric"),
+        ("g_idx", lambda t: t.flip(0), "g_idx should number groups of 32 columns in order"),
+        ("scales", lambda t: t[:1], r"scales should be \[2, 32\], got \[1, 32\]"),
+        ("qweight", lambda t: t[:4], "expected 8 words a row"),
+        ("qweight", lambda t: t[0], "should have two dimensions"),
+        ("scales", None, "missing m.scales"),
+    ],
+)
+def test_what_disagrees_is_refused(name, change, message):
+    settings = Quantization(group_size=32, format="gptq")
+    tensors = gptq_v1.pack_linear("m", linear(settings), torch.float16)
+    tensor = tensors.pop(f"m.{name}")
+    if change:
+        tensors[f"m.{name}"] = change(tensor)
+    with pytest.raises(CheckpointError, match=message):
+        gptq_v1.unpack_linear("m", tensors, settings)

@@ -1,0 +1,136 @@
+"""Groups side by side: which are, and that each gets what it would get alone."""
+
+import dataclasses
+import weakref
+
+import pytest
+import torch
+
+from astro.calibration.starved_experts import GroupStatistics
+from astro.config import Quantization, Regularizer
+from astro.errors import NumericalError
+from astro.linalg.batching import batches, first_of
+from astro.quantization.block import apart, quantize_block, side_by_side
+from astro.quantization.input_group import quantize_groups
+from tests.support.models import correlated_inputs, random_weights
+
+SETTINGS, AUTO = Quantization(group_size=16, bits=3), Regularizer()
+
+
+def problems(count=4, rows=24, columns=64):
+    """Groups of two layers with a Hessian each, of inputs more and more correlated."""
+    groups = [
+        {f"{i}.gate": random_weights(rows, columns, i), f"{i}.up": random_weights(rows, columns, i + 50)}
+        for i in range(count)
+    ]
+    X = [correlated_inputs(300, columns, i).float() * (1 + i) for i in range(count)]
+    return groups, torch.stack([x.T @ x / 300 for x in X])
+
+
+def solve(groups, H, regularizer=AUTO, settings=SETTINGS):
+    return quantize_groups(groups, H, [100] * len(groups), settings, regularizer, torch.float16, widths=(2, 8))
+
+
+@pytest.mark.parametrize("changes", [{}, {"symmetric": False, "scale_search": "mse"}, {"bits": 4, "group_size": -1}])
+@pytest.mark.parametrize("regularizer", [Regularizer(), Regularizer(beta=1e-3, solver="pgd"), Regularizer(name="none")])
+def test_each_group_gets_what_it_would_get_alone(changes, regularizer):
+    groups, H = problems()
+    settings = dataclasses.replace(SETTINGS, **changes)
+    layers, records = solve(groups, H, regularizer, settings)
+    for i, group in enumerate(groups):
+        alone, (record,) = solve([group], H[i : i + 1], regularizer, settings)
+        for name in group:
+            assert int(layers[name].Q.ne(alone[name].Q).sum()) <= 0.01 * alone[name].Q.numel()  # ties
+        assert records[i].relative_error == pytest.approx(record.relative_error, rel=0.01)
+        assert (records[i].name, records[i].beta, records[i].damping) == (record.name, record.beta, record.damping)
+        assert records[i].width_errors == pytest.approx(record.width_errors, rel=0.02)
+
+
+def test_each_group_has_a_beta_of_its_own():
+    groups, H = problems()
+    groups[1] = {name: torch.ones_like(W) for name, W in groups[1].items()}  # a grid holds them as they are
+    settings = dataclasses.replace(SETTINGS, scale_search="minmax", refine_passes=0)
+    _, records = solve(groups, H, settings=settings)
+    assert records[1].beta == records[1].beta_gain == 0
+    assert all(record.beta > 0 < record.beta_gain for record in records if record is not records[1])
+
+
+def test_damping_is_raised_where_it_must_be_alone():
+    groups, H = problems(3)
+    H[2].diagonal().add_(-0.5 * H[2].diagonal().mean())
+    _, records = solve(groups, H, Regularizer(name="none"))
+    assert [record.damping for record in records[:2]] == [0.01, 0.01]
+    assert records[2].damping > 0.05
+    assert [record.factorizations > 1 for record in records] == [False, False, True]
+
+
+def test_group_without_statistics_is_rounded_to_nearest_among_others():
+    groups, H = problems(3)
+    H[1] = torch.eye(64)
+    for regularizer in (AUTO, Regularizer(beta=1e-2)):
+        settings = dataclasses.replace(SETTINGS, scale_search="minmax", refine_passes=0)
+        layers, records = quantize_groups(
+            groups, H, [100, 0, 100], settings, regularizer, torch.float16, rounded=[False, True, False]
+        )
+        for name, W in groups[1].items():
+            assert torch.equal(layers[name].Q, layers[name].grid.quantize(W))
+        assert [record.beta > 0 for record in records] == [True, False, True]
+
+
+def test_statistics_come_to_their_end_and_are_let_go():
+    last = []
+
+    def statistics():
+        H = torch.eye(64)
+        last.append(weakref.ref(H))
+        yield GroupStatistics(("a",), H, 1, 1)
+
+    settings = {"a": SETTINGS}
+    known = statistics()
+    quantize_block({"a": random_weights(8, 64)}, [["a"]], known, settings, AUTO, torch.float16)
+    assert last[0]() is None
+
+
+def test_statistics_that_fail_do_so_without_any_group():
+    def unreached():
+        raise NumericalError("no token reached a")
+        yield
+
+    with pytest.raises(NumericalError, match="no token reached a"):
+        quantize_block({}, [], unreached(), {}, AUTO, torch.float16)
+    with pytest.raises(AssertionError, match="belong to no group"):
+        quantize_block({}, [], iter([GroupStatistics(("a",), torch.eye(2), 1, 1)]), {}, AUTO, torch.float16)
+
+
+def test_group_that_cannot_be_solved_is_named():
+    groups, H = problems(3)
+    H[1] = 0
+    with pytest.raises(NumericalError, match=r"1\.gate\+1\.up: every calibration input of this layer is zero"):
+        solve(groups, H)
+    groups[2]["2.up"][3, 5] = 1e9
+    with pytest.raises(NumericalError, match=r"2\.gate\+2\.up: a scale is not finite"):
+        solve([groups[0], groups[2]], H[::2])
+
+
+def test_batches_are_of_neighbours_of_one_shape_and_bounded():
+    shapes = [("a", 64, 64), *[("e", 512, 256)] * 9, *[("e", 256, 512)] * 2, ("f", 256, 512), ("w", 4096, 4096)]
+    assert batches(shapes, "cpu") == [
+        range(1), range(1, 5), range(5, 10), range(10, 12), range(12, 13), range(13, 14),
+    ]  # fmt: skip
+    assert batches(shapes, "cuda")[1] == range(1, 10)
+    assert batches([], "cpu") == []
+
+
+def test_settings_part_what_is_side_by_side():
+    names = [[f"{i}.gate", f"{i}.up"] for i in range(4)]
+    shapes = {name: (8, 16) for group in names for name in group}
+    wide = dataclasses.replace(SETTINGS, bits=8)
+    settings = {name: wide if name in ("2.gate", "2.up") or name.endswith("up") else SETTINGS for name in shapes}
+    assert side_by_side(names, shapes, settings, "cpu") == [range(2), range(2, 3), range(3, 4)]
+    assert apart(names[:2], settings) == [(SETTINGS, [["0.gate"], ["1.gate"]]), (wide, [["0.up"], ["1.up"]])]
+
+
+def test_first_of_names_the_first():
+    assert first_of(torch.tensor([False, True, True]), "abc") == "b"
+    assert first_of(torch.tensor([False, False]), "ab") is None
+    assert first_of(torch.tensor(True), ["a"]) == "a"

@@ -1,0 +1,98 @@
+"""A lone block equals the same block of the whole model, for many architectures."""
+
+import pytest
+import torch
+import transformers
+
+from astro.calibration.block_statistics import BlockStatistics, input_stages, inputs_of
+from astro.config import Experts
+from astro.errors import CheckpointError, NumericalError, UnsupportedError
+from astro.model.activations import BlockLayers
+from astro.model.block_call import forward, record, returns_tuple
+from astro.model.skeleton import Skeleton
+from astro.storage.checkpoint import Checkpoint
+from tests.support.architectures import DENSE, EXPERTS, IDS, streamed_logits
+from tests.support.dequantized import keys_of
+from tests.support.models import write_checkpoint
+
+CPU = torch.device("cpu")
+
+
+@pytest.mark.parametrize("name", {**DENSE, **EXPERTS})
+def test_streamed_logits_equal_the_whole_models(name, tmp_path):
+    folder = write_checkpoint(tmp_path / name, {**DENSE, **EXPERTS}[name])
+    model = transformers.AutoModelForCausalLM.from_pretrained(
+        folder, dtype=torch.float32, experts_implementation="eager"
+    )
+    with torch.no_grad():
+        expected = model(input_ids=IDS, use_cache=False).logits
+    assert torch.equal(streamed_logits(folder, IDS, tmp_path), expected)
+
+
+def opened(folder, index=0):
+    checkpoint, skeleton = Checkpoint.open(folder), Skeleton(folder, torch.float32)
+    keys = keys_of(skeleton, checkpoint, index)
+    return checkpoint, skeleton, keys, skeleton.linear_layers(index, keys)[0]
+
+
+def short(groups):
+    return [[name.rsplit(".", 1)[1] for operand in group for name in operand.names] for group in groups]
+
+
+def test_layers_with_one_input_are_found(llama):
+    checkpoint, skeleton, _, linears = opened(llama)
+    skeleton.load(skeleton.model, checkpoint.read(checkpoint.entries), CPU)
+    hidden, calls = record(skeleton, IDS, returns_tuple(skeleton, IDS[:1]))
+    layers = BlockLayers(skeleton.model, linears)
+    statistics = BlockStatistics(layers, CPU)
+    seen = {}
+    module = skeleton.model.get_submodule("model.layers.0.mlp.down_proj")
+    handle = module.register_forward_pre_hook(lambda m, a: seen.update(x=a[0]))
+    with torch.no_grad():
+        for _ in range(2):
+            statistics.run(lambda: forward(skeleton.blocks[0], hidden, calls[0]))
+    handle.remove()
+    expected = [["q_proj", "k_proj", "v_proj"], ["o_proj"], ["gate_proj", "up_proj"], ["down_proj"]]
+    assert short(statistics.groups) == expected
+    with torch.no_grad():
+        stages = input_stages(layers, lambda: forward(skeleton.blocks[0], hidden, calls[0]))
+        assert [len(stage) for stage in stages] == [1, 1, 1, 1]
+        assert [stage[0] for stage in stages] == statistics.groups
+        (down,) = stages[-1][0]
+        found = inputs_of(layers, [down], lambda: forward(skeleton.blocks[0], hidden, calls[0]))
+    assert torch.equal(found[down], seen["x"])
+    *_, last = statistics.finish_(Experts(), [])
+    X = seen["x"].reshape(-1, 128)
+    assert (last.num_tokens, last.routed_tokens, last.fallback) == (80, 80, "")
+    torch.testing.assert_close(last.H, X.T @ X / 40)
+
+
+def test_layer_that_no_token_reached_is_an_error(llama):
+    checkpoint, skeleton, keys, linears = opened(llama)
+    skeleton.load(skeleton.blocks[0], checkpoint.read(keys), CPU)
+    layers = BlockLayers(skeleton.model, linears[:1])
+    with pytest.raises(NumericalError, match="q_proj: no calibration token reached"):
+        list(BlockStatistics(layers, CPU).finish_(Experts(), []))
+    with pytest.raises(NumericalError, match="q_proj: reached by some calibration chunks, not by all"):
+        inputs_of(layers, layers.operands, lambda: IDS)
+    with pytest.raises(NumericalError, match="q_proj: no calibration token reached"):
+        input_stages(layers, lambda: IDS)
+
+
+def test_block_without_its_tensor_is_an_error(llama):
+    _, skeleton, keys, _ = opened(llama)
+    with pytest.raises(CheckpointError, match=r"no tensor for model\.layers\.0\.self_attn\.q_proj\.weight"):
+        skeleton.linear_layers(0, [key for key in keys if "q_proj" not in key])
+
+
+def test_unknown_architecture_is_refused(tmp_path):
+    (tmp_path / "config.json").write_text('{"model_type": "nonesuch"}')
+    with pytest.raises(UnsupportedError, match="no causal language model for model_type 'nonesuch'"):
+        Skeleton(tmp_path, torch.float32)
+
+
+def test_code_of_a_checkpoint_does_not_run_unless_asked(tmp_path):
+    (tmp_path / "config.json").write_text('{"model_type": "own", "auto_map": {"AutoConfig": "evil.C"}}')
+    (tmp_path / "evil.py").write_text("raise SystemExit('ran')")
+    with pytest.raises(UnsupportedError, match="trust_remote_code: true"):
+        Skeleton(tmp_path, torch.float32)

@@ -1,0 +1,173 @@
+"""One YAML is one whole run; a key that is not known is an error with its path."""
+
+from pathlib import Path
+
+import pytest
+
+from astro.errors import ConfigError
+from astro_dist.config.schema import run_key
+from astro_dist.config.yaml_file import load_config
+
+ROOT = Path(__file__).parents[3]
+MINIMAL = "model: {source: x}\noutput: {dir: r}\n"
+
+
+@pytest.fixture
+def write(tmp_path):
+    def build(text):
+        path = tmp_path / "c.yaml"
+        path.write_text(text)
+        return path
+
+    return build
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "configs").glob("*.yaml")), ids=lambda p: p.name)
+def test_every_shipped_config_loads(path):
+    assert load_config(path).output.dir
+
+
+def test_resolved_config_reads_back_the_same(write):
+    config = load_config(write(MINIMAL), ["quantization.bits=3", "quantization.ignore=[a.*, b]"])
+    assert load_config(write(config.to_yaml())) == config
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        (MINIMAL + "quantization: {bit: 3}", r"unknown key quantization.bit \(did you mean bits\?\)"),
+        (MINIMAL + "regularizer: {gamma: 3}", "unknown key regularizer.gamma; known here: name, beta"),
+        (MINIMAL + "excution: {}", r"unknown key excution \(did you mean execution\?\)"),
+        (MINIMAL + "quantization: {bits: 5}", "quantization.bits: expected 2, 3, 4 or 8, got 5"),
+        (
+            "model: {source: x, name: llama}\noutput: {dir: r}",
+            "model.name: expected ORG/NAME of a model on the Hub, got 'llama'",
+        ),
+        (MINIMAL + "publish: {repo: me}", "publish.repo: expected ORG/NAME of a model repository, got 'me'"),
+        (MINIMAL + "publish: {repository: a/b}", "unknown key publish.repository; known here: repo, private"),
+        (MINIMAL + "calibration: {samples: 0}", "calibration.samples: .*got 0"),
+        (MINIMAL + "execution: {workers: 0}", "workers: expected auto or at least 1, got 0"),
+        (MINIMAL + "execution: {device: tpu}", "execution.device: .*got 'tpu'"),
+        (MINIMAL + "execution: {mode: sequential, rounds: 2}", "rounds: only in mode blocks, got 2"),
+        (
+            MINIMAL + "quantization: {bits: auto, average_bits: 3}",
+            "c.yaml: quantization.bits: auto wants .*rounds of at least 2",
+        ),
+        (MINIMAL + "quantization: {bits: auto}", "bits: auto wants average_bits, e.g. 3.5"),
+        (MINIMAL + "quantization: {average_bits: 3}", "average_bits: only with bits: auto"),
+        (
+            MINIMAL + "quantization: {bits: auto, average_bits: 9}",
+            r"average_bits: expected 2 to 8 \(bit_choices\), got 9",
+        ),
+        (MINIMAL + "quantization: {bit_choices: [4, 5]}", r"bit_choices: expected different widths .* got \[4, 5\]"),
+        (MINIMAL + "quantization: {compensation: 2}", "compensation: expected 0 to 1, got 2"),
+        (MINIMAL + "quantization: {refine_passes: -1}", "refine_passes: expected 0 to 100, got -1"),
+        (MINIMAL + "quantization: {refine_tolerance: -1}", "refine_tolerance: expected a number >= 0, got -1"),
+        (MINIMAL + "quantization: {overrides: {'*.o': {bits: 5}}}", "bits: expected 2, 3, 4 or 8, got 5"),
+        (MINIMAL + "quantization: {overrides: {'*.o': {}}}", "expected at least one of bits, group_size, symmetric"),
+        (
+            MINIMAL + "quantization: {overrides: {'*.o': {bit: 4}}}",
+            r"unknown key quantization.overrides.*\.bit \(did you mean bits",
+        ),
+        (
+            MINIMAL + "execution: {workers: many, threads_per_worker: 1.5}",
+            r"^\S+: execution.threads_per_worker: expected a whole number, got 1.5; "
+            r"execution.workers: expected a whole number or 'auto', got 'many'$",
+        ),
+        (MINIMAL + "quantization: {symmetric: 3, ignore: x}", "symmetric: expected true or false, got 3; .*a list"),
+        (MINIMAL + "regularizer: {beta: strong}\npublish: 7", "beta: expected a number or 'auto', .*a mapping, got 7"),
+        (
+            MINIMAL + "execution: {compile: perhaps}",
+            r"^\S+: execution.compile: expected true .* or 'auto', got 'perhaps'$",
+        ),
+        (MINIMAL + "quantization: {int: 4, str: 3}", r"unknown key quantization.int; .*unknown key quantization.str;"),
+        (
+            MINIMAL + "quantization: {overrides: {int: {bits: x}, float: {bits: x}}}",
+            r"overrides.int.bits: expected a whole number, got 'x'; .*overrides.float.bits: expected a whole",
+        ),
+        ("model: {source: x}", "output: missing"),
+        (MINIMAL + "quantization: {bits: }", "quantization.bits: expected a whole number or 'auto', got nothing"),
+        ("- 1", "expected a mapping of sections"),
+        ("{", r"""cannot be read as YAML: while parsing [^"]* in "\S*c.yaml", line 1"""),
+        (MINIMAL + "execution: {call_timeout_s: .nan}", "call_timeout_s: expected auto or more than 0, got nan"),
+        (MINIMAL + "calibration: {samples: yes}", "calibration.samples: expected a number, got true .YAML"),
+        (MINIMAL + "quantization: {bits: on, damping: 1}", "quantization.bits: expected a number, got true"),
+        (MINIMAL + "quantization: {bit_choices: [4, on]}", "quantization.bit_choices: expected a number, got true"),
+        (MINIMAL + "quantization: {bit_choices: on}", "quantization.bit_choices: expected a list, got True"),
+        (
+            MINIMAL + "quantization: {group_size: [on]}",
+            r"quantization.group_size: expected a whole number, got \[True\]",
+        ),
+        (MINIMAL + "quantization: {bits: on, group_sise: 64}", "bits: expected a number.* unknown key .*group_sise"),
+        (MINIMAL + "quantization: {bit_choices: &a [*a]}", "holds something that contains itself: an alias"),
+        (
+            MINIMAL + "quantization: {overrides: {'a.*': {bits: no}}}",
+            r"overrides.a.\*.bits: expected a number, got false",
+        ),
+        (MINIMAL + "quantization:\n  bits: 4\n  bits: 3\n", "cannot be read as YAML: the key 'bits' is there twice"),
+        (MINIMAL + "model: {source: y}\n", "the key 'model' is there twice"),
+    ],
+)
+def test_wrong_configs_are_explained(write, text, message):
+    with pytest.raises(ConfigError, match=message):
+        load_config(write(text))
+
+
+def test_overrides_apply_in_their_order(write):
+    text = MINIMAL + "quantization: {overrides: {'*.down': {bits: 8}, 'm.0.*': {bits: 3, symmetric: false}}}"
+    settings = load_config(write(text)).quantization
+    found = {name: settings.for_layer(name) for name in ("m.0.down", "m.1.down", "m.1.up")}
+    assert {name: (own.bits, own.symmetric) for name, own in found.items()} == {
+        "m.0.down": (3, False), "m.1.down": (8, True), "m.1.up": (4, True),
+    }  # fmt: skip
+
+
+def test_width_that_is_set_is_not_touched_by_the_budget(write):
+    text = MINIMAL + (
+        "execution: {rounds: 2}\nquantization: {bits: auto, average_bits: 3.5, overrides: {'*.down': {bits: 8}}}"
+    )
+    settings = load_config(write(text)).quantization
+    assert settings.for_layer("a.up").bits == "auto"
+    assert [settings.for_layer(name, 2).bits for name in ("a.up", "a.down")] == [2, 8]
+
+
+def test_folder_in_place_of_a_file(tmp_path):
+    with pytest.raises(ConfigError, match="is a folder, expected the YAML file of a run"):
+        load_config(tmp_path)
+
+
+def test_missing_file():
+    with pytest.raises(ConfigError, match="nowhere.yaml: no such configuration file"):
+        load_config(Path("nowhere.yaml"))
+
+
+@pytest.mark.parametrize("assignment", ["bits", "=3", "quantization..bits=3", "model.source.x=1", "a=[", ".=1"])
+def test_wrong_assignments_are_explained(write, assignment):
+    with pytest.raises(ConfigError, match="--set"):
+        load_config(write(MINIMAL), [assignment])
+
+
+@pytest.mark.parametrize("assignment", ["quantization.bits=5", "quantization.bit=4", "excution.mode=blocks"])
+def test_it_is_said_whether_the_file_or_an_assignment_is_wrong(write, assignment):
+    with pytest.raises(ConfigError, match=rf"^\S+\.yaml with --set {assignment.partition('=')[0]}: "):
+        load_config(write(MINIMAL), [assignment])
+    with pytest.raises(ConfigError, match=r"\.yaml: quantization.bits: expected .*, got 5$"):
+        load_config(write(MINIMAL + "quantization: {bits: 5}"), ["quantization.group_size=64"])
+
+
+def test_what_is_wrong_in_the_file_is_said_of_the_file(write):
+    with pytest.raises(ConfigError, match=r"c.yaml: unknown key quantization.group_sise"):
+        load_config(write(MINIMAL + "quantization: {bits: on, group_sise: 64}"), ["quantization.bits=4"])
+
+
+def test_key_ignores_where_a_run_happens_but_not_what_it_computes(write):
+    base = load_config(write(MINIMAL))
+    key = run_key(base, "f", "1")
+
+    def other(assignment):
+        return run_key(load_config(write(MINIMAL), [assignment]), "f", "1")
+
+    assert other("execution.workers=7") == other("output.dir=elsewhere") == other("model.source=copy") == key
+    changed = [other("quantization.bits=3"), other("execution.threads_per_worker=2"), other("calibration.seed=1")]
+    changed += [run_key(base, "g", "1"), run_key(base, "f", "2")]
+    assert len({key, *changed}) == 6

@@ -1,0 +1,127 @@
+"""`verify` finds what a loader would stumble over."""
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from astro.errors import CheckpointError
+from astro.storage.checkpoint import INDEX_NAME
+from astro_dist import pipeline
+from astro_dist.export.verify import verify_model
+
+
+@pytest.fixture
+def run_model(run_config):
+    """In its run directory, whose checksums are compared."""
+    return Path(pipeline.quantize(run_config(calibration__holdout_samples=0))["model"])
+
+
+@pytest.fixture
+def model(run_model, tmp_path):
+    """Alone."""
+    return run_model.rename(tmp_path / "alone")
+
+
+def change_tensor(folder, key, change):
+    """Replace one tensor, or drop it where `change` returns None, and keep the index true."""
+    index = json.loads((folder / INDEX_NAME).read_text())
+    path = folder / index["weight_map"][key]
+    tensors = load_file(path)
+    tensor = change(tensors.pop(key))
+    if tensor is None:
+        del index["weight_map"][key]
+    else:
+        tensors[key] = tensor
+    save_file(tensors, path)
+    (folder / INDEX_NAME).write_text(json.dumps(index))
+
+
+Q = "model.layers.1.self_attn.q_proj"
+
+
+@pytest.mark.parametrize(
+    ("key", "change", "message"),
+    [
+        (f"{Q}.weight_scale", lambda t: None, r"missing model\.layers\.1\.self_attn\.q_proj\.weight_scale"),
+        (f"{Q}.weight_scale", lambda t: t * float("nan"), "weight_scale holds NaN or Inf"),
+        (f"{Q}.weight_scale", lambda t: t * 0, "has scales that are zero"),
+        (f"{Q}.weight_packed", lambda t: t[:, 1:].contiguous(), "expected 8 words a row"),
+        (f"{Q}.weight_packed", lambda t: None, r"no tensor for model\.layers\.1\.self_attn\.q_proj\.weight"),
+        (f"{Q}.weight_shape", lambda t: torch.tensor([32, 128]), "weight_scale should be"),
+        (f"{Q}.weight_packed", lambda t: t[0].contiguous(), "weight_packed should have two dimensions"),
+        ("model.norm.weight", lambda t: t * float("inf"), r"model\.norm\.weight holds NaN or Inf"),
+        ("model.norm.weight", lambda t: None, r"no tensor for model\.norm\.weight"),
+        ("model.norm.weight", lambda t: t[1:].contiguous(), r"model\.norm\.weight should be \[64\], got \[63\]"),
+    ],
+)
+def test_damage_is_found(model, key, change, message):
+    change_tensor(model, key, change)
+    with pytest.raises(CheckpointError, match=message):
+        verify_model(model)
+
+
+def test_checksums_of_a_run_are_compared(run_model):
+    assert verify_model(run_model)["checksums_compared"]
+    path = run_model / "model-00002-of-00004.safetensors"
+    content = bytearray(path.read_bytes())
+    content[len(content) // 2] ^= 1
+    path.write_bytes(content)
+    with pytest.raises(CheckpointError, match="00002-of-00004.* not as the run wrote it .* in all 1 of 10 files"):
+        verify_model(run_model)
+    path.unlink()
+    with pytest.raises(CheckpointError, match="00002-of-00004.* is gone.*`astro-dist quantize`"):
+        verify_model(run_model)
+
+
+def test_checksums_are_those_of_the_folder_that_is_meant(run_model, tmp_path):
+    (tmp_path / "link").symlink_to(run_model)
+    assert verify_model(tmp_path / "link")["checksums_compared"]
+    shutil.copytree(run_model, run_model.parent / "edited")
+    (run_model.parent / "edited" / "README.md").write_text("mine")
+    assert not verify_model(run_model.parent / "edited")["checksums_compared"]
+
+
+def test_model_of_a_run_that_is_not_finished(run_model):
+    (run_model.parent / "model.json").unlink()
+    with pytest.raises(CheckpointError, match="its run is not finished; `astro-dist status"):
+        verify_model(run_model)
+
+
+def test_model_that_lost_a_shard(model):
+    assert not verify_model(model)["checksums_compared"]
+    next(model.glob("*.safetensors")).unlink()
+    with pytest.raises(CheckpointError, match="is missing; fetch it again$"):
+        verify_model(model)
+
+
+def test_layer_that_is_there_twice(model):
+    index = json.loads((model / INDEX_NAME).read_text())
+    path = model / index["weight_map"][f"{Q}.weight_packed"]
+    save_file({**load_file(path), f"{Q}.weight": torch.ones(64, 64)}, path)
+    index["weight_map"][f"{Q}.weight"] = path.name
+    (model / INDEX_NAME).write_text(json.dumps(index))
+    with pytest.raises(CheckpointError, match="q_proj.weight is there beside its packed tensors"):
+        verify_model(model)
+
+
+def test_config_without_its_ignore_list(model):
+    content = json.loads((model / "config.json").read_text())
+    content["quantization_config"]["ignore"] = []
+    (model / "config.json").write_text(json.dumps(content))
+    with pytest.raises(CheckpointError, match="lm_head is neither packed nor in the config's ignore list"):
+        verify_model(model)
+
+
+def test_model_that_is_not_quantized(llama):
+    with pytest.raises(CheckpointError, match="has no quantization_config, so this is no quantized model"):
+        verify_model(llama)
+
+
+def test_wrong_source(model, tmp_path):
+    save_file({"x": torch.ones(2)}, tmp_path / "model.safetensors")
+    with pytest.raises(CheckpointError, match="it is not the source of this model"):
+        verify_model(model, tmp_path)

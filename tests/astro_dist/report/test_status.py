@@ -1,0 +1,90 @@
+"""What `status` says of a run that goes on, was stopped, or is complete."""
+
+import fcntl
+import json
+
+import pytest
+from typer.testing import CliRunner
+
+from astro.errors import ConfigError, StorageError
+from astro_dist import cli, pipeline
+from astro_dist.report.status import read_status
+from astro_dist.run_directory.journal import Journal
+from astro_dist.worker.worker import Worker
+
+
+def test_complete_run(run_config, tmp_path):
+    pipeline.quantize(run_config())
+    status = read_status(tmp_path / "run")
+    assert (status["state"], status["in_flight"], status["retries"]) == ("complete", [], [])
+    assert status["units"]["done"] == status["units"]["total"]
+    assert status["blocks"] == {"done": 3, "total": 3}
+    assert status["damaged"] == []
+
+
+def test_files_of_a_complete_run_that_are_gone_or_cut_off(run_config, tmp_path):
+    pipeline.quantize(run_config())
+    shard, *_ = sorted((tmp_path / "run" / "model").glob("*.safetensors"))
+    shard.write_bytes(shard.read_bytes()[:-1])
+    (tmp_path / "run" / "model" / "config.json").unlink()
+    assert sorted(read_status(tmp_path / "run")["damaged"]) == sorted(["config.json", shard.name])
+    shown = CliRunner().invoke(cli.app, ["status", str(tmp_path / "run")])
+    assert "complete, but damaged: 3 of 3 blocks" in shown.output
+    assert f"damaged: config.json, {shard.name} (gone, or of another size than was written)" in shown.output
+    pipeline.quantize(run_config())
+    assert read_status(tmp_path / "run")["damaged"] == []
+
+
+def test_run_that_goes_on(run_config, tmp_path, monkeypatch):
+    seen = []
+    real = Worker.solve
+
+    def solve(self, round_index, index):
+        with (tmp_path / "run" / "lock").open() as lock, pytest.raises(BlockingIOError):
+            fcntl.flock(lock, fcntl.LOCK_SH | fcntl.LOCK_NB)
+        seen.append(read_status(tmp_path / "run"))
+        return real(self, round_index, index)
+
+    monkeypatch.setattr(Worker, "solve", solve)
+    pipeline.quantize(run_config())
+    last = seen[-1]
+    assert (last["state"], last["workers"]) == ("running", 1)
+    assert last["blocks"] == {"done": 2, "total": 3}
+    assert [doing["unit"] for doing in last["in_flight"]] == ["round-0-block-0002"]
+    assert last["seconds_left"] > 0
+
+
+def test_stopped_run_names_what_was_retried(run_config, tmp_path, monkeypatch):
+    monkeypatch.setattr(Worker, "solve", lambda self, r, index: {}["x"])
+    with pytest.raises(Exception, match="KeyError"):
+        pipeline.quantize(run_config(execution__max_retries=0))
+    status = read_status(tmp_path / "run")
+    assert (status["state"], status["workers"], status["seconds_left"]) == ("stopped", 0, None)
+    assert status["retries"][0]["unit"] == "round-0-block-0000"
+
+
+def test_folder_that_holds_no_run(tmp_path):
+    with pytest.raises(ConfigError, match="holds no run.json, so it is no run directory"):
+        read_status(tmp_path)
+
+
+@pytest.mark.parametrize(("content", "message"), [("{}", "names no run"), ("{", "is not known which run")])
+def test_mark_that_says_nothing(tmp_path, content, message):
+    (tmp_path / "run.json").write_text(content)
+    with pytest.raises(ConfigError, match=message):
+        read_status(tmp_path)
+
+
+def test_journal_lines_that_a_full_disk_refused_are_written_later(run_config, tmp_path, monkeypatch):
+    real, refusals = Journal.note, iter([True] * 3)
+
+    def note(self, event, **details):
+        if event not in ("opened", "started") and next(refusals, False):
+            raise StorageError("journal.jsonl: cannot be written: No space left on device")
+        real(self, event, **details)
+
+    monkeypatch.setattr(Journal, "note", note)
+    pipeline.quantize(run_config())
+    lines = [json.loads(line) for line in (tmp_path / "run" / "journal.jsonl").read_text().splitlines()]
+    assert [line["unit"] for line in lines if line["event"] == "finished"].count("embed") == 1
+    assert lines == sorted(lines, key=lambda line: line["time"])

@@ -1,0 +1,68 @@
+"""The width budget: a knapsack against an exhaustive search."""
+
+import itertools
+import random
+
+import pytest
+
+from astro.config import Override, Quantization
+from astro.errors import ConfigError
+from astro.quantization.bit_allocation import Choice, allocate, provisional_width, read_choices
+
+
+def choices(seed, count=5, widths=(2, 3, 4, 8)):
+    dice = random.Random(seed)
+    return [
+        Choice(f"g{i}", dice.choice([1, 2, 4]) * 1000, {b: dice.uniform(0.5, 2) * 4.0**-b for b in widths})
+        for i in range(count)
+    ]
+
+
+def cost(items, widths):
+    return sum(item.errors[widths[item.name]] for item in items)
+
+
+def spent(items, widths):
+    return sum(item.weights * widths[item.name] for item in items) / sum(item.weights for item in items)
+
+
+@pytest.mark.parametrize("seed", range(10))
+@pytest.mark.parametrize("average", [2.0, 2.7, 3.5, 4.2, 8.0])
+def test_against_every_allocation(seed, average):
+    items = choices(seed)
+    widths = allocate(items, average)
+    assert spent(items, widths) <= average
+    every = (dict(zip((i.name for i in items), w, strict=True)) for w in itertools.product((2, 3, 4, 8), repeat=5))
+    best = min(cost(items, w) for w in every if spent(items, w) <= average)
+    assert cost(items, widths) <= 1.7 * best  # greedy misses at most the last step
+
+
+def test_many_groups_come_close_to_the_average():
+    items = choices(0, count=200)
+    assert 3.45 < spent(items, allocate(items, 3.5)) <= 3.5
+
+
+def test_set_widths_stay_and_count():
+    items = [*choices(1, count=20), Choice("set", 1000, {8: 0.1})]
+    widths = allocate(items, 4.0)
+    assert widths["set"] == 8
+    assert spent(items, widths) <= 4.0
+    with pytest.raises(ConfigError, match=r"average_bits: 2.0 is less than the smallest widths .* \(2\.\d+\)"):
+        allocate(items, 2.0)
+
+
+def test_width_that_does_not_help_is_skipped():
+    assert allocate([Choice("g", 1, {2: 1.0, 3: 1.0, 4: 0.1})], 3.0) == {"g": 2}
+    assert allocate([Choice("g", 1, {2: 1.0, 3: 1.0, 4: 0.1})], 4.0) == {"g": 4}
+
+
+def test_measured_records_become_choices():
+    settings = Quantization(bits="auto", average_bits=3.0, overrides={"*.o": Override(bits=8)})
+    layer = {"rows": 10, "columns": 20, "relative_error": 0.5, "width_errors": {"2": 0.4, "4": 0.1}}
+    found = read_choices([{"name": "a.q+a.k", **layer}, {"name": "a.o", **layer}], settings)
+    assert found == [Choice("a.q+a.k", 200, {2: 0.4, 4: 0.1}), Choice("a.o", 200, {8: 0.5})]
+
+
+@pytest.mark.parametrize(("average", "expected"), [(2.0, 2), (3.4, 3), (3.5, 3), (5.9, 4), (7.0, 8)])
+def test_first_round_uses_the_nearest_width(average, expected):
+    assert provisional_width(Quantization(bits="auto", average_bits=average)) == expected

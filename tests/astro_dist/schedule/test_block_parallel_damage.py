@@ -1,0 +1,107 @@
+"""A run that is interrupted anywhere, then loses files and workers, still comes to its end without a missing file."""
+
+import random
+from collections import defaultdict
+
+import pytest
+from tests.dist.test_schedule import result
+
+from astro_dist.schedule.block_parallel import BlockSchedule
+from astro_dist.schedule.calls import assign
+from astro_dist.schedule.names import block_unit, is_held_out, stream_names, unit_names
+
+CHUNKS = ["c0000", "c0001", "h0000", "h0001"]
+BLOCKS = 3
+
+
+class Disk:
+    """What a run directory holds, and what is not there when it is asked for."""
+
+    def __init__(self, rounds):
+        self.streams, self.finished, self.shards = stream_names(rounds), set(), set()
+        self.inputs = defaultdict(set)
+
+    def read_for(self, call):
+        """A call finds what it reads."""
+        if call.method == "forward":
+            r, block, chunk = call.args
+            assert chunk in self.inputs[self.streams[r], block], call
+        if call.method == "open_block" and call.args[0]:
+            assert (call.args[0] - 1, call.args[1]) in self.shards, call
+        if call.method == "pass_on":
+            stream, block, chunk = call.args
+            r = self.streams.index(stream)
+            assert chunk in self.inputs[stream, block], call
+            assert r == 0 or (r - 1, block) in self.shards, call
+        if call.method == "head":
+            assert {c for c in CHUNKS if is_held_out(c)} <= self.inputs[call.args[0], BLOCKS], call
+
+    def write(self, call, spent):
+        """What a call leaves, and what is dropped then."""
+        if call.method == "embed":
+            for stream in self.streams:
+                self.inputs[stream, 0] |= set(CHUNKS)
+        if call.method == "forward" and (call.args[1] + 1 < BLOCKS or is_held_out(call.args[2])):
+            self.inputs[self.streams[call.args[0]], call.args[1] + 1].add(call.args[2])
+        if call.method == "pass_on":
+            self.inputs[call.args[0], call.args[1] + 1].add(call.args[2])
+        if call.method in ("solve", "write"):
+            self.shards.add(call.args)
+        if call.method in ("embed", "copy", "solve", "write", "conclude", "head"):
+            self.finished.add(call.unit)
+        for gone in spent:
+            if gone.kind == "inputs" and gone.block:
+                self.inputs[gone.stream, gone.block] = set()
+            if gone.kind == "shard":
+                self.shards.discard((gone.number, gone.block))
+
+    def schedule(self, rounds):
+        """As it is made when a run goes on: a block whose shard is gone is finished only where a later round is."""
+        written, finished = set(), set()
+        shards = {block_unit(*place) for place in self.shards}
+        for unit in reversed(unit_names(BLOCKS, 1, rounds, True)):
+            r, is_block, block = unit.removeprefix("round-").partition("-block-")
+            is_block = bool(is_block) and unit.startswith("round-")
+            superseded = is_block and block_unit(int(r) + 1, int(block)) in finished
+            if unit in self.finished and (not is_block or unit in shards or superseded):
+                finished.add(unit)
+                written |= {unit} if not is_block or unit in shards else set()
+        self.finished = set(finished)
+        present = {s: {b: set(self.inputs[s, b]) for b in range(BLOCKS + 1)} for s in self.streams}
+        return BlockSchedule(BLOCKS, 1, CHUNKS, finished, present, rounds, written)
+
+    def lose_something(self, dice):
+        places = sorted((s, b, c) for (s, b), chunks in self.inputs.items() for c in chunks if b)
+        for stream, block, chunk in dice.sample(places, min(len(places), dice.choice([1, 2]))):
+            self.inputs[stream, block].discard(chunk)
+        if self.shards and dice.random() < 0.5:
+            self.shards.discard(dice.choice(sorted(self.shards)))
+
+
+def go_on(disk, rounds, num_workers, dice, loss, stop_after=10_000):
+    schedule, workers, running, count = disk.schedule(rounds), list(range(num_workers)), {}, 0
+    while not schedule.complete and count < stop_after:
+        begun = dict(assign(schedule, [worker for worker in workers if worker not in running]))
+        for call in begun.values():
+            disk.read_for(call)
+        running |= begun
+        assert running, "stuck"
+        worker = dice.choice(sorted(running))
+        call, count = running.pop(worker), count + 1
+        if len(workers) > 1 and dice.random() < loss:
+            schedule.failed(worker, call)
+            workers.remove(worker)
+        else:
+            disk.write(call, schedule.done(worker, call, result(call)))
+        assert count < 2000, "goes round in circles"
+
+
+@pytest.mark.parametrize("seeds", [range(start, start + 150) for start in range(0, 600, 150)], ids=str)
+def test_whatever_is_lost_the_run_comes_to_its_end(seeds):
+    for seed in seeds:
+        dice = random.Random(seed)
+        rounds = dice.choice([1, 2, 3])
+        disk = Disk(rounds)
+        go_on(disk, rounds, dice.choice([1, 2, 4]), dice, 0.0, stop_after=dice.randint(1, 70 * rounds))
+        disk.lose_something(dice)
+        go_on(disk, rounds, dice.choice([1, 2, 3]), dice, dice.choice([0.0, 0.1]))

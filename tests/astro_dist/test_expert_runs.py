@@ -1,0 +1,157 @@
+"""Mixture-of-experts models: whole runs on tiny checkpoints."""
+
+import dataclasses
+import json
+from collections import Counter
+from pathlib import Path
+
+import pytest
+import torch
+import transformers
+from safetensors.torch import load_file
+
+from astro.errors import ConfigError, NumericalError
+from astro_dist import pipeline
+from astro_dist.export.verify import verify_model
+from astro_dist.planning.cost import CostModel
+from astro_dist.planning.validate import prepare
+from tests.support.architectures import EXPERTS
+from tests.support.models import LLAMA, files_of, write_checkpoint
+
+RUNS = {
+    "mixtral": {"execution__mode": "blocks"},
+    "gpt-oss": {"execution__rounds": 2},
+    "llama4": {"execution__mode": "sequential", "execution__hessian_shares": 2},
+}
+
+
+@pytest.fixture
+def experts_config(run_config, tmp_path):
+    def build(name, min_tokens=150, policy="all-tokens", **changes):
+        source = write_checkpoint(tmp_path / name, EXPERTS[name])
+        config = run_config(model__source=str(source), quantization__group_size=16, **changes)
+        experts = config.experts.__class__(min_tokens=min_tokens, policy=policy)
+        return config.model_copy(update={"experts": experts})
+
+    return build
+
+
+def layers_of(summary):
+    records = (Path(summary["model"]).parent / "records").glob("*block*.json")
+    return [layer for record in records for layer in json.loads(record.read_text())["result"].get("layers", [])]
+
+
+@pytest.mark.parametrize("name", RUNS)
+def test_number_of_workers_does_not_change_a_byte(experts_config, tmp_path, name):
+    results = []
+    for workers in (1, 2, 5):
+        folder = str(tmp_path / f"run{workers}")
+        config = experts_config(name, execution__workers=workers, output__dir=folder, **RUNS[name])
+        summary = pipeline.quantize(config)
+        results.append(files_of(Path(summary["model"])))
+    assert results[0] == results[1] == results[2]
+    verify_model(Path(summary["model"]), tmp_path / name)
+    assert any(layer["fallback"] == "all-tokens" for layer in layers_of(summary))
+
+
+@pytest.mark.parametrize("mode", ["blocks", "sequential"])
+@pytest.mark.parametrize("policy", ["shared-hessian", "rtn"])
+def test_policies_are_counted(experts_config, mode, policy):
+    summary = pipeline.quantize(experts_config("mixtral", policy=policy, execution__mode=mode))
+    used = Counter(layer["fallback"] for layer in layers_of(summary))
+    assert 0 < used[policy] < 16
+    assert len(summary["fallbacks"]["experts"][policy]) == used[policy]
+    rounded = [layer for layer in layers_of(summary) if layer["fallback"] == "rtn"]
+    assert all(layer["beta"] == 0 and layer["num_tokens"] == 0 for layer in rounded)
+
+
+@pytest.mark.parametrize("mode", ["blocks", "sequential"])
+def test_starved_expert_ends_the_run_where_that_is_asked(experts_config, mode):
+    config = experts_config("mixtral", policy="fail", min_tokens=10_000, execution__mode=mode, execution__max_retries=0)
+    with pytest.raises(NumericalError, match="calibration tokens reached this expert, experts.min_tokens is 10000"):
+        pipeline.quantize(config)
+
+
+def test_fused_experts_are_written_one_by_one_with_their_biases(experts_config, tmp_path):
+    model = Path(pipeline.quantize(experts_config("gpt-oss"))["model"])
+    index = json.loads((model / "model.safetensors.index.json").read_text())["weight_map"]
+    experts = "model.layers.1.mlp.experts"
+    assert f"{experts}.gate_up_proj" not in index
+    assert f"{experts}.gate_up_proj_bias" not in index
+    tensors = load_file(model / index[f"{experts}.2.up_proj.bias"])
+    source = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "gpt-oss", dtype=torch.float32)
+    bias = source.get_parameter(f"{experts}.gate_up_proj_bias")[2, 1::2]
+    assert torch.equal(tensors[f"{experts}.2.up_proj.bias"], bias)
+    assert list(tensors[f"{experts}.2.up_proj.weight_shape"]) == [128, 64]
+
+
+def test_gates_stay_as_they_are_and_servers_are_told(experts_config):
+    summary = pipeline.quantize(experts_config("mixtral"))
+    ignore = json.loads((Path(summary["model"]) / "config.json").read_text())["quantization_config"]["ignore"]
+    assert {"model.layers.0.mlp.gate", "model.layers.0.block_sparse_moe.gate", "lm_head"} <= set(ignore)
+    assert any("gates, or no linear layers, stay as they are" in note for note in summary["notes"])
+
+
+def test_fused_tensor_is_not_quantized_in_parts(experts_config):
+    with pytest.raises(ConfigError, match="lies in one tensor with layers that are quantized"):
+        prepare(experts_config("llama4", quantization__ignore=["*.experts.2.up_proj"]))
+
+
+def test_experts_can_be_left_as_they_are(experts_config):
+    summary = pipeline.quantize(experts_config("mixtral", quantization__ignore=["*.experts.*"]))
+    assert len(layers_of(summary)) == 4
+    verify_model(Path(summary["model"]))
+
+
+def test_experts_of_a_layer_get_one_width(experts_config):
+    config = experts_config(
+        "mixtral", execution__rounds=2, quantization__bits="auto", quantization__average_bits=3.5,
+        quantization__bit_choices=(2, 3, 4, 8),
+    )  # fmt: skip
+    summary = pipeline.quantize(config)
+    widths: dict[str, set[int]] = {}
+    for layer in layers_of(summary):
+        if ".experts." in layer["name"] and layer["width_errors"] == {}:
+            widths.setdefault(layer["name"].split(".experts.")[0], set()).add(layer["bits"])
+    assert len(widths) == 2
+    assert all(len(found) == 1 for found in widths.values())
+    assert summary["average_bits"] <= 3.5
+    assert not any("experts" in note and "differ" in note for note in summary["notes"])
+
+
+def test_what_readers_make_of_experts_is_told(experts_config):
+    overrides = {"*.experts.1.*": {"bits": 8}}
+    notes = prepare(experts_config("mixtral", quantization__overrides=overrides)).notes
+    assert any("the experts of model.layers.0.block_sparse_moe.experts differ in width" in note for note in notes)
+    notes = prepare(experts_config("gpt-oss", quantization__format="gptq")).notes
+    assert any("leaves them random and says nothing" in note for note in notes)
+    assert any("the source holds its experts fused" in note for note in notes)
+
+
+@pytest.mark.parametrize("policy", ["per-channel", "keep"])
+def test_layers_of_odd_widths_have_a_policy(run_config, tmp_path, policy):
+    source = write_checkpoint(tmp_path / "odd", transformers.LlamaConfig(**{**LLAMA, "intermediate_size": 72}))
+    changes = {"model__source": str(source), "quantization__group_size": 16}
+    with pytest.raises(ConfigError, match="group_size 16 does not divide a layer of 72 input columns"):
+        prepare(run_config(**changes))
+    summary = pipeline.quantize(run_config(**changes, quantization__odd_widths=policy))
+    found = {layer["group_size"] for layer in layers_of(summary)}
+    assert found == ({16, 72} if policy == "per-channel" else {16})
+    assert any("layers whose input is no multiple of the group size" in note for note in summary["notes"])
+    verify_model(Path(summary["model"]))
+
+
+def test_width_of_some_layers_of_experts_is_refused_before_a_budget_is_measured(experts_config):
+    changes = {"quantization__bits": "auto", "quantization__average_bits": 5.0, "execution__rounds": 2}
+    overrides = {"*.w2": {"bits": 8}}
+    with pytest.raises(ConfigError, match="all experts of a layer get one width"):
+        prepare(experts_config("mixtral", quantization__overrides=overrides, **changes))
+
+
+def test_room_on_disk_is_that_of_the_largest_block(experts_config):
+    """The first block of DeepSeek-V3 is dense."""
+    prepared = prepare(experts_config("deepseek-v3"))
+    blocks = prepared.plan.blocks
+    turned = dataclasses.replace(prepared.plan, blocks=tuple(reversed(blocks)))
+    costs = [CostModel(plan, prepared.config, {"c0000": 64}, 4, "cpu") for plan in (prepared.plan, turned)]
+    assert costs[0].disk_bytes(2) == costs[1].disk_bytes(2)

@@ -1,0 +1,301 @@
+"""Rounds, mode `sequential`, overrides and a width budget: whole runs on a tiny checkpoint."""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+import transformers
+from safetensors.torch import load_file
+from tests.dist.test_pipeline import perplexity
+
+from astro.errors import ConfigError, RunError
+from astro.storage.checkpoint import Checkpoint
+from astro_dist import pipeline
+from astro_dist.export.verify import verify_model
+from astro_dist.planning.validate import prepare
+from astro_dist.run_directory.records import RunDirectory
+from astro_dist.worker.split_solver import TileSolver
+from astro_dist.worker.worker import Worker
+from tests.support.models import files_of
+
+SEQUENTIAL = {"execution__mode": "sequential", "execution__hessian_shares": 2}
+MODES = {
+    "blocks": {},
+    "rounds": {"execution__rounds": 3, "quantization__bits": 3},
+    "sequential": {**SEQUENTIAL, "quantization__bits": 3},
+    "uncompensated": {**SEQUENTIAL, "quantization__compensation": 0.0},
+    "rounded": {**SEQUENTIAL, "quantization__method": "rtn"},
+    "budget": {"execution__rounds": 2, "quantization__bits": "auto", "quantization__average_bits": 3.5},
+    "overrides": {
+        **SEQUENTIAL,
+        "quantization__overrides": {"*.v_proj": {"bits": 8}, "*.mlp.*": {"group_size": 64, "symmetric": False}},
+    },
+}
+STEPS = (
+    "embed", "copy", "open_block", "forward", "solve", "give_out", "conclude", "head", "share", "decide", "weigh",
+    "tile", "write", "pass_on",
+)  # fmt: skip
+
+
+def model_of(summary):
+    return Path(summary["model"])
+
+
+def config_of(folder):
+    return json.loads((folder / "config.json").read_text())["quantization_config"]
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_number_of_workers_does_not_change_a_byte(run_config, tmp_path, monkeypatch, mode):
+    results, given_out, real = [], [], Worker.give_out
+    monkeypatch.setattr(Worker, "give_out", lambda self, *args: given_out.append(args) or real(self, *args))
+    for workers in (1, 2, 5):
+        folder = str(tmp_path / f"run{workers}")
+        summary = pipeline.quantize(run_config(execution__workers=workers, output__dir=folder, **MODES[mode]))
+        results.append(files_of(model_of(summary)))
+        assert workers > 1 or not given_out
+    assert results[0] == results[1] == results[2]
+    assert bool(given_out) == (mode in ("blocks", "rounds", "budget")), "they solve a block together"
+    verify_model(model_of(summary))
+    assert not (tmp_path / "run1" / "activations").exists()
+    assert not (tmp_path / "run1" / "rounds").exists()
+
+
+@pytest.mark.parametrize("mode", ["rounds", "sequential"])
+def test_block_of_which_nothing_is_quantized_is_written_as_it_is(run_config, llama, tmp_path, mode):
+    results = []
+    for workers in (1, 5):
+        changes = {**MODES[mode], "output__dir": str(tmp_path / f"run{workers}"), "execution__workers": workers}
+        summary = pipeline.quantize(run_config(quantization__ignore=["model.layers.1.*"], **changes))
+        results.append(files_of(model_of(summary)))
+    assert results[0] == results[1]
+    verify_model(model_of(summary))
+    name = "model.layers.1.mlp.down_proj.weight"
+    assert torch.equal(Checkpoint.open(model_of(summary)).read([name])[name], Checkpoint.open(llama).read([name])[name])
+
+
+def test_worker_that_begins_a_block_keeps_nothing_of_what_it_helped_with(run_config, monkeypatch):
+    real, kept = Worker.open_block, []
+
+    def open_block(self, r, index):
+        helped = self._tiles._block is not None
+        real(self, r, index)
+        kept.append((helped, self._tiles._block))
+
+    monkeypatch.setattr(Worker, "open_block", open_block)
+    pipeline.quantize(run_config(execution__workers=5, **MODES["rounds"]))
+    assert any(helped for helped, _ in kept)
+    assert not any(block for _, block in kept)
+
+
+class _Interrupted(BaseException):
+    pass
+
+
+WHOLE = {}
+"""Files of a run that nothing happened to, by mode: every test has the same model."""
+
+
+def whole(run_config, tmp_path, mode):
+    if mode not in WHOLE:
+        config = run_config(output__dir=str(tmp_path / "whole"), **MODES[mode])
+        WHOLE[mode] = files_of(model_of(pipeline.quantize(config)))
+    return WHOLE[mode]
+
+
+@pytest.mark.parametrize(
+    ("mode", "calls", "workers"),
+    [
+        *(("blocks", calls, 1) for calls in (1, 8, 14)),
+        *(("rounds", calls, 1) for calls in (9, 35)),
+        *(("sequential", calls, 1) for calls in (2, 9, 23)),
+        *(("budget", calls, 1) for calls in (9, 35)),
+        *(("rounds", calls, 5) for calls in (25, 46)),
+    ],
+)
+def test_interrupted_run_goes_on_and_writes_the_same_bytes(run_config, tmp_path, monkeypatch, mode, calls, workers):
+    expected = whole(run_config, tmp_path, mode)
+    left = [calls]
+
+    def counted(method):
+        def call(self, *args):
+            left[0] -= 1
+            if left[0] < 0:
+                raise _Interrupted
+            return method(self, *args)
+
+        return call
+
+    with monkeypatch.context() as patch:
+        for name in STEPS:
+            patch.setattr(Worker, name, counted(getattr(Worker, name)))
+        with pytest.raises(_Interrupted):
+            pipeline.quantize(run_config(execution__workers=workers, **MODES[mode]))
+    before = {p.name: p.stat().st_mtime_ns for p in (tmp_path / "run" / "records").glob("*.json")}
+    summary = pipeline.quantize(run_config(execution__workers=2, **MODES[mode]))
+    assert files_of(model_of(summary)) == expected
+    after = {p.name: p.stat().st_mtime_ns for p in (tmp_path / "run" / "records").glob("*.json")}
+    assert before.items() <= after.items(), "a finished unit was done again"
+
+
+@pytest.mark.parametrize("mode", ["rounds", "sequential", "uncompensated"])
+def test_perplexity_of_the_last_round_is_that_of_what_was_written(run_config, tmp_path, mode):
+    summary = pipeline.quantize(run_config(**MODES[mode]))
+    model = transformers.AutoModelForCausalLM.from_pretrained(model_of(summary), dtype=torch.float32)
+    tokens = load_file(tmp_path / "run" / "tokens.safetensors")["h0000"]
+    assert perplexity(model, tokens) == pytest.approx(summary["perplexity"]["quantized"], rel=1e-5)
+    assert summary["rounds"][-1]["perplexity"] == summary["perplexity"]["quantized"]
+    assert len(summary["rounds"]) == (3 if mode == "rounds" else 1)
+
+
+def test_first_round_is_the_run_of_one_round_and_later_ones_differ(run_config, tmp_path, monkeypatch):
+    one = pipeline.quantize(run_config(output__dir=str(tmp_path / "one"), quantization__bits=3))
+    two = pipeline.quantize(run_config(execution__rounds=2, quantization__bits=3))
+    assert two["rounds"][0]["perplexity"] == pytest.approx(one["perplexity"]["quantized"], rel=1e-9)
+    assert files_of(model_of(one)) != files_of(model_of(two))
+
+
+def test_compensation_lowers_the_loss_of_the_tiny_model_at_two_bits(run_config, tmp_path):
+    results = {}
+    for share in (0.0, 0.5):
+        changes = {**SEQUENTIAL, "quantization__bits": 2, "quantization__compensation": share}
+        config = run_config(output__dir=str(tmp_path / str(share)), calibration__samples=24, **changes)
+        results[share] = model_of(pipeline.quantize(config))
+    tokens = load_file(tmp_path / "0.5" / "tokens.safetensors")["c0000"]
+    source = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "llama", dtype=torch.float32)
+
+    def distance(folder):
+        model = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+        with torch.no_grad():
+            return float((model(tokens).logits - source(tokens).logits).square().mean())
+
+    assert distance(results[0.5]) < distance(results[0.0])
+
+
+def test_budget_is_spent_and_not_exceeded(run_config, tmp_path):
+    summary = pipeline.quantize(run_config(**MODES["budget"]))
+    assert 3.0 < summary["average_bits"] <= 3.5
+    widths = json.loads((tmp_path / "run" / "allocation.json").read_text())
+    assert len(widths) == 21
+    for i in range(3):
+        attention, mlp = f"model.layers.{i}.self_attn", f"model.layers.{i}.mlp"
+        assert len({widths[f"{attention}.{name}_proj"] for name in "qkv"}) == 1
+        assert widths[f"{mlp}.gate_proj"] == widths[f"{mlp}.up_proj"]
+    written = {
+        target: group["weights"]["num_bits"]
+        for group in config_of(model_of(summary))["config_groups"].values()
+        for target in group["targets"]
+    }
+    assert written == widths
+    _, info = transformers.AutoModelForCausalLM.from_pretrained(model_of(summary), output_loading_info=True)
+    assert not any(info.values())
+
+
+def test_overrides_of_other_widths_are_written_noted_and_load(run_config):
+    overrides = {"*.down_proj": {"bits": 8}, "*.q_proj": {"bits": 3}}
+    summary = pipeline.quantize(run_config(quantization__overrides=overrides))
+    groups = config_of(model_of(summary))["config_groups"].values()
+    assert sorted((g["weights"]["num_bits"], len(g["targets"])) for g in groups) == [(3, 3), (4, 15), (8, 3)]
+    assert any("q_proj" in note and "vLLM fuses them" in note for note in summary["notes"])
+    _, info = transformers.AutoModelForCausalLM.from_pretrained(model_of(summary), output_loading_info=True)
+    assert not any(info.values())
+
+
+def test_override_that_matches_nothing_is_refused(run_config):
+    for pattern in ("*.w1", "*.mlp"):
+        with pytest.raises(ConfigError, match=r"quantization.overrides: '\*.\w+' matches no linear layer"):
+            prepare(run_config(quantization__overrides={pattern: {"bits": 8}}))
+
+
+def test_budget_that_overrides_exceed_is_refused_before_anything_starts(run_config, tmp_path):
+    config = run_config(**{**MODES["budget"], "quantization__overrides": {"*.mlp.*": {"bits": 8}}})
+    with pytest.raises(ConfigError, match="average_bits: 3.5 is less than the smallest widths"):
+        pipeline.quantize(config)
+    assert not (tmp_path / "run").exists()
+
+
+def test_rerun_of_finished_rounds_notes_no_damage_and_leaves_nothing_behind(run_config, tmp_path):
+    first = pipeline.quantize(run_config(**MODES["rounds"]))
+    (tmp_path / "run" / "activations").mkdir()
+    assert pipeline.quantize(run_config(**MODES["rounds"])) == first
+    assert "damaged" not in (tmp_path / "run" / "journal.jsonl").read_text()
+    assert not (tmp_path / "run" / "activations").exists()
+    assert not (tmp_path / "run" / "rounds").exists()
+
+
+def test_error_in_a_tile_is_a_failed_run_that_keeps_what_is_finished(run_config, tmp_path, monkeypatch):
+    real = Worker.tile
+
+    def failing(self, r, index, stage, number):
+        if index == 1:
+            raise RunError("disk gone")
+        real(self, r, index, stage, number)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Worker, "tile", failing)
+        with pytest.raises(RunError, match="disk gone"):
+            pipeline.quantize(run_config(**MODES["sequential"]))
+    assert (tmp_path / "run" / "records" / "round-0-block-0000.json").is_file()
+    assert pipeline.quantize(run_config(**MODES["sequential"]))["resumed_units"] >= 2
+
+
+@pytest.mark.parametrize(
+    ("mode", "block", "part", "reader"),
+    [
+        ("sequential", 1, "0-share-0", "decide"),
+        ("sequential", 1, "1-sum", "tile"),
+        ("sequential", 1, "0-sum", "weigh"),
+        ("sequential", 1, "2-sample-0", "tile"),
+        ("sequential", 1, "2-sample-0", "write"),
+        ("sequential", 1, "2-decision", "write"),
+        ("sequential", 1, "2-tile-0", "write"),
+        ("blocks", 0, "1-sum", "decide"),
+        ("blocks", 0, "1-sample-0", "tile"),
+        ("blocks", 0, "0-decision", "write"),
+        ("blocks", 0, "2-tile-0", "write"),
+    ],
+)
+def test_part_of_a_solve_that_was_damaged_is_made_again(run_config, tmp_path, monkeypatch, mode, block, part, reader):
+    expected = whole(run_config, tmp_path, mode)
+    path = RunDirectory(tmp_path / "run", "").partial(0, block, part)
+    real = getattr(Worker, reader)
+
+    def damaging(self, *args):
+        if path.exists() and not (tmp_path / "harmed").exists():
+            (tmp_path / "harmed").touch()
+            content = bytearray(path.read_bytes())
+            content[-1] ^= 1
+            if reader == "write" and "tile" not in part:  # nothing but its note is read
+                content = path.read_bytes().replace(rb"\"seconds\"", rb"\"Seconds\"")
+                assert content != path.read_bytes()
+            path.write_bytes(content)
+            self._tiles._block = None  # as another worker, which must read it
+        return real(self, *args)
+
+    monkeypatch.setattr(Worker, reader, damaging)
+    summary = pipeline.quantize(run_config(execution__workers=5, **MODES[mode]))
+    assert files_of(model_of(summary)) == expected
+    assert [retry["kind"] for retry in summary["retries"]] == ["damaged"]
+    assert not list((tmp_path / "run").glob("activations"))
+
+
+@pytest.mark.parametrize("read", [2, 3, 6])
+def test_sample_that_is_damaged_when_some_have_chosen_from_it(run_config, tmp_path, monkeypatch, read):
+    """Those weigh it once more, and all come to one strength of the regularization."""
+    monkeypatch.setattr("astro.linalg.tiling.row_tile", lambda *_: 40)
+    changes = {**SEQUENTIAL, "quantization__scale_search": "minmax", "quantization__refine_passes": 0}
+    whole = pipeline.quantize(run_config(execution__workers=4, output__dir=str(tmp_path / "whole"), **changes))
+    real, reads = TileSolver._sample_errors, []
+
+    def sample_errors(self, block, batch, tile):
+        reads.append(batch)
+        if len(reads) == read:
+            path = block._path(batch, "sample-0")
+            path.write_bytes(path.read_bytes()[:-1] + b"\xff")
+        return real(self, block, batch, tile)
+
+    monkeypatch.setattr(TileSolver, "_sample_errors", sample_errors)
+    summary = pipeline.quantize(run_config(execution__workers=4, **changes))
+    assert {retry["kind"] for retry in summary["retries"]} == {"damaged"}
+    assert files_of(model_of(summary)) == files_of(model_of(whole))

@@ -1,0 +1,85 @@
+"""What is read ahead is what would be read, and a run reads ahead."""
+
+import os
+
+import pytest
+import torch
+
+from astro.errors import DamagedError
+from astro.storage.checked_tensors import save_part
+from astro_dist import pipeline
+from astro_dist.worker.prefetch import ReadAhead
+
+
+def part(path, value):
+    save_part(path, {"x": torch.full((3,), value)})
+    return path
+
+
+def test_file_is_read_before_it_is_asked_for(tmp_path):
+    ahead, first, second = ReadAhead(), part(tmp_path / "a", 1.0), part(tmp_path / "b", 2.0)
+    ahead.expect(first)
+    assert ahead._next[1].exception() is None  # waits
+    first.unlink()
+    assert torch.equal(ahead.take(first)["x"], torch.ones(3))
+    assert torch.equal(ahead.take(second)["x"], torch.full((3,), 2.0))
+
+
+def test_other_file_than_expected(tmp_path):
+    ahead, first, second = ReadAhead(), part(tmp_path / "a", 1.0), part(tmp_path / "b", 2.0)
+    ahead.expect(first)
+    assert torch.equal(ahead.take(second)["x"], torch.full((3,), 2.0))
+    part(first, 3.0)
+    assert torch.equal(ahead.take(first)["x"], torch.full((3,), 3.0)), "what was not taken is not kept"
+
+
+@pytest.mark.parametrize("mended", [True, False])
+def test_file_that_was_damaged_when_it_was_read_ahead(tmp_path, mended):
+    ahead, path = ReadAhead(), part(tmp_path / "a", 1.0)
+    path.write_bytes(path.read_bytes()[:-1])
+    ahead.expect(path)
+    assert isinstance(ahead._next[1].exception(), DamagedError)
+    if mended:
+        part(path, 4.0)
+        assert torch.equal(ahead.take(path)["x"], torch.full((3,), 4.0))
+    else:
+        with pytest.raises(DamagedError, match="cannot be read"):
+            ahead.take(path)
+
+
+def test_file_that_is_not_there_yet(tmp_path):
+    ahead = ReadAhead()
+    ahead.expect(tmp_path / "folder" / "a")
+    ahead.expect(tmp_path / "a")
+    part(tmp_path / "a", 5.0)
+    assert torch.equal(ahead.take(tmp_path / "a")["x"], torch.full((3,), 5.0))
+
+
+@pytest.mark.parametrize("mode", ["blocks", "sequential"])
+def test_run_reads_ahead(run_config, monkeypatch, mode):
+    hits, real = [], ReadAhead.take
+
+    def take(self, path):
+        hits.append(self._next is not None and self._next[0] == path)
+        return real(self, path)
+
+    monkeypatch.setattr(ReadAhead, "take", take)
+    pipeline.quantize(run_config(execution__mode=mode))
+    assert sum(hits) >= len(hits) / 4, hits
+
+
+def test_reading_has_one_thread_and_leaves_those_at_work_alone(tmp_path):
+    before, path = torch.get_num_threads(), part(tmp_path / "a", 1.0)
+    torch.set_num_threads(2)
+    try:
+        torch.ones(1 << 20).sum()
+        ahead = ReadAhead()
+        ahead.expect(path)
+        ahead.take(path)
+        assert ahead._pool.submit(torch.get_num_threads).result() == 1
+        assert torch.get_num_threads() == 2
+        tasks = len(os.listdir("/proc/self/task"))
+        ahead._pool.submit(lambda: torch.ones(1 << 22).sum()).result()
+        assert len(os.listdir("/proc/self/task")) == tasks
+    finally:
+        torch.set_num_threads(before)

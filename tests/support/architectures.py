@@ -1,0 +1,161 @@
+"""Tiny random models of the architectures that are tested, dense and mixtures of experts, and what is tested."""
+
+import contextlib
+import dataclasses
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+
+from astro.model.block_call import forward, load_call, record, returns_tuple, run_head, save_calls
+from astro.model.skeleton import Skeleton
+from astro.storage.checkpoint import Checkpoint
+from astro_dist import pipeline
+from astro_dist.config.schema import RunConfig
+from tests.support.dequantized import keys_of, write_dequantized
+from tests.support.models import write_checkpoint
+
+__all__ = ["DENSE", "EXPERTS", "IDS", "UNREADABLE", "Examined", "examine", "logits_of", "streamed_logits"]
+
+IDS = torch.arange(40).reshape(2, 20) % 250
+
+_COMMON = {"vocab_size": 260, "hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4}
+_WIDE = {**_COMMON, "intermediate_size": 128, "num_key_value_heads": 2, "max_position_embeddings": 128}
+_HEADS = {**_WIDE, "head_dim": 16}
+_ROUTED = {**_HEADS, "num_experts_per_tok": 2, "moe_intermediate_size": 32}
+
+DENSE: dict[str, Any] = {
+    "llama": transformers.LlamaConfig(**_WIDE),
+    "llama-tied": transformers.LlamaConfig(**_WIDE, tie_word_embeddings=True),
+    "qwen2": transformers.Qwen2Config(**_WIDE),
+    "qwen3": transformers.Qwen3Config(**_HEADS),
+    "mistral": transformers.MistralConfig(**_WIDE, sliding_window=8),
+    "gemma": transformers.GemmaConfig(**_HEADS),
+    "gemma2": transformers.Gemma2Config(**_HEADS, sliding_window=8),
+    "gemma3": transformers.Gemma3TextConfig(**_HEADS, sliding_window=8),
+    "phi3": transformers.Phi3Config(**_WIDE, pad_token_id=0),
+    "olmo2": transformers.Olmo2Config(**_WIDE),
+    "cohere": transformers.CohereConfig(**_WIDE),
+    "granite": transformers.GraniteConfig(**_WIDE),
+    "glm4": transformers.Glm4Config(**_HEADS, pad_token_id=0),
+    "starcoder2": transformers.Starcoder2Config(**_WIDE),
+    "gpt-neox": transformers.GPTNeoXConfig(**_COMMON, intermediate_size=128),
+    "gpt2": transformers.GPT2Config(vocab_size=260, n_embd=64, n_layer=2, n_head=4, n_positions=128),
+    "opt": transformers.OPTConfig(**_COMMON, ffn_dim=128, word_embed_proj_dim=64, max_position_embeddings=128),
+    "falcon": transformers.FalconConfig(**_COMMON, alibi=False),
+    "bloom": transformers.BloomConfig(vocab_size=260, hidden_size=64, n_layer=2, n_head=4),
+}
+"""By short name. Widths are 64 or 128, or 16 a head."""
+
+EXPERTS: dict[str, Any] = {
+    "mixtral": transformers.MixtralConfig(**_WIDE, num_local_experts=4, num_experts_per_tok=2),
+    "qwen2-moe": transformers.Qwen2MoeConfig(
+        **_WIDE, num_experts=4, num_experts_per_tok=2, moe_intermediate_size=32, shared_expert_intermediate_size=64
+    ),
+    "qwen3-moe": transformers.Qwen3MoeConfig(**_ROUTED, num_experts=4),
+    "olmoe": transformers.OlmoeConfig(**_WIDE, num_experts=4, num_experts_per_tok=2),
+    "deepseek-v3": transformers.DeepseekV3Config(
+        **_WIDE, n_routed_experts=4, num_experts_per_tok=2, n_group=2, topk_group=2, moe_intermediate_size=32,
+        q_lora_rank=32, kv_lora_rank=32, qk_rope_head_dim=8, qk_nope_head_dim=8, v_head_dim=16,
+        first_k_dense_replace=1, n_shared_experts=1,
+    ),
+    "gpt-oss": transformers.GptOssConfig(
+        **_HEADS, num_local_experts=4, num_experts_per_tok=2, sliding_window=8,
+        rope_parameters={"rope_type": "default", "rope_theta": 10000.0},
+    ),
+    "llama4": transformers.Llama4TextConfig(
+        **_HEADS, intermediate_size_mlp=128, num_local_experts=4, num_experts_per_tok=1, attention_chunk_size=32,
+        interleave_moe_layer_step=1, pad_token_id=259,
+    ),
+    "qwen3-next": transformers.Qwen3NextConfig(
+        **_ROUTED, num_experts=4, shared_expert_intermediate_size=32, linear_num_key_heads=2,
+        linear_num_value_heads=4, linear_key_head_dim=16, linear_value_head_dim=16,
+        layer_types=["linear_attention", "full_attention"],
+    ),
+}  # fmt: skip
+"""By short name: four experts, each of two in eight or so tokens."""
+
+UNREADABLE = {
+    "gpt2": "Conv1D",
+    "falcon": "its linear layers multiply by `weight` themselves",
+    "gpt-oss": "experts fused in the source",
+}
+"""What transformers has no reader of packed weights for: they are stored as linear layers, one by one, as vLLM asks."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Examined:
+    """What was found about an architecture.
+
+    Attributes:
+        streamed: largest difference of logits, streamed block by block against the whole model.
+        layers: packed in the result.
+        reloaded: whether transformers finds a tensor for all of its parameters in the result, and uses all tensors.
+        difference: largest difference of logits, the result as transformers reads it against its own class on our
+            dequantized weights, over the largest logit; None where transformers cannot read it.
+        perplexities: original and quantized.
+    """
+
+    streamed: float
+    layers: int
+    reloaded: bool
+    difference: float | None
+    perplexities: tuple[float, float]
+
+
+@torch.no_grad()
+def streamed_logits(folder: Path, ids: torch.Tensor, scratch: Path) -> torch.Tensor:
+    """Logits with never more than one block loaded."""
+    cpu = torch.device("cpu")
+    checkpoint, skeleton = Checkpoint.open(folder), Skeleton(folder, torch.float32)
+    blocks = [keys_of(skeleton, checkpoint, i) for i in range(len(skeleton.blocks))]
+    outside = [key for key in checkpoint.entries if not any(key in keys for keys in blocks)]
+    skeleton.load(skeleton.model, checkpoint.read([*outside, *blocks[0]]), cpu)
+    skeleton.model.tie_weights()
+    as_tuple = returns_tuple(skeleton, ids[:1, :4])
+    skeleton.blocks[0].to("meta")
+    hidden, calls = record(skeleton, ids, as_tuple)
+    save_calls(scratch / "calls", calls, as_tuple)
+    for index, keys in enumerate(blocks):
+        block = skeleton.blocks[index]
+        skeleton.load(block, checkpoint.read(keys), cpu)
+        skeleton.require_filled(block, f"block {index}")
+        hidden = forward(block, hidden, load_call(scratch / "calls", index, cpu)[0])
+        block.to("meta")
+    return run_head(skeleton, ids, hidden, as_tuple)
+
+
+@torch.no_grad()
+def logits_of(folder: Path, ids: torch.Tensor) -> tuple[torch.Tensor, bool]:
+    """Logits of the whole model as transformers loads it, and whether the folder's tensors are all it wants."""
+    model, info = transformers.AutoModelForCausalLM.from_pretrained(
+        folder, dtype=torch.float32, experts_implementation="eager", output_loading_info=True
+    )
+    return model(input_ids=ids, use_cache=False).logits, not any(info.values())
+
+
+def examine(name: str, scratch: Path) -> Examined:
+    """Write a tiny model, quantize it, read it again."""
+    source = write_checkpoint(scratch / "source", {**DENSE, **EXPERTS}[name])
+    expected, _ = logits_of(source, IDS)
+    streamed = float((streamed_logits(source, IDS, scratch) - expected).abs().max())
+    config = {
+        "model": {"source": str(source)},
+        "quantization": {"group_size": 16},
+        "experts": {"min_tokens": 16},
+        "calibration": {"samples": 6, "sequence_length": 48, "chunk_samples": 4, "holdout_samples": 2},
+        "execution": {"executor": "local", "device": "cpu"},
+        "output": {"dir": str(scratch / "run")},
+    }
+    summary = pipeline.quantize(RunConfig.model_validate(config))
+    folder = Path(summary["model"])
+    layers = write_dequantized(source, folder, scratch / "dequantized")
+    ours, _ = logits_of(scratch / "dequantized", IDS)
+    reloaded, difference = False, None
+    # What transformers cannot read it raises an error for, or says that tensors are missing.
+    with contextlib.suppress(*([Exception] if name in UNREADABLE else [])):
+        theirs, reloaded = logits_of(folder, IDS)
+        difference = float((theirs - ours).abs().max() / ours.abs().max())
+    perplexity = summary["perplexity"]
+    return Examined(streamed, layers, reloaded, difference, (perplexity["original"], perplexity["quantized"]))

@@ -1,0 +1,40 @@
+"""What our own reader makes of a quantized model, as a plain checkpoint in the layout of its source."""
+
+import shutil
+from pathlib import Path
+
+import torch
+from safetensors.torch import save_file
+
+from astro.formats import LAYOUTS
+from astro.model.linear_layer import LinearLayer
+from astro.model.skeleton import Skeleton
+from astro.storage.atomic import read_json, write_json
+from astro.storage.checkpoint import Checkpoint
+
+__all__ = ["keys_of", "write_dequantized"]
+
+
+def keys_of(skeleton: Skeleton, checkpoint: Checkpoint, index: int) -> list[str]:
+    """Checkpoint tensors of a block."""
+    return [key for key in checkpoint.entries if skeleton.block_of(skeleton.target_of(key)[0]) == index]
+
+
+def write_dequantized(source: Path, quantized: Path, target: Path) -> int:
+    """Write the source in float32 with the quantized layers' weights in it; the number of layers."""
+    checkpoint, result, skeleton = Checkpoint.open(source), Checkpoint.open(quantized), Skeleton(source, torch.float32)
+    layers: list[LinearLayer] = []
+    for index in range(len(skeleton.blocks)):
+        layers += skeleton.linear_layers(index, keys_of(skeleton, checkpoint, index))[0]
+    config = read_json(quantized / "config.json")["quantization_config"]
+    layout = LAYOUTS[config["quant_method"]]
+    settings = layout.read_settings(config, [layer.name for layer in layers])
+    tensors = {name: tensor.float() for name, tensor in checkpoint.read(checkpoint.entries).items()}
+    for layer in layers:
+        names = [f"{layer.stem}.{suffix}" for suffix in layout.suffixes(settings[layer.name])]
+        found = layout.unpack_linear(layer.stem, result.read(names), settings[layer.name])
+        layer.stored(tensors[layer.key]).copy_(found.dequantize())
+    shutil.copytree(source, target, ignore=shutil.ignore_patterns("*.safetensors", "*.index.json"), dirs_exist_ok=True)
+    save_file(tensors, target / "model.safetensors", {"format": "pt"})
+    write_json(target / "config.json", read_json(source / "config.json"))
+    return len(layers)

@@ -1,0 +1,99 @@
+"""The files in cluster/ are what Ray, Kubernetes and Slurm take, agree with each other and with the package."""
+
+import json
+import re
+import shlex
+import subprocess
+import tomllib
+from pathlib import Path
+
+import jsonschema
+import pytest
+import typer
+import yaml
+
+from astro_dist import cli
+from astro_dist.config.yaml_file import load_config
+
+ROOT = Path(__file__).parents[1]
+CLUSTER = ROOT / "cluster"
+AUTOSCALER = sorted(CLUSTER.glob("ray-cluster-*.yaml"))
+PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+
+
+def dockerfile_ray():
+    return re.search(r"ARG RAY_VERSION=(\S+)", (CLUSTER / "Dockerfile").read_text())[1]
+
+
+def images(text):
+    return set(re.findall(r"REGISTRY/astro-dist:(\S+)", text))
+
+
+@pytest.mark.parametrize("path", AUTOSCALER, ids=lambda path: path.name)
+def test_autoscaler_files_fit_rays_own_schema(path):
+    ray = pytest.importorskip("ray")
+    schema = json.loads((Path(ray.__file__).parent / "autoscaler" / "ray-schema.json").read_text())
+    content = yaml.safe_load(path.read_text())
+    jsonschema.validate(content, schema)
+    assert content["head_node_type"] in content["available_node_types"]
+
+
+@pytest.mark.parametrize("path", AUTOSCALER, ids=lambda path: path.name)
+def test_autoscaler_clusters_ask_for_a_token_and_keep_the_dashboard_to_themselves(path):
+    content = yaml.safe_load(path.read_text())
+    (head,) = [line for line in content["head_start_ray_commands"] if "--head" in line]
+    assert "--dashboard-host=127.0.0.1" in head
+    starts = [head, *(line for line in content["worker_start_ray_commands"] if "ray start" in line)]
+    assert all(line.startswith("RAY_AUTH_MODE=token ") for line in starts)
+    assert "/root/.ray/auth_token" in content["file_mounts"]
+
+
+def test_kuberay_job_is_whole():
+    content = yaml.safe_load((CLUSTER / "kuberay-rayjob.yaml").read_text())
+    assert (content["apiVersion"], content["kind"]) == ("ray.io/v1", "RayJob")
+    spec, cluster = content["spec"], content["spec"]["rayClusterSpec"]
+    assert spec["backoffLimit"] > 0
+    assert cluster["authOptions"] == {"mode": "token"}
+    assert cluster["rayVersion"] == dockerfile_ray()
+    for group in (cluster["headGroupSpec"], *cluster["workerGroupSpecs"]):
+        pod = group["template"]["spec"]
+        (container,) = pod["containers"]
+        assert {mount["name"] for mount in container["volumeMounts"]} <= {volume["name"] for volume in pod["volumes"]}
+        assert container["resources"]["requests"] == container["resources"]["limits"]
+
+
+def test_slurm_script_is_sound_bash_and_cleans_up_its_token():
+    path = CLUSTER / "slurm.sbatch"
+    subprocess.run(["bash", "-n", str(path)], check=True)
+    text = path.read_text()
+    assert "RAY_AUTH_MODE=token" in text
+    assert "trap 'rm -f \"$RAY_AUTH_TOKEN_PATH\"' EXIT" in text
+    assert all(
+        re.fullmatch(r"#SBATCH --[a-z-]+(=\S+)?", line) for line in text.splitlines() if line.startswith("#SBATCH")
+    )
+
+
+def test_versions_agree():
+    asked = next(name for name in PROJECT["dependencies"] if name.startswith("ray[default]"))
+    floor = tuple(map(int, asked.split(">=")[1].split(".")))
+    assert tuple(map(int, dockerfile_ray().split("."))) >= floor
+    assert floor >= (2, 52), "token authentication came with 2.52"
+    for path in (*AUTOSCALER, CLUSTER / "kuberay-rayjob.yaml", CLUSTER / "Dockerfile"):
+        assert images(path.read_text()) == {PROJECT["version"]}, path
+
+
+def commands():
+    for path in sorted(CLUSTER.iterdir()):
+        for line in path.read_text().splitlines():
+            found = re.search(r"(?:python -m astro_dist|astro-dist) ((?:quantize|submit) .*?)(?:\s+#.*|`.*)?$", line)
+            if found:
+                yield pytest.param(found[1].rstrip("."), id=f"{path.name}: {found[1]}")
+
+
+@pytest.mark.parametrize("command", list(commands()))
+def test_commands_parse_and_their_configurations_hold(command):
+    name, *arguments = shlex.split(command)
+    typer.main.get_command(cli.app).commands[name].make_context(name, [*arguments])
+    config = ROOT / "configs" / Path(arguments[0]).name
+    if config.suffix == ".yaml":
+        load_config(config)
