@@ -7,7 +7,6 @@ import pytest
 import torch
 import transformers
 from safetensors.torch import load_file
-from tests.dist.test_pipeline import perplexity
 
 from astro.errors import ConfigError, RunError
 from astro.storage.checkpoint import Checkpoint
@@ -17,6 +16,7 @@ from astro_dist.planning.validate import prepare
 from astro_dist.run_directory.records import RunDirectory
 from astro_dist.worker.split_solver import TileSolver
 from astro_dist.worker.worker import Worker
+from tests.astro_dist.test_pipeline import perplexity
 from tests.support.models import files_of
 
 SEQUENTIAL = {"execution__mode": "sequential", "execution__hessian_shares": 2}

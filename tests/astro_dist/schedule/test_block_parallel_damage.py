@@ -4,11 +4,11 @@ import random
 from collections import defaultdict
 
 import pytest
-from tests.dist.test_schedule import result
 
 from astro_dist.schedule.block_parallel import BlockSchedule
 from astro_dist.schedule.calls import assign
 from astro_dist.schedule.names import block_unit, is_held_out, stream_names, unit_names
+from tests.astro_dist.schedule.test_block_parallel import result
 
 CHUNKS = ["c0000", "c0001", "h0000", "h0001"]
 BLOCKS = 3

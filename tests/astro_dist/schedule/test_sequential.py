@@ -3,10 +3,10 @@
 import random
 
 import pytest
-from tests.dist.test_schedule import simulate
 
 from astro_dist.schedule.names import sequential_units
 from astro_dist.schedule.sequential import SequentialSchedule, shares
+from tests.astro_dist.schedule.test_block_parallel import simulate
 
 CHUNKS = ["c0000", "c0001", "c0002", "h0000"]
 BLOCKS = 4
