@@ -51,7 +51,7 @@ def verify_model(model: Path | str, against: Path | str | None = None) -> dict[s
     skeleton = Skeleton(folder, torch.float32)
     source = Checkpoint.open(resolve_source(ModelConfig(source=str(against))).store) if against else None
     path = folder / "config.json"
-    config = read_json(path).get("quantization_config")
+    config = read_json(path, "a checkpoint folder must hold it").get("quantization_config")
     packed = LAYOUTS.get(str(config.get("quant_method"))) if isinstance(config, dict) else None
     if config is None:
         raise CheckpointError(f"{path}: has no quantization_config, so this is no quantized model")

@@ -62,7 +62,7 @@ def prepare(config: RunConfig, commit: str | None = None) -> Prepared:
     configure_process(config.execution.threads_per_worker)
     source = resolve_source(config.model, commit)
     checkpoint = Checkpoint.open(source.store)
-    if read_json(source.folder / "config.json").get("quantization_config"):
+    if read_json(source.folder / "config.json", "a checkpoint folder must hold it").get("quantization_config"):
         raise CheckpointError(f"{source.store}/config.json: the model is quantized already; give the original one")
     skeleton = Skeleton(source.folder, torch.float32, config.model.trust_remote_code)
     limit = skeleton.limits()[1]

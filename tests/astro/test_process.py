@@ -9,7 +9,7 @@ import pytest
 CHURN = """
 import resource
 import torch
-from astro_dist.heap import keep_freed_memory, return_freed_memory
+from astro.process import keep_freed_memory, return_freed_memory
 
 def faults():
     return resource.getrusage(resource.RUSAGE_SELF).ru_minflt
