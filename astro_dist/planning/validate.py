@@ -9,7 +9,6 @@ import transformers
 
 from astro.errors import CheckpointError, ConfigError, UnsupportedError
 from astro.formats import LAYOUTS
-from astro.formats.server_limits import reader_notes
 from astro.model.skeleton import Skeleton
 from astro.process import configure_process
 from astro.quantization.bit_allocation import require_affordable
@@ -86,7 +85,7 @@ def prepare(config: RunConfig, commit: str | None = None) -> Prepared:
             )
     notes = [
         *packed.server_notes(settings, plan.ignore),
-        *reader_notes(linears.values(), config.quantization.format),
+        *packed.reader_notes(linears.values()),
     ]
     if plan.unknown:
         notes.append(
