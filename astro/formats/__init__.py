@@ -1,10 +1,129 @@
-"""On-disk layouts of quantized linear layers, one module each, all with the same functions."""
+"""The file formats ("layouts") that can hold quantized linear layers, and how another one is added.
 
-from types import ModuleType
+To add a layout:
 
+1. Write a module in this folder that has every member of `Layout`; `gptq_v1.py` is the shortest example.
+2. Name the module in `LAYOUTS` below. mypy then checks its members and their types, and
+   `tests/astro/formats/test_layouts.py` checks it like all others.
+3. Add the name to `Quantization.format` in `astro/config.py`, and refuse there the settings that it cannot hold.
+
+Everything else asks `LAYOUTS` and knows no layout by its name.
+"""
+
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any, Protocol
+
+import torch
+
+from astro.config import Quantization
 from astro.formats import compressed_tensors, gptq_v1
+from astro.model.linear_layer import LinearLayer
+from astro.quantization.grid import QuantizedLinear
 
-__all__ = ["LAYOUTS"]
+__all__ = ["LAYOUTS", "Layout"]
 
-LAYOUTS: dict[str, ModuleType] = {"compressed-tensors": compressed_tensors, "gptq": gptq_v1}
-"""By what `quantization.format` and `quant_method` call them."""
+
+class Layout(Protocol):
+    """One way to store quantized linear layers in safetensors files. A module of functions satisfies it."""
+
+    @property
+    def METHOD(self) -> str:
+        """Name of the layout, as `quantization.format` and the `quant_method` of config.json write it."""
+
+    @property
+    def MARK(self) -> str:
+        """Ending of the tensor name by which a reader sees that a layer is packed."""
+
+    @property
+    def SCALE_DTYPE(self) -> torch.dtype | None:
+        """Dtype in which scales are stored; None where it is the dtype that the source's weights have."""
+
+    @property
+    def READER_PACKAGES(self) -> str:
+        """Packages, in one string for `pip install`, that transformers needs besides itself to read the layout."""
+
+    def suffixes(self, settings: Quantization) -> tuple[str, ...]:
+        """Return the endings of the tensors that replace a linear layer's `weight`.
+
+        Args:
+            settings: Bits, group size and symmetry of the layer.
+        """
+
+    def refusal(self, rows: int, columns: int, settings: Quantization) -> str | None:
+        """Say why a layer cannot be stored; None where it can.
+
+        Args:
+            rows: Output size of the layer.
+            columns: Input size of the layer.
+            settings: Bits, group size and symmetry of the layer.
+        """
+
+    def pack_linear(self, name: str, linear: QuantizedLinear, scale_dtype: torch.dtype) -> dict[str, torch.Tensor]:
+        """Return the tensors that store one linear layer, by checkpoint name, on the layer's device.
+
+        Args:
+            name: Name of the layer in the checkpoint, without `.weight`.
+            linear: Integers and grid of the layer.
+            scale_dtype: Dtype in which the scales are stored; the grid's scales are exact in it.
+        """
+
+    def unpack_linear(self, name: str, tensors: Mapping[str, torch.Tensor], settings: Quantization) -> QuantizedLinear:
+        """Read one linear layer back.
+
+        Args:
+            name: Name of the layer in the checkpoint, without `.weight`.
+            tensors: Tensors by checkpoint name; those of the layer must be among them.
+            settings: Bits, group size and symmetry that the layer was written with.
+
+        Raises:
+            CheckpointError: A tensor is missing, has another shape than the others ask for, or a value that means
+                nothing in this layout.
+        """
+
+    def quantization_config(self, settings: Mapping[str, Quantization], ignore: Sequence[str]) -> dict[str, Any]:
+        """Return the `quantization_config` that config.json holds.
+
+        Args:
+            settings: Bits, group size, symmetry and activation order of every quantized layer, by module name.
+            ignore: Names of the linear modules that are not quantized.
+        """
+
+    def read_settings(self, config: Mapping[str, Any], names: Sequence[str]) -> dict[str, Quantization]:
+        """Read the settings of layers from a `quantization_config` that `quantization_config` wrote.
+
+        Args:
+            config: The `quantization_config` of config.json.
+            names: Module names of the packed layers.
+
+        Raises:
+            CheckpointError: The config is of another layout, or does not say exactly once how a layer is stored.
+        """
+
+    def is_ignored(self, config: Mapping[str, Any], name: str) -> bool:
+        """Tell whether a `quantization_config` says that a linear module is not packed.
+
+        Args:
+            config: The `quantization_config` of config.json.
+            name: Name of the linear module.
+        """
+
+    def server_notes(self, settings: Mapping[str, Quantization], ignore: Sequence[str]) -> list[str]:
+        """Say what servers are known to refuse about some settings, one sentence each; empty where all load it.
+
+        Args:
+            settings: Settings of every quantized layer, by module name; a width that `bits: auto` has not chosen yet
+                is not judged.
+            ignore: Names of the linear modules that are not quantized.
+        """
+
+    def reader_notes(self, layers: Iterable[LinearLayer]) -> list[str]:
+        """Say what transformers cannot read of some layers, or reads wrongly, whatever their settings.
+
+        Args:
+            layers: The layers that are quantized.
+        """
+
+
+# Written out: in a loop over modules mypy would not look at their members.
+LAYOUTS: dict[str, Layout] = {compressed_tensors.METHOD: compressed_tensors, gptq_v1.METHOD: gptq_v1}
+"""Every layout, by the name that `quantization.format` and the `quant_method` of config.json give it."""

@@ -10,7 +10,7 @@ For a linear layer `name` of R rows and C columns in G groups:
 No `weight_g_idx`: with a static activation order the columns are stored in their original order.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -18,40 +18,43 @@ import torch
 from astro.config import PER_CHANNEL, Quantization
 from astro.errors import CheckpointError
 from astro.formats.bit_packing import pack, unpack
-from astro.formats.server_limits import group_size_notes, low_width_notes, mixed_fusion_notes
+from astro.formats.server_limits import conversion_notes, group_size_notes, low_width_notes, mixed_fusion_notes
+from astro.model.linear_layer import LinearLayer
 from astro.quantization.grid import Grid, QuantizedLinear
 
 __all__ = [
-    "MARK", "METHOD", "SCALE_DTYPE", "is_ignored", "pack_linear", "quantization_config", "read_settings",
-    "refusal", "server_notes", "suffixes", "unpack_linear",
+    "MARK", "METHOD", "READER_PACKAGES", "SCALE_DTYPE", "is_ignored", "pack_linear", "quantization_config",
+    "read_settings", "reader_notes", "refusal", "server_notes", "suffixes", "unpack_linear",
 ]  # fmt: skip
 
 METHOD = "compressed-tensors"
-"""`quant_method` in config.json."""
+"""What config.json calls the layout in `quant_method`."""
 MARK = "weight_packed"
-"""Ending of the tensor that tells a packed layer."""
-SCALE_DTYPE = None
-"""Scales are stored in the model's dtype."""
+"""Ending of the tensor name by which a reader sees that a layer is packed."""
+SCALE_DTYPE: torch.dtype | None = None
+"""Scales are stored in the dtype that the model's weights have."""
+READER_PACKAGES = "compressed-tensors"
+"""What transformers needs besides itself to read the layout."""
 
 
 def suffixes(settings: Quantization) -> tuple[str, ...]:
-    """What a linear layer's `weight` becomes."""
+    """Return the endings of the tensors that replace a linear layer's `weight`; see `Layout`."""
     names = ("weight_packed", "weight_scale", "weight_shape")
     return names if settings.symmetric else (*names, "weight_zero_point")
 
 
 def refusal(rows: int, columns: int, settings: Quantization) -> str | None:
-    """Why a layer cannot be stored so: never, rows are padded to whole words."""
+    """Say why a layer cannot be stored: every layer can, since rows are padded to whole words; see `Layout`."""
     return None
 
 
 def pack_linear(name: str, linear: QuantizedLinear, scale_dtype: torch.dtype) -> dict[str, torch.Tensor]:
-    """The tensors that store one linear layer.
+    """Return the tensors that store one linear layer.
 
     Args:
-        name: the layer's name in the checkpoint, without `.weight`.
-        linear: integers and grid.
-        scale_dtype: dtype of `weight_scale`; the grid's scales are exact in it.
+        name: Name of the layer in the checkpoint, without `.weight`.
+        linear: Integers and grid of the layer.
+        scale_dtype: Dtype of `weight_scale`; the grid's scales are exact in it.
 
     Returns:
         Tensors by checkpoint name, on the layer's device.
@@ -68,15 +71,15 @@ def pack_linear(name: str, linear: QuantizedLinear, scale_dtype: torch.dtype) ->
 
 
 def unpack_linear(name: str, tensors: Mapping[str, torch.Tensor], settings: Quantization) -> QuantizedLinear:
-    """Read back one linear layer.
+    """Read one linear layer back.
 
     Args:
-        name: the layer's name in the checkpoint.
-        tensors: at least the layer's own tensors, by checkpoint name.
-        settings: bits, group size and symmetry it was written with.
+        name: Name of the layer in the checkpoint, without `.weight`.
+        tensors: Tensors by checkpoint name; those of the layer must be among them.
+        settings: Bits, group size and symmetry that the layer was written with.
 
     Raises:
-        CheckpointError: a tensor is missing or has another shape than the others ask for.
+        CheckpointError: A tensor is missing or has another shape than the others ask for.
     """
     missing = [f"{name}.{suffix}" for suffix in suffixes(settings) if f"{name}.{suffix}" not in tensors]
     if missing:
@@ -106,21 +109,21 @@ def unpack_linear(name: str, tensors: Mapping[str, torch.Tensor], settings: Quan
 
 
 def quantization_config(settings: Mapping[str, Quantization], ignore: Sequence[str]) -> dict[str, Any]:
-    """The `quantization_config` of config.json.
+    """Return the `quantization_config` that config.json holds.
 
     Args:
-        settings: bits, group size, symmetry and activation order of each quantized layer by module name.
-        ignore: names of the linear modules that are not quantized.
+        settings: Bits, group size, symmetry and activation order of every quantized layer, by module name.
+        ignore: Names of the linear modules that are not quantized.
     """
     schemes: list[tuple[dict[str, Any], list[str]]] = []
-    for name, own in settings.items():
-        weights = _weights_scheme(own)
+    for name, layer_settings in settings.items():
+        weights = _weights_scheme(layer_settings)
         members = next((members for scheme, members in schemes if scheme == weights), None)
         if members is None:
             schemes.append((weights, [name]))
         else:
             members.append(name)
-    groups = {
+    config_groups = {
         f"group_{i}": {"targets": ["Linear"] if len(schemes) == 1 else members, "weights": weights}
         for i, (weights, members) in enumerate(schemes)
     }
@@ -128,63 +131,63 @@ def quantization_config(settings: Mapping[str, Quantization], ignore: Sequence[s
         "quant_method": "compressed-tensors",
         "format": "pack-quantized",
         "quantization_status": "compressed",
-        "config_groups": groups,
+        "config_groups": config_groups,
         "ignore": list(ignore),
     }
 
 
 def read_settings(config: Mapping[str, Any], names: Sequence[str]) -> dict[str, Quantization]:
-    """The settings of each layer by name, from a `quantization_config` as `quantization_config` writes it.
+    """Read the settings of layers from a `quantization_config` that `quantization_config` wrote.
 
     Args:
-        config: read from config.json.
-        names: module names of the packed layers.
+        config: The `quantization_config` of config.json.
+        names: Module names of the packed layers.
 
     Raises:
-        CheckpointError: the method or format is another, or no group of the config, or more than one, names a layer.
+        CheckpointError: The method or format is another, or not exactly one entry of `config_groups` names a layer.
     """
     if (config["quant_method"], config["format"]) != ("compressed-tensors", "pack-quantized"):
         raise CheckpointError(
             f"expected compressed-tensors pack-quantized, got {config['quant_method']} {config['format']}"
         )
-    found: dict[str, Quantization] = {}
-    for group in config["config_groups"].values():
-        weights = group["weights"]
+    by_name: dict[str, Quantization] = {}
+    for config_group in config["config_groups"].values():
+        weights = config_group["weights"]
         size = PER_CHANNEL if weights["strategy"] == "channel" else weights["group_size"]
         settings = Quantization(bits=weights["num_bits"], group_size=size, symmetric=weights["symmetric"])
-        for name in names if group["targets"] == ["Linear"] else group["targets"]:
-            if name in found:
+        for name in names if config_group["targets"] == ["Linear"] else config_group["targets"]:
+            if name in by_name:
                 raise CheckpointError(f"two config_groups name layer {name}")
-            found[name] = settings
-    lacking = [name for name in names if name not in found]
+            by_name[name] = settings
+    lacking = [name for name in names if name not in by_name]
     if lacking:
         raise CheckpointError(f"no config_group names the packed layer {lacking[0]}")
-    return found
+    return by_name
 
 
 def is_ignored(config: Mapping[str, Any], name: str) -> bool:
-    """Whether a `quantization_config` says that a linear module is not packed."""
+    """Tell whether a `quantization_config` says that a linear module is not packed; see `Layout`."""
     return name in config["ignore"]
 
 
 def server_notes(settings: Mapping[str, Quantization], ignore: Sequence[str]) -> list[str]:
-    """What servers are known to refuse about these settings, one sentence each; empty where all load it.
-
-    Args:
-        settings: of each quantized layer by module name; a width that is not settled yet is not judged.
-        ignore: names of the linear modules that are not quantized.
-    """
+    """Say what servers are known to refuse about some settings, one sentence each; see `Layout`."""
     below = (
         "no server has a kernel for this layout (vLLM and SGLang refuse it); transformers with compressed-tensors "
         "loads it"
     )
     notes = [*low_width_notes(settings, below), *group_size_notes(settings)]
-    if any(not own.symmetric and own.bits in (4, 8) for own in settings.values()):
+    if any(not layer.symmetric and layer.bits in (4, 8) for layer in settings.values()):
         notes.append(
             "asymmetric weights: vLLM's CUDA Marlin kernels are symmetric, a slower kernel may serve them; "
             "transformers with compressed-tensors 0.20 refuses packed zero points"
         )
     return [*notes, *mixed_fusion_notes(settings, ignore)]
+
+
+def reader_notes(layers: Iterable[LinearLayer]) -> list[str]:
+    """Say what transformers cannot read of some layers, or reads wrongly; see `Layout`."""
+    return conversion_notes(layers)
 
 
 def _weights_scheme(settings: Quantization) -> dict[str, Any]:

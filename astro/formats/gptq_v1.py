@@ -14,7 +14,7 @@ false.
 
 import re
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -22,41 +22,44 @@ import torch
 from astro.config import Quantization
 from astro.errors import CheckpointError
 from astro.formats.bit_packing import pack, unpack
-from astro.formats.server_limits import group_size_notes, low_width_notes, mixed_fusion_notes
+from astro.formats.server_limits import conversion_notes, group_size_notes, low_width_notes, mixed_fusion_notes
+from astro.model.linear_layer import LinearLayer
 from astro.quantization.grid import Grid, QuantizedLinear
 
 __all__ = [
-    "MARK", "METHOD", "SCALE_DTYPE", "is_ignored", "pack_linear", "quantization_config", "read_settings",
-    "refusal", "server_notes", "suffixes", "unpack_linear",
+    "MARK", "METHOD", "READER_PACKAGES", "SCALE_DTYPE", "is_ignored", "pack_linear", "quantization_config",
+    "read_settings", "reader_notes", "refusal", "server_notes", "suffixes", "unpack_linear",
 ]  # fmt: skip
 
 METHOD = "gptq"
-"""`quant_method` in config.json."""
+"""What config.json calls the layout in `quant_method`."""
 MARK = "qweight"
-"""Ending of the tensor that tells a packed layer."""
-SCALE_DTYPE = torch.float16
-"""Dtype of scales, whatever the model's."""
+"""Ending of the tensor name by which a reader sees that a layer is packed."""
+SCALE_DTYPE: torch.dtype | None = torch.float16
+"""Scales are stored in float16, whatever dtype the model's weights have."""
+READER_PACKAGES = "gptqmodel optimum"
+"""What transformers needs besides itself to read the layout."""
 
 
 def suffixes(settings: Quantization) -> tuple[str, ...]:
-    """What a linear layer's `weight` becomes."""
+    """Return the endings of the tensors that replace a linear layer's `weight`; see `Layout`."""
     return ("qweight", "qzeros", "scales", "g_idx")
 
 
 def refusal(rows: int, columns: int, settings: Quantization) -> str | None:
-    """Why a layer cannot be stored so; None where it can."""
+    """Say why a layer cannot be stored: its sizes do not fill whole words; see `Layout`."""
     if rows * settings.width % 32 or columns * settings.width % 32:
         return f"{rows} x {columns} weights of {settings.width} bits do not fill whole words of 32 bits"
     return None
 
 
 def pack_linear(name: str, linear: QuantizedLinear, scale_dtype: torch.dtype) -> dict[str, torch.Tensor]:
-    """The tensors that store one linear layer.
+    """Return the tensors that store one linear layer.
 
     Args:
-        name: the layer's name in the checkpoint, without `.weight`.
-        linear: integers and symmetric grid.
-        scale_dtype: dtype of `scales`; the grid's scales are exact in it.
+        name: Name of the layer in the checkpoint, without `.weight`.
+        linear: Integers and symmetric grid of the layer.
+        scale_dtype: Dtype of `scales`; the grid's scales are exact in it.
 
     Returns:
         Tensors by checkpoint name, on the layer's device.
@@ -73,15 +76,15 @@ def pack_linear(name: str, linear: QuantizedLinear, scale_dtype: torch.dtype) ->
 
 
 def unpack_linear(name: str, tensors: Mapping[str, torch.Tensor], settings: Quantization) -> QuantizedLinear:
-    """Read back one linear layer.
+    """Read one linear layer back.
 
     Args:
-        name: the layer's name in the checkpoint.
-        tensors: at least the layer's own tensors, by checkpoint name.
-        settings: bits and group size it was written with.
+        name: Name of the layer in the checkpoint, without `.weight`.
+        tensors: Tensors by checkpoint name; those of the layer must be among them.
+        settings: Bits and group size that the layer was written with.
 
     Raises:
-        CheckpointError: a tensor is missing, has another shape than the others ask for, or a value of no meaning here.
+        CheckpointError: A tensor is missing, has another shape than the others ask for, or a value of no meaning here.
     """
     missing = [f"{name}.{suffix}" for suffix in suffixes(settings) if f"{name}.{suffix}" not in tensors]
     if missing:
@@ -106,18 +109,18 @@ def unpack_linear(name: str, tensors: Mapping[str, torch.Tensor], settings: Quan
 
 
 def quantization_config(settings: Mapping[str, Quantization], ignore: Sequence[str]) -> dict[str, Any]:
-    """The `quantization_config` of config.json.
+    """Return the `quantization_config` that config.json holds: the commonest scheme, and what differs from it.
 
     Args:
-        settings: bits and group size of each quantized layer by module name.
-        ignore: names of the linear modules that are not quantized.
+        settings: Bits and group size of every quantized layer, by module name.
+        ignore: Names of the linear modules that are not quantized.
     """
-    schemes = {name: (own.width, own.group_size) for name, own in settings.items()}
+    schemes = {name: (layer.width, layer.group_size) for name, layer in settings.items()}
     (bits, group_size), _ = Counter(schemes.values()).most_common(1)[0]
     dynamic: dict[str, dict[str, int]] = {
-        f"+:^{re.escape(name)}$": {"bits": own_bits, "group_size": own_size}
-        for name, (own_bits, own_size) in schemes.items()
-        if (own_bits, own_size) != (bits, group_size)
+        f"+:^{re.escape(name)}$": {"bits": other_bits, "group_size": other_size}
+        for name, (other_bits, other_size) in schemes.items()
+        if (other_bits, other_size) != (bits, group_size)
     }
     dynamic |= {f"-:^{re.escape(name)}$": {} for name in ignore if name != "lm_head"}
     return {
@@ -133,45 +136,51 @@ def quantization_config(settings: Mapping[str, Quantization], ignore: Sequence[s
 
 
 def read_settings(config: Mapping[str, Any], names: Sequence[str]) -> dict[str, Quantization]:
-    """The settings of each layer by name, from a `quantization_config` as `quantization_config` writes it.
+    """Read the settings of layers from a `quantization_config` that `quantization_config` wrote.
 
     Args:
-        config: read from config.json.
-        names: module names of the packed layers.
+        config: The `quantization_config` of config.json.
+        names: Module names of the packed layers.
 
     Raises:
-        CheckpointError: the layout is another one.
+        CheckpointError: The config is of another layout, or says that a packed layer is not packed.
     """
     kind = (config["quant_method"], config["checkpoint_format"], config["sym"], config["desc_act"])
     if kind != (METHOD, "gptq", True, False):
         raise CheckpointError(f"expected gptq, version 1, symmetric, desc_act false, got {kind}")
-    found = {}
+    by_name = {}
     for name in names:
-        own = {"bits": config["bits"], "group_size": config["group_size"]}
+        scheme = {"bits": config["bits"], "group_size": config["group_size"]}
         for pattern, changes in config.get("dynamic", {}).items():
             if re.match(pattern[2:], name):
                 if pattern.startswith("-:"):
                     raise CheckpointError(f"dynamic excludes {name}, but it is packed")
-                own |= changes
-        found[name] = Quantization(**own, format="gptq")
-    return found
+                scheme |= changes
+        by_name[name] = Quantization(**scheme, format="gptq")
+    return by_name
 
 
 def is_ignored(config: Mapping[str, Any], name: str) -> bool:
-    """Whether a `quantization_config` says that a linear module is not packed."""
+    """Tell whether a `quantization_config` says that a linear module is not packed; see `Layout`."""
     patterns = [pattern[2:] for pattern in config.get("dynamic", {}) if pattern.startswith("-:")]
     return (name == "lm_head" and not config["lm_head"]) or any(re.match(pattern, name) for pattern in patterns)
 
 
 def server_notes(settings: Mapping[str, Quantization], ignore: Sequence[str]) -> list[str]:
-    """What servers are known to refuse about these settings, one sentence each; empty where all load it.
-
-    Args:
-        settings: of each quantized layer by module name; a width that is not settled yet is not judged.
-        ignore: names of the linear modules that are not quantized.
-    """
+    """Say what servers are known to refuse about some settings, one sentence each; see `Layout`."""
     below = "vLLM has no kernel for them in this layout; GPTQModel and transformers with it load them"
     return [*low_width_notes(settings, below), *group_size_notes(settings), *mixed_fusion_notes(settings, ignore)]
+
+
+def reader_notes(layers: Iterable[LinearLayer]) -> list[str]:
+    """Say what transformers cannot read of some layers, or reads wrongly; see `Layout`."""
+    layers, notes = list(layers), []
+    if any(layer.expert is not None for layer in layers):
+        notes.append(
+            "experts in GPTQ layout: transformers without GPTQModel leaves them random and says nothing; serve them "
+            "with vLLM or GPTQModel, or write compressed-tensors"
+        )
+    return [*notes, *conversion_notes(layers)]
 
 
 def _group_of_each_column(columns: int, group_size: int) -> torch.Tensor:

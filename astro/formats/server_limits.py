@@ -1,57 +1,69 @@
-"""What servers ask of any layout."""
+"""What servers and transformers refuse, or read wrongly, in any layout."""
 
 from collections.abc import Iterable, Mapping, Sequence
 
 from astro.config import PER_CHANNEL, Quantization
-from astro.model.experts import expert_group
+from astro.model.experts import experts_of
 from astro.model.linear_layer import LinearLayer
 
-__all__ = ["group_size_notes", "low_width_notes", "mixed_fusion_notes", "reader_notes"]
+__all__ = ["conversion_notes", "group_size_notes", "low_width_notes", "mixed_fusion_notes"]
 
 _FUSED = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"), ("q_a_proj", "kv_a_proj_with_mqa"))
-"""Layers that vLLM makes one of."""
+"""Layers that vLLM fuses into a single one."""
 _MARLIN_SIZES = (PER_CHANNEL, 32, 64, 128)
+"""Group sizes that vLLM's CUDA Marlin kernels take."""
 
 
 def low_width_notes(settings: Mapping[str, Quantization], who_loads_them: str) -> list[str]:
-    """Widths below 4 bits, and what a layout's readers make of them."""
-    is_open = any(own.bits == "auto" and {2, 3} & set(own.bit_choices) for own in settings.values())
-    possible = (own.bit_choices if own.bits == "auto" else (own.bits,) for own in settings.values())
+    """Warn of widths below 4 bits.
+
+    Args:
+        settings: Settings of every quantized layer, by module name.
+        who_loads_them: What the readers of the layout make of such widths.
+    """
+    is_open = any(layer.bits == "auto" and {2, 3} & set(layer.bit_choices) for layer in settings.values())
+    possible = (layer.bit_choices if layer.bits == "auto" else (layer.bits,) for layer in settings.values())
     low = " and ".join(map(str, sorted({2, 3} & set().union(*possible))))
     return [f"{low}-bit weights{' (bits: auto may choose them)' if is_open else ''}: {who_loads_them}"] if low else []
 
 
 def group_size_notes(settings: Mapping[str, Quantization]) -> list[str]:
-    """Group sizes that vLLM's fast kernels do not take."""
-    sizes = sorted({own.group_size for own in settings.values() if own.bits in (4, 8)} - set(_MARLIN_SIZES))
+    """Warn of group sizes that vLLM's fast kernels do not take.
+
+    Args:
+        settings: Settings of every quantized layer, by module name.
+    """
+    sizes = sorted({layer.group_size for layer in settings.values() if layer.bits in (4, 8)} - set(_MARLIN_SIZES))
     if not sizes:
         return []
     return [f"group size {', '.join(map(str, sizes))}: vLLM's CUDA Marlin kernels take only -1, 32, 64 and 128"]
 
 
 def mixed_fusion_notes(settings: Mapping[str, Quantization], ignore: Sequence[str]) -> list[str]:
-    """Layers that servers fuse although their settings differ."""
+    """Warn of layers that servers fuse although their settings differ.
+
+    Args:
+        settings: Settings of every quantized layer, by module name.
+        ignore: Names of the linear modules that are not quantized.
+    """
     known = {**dict.fromkeys(ignore), **settings}
-    found = [(layers, "fuses them") for layers in _mixed_fusion(known)[:1]]
-    found += [(f"the experts of {layer}", "holds them as one") for layer in _mixed_experts(known)[:1]]
+    mixed = [(layers, "fuses them") for layers in _mixed_fusion(known)[:1]]
+    mixed += [(f"the experts of {layer}", "holds them as one") for layer in _mixed_experts(known)[:1]]
     return [
         f"{layers} differ in width, group size or symmetry, or not all are quantized: vLLM {reason} and refuses such a "
         "model"
-        for layers, reason in found
+        for layers, reason in mixed
     ]
 
 
-def reader_notes(layers: Iterable[LinearLayer], layout: str) -> list[str]:
-    """Layers that transformers cannot read from a layout, or reads wrongly, whatever their settings."""
-    layers = list(layers)
-    experts = [layer for layer in layers if layer.expert is not None]
-    notes = []
-    if layout == "gptq" and experts:
-        notes.append(
-            "experts in GPTQ layout: transformers without GPTQModel leaves them random and says nothing; serve them "
-            "with vLLM or GPTQModel, or write compressed-tensors"
-        )
-    if any(layer.is_fused for layer in experts):
+def conversion_notes(layers: Iterable[LinearLayer]) -> list[str]:
+    """Warn of layers that the result holds otherwise than the source, so that transformers cannot read them.
+
+    Args:
+        layers: The layers that are quantized.
+    """
+    layers, notes = list(layers), []
+    if any(layer.is_fused for layer in layers):
         notes.append(
             "the source holds its experts fused, the result one by one, as servers ask: of such architectures "
             "transformers has a reader of packed experts for Llama 4 alone"
@@ -65,18 +77,18 @@ def reader_notes(layers: Iterable[LinearLayer], layout: str) -> list[str]:
 
 
 def _mixed_fusion(settings: Mapping[str, Quantization | None]) -> list[str]:
-    """Such layers; None is not quantized."""
+    """Name layers that vLLM fuses and whose settings differ; None stands for a layer that is not quantized."""
     mixed = []
-    for name, own in settings.items():
+    for name, layer in settings.items():
         parent, _, leaf = name.rpartition(".")
         for fused in _FUSED:
             members = [f"{parent}.{member}" for member in fused if f"{parent}.{member}" in settings]
-            if leaf == fused[0] and any(settings[member] != own for member in members):
+            if leaf == fused[0] and any(settings[member] != layer for member in members):
                 mixed.append(" and ".join(members))
     return mixed
 
 
 def _mixed_experts(settings: Mapping[str, Quantization | None]) -> list[str]:
     first: dict[str, Quantization | None] = {}
-    groups = ((expert_group(name), own) for name, own in settings.items())
-    return [group for group, own in groups if group is not None and first.setdefault(group, own) != own]
+    owners = ((experts_of(name), layer) for name, layer in settings.items())
+    return [experts for experts, layer in owners if experts is not None and first.setdefault(experts, layer) != layer]

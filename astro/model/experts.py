@@ -16,9 +16,9 @@ from astro.model.linear_layer import LinearLayer
 
 __all__ = [
     "call_alone",
-    "expert_group",
     "expert_layers",
     "expert_owners",
+    "experts_of",
     "has_biases",
     "is_gate",
     "num_experts",
@@ -150,7 +150,7 @@ def _holds_all(own: str, parameter: nn.Parameter) -> bool:
     return own in _PARTS and parameter.ndim == 3
 
 
-def expert_group(name: str) -> str | None:
+def experts_of(name: str) -> str | None:
     """The experts that an expert's layer is one of, which servers hold as one; None outside experts."""
     found = _EXPERT.match(name)
     return found[1] if found else None

@@ -209,7 +209,7 @@ class Skeleton:
 
 
 def _build_on_meta(folder: Path, dtype: torch.dtype, trust_remote_code: bool) -> Any:
-    content = read_json(folder / "config.json")
+    content = read_json(folder / "config.json", if_missing="a checkpoint folder must hold it")
     kind = content.get("model_type")
     try:
         config = transformers.AutoConfig.from_pretrained(folder, trust_remote_code=trust_remote_code)

@@ -8,7 +8,7 @@ from typing import Any
 
 from astro.config import Quantization
 from astro.errors import ConfigError
-from astro.model.experts import expert_group
+from astro.model.experts import experts_of
 
 __all__ = ["Choice", "allocate", "provisional_width", "read_choices", "require_affordable"]
 
@@ -83,7 +83,7 @@ def read_choices(layers: Sequence[Mapping[str, Any]], quantization: Quantization
         measured = {int(bits): float(error) for bits, error in layer["width_errors"].items()}
         errors = measured if own.bits == "auto" else {own.bits: float(layer["relative_error"])}
         choice = Choice(layer["name"], layer["rows"] * layer["columns"], errors)
-        group = expert_group(layer["name"])
+        group = experts_of(layer["name"])
         choices.append(choice) if group is None else experts.setdefault(group, []).append(choice)
     return [*choices, *(_as_one(members) for members in experts.values())]
 
@@ -101,7 +101,7 @@ def require_affordable(quantization: Quantization, weights: Mapping[str, int]) -
     choices = []
     experts: dict[str, int | str] = {}
     for name, count in weights.items():
-        own, group = quantization.for_layer(name).bits, expert_group(name)
+        own, group = quantization.for_layer(name).bits, experts_of(name)
         choices.append(Choice(name, count, {min(quantization.bit_choices) if own == "auto" else own: 0.0}))
         if group is not None and experts.setdefault(group, own) != own:
             raise ConfigError(

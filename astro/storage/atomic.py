@@ -6,7 +6,7 @@ import json
 import os
 import uuid
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -35,16 +35,20 @@ PARTIAL_SUFFIX = ".part"
 """Ending of files that are being written; one that is left over belongs to nobody."""
 
 
-def read_json(path: Path) -> dict[str, Any]:
-    """A JSON object from a file.
+def read_json(path: Path, if_missing: str = "") -> dict[str, Any]:
+    """Read a JSON object from a file.
+
+    Args:
+        path: The file.
+        if_missing: What the message adds when there is no such file: who needs it, or what to do.
 
     Raises:
-        CheckpointError: the file is missing, is no JSON, or holds no object.
+        CheckpointError: The file is missing, is no JSON, or holds no object.
     """
     try:
         raw = path.read_bytes()
     except FileNotFoundError as error:
-        raise CheckpointError(f"{path}: not found; a checkpoint folder must hold it") from error
+        raise CheckpointError(f"{path}: not found" + (f"; {if_missing}" if if_missing else "")) from error
     except OSError as error:
         raise CheckpointError(f"{path}: cannot be read as JSON: {error}") from error
     return parse_json(raw, str(path))
@@ -88,7 +92,8 @@ def write_atomic(path: Path, write: Callable[[Path], None]) -> None:
         finally:
             os.close(folder)
     except (OSError, SafetensorError) as error:
-        partial.unlink(missing_ok=True)
+        with suppress(OSError):  # the first refusal is what the caller has to know; a partial file does no harm
+            partial.unlink()
         full = getattr(error, "errno", None) == errno.ENOSPC or "No space left" in str(error)
         advice = "the disk is full: free space and run the same command again" if full else "check the folder"
         raise StorageError(f"{path}: cannot be written: {error}; {advice}. What is finished is kept") from error

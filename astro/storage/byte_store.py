@@ -72,17 +72,17 @@ class FolderStore:
         """Bytes of every file by name. Links are followed: a hub cache is made of them. A single file is a folder of
         itself, so that what is wrong with it can be said.
         """
-        if self.folder.is_file():
-            return {self.folder.name: self.folder.stat().st_size}
-        if not self.folder.is_dir():
-            raise CheckpointError(
-                f"{self.folder}: no such folder; model.source, or what `verify` is given, is a folder with config.json "
-                "and *.safetensors, a Hub repository (ORG/NAME) or a URL of an object store (s3://..., gs://...)"
-            )
         try:
-            return {path.name: path.stat().st_size for path in sorted(self.folder.iterdir()) if path.is_file()}
+            if self.folder.is_file():
+                return {self.folder.name: self.folder.stat().st_size}
+            if self.folder.is_dir():
+                return {path.name: path.stat().st_size for path in sorted(self.folder.iterdir()) if path.is_file()}
         except OSError as error:
             raise CheckpointError(f"{self.folder}: cannot be read: {error}") from error
+        raise CheckpointError(
+            f"{self.folder}: no such folder; model.source, or what `verify` is given, is a folder with config.json "
+            "and *.safetensors, a Hub repository (ORG/NAME) or a URL of an object store (s3://..., gs://...)"
+        )
 
     def fill(self, ranges: Sequence[Range]) -> None:
         """Read byte ranges. Nothing is mapped: a mapped file that is cut short meanwhile ends the process."""

@@ -9,6 +9,7 @@ from typing import Any
 import huggingface_hub
 import yaml
 
+from astro.formats import LAYOUTS
 from astro_dist.config.schema import RunConfig
 from astro_dist.console import in_words
 from astro_dist.source.model_info import BaseModel
@@ -17,8 +18,6 @@ __all__ = ["metadata", "model_card", "planned_card"]
 
 _HUB = "https://huggingface.co"
 _SERVED_BITS = (4, 8)
-_PACKAGES = {"compressed-tensors": "compressed-tensors", "gptq": "gptqmodel optimum"}
-"""What transformers wants besides to read a format."""
 _METHODS = {
     "astro": "Astro regularization", "magr": "MagR regularization", "none": "", "gptq": "GPTQ",
     "rtn": "rounding to nearest",
@@ -231,7 +230,7 @@ def _are_served(widths: Collection[int]) -> bool:
 
 
 def _loading(config: RunConfig, widths: Collection[int], place: str) -> str:
-    packages = _PACKAGES[config.quantization.format]
+    packages = LAYOUTS[config.quantization.format].READER_PACKAGES
     servers = f"```\nvllm serve {place}\npython -m sglang.launch_server --model-path {place}\n```"
     trust = ", trust_remote_code=True" if config.model.trust_remote_code else ""
     return (

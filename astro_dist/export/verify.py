@@ -2,7 +2,6 @@
 
 from collections.abc import Iterable
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 import torch
@@ -10,7 +9,7 @@ from torch import nn
 
 from astro.config import Quantization
 from astro.errors import CheckpointError, InputError
-from astro.formats import LAYOUTS
+from astro.formats import LAYOUTS, Layout
 from astro.model.linear_layer import LinearLayer
 from astro.model.skeleton import Skeleton
 from astro.storage.atomic import read_json
@@ -51,7 +50,7 @@ def verify_model(model: Path | str, against: Path | str | None = None) -> dict[s
     skeleton = Skeleton(folder, torch.float32)
     source = Checkpoint.open(resolve_source(ModelConfig(source=str(against))).store) if against else None
     path = folder / "config.json"
-    config = read_json(path).get("quantization_config")
+    config = read_json(path, "a checkpoint folder must hold it").get("quantization_config")
     packed = LAYOUTS.get(str(config.get("quant_method"))) if isinstance(config, dict) else None
     if config is None:
         raise CheckpointError(f"{path}: has no quantization_config, so this is no quantized model")
@@ -174,9 +173,7 @@ def _is_packed(key: str, stems: set[str]) -> bool:
     return stem in stems and suffix not in ("weight", "bias")
 
 
-def _check_linear(
-    checkpoint: Checkpoint, packed: ModuleType, layer: LinearLayer, settings: Quantization
-) -> torch.Tensor:
+def _check_linear(checkpoint: Checkpoint, packed: Layout, layer: LinearLayer, settings: Quantization) -> torch.Tensor:
     """The weights of a packed layer."""
     wanted = [f"{layer.stem}.{suffix}" for suffix in packed.suffixes(settings)]
     tensors = checkpoint.read(name for name in wanted if name in checkpoint.entries)
@@ -188,8 +185,7 @@ def _check_linear(
         )
     if not bool((linear.grid.scale != 0).all()):
         raise CheckpointError(f"{checkpoint.store}: {layer.stem} has scales that are zero")
-    W_hat: torch.Tensor = linear.dequantize()
-    return W_hat
+    return linear.dequantize()
 
 
 def _weight_error(

@@ -9,7 +9,6 @@ import transformers
 
 from astro.errors import CheckpointError, ConfigError, UnsupportedError
 from astro.formats import LAYOUTS
-from astro.formats.server_limits import reader_notes
 from astro.model.skeleton import Skeleton
 from astro.process import configure_process
 from astro.quantization.bit_allocation import require_affordable
@@ -62,7 +61,7 @@ def prepare(config: RunConfig, commit: str | None = None) -> Prepared:
     configure_process(config.execution.threads_per_worker)
     source = resolve_source(config.model, commit)
     checkpoint = Checkpoint.open(source.store)
-    if read_json(source.folder / "config.json").get("quantization_config"):
+    if read_json(source.folder / "config.json", "a checkpoint folder must hold it").get("quantization_config"):
         raise CheckpointError(f"{source.store}/config.json: the model is quantized already; give the original one")
     skeleton = Skeleton(source.folder, torch.float32, config.model.trust_remote_code)
     limit = skeleton.limits()[1]
@@ -86,7 +85,7 @@ def prepare(config: RunConfig, commit: str | None = None) -> Prepared:
             )
     notes = [
         *packed.server_notes(settings, plan.ignore),
-        *reader_notes(linears.values(), config.quantization.format),
+        *packed.reader_notes(linears.values()),
     ]
     if plan.unknown:
         notes.append(

@@ -10,6 +10,7 @@ import torch
 
 from astro.errors import CheckpointError, RunError
 from astro.formats import LAYOUTS
+from astro.formats.block_shard import kept_keys, pack_block, unpack_block
 from astro.model.activations import BlockLayers
 from astro.model.block_call import BlockCall, forward, load_call
 from astro.model.skeleton import Skeleton
@@ -150,16 +151,8 @@ class Stage:
 
     def write_block(self, unit: BlockUnit, round_index: int, quantized: dict[str, QuantizedLinear]) -> Path:
         """Write a block's shard: packed layers, and every other tensor as it was."""
-        dtype = self.scale_dtype(unit)
-        packed = LAYOUTS[self.spec.quantization.format]
-        biases = self.checkpoint.read({linear.bias for linear in unit.linears if linear.bias})
-        tensors: dict[str, torch.Tensor] = {}
-        for linear in unit.linears:
-            tensors |= packed.pack_linear(linear.stem, quantized.pop(linear.name), dtype)
-            if linear.bias:
-                tensors[f"{linear.stem}.bias"] = linear.stored_bias(biases[linear.bias]).contiguous()
-        replaced = {linear.key for linear in unit.linears} | biases.keys()
-        tensors |= self.checkpoint.read(key for key in unit.keys if key not in replaced)
+        layout, kept = LAYOUTS[self.spec.quantization.format], self.checkpoint.read(kept_keys(unit.linears, unit.keys))
+        tensors = pack_block(layout, unit.linears, quantized, kept, self.scale_dtype(unit))
         path = self.spec.run.shard(round_index, unit.file)
         save_tensors(path, tensors)
         return path
@@ -222,21 +215,9 @@ class Stage:
         self.spec.run.require_intact(block_unit(round_index, unit.index))
         tensors, _ = load_tensors(self.spec.run.shard(round_index, unit.file))
         settings = layer_settings(self.spec.run, self.spec.quantization, unit, round_index)
-        packed = LAYOUTS[self.spec.quantization.format]
-        for linear in unit.linears:
-            weight = packed.unpack_linear(linear.stem, tensors, settings[linear.name]).dequantize()
-            for suffix in packed.suffixes(settings[linear.name]):
-                del tensors[f"{linear.stem}.{suffix}"]
-            shape = self.checkpoint.entries[linear.key].shape
-            if linear.key not in tensors:
-                tensors[linear.key] = torch.empty(shape, dtype=self.spec.compute_dtype)
-            linear.stored(tensors[linear.key]).copy_(weight)
-            if linear.bias:
-                bias = tensors.pop(f"{linear.stem}.bias")
-                if linear.bias not in tensors:
-                    tensors[linear.bias] = bias.new_empty(self.checkpoint.entries[linear.bias].shape)
-                linear.stored_bias(tensors[linear.bias]).copy_(bias)
-        return {key: tensors[key] for key in unit.keys}
+        layout = LAYOUTS[self.spec.quantization.format]
+        shapes = {key: self.checkpoint.entries[key].shape for key in unit.keys}
+        return unpack_block(layout, unit.linears, tensors, settings, shapes, self.spec.compute_dtype)
 
 
 def require_memory(needed_bytes: int, device: torch.device) -> None:
