@@ -9,16 +9,16 @@ import functools
 
 import torch
 
-__all__ = ["product", "rounded"]
+__all__ = ["operand", "product"]
 
 
-def rounded(X: torch.Tensor) -> torch.Tensor:
-    """A float32 factor as `product` takes it: in bfloat16 where the device is faster with it, else as it is."""
+def operand(X: torch.Tensor) -> torch.Tensor:
+    """Return a float32 factor as `product` takes it: in bfloat16 where the device is faster with it, else as it is."""
     return X.bfloat16() if _is_faster(X.device) else X
 
 
 def product(A: torch.Tensor, B: torch.Tensor) -> torch.Tensor:
-    """A B in float32 of factors [..., m, k] and [..., k, n] that were both `rounded`."""
+    """Return A B in float32 for factors [..., m, k] and [..., k, n] that `operand` made."""
     if B.dtype == torch.float32:
         return A @ B
     if B.device.type == "cpu":  # which has no product of halves with a float32 result
@@ -30,7 +30,7 @@ def product(A: torch.Tensor, B: torch.Tensor) -> torch.Tensor:
 
 @functools.cache
 def _is_faster(device: torch.device) -> bool:
-    """Whether the device has units for bfloat16; others emulate it."""
+    """Tell whether the device has units for bfloat16; others emulate it."""
     if device.type == "cuda":
         return torch.cuda.get_device_capability(device) >= (8, 0)
     # An older torch cannot say what a CPU has; float32 is never wrong.

@@ -7,7 +7,7 @@ Per row (eq. 12):
 
 for groups k of g contiguous columns. Shapes: R rows, C columns, G = C/g groups, B layers side by side.
 Two solvers: the published proximal gradient, and ADMM, which comes close to the minimum in a few iterations. ADMM's
-products may round their factors to bfloat16 (`astro.half`): what they give is a step from W, small beside it.
+products may round their factors to bfloat16 (`astro.linalg.bf16_matmul`): what they give is a step from W, small beside it.
 """
 
 import dataclasses
@@ -18,7 +18,7 @@ import torch
 from astro.config import Regularizer
 from astro.errors import NumericalError
 from astro.linalg.batching import first_of
-from astro.linalg.bf16_matmul import product, rounded
+from astro.linalg.bf16_matmul import operand, product
 from astro.linalg.cholesky import require_inputs
 from astro.linalg.spd_inverse import invert_
 from astro.linalg.tiling import near_rows
@@ -148,7 +148,7 @@ def prepare(
         name = first_of(invert_(H) > 0, names)
         if name is not None:
             raise NumericalError(f"{name}: H + {settings.rho:g} λ_max is not positive definite; raise regularizer.rho")
-        H = rounded(H.mul_(settings.rho))
+        H = operand(H.mul_(settings.rho))
     return Problem(settings, group_size, guidance, H)
 
 
@@ -185,7 +185,7 @@ def _admm(W: torch.Tensor, problem: Problem, tau: torch.Tensor) -> torch.Tensor:
     U = W - Z
     for _ in range(problem.settings.steps - 1):
         # argmin of the smooth part: (H + ρI) Y = H W + ρ(Z − U), written as a step from W
-        Y = product(rounded(Z - U - W), problem.operator).add_(W).add_(U)
+        Y = product(operand(Z - U - W), problem.operator).add_(W).add_(U)
         Z = prox(Y, tau, problem.group_size)
         U = Y.sub_(Z)
     return Z

@@ -12,7 +12,7 @@ def test_product_is_off_by_the_rounding_of_its_factors_at_most(monkeypatch, shap
     monkeypatch.setattr(bf16_matmul, "_is_faster", lambda device: True)
     A, B = torch.randn(shape, generator=torch.Generator().manual_seed(0)), random_weights(64, 64)
     B = B.expand(*shape[:-2], 64, 64)
-    product = bf16_matmul.product(bf16_matmul.rounded(A), bf16_matmul.rounded(B))
+    product = bf16_matmul.product(bf16_matmul.operand(A), bf16_matmul.operand(B))
     assert product.dtype == torch.float32
     size = A.double().abs() @ B.double().abs()
     assert bool(((product - A.double() @ B.double()).abs() <= 2**-7 * size).all())
@@ -21,8 +21,8 @@ def test_product_is_off_by_the_rounding_of_its_factors_at_most(monkeypatch, shap
 def test_nothing_is_rounded_where_that_would_be_emulated(monkeypatch):
     monkeypatch.setattr(bf16_matmul, "_is_faster", lambda device: False)
     A, B = random_weights(8, 16), random_weights(16, 16, seed=2)
-    assert bf16_matmul.rounded(B) is B
-    assert torch.equal(bf16_matmul.product(bf16_matmul.rounded(A), bf16_matmul.rounded(B)), A @ B)
+    assert bf16_matmul.operand(B) is B
+    assert torch.equal(bf16_matmul.product(bf16_matmul.operand(A), bf16_matmul.operand(B)), A @ B)
 
 
 @pytest.mark.parametrize("shape", [(40, 64), (3, 40, 64)])

@@ -1,12 +1,14 @@
-"""Panels without effects are the panels; what cannot be compiled says so. Compiled for real: dist/test_compiled.py."""
+"""Panels without effects are the panels; what cannot be compiled says so. Compiled for real: tests/astro_dist/test_compiled_runs.py."""
 
 from concurrent.futures import ThreadPoolExecutor
+from typing import NamedTuple
 
 import pytest
 import torch
 
 from astro.errors import NumericalError
 from astro.linalg import compiled
+from astro.linalg.panels import Panels
 from astro.quantization import gptq, refine
 
 SHAPES = [(16, 40), (5, 1), (2, 16, 40), (3, 1, 7)]
@@ -19,51 +21,74 @@ def panel(shape, count, seed=0):
     return N, [torch.randn(shape, generator=generator) for _ in range(count)]
 
 
-@pytest.mark.parametrize("shape", SHAPES)
-def test_fused_panel_of_gptq_is_the_panel(shape):
+def settled(block, M, **arrays):
+    """The results of a block of columns with these inputs, copies."""
+    block.M.copy_(M)
+    for name, X in arrays.items():
+        getattr(block.arrays, name).copy_(X)
+    block.settle_()
+    return {name: X.clone() for name, X in block.arrays._asdict().items()}
+
+
+def gptq_inputs(shape):
+    """Couplings and arrays of columns that are rounded."""
     N, (T, W, S) = panel(shape, 3)
-    S, low, high = S.abs() + 0.1, torch.full(shape, -4.0), torch.full(shape, 3.0)
-    fused = gptq._rounded_panel(N, T, W, S, low, high)
-    columns, E = gptq._Columns(T), torch.empty_like(T)
-    for name, given in (("N", N), ("T", T), ("W", W), ("S", S), ("low", low), ("high", high)):
-        getattr(columns, name).copy_(given)
-    columns.round_(E)
-    torch.testing.assert_close((columns.V, E), fused)
-    assert -4 <= int(columns.V.min()) < int(columns.V.max()) <= 3
+    return N, {"T": T, "W": W, "S": S.abs() + 0.1, "low": torch.full(shape, -4.0), "high": torch.full(shape, 3.0)}
+
+
+def refine_inputs(shape):
+    """Couplings and arrays of columns that are moved, with bounds as zero points and integers make them."""
+    M, (T,) = panel(shape, 1)
+    low = torch.arange(T.numel()).view_as(T) % 3 - 3.0
+    return M, {"T": 2 * T, "low": low, "high": low + 4}
 
 
 @pytest.mark.parametrize("shape", SHAPES)
-def test_fused_panel_of_refinement_is_the_panel(shape):
-    M, (T,) = panel(shape, 1)
-    low = torch.arange(T.numel()).view_as(T) % 3 - 3.0  # as zero points and integers make them
-    columns = refine._Columns(T)
-    for own, given in ((columns.M, M), (columns.T, 2 * T), (columns.low, low), (columns.high, low + 4)):
-        own.copy_(given)
-    fused = refine._moved_panel(M, 2 * T, low, low + 4)
-    torch.testing.assert_close((columns.choose_(), columns.T), fused)
-    assert int(fused[0].ne(0).sum()) > 0
+def test_panel_of_gptq_without_effects_is_the_panel(shape):
+    N, arrays = gptq_inputs(shape)
+    block = settled(gptq._block(arrays["T"]), N, **arrays)
+    unused = torch.full(shape, torch.nan)
+    torch.testing.assert_close((block["E"], block["V"]), gptq._rounded_panel(N, *arrays.values(), unused, unused))
+    assert -4 <= int(block["V"].min()) < int(block["V"].max()) <= 3
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+def test_panel_of_refinement_without_effects_is_the_panel(shape):
+    M, arrays = refine_inputs(shape)
+    block = settled(refine._block(arrays["T"]), M, **arrays)
+    torch.testing.assert_close(
+        (block["D"], block["T"]), refine._moved_panel(M, *arrays.values(), torch.full(shape, torch.nan))
+    )
+    assert int(block["D"].ne(0).sum()) > 0
 
 
 @pytest.mark.parametrize("shape", [(40, 9), (2, 40, 9)])
-def test_blocks_of_several_panels_are_the_same_either_way(monkeypatch, shape):
-    generator = torch.Generator().manual_seed(1)
-    given = {name: torch.randn(shape, generator=generator) for name in ("T", "W", "S")}
-    given |= {"low": torch.full(shape, -4.0), "high": torch.full(shape, 3.0), "S": given["S"].abs() + 0.1}
-    N = panel(shape, 0)[0]
-    found = []
+@pytest.mark.parametrize(("module", "inputs"), [(gptq, gptq_inputs), (refine, refine_inputs)])
+def test_blocks_of_several_panels_are_the_same_either_way(monkeypatch, module, inputs, shape):
+    M, arrays = inputs(shape)
+    results = []
     for enabled in (False, True):  # not compiled: what is marked runs as it is
         monkeypatch.setattr(compiled, "is_enabled", lambda enabled=enabled: enabled)
-        solving, refining, E = gptq._Columns(given["T"]), refine._Columns(given["T"]), torch.empty(shape)
-        for name, value in given.items():
-            getattr(solving, name).copy_(value)
-        for name in ("T", "low", "high"):
-            getattr(refining, name).copy_(3 * given[name])
-        solving.N.copy_(N)
-        refining.M.copy_(N)
-        solving.round_(E)
-        found.append((solving.V, E, refining.choose_(), refining.T))
-    torch.testing.assert_close(found[0], found[1])
-    assert bool(found[0][2].any())
+        block = settled(module._block(arrays["T"]), M, **arrays)
+        results.append({name: block[name] for name in block if name != "T" or module is refine})
+    torch.testing.assert_close(*results)
+
+
+@pytest.mark.parametrize("columns", [1, 16, 17, 40])
+def test_every_column_takes_what_all_before_it_were_settled_to(columns):
+    """The law alone, t_j + Σ_{i<j} M_ij m_i, with steps that double."""
+
+    class Arrays(NamedTuple):
+        T: torch.Tensor
+        D: torch.Tensor
+
+    M, (T,) = panel((columns, 3), 1)
+    arrays = Arrays(T.clone(), torch.empty_like(T))
+    block = Panels(arrays, (arrays.D,), lambda column: torch.mul(column.T, 2, out=column.D), lambda: ())
+    block.M.copy_(M)
+    block.settle_()
+    expected = torch.linalg.solve_triangular(torch.eye(columns).double() / 2 - M.double().mT, T.double(), upper=False)
+    torch.testing.assert_close(arrays.D.double(), expected, rtol=1e-4, atol=1e-4)
 
 
 def test_only_the_thread_that_asked_for_it_compiles():
