@@ -12,6 +12,7 @@ import astro
 from astro.errors import ConfigError
 from astro.storage.atomic import read_json, write_json
 from astro.storage.checkpoint import require_finite
+from astro_dist.config.cluster_paths import require_absolute_paths
 from astro_dist.config.schema import RunConfig, run_key
 from astro_dist.console import say
 from astro_dist.execution.driver import Driver
@@ -137,16 +138,8 @@ def _renamed(prepared: Prepared, run: RunDirectory) -> dict[str, Any]:
 
 def _refuse_relative_paths(config: RunConfig) -> None:
     """On a cluster a relative path means another folder on every node."""
-    if config.execution.executor == "local" or config.execution.cluster_address is None:
-        return
-    paths = {"output.dir": config.output.dir}
-    if Path(config.model.source).exists():
-        paths["model.source"] = Path(config.model.source)
-    if config.calibration.source != "python-docs":
-        paths["calibration.source"] = Path(config.calibration.source)
-    for name, path in paths.items():
-        if not path.expanduser().is_absolute():
-            raise ConfigError(f"{name}: {path} is relative; on a cluster give an absolute path that every node sees")
+    if config.execution.executor == "ray" and config.execution.cluster_address is not None:
+        require_absolute_paths(config)
 
 
 def _make_executor(config: RunConfig) -> Executor:

@@ -1,4 +1,4 @@
-"""RunConfig: what one whole run is."""
+"""The configuration of one whole run, by sections. The docstring of each key is its reference."""
 
 import hashlib
 import json
@@ -22,8 +22,21 @@ __all__ = [
     "run_key",
 ]
 
-_ARITHMETIC = ("mode", "rounds", "hessian_shares", "compute_dtype", "threads_per_worker", "compile")
-"""Keys of `execution` that decide the bytes of the result."""
+_NO_ARITHMETIC: dict[str, frozenset[str] | None] = {
+    "model": None,
+    "calibration": frozenset({"source", "text_column"}),
+    "execution": frozenset(
+        {"executor", "workers", "device", "ray_address", "max_retries", "call_timeout_s", "worker_timeout_s"}
+    ),
+    "output": None,
+    "publish": None,
+}
+"""The keys of each section that cannot change a byte of the result; None stands for the whole section.
+
+Every key that is not listed here is part of a run's identity, so that a new key can never make two different runs
+share one. The source model and the text of calibration count by their content, not by the path to it: `run_key` takes
+the fingerprint of the one, and the run directory holds the hash of the tokens of the other.
+"""
 _REPOSITORY = re.compile(r"[\w.-]+/[\w.-]+")
 
 
@@ -32,24 +45,30 @@ class _Section(BaseModel):
 
 
 class ModelConfig(_Section):
-    """Where the model comes from."""
+    """The section `model` says where the source model comes from."""
 
     source: str
-    """Folder with config.json and *.safetensors, Hub repository (ORG/NAME; a folder of that name comes first), URL of
-    an object store (s3://, gs://, ...), or `demo:smollm2-135m` (the quickstart's model)."""
+    """The source model: a folder that holds config.json and *.safetensors, a repository of the Hub (ORG/NAME; a folder
+    of that name comes first), the URL of an object store (s3://, gs://, ...), or `demo:smollm2-135m`, the model of the
+    quickstart."""
     revision: str | None = None
-    """Branch, tag or commit of a Hub repository; `main` where not given. A run keeps the commit it began with."""
+    """The branch, tag or commit of a Hub repository; where it is not given, `main` is read. A run keeps the commit that
+    it began with, even if the branch moves on."""
     name: str | None = None
-    """ORG/NAME on the Hub of the model in a folder or behind a URL: what the result's card names as its base model."""
+    """The name on the Hub (ORG/NAME) of a model that lies in a folder or behind a URL. The card of the result names it
+    as the base model."""
     cache_dir: Path | None = None
-    """Where each machine keeps pieces of remote files; `~/.cache/astro-dist` where not given."""
+    """The folder in which each machine keeps pieces of remote files; where it is not given, `~/.cache/astro-dist`. The
+    path must be absolute."""
     cache_gb: float = Field(20.0, ge=0)
-    """Gigabytes that these pieces may take on each machine, beside the few of config and tokenizer."""
+    """The gigabytes (1e9 bytes) that these pieces may take on each machine; 0 keeps none. The few files of config
+    and tokenizer come on top."""
     trust_remote_code: bool = False
-    """Run Python code that the checkpoint ships. Only for sources that you trust like your own code."""
+    """Whether to run the Python code that a checkpoint ships. Set it only for sources that you trust like your own
+    code."""
     check_weights: bool = True
-    """Read every weight of a folder once before anything starts and refuse NaN and Inf. What is remote is checked by
-    the workers, as it is read."""
+    """Whether to read every weight of a folder once before anything starts, and to refuse NaN and Inf. The weights of a
+    remote source are checked by the workers as they are read."""
 
     @model_validator(mode="after")
     def _check(self) -> "ModelConfig":
@@ -59,58 +78,74 @@ class ModelConfig(_Section):
 
 
 class CalibrationConfig(_Section):
-    """Which text the statistics come from, and which text perplexity is measured on."""
+    """The section `calibration` says on which text the statistics are collected, and perplexity is measured."""
 
     source: str = "python-docs"
-    """`python-docs` (the Python language reference that every CPython ships), a .txt or a .parquet file."""
+    """The text: `python-docs` (the Python language reference that every CPython ships), or the path of a .txt or
+    .parquet file."""
     text_column: str = "text"
-    """Column of a parquet file that holds one document a row."""
+    """The column of a parquet file that holds the text of one document in each row."""
     samples: int = Field(128, ge=1)
-    """Calibration sequences."""
+    """The number of sequences that the statistics are collected on."""
     sequence_length: int = Field(2048, ge=8)
-    """Tokens a sequence."""
+    """The length of each sequence in tokens."""
     chunk_samples: int = Field(8, ge=1)
-    """Sequences that travel together. Part of the arithmetic."""
+    """The number of sequences that are computed and sent together. It changes the order of sums, and so the result in
+    its last bits."""
     holdout_samples: int = Field(16, ge=0)
-    """Held-out sequences for both perplexities; 0 measures none."""
+    """The number of held-out sequences on which the perplexity before and after is measured; 0 measures none."""
     seed: int = Field(0, ge=0)
-    """Chooses which sequences of the text are taken."""
+    """The seed that chooses which sequences of the text are taken."""
 
 
 class ExecutionConfig(_Section):
-    """Who does the work and in which order. The arithmetic depends on the first six alone."""
+    """The section `execution` says who does the work, and in which order.
+
+    The keys up to `compile` can change the bytes of the result; those after it cannot.
+    """
 
     mode: Literal["blocks", "sequential"] = "blocks"
-    """`blocks`: all blocks in parallel, calibrated on the source model, or on the round before; `sequential`: each
-    block calibrated on what the quantized blocks before it give, all workers at one block."""
+    """The order of the blocks. With `blocks` all blocks are quantized in parallel, each calibrated on the source model
+    or on the result of the round before. With `sequential` all workers are at one block, which is calibrated on what
+    the quantized blocks before it give."""
     rounds: int = Field(1, ge=1, le=16)
-    """In mode `blocks`: passes over the model; each calibrates on the quantized model of the one before."""
+    """The number of passes over the model in mode `blocks`; each calibrates on the model that the last one made."""
     hessian_shares: int = Field(4, ge=1)
-    """In mode `sequential`: parts of the calibration chunks that workers share out among them."""
+    """The number of parts into which mode `sequential` cuts the calibration chunks, so that several workers accumulate
+    the Hessians of one block."""
     compute_dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
-    """Of forward passes and activations. `auto` is the checkpoint's own dtype, but float32 for float16 on a CPU."""
+    """The dtype of forward passes and activations. `auto` is the checkpoint's dtype, but float32 for float16 on a
+    CPU."""
     threads_per_worker: int = Field(1, ge=1)
-    """CPU threads of a worker."""
+    """The number of CPU threads that each worker computes with."""
     compile: bool | Literal["auto"] = "auto"
-    """Compile the innermost loops of the solve (torch.compile; wants a C++ compiler on every node). `auto`: on GPUs."""
+    """Whether to compile the innermost loops of the solver (torch.compile, which needs a C++ compiler on every node).
+    `auto` compiles on GPUs."""
 
     executor: Literal["ray", "local"] = "ray"
-    """`ray`: actors on a cluster; `local`: in this process, for debugging."""
+    """Where the workers live: `ray` starts actors on a cluster, `local` computes in this process, for debugging."""
     workers: int | Literal["auto"] = "auto"
-    """Workers; `auto` is one a GPU of the cluster, or one for each `threads_per_worker` CPUs where there is none."""
+    """The number of workers. `auto` starts one for each GPU of the cluster, or one for each `threads_per_worker` CPUs
+    where there is no GPU."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
-    """`auto` is cuda where the cluster has GPUs."""
+    """The kind of device that workers compute on; `auto` is `cuda` where the cluster has GPUs."""
     ray_address: str = "auto"
-    """`auto`: the cluster in RAY_ADDRESS (set inside `ray job submit`), else a private one on this machine."""
+    """The address of the Ray cluster. `auto` is the cluster in the variable RAY_ADDRESS, which `ray job submit` sets,
+    or a private one on this machine where it is not set."""
     max_retries: int = Field(3, ge=0)
-    """How often a unit is tried again after a worker died, hung or raised at it."""
+    """How often a unit of work is tried again after its worker died, hung or raised."""
     call_timeout_s: float | Literal["auto"] = "auto"
-    """Seconds after which a worker's call is taken to hang and given to another; `auto` by what it computes."""
+    """The seconds after which a worker's call is taken to hang and is given to another worker. `auto` derives them from
+    what the call computes."""
     worker_timeout_s: float = Field(1800, gt=0)
-    """Seconds that the run waits without any worker before it fails."""
+    """The seconds that a run without any worker waits for one before it fails."""
 
     def compiles(self, device_type: str) -> bool:
-        """Whether workers on "cpu" or "cuda" compile."""
+        """Say whether workers compile.
+
+        Args:
+            device_type: The kind of device that they compute on, "cpu" or "cuda".
+        """
         return device_type == "cuda" if self.compile == "auto" else self.compile
 
     @model_validator(mode="after")
@@ -125,28 +160,32 @@ class ExecutionConfig(_Section):
 
     @property
     def cluster_address(self) -> str | None:
-        """Of the cluster to connect to; None for a private one on this machine."""
+        """The address of the cluster to connect to; None stands for a private one on this machine."""
         return os.environ.get("RAY_ADDRESS") or None if self.ray_address == "auto" else self.ray_address
 
 
 class OutputConfig(_Section):
-    """Where the run lives."""
+    """The section `output` says where the run lives."""
 
     dir: Path
-    """Run directory; the model grows in its `model` folder. On a cluster: a folder that every node sees."""
+    """The run directory; the quantized model grows in its folder `model`. On a cluster every node must see it under
+    this absolute path."""
 
 
 class PublishConfig(_Section):
-    """Where on the Hugging Face Hub the result goes. No part of a run's identity: one result may go to many places."""
+    """The section `publish` says where on the Hugging Face Hub the result goes.
+
+    It is no part of a run's identity: one result may go to many places.
+    """
 
     repo: str | None = None
-    """ORG/NAME; nothing is published where not given."""
+    """The repository on the Hub (ORG/NAME); where it is not given, nothing is published."""
     private: bool = True
-    """Whether a repository that is made for it can be seen by its owners alone."""
+    """Whether a repository that is made for the result can be seen by its owners only."""
     revision: str | None = None
-    """Branch, made where it is not there yet; `main` where not given."""
+    """The branch to commit to, which is made where it does not exist; where it is not given, `main`."""
     pull_request: bool = False
-    """Open a pull request instead of committing to `main`."""
+    """Whether to open a pull request against `main` instead of committing to it."""
 
     @model_validator(mode="after")
     def _check(self) -> "PublishConfig":
@@ -158,16 +197,24 @@ class PublishConfig(_Section):
 
 
 class RunConfig(_Section):
-    """A whole run."""
+    """Everything that one run is asked to do; a YAML file of these sections is one run."""
 
     model: ModelConfig
+    """Where the source model comes from."""
     quantization: Quantization = Quantization()
+    """The grid of the weights, and how they are rounded to it."""
     regularizer: Regularizer = Regularizer()
+    """How weights are moved before they are rounded."""
     experts: Experts = Experts()
+    """What to do with experts that calibration rarely reaches."""
     calibration: CalibrationConfig = CalibrationConfig()
+    """On which text the statistics are collected."""
     execution: ExecutionConfig = ExecutionConfig()
+    """Who does the work, and in which order."""
     output: OutputConfig
+    """Where the run lives."""
     publish: PublishConfig = PublishConfig()
+    """Where on the Hub the result goes."""
 
     @model_validator(mode="after")
     def _check(self) -> "RunConfig":
@@ -179,33 +226,32 @@ class RunConfig(_Section):
         return self
 
     def plain(self) -> dict[str, Any]:
-        """The configuration as JSON types, every default written out."""
+        """Return the configuration as JSON types, with every default written out."""
         return self.model_dump(mode="json")
 
     def arithmetic(self) -> dict[str, Any]:
-        """The part that decides the bytes of the result: not where it runs, nor from which path.
-
-        The text itself is told apart by the hash of its tokens.
-        """
-        plain = self.plain()
-        for name in ("source", "text_column"):
-            del plain["calibration"][name]
-        execution = {name: plain["execution"][name] for name in _ARITHMETIC}
-        kept = {name: plain[name] for name in ("quantization", "regularizer", "experts", "calibration")}
-        return {**kept, "execution": execution}
+        """Return the keys that decide the bytes of the result: all but those that say where a run happens."""
+        return {
+            section: {key: value for key, value in keys.items() if key not in (_NO_ARITHMETIC.get(section) or ())}
+            for section, keys in self.plain().items()
+            if _NO_ARITHMETIC.get(section, ()) is not None
+        }
 
     def to_yaml(self) -> str:
-        """The configuration as a YAML document that `load_config` reads back."""
+        """Return the configuration as a YAML document that `load_config` reads back."""
         return yaml.safe_dump(self.plain(), sort_keys=False)
 
 
 def run_key(config: RunConfig, source_fingerprint: str, version: str) -> str:
-    """Identity of a run: two runs with one key write the same bytes.
+    """Return the identity of a run: two runs with one key write the same bytes.
 
     Args:
-        config: of the run.
-        source_fingerprint: of the source checkpoint.
-        version: of this package.
+        config: The configuration of the run.
+        source_fingerprint: The fingerprint of the source checkpoint.
+        version: The version of this package.
+
+    Returns:
+        The SHA-256 of all three, as 64 hexadecimal digits.
     """
     content = {"arithmetic": config.arithmetic(), "source": source_fingerprint, "version": version}
     return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()

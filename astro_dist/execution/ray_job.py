@@ -1,4 +1,4 @@
-"""`ray job submit` of a run: this package and the configuration travel, logs come back, the exit code too."""
+"""A run as a job of a Ray cluster: this package and the configuration travel there, log and exit code come back."""
 
 import asyncio
 import shutil
@@ -14,6 +14,7 @@ from ray.job_submission import JobSubmissionClient
 import astro
 import astro_dist
 from astro.errors import ConfigError, RunError
+from astro_dist.config.cluster_paths import require_absolute_paths
 from astro_dist.config.schema import RunConfig
 
 __all__ = ["submit"]
@@ -27,25 +28,26 @@ _CONFIG = "run.yaml"
 def submit(config: RunConfig, address: str, say: Callable[[str], Any], follow: bool = True) -> int:
     """Submit a run as a job.
 
-    What travels is a folder with this package's own code and the resolved configuration, so that the cluster runs what
-    was asked for; libraries must be installed there. No token and no variable of this machine travels with it.
+    A folder with the code of this package and the resolved configuration travels to the cluster, so that it runs what
+    was asked for; libraries must be installed there. No token and no variable of this machine travels.
 
     Args:
-        config: of the run; its paths are those of the cluster.
-        address: of the job server, e.g. http://127.0.0.1:8265.
-        say: takes what the user shall see.
-        follow: whether to wait for the end and show the job's log.
+        config: The configuration of the run; its paths are those of the cluster.
+        address: The URL of the job server, e.g. http://127.0.0.1:8265.
+        say: Shows the user a line.
+        follow: Whether to show the job's log and wait for its end.
 
     Returns:
-        The exit code of the job: 0 done, 1 failed, 2 wrong input, 130 interrupted; 0 where it is not followed to its
+        The exit code of the job (0 done, 1 failed, 2 wrong input, 130 interrupted), or 0 when it is not followed to its
         end.
 
     Raises:
-        ConfigError: the address is none of a job server.
-        RunError: the job server cannot be reached, or refuses.
+        ConfigError: The address is not the URL of a job server, or a path of the configuration is relative.
+        RunError: The job server cannot be reached, or refuses the job.
     """
     if not address.startswith(("http://", "https://")):
         raise ConfigError(f"--address {address}: expected the job server's, e.g. http://127.0.0.1:8265")
+    require_absolute_paths(config)  # whichever executor: the job's working folder is deleted with it
     with tempfile.TemporaryDirectory(prefix="astro-dist-") as folder:
         _fill(Path(folder), config)
         try:
@@ -70,6 +72,7 @@ def submit(config: RunConfig, address: str, say: Callable[[str], Any], follow: b
 
 
 def _fill(folder: Path, config: RunConfig) -> None:
+    """Copy what travels into a folder."""
     for package in (astro, astro_dist):
         origin = Path(str(package.__file__)).parent
         shutil.copytree(origin, folder / origin.name, ignore=shutil.ignore_patterns("__pycache__"))
@@ -77,11 +80,11 @@ def _fill(folder: Path, config: RunConfig) -> None:
 
 
 def _follow(client: JobSubmissionClient, job: str, say: Callable[[str], Any]) -> int:
-    """Show the log until the job ends, over however many connections that takes."""
+    """Show the log until the job ends, over however many connections that takes, and return the exit code."""
     shown, unreachable_since = 0, None
     while True:
         try:
-            # Every connection tells the log from its beginning.
+            # Every connection sends the log from its beginning.
             shown = asyncio.run(_tail(client, job, say, shown))
             info = client.get_job_info(job)
             unreachable_since = None
@@ -103,6 +106,7 @@ def _follow(client: JobSubmissionClient, job: str, say: Callable[[str], Any]) ->
 
 
 async def _tail(client: JobSubmissionClient, job: str, say: Callable[[str], Any], shown: int) -> int:
+    """Show the lines of the log after the first `shown`, and return how many it has."""
     count = 0
     async for text in client.tail_job_logs(job):
         for line in text.splitlines():

@@ -5,9 +5,10 @@ from pathlib import Path
 import pytest
 
 from astro.errors import ConfigError
-from astro_dist.config.schema import run_key
+from astro_dist.config.schema import RunConfig, run_key
 from astro_dist.config.yaml_file import load_config
 
+MINIMAL_KEYS = RunConfig.model_validate({"model": {"source": "x"}, "output": {"dir": "r"}}).plain()
 ROOT = Path(__file__).parents[3]
 MINIMAL = "model: {source: x}\noutput: {dir: r}\n"
 
@@ -171,3 +172,43 @@ def test_key_ignores_where_a_run_happens_but_not_what_it_computes(write):
     changed = [other("quantization.bits=3"), other("execution.threads_per_worker=2"), other("calibration.seed=1")]
     changed += [run_key(base, "g", "1"), run_key(base, "f", "2")]
     assert len({key, *changed}) == 6
+
+
+ELSEWHERE = {
+    *(f"{section}.{key}" for section in ("model", "output", "publish") for key in MINIMAL_KEYS[section]),
+    "calibration.source", "calibration.text_column", "execution.executor", "execution.workers", "execution.device",
+    "execution.ray_address", "execution.max_retries", "execution.call_timeout_s", "execution.worker_timeout_s",
+}  # fmt: skip
+"""Every key that may change without making another run of it."""
+
+
+def key_with(monkeypatch, path, value):
+    """The key of a run whose configuration holds a value at a path."""
+    config = RunConfig.model_validate({"model": {"source": "x"}, "output": {"dir": "r"}})
+    plain, (section, key) = config.plain(), path.split(".")
+    plain.setdefault(section, {})[key] = value
+    with monkeypatch.context() as patch:
+        patch.setattr(RunConfig, "plain", lambda self: plain)
+        return run_key(config, "f", "1")
+
+
+@pytest.mark.parametrize("path", [f"{section}.{key}" for section, keys in MINIMAL_KEYS.items() for key in keys])
+def test_every_key_counts_unless_it_only_says_where_a_run_happens(monkeypatch, path):
+    changed = key_with(monkeypatch, path, "changed") != key_with(monkeypatch, path, "other")
+    assert changed == (path not in ELSEWHERE)
+
+
+@pytest.mark.parametrize("path", ["quantization.new", "calibration.new", "execution.new", "section.new"])
+def test_key_that_nobody_has_listed_counts(monkeypatch, path):
+    assert key_with(monkeypatch, path, 1) != key_with(monkeypatch, path, 2)
+
+
+def test_keys_that_count_are_those_of_earlier_versions(write):
+    arithmetic = load_config(write(MINIMAL)).arithmetic()
+    assert arithmetic.keys() == {"quantization", "regularizer", "experts", "calibration", "execution"}
+    assert arithmetic["calibration"].keys() == {
+        "samples", "sequence_length", "chunk_samples", "holdout_samples", "seed",
+    }  # fmt: skip
+    assert arithmetic["execution"].keys() == {
+        "mode", "rounds", "hessian_shares", "compute_dtype", "threads_per_worker", "compile",
+    }  # fmt: skip

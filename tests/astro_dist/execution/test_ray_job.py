@@ -10,9 +10,16 @@ from pathlib import Path
 
 import pytest
 
-pytestmark = [pytest.mark.slow, pytest.mark.ray, pytest.mark.timeout(400)]
+from astro.errors import ConfigError
+from astro_dist.execution.ray_job import submit
+
 ROOT = Path(__file__).parents[3]
 RAY = [sys.executable, "-m", "ray.scripts.scripts"]
+
+
+def on_cluster(test):
+    """A test that wants a job server."""
+    return pytest.mark.slow(pytest.mark.ray(pytest.mark.timeout(400)(test)))
 
 
 def job_server(tmp_path_factory, address, port):
@@ -81,6 +88,7 @@ def config(run_config, tmp_path):
     return path
 
 
+@on_cluster
 def test_plain_ray_job_quantizes_and_passes_a_failure_through(server, config, tmp_path):
     url, environment = server
     submit = [
@@ -96,6 +104,7 @@ def test_plain_ray_job_quantizes_and_passes_a_failure_through(server, config, tm
     assert b"bits: expected 2, 3, 4 or 8" in wrong.stdout
 
 
+@on_cluster
 def test_submit_shows_the_log_and_passes_the_exit_code_through(server, config, tmp_path):
     url, environment = server
     submit = [sys.executable, "-m", "astro_dist", "submit", str(config), "--address", url]
@@ -110,6 +119,7 @@ def test_submit_shows_the_log_and_passes_the_exit_code_through(server, config, t
     assert b"0123456789abcdef" not in done.stdout.encode() + done.stderr.encode() + gone.stdout + gone.stderr
 
 
+@on_cluster
 def test_job_that_is_stopped_goes_on_when_it_is_submitted_again(server, config, tmp_path):
     url, environment = server
     submit = [sys.executable, "-m", "astro_dist", "submit", str(config), "--address", url]
@@ -132,9 +142,20 @@ def test_job_that_is_stopped_goes_on_when_it_is_submitted_again(server, config, 
     assert (tmp_path / "run" / "summary.json").is_file()
 
 
+@on_cluster
 def test_server_that_does_not_answer(config):
     command = [sys.executable, "-m", "astro_dist", "submit", str(config), "--address", "http://127.0.0.1:9"]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 1
     assert "error: job server http://127.0.0.1:9: " in done.stderr
     assert "SSH tunnel" in done.stderr
+
+
+@pytest.mark.parametrize("executor", ["local", "ray"])
+@pytest.mark.parametrize(
+    ("key", "value"), [("output__dir", "run"), ("model__source", "./llama"), ("calibration__source", "text.txt")]
+)
+def test_relative_paths_are_refused_before_the_server_is_asked(run_config, executor, key, value):
+    config = run_config(execution__executor=executor, **{key: value})
+    with pytest.raises(ConfigError, match=f"^{key.replace('__', '.')}: .* is relative"):
+        submit(config, "http://127.0.0.1:9", print)

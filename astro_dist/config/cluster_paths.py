@@ -1,0 +1,34 @@
+"""Paths of a configuration that travels: on a cluster a relative path is another folder in every process."""
+
+import re
+from pathlib import Path
+
+from astro.errors import ConfigError
+from astro_dist.config.schema import RunConfig
+
+__all__ = ["require_absolute_paths"]
+
+_NOT_A_FOLDER = re.compile(r"[\w.+-]+://.*|demo:.*|\w[\w.-]*/\w[\w.-]*")
+"""What names a model elsewhere: a URL, a demo, or ORG/NAME on the Hub unless a folder of that name exists."""
+
+
+def require_absolute_paths(config: RunConfig) -> None:
+    """Refuse a configuration that only means the same in this folder of this machine.
+
+    Args:
+        config: The configuration of a run that other machines or processes will read.
+
+    Raises:
+        ConfigError: A path in it is relative; the message names its key.
+    """
+    paths = {"output.dir": config.output.dir}
+    source = config.model.source
+    if Path(source).exists() or not _NOT_A_FOLDER.fullmatch(source):
+        paths["model.source"] = Path(source)
+    if config.model.cache_dir is not None:
+        paths["model.cache_dir"] = config.model.cache_dir
+    if config.calibration.source != "python-docs":
+        paths["calibration.source"] = Path(config.calibration.source)
+    for name, path in paths.items():
+        if not path.expanduser().is_absolute():
+            raise ConfigError(f"{name}: {path} is relative; on a cluster give an absolute path that every node sees")

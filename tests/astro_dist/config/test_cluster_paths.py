@@ -1,0 +1,45 @@
+"""Relative paths are refused where a configuration travels."""
+
+import pytest
+
+from astro.errors import ConfigError
+from astro_dist.config.cluster_paths import require_absolute_paths
+from astro_dist.config.schema import RunConfig
+
+
+def config(source="/models/x", output="/runs/r", text="python-docs", cache=None):
+    return RunConfig.model_validate(
+        {
+            "model": {"source": source, "cache_dir": cache},
+            "output": {"dir": output},
+            "calibration": {"source": text},
+        }
+    )
+
+
+@pytest.mark.parametrize("source", ["/models/x", "~/x", "org/name", "s3://bucket/x", "demo:smollm2-135m"])
+def test_what_every_machine_understands_passes(source):
+    require_absolute_paths(config(source))
+
+
+@pytest.mark.parametrize(
+    ("changed", "key"),
+    [
+        ({"output": "runs/r"}, "output.dir"),
+        ({"source": "./x"}, "model.source"),
+        ({"source": "x"}, "model.source"),
+        ({"source": "a/b/c"}, "model.source"),
+        ({"text": "text.txt"}, "calibration.source"),
+        ({"cache": "cache"}, "model.cache_dir"),
+    ],
+)
+def test_relative_path_is_refused_by_its_key(changed, key):
+    with pytest.raises(ConfigError, match=f"^{key}: .* is relative"):
+        require_absolute_paths(config(**changed))
+
+
+def test_folder_with_the_name_of_a_repository_is_a_path(tmp_path, monkeypatch):
+    (tmp_path / "org" / "name").mkdir(parents=True)
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(ConfigError, match="^model.source: org/name is relative"):
+        require_absolute_paths(config("org/name"))
