@@ -35,6 +35,7 @@ from astro_dist.run_directory.layer_widths import settle_widths
 from astro_dist.run_directory.records import RunDirectory
 from astro_dist.run_directory.resume import make_schedule
 from astro_dist.schedule.calls import Call, Schedule
+from astro_dist.schedule.names import EMBED, is_block_unit
 from astro_dist.source.calibration_text import Chunk, as_tensors
 from astro_dist.worker.spec import WorkerSpec
 
@@ -175,7 +176,7 @@ def _execute(
         "started", finished_units=len(schedule.finished), units=len(schedule.units), blocks=blocks,
         workers=executor.num_workers, compute_dtype=str(dtype),
     )  # fmt: skip
-    blocks_done = sum("block-" in unit for unit in schedule.finished)
+    blocks_done = sum(map(is_block_unit, schedule.finished))
     display = ProgressDisplay(len(schedule.units), len(schedule.finished), blocks, blocks_done)
     if uploads:
         uploads.say = display.say
@@ -242,7 +243,7 @@ def _deadlines(config: RunConfig, cost: CostModel, device: str) -> Callable[[Cal
 
 def _refuse_other_arithmetic(run: RunDirectory, dtype: torch.dtype, device: str) -> None:
     """What was begun in one dtype on one kind of device would become a mixture."""
-    record = run.finished("embed")
+    record = run.finished(EMBED)
     if record is None:
         return
     before, kind = record["result"]["compute_dtype"], record["result"]["device"]

@@ -11,7 +11,7 @@ from astro_dist.execution.executor import Event, Executor, Failed, Joined
 from astro_dist.execution.failure import Failure, FailureHistory, Kind, kind_of
 from astro_dist.report.progress import ProgressDisplay
 from astro_dist.run_directory.records import RunDirectory
-from astro_dist.schedule.calls import Call, Schedule, assign
+from astro_dist.schedule.calls import Call, FinishingCall, ForwardChunk, Result, Schedule, assign
 
 __all__ = ["Driver"]
 
@@ -20,8 +20,6 @@ _STALL_S = 30.0
 _TELL_S = 30.0
 _STUCK_S = 120.0
 """Without anything to hand out although workers are free: the state of the run is read anew, once."""
-_FINISHING = ("embed", "copy", "solve", "write", "conclude", "head")
-"""Calls whose record is the last thing that they write."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -105,7 +103,7 @@ class Driver:
             self._last_call = time.monotonic()
             self._executor.submit(worker, call)
             self._display.started(worker, call)
-            if call.unit not in self._begun and call.method != "pass_on":
+            if call.unit not in self._begun and not isinstance(call, ForwardChunk):
                 self._begun.add(call.unit)
                 self._note("began", unit=call.unit, worker=worker)
 
@@ -120,16 +118,16 @@ class Driver:
         else:
             self._take_result(schedule, event.worker, self._running.pop(event.worker).call, event.result)
 
-    def _take_result(self, schedule: Schedule, worker: int, call: Call, result: Any) -> None:
+    def _take_result(self, schedule: Schedule, worker: int, call: Call, result: Result) -> None:
         known = call.unit in schedule.finished
         for spent in schedule.done(worker, call, result):
             self._run.drop(spent)
         finished = call.unit in schedule.finished and not known
         self._display.ended(worker, call, schedule.finished if finished else None)
-        if call.method == "pass_on":
-            stream, block, chunk = call.args
-            self._note("passed", chunk=chunk, block=block, stream=stream, seconds=result)
+        if isinstance(call, ForwardChunk):
+            self._note("passed", chunk=call.chunk, block=call.block, stream=call.stream, seconds=result)
         if finished:
+            assert isinstance(result, dict)
             self._note("finished", unit=call.unit, worker=worker, seconds=result["result"].get("seconds", {}))
             self._on_finished(schedule)
 
@@ -139,7 +137,7 @@ class Driver:
         self._display.left(worker)
         if isinstance(error, DamagedError) and self._run.is_sound(error.path):
             kind = "raised"  # that worker could not read what is there: nothing is to be made again
-        unit, method = (running.call.unit, running.call.method) if running else ("start", "prepare")
+        unit, method = (running.call.unit, running.call.verb) if running else ("start", "prepare")
         failure = Failure(unit, method, worker, kind, _one_line(error))
         self._note("failed", **dataclasses.asdict(failure))
         self._display.say(f"{unit}, {method} on worker {worker}: {failure.cause}")
@@ -147,7 +145,8 @@ class Driver:
             if isinstance(error, AstroError) and kind != "lost" and not self._joined:
                 raise error  # the very first workers do not find what the driver sees: nothing will get better
             return  # one node that is not fit does not end a run that others go on with
-        record = self._run.finished(unit) if method in _FINISHING and kind in ("lost", "overdue") else None
+        may_be_finished = isinstance(running.call, FinishingCall) and kind in ("lost", "overdue")
+        record = self._run.finished(unit) if may_be_finished else None
         if record is not None:  # it was lost after its last word was on disk
             self._take_result(schedule, worker, running.call, record)
             return

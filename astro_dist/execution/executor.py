@@ -3,7 +3,7 @@
 import dataclasses
 from typing import Any, Protocol
 
-from astro_dist.schedule.calls import Call
+from astro_dist.schedule.calls import Call, Result
 from astro_dist.worker.spec import WorkerSpec
 
 __all__ = ["Event", "Executor", "Failed", "Joined", "Returned"]
@@ -21,7 +21,7 @@ class Returned:
     """A worker's call returned; the worker is free again."""
 
     worker: int
-    result: Any
+    result: Result
 
 
 @dataclasses.dataclass(frozen=True)

@@ -5,15 +5,13 @@ from collections import Counter
 from typing import Literal
 
 from astro.errors import AstroError, ConfigError, DamagedError, NumericalError, RunError, StorageError, UnsupportedError
-from astro_dist.schedule.calls import Call
+from astro_dist.schedule.calls import Call, HeldCall
 
 __all__ = ["Failure", "FailureHistory", "Kind", "kind_of"]
 
 Kind = Literal["lost", "overdue", "raised", "storage", "damaged"]
 _FINAL = (NumericalError, ConfigError, UnsupportedError)
 """The arithmetic is the same wherever it is done again: so are these."""
-_HELD = ("open_block", "forward", "solve", "give_out", "conclude")
-"""Calls of a block that one worker has in hand from the first to the last."""
 _KEPT = "What is finished is kept"
 _STORAGE_WAIT_S = 15.0
 _STORAGE_WAIT_GROWTH = 4.0
@@ -32,7 +30,7 @@ class Failure:
 
     Attributes:
         unit: it belongs to.
-        method: of the worker.
+        method: What the worker was to do, see `verb` of the calls.
         worker: number.
         kind: `lost`, its worker or node died or was cut off; `overdue`, it took longer than its deadline; `raised`, an
             error; `storage`, the run directory could not be written; `damaged`, a file of the run is not as written.
@@ -64,7 +62,7 @@ class FailureHistory:
 
     def __init__(self, max_retries: int) -> None:
         self._max_retries = max_retries
-        self._attempts: Counter[str] = Counter()
+        self._attempts: Counter[Call | str] = Counter()
 
     def judge(self, failure: Failure, call: Call, error: Exception) -> float:
         """Take note of a failure.
@@ -83,7 +81,7 @@ class FailureHistory:
         """
         if isinstance(error, _FINAL):
             raise _kept(error) from error
-        subject = call.unit if call.method in _HELD else f"{call.method} {call.args}"
+        subject: Call | str = call.unit if isinstance(call, HeldCall) else call
         if failure.kind == "damaged" and isinstance(error, DamagedError):
             subject = str(error.path)
         self._attempts[subject] += 1

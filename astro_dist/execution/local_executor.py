@@ -46,7 +46,7 @@ class LocalExecutor:
             return event
         worker, call = event
         try:
-            result = getattr(self._workers[worker], call.method)(*call.args)
+            result = self._workers[worker].do(call)
         except Exception as error:
             self.discard(worker)
             return Failed(worker, error, lost=False)

@@ -108,7 +108,7 @@ class RayExecutor:
     def submit(self, worker: int, call: Call) -> None:
         """Let an actor begin a call."""
         self._idle.discard(worker)
-        self._calls[getattr(self._actors[worker], call.method).remote(*call.args)] = _Pending(worker, "call")
+        self._calls[self._actors[worker].do.remote(call)] = _Pending(worker, "call")
 
     def wait(self, timeout_s: float) -> Event | None:
         """Block until something happens; None where nothing did for so long."""

@@ -5,7 +5,7 @@ A product of [m, k] and [k, n] counts 2 m k n operations.
 
 import dataclasses
 from collections.abc import Iterable, Mapping
-from typing import Any
+from typing import assert_never
 
 from astro.config import PER_CHANNEL, Quantization, Regularizer
 from astro.linalg.tiling import row_tile, row_tiles
@@ -16,7 +16,27 @@ from astro_dist.config.schema import RunConfig
 from astro_dist.planning.devices import Device
 from astro_dist.planning.predicted_groups import LayerGroup, layer_groups, stages_of, together
 from astro_dist.planning.units import BlockUnit, Plan
-from astro_dist.schedule.calls import Call
+from astro_dist.schedule.calls import (
+    AccumulateHessians,
+    BatchParts,
+    BlockParts,
+    Call,
+    CopyTensors,
+    Embed,
+    EvaluateLoss,
+    FinishEvaluation,
+    Forward,
+    ForwardChunk,
+    MergeHessians,
+    OpenBlock,
+    PartCall,
+    Result,
+    SolveBlock,
+    SolveRows,
+    SplitBlock,
+    TryBetas,
+    WriteBlock,
+)
 from astro_dist.schedule.names import is_held_out
 from astro_dist.schedule.sequential import shares
 
@@ -109,41 +129,32 @@ class CostModel:
 
     def work(self, call: Call) -> Work:
         """What a call does; attention's products of queries with keys are not counted."""
-        plan, args = self._plan, call.args
-        if call.method == "embed":
-            return Work(moved_bytes=self._activations(self._tokens) + plan.outside_weights * self._itemsize)
-        if call.method == "head":
-            compute = 2.0 * self._held_out * plan.outside_weights
-            return Work(compute, moved_bytes=self._activations(self._held_out_chunks))
-        if call.method == "copy":
-            return Work(moved_bytes=2.0 * plan.copies[int(args[0])].read_bytes)
-        unit = plan.blocks[int(args[0] if call.method == "share" else args[1])]
-        if call.method == "conclude":
-            return Work()
-        if call.method == "open_block":
-            return Work(moved_bytes=unit.read_bytes if args[0] == 0 else unit.written_bytes)
-        if call.method in ("forward", "pass_on"):
-            chunk = str(args[2])
-            passed = Work(self._forward(unit, self._tokens[chunk]), moved_bytes=2.0 * self._activations([chunk]))
-            counts = call.method == "forward" and not is_held_out(chunk)
-            return passed + self._hessian(self._batches(unit), self._tokens[chunk]) if counts else passed
-        if call.method == "solve":
-            solved = (self._solve(batch) for batch in self._batches(unit))
-            return sum(solved, Work(moved_bytes=unit.written_bytes))
-        return self._stage_part(call, unit)
+        plan = self._plan
+        match call:
+            case Embed():
+                return Work(moved_bytes=self._activations(self._tokens) + plan.outside_weights * self._itemsize)
+            case EvaluateLoss():
+                compute = 2.0 * self._held_out * plan.outside_weights
+                return Work(compute, moved_bytes=self._activations(self._held_out_chunks))
+            case CopyTensors(index):
+                return Work(moved_bytes=2.0 * plan.copies[index].read_bytes)
+            case FinishEvaluation():
+                return Work()
+        return self._block_work(call, plan.blocks[call.block])
 
-    def result(self, call: Call) -> dict[str, Any]:
+    def result(self, call: Call) -> Result:
         """What a schedule reads from the result of a call."""
-        if call.method == "give_out":
-            found = self._batches(self._plan.blocks[int(call.args[1])])
-            widest = sorted(range(len(found)), key=lambda batch: -found[batch].columns)
-            return {"groups": [(batch, self._parts(found[batch])) for batch in widest]}
-        if call.method == "share":
-            found = self._batches(self._plan.blocks[int(call.args[0])])
-            stages = stages_of(found)
-            parts = {index: self._parts(found[index]) for index in stages[int(call.args[1])]}
-            return {"stages": len(stages), "groups": parts}
-        return {}
+        match call:
+            case SplitBlock():
+                batches = self._batches(self._plan.blocks[call.block])
+                widest = sorted(range(len(batches)), key=lambda batch: -batches[batch].columns)
+                return BlockParts(tuple(self._parts(batches, index) for index in widest))
+            case AccumulateHessians():
+                batches = self._batches(self._plan.blocks[call.block])
+                stages = stages_of(batches)
+                parts = tuple(self._parts(batches, index) for index in stages[call.stage])
+                return BlockParts(parts, len(stages))
+        return None
 
     def worker_bytes(self) -> int:
         """Peak memory of a CPU worker; a GPU's is less by the libraries. The largest of all blocks."""
@@ -210,38 +221,63 @@ class CostModel:
         kept = batch.count * self._calibration_tokens * batch.reach * batch.columns * self._itemsize
         return square if batch.reach == 1 else min(square, kept)
 
-    def _stage_part(self, call: Call, unit: BlockUnit) -> Work:
-        """A call for a block that several work on."""
-        found = self._batches(unit)
-        if call.method == "write":
-            # Tiles hold a byte a weight.
-            return Work(moved_bytes=3.0 * unit.written_bytes)
-        if call.method == "give_out":
-            return Work(moved_bytes=sum(_PACKED_BYTES * batch.square for batch in found))
-        if call.method == "share":
-            stages = stages_of(found)
-            stage = [found[i] for i in stages[min(int(call.args[1]), len(stages) - 1)]]
-            square = sum((_PACKED_BYTES + 4.0 * self._compensated) * batch.square for batch in stage)
-            chunks = self._shares[int(call.args[2])]
-            tokens = sum(self._tokens[chunk] for chunk in chunks)
-            streams = 1 + self._compensated
-            # A stage's inputs take the block's forward up to that stage; which worker has the block already is open.
-            passed = (int(call.args[1]) + 1) / len(stages)
-            moved = streams * self._activations(chunks) + square + unit.read_bytes
-            sums = self._hessian(stage, tokens, self._compensated)
-            return sums + Work(streams * passed * self._forward(unit, tokens), moved_bytes=moved)
-        batch = found[min(int(call.args[2]), len(found) - 1)]
+    def _block_work(
+        self,
+        call: OpenBlock | Forward | ForwardChunk | SolveBlock | SplitBlock | AccumulateHessians | PartCall | WriteBlock,
+        unit: BlockUnit,
+    ) -> Work:
+        """What a call for a block does."""
+        match call:
+            case OpenBlock():
+                return Work(moved_bytes=unit.read_bytes if call.round_index == 0 else unit.written_bytes)
+            case Forward() | ForwardChunk():
+                tokens = self._tokens[call.chunk]
+                passed = Work(self._forward(unit, tokens), moved_bytes=2.0 * self._activations([call.chunk]))
+                counts = isinstance(call, Forward) and not is_held_out(call.chunk)
+                return passed + self._hessian(self._batches(unit), tokens) if counts else passed
+            case SolveBlock():
+                solved = (self._solve(batch) for batch in self._batches(unit))
+                return sum(solved, Work(moved_bytes=unit.written_bytes))
+            case WriteBlock():
+                # Tiles hold a byte a weight.
+                return Work(moved_bytes=3.0 * unit.written_bytes)
+            case SplitBlock():
+                return Work(moved_bytes=sum(_PACKED_BYTES * batch.square for batch in self._batches(unit)))
+            case AccumulateHessians():
+                return self._share_work(call, unit)
+            case MergeHessians() | TryBetas() | SolveRows():
+                return self._part_work(call, unit)
+        assert_never(call)
+
+    def _share_work(self, call: AccumulateHessians, unit: BlockUnit) -> Work:
+        """What it takes to sum the Hessians of one stage over one share of the chunks."""
+        batches = self._batches(unit)
+        stages = stages_of(batches)
+        stage = [batches[i] for i in stages[min(call.stage, len(stages) - 1)]]
+        square = sum((_PACKED_BYTES + 4.0 * self._compensated) * batch.square for batch in stage)
+        chunks = self._shares[call.share]
+        tokens = sum(self._tokens[chunk] for chunk in chunks)
+        streams = 1 + self._compensated
+        # A stage's inputs take the block's forward up to that stage; which worker has the block already is open.
+        passed = (call.stage + 1) / len(stages)
+        moved = streams * self._activations(chunks) + square + unit.read_bytes
+        sums = self._hessian(stage, tokens, self._compensated)
+        return sums + Work(streams * passed * self._forward(unit, tokens), moved_bytes=moved)
+
+    def _part_work(self, call: PartCall, unit: BlockUnit) -> Work:
+        """What a call does by which several workers solve a block."""
+        batches = self._batches(unit)
+        batch = batches[min(call.batch, len(batches) - 1)]
         square = (_PACKED_BYTES + 4.0 * self._compensated) * batch.square
         weights = batch.weights * self._itemsize
-        if call.method == "decide":
+        if isinstance(call, MergeHessians):
             moved = square * (len(self._shares) + 1 if self._sequential else 1) + weights
             return self._prepare(batch) + Work(moved_bytes=moved)
         # Which worker has the batch prepared already is open.
         entered = self._prepare(batch) + Work(moved_bytes=square + weights)
-        number = int(call.args[3])
-        if call.method == "weigh":
-            return entered + self._weigh_tiles(batch, [self._sample_tiles(batch)[number]])
-        tile = self._tiles(batch)[number]
+        if isinstance(call, TryBetas):
+            return entered + self._weigh_tiles(batch, [self._sample_tiles(batch)[call.tile]])
+        tile = self._tiles(batch)[call.tile]
         written = 5.0 * batch.count * (tile.stop - tile.start) * batch.columns
         return entered + self._solve_tiles(batch, [tile]) + Work(moved_bytes=written)
 
@@ -314,9 +350,10 @@ class CostModel:
         tiles = sample_tiles(batch.rows, batch.columns, self._device_type, batch.count)
         return tiles if is_searched else []
 
-    def _parts(self, batch: LayerGroup) -> dict[str, int]:
-        """Calls that a stage takes after its decision, by method."""
-        return {"weigh": len(self._sample_tiles(batch)), "tile": len(self._tiles(batch))}
+    def _parts(self, batches: list[LayerGroup], index: int) -> BatchParts:
+        """The calls that a batch takes once its Hessians are merged."""
+        batch = batches[index]
+        return BatchParts(index, len(self._sample_tiles(batch)), len(self._tiles(batch)))
 
     @property
     def _held_out_chunks(self) -> list[str]:

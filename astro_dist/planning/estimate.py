@@ -32,7 +32,7 @@ class Estimate:
         wall_s: from the first call to the last, workers being up.
         device_hours: of all workers, idle ones included.
         efficiency: share of that in which they have something to do.
-        by_method_s: seconds of all workers by what they do.
+        by_verb_s: seconds of all workers by what they do.
     """
 
     workers: int
@@ -43,7 +43,7 @@ class Estimate:
     wall_s: float
     device_hours: float
     efficiency: float
-    by_method_s: dict[str, float]
+    by_verb_s: dict[str, float]
 
 
 def estimate(config: RunConfig, plan: Plan, dtype: torch.dtype, workers: int, device: Device) -> Estimate:
@@ -76,7 +76,7 @@ def estimate(config: RunConfig, plan: Plan, dtype: torch.dtype, workers: int, de
         wall_s=found.wall_s,
         device_hours=workers * found.wall_s / 3600,
         efficiency=found.efficiency(workers),
-        by_method_s=found.by_method,
+        by_verb_s=found.by_verb,
     )
 
 

@@ -3,9 +3,8 @@
 import dataclasses
 import heapq
 from collections.abc import Callable
-from typing import Any
 
-from astro_dist.schedule.calls import Call, Schedule, assign
+from astro_dist.schedule.calls import Call, Result, Schedule, assign
 
 __all__ = ["Simulated", "simulate"]
 
@@ -17,12 +16,12 @@ class Simulated:
     Attributes:
         wall_s: from the first call to the last.
         busy_s: of all workers together.
-        by_method: seconds of all workers by method.
+        by_verb: Seconds of all workers by what they do, see `verb` of the calls.
     """
 
     wall_s: float
     busy_s: float
-    by_method: dict[str, float]
+    by_verb: dict[str, float]
 
     def efficiency(self, workers: int) -> float:
         """Share of the workers' time in which they had something to do."""
@@ -30,7 +29,7 @@ class Simulated:
 
 
 def simulate(
-    schedule: Schedule, workers: int, seconds: Callable[[Call], float], result: Callable[[Call], Any]
+    schedule: Schedule, workers: int, seconds: Callable[[Call], float], result: Callable[[Call], Result]
 ) -> Simulated:
     """Let workers do a schedule.
 
@@ -41,18 +40,18 @@ def simulate(
         result: that a call returns, as far as the schedule looks at it.
     """
     now, busy = 0.0, 0.0
-    by_method: dict[str, float] = {}
+    by_verb: dict[str, float] = {}
     ends: list[tuple[float, int, Call]] = []
     free = list(range(workers))
     while not schedule.complete:
         for worker, call in list(assign(schedule, free)):
             took = seconds(call)
             busy += took
-            by_method[call.method] = by_method.get(call.method, 0.0) + took
+            by_verb[call.verb] = by_verb.get(call.verb, 0.0) + took
             heapq.heappush(ends, (now + took, worker, call))
             free.remove(worker)
         assert ends, "the schedule waits for itself"
         now, worker, call = heapq.heappop(ends)
         schedule.done(worker, call, result(call))
         free = sorted([*free, worker])
-    return Simulated(now, busy, by_method)
+    return Simulated(now, busy, by_verb)

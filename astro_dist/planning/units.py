@@ -15,6 +15,7 @@ from astro.formats.bit_packing import words_per_row
 from astro.model.linear_layer import LinearLayer
 from astro.model.skeleton import Skeleton
 from astro.storage.checkpoint import Checkpoint, TensorEntry
+from astro_dist.schedule.names import block_name, copy_unit
 
 __all__ = ["BlockUnit", "CopyUnit", "Plan", "make_plan"]
 
@@ -45,7 +46,7 @@ class BlockUnit:
     @property
     def name(self) -> str:
         """Short name, e.g. `block-0007`; the unit of a round that quantizes it carries the round's too."""
-        return f"block-{self.index:04d}"
+        return block_name(self.index)
 
     @functools.cached_property
     def by_name(self) -> dict[str, LinearLayer]:
@@ -72,7 +73,7 @@ class CopyUnit:
     @property
     def name(self) -> str:
         """Unit name, e.g. `copy-0000`."""
-        return f"copy-{self.index:04d}"
+        return copy_unit(self.index)
 
 
 @dataclasses.dataclass(frozen=True)

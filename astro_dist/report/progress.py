@@ -10,25 +10,42 @@ from rich.live import Live
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeElapsedColumn
 
 from astro_dist.console import in_words, say
-from astro_dist.schedule.calls import Call
+from astro_dist.schedule.calls import (
+    AccumulateHessians,
+    Call,
+    CopyTensors,
+    Embed,
+    EvaluateLoss,
+    FinishEvaluation,
+    Forward,
+    ForwardChunk,
+    MergeHessians,
+    OpenBlock,
+    SolveBlock,
+    SolveRows,
+    SplitBlock,
+    TryBetas,
+    WriteBlock,
+)
+from astro_dist.schedule.names import is_block_unit
 
 __all__ = ["ProgressDisplay"]
 
-_PHASES = {
-    "embed": "embedding",
-    "copy": "copying",
-    "open_block": "reading",
-    "forward": "forward",
-    "solve": "solving",
-    "give_out": "giving out",
-    "share": "collecting",
-    "decide": "deciding",
-    "weigh": "choosing beta",
-    "tile": "solving",
-    "write": "writing",
-    "pass_on": "passing on",
-    "conclude": "evaluating",
-    "head": "measuring perplexity",
+_PHASES: dict[type[Call], str] = {
+    Embed: "embedding",
+    CopyTensors: "copying",
+    OpenBlock: "reading",
+    Forward: "forward",
+    SolveBlock: "solving",
+    SplitBlock: "splitting",
+    AccumulateHessians: "collecting",
+    MergeHessians: "deciding",
+    TryBetas: "choosing beta",
+    SolveRows: "solving",
+    WriteBlock: "writing",
+    ForwardChunk: "passing on",
+    FinishEvaluation: "evaluating",
+    EvaluateLoss: "measuring perplexity",
 }
 
 
@@ -76,19 +93,17 @@ class ProgressDisplay:
 
     def started(self, worker: int, call: Call) -> None:
         """A worker began a call."""
-        chunk = f" {call.args[-1]}" if call.method in ("forward", "share", "weigh", "tile", "pass_on") else ""
-        self._show(worker, f"{call.unit}: {_PHASES[call.method]}{chunk}")
+        self._show(worker, f"{call.unit}: {_PHASES[type(call)]}{_detail(call)}")
 
     def ended(self, worker: int, call: Call, finished: Collection[str] | None) -> None:
         """A worker's call returned; all finished units where it finished one."""
         self._show(worker, "idle")
         if finished is None:
             return
-        is_block = "block-" in call.unit
-        self._finished, self._blocks_done = len(finished), sum("block-" in unit for unit in finished)
+        self._finished, self._blocks_done = len(finished), sum(map(is_block_unit, finished))
         left = self._time_left()
         self._bar.update(self._all, completed=self._blocks_done, left=left)
-        if not self._live and (is_block or call.method == "head"):
+        if not self._live and (is_block_unit(call.unit) or isinstance(call, EvaluateLoss)):
             self.say(f"{call.unit} done by worker {worker}; {self._blocks_done} of {self._num_blocks} blocks, {left}")
 
     def say(self, text: str) -> None:
@@ -103,3 +118,13 @@ class ProgressDisplay:
         done = max(self._finished - self._before, 1)
         seconds = (time.monotonic() - self._begin) / done * (self._total - self._finished)
         return f"about {in_words(seconds)} left"
+
+
+def _detail(call: Call) -> str:
+    """Which of many calls of its kind a call is."""
+    match call:
+        case Forward(chunk=detail) | ForwardChunk(chunk=detail):
+            return f" {detail}"
+        case AccumulateHessians(share=number) | TryBetas(tile=number) | SolveRows(tile=number):
+            return f" {number}"
+    return ""

@@ -10,6 +10,7 @@ from astro_dist.publish.upload_record import read_uploads
 from astro_dist.run_directory.identity import read_identity
 from astro_dist.run_directory.journal import last_of_each_unit
 from astro_dist.run_directory.records import RunDirectory
+from astro_dist.schedule.names import is_block_unit
 
 __all__ = ["read_status"]
 
@@ -36,7 +37,7 @@ def read_status(root: Path) -> dict[str, Any]:
     session = lines[opened[-1] :] if opened else []
     start: dict[str, Any] = next((line for line in reversed(lines) if line["event"] == "started"), {})
     records = {path.stem for path in (root / "records").glob("*.json")}
-    blocks = [unit for unit in records if "block-" in unit]
+    blocks = [unit for unit in records if is_block_unit(unit)]
     running = run.is_locked()
     workers, in_flight = _at_work(session if running else [])
     total = start.get("units", len(records))

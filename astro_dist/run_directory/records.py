@@ -25,8 +25,8 @@ from astro_dist.config.schema import RunConfig
 from astro_dist.run_directory import lock
 from astro_dist.run_directory.identity import MARK, difference
 from astro_dist.run_directory.journal import Journal
-from astro_dist.schedule.calls import Spent
-from astro_dist.schedule.names import block_unit
+from astro_dist.schedule.calls import Spent, SpentInputs, SpentParts, SpentShard, SpentShares
+from astro_dist.schedule.names import any_share, block_unit
 
 if TYPE_CHECKING:
     import torch
@@ -108,16 +108,17 @@ class RunDirectory:
 
     def drop(self, spent: Spent) -> None:
         """Delete what nothing needs any more. Inputs of the first block serve every stream and stay."""
-        if spent.kind == "inputs" and spent.block:
-            shutil.rmtree(self._inputs(spent.stream, spent.block), ignore_errors=True)
-        elif spent.kind == "parts":
-            shutil.rmtree(self.partial(spent.number, spent.block, "any").parent, ignore_errors=True)
-        elif spent.kind == "shares":
-            for path in self.partial(0, spent.block, "any").parent.glob(f"{spent.number}-share-*"):
-                path.unlink(missing_ok=True)
-        elif spent.kind == "shard":
-            for file in self.files(block_unit(spent.number, spent.block)):
-                (self.root / file["name"]).unlink(missing_ok=True)
+        match spent:
+            case SpentInputs(block, stream) if block:
+                shutil.rmtree(self._inputs(stream, block), ignore_errors=True)
+            case SpentParts(round_index, block):
+                shutil.rmtree(self.partial(round_index, block, "any").parent, ignore_errors=True)
+            case SpentShares(block, batch):
+                for path in self.partial(0, block, "any").parent.glob(any_share(batch)):
+                    path.unlink(missing_ok=True)
+            case SpentShard(round_index, block):
+                for file in self.files(block_unit(round_index, block)):
+                    (self.root / file["name"]).unlink(missing_ok=True)
 
     def drop_leftovers(self) -> None:
         """Forget all inputs and what earlier rounds left: the run is complete."""

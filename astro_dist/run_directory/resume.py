@@ -7,7 +7,15 @@ from astro_dist.planning.units import Plan
 from astro_dist.run_directory.records import RunDirectory
 from astro_dist.schedule.calls import Schedule
 from astro_dist.schedule.factory import schedule_of
-from astro_dist.schedule.names import block_unit, is_held_out, sequential_units, stream_names, unit_names
+from astro_dist.schedule.names import (
+    EMBED,
+    block_of_unit,
+    block_unit,
+    is_held_out,
+    sequential_units,
+    stream_names,
+    unit_names,
+)
 from astro_dist.source.calibration_text import Chunk, as_tensors
 
 __all__ = ["make_schedule"]
@@ -33,7 +41,7 @@ def make_schedule(config: RunConfig, plan: Plan, run: RunDirectory, chunks: Sequ
     finished = _finished(run, units)
     calls_there = all(run.calls(*chunk.tokens.shape).is_file() for chunk in chunks)
     if not calls_there and any(unit not in finished for unit in units):
-        finished.discard("embed")
+        finished.discard(EMBED)
     written = None if sequential else {unit for unit in finished if run.has_files(unit)}
     return schedule_of(config, len(plan.blocks), len(plan.copies), names, finished, present, written)
 
@@ -42,8 +50,8 @@ def _finished(run: RunDirectory, units: Sequence[str]) -> set[str]:
     """Units whose records hold. Later rounds come first: they tell which shards of earlier ones may be gone."""
     finished: set[str] = set()
     for unit in reversed(units):
-        r, _, block = unit.removeprefix("round-").partition("-block-")
-        superseded = bool(block) and block_unit(int(r) + 1, int(block)) in finished
+        place = block_of_unit(unit)
+        superseded = place is not None and block_unit(place[0] + 1, place[1]) in finished
         if run.finished(unit, superseded) is not None:
             finished.add(unit)
     return finished

@@ -1,15 +1,62 @@
-"""The name of every unit and stream of a run."""
+"""The names of a run: every unit, stream, chunk and hand-over file is written and parsed here and nowhere else.
+
+    embed  copy-0000  round-0-block-0003  evaluate-0003  head-original    units
+    original  round-0  round-1                                            streams
+    c0000  h0000                                                          chunks: calibrated on, and held out
+    0-sum  0-share-1  0-decision  0-sample-2  0-tile-3                    parts of a batch that workers hand each other
+
+A *stream* is the hidden states of every chunk on their way through one model: `original` through the source, `round-r`
+through what round r wrote.
+"""
+
+import re
 
 __all__ = [
+    "DECISION",
+    "EMBED",
+    "ORIGINAL",
     "STREAMS",
+    "SUM",
+    "any_share",
+    "block_name",
+    "block_of_unit",
+    "block_records",
     "block_unit",
+    "chunk_name",
+    "copy_index",
+    "copy_unit",
     "evaluate_unit",
     "head_unit",
+    "is_block_unit",
     "is_held_out",
+    "part_file",
+    "round_of_stream",
+    "round_stream",
+    "sample_part",
     "sequential_units",
+    "share_part",
     "stream_names",
+    "tile_part",
     "unit_names",
 ]
+
+EMBED = "embed"
+"""The unit that makes the hidden states before the first block."""
+ORIGINAL = "original"
+"""The stream through the source."""
+SUM = "sum"
+"""The part that holds a batch's Hessians, added up over all shares."""
+DECISION = "decision"
+"""The part that holds what was decided for all rows of a batch."""
+
+_BLOCK_UNIT = re.compile(r"round-(\d+)-block-(\d+)")
+_COPY_UNIT = re.compile(r"copy-(\d+)")
+_ROUND_STREAM = re.compile(r"round-(\d+)")
+
+
+def chunk_name(number: int, held_out: bool) -> str:
+    """The name of a chunk of the calibration text; one that is held out is only measured on."""
+    return f"{'h' if held_out else 'c'}{number:04d}"
 
 
 def is_held_out(chunk: str) -> bool:
@@ -17,37 +64,107 @@ def is_held_out(chunk: str) -> bool:
     return chunk.startswith("h")
 
 
+def round_stream(round_index: int) -> str:
+    """The stream through what a round wrote."""
+    return f"round-{round_index}"
+
+
+def round_of_stream(stream: str) -> int | None:
+    """The round that wrote the model which a stream passes through; None for the stream through the source."""
+    matched = _ROUND_STREAM.fullmatch(stream)
+    return int(matched[1]) if matched else None
+
+
 def stream_names(rounds: int) -> list[str]:
-    """Streams of a run, in the order in which they arise."""
-    return ["original", *(f"round-{r}" for r in range(rounds))]
+    """The streams of a run, in the order in which they arise."""
+    return [ORIGINAL, *(round_stream(r) for r in range(rounds))]
+
+
+def copy_unit(index: int) -> str:
+    """The unit that copies tensors from outside the blocks."""
+    return f"copy-{index:04d}"
+
+
+def copy_index(unit: str) -> int | None:
+    """The index of a unit that copies tensors; None for any other unit."""
+    matched = _COPY_UNIT.fullmatch(unit)
+    return int(matched[1]) if matched else None
+
+
+def block_name(block: int) -> str:
+    """The short name of a block, whatever is done to it."""
+    return f"block-{block:04d}"
 
 
 def block_unit(round_index: int, block: int) -> str:
-    """Unit that quantizes a block in a round."""
-    return f"round-{round_index}-block-{block:04d}"
+    """The unit that quantizes a block in a round."""
+    return f"{round_stream(round_index)}-{block_name(block)}"
+
+
+def block_of_unit(unit: str) -> tuple[int, int] | None:
+    """The round and the block of a unit that quantizes a block; None for any other unit."""
+    matched = _BLOCK_UNIT.fullmatch(unit)
+    return (int(matched[1]), int(matched[2])) if matched else None
+
+
+def is_block_unit(unit: str) -> bool:
+    """Whether a unit quantizes a block."""
+    return block_of_unit(unit) is not None
+
+
+def block_records(round_index: int | None = None) -> str:
+    """The pattern of the names of the records of all blocks of a round, or of every round."""
+    return f"round-{'*' if round_index is None else round_index}-block-*.json"
 
 
 def evaluate_unit(block: int) -> str:
-    """Unit that takes the held-out chunks through a block of the result."""
+    """The unit that takes the held-out chunks through a block of the result."""
     return f"evaluate-{block:04d}"
 
 
 def head_unit(stream: str) -> str:
-    """Unit that measures a stream's loss."""
+    """The unit that measures the loss at the end of a stream."""
     return f"head-{stream}"
 
 
 def unit_names(num_blocks: int, num_copies: int, rounds: int, evaluated: bool) -> list[str]:
     """Every unit of a run in mode `blocks`."""
+    copies = [copy_unit(i) for i in range(num_copies)]
     blocks = [block_unit(r, b) for r in range(rounds) for b in range(num_blocks)]
     chain = [evaluate_unit(b) for b in range(num_blocks)] + [head_unit(stream) for stream in stream_names(rounds)]
-    return ["embed", *(f"copy-{i:04d}" for i in range(num_copies)), *blocks, *(chain if evaluated else [])]
+    return [EMBED, *copies, *blocks, *(chain if evaluated else [])]
 
 
 def sequential_units(num_blocks: int, num_copies: int, evaluated: bool) -> list[str]:
     """Every unit of a run in mode `sequential`."""
-    copies, blocks = [f"copy-{i:04d}" for i in range(num_copies)], [block_unit(0, b) for b in range(num_blocks)]
-    return ["embed", *copies, *blocks, *([head_unit(stream) for stream in STREAMS] if evaluated else [])]
+    copies, blocks = [copy_unit(i) for i in range(num_copies)], [block_unit(0, b) for b in range(num_blocks)]
+    return [EMBED, *copies, *blocks, *([head_unit(stream) for stream in STREAMS] if evaluated else [])]
+
+
+def share_part(share: int) -> str:
+    """The part that holds what one share of the calibration chunks adds to a batch's Hessians."""
+    return f"share-{share}"
+
+
+def sample_part(tile: int) -> str:
+    """The part that holds the errors of one tile of a batch's sampled rows under every β."""
+    return f"sample-{tile}"
+
+
+def tile_part(tile: int) -> str:
+    """The part that holds one solved tile of a batch's rows."""
+    return f"tile-{tile}"
+
+
+def part_file(batch: int, part: str) -> str:
+    """The name of the file of a part of a batch, without its suffix."""
+    return f"{batch}-{part}"
+
+
+def any_share(batch: int) -> str:
+    """The pattern of the names of the files of all shares of a batch."""
+    return part_file(batch, "share-*")
 
 
 STREAMS = stream_names(1)
+"""The streams of a run of one round."""

@@ -1,48 +1,55 @@
-"""The calls by which workers solve a block together: for each group of layers, or batch of groups side by side, a
-decision, then its parts. Pure.
+"""The calls by which several workers solve a block: for each batch a merge, then tiles of its sample, then of its rows.
+
+A batch is input groups that are solved side by side. Pure, as all of the schedule.
 """
 
-from collections.abc import Mapping
+from collections.abc import Callable, Iterable
 
-from astro_dist.schedule.calls import Call
+from astro_dist.schedule.calls import BatchParts, MergeHessians, PartCall, SolveRows, TryBetas
 
-__all__ = ["OpenCalls"]
+__all__ = ["PendingCalls"]
 
 
-class OpenCalls:
-    """What is open of a block's groups.
+class PendingCalls:
+    """What is still to be called for some batches of a block.
 
     Attributes:
-        left: calls that can be made or are being made.
-        undecided: groups whose decision is not made.
+        left: The calls that can be made or are being made, the oldest first.
+        unmerged: Number of batches whose Hessians are not merged.
     """
 
-    def __init__(self, place: tuple[int | str, ...], unit: str, groups: Mapping[int, Mapping[str, int]]) -> None:
-        """Begin with a decision for each group.
+    def __init__(self, place: tuple[int, int], batches: Iterable[BatchParts]) -> None:
+        """Begin with a merge for each batch.
 
         Args:
-            place: round and block.
-            unit: the block's name.
-            groups: how many calls each takes after its decision, by method; all of one are done before the next begins.
+            place: Round and block.
+            batches: Number of calls that each batch takes after its merge.
         """
-        self._place, self._unit = place, unit
-        self._parts = {group: [(method, n) for method, n in parts.items() if n] for group, parts in groups.items()}
-        self._running = dict.fromkeys(groups, 1)
-        self.left = {Call("decide", (*place, group), unit): None for group in groups}
-        self.undecided = len(self.left)
+        self._place = place
+        self._later = {parts.batch: self._phases(parts) for parts in batches}
+        self._running = dict.fromkeys(self._later, 1)
+        self.left: dict[PartCall, None] = {MergeHessians(*place, batch): None for batch in self._later}
+        self.unmerged = len(self.left)
 
     @property
-    def groups(self) -> list[int]:
-        """All of them."""
-        return list(self._parts)
+    def batches(self) -> list[int]:
+        """The index of every batch."""
+        return list(self._later)
 
-    def done(self, call: Call) -> None:
-        """Take note that a call returned; what it was waited for with opens."""
+    def done(self, call: PartCall) -> None:
+        """Take note that a call returned; where it was the last of its kind, the batch's next ones can be made."""
         del self.left[call]
-        self.undecided -= call.method == "decide"
-        group = int(call.args[2])
-        self._running[group] -= 1
-        if not self._running[group] and self._parts[group]:
-            method, count = self._parts[group].pop(0)
-            self._running[group] = count
-            self.left |= {Call(method, (*self._place, group, n), self._unit): None for n in range(count)}
+        self.unmerged -= isinstance(call, MergeHessians)
+        self._running[call.batch] -= 1
+        if not self._running[call.batch] and self._later[call.batch]:
+            calls = self._later[call.batch].pop(0)
+            self._running[call.batch] = len(calls)
+            self.left |= dict.fromkeys(calls)
+
+    def _phases(self, parts: BatchParts) -> list[list[PartCall]]:
+        """The calls of a batch after its merge; all of a phase are done before the next begins."""
+        kinds: list[tuple[Callable[[int, int, int, int], PartCall], int]] = [
+            (TryBetas, parts.sample_tiles),
+            (SolveRows, parts.tiles),
+        ]
+        return [[kind(*self._place, parts.batch, tile) for tile in range(n)] for kind, n in kinds if n]

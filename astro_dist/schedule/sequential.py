@@ -8,14 +8,42 @@ schedule.
 """
 
 from collections.abc import Collection, Sequence
-from typing import Any
 
 from astro.linalg.tiling import cut
-from astro_dist.schedule.calls import Call, Present, Spent, copy_calls
-from astro_dist.schedule.names import STREAMS, block_unit, head_unit, is_held_out, sequential_units
-from astro_dist.schedule.pending_calls import OpenCalls
+from astro_dist.schedule.calls import (
+    AccumulateHessians,
+    BlockParts,
+    Call,
+    Embed,
+    EvaluateLoss,
+    ForwardChunk,
+    MergeHessians,
+    Present,
+    Result,
+    SolveRows,
+    Spent,
+    SpentInputs,
+    SpentParts,
+    SpentShares,
+    TryBetas,
+    WriteBlock,
+    copy_calls,
+)
+from astro_dist.schedule.names import (
+    EMBED,
+    ORIGINAL,
+    STREAMS,
+    block_unit,
+    head_unit,
+    is_held_out,
+    round_stream,
+    sequential_units,
+)
+from astro_dist.schedule.pending_calls import PendingCalls
 
 __all__ = ["SequentialSchedule", "shares"]
+
+_RESULT = round_stream(0)
 
 
 def shares(chunks: Sequence[str], count: int) -> list[list[str]]:
@@ -63,8 +91,8 @@ class SequentialSchedule:
         self._before_current = 0
         self._reopen()
         self._stages: dict[int, int] = {}
-        self._solving: dict[tuple[int, int], OpenCalls] = {}
-        self._open: dict[tuple[int, int], OpenCalls] = {}  # the same by block and group
+        self._solving: dict[tuple[int, int], PendingCalls] = {}  # by block and stage
+        self._by_batch: dict[tuple[int, int], PendingCalls] = {}  # the same by block and batch
         self._done: set[Call] = set()
         self._taken: set[Call] = set()
 
@@ -81,25 +109,24 @@ class SequentialSchedule:
                 return call
         return None
 
-    def done(self, worker: int, call: Call, result: Any) -> list[Spent]:
-        """Take note that a call returned; what is not needed any more."""
+    def done(self, worker: int, call: Call, result: Result) -> list[Spent]:
+        """Take note that a call returned; see `Schedule`."""
         self._done.add(call)
-        if call.method == "embed":
+        match call:
+            case ForwardChunk():
+                self._ready[call.stream, call.block + 1].add(call.chunk)
+            case AccumulateHessians(block, stage):
+                assert isinstance(result, BlockParts)
+                self._stages[block] = result.num_stages
+                solving = self._solving.setdefault((block, stage), PendingCalls((0, block), result.batches))
+                self._by_batch |= {(block, batch): solving for batch in solving.batches}
+            case MergeHessians() | TryBetas() | SolveRows():
+                self._by_batch[call.block, call.batch].done(call)
+            case _:
+                self.finished.add(call.unit)
+        if isinstance(call, Embed):
             for stream in STREAMS:
                 self._ready[stream, 0].update(self._chunks)
-        if call.method == "pass_on":
-            stream, block, chunk = str(call.args[0]), int(call.args[1]), str(call.args[2])
-            self._ready[stream, block + 1].add(chunk)
-        elif call.method == "share":
-            block, stage = int(call.args[0]), int(call.args[1])
-            self._stages[block] = int(result["stages"])
-            solving = OpenCalls((0, block), call.unit, dict(result["groups"]))
-            solving = self._solving.setdefault((block, stage), solving)
-            self._open |= {(block, group): solving for group in solving.groups}
-        elif call.method in ("decide", "weigh", "tile"):
-            self._open[int(call.args[1]), int(call.args[2])].done(call)
-        else:
-            self.finished.add(call.unit)
         return self._spent(call)
 
     def holds(self, worker: int) -> bool:
@@ -111,13 +138,16 @@ class SequentialSchedule:
         self._taken.discard(call)
 
     def _spent(self, call: Call) -> list[Spent]:
-        if call.method == "decide":
-            return self._decided(call)
-        if call.method == "write":
-            block = int(call.args[1])
-            before = [Spent("inputs", block - 1, stream) for stream in STREAMS] if block else []
-            return [Spent("parts", block), *before]
-        return [Spent("inputs", self._num_blocks, str(call.args[0]))] if call.method == "head" else []
+        """What nothing needs any more once a call has returned."""
+        match call:
+            case MergeHessians():
+                return self._spent_shares(call)
+            case WriteBlock(_, block):
+                before = [SpentInputs(block - 1, stream) for stream in STREAMS] if block else []
+                return [SpentParts(0, block), *before]
+            case EvaluateLoss():
+                return [SpentInputs(self._num_blocks, call.stream)]
+        return []
 
     @property
     def _current(self) -> int:
@@ -129,13 +159,13 @@ class SequentialSchedule:
     def _candidates(self) -> list[Call]:
         """Calls whose inputs are there, the most urgent first."""
         copying = copy_calls(unit for unit in self.units if unit not in self.finished)
-        if "embed" not in self.finished:
-            return [Call("embed", (), "embed"), *copying]
-        behind, side = (self._passes(stream) for stream in ("round-0", "original"))
-        # A head reads what was copied.
-        return [*behind, *self._quantize(self._current, bool(behind or side)), *side, *copying, *self._heads()]
+        if EMBED not in self.finished:
+            return [Embed(), *copying]
+        behind, side = (self._passes(stream) for stream in (_RESULT, ORIGINAL))
+        # The head may be among what was copied.
+        return [*behind, *self._quantize(self._current, bool(behind or side)), *side, *copying, *self._losses()]
 
-    def _passes(self, stream: str) -> list[Call]:
+    def _passes(self, stream: str) -> list[ForwardChunk]:
         """Chunks that shall go through the next block on their way, each from the furthest it has come."""
         calls = []
         goals = {held_out: self._goals(stream, held_out) for held_out in (False, True)}
@@ -143,7 +173,7 @@ class SequentialSchedule:
             goal = next((g for g in goals[is_held_out(chunk)] if chunk not in self._ready[stream, g]), None)
             place = self._place(stream, chunk, goal) if goal else None
             if place is not None:
-                calls.append(Call("pass_on", (stream, place, chunk), block_unit(0, place)))
+                calls.append(ForwardChunk(stream, place, chunk, block_unit(0, place)))
         return calls
 
     def _goals(self, stream: str, held_out: bool) -> list[int]:
@@ -157,11 +187,11 @@ class SequentialSchedule:
         if held_out:
             wanted = self._num_blocks if head_unit(stream) not in self.finished else 0
         else:
-            calibrates = current < self._num_blocks and (stream == "round-0" or self._compensated)
+            calibrates = current < self._num_blocks and (stream == _RESULT or self._compensated)
             wanted = self._num_blocks - 1 if calibrates else 0
         # The result's blocks are there up to the current one. The source's could all be passed at once, but what is
         # kept for each block costs space.
-        return min(wanted, current if stream == "round-0" else current + 1)
+        return min(wanted, current if stream == _RESULT else current + 1)
 
     def _place(self, stream: str, chunk: str, target: int) -> int | None:
         """The furthest block up to the target whose input of a chunk is there."""
@@ -171,30 +201,28 @@ class SequentialSchedule:
         """For each stage shares, a decision, its parts; then the shard of the block that is next."""
         if block == self._num_blocks:
             return []
-        unit = block_unit(0, block)
-        ready = self._ready["round-0", block]
+        ready = self._ready[_RESULT, block]
         if self._compensated:
-            ready = ready & self._ready["original", block]
+            ready = ready & self._ready[ORIGINAL, block]
         for stage in range(self._stages.get(block, 1)):
-            sharing = [Call("share", (block, stage, i), unit) for i in range(len(self._shares))]
+            sharing = [AccumulateHessians(block, stage, share) for share in range(len(self._shares))]
             if not self._done.issuperset(sharing):
-                return [call for call in sharing if ready.issuperset(self._shares[int(call.args[2])])]
+                return [call for call in sharing if ready.issuperset(self._shares[call.share])]
             left = self._solving[block, stage].left if (block, stage) in self._solving else None
             if left:
                 return list(left)
         # Writing the shard drops the inputs of the block before, which chunks on their way may still need.
-        return [] if chunks_behind else [Call("write", (0, block), unit)]
+        return [] if chunks_behind else [WriteBlock(0, block)]
 
-    def _decided(self, call: Call) -> list[Spent]:
-        """Once all groups of a stage are decided nothing needs its shares any more; experts may need each other's."""
-        block = int(call.args[1])
-        solving = self._open[block, int(call.args[2])]
-        return [] if solving.undecided else [Spent("shares", block, number=other) for other in solving.groups]
+    def _spent_shares(self, call: MergeHessians) -> list[Spent]:
+        """Once all batches of a stage are merged nothing needs its shares any more; experts may need each other's."""
+        solving = self._by_batch[call.block, call.batch]
+        return [] if solving.unmerged else [SpentShares(call.block, batch) for batch in solving.batches]
 
-    def _heads(self) -> list[Call]:
-        heads = [(stream, head_unit(stream)) for stream in STREAMS if self._held_out]
-        there = [(stream, unit) for stream, unit in heads if self._passed_through(stream) and unit not in self.finished]
-        return [Call("head", (stream,), unit) for stream, unit in there]
+    def _losses(self) -> list[EvaluateLoss]:
+        """The streams whose held-out chunks have all come to their end."""
+        ended = [stream for stream in STREAMS if self._held_out and self._passed_through(stream)]
+        return [EvaluateLoss(stream) for stream in ended if head_unit(stream) not in self.finished]
 
     def _passed_through(self, stream: str) -> bool:
         return self._ready[stream, self._num_blocks].issuperset(self._held_out)
@@ -206,4 +234,4 @@ class SequentialSchedule:
                 for goal in self._goals(stream, is_held_out(chunk)):
                     wanted = goal > 0 or self._current == 0
                     if wanted and self._place(stream, chunk, goal) is None:
-                        self.finished.discard("embed")
+                        self.finished.discard(EMBED)

@@ -23,14 +23,14 @@ from astro.storage.checkpoint import Checkpoint
 from astro_dist.planning.devices import memory_shortage
 from astro_dist.planning.units import BlockUnit
 from astro_dist.run_directory.layer_widths import layer_settings
-from astro_dist.schedule.names import block_unit, is_held_out
-from astro_dist.worker.prefetch import ReadAhead
+from astro_dist.schedule.names import ORIGINAL, block_unit, is_held_out, round_of_stream
+from astro_dist.worker.prefetch import Prefetch
 from astro_dist.worker.spec import WorkerSpec
 
-__all__ = ["Stage"]
+__all__ = ["BlockRunner"]
 
 
-class Stage:
+class BlockRunner:
     """Holds at most one block, of the source or of what a round wrote.
 
     Attributes:
@@ -57,7 +57,7 @@ class Stage:
         if store.revision is None and Checkpoint.open(store).fingerprint() != spec.fingerprint:
             raise RunError(f"{platform.node()}: {store} is not the checkpoint that the driver sees under this path")
         self.skeleton = Skeleton(spec.folder, spec.compute_dtype, spec.trust_remote_code)
-        self._ahead = ReadAhead()
+        self._ahead = Prefetch()
         self._tokens: dict[str, torch.Tensor] | None = None
         self._loaded: tuple[str, int] | None = None
         self._layers: tuple[int, BlockLayers] | None = None
@@ -82,7 +82,7 @@ class Stage:
         if self._loaded == (stream, index):
             return unit
         self.close()
-        tensors = self.checkpoint.read(unit.keys) if stream == "original" else self._read_result(stream, unit)
+        tensors = self.checkpoint.read(unit.keys) if stream == ORIGINAL else self._read_result(stream, unit)
         block = self.skeleton.blocks[index]
         self.skeleton.load(block, tensors, self.device)
         self.skeleton.require_filled(block, unit.name)
@@ -90,7 +90,7 @@ class Stage:
         for name, parameter in block.named_parameters():
             # NaN passes through minimum and maximum; nothing of a parameter's size is made.
             if parameter.numel() and not bool(torch.isfinite(torch.stack(torch.aminmax(parameter.detach()))).all()):
-                origin = str(self.checkpoint.store) if stream == "original" else f"the shard of {stream}"
+                origin = str(self.checkpoint.store) if stream == ORIGINAL else f"the shard of {stream}"
                 raise CheckpointError(f"{origin}: {name} of {unit.name} holds NaN or Inf")
         return unit
 
@@ -128,7 +128,7 @@ class Stage:
         """Original weights of some of a block's layers by name, exact: the loaded ones where those are."""
         linears = [unit.by_name[name] for name in names]
         exact = torch.promote_types(self._stored_dtype(unit), self.spec.compute_dtype) == self.spec.compute_dtype
-        if self._loaded == ("original", unit.index) and exact:
+        if self._loaded == (ORIGINAL, unit.index) and exact:
             layers = self.layers(unit)
             return {linear.name: layers.weight(linear.name) for linear in linears}
         read = self.checkpoint.read({linear.key for linear in linears})
@@ -157,10 +157,10 @@ class Stage:
         save_tensors(path, tensors)
         return path
 
-    def pass_on(self, stream: str, index: int, chunk: str) -> None:
+    def forward_chunk(self, stream: str, index: int, chunk: str) -> None:
         """One chunk through the block of a stream; the output is handed on."""
         self.load(stream, index)
-        self.hand_on(stream, index + 1, chunk, self.forward(index, self.hidden(stream, index, chunk)))
+        self.save_hidden(stream, index + 1, chunk, self.forward(index, self.hidden(stream, index, chunk)))
 
     def forward(self, index: int, hidden: torch.Tensor) -> torch.Tensor:
         """The loaded block's output for input hidden states [B, T, H]."""
@@ -194,7 +194,7 @@ class Stage:
             self._ahead.expect(self.spec.run.hidden(then[0], index, then[1]))
         return hidden.to(self.device)
 
-    def hand_on(self, stream: str, index: int, chunk: str, hidden: torch.Tensor) -> None:
+    def save_hidden(self, stream: str, index: int, chunk: str, hidden: torch.Tensor) -> None:
         """Keep a chunk's hidden states before a block. What is there stays: other hardware may round differently."""
         path = self.spec.run.hidden(stream, index, chunk)
         if not path.exists():
@@ -211,7 +211,8 @@ class Stage:
         return tensors | self.checkpoint.read(wanted - tensors.keys())
 
     def _read_result(self, stream: str, unit: BlockUnit) -> dict[str, torch.Tensor]:
-        round_index = int(stream.removeprefix("round-"))
+        round_index = round_of_stream(stream)
+        assert round_index is not None
         self.spec.run.require_intact(block_unit(round_index, unit.index))
         tensors, _ = load_tensors(self.spec.run.shard(round_index, unit.file))
         settings = layer_settings(self.spec.run, self.spec.quantization, unit, round_index)

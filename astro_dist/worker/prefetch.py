@@ -9,10 +9,10 @@ import torch
 from astro.errors import DamagedError
 from astro.storage.checked_tensors import load_part
 
-__all__ = ["ReadAhead"]
+__all__ = ["Prefetch"]
 
 
-class ReadAhead:
+class Prefetch:
     """Reads one file at a time in a thread of its own, and keeps it until it is asked for or another is wanted."""
 
     def __init__(self) -> None:

@@ -26,9 +26,11 @@ from astro.storage.checked_tensors import load_part, read_part_note, save_part
 from astro.timing import add_seconds
 from astro_dist.planning.units import BlockUnit
 from astro_dist.run_directory.layer_widths import layer_settings
+from astro_dist.schedule.calls import BatchParts
+from astro_dist.schedule.names import DECISION, SUM, part_file, share_part, tile_part
 from astro_dist.worker.spec import WorkerSpec
 
-__all__ = ["SharedBlock", "Tile"]
+__all__ = ["BlockInParts", "Tile"]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -45,7 +47,7 @@ class Tile:
         return tuple("+".join(names) for names in self.members)
 
 
-class SharedBlock:
+class BlockInParts:
     """One block in one round, as a worker knows it.
 
     Attributes:
@@ -54,7 +56,7 @@ class SharedBlock:
         settings: grid and solver of each layer by name.
         layout: stages of the block's forward, each of groups, each of names of layers that share an input.
         batches: groups that are solved side by side.
-        stages: indices of the batches of each stage.
+        stages: indices of the batches of each runner.
     """
 
     def __init__(self, spec: WorkerSpec, round_index: int, unit: BlockUnit) -> None:
@@ -81,9 +83,9 @@ class SharedBlock:
         """Width of the inputs of a batch."""
         return self.unit.by_name[self.batches[batch][0][0]].columns
 
-    def parts(self, batch: int) -> dict[str, int]:
-        """Calls that a batch takes after its decision, by method: all of one are done before the next begins."""
-        return {"weigh": len(self.sample_tiles(batch)), "tile": len(self.tiles(batch))}
+    def parts(self, batch: int) -> BatchParts:
+        """The calls that a batch takes once its Hessians are merged."""
+        return BatchParts(batch, len(self.sample_tiles(batch)), len(self.tiles(batch)))
 
     def tiles(self, batch: int) -> list[Tile]:
         """Of all rows."""
@@ -110,7 +112,7 @@ class SharedBlock:
 
     def save(self, batch: int, part: str, tensors: Mapping[str, torch.Tensor], note: Any) -> None:
         """Write a part of a batch. With what is first fed of the first one goes the layout."""
-        if batch == 0 and part in ("sum", "share-0"):
+        if batch == 0 and part in (SUM, share_part(0)):
             note = {**note, "layout": self.layout}
         save_part(self._path(batch, part), tensors, json.dumps(note))
 
@@ -148,13 +150,13 @@ class SharedBlock:
     def _merged(
         self, batch: int, tiles: Sequence[tuple[Tile, SolvedRows, list[GroupOutcome]]]
     ) -> tuple[dict[str, QuantizedLinear], list[LayerRecord]]:
-        tile, counts = tiles[0][0], self.note(batch, "sum")
+        tile, counts = tiles[0][0], self.note(batch, SUM)
         rows = [[(name, self.unit.by_name[name].rows) for name in names] for names in tile.members]
         by_group = zip(*(outcomes for _, _, outcomes in tiles), strict=True)
         outcomes = [_agreed(name, own) for name, own in zip(tile.names, by_group, strict=True)]
         solved = [solved for _, solved, _ in tiles]
         layers, records = merge_rows(rows, tile.settings, solved, outcomes, counts["num_tokens"])
-        measured = self.note(batch, "decision")["width_errors"]
+        measured = self.note(batch, DECISION)["width_errors"]
         for i, record in enumerate(records):
             errors = {int(bits): error for bits, error in measured[record.name].items()}
             counted = {"routed_tokens": counts["routed_tokens"][i], "fallback": counts["fallback"][i]}
@@ -162,14 +164,14 @@ class SharedBlock:
         return layers, records
 
     def _read_tile(self, batch: int, number: int, settings: Quantization) -> tuple[SolvedRows, list[GroupOutcome]]:
-        tensors, note = self.load(batch, f"tile-{number}")
+        tensors, note = self.load(batch, tile_part(number))
         group_size = settings.columns_per_group(tensors["Q"].shape[-1])
         grid = Grid(tensors["scale"], tensors["zero"], settings.width, group_size, settings.symmetric)
         figures = Figures(**{field.name: tensors[field.name] for field in dataclasses.fields(Figures)})
         return SolvedRows(tensors["Q"], grid, figures), [GroupOutcome(**outcome) for outcome in note]
 
     def _path(self, batch: int, part: str) -> Path:
-        return self._spec.run.partial(self.round_index, self.unit.index, f"{batch}-{part}")
+        return self._spec.run.partial(self.round_index, self.unit.index, part_file(batch, part))
 
 
 def _agreed(name: str, outcomes: Sequence[GroupOutcome]) -> GroupOutcome:

@@ -1,4 +1,4 @@
-"""The worker: a plain class. An executor decides where it lives and calls its methods one at a time.
+"""The worker: a plain class. An executor decides where it lives and hands it one call at a time.
 
 What a worker hands on is a file in the run directory; what it returns is a small record.
 """
@@ -10,7 +10,7 @@ import shutil
 import time
 from collections.abc import Iterator
 from itertools import pairwise
-from typing import Any
+from typing import Any, assert_never
 
 import torch
 
@@ -19,7 +19,8 @@ from astro.calibration.starved_experts import GroupStatistics
 from astro.errors import CheckpointError, NumericalError, RunError
 from astro.linalg import compiled
 from astro.model.activations import names_of
-from astro.model.block_call import load_call, record, returns_tuple, run_head, save_calls
+from astro.model.block_call import load_call, record, returns_tuple, save_calls
+from astro.model.perplexity import sequence_losses
 from astro.process import configure_process, keep_freed_memory, peak_rss_bytes
 from astro.quantization.block import quantize_block
 from astro.quantization.grid import QuantizedLinear
@@ -28,10 +29,31 @@ from astro.storage.atomic import save_tensors
 from astro.timing import add_seconds, timed
 from astro_dist.planning.units import BlockUnit
 from astro_dist.run_directory.layer_widths import layer_settings
-from astro_dist.schedule.names import block_unit, evaluate_unit, head_unit, is_held_out, stream_names
-from astro_dist.worker.block_runner import Stage
+from astro_dist.schedule.calls import (
+    AccumulateHessians,
+    BlockParts,
+    Call,
+    CopyTensors,
+    Embed,
+    EvaluateLoss,
+    FinishEvaluation,
+    Forward,
+    ForwardChunk,
+    HeldCall,
+    MergeHessians,
+    OpenBlock,
+    PartCall,
+    Result,
+    SolveBlock,
+    SolveRows,
+    SplitBlock,
+    TryBetas,
+    WriteBlock,
+)
+from astro_dist.schedule.names import EMBED, ORIGINAL, block_unit, is_held_out, stream_names
+from astro_dist.worker.block_runner import BlockRunner
 from astro_dist.worker.spec import WorkerSpec
-from astro_dist.worker.split_solver import TileSolver
+from astro_dist.worker.split_solver import SplitSolver
 
 __all__ = ["Worker"]
 
@@ -81,8 +103,8 @@ class Worker:
                 "there; install g++ on every node, or set execution.compile to false"
             )
         compiled.enable(self._spec.compiles)
-        self._stage = Stage(self._spec)
-        self._tiles = TileSolver(self._stage)
+        self._runner = BlockRunner(self._spec)
+        self._solver = SplitSolver(self._runner)
 
     def describe(self) -> dict[str, Any]:
         """Where this worker runs and the most memory it ever used."""
@@ -96,162 +118,177 @@ class Worker:
         }
 
     @torch.no_grad()
+    def do(self, call: Call) -> Result:
+        """Do what a schedule asks for.
+
+        Args:
+            call: The call; a file of the run holds whatever else it needs.
+
+        Returns:
+            What the schedule reads, see `Result`.
+
+        Raises:
+            AstroError: The call came to nothing; this worker is not to be used again.
+        """
+        match call:
+            case Embed():
+                return self.embed()
+            case CopyTensors():
+                return self.copy_tensors(call)
+            case OpenBlock():
+                self.open_block(call)
+            case Forward():
+                self.forward(call)
+            case SolveBlock():
+                return self.solve_block(call)
+            case SplitBlock():
+                return self.split_block(call)
+            case FinishEvaluation():
+                return self.finish_evaluation(call)
+            case ForwardChunk():
+                return self.forward_chunk(call)
+            case AccumulateHessians():
+                return self._solver.accumulate_hessians(call)
+            case MergeHessians() | TryBetas() | SolveRows():
+                self.do_part(call)
+            case WriteBlock():
+                return self.write_block(call)
+            case EvaluateLoss():
+                return self.evaluate_loss(call)
+            case _:
+                assert_never(call)
+        return None
+
     def embed(self) -> dict[str, Any]:
-        """Hidden states before the first block for every chunk, and what blocks are given besides."""
-        spec, stage = self._spec, self._stage
+        """Make the hidden states before the first block for every chunk, and what blocks are given besides."""
+        spec, runner = self._spec, self._runner
         self._let_go()
-        with stage.outside_loaded(with_block=spec.plan.blocks[0]):
-            as_tuple = returns_tuple(stage.skeleton, stage.input_ids(spec.chunks[0])[:1, :_PROBE_TOKENS])
-            stage.skeleton.blocks[0].to("meta")
+        with runner.outside_loaded(with_block=spec.plan.blocks[0]):
+            as_tuple = returns_tuple(runner.skeleton, runner.input_ids(spec.chunks[0])[:1, :_PROBE_TOKENS])
+            runner.skeleton.blocks[0].to("meta")
             for chunk in spec.chunks:
-                input_ids = stage.input_ids(chunk)
-                hidden, calls = record(stage.skeleton, input_ids, as_tuple)
+                input_ids = runner.input_ids(chunk)
+                hidden, calls = record(runner.skeleton, input_ids, as_tuple)
                 path = spec.run.calls(*input_ids.shape)
                 if not path.exists():
                     save_calls(path, calls, as_tuple)
-                stage.hand_on("original", 0, chunk, hidden)
-        return spec.run.finish("embed", [], {"compute_dtype": str(spec.compute_dtype), "device": spec.device})
+                runner.save_hidden(ORIGINAL, 0, chunk, hidden)
+        return spec.run.finish(EMBED, [], {"compute_dtype": str(spec.compute_dtype), "device": spec.device})
 
-    def copy(self, index: int) -> dict[str, Any]:
-        """Tensors outside the blocks, as they are, to a shard of the result."""
+    def copy_tensors(self, call: CopyTensors) -> dict[str, Any]:
+        """Copy tensors from outside the blocks, as they are, to a shard of the result."""
         self._let_go()
-        unit = self._spec.plan.copies[index]
+        unit = self._spec.plan.copies[call.index]
         path = self._spec.run.model / unit.file
-        tensors = self._stage.checkpoint.read(unit.keys)
+        tensors = self._runner.checkpoint.read(unit.keys)
         for name, tensor in tensors.items():
             if tensor.is_floating_point() and not bool(torch.isfinite(tensor).all()):
-                raise CheckpointError(f"{self._stage.checkpoint.place(name)}: tensor {name} holds NaN or Inf")
+                raise CheckpointError(f"{self._runner.checkpoint.place(name)}: tensor {name} holds NaN or Inf")
         save_tensors(path, tensors)
         return self._spec.run.finish(unit.name, [path], {"bytes_read": unit.read_bytes})
 
-    def open_block(self, round_index: int, index: int) -> None:
-        """Read the block that a pass goes through: the source's, or that of the round before. Behind the last round
-        the pass only evaluates.
-        """
+    def open_block(self, call: OpenBlock) -> None:
+        """Read the block that chunks will pass: the source's, or, in later rounds, that of the round before."""
         start = time.perf_counter()
-        stage = self._stage
+        runner = self._runner
         self._let_go()
-        unit = stage.load(stream_names(self._spec.run.rounds)[round_index], index)
-        statistics = BlockStatistics(stage.layers(unit), self._device)
-        self._open = _OpenBlock(round_index, unit, statistics, {"read": time.perf_counter() - start, "forward": 0.0})
+        unit = runner.load(stream_names(self._spec.run.rounds)[call.round_index], call.block)
+        statistics = BlockStatistics(runner.layers(unit), self._device)
+        seconds = {"read": time.perf_counter() - start, "forward": 0.0}
+        self._open = _OpenBlock(call.round_index, unit, statistics, seconds)
 
-    @torch.no_grad()
-    def forward(self, round_index: int, index: int, chunk: str) -> None:
-        """One chunk through the open block; a calibration chunk adds to the statistics. The output is handed on."""
-        opened, start, stage = self._opened(round_index, index), time.perf_counter(), self._stage
-        stream = stream_names(self._spec.run.rounds)[round_index]
+    def forward(self, call: Forward) -> None:
+        """Pass one chunk through the open block; a calibration chunk adds to the statistics. Keep the output."""
+        opened, start, runner = self._opened(call), time.perf_counter(), self._runner
+        block, chunk = call.block, call.chunk
+        stream = stream_names(self._spec.run.rounds)[call.round_index]
         following = dict(pairwise(self._spec.chunks)).get(chunk)
-        hidden = stage.hidden(stream, index, chunk, (stream, following) if following else None)
+        hidden = runner.hidden(stream, block, chunk, (stream, following) if following else None)
         if is_held_out(chunk):
-            output = stage.forward(index, hidden)
+            output = runner.forward(block, hidden)
         else:
-            output = opened.statistics.run(lambda: stage.forward(index, hidden))
-        if index + 1 < len(self._spec.plan.blocks) or is_held_out(chunk):
-            stage.hand_on(stream, index + 1, chunk, output)
+            output = opened.statistics.run(lambda: runner.forward(block, hidden))
+        if block + 1 < len(self._spec.plan.blocks) or is_held_out(chunk):
+            runner.save_hidden(stream, block + 1, chunk, output)
         opened.seconds["forward"] += time.perf_counter() - start
 
-    @torch.no_grad()
-    def solve(self, round_index: int, index: int) -> dict[str, Any]:
+    def solve_block(self, call: SolveBlock) -> dict[str, Any]:
         """Quantize the open block's original weights and write its shard: in the last round a file of the model."""
-        opened, spec, stage = self._opened(round_index, index), self._spec, self._stage
+        opened, spec, runner = self._opened(call), self._spec, self._runner
         unit = opened.unit
-        settings = layer_settings(spec.run, spec.quantization, unit, round_index)
-        weights, scale_dtype = stage.weights(unit, unit.by_name), stage.scale_dtype(unit)
-        groups, widths, known = opened.groups, stage.widths(round_index), self._known(opened)
+        settings = layer_settings(spec.run, spec.quantization, unit, call.round_index)
+        weights, scale_dtype = runner.weights(unit, unit.by_name), runner.scale_dtype(unit)
+        groups, widths, known = opened.groups, runner.widths(call.round_index), self._known(opened)
         quantized, records = quantize_block(weights, groups, known, settings, spec.regularization, scale_dtype, widths)
         self._open = None
-        finished = self._finish_block(round_index, unit, quantized, records, opened.feeding_seconds())
-        stage.close()
+        finished = self._finish_block(call.round_index, unit, quantized, records, opened.feeding_seconds())
+        runner.close()
         return finished
 
-    @torch.no_grad()
-    def give_out(self, round_index: int, index: int) -> dict[str, Any]:
-        """In place of `solve`, where other workers have nothing to do: they solve it with this one."""
-        opened = self._opened(round_index, index)
+    def split_block(self, call: SplitBlock) -> BlockParts:
+        """Hand the open block's Hessians on: workers that have nothing to do help to solve it."""
+        opened = self._opened(call)
         known, seconds = self._known(opened), opened.feeding_seconds()
-        given_out = self._tiles.give_out(round_index, opened.unit, opened.groups, known, seconds)
+        parts = self._solver.split_block(call.round_index, opened.unit, opened.groups, known, seconds)
         self._open = None
-        return given_out
+        return parts
 
-    @torch.no_grad()
-    def conclude(self, round_index: int, index: int) -> dict[str, Any]:
-        """All held-out chunks have passed the open block of the result, as it was read back from its shard."""
-        opened = self._opened(round_index, index)
+    def finish_evaluation(self, call: FinishEvaluation) -> dict[str, Any]:
+        """Close the open block of the result, as it was read back from its shard: all held-out chunks have passed."""
+        opened = self._opened(call)
         self._open = None
-        self._stage.close()
+        self._runner.close()
         seconds = {"evaluate": sum(opened.seconds.values())}
-        return self._spec.run.finish(evaluate_unit(index), [], {"seconds": seconds})
+        return self._spec.run.finish(call.unit, [], {"seconds": seconds})
 
-    @torch.no_grad()
-    def pass_on(self, stream: str, index: int, chunk: str) -> float:
-        """One chunk through a block of a stream; the seconds it took."""
+    def forward_chunk(self, call: ForwardChunk) -> float:
+        """Pass one chunk through a block of a stream; the seconds that it took."""
         start = time.perf_counter()
         self._let_go()
-        self._stage.pass_on(stream, index, chunk)
+        self._runner.forward_chunk(call.stream, call.block, call.chunk)
         return time.perf_counter() - start
 
-    @torch.no_grad()
-    def share(self, index: int, stage_index: int, number: int) -> dict[str, Any]:
-        """Partial sums of one stage of a block's layers from one share of the calibration chunks."""
-        return self._tiles.share(index, stage_index, number)
-
-    @torch.no_grad()
-    def decide(self, round_index: int, index: int, batch: int) -> None:
-        """Decide what holds for all rows of one batch of a block's layer groups, its shares summed."""
+    def do_part(self, call: PartCall) -> None:
+        """Do one of the calls by which several workers solve a block."""
         self._open = None
-        self._tiles.decide(round_index, index, batch)
+        self._solver.do(call)
 
-    @torch.no_grad()
-    def weigh(self, round_index: int, index: int, batch: int, number: int) -> None:
-        """Try every strength of the regularization on one tile of the batch's sampled rows."""
-        self._open = None
-        self._tiles.weigh(round_index, index, batch, number)
-
-    @torch.no_grad()
-    def tile(self, round_index: int, index: int, batch: int, number: int) -> None:
-        """Solve one tile of the batch's rows."""
-        self._open = None
-        self._tiles.tile(round_index, index, batch, number)
-
-    @torch.no_grad()
-    def write(self, round_index: int, index: int) -> dict[str, Any]:
-        """Put a block's tiles together and write its shard."""
+    def write_block(self, call: WriteBlock) -> dict[str, Any]:
+        """Put a block's solved tiles together and write its shard."""
         start = time.perf_counter()
-        quantized, records, seconds = self._tiles.merge(round_index, index)
+        quantized, records, seconds = self._solver.put_together(call)
         seconds["write"] = time.perf_counter() - start
-        return self._finish_block(round_index, self._spec.plan.blocks[index], quantized, records, seconds)
+        unit = self._spec.plan.blocks[call.block]
+        return self._finish_block(call.round_index, unit, quantized, records, seconds)
 
-    @torch.no_grad()
-    def head(self, stream: str) -> dict[str, Any]:
-        """Negative log-likelihood of the held-out tokens, from the last block's output of a stream."""
-        run, stage, last = self._spec.run, self._stage, len(self._spec.plan.blocks)
+    def evaluate_loss(self, call: EvaluateLoss) -> dict[str, Any]:
+        """Measure the negative log-likelihood of the held-out tokens, from the last block's output of a stream."""
+        run, runner, last = self._spec.run, self._runner, len(self._spec.plan.blocks)
         self._let_go()
         total, count = 0.0, 0
-        with stage.outside_loaded():
-            for chunk in stage.held_out:
-                hidden, input_ids = stage.hidden(stream, last, chunk), stage.input_ids(chunk)
+        with runner.outside_loaded():
+            for chunk in runner.held_out:
+                hidden, input_ids = runner.hidden(call.stream, last, chunk), runner.input_ids(chunk)
                 as_tuple = load_call(run.calls(*input_ids.shape), 0, self._device)[1]
-                for i in range(len(hidden)):  # one sequence at a time bounds the logits
-                    ids = input_ids[i : i + 1]
-                    logits = run_head(stage.skeleton, ids, hidden[i : i + 1], as_tuple)[0, :-1].float()
-                    total += float(torch.nn.functional.cross_entropy(logits, ids[0, 1:], reduction="sum"))
-                    count += ids.shape[1] - 1
+                for loss in sequence_losses(runner.skeleton, input_ids, hidden, as_tuple):
+                    total += loss
+                    count += input_ids.shape[1] - 1
         if not math.isfinite(total):
             raise NumericalError(
-                f"the loss on the held-out text is {total} (stream {stream}); a forward pass overflowed"
+                f"the loss on the held-out text is {total} (stream {call.stream}); a forward pass overflowed"
             )
-        return run.finish(head_unit(stream), [], {"negative_log_likelihood": total, "tokens": count})
+        return run.finish(call.unit, [], {"negative_log_likelihood": total, "tokens": count})
 
     def _known(self, opened: _OpenBlock) -> Iterator[GroupStatistics]:
         """The statistics of every group of an open block that all chunks have passed."""
         stream = stream_names(self._spec.run.rounds)[opened.round_index]
-        repeats = self._stage.repeats(stream, opened.unit.index)
+        repeats = self._runner.repeats(stream, opened.unit.index)
         return opened.statistics.finish_(self._spec.experts, repeats)
 
     def _let_go(self) -> None:
         """Of an open block that the schedule gave up, and of what was helped with: memory is wanted for another."""
         self._open = None
-        self._tiles.forget()
+        self._solver.forget()
 
     def _finish_block(
         self,
@@ -265,12 +302,12 @@ class Worker:
         for layer in records:
             add_seconds(seconds, layer.seconds)
         with timed(seconds, "write"):
-            path = self._stage.write_block(unit, round_index, quantized)
+            path = self._runner.write_block(unit, round_index, quantized)
         result = {"layers": [dataclasses.asdict(layer) for layer in records], "seconds": seconds, **self.describe()}
         return self._spec.run.finish(block_unit(round_index, unit.index), [path], result)
 
-    def _opened(self, round_index: int, index: int) -> _OpenBlock:
+    def _opened(self, call: HeldCall) -> _OpenBlock:
         opened = self._open
-        if opened is None or (opened.round_index, opened.unit.index) != (round_index, index):
-            raise RunError(f"{block_unit(round_index, index)} is not open on this worker; it was restarted in between")
+        if opened is None or (opened.round_index, opened.unit.index) != call.place:
+            raise RunError(f"{block_unit(*call.place)} is not open on this worker; it was restarted in between")
         return opened

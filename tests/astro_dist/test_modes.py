@@ -14,7 +14,8 @@ from astro_dist import pipeline
 from astro_dist.export.verify import verify_model
 from astro_dist.planning.validate import prepare
 from astro_dist.run_directory.records import RunDirectory
-from astro_dist.worker.split_solver import TileSolver
+from astro_dist.schedule.calls import MergeHessians, SolveRows, TryBetas, WriteBlock
+from astro_dist.worker.split_solver import SplitSolver
 from astro_dist.worker.worker import Worker
 from tests.astro_dist.test_pipeline import perplexity
 from tests.support.models import files_of
@@ -32,10 +33,6 @@ MODES = {
         "quantization__overrides": {"*.v_proj": {"bits": 8}, "*.mlp.*": {"group_size": 64, "symmetric": False}},
     },
 }
-STEPS = (
-    "embed", "copy", "open_block", "forward", "solve", "give_out", "conclude", "head", "share", "decide", "weigh",
-    "tile", "write", "pass_on",
-)  # fmt: skip
 
 
 def model_of(summary):
@@ -48,15 +45,15 @@ def config_of(folder):
 
 @pytest.mark.parametrize("mode", MODES)
 def test_number_of_workers_does_not_change_a_byte(run_config, tmp_path, monkeypatch, mode):
-    results, given_out, real = [], [], Worker.give_out
-    monkeypatch.setattr(Worker, "give_out", lambda self, *args: given_out.append(args) or real(self, *args))
+    results, split, real = [], [], Worker.split_block
+    monkeypatch.setattr(Worker, "split_block", lambda self, call: split.append(call) or real(self, call))
     for workers in (1, 2, 5):
         folder = str(tmp_path / f"run{workers}")
         summary = pipeline.quantize(run_config(execution__workers=workers, output__dir=folder, **MODES[mode]))
         results.append(files_of(model_of(summary)))
-        assert workers > 1 or not given_out
+        assert workers > 1 or not split
     assert results[0] == results[1] == results[2]
-    assert bool(given_out) == (mode in ("blocks", "rounds", "budget")), "they solve a block together"
+    assert bool(split) == (mode in ("blocks", "rounds", "budget")), "they solve a block together"
     verify_model(model_of(summary))
     assert not (tmp_path / "run1" / "activations").exists()
     assert not (tmp_path / "run1" / "rounds").exists()
@@ -78,10 +75,10 @@ def test_block_of_which_nothing_is_quantized_is_written_as_it_is(run_config, lla
 def test_worker_that_begins_a_block_keeps_nothing_of_what_it_helped_with(run_config, monkeypatch):
     real, kept = Worker.open_block, []
 
-    def open_block(self, r, index):
-        helped = self._tiles._block is not None
-        real(self, r, index)
-        kept.append((helped, self._tiles._block))
+    def open_block(self, call):
+        helped = self._solver._block is not None
+        real(self, call)
+        kept.append((helped, self._solver._block))
 
     monkeypatch.setattr(Worker, "open_block", open_block)
     pipeline.quantize(run_config(execution__workers=5, **MODES["rounds"]))
@@ -116,20 +113,16 @@ def whole(run_config, tmp_path, mode):
 )
 def test_interrupted_run_goes_on_and_writes_the_same_bytes(run_config, tmp_path, monkeypatch, mode, calls, workers):
     expected = whole(run_config, tmp_path, mode)
-    left = [calls]
+    left, real = [calls], Worker.do
 
-    def counted(method):
-        def call(self, *args):
-            left[0] -= 1
-            if left[0] < 0:
-                raise _Interrupted
-            return method(self, *args)
-
-        return call
+    def counted(self, call):
+        left[0] -= 1
+        if left[0] < 0:
+            raise _Interrupted
+        return real(self, call)
 
     with monkeypatch.context() as patch:
-        for name in STEPS:
-            patch.setattr(Worker, name, counted(getattr(Worker, name)))
+        patch.setattr(Worker, "do", counted)
         with pytest.raises(_Interrupted):
             pipeline.quantize(run_config(execution__workers=workers, **MODES[mode]))
     before = {p.name: p.stat().st_mtime_ns for p in (tmp_path / "run" / "records").glob("*.json")}
@@ -225,15 +218,15 @@ def test_rerun_of_finished_rounds_notes_no_damage_and_leaves_nothing_behind(run_
 
 
 def test_error_in_a_tile_is_a_failed_run_that_keeps_what_is_finished(run_config, tmp_path, monkeypatch):
-    real = Worker.tile
+    real = SplitSolver.solve_rows
 
-    def failing(self, r, index, stage, number):
-        if index == 1:
+    def failing(self, call):
+        if call.block == 1:
             raise RunError("disk gone")
-        real(self, r, index, stage, number)
+        real(self, call)
 
     with monkeypatch.context() as patch:
-        patch.setattr(Worker, "tile", failing)
+        patch.setattr(SplitSolver, "solve_rows", failing)
         with pytest.raises(RunError, match="disk gone"):
             pipeline.quantize(run_config(**MODES["sequential"]))
     assert (tmp_path / "run" / "records" / "round-0-block-0000.json").is_file()
@@ -243,37 +236,37 @@ def test_error_in_a_tile_is_a_failed_run_that_keeps_what_is_finished(run_config,
 @pytest.mark.parametrize(
     ("mode", "block", "part", "reader"),
     [
-        ("sequential", 1, "0-share-0", "decide"),
-        ("sequential", 1, "1-sum", "tile"),
-        ("sequential", 1, "0-sum", "weigh"),
-        ("sequential", 1, "2-sample-0", "tile"),
-        ("sequential", 1, "2-sample-0", "write"),
-        ("sequential", 1, "2-decision", "write"),
-        ("sequential", 1, "2-tile-0", "write"),
-        ("blocks", 0, "1-sum", "decide"),
-        ("blocks", 0, "1-sample-0", "tile"),
-        ("blocks", 0, "0-decision", "write"),
-        ("blocks", 0, "2-tile-0", "write"),
+        ("sequential", 1, "0-share-0", MergeHessians),
+        ("sequential", 1, "1-sum", SolveRows),
+        ("sequential", 1, "0-sum", TryBetas),
+        ("sequential", 1, "2-sample-0", SolveRows),
+        ("sequential", 1, "2-sample-0", WriteBlock),
+        ("sequential", 1, "2-decision", WriteBlock),
+        ("sequential", 1, "2-tile-0", WriteBlock),
+        ("blocks", 0, "1-sum", MergeHessians),
+        ("blocks", 0, "1-sample-0", SolveRows),
+        ("blocks", 0, "0-decision", WriteBlock),
+        ("blocks", 0, "2-tile-0", WriteBlock),
     ],
 )
 def test_part_of_a_solve_that_was_damaged_is_made_again(run_config, tmp_path, monkeypatch, mode, block, part, reader):
     expected = whole(run_config, tmp_path, mode)
     path = RunDirectory(tmp_path / "run", "").partial(0, block, part)
-    real = getattr(Worker, reader)
+    real = Worker.do
 
-    def damaging(self, *args):
-        if path.exists() and not (tmp_path / "harmed").exists():
+    def damaging(self, call):
+        if isinstance(call, reader) and path.exists() and not (tmp_path / "harmed").exists():
             (tmp_path / "harmed").touch()
             content = bytearray(path.read_bytes())
             content[-1] ^= 1
-            if reader == "write" and "tile" not in part:  # nothing but its note is read
+            if reader is WriteBlock and "tile" not in part:  # nothing but its note is read
                 content = path.read_bytes().replace(rb"\"seconds\"", rb"\"Seconds\"")
                 assert content != path.read_bytes()
             path.write_bytes(content)
-            self._tiles._block = None  # as another worker, which must read it
-        return real(self, *args)
+            self._solver._block = None  # as another worker, which must read it
+        return real(self, call)
 
-    monkeypatch.setattr(Worker, reader, damaging)
+    monkeypatch.setattr(Worker, "do", damaging)
     summary = pipeline.quantize(run_config(execution__workers=5, **MODES[mode]))
     assert files_of(model_of(summary)) == expected
     assert [retry["kind"] for retry in summary["retries"]] == ["damaged"]
@@ -286,7 +279,7 @@ def test_sample_that_is_damaged_when_some_have_chosen_from_it(run_config, tmp_pa
     monkeypatch.setattr("astro.linalg.tiling.row_tile", lambda *_: 40)
     changes = {**SEQUENTIAL, "quantization__scale_search": "minmax", "quantization__refine_passes": 0}
     whole = pipeline.quantize(run_config(execution__workers=4, output__dir=str(tmp_path / "whole"), **changes))
-    real, reads = TileSolver._sample_errors, []
+    real, reads = SplitSolver._sample_errors, []
 
     def sample_errors(self, block, batch, tile):
         reads.append(batch)
@@ -295,7 +288,7 @@ def test_sample_that_is_damaged_when_some_have_chosen_from_it(run_config, tmp_pa
             path.write_bytes(path.read_bytes()[:-1] + b"\xff")
         return real(self, block, batch, tile)
 
-    monkeypatch.setattr(TileSolver, "_sample_errors", sample_errors)
+    monkeypatch.setattr(SplitSolver, "_sample_errors", sample_errors)
     summary = pipeline.quantize(run_config(execution__workers=4, **changes))
     assert {retry["kind"] for retry in summary["retries"]} == {"damaged"}
     assert files_of(model_of(summary)) == files_of(model_of(whole))

@@ -203,12 +203,12 @@ def test_weights_are_quantized_as_they_are_stored_not_as_they_are_computed_with(
 
 
 def test_input_error_of_a_worker_is_a_failed_run(run_config, tmp_path, monkeypatch):
-    def damaged(self, round_index, index):
+    def damaged(self, call):
         raise CheckpointError("shard gone")
 
-    monkeypatch.setattr(Worker, "solve", damaged)
+    monkeypatch.setattr(Worker, "solve_block", damaged)
     with pytest.raises(
-        RunError, match="block-0000, solve on worker 3: shard gone. Attempt 4 of 4 .*What is finished is kept"
+        RunError, match="block-0000, solve block on worker 3: shard gone. Attempt 4 of 4 .*What is finished is kept"
     ):
         pipeline.quantize(run_config())
 
@@ -294,13 +294,13 @@ def test_file_that_was_damaged_on_its_way_is_made_again_and_reported(run_config,
     pipeline.quantize(run_config(output__dir=str(tmp_path / "whole")))
     real, harm = Worker.forward, tmp_path / "run" / "activations" / "original" / "0001" / "c0000.safetensors"
 
-    def damaging(self, round_index, index, chunk):
-        if (index, chunk) == (1, "c0000") and not list(tmp_path.glob("harmed")):
+    def damaging(self, call):
+        if (call.block, call.chunk) == (1, "c0000") and not list(tmp_path.glob("harmed")):
             (tmp_path / "harmed").touch()
             content = bytearray(harm.read_bytes())
             content[-1] ^= 1
             harm.write_bytes(content)
-        return real(self, round_index, index, chunk)
+        return real(self, call)
 
     monkeypatch.setattr(Worker, "forward", damaging)
     summary = pipeline.quantize(run_config(execution__workers=2))
@@ -312,33 +312,33 @@ def test_file_that_was_damaged_on_its_way_is_made_again_and_reported(run_config,
 
 def test_full_disk_that_is_freed_delays_the_run(run_config, tmp_path, monkeypatch):
     monkeypatch.setattr(failure, "_STORAGE_WAIT_S", 0.0)
-    real, refusals = Worker.solve, iter([OSError(errno.ENOSPC, "No space left on device")] * 2)
+    real, refusals = Worker.solve_block, iter([OSError(errno.ENOSPC, "No space left on device")] * 2)
 
-    def solve(self, round_index, index):
+    def solve(self, call):
         for refusal in refusals:
             raise StorageError(f"shard: cannot be written: {refusal}")
-        return real(self, round_index, index)
+        return real(self, call)
 
-    monkeypatch.setattr(Worker, "solve", solve)
+    monkeypatch.setattr(Worker, "solve_block", solve)
     summary = pipeline.quantize(run_config())
     assert [retry["kind"] for retry in summary["retries"]] == ["storage", "storage"]
 
 
 def test_error_that_comes_back_ends_the_run_with_its_unit_and_the_same_command_goes_on(run_config, monkeypatch):
     with monkeypatch.context() as patch:
-        patch.setattr(Worker, "solve", lambda self, r, index: {}["layer"])
+        patch.setattr(Worker, "solve_block", lambda self, call: {}["layer"])
         with pytest.raises(
-            RunError, match="block-0000, solve on worker 2: KeyError: 'layer'. Attempt 3 of 3 .*max_retries: 2"
+            RunError, match="block-0000, solve block on worker 2: KeyError: 'layer'. Attempt 3 of 3 .*max_retries: 2"
         ):
             pipeline.quantize(run_config(execution__max_retries=2))
     assert len(pipeline.quantize(run_config())["retries"]) == 3
 
 
 def test_numerical_error_is_not_tried_again(run_config, monkeypatch):
-    def fail(self, round_index, index):
+    def fail(self, call):
         raise NumericalError("a Hessian that cannot be factored")
 
-    monkeypatch.setattr(Worker, "solve", fail)
+    monkeypatch.setattr(Worker, "solve_block", fail)
     with pytest.raises(NumericalError, match="cannot be factored"):
         pipeline.quantize(run_config())
 
@@ -358,11 +358,11 @@ def test_node_that_is_not_fit_does_not_end_a_run_that_others_go_on_with(run_conf
 
 
 def test_unit_whose_worker_died_after_its_record_is_not_done_again(run_config, monkeypatch):
-    real, done = Worker.solve, []
+    real, done = Worker.solve_block, []
 
-    def solve(self, round_index, index):
-        done.append(index)
-        return real(self, round_index, index)
+    def solve(self, call):
+        done.append(call.block)
+        return real(self, call)
 
     run_of = LocalExecutor.wait
 
@@ -376,7 +376,7 @@ def test_unit_whose_worker_died_after_its_record_is_not_done_again(run_config, m
         return event
 
     monkeypatched = []
-    monkeypatch.setattr(Worker, "solve", solve)
+    monkeypatch.setattr(Worker, "solve_block", solve)
     monkeypatch.setattr(LocalExecutor, "wait", wait)
     summary = pipeline.quantize(run_config())
     assert done == [0, 1, 2]
@@ -386,16 +386,16 @@ def test_unit_whose_worker_died_after_its_record_is_not_done_again(run_config, m
 def test_read_that_fails_on_one_worker_destroys_nothing(run_config, tmp_path, monkeypatch):
     real, refusals = Worker.open_block, iter([True])
 
-    def open_block(self, r, index):
-        if r == 1 and next(refusals, False):
+    def open_block(self, call):
+        if call.round_index == 1 and next(refusals, False):
             shard = sorted((tmp_path / "run" / "model").glob("*.safetensors"))[-1]
             raise DamagedError(shard, "cannot be read: [Errno 116] Stale file handle")
-        return real(self, r, index)
+        return real(self, call)
 
     solved = []
-    solve = Worker.solve
+    solve = Worker.solve_block
     monkeypatch.setattr(Worker, "open_block", open_block)
-    monkeypatch.setattr(Worker, "solve", lambda self, r, index: solved.append(index) or solve(self, r, index))
+    monkeypatch.setattr(Worker, "solve_block", lambda self, call: solved.append(call.block) or solve(self, call))
     summary = pipeline.quantize(run_config())
     assert solved == [0, 1, 2]
     assert [retry["kind"] for retry in summary["retries"]] == ["raised"]
@@ -403,19 +403,19 @@ def test_read_that_fails_on_one_worker_destroys_nothing(run_config, tmp_path, mo
 
 def test_shard_that_is_damaged_after_it_was_written_is_found_in_the_same_run(run_config, tmp_path, monkeypatch):
     pipeline.quantize(run_config(output__dir=str(tmp_path / "whole")))
-    real = Worker.solve
+    real = Worker.solve_block
 
-    def solve(self, round_index, index):
-        result = real(self, round_index, index)
+    def solve(self, call):
+        result = real(self, call)
         shard = tmp_path / "run" / result["files"][0]["name"]
-        if index == 1 and not (tmp_path / "harmed").exists():
+        if call.block == 1 and not (tmp_path / "harmed").exists():
             (tmp_path / "harmed").touch()
             content = bytearray(shard.read_bytes())
             content[-1] ^= 1
             shard.write_bytes(content)
         return result
 
-    monkeypatch.setattr(Worker, "solve", solve)
+    monkeypatch.setattr(Worker, "solve_block", solve)
     summary = pipeline.quantize(run_config())
     assert files_of(tmp_path / "run" / "model") == files_of(tmp_path / "whole" / "model")
     assert [retry["kind"] for retry in summary["retries"]] == ["damaged"]
@@ -473,8 +473,8 @@ def test_going_on_on_another_kind_of_device_is_refused(run_config, tmp_path, mon
 
 
 def test_call_that_takes_long_in_this_process_is_progress(run_config, monkeypatch):
-    copy = Worker.copy
-    monkeypatch.setattr(Worker, "copy", lambda self, index: time.sleep(0.5) or copy(self, index))
+    copy = Worker.copy_tensors
+    monkeypatch.setattr(Worker, "copy_tensors", lambda self, call: time.sleep(0.5) or copy(self, call))
     monkeypatch.setattr("astro_dist.execution.driver._STUCK_S", 0.3)
     config = run_config()
     pipeline.quantize(config)

@@ -24,8 +24,22 @@ from astro_dist.planning.cost import CostModel
 from astro_dist.planning.devices import DEVICES
 from astro_dist.planning.simulate import simulate
 from astro_dist.planning.units import BlockUnit, CopyUnit, Plan
-from astro_dist.schedule.calls import Call
+from astro_dist.schedule.calls import (
+    BatchParts,
+    BlockParts,
+    Call,
+    FinishEvaluation,
+    Forward,
+    MergeHessians,
+    OpenBlock,
+    Result,
+    SolveRows,
+    SplitBlock,
+    TryBetas,
+    WriteBlock,
+)
 from astro_dist.schedule.factory import schedule_of
+from astro_dist.schedule.names import copy_index, is_held_out
 from astro_dist.source.calibration_text import chunk_tokens
 
 WORKERS = [1, 2, 4, 8, 16, 32, 64, 128, 256, 512]
@@ -115,7 +129,7 @@ def table(name: str, device_name: str, gigabits: float) -> None:
             walls.append(f"{found.wall_s / 60:.1f}")
             alone = alone or found.wall_s
             efficiencies.append(f"{alone / workers / found.wall_s:.0%}")
-        most = sorted(found.by_method.items(), key=lambda item: -item[1])[:3]
+        most = sorted(found.by_verb.items(), key=lambda item: -item[1])[:3]
         print(f"| {mode} | minutes | " + " | ".join(walls) + " |")
         print("| | efficiency | " + " | ".join(efficiencies) + " |")
         print(
@@ -133,39 +147,42 @@ def measured(run: Path, workers: list[int]) -> None:
     records = {path.stem: json.loads(path.read_text())["result"] for path in (run / "records").glob("round-0-*.json")}
     tokens = chunk_tokens(config.calibration)
     total = sum(tokens.values())
-    calibration = sum(n for chunk, n in tokens.items() if chunk.startswith("c"))
+    calibration = sum(n for chunk, n in tokens.items() if not is_held_out(chunk))
 
-    held_out = sum(n for chunk, n in tokens.items() if chunk.startswith("h"))
+    held_out = sum(n for chunk, n in tokens.items() if is_held_out(chunk))
 
     def seconds(call: Call) -> float:
-        if call.unit.startswith("evaluate-"):
-            return took[call.unit] * tokens[call.args[2]] / held_out if call.method == "forward" else 0.0
+        if isinstance(call, Forward) and call.evaluates:
+            return took[call.unit] * tokens[call.chunk] / held_out
+        if isinstance(call, FinishEvaluation) or (isinstance(call, OpenBlock) and call.evaluates):
+            return 0.0
         if call.unit not in records:
             return took[call.unit]
         phases = records[call.unit]["seconds"]
-        if call.method in ("give_out", "write"):
-            return phases["write"]
-        if call.method in ("decide", "weigh", "tile"):
-            own = records[call.unit]["layers"][int(call.args[2])]["seconds"]
-            apart = {"decide": own.get("factor", 0.0), "weigh": own.get("beta", 0.0)}
-            return apart.get(call.method, sum(own.values()) - sum(apart.values()))
-        if call.method == "open_block":
-            return phases["read"]
-        if call.method == "forward":
-            chunk = str(call.args[2])
-            own = phases["hessian"] * tokens[chunk] / calibration if chunk.startswith("c") else 0.0
-            return phases["forward"] * tokens[chunk] / total + own
+        match call:
+            case SplitBlock() | WriteBlock():
+                return phases["write"]
+            case MergeHessians() | TryBetas() | SolveRows():
+                own = records[call.unit]["layers"][call.batch]["seconds"]
+                apart = {MergeHessians: own.get("factor", 0.0), TryBetas: own.get("beta", 0.0)}
+                return apart.get(type(call), sum(own.values()) - sum(apart.values()))
+            case OpenBlock():
+                return phases["read"]
+            case Forward(chunk=chunk):
+                own = 0.0 if is_held_out(chunk) else phases["hessian"] * tokens[chunk] / calibration
+                return phases["forward"] * tokens[chunk] / total + own
         return sum(value for name, value in phases.items() if name not in ("read", "forward", "hessian"))
 
-    def result(call: Call) -> dict:
-        """Each group of layers weighed and solved in one tile."""
-        groups = len(records[call.unit]["layers"]) if call.method == "give_out" else 0
-        return {"groups": [(group, {"weigh": 1, "tile": 1}) for group in range(groups)]}
+    def result(call: Call) -> Result:
+        """Each input group is a batch, whose sample and rows are one tile each."""
+        if not isinstance(call, SplitBlock):
+            return None
+        return BlockParts(tuple(BatchParts(batch, 1, 1) for batch in range(len(records[call.unit]["layers"]))))
 
     units = [path.stem for path in (run / "records").glob("*.json")]
     plan = Plan(
         tuple(BlockUnit(i, (), (), "", 0, 0) for i in range(len(records))),
-        tuple(CopyUnit(i, (), "", 0) for i in range(sum(unit.startswith("copy-") for unit in units))),
+        tuple(CopyUnit(i, (), "", 0) for i in range(sum(copy_index(unit) is not None for unit in units))),
         (), (), 0, 0, 0, 0, (),
     )  # fmt: skip
     for count in workers:

@@ -6,16 +6,16 @@ import pytest
 
 from astro.errors import ConfigError, DamagedError, NumericalError, RunError, StorageError
 from astro_dist.execution.failure import Failure, FailureHistory, kind_of
-from astro_dist.schedule.calls import Call
+from astro_dist.schedule.calls import Forward, SolveRows
 
-TILE = [Call("tile", (0, 1, number), "round-0-block-0000") for number in range(8)]
-FORWARD = [Call("forward", (0, 3, f"c{number:04d}"), "round-0-block-0003") for number in range(8)]
+TILE = [SolveRows(0, 0, 1, tile) for tile in range(8)]
+FORWARD = [Forward(0, 3, f"c{number:04d}") for number in range(8)]
 LOST = RunError("the worker died")
 
 
 def judge(history, call, error, lost=False):
     kind = kind_of(error, lost)
-    return history.judge(Failure(call.unit, call.method, 5, kind, str(error)), call, error)
+    return history.judge(Failure(call.unit, call.verb, 5, kind, str(error)), call, error)
 
 
 def test_node_that_takes_many_workers_with_it_counts_once_for_each_of_their_calls():
@@ -23,7 +23,7 @@ def test_node_that_takes_many_workers_with_it_counts_once_for_each_of_their_call
     for call in TILE:
         assert judge(history, call, LOST, lost=True) == 0
     with pytest.raises(
-        RunError, match=r"block-0000, tile on worker 5: the worker died. Attempt 2 of 2 .*often wants more memory"
+        RunError, match=r"block-0000, solve rows on worker 5: the worker died. Attempt 2 of 2 .*often wants more memory"
     ):
         judge(history, TILE[3], LOST, lost=True)
 

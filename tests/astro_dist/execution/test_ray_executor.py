@@ -86,29 +86,29 @@ def test_source_that_differs_from_the_drivers_is_refused_by_the_worker(cluster, 
 def test_worker_that_is_killed_is_replaced_and_the_bytes_are_the_same(cluster, run_config, tmp_path, monkeypatch):
     """Killed in its solve by itself, as the kernel does when memory runs out."""
     once = tmp_path / "killed"
-    real = Worker.solve
+    real = Worker.solve_block
 
-    def killed_once(self, round_index, index):
-        if index == 1 and not once.exists():
+    def killed_once(self, call):
+        if call.block == 1 and not once.exists():
             once.touch()
             os.kill(os.getpid(), signal.SIGKILL)
-        return real(self, round_index, index)
+        return real(self, call)
 
     pipeline.quantize(run_config(output__dir=str(tmp_path / "whole")))
-    monkeypatch.setattr(Worker, "solve", killed_once)
+    monkeypatch.setattr(Worker, "solve_block", killed_once)
     summary = pipeline.quantize(run_config(execution__executor="ray", execution__workers=2))
     assert files_of(tmp_path / "run" / "model") == files_of(tmp_path / "whole" / "model")
     (retry,) = summary["retries"]
-    assert (retry["unit"], retry["method"], retry["kind"]) == ("round-0-block-0001", "solve", "lost")
+    assert (retry["unit"], retry["method"], retry["kind"]) == ("round-0-block-0001", "solve block", "lost")
 
 
 def test_worker_that_hangs_is_given_up_and_past_the_retries_the_error_names_the_unit(cluster, run_config, monkeypatch):
-    monkeypatch.setattr(Worker, "solve", lambda self, round_index, index: time.sleep(3600))
+    monkeypatch.setattr(Worker, "solve_block", lambda self, call: time.sleep(3600))
     config = run_config(
         execution__executor="ray", execution__workers=2, execution__call_timeout_s=2.0, execution__max_retries=0
     )
     with pytest.raises(
-        RunError, match=r"block-000\d, solve on worker \d: took longer than its deadline of 2 s. Attempt 1 of 1"
+        RunError, match=r"block-000\d, solve block on worker \d: took longer than its deadline of 2 s. Attempt 1 of 1"
     ):
         pipeline.quantize(config)
 

@@ -12,7 +12,7 @@ from astro_dist.planning.cost import CostModel, Work
 from astro_dist.planning.devices import DEVICES, Device
 from astro_dist.planning.simulate import simulate
 from astro_dist.planning.validate import forecast, prepare
-from astro_dist.schedule.calls import Call
+from astro_dist.schedule.calls import Embed, EvaluateLoss, Forward
 from astro_dist.schedule.factory import schedule_of
 from astro_dist.source.calibration_text import chunk_tokens
 from astro_dist.worker.block_runner import require_memory
@@ -36,7 +36,7 @@ def every_call(prepared, workers=1):
 
 def test_forward_counts_two_operations_a_weight_and_token(prepared):
     calls, cost = every_call(prepared)
-    forwards = [cost.work(call) for call in calls if call.method == "forward" and call.args[:2] == (0, 0)]
+    forwards = [cost.work(call) for call in calls if isinstance(call, Forward) and call.place == (0, 0)]
     weights = sum(linear.rows * linear.columns for linear in prepared.plan.blocks[0].linears)
     tokens = 9 * 48
     assert sum(work.compute for work in forwards) == 2 * weights * tokens
@@ -47,8 +47,8 @@ def test_forward_counts_two_operations_a_weight_and_token(prepared):
 def test_embed_and_head_move_and_compute_what_lies_outside_the_blocks(prepared):
     _, cost = every_call(prepared)
     outside = 2 * 260 * 64 + 64
-    assert cost.work(Call("embed", (), "embed")).moved_bytes == 4 * (9 * 48 * 64 + outside)
-    assert cost.work(Call("head", ("original",), "head-original")).compute == 2 * 3 * 48 * outside
+    assert cost.work(Embed()).moved_bytes == 4 * (9 * 48 * 64 + outside)
+    assert cost.work(EvaluateLoss("original")).compute == 2 * 3 * 48 * outside
 
 
 def test_seconds_add_up():
@@ -65,7 +65,7 @@ def test_simulated_workers_are_never_faster_than_their_work(run_config, changes)
         calls, _ = every_call(prepared, workers)
         needed = estimates.estimate(prepared.config, prepared.plan, torch.float32, workers, SLOW)
         assert {call.unit for call in calls} == {call.unit for call in every_call(prepared, 1)[0]}
-        assert sum(needed.by_method_s.values()) <= workers * needed.wall_s * (1 + 1e-9)
+        assert sum(needed.by_verb_s.values()) <= workers * needed.wall_s * (1 + 1e-9)
         assert needed.efficiency <= 1 + 1e-9
         walls.append(needed.wall_s)
     assert walls == sorted(walls, reverse=True)

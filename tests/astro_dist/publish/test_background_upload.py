@@ -22,8 +22,8 @@ def journal(root):
 @pytest.fixture
 def slow_solves(monkeypatch):
     """Blocks that take a little longer, so that the thread gets its turn."""
-    real = Worker.solve
-    monkeypatch.setattr(Worker, "solve", lambda self, *args: time.sleep(0.2) or real(self, *args))
+    real = Worker.solve_block
+    monkeypatch.setattr(Worker, "solve_block", lambda self, call: time.sleep(0.2) or real(self, call))
 
 
 def test_shards_go_up_while_later_blocks_are_solved(online_hub, run_config, tmp_path, slow_solves):
@@ -69,21 +69,21 @@ def test_upload_that_fails_once_is_made_up_for(online_hub, run_config, tmp_path,
 
 
 def test_run_that_is_stopped_has_uploaded_what_was_finished(online_hub, run_config, tmp_path, monkeypatch):
-    real = Worker.solve
+    real = Worker.solve_block
 
-    def solve(self, round_index, index):
-        if index == 2:
+    def solve(self, call):
+        if call.block == 2:
             time.sleep(1)
             raise KeyboardInterrupt
-        return real(self, round_index, index)
+        return real(self, call)
 
-    monkeypatch.setattr(Worker, "solve", solve)
+    monkeypatch.setattr(Worker, "solve_block", solve)
     with pytest.raises(KeyboardInterrupt):
         pipeline.quantize(run_config(publish__repo="org/model"))
     held, sent = len(list(online_hub.objects.iterdir())), online_hub.uploaded
     assert held >= 2
     assert online_hub.commits == []
-    monkeypatch.setattr(Worker, "solve", real)
+    monkeypatch.setattr(Worker, "solve_block", real)
     pipeline.quantize(run_config(publish__repo="org/model"))
     shards = sum(path.stat().st_size for path in (tmp_path / "run" / "model").glob("*.safetensors"))
     assert online_hub.uploaded == shards > sent

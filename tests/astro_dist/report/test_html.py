@@ -13,14 +13,14 @@ from astro_dist.worker.worker import Worker
 
 
 def test_report_of_a_finished_run(run_config, tmp_path, monkeypatch):
-    real, refusals = Worker.solve, iter([True])
+    real, refusals = Worker.solve_block, iter([True])
 
-    def solve(self, r, index):
+    def solve(self, call):
         if next(refusals, False):
             raise RuntimeError("<script>alert(1)</script>")
-        return real(self, r, index)
+        return real(self, call)
 
-    monkeypatch.setattr(Worker, "solve", solve)
+    monkeypatch.setattr(Worker, "solve_block", solve)
     summary = pipeline.quantize(run_config(execution__rounds=2))
     page = write_report(tmp_path / "run").read_text()
     assert "<h1>run: complete</h1>" in page
@@ -38,10 +38,10 @@ def test_report_of_a_finished_run(run_config, tmp_path, monkeypatch):
 
 
 def test_report_of_a_run_that_stopped_early(run_config, tmp_path, monkeypatch):
-    def stop(self, r, index):
+    def stop(self, call):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(Worker, "solve", stop)
+    monkeypatch.setattr(Worker, "solve_block", stop)
     with pytest.raises(KeyboardInterrupt):
         pipeline.quantize(run_config())
     page = write_report(tmp_path / "run").read_text()

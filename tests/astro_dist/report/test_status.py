@@ -37,15 +37,15 @@ def test_files_of_a_complete_run_that_are_gone_or_cut_off(run_config, tmp_path):
 
 def test_run_that_goes_on(run_config, tmp_path, monkeypatch):
     seen = []
-    real = Worker.solve
+    real = Worker.solve_block
 
-    def solve(self, round_index, index):
+    def solve(self, call):
         with (tmp_path / "run" / "lock").open() as lock, pytest.raises(BlockingIOError):
             fcntl.flock(lock, fcntl.LOCK_SH | fcntl.LOCK_NB)
         seen.append(read_status(tmp_path / "run"))
-        return real(self, round_index, index)
+        return real(self, call)
 
-    monkeypatch.setattr(Worker, "solve", solve)
+    monkeypatch.setattr(Worker, "solve_block", solve)
     pipeline.quantize(run_config())
     last = seen[-1]
     assert (last["state"], last["workers"]) == ("running", 1)
@@ -55,7 +55,7 @@ def test_run_that_goes_on(run_config, tmp_path, monkeypatch):
 
 
 def test_stopped_run_names_what_was_retried(run_config, tmp_path, monkeypatch):
-    monkeypatch.setattr(Worker, "solve", lambda self, r, index: {}["x"])
+    monkeypatch.setattr(Worker, "solve_block", lambda self, call: {}["x"])
     with pytest.raises(Exception, match="KeyError"):
         pipeline.quantize(run_config(execution__max_retries=0))
     status = read_status(tmp_path / "run")

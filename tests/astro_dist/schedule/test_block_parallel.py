@@ -5,7 +5,26 @@ import random
 import pytest
 
 from astro_dist.schedule.block_parallel import BlockSchedule
-from astro_dist.schedule.calls import Call, Spent, assign
+from astro_dist.schedule.calls import (
+    AccumulateHessians,
+    BatchParts,
+    BlockParts,
+    CopyTensors,
+    Embed,
+    EvaluateLoss,
+    FinishEvaluation,
+    Forward,
+    ForwardChunk,
+    MergeHessians,
+    OpenBlock,
+    SolveBlock,
+    SolveRows,
+    SpentInputs,
+    SplitBlock,
+    TryBetas,
+    WriteBlock,
+    assign,
+)
 from astro_dist.schedule.names import unit_names
 from astro_dist.schedule.sequential import SequentialSchedule
 
@@ -28,13 +47,13 @@ def simulate(num_workers, seed, schedule):
 
 
 def result(call):
-    """Two stages, the second of two groups in one of which β is searched, as a worker says it."""
-    parts = [{"weigh": 0, "tile": 3}, {"weigh": 2, "tile": 3}, {"weigh": 0, "tile": 3}]
-    if call.method == "give_out":
-        return {"groups": [(1, parts[1]), (0, parts[0]), (2, parts[2])]}
-    if call.method != "share":
-        return {}
-    return {"stages": 2, "groups": {1: parts[1], 2: parts[2]} if call.args[1] else {0: parts[0]}}
+    """Two stages, the second of two batches in one of which β is searched, as a worker says it."""
+    parts = [BatchParts(batch, sample_tiles, 3) for batch, sample_tiles in enumerate((0, 2, 0))]
+    if isinstance(call, SplitBlock):
+        return BlockParts((parts[1], parts[0], parts[2]))
+    if not isinstance(call, AccumulateHessians):
+        return None
+    return BlockParts(tuple(parts[1:] if call.stage else parts[:1]), num_stages=2)
 
 
 def simulate_with_losses(num_workers, seed, schedule, losses):
@@ -83,8 +102,8 @@ def test_worker_that_waits_for_two_lost_blocks_takes_the_first_of_them():
     for worker in (0, 1, 2):
         schedule.done(worker, schedule.next_call(worker), None)
     schedule.failed(0, schedule.next_call(0))
-    schedule.failed(1, Call("open_block", (0, 1), "round-0-block-0001"))
-    assert schedule.next_call(2).args == (0, 0)
+    schedule.failed(1, OpenBlock(0, 1))
+    assert schedule.next_call(2) == OpenBlock(0, 0)
 
 
 def test_worker_that_waits_for_a_block_in_nobodys_hands_takes_it():
@@ -96,16 +115,15 @@ def test_worker_that_waits_for_a_block_in_nobodys_hands_takes_it():
     assert schedule.next_call(1) is None
     schedule.failed(0, lost)
     assert schedule.next_call(1) is None, "the one at the furthest block gives that up, no other"
-    assert schedule.next_call(2).args == (0, 0)
+    assert schedule.next_call(2) == OpenBlock(0, 0)
 
 
 def test_what_is_spent_is_named_once_and_is_not_used_after():
     schedule, spent = BlockSchedule(BLOCKS, 2, CHUNKS, [], {}, 2), []
     while not schedule.complete:
         call = schedule.next_call(0)
-        if call.method == "forward":
-            r, block, _ = call.args
-            assert Spent("inputs", block, ["original", "round-0", "round-1"][r]) not in spent
+        if isinstance(call, Forward):
+            assert SpentInputs(call.block, ["original", "round-0", "round-1"][call.round_index]) not in spent
         spent += schedule.done(0, call, {})
     assert len(spent) == len(set(spent)) == 3 * (BLOCKS + 1) + BLOCKS + 2 * BLOCKS
 
@@ -120,83 +138,79 @@ def blocks(num_workers, seed, rounds=1, chunks=CHUNKS, finished=(), present=None
 def test_inputs_are_always_there_before_they_are_used(num_workers, rounds, seed):
     there = set()
     for worker, call in blocks(num_workers, seed, rounds):
-        key = (call.method, *call.args)
-        if call.method == "forward":
-            r, block, chunk = call.args
-            assert ("embed",) in there if block == 0 else ("forward", r, block - 1, chunk) in there
-            assert ("open_block", r, block, worker) in there
-            assert r == 0 or {("solve", r - 1, block), ("write", r - 1, block)} & there
-        if call.method in ("solve", "give_out"):
-            assert all(("forward", *call.args, chunk) in there for chunk in CHUNKS)
-        if call.method == "decide":
-            assert ("give_out", *call.args[:2]) in there
-        if call.method in ("weigh", "tile"):
-            assert ("decide", *call.args[:3]) in there
-        if call.method == "tile" and call.args[2] == 1:
-            assert all(("weigh", *call.args[:3], number) in there for number in range(2))
-        if call.method == "write":
-            assert all(("tile", *call.args, stage, tile) in there for stage in range(2) for tile in range(3))
-        if call.method == "conclude":
-            assert all(("forward", *call.args, chunk) in there for chunk in HELD_OUT)
-        assert key not in there, f"{key} was done twice"
-        there.add(key)
-        if call.method == "open_block":
-            there.add((*key, worker))
+        match call:
+            case Forward(r, block, chunk, evaluates):
+                assert (Forward(r, block - 1, chunk, evaluates) if block else Embed()) in there
+                assert (OpenBlock(r, block, evaluates), worker) in there
+                assert r == 0 or {SolveBlock(r - 1, block), WriteBlock(r - 1, block)} & there
+            case SolveBlock() | SplitBlock():
+                assert all(Forward(*call.place, chunk) in there for chunk in CHUNKS)
+            case MergeHessians():
+                assert SplitBlock(*call.place) in there
+            case TryBetas():
+                assert MergeHessians(*call.place, call.batch) in there
+            case SolveRows():
+                assert MergeHessians(*call.place, call.batch) in there
+                samples = {TryBetas(*call.place, 1, tile) for tile in range(2)}
+                assert call.batch != 1 or samples <= there
+            case WriteBlock():
+                assert {SolveRows(*call.place, batch, tile) for batch in range(3) for tile in range(3)} <= there
+            case FinishEvaluation():
+                assert all(Forward(*call.place, chunk, evaluates=True) in there for chunk in HELD_OUT)
+        assert call not in there, f"{call} was done twice"
+        there |= {call, (call, worker)}
 
 
-PARTS = ("open_block", "forward", "give_out", "decide", "weigh", "tile")
+PARTS = OpenBlock | Forward | SplitBlock | MergeHessians | TryBetas | SolveRows
 
 
 @pytest.mark.parametrize("rounds", [1, 2])
 def test_every_unit_is_done_once(rounds):
     log = blocks(3, 0, rounds)
-    ends = [call.unit for _, call in log if call.method not in PARTS]
+    ends = [call.unit for _, call in log if not isinstance(call, PARTS)]
     assert sorted(ends) == sorted(unit_names(BLOCKS, 2, rounds, True))
 
 
 def test_rounds_follow_each_other_without_a_gap():
     order = [call for _, call in blocks(4, 0, rounds=2)]
-    assert order.index(opening(1, 0)) < order.index(quantized(order, 0)[-1])
+    assert order.index(OpenBlock(1, 0)) < order.index(quantized(order, 0)[-1])
 
 
 def test_measuring_round_ends_before_the_next_begins():
     order = [call for _, call in blocks(4, 0, rounds=2, measured_first=True)]
-    assert order.index(quantized(order, 0)[-1]) < order.index(opening(1, 0))
-
-
-def opening(r, block):
-    return Call("open_block", (r, block), f"round-{r}-block-{block:04d}")
+    assert order.index(quantized(order, 0)[-1]) < order.index(OpenBlock(1, 0))
 
 
 def quantized(calls, r):
     """The calls that end a block in a round, in the order in which they ended."""
-    return [call for call in calls if call.method in ("solve", "write") and call.args[0] == r]
+    return [call for call in calls if isinstance(call, SolveBlock | WriteBlock) and call.round_index == r]
 
 
 @pytest.mark.parametrize("seed", range(5))
 def test_workers_that_have_nothing_to_do_solve_a_block_with_its_worker(seed):
     log = blocks(8, seed)
-    given_out = {call.args for _, call in log if call.method == "give_out"}
-    assert given_out
-    assert given_out == {call.args for _, call in log if call.method == "write"}
-    assert max(len({w for w, c in log if c.method == "tile" and c.args[:2] == place}) for place in given_out) > 1
-    assert not {call.method for _, call in blocks(1, seed)} & {"give_out", "write"}
+    split = {call.place for _, call in log if isinstance(call, SplitBlock)}
+    assert split
+    assert split == {call.place for _, call in log if isinstance(call, WriteBlock)}
+    solvers = {place: {w for w, c in log if isinstance(c, SolveRows) and c.place == place} for place in split}
+    assert max(map(len, solvers.values())) > 1
+    assert not any(isinstance(call, SplitBlock | WriteBlock) for _, call in blocks(1, seed))
 
 
 def test_loss_of_a_part_of_a_solve_costs_that_part_alone():
     schedule = BlockSchedule(1, 0, ["c0000"], ["embed"], {"original": {0: ["c0000"]}})
     for _ in range(2):
         schedule.done(0, schedule.next_call(0), None)
-    giving = schedule.next_call(0, 1)
-    schedule.done(0, giving, {"groups": [(0, {"weigh": 0, "tile": 2})]})
+    splitting = schedule.next_call(0, 1)
+    schedule.done(0, splitting, BlockParts((BatchParts(0, 0, 2),)))
     schedule.done(0, schedule.next_call(0), None)
     lost, other = schedule.next_call(0), schedule.next_call(1)
     schedule.failed(0, lost)
     schedule.done(1, other, None)
-    assert (giving.method, schedule.next_call(1)) == ("give_out", lost)
+    assert (splitting, schedule.next_call(1)) == (SplitBlock(0, 0), lost)
 
 
-def test_block_that_was_lost_before_it_was_given_out_begins_anew():
+def test_block_that_was_lost_before_it_was_split_begins_anew():
     schedule = BlockSchedule(1, 0, ["c0000"], ["embed"], {"original": {0: ["c0000"]}})
     first = schedule.next_call(0)
     schedule.done(0, first, None)
@@ -206,9 +220,9 @@ def test_block_that_was_lost_before_it_was_given_out_begins_anew():
 
 
 def test_held_out_chunks_pass_through_the_result_without_waiting_for_each_other():
-    orders = ([(call.method, *call.args) for _, call in blocks(8, seed)] for seed in range(5))
+    orders = ([call for _, call in blocks(8, seed)] for seed in range(5))
     assert any(
-        order.index(("forward", 1, b + 1, "h0000")) < order.index(("conclude", 1, b))
+        order.index(Forward(1, b + 1, "h0000", evaluates=True)) < order.index(FinishEvaluation(1, b))
         for order in orders
         for b in range(BLOCKS - 1)
     )
@@ -218,7 +232,7 @@ def test_worker_waits_for_one_block_of_the_result_at_most():
     finished = [*unit_names(3, 0, 1, True)[:4], "head-original"]
     schedule = BlockSchedule(3, 0, CHUNKS, finished, {"round-0": {0: HELD_OUT}})
     assert [schedule.next_call(worker) for worker in range(3)] == [
-        Call("open_block", (1, 0), "evaluate-0000"), Call("open_block", (1, 1), "evaluate-0001"), None
+        OpenBlock(1, 0, evaluates=True), OpenBlock(1, 1, evaluates=True), None
     ]  # fmt: skip
 
 
@@ -226,24 +240,24 @@ def test_blocks_in_flight_are_bounded_by_the_workers():
     opened, solved = 0, 0
     for _, call in blocks(3, 1):
         opened, solved = (
-            opened + (call.method == "open_block"),
-            solved + (call.method in ("solve", "give_out", "conclude")),
+            opened + isinstance(call, OpenBlock),
+            solved + isinstance(call, SolveBlock | SplitBlock | FinishEvaluation),
         )
         assert opened - solved <= 3
 
 
 def test_without_held_out_text_nothing_is_evaluated():
-    assert not {call.method for _, call in blocks(2, 0, chunks=["c0000"])} & {"conclude", "head"}
+    assert not any(isinstance(c, FinishEvaluation | EvaluateLoss) for _, c in blocks(2, 0, chunks=["c0000"]))
 
 
 def test_second_worker_opens_the_next_block_while_the_first_is_fed():
     schedule = BlockSchedule(3, 0, CHUNKS, [], {})
     schedule.done(0, schedule.next_call(0), {})
-    assert [schedule.next_call(w).args for w in (0, 1, 2)] == [(0, 0), (0, 1), (0, 2)]
+    assert [schedule.next_call(w) for w in (0, 1, 2)] == [OpenBlock(0, block) for block in range(3)]
 
 
 def passes(log):
-    return [call.args for _, call in log if call.method == "pass_on"]
+    return [(call.stream, call.block, call.chunk) for _, call in log if isinstance(call, ForwardChunk)]
 
 
 def there(*indices, chunks=CHUNKS):
@@ -262,15 +276,15 @@ def test_lost_outputs_of_finished_blocks_are_passed_on_again_and_nothing_is_solv
     log = blocks(1, 0, finished=finished, present={"original": {0: CHUNKS, 1: CHUNKS, 2: CHUNKS[:1]}, **ours})
     assert passes(log) == [("original", 1, chunk) for chunk in CHUNKS[1:]]
     log = blocks(3, 0, finished=finished, present={"original": {2: CHUNKS[:1]}, **ours})
-    assert next(call for _, call in log if call.method != "copy").method == "embed"
+    assert next(call for _, call in log if not isinstance(call, CopyTensors)) == Embed()
     assert sorted(passes(log)) == [("original", block, chunk) for block in (0, 1) for chunk in CHUNKS[1:]]
-    assert sorted(call.args for call in quantized([call for _, call in log], 0)) == [(0, block) for block in (2, 3, 4)]
+    assert sorted(call.place for call in quantized([call for _, call in log], 0)) == [(0, block) for block in (2, 3, 4)]
 
 
 def test_lost_chunks_on_their_way_through_the_result_are_made_again():
     log = blocks(1, 0, finished=unit_names(5, 2, 1, True)[:-2], present={"original": there(5)})
     assert passes(log) == [("round-0", block, chunk) for block in range(5) for chunk in HELD_OUT]
-    assert not {call.method for _, call in log} & {"solve", "write", "conclude"}
+    assert not any(isinstance(call, SolveBlock | WriteBlock | FinishEvaluation) for _, call in log)
 
 
 def test_shard_of_an_earlier_round_that_is_gone_is_made_again():
@@ -278,7 +292,7 @@ def test_shard_of_an_earlier_round_that_is_gone_is_made_again():
     written = [unit for unit in finished if unit != "round-0-block-0002"]
     present = {"original": there(0, BLOCKS), "round-0": there(0)}
     log = blocks(1, 0, 2, finished=finished, present=present, written=written)
-    solved = [call.args for _, call in log if call.method == "solve"]
-    assert [args for args in solved if args[0] == 0] == [(0, 2)]
+    solved = [call.place for _, call in log if isinstance(call, SolveBlock)]
+    assert [place for place in solved if place[0] == 0] == [(0, 2)]
     assert passes(log) == [("original", block, chunk) for block in (0, 1) for chunk in CHUNKS]
-    assert [args for args in solved if args[0] == 1] == [(1, b) for b in range(BLOCKS)]
+    assert [place for place in solved if place[0] == 1] == [(1, b) for b in range(BLOCKS)]

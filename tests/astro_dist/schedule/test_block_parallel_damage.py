@@ -6,8 +6,20 @@ from collections import defaultdict
 import pytest
 
 from astro_dist.schedule.block_parallel import BlockSchedule
-from astro_dist.schedule.calls import assign
-from astro_dist.schedule.names import block_unit, is_held_out, stream_names, unit_names
+from astro_dist.schedule.calls import (
+    Embed,
+    EvaluateLoss,
+    FinishingCall,
+    Forward,
+    ForwardChunk,
+    OpenBlock,
+    SolveBlock,
+    SpentInputs,
+    SpentShard,
+    WriteBlock,
+    assign,
+)
+from astro_dist.schedule.names import block_of_unit, block_unit, is_held_out, stream_names, unit_names
 from tests.astro_dist.schedule.test_block_parallel import result
 
 CHUNKS = ["c0000", "c0001", "h0000", "h0001"]
@@ -23,49 +35,49 @@ class Disk:
 
     def read_for(self, call):
         """A call finds what it reads."""
-        if call.method == "forward":
-            r, block, chunk = call.args
-            assert chunk in self.inputs[self.streams[r], block], call
-        if call.method == "open_block" and call.args[0]:
-            assert (call.args[0] - 1, call.args[1]) in self.shards, call
-        if call.method == "pass_on":
-            stream, block, chunk = call.args
-            r = self.streams.index(stream)
-            assert chunk in self.inputs[stream, block], call
-            assert r == 0 or (r - 1, block) in self.shards, call
-        if call.method == "head":
-            assert {c for c in CHUNKS if is_held_out(c)} <= self.inputs[call.args[0], BLOCKS], call
+        match call:
+            case Forward(r, block, chunk):
+                assert chunk in self.inputs[self.streams[r], block], call
+            case OpenBlock(r, block) if r:
+                assert (r - 1, block) in self.shards, call
+            case ForwardChunk(stream, block, chunk):
+                r = self.streams.index(stream)
+                assert chunk in self.inputs[stream, block], call
+                assert r == 0 or (r - 1, block) in self.shards, call
+            case EvaluateLoss(stream):
+                assert {c for c in CHUNKS if is_held_out(c)} <= self.inputs[stream, BLOCKS], call
 
     def write(self, call, spent):
         """What a call leaves, and what is dropped then."""
-        if call.method == "embed":
-            for stream in self.streams:
-                self.inputs[stream, 0] |= set(CHUNKS)
-        if call.method == "forward" and (call.args[1] + 1 < BLOCKS or is_held_out(call.args[2])):
-            self.inputs[self.streams[call.args[0]], call.args[1] + 1].add(call.args[2])
-        if call.method == "pass_on":
-            self.inputs[call.args[0], call.args[1] + 1].add(call.args[2])
-        if call.method in ("solve", "write"):
-            self.shards.add(call.args)
-        if call.method in ("embed", "copy", "solve", "write", "conclude", "head"):
+        match call:
+            case Embed():
+                for stream in self.streams:
+                    self.inputs[stream, 0] |= set(CHUNKS)
+            case Forward(r, block, chunk) if block + 1 < BLOCKS or is_held_out(chunk):
+                self.inputs[self.streams[r], block + 1].add(chunk)
+            case ForwardChunk(stream, block, chunk):
+                self.inputs[stream, block + 1].add(chunk)
+            case SolveBlock() | WriteBlock():
+                self.shards.add(call.place)
+        if isinstance(call, FinishingCall):
             self.finished.add(call.unit)
         for gone in spent:
-            if gone.kind == "inputs" and gone.block:
-                self.inputs[gone.stream, gone.block] = set()
-            if gone.kind == "shard":
-                self.shards.discard((gone.number, gone.block))
+            match gone:
+                case SpentInputs(block, stream) if block:
+                    self.inputs[stream, block] = set()
+                case SpentShard(r, block):
+                    self.shards.discard((r, block))
 
     def schedule(self, rounds):
         """As it is made when a run goes on: a block whose shard is gone is finished only where a later round is."""
         written, finished = set(), set()
         shards = {block_unit(*place) for place in self.shards}
         for unit in reversed(unit_names(BLOCKS, 1, rounds, True)):
-            r, is_block, block = unit.removeprefix("round-").partition("-block-")
-            is_block = bool(is_block) and unit.startswith("round-")
-            superseded = is_block and block_unit(int(r) + 1, int(block)) in finished
-            if unit in self.finished and (not is_block or unit in shards or superseded):
+            place = block_of_unit(unit)
+            superseded = place and block_unit(place[0] + 1, place[1]) in finished
+            if unit in self.finished and (not place or unit in shards or superseded):
                 finished.add(unit)
-                written |= {unit} if not is_block or unit in shards else set()
+                written |= {unit} if not place or unit in shards else set()
         self.finished = set(finished)
         present = {s: {b: set(self.inputs[s, b]) for b in range(BLOCKS + 1)} for s in self.streams}
         return BlockSchedule(BLOCKS, 1, CHUNKS, finished, present, rounds, written)

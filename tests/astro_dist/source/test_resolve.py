@@ -66,8 +66,8 @@ def test_run_from_the_hub_writes_the_bytes_of_a_local_run_and_fetches_each_tenso
 @pytest.mark.parametrize("mode", ["blocks", "sequential"])
 def test_what_lies_outside_the_blocks_is_fetched_once(hub, remote_config, monkeypatch, mode):
     """Without any cache: the perplexities are measured with what was copied."""
-    asked, real = [], Worker.head
-    monkeypatch.setattr(Worker, "head", lambda self, stream: asked.append(len(hub.asked)) or real(self, stream))
+    asked, real = [], Worker.evaluate_loss
+    monkeypatch.setattr(Worker, "evaluate_loss", lambda self, call: asked.append(len(hub.asked)) or real(self, call))
     pipeline.quantize(remote_config(model__cache_gb=0.0, execution__mode=mode))
     assert asked == [len(hub.asked)] * 2
 

@@ -8,7 +8,7 @@ import torch
 from astro.errors import DamagedError
 from astro.storage.checked_tensors import save_part
 from astro_dist import pipeline
-from astro_dist.worker.prefetch import ReadAhead
+from astro_dist.worker.prefetch import Prefetch
 
 
 def part(path, value):
@@ -17,7 +17,7 @@ def part(path, value):
 
 
 def test_file_is_read_before_it_is_asked_for(tmp_path):
-    ahead, first, second = ReadAhead(), part(tmp_path / "a", 1.0), part(tmp_path / "b", 2.0)
+    ahead, first, second = Prefetch(), part(tmp_path / "a", 1.0), part(tmp_path / "b", 2.0)
     ahead.expect(first)
     assert ahead._next[1].exception() is None  # waits
     first.unlink()
@@ -26,7 +26,7 @@ def test_file_is_read_before_it_is_asked_for(tmp_path):
 
 
 def test_other_file_than_expected(tmp_path):
-    ahead, first, second = ReadAhead(), part(tmp_path / "a", 1.0), part(tmp_path / "b", 2.0)
+    ahead, first, second = Prefetch(), part(tmp_path / "a", 1.0), part(tmp_path / "b", 2.0)
     ahead.expect(first)
     assert torch.equal(ahead.take(second)["x"], torch.full((3,), 2.0))
     part(first, 3.0)
@@ -35,7 +35,7 @@ def test_other_file_than_expected(tmp_path):
 
 @pytest.mark.parametrize("mended", [True, False])
 def test_file_that_was_damaged_when_it_was_read_ahead(tmp_path, mended):
-    ahead, path = ReadAhead(), part(tmp_path / "a", 1.0)
+    ahead, path = Prefetch(), part(tmp_path / "a", 1.0)
     path.write_bytes(path.read_bytes()[:-1])
     ahead.expect(path)
     assert isinstance(ahead._next[1].exception(), DamagedError)
@@ -48,7 +48,7 @@ def test_file_that_was_damaged_when_it_was_read_ahead(tmp_path, mended):
 
 
 def test_file_that_is_not_there_yet(tmp_path):
-    ahead = ReadAhead()
+    ahead = Prefetch()
     ahead.expect(tmp_path / "folder" / "a")
     ahead.expect(tmp_path / "a")
     part(tmp_path / "a", 5.0)
@@ -57,13 +57,13 @@ def test_file_that_is_not_there_yet(tmp_path):
 
 @pytest.mark.parametrize("mode", ["blocks", "sequential"])
 def test_run_reads_ahead(run_config, monkeypatch, mode):
-    hits, real = [], ReadAhead.take
+    hits, real = [], Prefetch.take
 
     def take(self, path):
         hits.append(self._next is not None and self._next[0] == path)
         return real(self, path)
 
-    monkeypatch.setattr(ReadAhead, "take", take)
+    monkeypatch.setattr(Prefetch, "take", take)
     pipeline.quantize(run_config(execution__mode=mode))
     assert sum(hits) >= len(hits) / 4, hits
 
@@ -73,7 +73,7 @@ def test_reading_has_one_thread_and_leaves_those_at_work_alone(tmp_path):
     torch.set_num_threads(2)
     try:
         torch.ones(1 << 20).sum()
-        ahead = ReadAhead()
+        ahead = Prefetch()
         ahead.expect(path)
         ahead.take(path)
         assert ahead._pool.submit(torch.get_num_threads).result() == 1

@@ -14,12 +14,12 @@ from pathlib import Path
 
 PLAN = Path(os.environ.get("ASTRO_FAULT", "/nonexistent"))
 PHASES = {
-    "reading": ("Stage", "load"),
-    "forward": ("Stage", "forward"),
+    "reading": ("BlockRunner", "load"),
+    "forward": ("BlockRunner", "forward"),
     "Hessian": ("HessianAccumulator", "add_"),
-    "solve": ("Worker", "solve"),
-    "tile": ("Worker", "tile"),
-    "write": ("Stage", "write_block"),
+    "solve": ("Worker", "solve_block"),
+    "tile": ("SplitSolver", "solve_rows"),
+    "write": ("BlockRunner", "write_block"),
     "rename": ("Path", "replace"),  # a file is whole, but not yet under its name
     "record": ("RunDirectory", "finish"),
 }
@@ -47,11 +47,12 @@ class _Finder(importlib.abc.MetaPathFinder):
 def _wrap(phase):
     from astro.calibration.hessian import HessianAccumulator
     from astro_dist.run_directory.records import RunDirectory
-    from astro_dist.worker import block_runner, worker
+    from astro_dist.worker import block_runner, split_solver, worker
 
     class_name, method = PHASES[phase]
     owner = {
-        "Stage": block_runner.Stage, "Worker": worker.Worker, "HessianAccumulator": HessianAccumulator,
+        "BlockRunner": block_runner.BlockRunner, "SplitSolver": split_solver.SplitSolver, "Worker": worker.Worker,
+        "HessianAccumulator": HessianAccumulator,
         "RunDirectory": RunDirectory, "Path": Path,
     }[class_name]  # fmt: skip
     real, calls = getattr(owner, method), [0]
