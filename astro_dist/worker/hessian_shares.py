@@ -13,7 +13,7 @@ import torch
 
 from astro.calibration.block_statistics import inputs_of
 from astro.calibration.hessian import DriftAccumulator, HessianAccumulator
-from astro.calibration.starved_experts import AllTokens, GroupStatistics, exhaust, is_starved, starved_statistics
+from astro.calibration.starved_experts import AllTokens, InputStatistics, exhaust, is_starved, starved_statistics
 from astro.linalg.batching import stacked
 from astro.linalg.symmetric import packed, unpacked
 from astro.model.activations import Operand
@@ -55,7 +55,7 @@ class Sums:
         for batch in batches:
             self._save_share(block, batch, number, sums.pop(batch), seconds if batch == batches[0] else {})
 
-    def give_out(self, block: SharedBlock, statistics: Iterable[GroupStatistics], seconds: Mapping[str, float]) -> None:
+    def give_out(self, block: SharedBlock, statistics: Iterable[InputStatistics], seconds: Mapping[str, float]) -> None:
         """Write the sums of all batches of a block that this worker fed.
 
         Args:
@@ -172,11 +172,11 @@ class Sums:
 
     def _statistics(
         self, block: SharedBlock, batch: int, names: Sequence[str], operand: Operand, H: HessianAccumulator
-    ) -> GroupStatistics:
+    ) -> InputStatistics:
         """Of a group whose shares are merged, or what takes their place where too few tokens reached an expert."""
         stage, experts = self._stage, self._stage.spec.experts
         if not is_starved(operand, H.num_tokens, experts):
-            return GroupStatistics(tuple(names), H.finish_("+".join(names)), H.num_tokens, H.num_tokens)
+            return InputStatistics(tuple(names), H.finish_("+".join(names)), H.num_tokens, H.num_tokens)
         stage_index = next(i for i, batches in enumerate(block.stages) if batch in batches)
         if experts.policy == "all-tokens":
             layers = stage.layers(stage.load("original", block.unit.index))
@@ -216,7 +216,7 @@ class Sums:
 def _save_sum(
     block: SharedBlock,
     batch: int,
-    known: Sequence[GroupStatistics],
+    known: Sequence[InputStatistics],
     drift: torch.Tensor | None,
     seconds: Mapping[str, float],
 ) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
