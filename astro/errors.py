@@ -1,7 +1,7 @@
 """The errors this project raises.
 
 AstroError
-├── InputError             what the user gave is wrong; nothing was started (exit code 2)
+├── InputError             what the user gave is wrong; nothing was started (exit code 2 of the command line)
 │   ├── ConfigError        a value of the configuration
 │   ├── CheckpointError    a file of the source checkpoint
 │   └── UnsupportedError   an architecture, layer or format that cannot be handled
@@ -10,8 +10,18 @@ AstroError
     ├── StorageError       the run directory cannot be written: a disk is full
     └── DamagedError       a file of the run directory is missing, or not as it was written
 
-Every message says what failed, which file or tensor, what was expected, what was found and what to do next.
-The classes take only what they are shown with, so that they survive pickling on their way through a cluster.
+Catch `AstroError` to catch everything that this project raises on purpose; whatever else comes out is a defect:
+
+    try:
+        summary = pipeline.quantize(config)
+    except InputError as error:    # the user has to change something; nothing was started
+        ...
+    except AstroError as error:    # the run stopped; what it finished is kept, and the same command goes on from there
+        ...
+
+Every message says what failed, which file or tensor it was, what was expected, what was there instead and what to do
+next, so that `str(error)` is all that a user needs to see. Each error takes only what its message is made of, so that
+it survives pickling on its way through a cluster.
 """
 
 from pathlib import Path
@@ -30,15 +40,15 @@ __all__ = [
 
 
 class AstroError(Exception):
-    """Base of every error raised on purpose."""
+    """Every error that is raised on purpose is of this class."""
 
 
 class InputError(AstroError):
-    """What the user gave is wrong."""
+    """The user gave something that is wrong; nothing was started."""
 
 
 class ConfigError(InputError, ValueError):
-    """A value of the configuration is wrong. A ValueError too, so that pydantic reports it under its path."""
+    """A value of the configuration is wrong. It is a ValueError too, so that pydantic reports it under its path."""
 
 
 class CheckpointError(InputError):
@@ -46,7 +56,7 @@ class CheckpointError(InputError):
 
 
 class UnsupportedError(InputError):
-    """An architecture, a layer or a file format that cannot be handled."""
+    """An architecture, a layer or a file format cannot be handled."""
 
 
 class NumericalError(AstroError):
@@ -65,12 +75,19 @@ class DamagedError(RunError):
     """A file of the run directory is missing, or not as it was written; it can be made again.
 
     Attributes:
-        path: of the file.
+        path: The file.
     """
 
     def __init__(self, path: Path, reason: str) -> None:
+        """Say which file it is and what is wrong with it.
+
+        Args:
+            path: The file.
+            reason: What is wrong with the file; the message is `path: reason`.
+        """
         super().__init__(path, reason)
         self.path = path
 
     def __str__(self) -> str:
+        """Return the path and what is wrong."""
         return f"{self.path}: {self.args[1]}"

@@ -1,7 +1,13 @@
-"""What becomes of memory that was freed: kept for the next array while a block is worked on, then given back.
+"""Settings and measures of the whole process: its threads, the precision of its products, and its memory.
 
-The system clears every page that it hands out, page by page. Fresh pages for each of a forward's arrays take a CPU a
-tenth of its time. These calls are glibc's; with another C library they do nothing.
+Threads and precision: the bits of a result depend on both. `configure_process` sets them once, at the entry point;
+nothing is set when a module is imported.
+
+Freed memory: the system clears every page that it hands out, and fresh pages for each array of a forward take a CPU a
+tenth of its time. So freed memory is kept for the next array while a block is worked on, and returned afterwards. These
+are calls of glibc; with another C library they do nothing.
+
+Peak memory: a worker reports the most memory that it ever held.
 """
 
 import ctypes
@@ -15,34 +21,20 @@ __all__ = ["configure_process", "keep_freed_memory", "peak_rss_bytes", "return_f
 
 _TRIM_THRESHOLD, _MMAP_THRESHOLD = -1, -3
 _LARGEST_KEPT = 32 << 20
-"""An array above it, such as a wide layer's Hessian, is given back as soon as it is freed. The most that every glibc
-takes."""
+"""Size in bytes above which an array, such as a wide layer's Hessian, is given back as soon as it is freed. It is the
+largest value that every glibc takes."""
 _MOST_KEPT = 128 << 20
-"""Free memory behind all that is in use."""
-
-
-def keep_freed_memory() -> bool:
-    """Let this process use freed memory again, instead of asking for new pages. Whether the C library does that."""
-    mallopt = _of_c_library("mallopt")
-    # Only together: after the second alone every array of more than some pages would be given back.
-    return mallopt is not None and bool(
-        mallopt(_MMAP_THRESHOLD, _LARGEST_KEPT) and mallopt(_TRIM_THRESHOLD, _MOST_KEPT)
-    )
-
-
-def return_freed_memory() -> None:
-    """Give freed memory back to the system; a worker lives for hours and would keep its largest ever."""
-    trim = _of_c_library("malloc_trim")
-    if trim is not None:
-        trim(0)
-
-
-def _of_c_library(name: str) -> Callable[..., int] | None:
-    return getattr(ctypes.CDLL(None), name, None)
+"""Bytes of free memory that are kept behind all memory that is in use."""
 
 
 def configure_process(threads: int) -> None:
-    """Settings of the whole process that the arithmetic depends on: threads, and exact float32 products."""
+    """Make the arithmetic of this process reproducible: its number of threads, and exact float32 products.
+
+    It also silences transformers, whose messages would come from every worker.
+
+    Args:
+        threads: Number of threads that torch's CPU operations use.
+    """
     torch.set_num_threads(threads)
     torch.set_float32_matmul_precision("highest")
     torch.backends.cudnn.allow_tf32 = False
@@ -50,6 +42,30 @@ def configure_process(threads: int) -> None:
     transformers.utils.logging.set_verbosity_error()
 
 
+def keep_freed_memory() -> bool:
+    """Let this process use freed memory again instead of asking for new pages.
+
+    Returns:
+        Whether the C library can do that.
+    """
+    mallopt = _of_c_library("mallopt")
+    # Both are needed: after the second alone every array of more than some pages would be given back.
+    return mallopt is not None and bool(
+        mallopt(_MMAP_THRESHOLD, _LARGEST_KEPT) and mallopt(_TRIM_THRESHOLD, _MOST_KEPT)
+    )
+
+
+def return_freed_memory() -> None:
+    """Give freed memory back to the system; a worker lives for hours and would keep the most that it ever used."""
+    trim = _of_c_library("malloc_trim")
+    if trim is not None:
+        trim(0)
+
+
 def peak_rss_bytes() -> int:
-    """Largest resident memory this process ever had."""
+    """Return the largest resident memory that this process ever had, in bytes."""
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+
+
+def _of_c_library(name: str) -> Callable[..., int] | None:
+    return getattr(ctypes.CDLL(None), name, None)

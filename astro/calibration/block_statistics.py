@@ -1,6 +1,6 @@
-"""The statistics of a block's layers: which of them share an input, and the Hessians of those inputs.
+"""The statistics of a block's layers: which of them read the same input, and the Hessians of those inputs.
 
-Shapes: T tokens, C columns.
+Layers that read the same input are an input group: q, k and v; gate and up. Shapes: T tokens, C columns.
 """
 
 import contextlib
@@ -10,7 +10,7 @@ from collections.abc import Callable, Collection, Container, Iterable, Iterator,
 import torch
 
 from astro.calibration.hessian import HessianAccumulator
-from astro.calibration.starved_experts import AllTokens, GroupStatistics, is_starved, starved_statistics
+from astro.calibration.starved_experts import AllTokens, InputStatistics, is_starved, starved_statistics
 from astro.config import Experts
 from astro.errors import NumericalError, UnsupportedError
 from astro.model.activations import BlockLayers, Operand, names_of
@@ -21,92 +21,103 @@ __all__ = ["BlockStatistics", "input_stages", "inputs_of"]
 class BlockStatistics:
     """Collects the Hessians of a block's layers while its forward runs.
 
-    Layers that are called one after the other with the very same input share one Hessian: q, k and v; gate and up.
-    Which do is found in the first forward and checked in every later one. Gate and up of one expert share theirs too.
+    Layers that are called one after the other with the very same input share one Hessian. The first forward shows which
+    layers these are, and every later one is checked against it. Gate and up of one expert are always one input group.
 
     Attributes:
-        groups: operands that share an input, in the order of the first forward; all experts one after the other.
-        seconds: time spent on the products.
+        input_groups: Operands of each input group, in the order of the first forward; experts one after the other.
+        seconds: Seconds that the products took.
     """
 
     def __init__(self, layers: BlockLayers, device: torch.device) -> None:
+        """Begin with no statistics.
+
+        Args:
+            layers: The layers of the block, which is loaded.
+            device: Device of the sums.
+        """
         self._layers = layers
         self._device = device
         self._accumulators: list[HessianAccumulator] = []
-        self._group_of: dict[Operand, int] = {}
+        self._input_group_of: dict[Operand, int] = {}
         self._last: tuple[torch.Tensor, int] | None = None
-        self.groups: list[list[Operand]] = []
+        self.input_groups: list[list[Operand]] = []
         self.seconds = 0.0
 
     def run(self, action: Callable[[], torch.Tensor]) -> torch.Tensor:
-        """Run a forward of the block under observation and return its result."""
+        """Run a forward of the block, add the inputs of its layers, and return its result.
+
+        Args:
+            action: A forward of the block.
+        """
         try:
             with self._layers.observed(self._observe):
                 return action()
         finally:
             self._last = None
 
-    def finish_(self, experts: Experts, repeats: Sequence[Callable[[], object]]) -> Iterator[GroupStatistics]:
-        """Every group, handed out once and then forgotten.
+    def finish_(self, experts: Experts, repeats: Sequence[Callable[[], object]]) -> Iterator[InputStatistics]:
+        """Yield the statistics of every input group; each is forgotten as soon as it is handed out.
 
         Args:
-            experts: what is done about experts that saw too few tokens.
-            repeats: a forward of the block for every calibration chunk, should they have to pass once more.
+            experts: The policy about experts that saw too few tokens.
+            repeats: A forward of the block for every calibration chunk; the policy `all-tokens` runs them once more.
 
         Raises:
-            NumericalError: a layer was never reached, or saw values that are not finite, or an expert saw too few
-                tokens and the policy is to fail.
+            NumericalError: A layer was never reached, or saw values that are not finite, or an expert saw too few
+                tokens and the policy is `fail`.
         """
-        _require_reached(self._layers.operands, self._group_of)
+        _require_reached(self._layers.operands, self._input_group_of)
         accumulators, self._accumulators = self._accumulators, []
-        few = [
+        starved = [
             group[0]
-            for group, sums in zip(self.groups, accumulators, strict=True)
+            for group, sums in zip(self.input_groups, accumulators, strict=True)
             if is_starved(group[0], sums.num_tokens, experts)
         ]
-        again = AllTokens(self._layers, few, repeats) if experts.policy == "all-tokens" else None
-        shared = self._shared(accumulators) if few and experts.policy == "shared-hessian" else {}
-        for group, sums in zip(self.groups, accumulators, strict=True):
+        again = AllTokens(self._layers, starved, repeats) if experts.policy == "all-tokens" else None
+        shared = self._shared(accumulators) if starved and experts.policy == "shared-hessian" else {}
+        for group, sums in zip(self.input_groups, accumulators, strict=True):
             names = tuple(names_of(group))
-            if group[0] not in few:
+            if group[0] not in starved:
                 H = sums.finish_("+".join(names))
-                yield GroupStatistics(names, H, sums.num_tokens, sums.num_tokens)
+                yield InputStatistics(names, H, sums.num_tokens, sums.num_tokens)
             else:
                 instead = again.sums(group[0], self._device) if again else shared.get(group[0].parameter)
                 yield starved_statistics(group[0], sums.num_tokens, experts, instead, self._device)
 
     def _shared(self, accumulators: Sequence[HessianAccumulator]) -> dict[str, HessianAccumulator]:
-        """Sums over all experts of a parameter, by its name."""
+        """Return the sum over all experts of each parameter, by the parameter's name."""
         shared: dict[str, HessianAccumulator] = {}
-        for group, sums in zip(self.groups, accumulators, strict=True):
+        for group, sums in zip(self.input_groups, accumulators, strict=True):
             if group[0].expert is not None:
-                own = HessianAccumulator(group[0].columns, self._device)
-                shared.setdefault(group[0].parameter, own).absorb_(sums)
+                empty = HessianAccumulator(group[0].columns, self._device)
+                shared.setdefault(group[0].parameter, empty).absorb_(sums)
         return shared
 
     def _observe(self, operand: Operand, X: torch.Tensor) -> None:
-        last, group = self._last if self._last is not None else (None, -1)
+        last, last_index = self._last if self._last is not None else (None, -1)
         shares = operand.expert is None and last is not None and _is_same(last, X)
-        if operand not in self._group_of:
-            self._open(operand, group if shares else None)
-        own = self._group_of[operand]
-        if operand is self.groups[own][0]:
+        if operand not in self._input_group_of:
+            self._open(operand, last_index if shares else None)
+        index = self._input_group_of[operand]
+        if operand is self.input_groups[index][0]:
             start = time.perf_counter()
-            self._accumulators[own].add_(X)
+            self._accumulators[index].add_(X)
             self.seconds += time.perf_counter() - start
-        elif not shares or group != own:
-            first, other = self.groups[own][0].names[0], operand.names[0]
+        elif not shares or last_index != index:
+            first, other = self.input_groups[index][0].names[0], operand.names[0]
             raise UnsupportedError(f"{other} shared its input with {first} in one forward, not in another")
-        self._last = (X, own)
+        self._last = (X, index)
 
-    def _open(self, operand: Operand, group: int | None) -> None:
-        if group is not None:
-            self.groups[group].append(operand)
-            self._group_of[operand] = group
+    def _open(self, operand: Operand, index: int | None) -> None:
+        """Put an operand that was not seen before into an input group, or into a new one where `index` is None."""
+        if index is not None:
+            self.input_groups[index].append(operand)
+            self._input_group_of[operand] = index
             return
         for member in _together(self._layers, operand):
-            self._group_of[member] = len(self.groups)
-            self.groups.append([member])
+            self._input_group_of[member] = len(self.input_groups)
+            self.input_groups.append([member])
             self._accumulators.append(HessianAccumulator(member.columns, self._device, member.expert is not None))
 
 
@@ -115,27 +126,31 @@ class _Reached(Exception):
 
 
 def _together(layers: BlockLayers, operand: Operand) -> list[Operand]:
-    """What comes to its turn together: an operand alone, or the same layers of all experts."""
+    """Return the operands that are handled together: an operand alone, or the same layers of all experts."""
     if operand.expert is None:
         return [operand]
     return [other for other in layers.operands if other.parameter == operand.parameter]
 
 
 def input_stages(layers: BlockLayers, action: Callable[[], object]) -> list[list[list[Operand]]]:
-    """Stages of a block in the order in which a forward comes to them, each of groups of operands with one input.
+    """Return the input groups of a block, in the order in which a forward comes to them.
 
-    A stage is one group, or as many as there are experts.
+    Input groups whose inputs are known at the same time are in one stage: a single input group outside experts, and
+    those of all experts that read the same parameter.
 
     Args:
-        layers: of the block.
-        action: a forward of the block.
+        layers: The layers of the block, which is loaded.
+        action: A forward of the block.
+
+    Returns:
+        Stages of input groups of operands.
 
     Raises:
-        NumericalError: the forward does not reach a layer.
+        NumericalError: The forward does not reach a layer.
     """
     stages: list[list[list[Operand]]] = []
     seen: set[Operand] = set()
-    last: list[torch.Tensor] = []  # kept, so that no other input can take its place in memory
+    last: list[torch.Tensor] = []  # kept alive, so that no other input can take its place in memory
 
     def note(operand: Operand, X: torch.Tensor) -> None:
         if operand not in seen and operand.expert is None and last and _is_same(last[0], X):
@@ -156,15 +171,15 @@ def input_stages(layers: BlockLayers, action: Callable[[], object]) -> list[list
 def inputs_of(
     layers: BlockLayers, operands: Collection[Operand], action: Callable[[], object]
 ) -> dict[Operand, torch.Tensor]:
-    """The inputs [..., C] of some operands in a forward, which goes no further than it must.
+    """Return the inputs [..., C] of some operands in a forward, which ends as soon as all of them are known.
 
     Args:
-        layers: of the block.
-        operands: which of them; experts that no token reaches stay away from the result.
-        action: a forward of the block.
+        layers: The layers of the block, which is loaded.
+        operands: The operands; experts among them that no token reaches are left out of the result.
+        action: A forward of the block.
 
     Raises:
-        NumericalError: the forward does not reach an operand outside experts.
+        NumericalError: The forward does not reach an operand outside experts.
     """
     seen: dict[Operand, torch.Tensor] = {}
 
@@ -185,7 +200,7 @@ def inputs_of(
 
 
 def _is_same(X: torch.Tensor, other: torch.Tensor) -> bool:
-    """Whether two inputs, both still alive, are one."""
+    """Tell whether two inputs, which are both alive, are the same memory."""
     return X.data_ptr() == other.data_ptr() and X.shape == other.shape
 
 

@@ -1,7 +1,7 @@
 """The Hessian of a layer's squared error: accumulation, damping, factorization.
 
 For Y = X Wᵀ the layer error of a perturbed weight is tr(ΔW H ΔWᵀ) with H = XᵀX.
-Shapes: T tokens, C columns (inputs of the layer), B layers side by side.
+Shapes: T tokens, C columns (inputs of the layer).
 """
 
 import torch
@@ -13,20 +13,23 @@ __all__ = ["DriftAccumulator", "HessianAccumulator"]
 
 
 class HessianAccumulator:
-    """Sums XᵀX over chunks, in the order in which they are added, in float32.
+    """Sums XᵀX over chunks of calibration tokens, in the order in which they are added, in float32.
 
-    Each chunk's product is formed on its own and then added. Sums over shares of the chunks that are merged in a fixed
-    order give the same bits wherever they were computed. Only the tiles on and above the diagonal are computed.
+    The product of each chunk is formed first and then added. So sums over shares of the chunks give the same bits
+    wherever they were computed, if they are merged in a fixed order. Only tiles on and above the diagonal are computed.
+
+    Attributes:
+        num_tokens: Number of tokens that were added.
     """
 
     def __init__(self, num_columns: int, device: torch.device, keep_inputs: bool = False) -> None:
-        """Begin with nothing.
+        """Begin with an empty sum.
 
         Args:
-            num_columns: C.
-            device: where the sum is.
-            keep_inputs: keep inputs as they are until they are larger than the sum would be. Comes to the same bits;
-                for the many layers that each see few tokens, as experts do.
+            num_columns: Number C of columns.
+            device: Device of the sum.
+            keep_inputs: Whether inputs are kept as they are until they are larger than the sum would be. The bits are
+                the same; it saves memory for many layers that each see few tokens, as experts do.
         """
         self._shape, self._device = (num_columns, num_columns), device
         self._sum: torch.Tensor | None = None
@@ -35,11 +38,11 @@ class HessianAccumulator:
         self.num_tokens = 0
 
     def add_(self, X: torch.Tensor) -> None:
-        """Add one chunk.
+        """Add the inputs of one chunk.
 
         Args:
-            X: inputs of the layer [..., C], any float dtype; products are formed and added in float32. Where inputs are
-                kept it must not be written to any more.
+            X: Inputs of the layer [..., C] in any float dtype; products are formed and added in float32. Where inputs
+                are kept, nothing may write to them any more.
         """
         X = X.reshape(-1, X.shape[-1])
         self.num_tokens += X.shape[0]
@@ -49,24 +52,28 @@ class HessianAccumulator:
 
     @property
     def partial(self) -> torch.Tensor:
-        """The sum so far, float32 [C, C]; only its tiles on and above the diagonal are filled."""
+        """Sum so far, float32 [C, C]; only its tiles on and above the diagonal are filled."""
         self._fold()
         if self._sum is None:
             self._sum = torch.zeros(self._shape, dtype=torch.float32, device=self._device)
         return self._sum
 
     def merge_(self, partial: torch.Tensor, num_tokens: int) -> None:
-        """Add a sum that was begun elsewhere.
+        """Add a sum that was computed elsewhere.
 
         Args:
-            partial: of another accumulator, on this one's device.
-            num_tokens: tokens in it.
+            partial: The `partial` of another accumulator, on the device of this one.
+            num_tokens: Number of tokens in that sum.
         """
         self.partial.add_(partial)
         self.num_tokens += num_tokens
 
     def absorb_(self, other: "HessianAccumulator") -> None:
-        """Add all that another has seen; that one stays as it is, its inputs kept where they are."""
+        """Add all that another accumulator has seen, which stays as it is.
+
+        Args:
+            other: The other accumulator; inputs that it keeps are shared, not copied.
+        """
         if other._sum is not None:
             self.partial.add_(other._sum)
         self.num_tokens += other.num_tokens - sum(len(X) for X in other._kept)
@@ -74,10 +81,13 @@ class HessianAccumulator:
             self.add_(X)
 
     def finish_(self, name: str) -> torch.Tensor:
-        """The mean of xxᵀ over all tokens, symmetric [C, C] float32. The accumulator is empty afterwards.
+        """Return the mean of xxᵀ over all tokens, symmetric [C, C] float32. The accumulator is empty afterwards.
+
+        Args:
+            name: Name of the layer, for messages.
 
         Raises:
-            NumericalError: no token was seen, or an input was not finite.
+            NumericalError: No token was seen, or an input was not finite.
         """
         H, self._sum = self.partial, None
         if not self.num_tokens:
@@ -100,12 +110,12 @@ class HessianAccumulator:
 
 
 def _is_multiplied_exactly(X: torch.Tensor) -> bool:
-    """Whether its device takes 16-bit numbers for sums in float32, in which each of their products is exact."""
+    """Tell whether the device multiplies 16-bit numbers as they are, and adds their exact products in float32."""
     return X.device.type == "cuda" and X.dtype in (torch.bfloat16, torch.float16)
 
 
 def _product(X: torch.Tensor, Y: torch.Tensor) -> torch.Tensor:
-    """XᵀY in float32."""
+    """Return XᵀY in float32."""
     return X.T @ Y if X.dtype == torch.float32 else torch.mm(X.T, Y, out_dtype=torch.float32)
 
 
@@ -113,22 +123,34 @@ class DriftAccumulator:
     """Sums (X_s − X)ᵀ X over chunks: how the inputs X of a layer drifted from those of the source model, X_s.
 
     Order and merging are those of `HessianAccumulator`.
+
+    Attributes:
+        partial: Sum so far, float32 [C, C].
+        num_tokens: Number of tokens that were added.
     """
 
     def __init__(self, num_columns: int, device: torch.device) -> None:
+        """Begin with a sum of zeros.
+
+        Args:
+            num_columns: Number C of columns.
+            device: Device of the sum.
+        """
         self.partial = torch.zeros(num_columns, num_columns, dtype=torch.float32, device=device)
         self.num_tokens = 0
 
     def add_(self, X_source: torch.Tensor, X: torch.Tensor) -> None:
-        """Add one chunk.
+        """Add the inputs of one chunk.
 
         Args:
-            X_source: inputs of the layer in the source model [..., C].
-            X: inputs of the layer behind quantized layers, for the same tokens [..., C].
+            X_source: Inputs of the layer in the source model [..., C].
+            X: Inputs of the layer behind quantized layers, for the same tokens [..., C].
         """
         X = X.reshape(-1, X.shape[-1])
         D = X_source.reshape(X.shape).float() - X.float()
-        if _is_multiplied_exactly(X) and X.dtype == torch.bfloat16:  # of a float32's range; two hold it to 2⁻¹⁷
+        if (
+            _is_multiplied_exactly(X) and X.dtype == torch.bfloat16
+        ):  # it has the range of float32, and two of them hold a number to 2⁻¹⁷
             high = D.to(X.dtype)
             self.partial += _product(high, X)
             self.partial += _product(D.sub_(high).to(X.dtype), X)
@@ -137,15 +159,23 @@ class DriftAccumulator:
         self.num_tokens += X.shape[0]
 
     def merge_(self, partial: torch.Tensor, num_tokens: int) -> None:
-        """Add a sum that was begun elsewhere, [C, C] on this one's device."""
+        """Add a sum that was computed elsewhere.
+
+        Args:
+            partial: The `partial` of another accumulator, [C, C] on the device of this one.
+            num_tokens: Number of tokens in that sum.
+        """
         self.partial += partial
         self.num_tokens += num_tokens
 
     def finish_(self, name: str) -> torch.Tensor:
-        """The mean over all tokens, [C, C] float32. The accumulator is empty afterwards.
+        """Return the mean over all tokens, [C, C] float32. The accumulator is empty afterwards.
+
+        Args:
+            name: Name of the layer, for messages.
 
         Raises:
-            NumericalError: an input was not finite.
+            NumericalError: An input was not finite.
         """
         drift, self.partial = self.partial, torch.empty(0)
         if not bool(torch.isfinite(drift).all()):

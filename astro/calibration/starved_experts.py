@@ -1,6 +1,6 @@
-"""What takes the place of the statistics of an expert that too few calibration tokens reached.
+"""The statistics of a layer's inputs, and what replaces them for an expert that too few calibration tokens reached.
 
-Shapes: T tokens, C columns.
+Layers that read the same input are an input group: q, k and v; gate and up. Shapes: T tokens, C columns.
 """
 
 import dataclasses
@@ -16,19 +16,19 @@ from astro.errors import NumericalError
 from astro.model.activations import BlockLayers, Operand
 from astro.model.experts import call_alone, reads_inputs
 
-__all__ = ["AllTokens", "GroupStatistics", "exhaust", "is_starved", "starved_statistics"]
+__all__ = ["AllTokens", "InputStatistics", "exhaust", "is_starved", "starved_statistics"]
 
 
 @dataclasses.dataclass(frozen=True)
-class GroupStatistics:
-    """What is known of the inputs of a group.
+class InputStatistics:
+    """What calibration learned of the inputs that an input group reads.
 
     Attributes:
-        names: of the layers that share the input.
-        H: mean of xxᵀ, float32 [C, C]; the identity where the group is to be rounded to nearest.
-        num_tokens: in H.
-        routed_tokens: that the model itself sends through these layers.
-        fallback: the experts' policy where it had to be used, else empty.
+        names: Names of the layers that read the input.
+        H: Mean of xxᵀ over the tokens, float32 [C, C]; the identity where the layers are to be rounded to nearest.
+        num_tokens: Number of tokens that H was made from.
+        routed_tokens: Number of calibration tokens that the model itself sends through these layers.
+        fallback: The experts' policy, where too few tokens made it necessary; empty elsewhere.
     """
 
     names: tuple[str, ...]
@@ -38,12 +38,14 @@ class GroupStatistics:
     fallback: str = ""
 
 
-def exhaust(statistics: Iterator[GroupStatistics]) -> None:
-    """Let statistics that were all taken come to their end: what they were made from is let go, and where there was no
-    group they see that none should have been.
+def exhaust(statistics: Iterator[InputStatistics]) -> None:
+    """Run an iterator of statistics to its end, so that it frees what it made them from.
 
     Args:
-        statistics: nothing is left of them.
+        statistics: An iterator of which every item was taken already.
+
+    Raises:
+        AssertionError: An item is left, which belongs to no input group.
     """
     left = next(statistics, None)
     if left is not None:
@@ -51,9 +53,10 @@ def exhaust(statistics: Iterator[GroupStatistics]) -> None:
 
 
 class AllTokens:
-    """What experts would see if every token went through each of them.
+    """The inputs that experts would see if every token went through each of them.
 
-    The inputs of their layer are kept for all calibration tokens, so that experts can be asked for one after the other.
+    What goes into their mixture of experts is kept for all calibration tokens, to be sent through one expert after the
+    other.
     """
 
     def __init__(
@@ -62,21 +65,21 @@ class AllTokens:
         operands: Sequence[Operand],
         repeats: Iterable[Callable[[], object]],
     ) -> None:
-        """Run the block once more.
+        """Run the block once more over the calibration chunks and keep what its experts are called with.
 
         Args:
-            layers: of the block.
-            operands: of the experts that will be asked for.
-            repeats: a forward of the block for every calibration chunk.
+            layers: The layers of the block.
+            operands: Operands of the experts that `sums` will be asked for.
+            repeats: A forward of the block for every calibration chunk.
         """
         self._layers = layers
         self._shared: dict[str, HessianAccumulator] = {}
         modules = {layers.module_of(operand): layers.owner_of(operand) for operand in operands}
         self._calls: dict[nn.Module, list[tuple[Any, Any, torch.Tensor]]] = {module: [] for module in modules}
-        given: dict[nn.Module, tuple[Any, Any]] = {}
+        latest: dict[nn.Module, tuple[Any, Any]] = {}
 
         def note(module: nn.Module, args: Any, kwargs: Any) -> None:
-            given[module] = (args, kwargs)
+            latest[module] = (args, kwargs)
 
         handles = [
             module.register_forward_pre_hook(note, with_kwargs=True) for pair in modules.items() for module in pair
@@ -85,20 +88,27 @@ class AllTokens:
             for repeat in repeats if operands else ():
                 repeat()
                 for module, owner in modules.items():
-                    args, kwargs = given[owner]
-                    self._calls[module].append((*given[module], args[0] if args else kwargs["hidden_states"]))
+                    args, kwargs = latest[owner]
+                    self._calls[module].append((*latest[module], args[0] if args else kwargs["hidden_states"]))
         finally:
             for handle in handles:
                 handle.remove()
 
     def sums(self, operand: Operand, device: torch.device) -> HessianAccumulator:
-        """Of the inputs of one expert's layers. Of those that read what the experts are given it is one for all."""
+        """Return the sum over the inputs of one expert's layers, if all tokens went through that expert.
+
+        Gate and up read what goes into the mixture of experts, which is the same for all: their sum is made once.
+
+        Args:
+            operand: The operand of the expert.
+            device: Device of the sum.
+        """
         if operand.parameter in self._shared:
             return self._shared[operand.parameter]
         sums = HessianAccumulator(operand.columns, device)
 
-        def note(seen: Operand, X: torch.Tensor) -> None:
-            if seen == operand:
+        def note(multiplied: Operand, X: torch.Tensor) -> None:
+            if multiplied == operand:
                 sums.add_(X)
 
         module = self._layers.module_of(operand)
@@ -111,7 +121,13 @@ class AllTokens:
 
 
 def is_starved(operand: Operand, num_tokens: int, experts: Experts) -> bool:
-    """Whether an operand is of an expert that saw fewer tokens than it should."""
+    """Tell whether an operand belongs to an expert that saw fewer tokens than the policy asks for.
+
+    Args:
+        operand: The operand of some layers.
+        num_tokens: Number of tokens that reached it.
+        experts: The policy about experts.
+    """
     return operand.expert is not None and num_tokens < experts.min_tokens
 
 
@@ -121,18 +137,18 @@ def starved_statistics(
     experts: Experts,
     sums: HessianAccumulator | None,
     device: torch.device,
-) -> GroupStatistics:
-    """What takes the place of an expert's own statistics.
+) -> InputStatistics:
+    """Return what replaces the statistics of an expert that saw too few tokens.
 
     Args:
-        operand: of an expert that saw too few tokens.
-        routed_tokens: that it saw.
-        experts: the policy.
-        sums: over all tokens, or over all experts, as the policy says; None where it wants none.
-        device: of the result.
+        operand: The operand of the expert.
+        routed_tokens: Number of tokens that the expert saw.
+        experts: The policy about such experts.
+        sums: Sum over all tokens, or over all experts, as the policy says; None where the policy needs none.
+        device: Device of the result.
 
     Raises:
-        NumericalError: the policy is to fail.
+        NumericalError: The policy is `fail`.
     """
     name = "+".join(operand.names)
     if experts.policy == "fail":
@@ -142,9 +158,9 @@ def starved_statistics(
         )
     if experts.policy == "rtn":
         H = torch.eye(operand.columns, dtype=torch.float32, device=device)
-        return GroupStatistics(operand.names, H, 0, routed_tokens, experts.policy)
+        return InputStatistics(operand.names, H, 0, routed_tokens, experts.policy)
     assert sums is not None
-    # Of sums that several experts share none may be used up.
-    own = HessianAccumulator(operand.columns, device)
-    own.absorb_(sums)
-    return GroupStatistics(operand.names, own.finish_(name), own.num_tokens, routed_tokens, experts.policy)
+    # A copy is finished, since several experts may share these sums.
+    copy = HessianAccumulator(operand.columns, device)
+    copy.absorb_(sums)
+    return InputStatistics(operand.names, copy.finish_(name), copy.num_tokens, routed_tokens, experts.policy)

@@ -1,6 +1,6 @@
-"""What the layers of a block are multiplied with, seen in the block's own forward.
+"""The activations that a block's layers multiply with their weights, observed in the block's own forward.
 
-A layer is known by where its weight lies in memory, whatever module or loop multiplies with it: linear layers, the
+A layer is recognized by where its weight lies in memory, whatever module or loop multiplies with it: linear layers, the
 experts of a layer one after the other, or all of them in one batched product. Shapes: T tokens, C columns, E experts.
 """
 
@@ -26,18 +26,18 @@ _OPERANDS = {
     "addmm": ((1, "mat1"), (2, "mat2")),
     "baddbmm": ((1, "batch1"), (2, "batch2")),
 }
-"""Places and names of the inputs and of the weight among the arguments of torch's matrix products, by function name."""
+"""Positions and names of the inputs and the weight among the arguments of torch's matrix products, by function name."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Operand:
-    """The weight that a block multiplies its activations with: a linear layer's, or gate's and up's of one expert.
+    """A weight that a block multiplies its activations with: that of a linear layer, or gate and up of one expert.
 
     Attributes:
-        names: of its layers, which share their input.
-        parameter: name of the model's parameter it lies in.
-        expert: index of the expert; None outside experts.
-        columns: input size.
+        names: Names of the layers in the weight, which read the same input.
+        parameter: Name of the model's parameter that holds the weight.
+        expert: Index of the expert; None outside experts.
+        columns: Input size.
     """
 
     names: tuple[str, ...]
@@ -47,66 +47,91 @@ class Operand:
 
 
 Note = Callable[[Operand, torch.Tensor], None]
+"""A function that is called with an operand and the inputs [..., C] that it is multiplied with."""
 
 
-def names_of(group: Iterable[Operand]) -> list[str]:
-    """Names of the layers of operands that share an input."""
-    return [name for operand in group for name in operand.names]
+def names_of(operands: Iterable[Operand]) -> list[str]:
+    """Return the names of all layers of some operands.
+
+    Args:
+        operands: The operands, e.g. of an input group.
+    """
+    return [name for operand in operands for name in operand.names]
 
 
 class BlockLayers:
-    """The linear layers of a block that is loaded.
+    """The linear layers of a block that is loaded: their weights, and what they are multiplied with.
 
     Attributes:
-        operands: in the model's order.
-        by_name: the operand of each layer.
+        operands: Every operand of the block, in the model's order.
+        by_name: The operand of each layer by the layer's name.
     """
 
     def __init__(self, model: nn.Module, layers: Sequence[LinearLayer]) -> None:
         """Look at some layers of one block.
 
         Args:
-            model: that the block belongs to.
-            layers: of the block.
+            model: The model that the block belongs to.
+            layers: The layers of the block, in the model's order.
         """
         self._model = model
         self._layers = {layer.name: layer for layer in layers}
-        grouped: dict[tuple[str, int | None], list[LinearLayer]] = {}
+        by_weight: dict[tuple[str, int | None], list[LinearLayer]] = {}
         for layer in layers:
-            grouped.setdefault((layer.parameter, layer.expert), []).append(layer)
+            by_weight.setdefault((layer.parameter, layer.expert), []).append(layer)
         self.operands = tuple(
             Operand(tuple(layer.name for layer in members), parameter, expert, members[0].columns)
-            for (parameter, expert), members in grouped.items()
+            for (parameter, expert), members in by_weight.items()
         )
         self.by_name = {name: operand for operand in self.operands for name in operand.names}
 
     def weight(self, name: str) -> torch.Tensor:
-        """A layer's weight [rows, columns] as it is loaded. No copy."""
+        """Return a layer's weight [rows, columns] as it is loaded, without a copy.
+
+        Args:
+            name: Name of the layer.
+        """
         layer = self._layers[name]
         return layer.view(self._model.get_parameter(layer.parameter).detach())
 
     def module_of(self, operand: Operand) -> nn.Module:
-        """The module that an operand's parameter belongs to."""
+        """Return the module that an operand's parameter belongs to.
+
+        Args:
+            operand: The operand.
+        """
         return self._model.get_submodule(operand.parameter.rpartition(".")[0])
 
     def owner_of(self, operand: Operand) -> nn.Module:
-        """The module around it: of experts, the one that routes to them."""
+        """Return the module around `module_of`: around experts it is the mixture that routes to them.
+
+        Args:
+            operand: The operand.
+        """
         return self._model.get_submodule(operand.parameter.rpartition(".")[0].rpartition(".")[0])
 
     def observed(self, note: Note) -> "_Observation":
-        """A context in which `note` is called with every operand and its inputs [..., C], before each product."""
+        """Return a context in which a function sees every operand and its inputs, before each product.
+
+        Args:
+            note: The function that is called.
+        """
         places: dict[tuple[int, int], list[Operand]] = {}
         for operand in self.operands:
             parameter = self._model.get_parameter(operand.parameter)
-            own = parameter if operand.expert is None else parameter[operand.expert]
-            places[own.data_ptr(), own.ndim] = [operand]
+            weight = parameter if operand.expert is None else parameter[operand.expert]
+            places[weight.data_ptr(), weight.ndim] = [operand]
             if operand.expert is not None:
                 places.setdefault((parameter.data_ptr(), parameter.ndim), []).append(operand)
         return _Observation(places, note)
 
     @contextlib.contextmanager
     def replaced(self, weights: Mapping[str, torch.Tensor]) -> Iterator[None]:
-        """Put other weights [rows, columns] into some layers for a while."""
+        """Put other weights into some layers while the body of a `with` statement runs.
+
+        Args:
+            weights: Weights [rows, columns] by the layer's name.
+        """
         kept: dict[str, torch.Tensor] = {}
         try:
             for name, weight in weights.items():
@@ -117,7 +142,7 @@ class BlockLayers:
                 self._exchange(name, weight)
 
     def _exchange(self, name: str, weight: torch.Tensor) -> torch.Tensor:
-        """Put a weight into a layer; the one that was there. No copy where the layer is a parameter of its own."""
+        """Put a weight into a layer and return the weight before. Nothing is copied where it is a whole parameter."""
         layer = self._layers[name]
         parameter = self._model.get_parameter(layer.parameter)
         if layer.expert is None and not layer.transposed:

@@ -1,8 +1,8 @@
-"""What a transformer block is given besides hidden states: recorded from the model's own forward, kept as a file.
+"""The arguments of a transformer block besides hidden states: recorded from the model's own forward, kept in a file.
 
-Masks, rotary embeddings, positions and their order differ between architectures. Instead of knowing them, the model's
-own forward is run once with every block replaced by a stub that notes its arguments and hands the hidden states on.
-Shapes: B sequences, T tokens, H hidden size.
+Masks, rotary embeddings, positions and their order differ between architectures. This module knows none of them: it
+runs the model's own forward once with every block replaced by a stub, which notes its arguments and returns the hidden
+states as they came. Shapes: B sequences, T tokens, H hidden size, V tokens in the vocabulary.
 """
 
 import contextlib
@@ -27,8 +27,8 @@ class BlockCall:
     """The arguments of one block besides the hidden states.
 
     Attributes:
-        args: positional arguments, after the hidden states.
-        kwargs: keyword arguments.
+        args: Positional arguments after the hidden states.
+        kwargs: Keyword arguments.
     """
 
     args: tuple[Any, ...]
@@ -36,20 +36,20 @@ class BlockCall:
 
 
 class _FirstBlockDone(Exception):
-    """Ends a forward that is only wanted up to its first block."""
+    """Ends a forward that is only needed up to its first block."""
 
 
 def returns_tuple(skeleton: Skeleton, input_ids: torch.Tensor) -> bool:
-    """Whether blocks of this model return a tuple; embeddings and the first block must be loaded.
+    """Tell whether blocks of this model return a tuple.
 
     Args:
-        skeleton: the model.
-        input_ids: a few tokens, int64 [B, T].
+        skeleton: The model, with its embeddings and its first block loaded.
+        input_ids: A few tokens, int64 [B, T].
     """
-    seen: list[bool] = []
+    is_tuple: list[bool] = []
 
     def note(module: nn.Module, args: Any, output: Any) -> None:
-        seen.append(isinstance(output, tuple))
+        is_tuple.append(isinstance(output, tuple))
         raise _FirstBlockDone
 
     handle = skeleton.blocks[0].register_forward_hook(note)
@@ -58,19 +58,19 @@ def returns_tuple(skeleton: Skeleton, input_ids: torch.Tensor) -> bool:
             skeleton.model(input_ids=input_ids, use_cache=False)
     finally:
         handle.remove()
-    return seen[0]
+    return is_tuple[0]
 
 
 def record(skeleton: Skeleton, input_ids: torch.Tensor, as_tuple: bool) -> tuple[torch.Tensor, list[BlockCall]]:
-    """Run the model around its blocks: embeddings in, arguments of every block out.
+    """Run the model around its blocks and record what every block is called with.
 
     Args:
-        skeleton: the model, everything outside its blocks loaded.
-        input_ids: int64 [B, T].
-        as_tuple: whether blocks return a tuple.
+        skeleton: The model, with everything outside its blocks loaded.
+        input_ids: Tokens, int64 [B, T].
+        as_tuple: Whether blocks return a tuple.
 
     Returns:
-        The first block's hidden states [B, T, H], and one call a block.
+        The hidden states [B, T, H] before the first block, and the call of every block.
     """
     first: list[torch.Tensor] = []
     calls: list[BlockCall] = []
@@ -87,13 +87,13 @@ def record(skeleton: Skeleton, input_ids: torch.Tensor, as_tuple: bool) -> tuple
 
 
 def run_head(skeleton: Skeleton, input_ids: torch.Tensor, hidden: torch.Tensor, as_tuple: bool) -> torch.Tensor:
-    """Logits [B, T, V] from the last block's output.
+    """Return the logits [B, T, V] that follow from the last block's output.
 
     Args:
-        skeleton: the model, everything outside its blocks loaded.
-        input_ids: int64 [B, T], the tokens that the hidden states came from.
-        hidden: output of the last block [B, T, H].
-        as_tuple: whether blocks return a tuple.
+        skeleton: The model, with everything outside its blocks loaded.
+        input_ids: Tokens that the hidden states came from, int64 [B, T].
+        hidden: Output of the last block [B, T, H].
+        as_tuple: Whether blocks return a tuple.
     """
 
     def stub(*args: Any, **kwargs: Any) -> Any:
@@ -107,8 +107,13 @@ def run_head(skeleton: Skeleton, input_ids: torch.Tensor, hidden: torch.Tensor, 
 def save_calls(path: Path, calls: Sequence[BlockCall], as_tuple: bool) -> None:
     """Write the calls of all blocks to one safetensors file; a tensor that blocks share is stored once.
 
+    Args:
+        path: Where the file belongs.
+        calls: The call of every block, in the model's order.
+        as_tuple: Whether blocks return a tuple.
+
     Raises:
-        UnsupportedError: an argument is neither a tensor nor plain data.
+        UnsupportedError: An argument is neither a tensor nor plain data.
     """
     tensors: dict[str, torch.Tensor] = {}
     names: dict[int, str] = {}
@@ -132,7 +137,16 @@ def save_calls(path: Path, calls: Sequence[BlockCall], as_tuple: bool) -> None:
 
 
 def load_call(path: Path, index: int, device: torch.device) -> tuple[BlockCall, bool]:
-    """The call of one block, its tensors on `device`, and whether blocks return a tuple."""
+    """Read the call of one block.
+
+    Args:
+        path: A file that `save_calls` wrote.
+        index: Index of the block.
+        device: Device of the tensors in the call.
+
+    Returns:
+        The call, and whether blocks return a tuple.
+    """
     tensors, note = load_part(path)
     content = json.loads(note)
 
@@ -170,7 +184,13 @@ def _blocks_replaced(blocks: Sequence[nn.Module] | nn.ModuleList, forward: Calla
 
 
 def forward(block: nn.Module, hidden: torch.Tensor, call: BlockCall) -> torch.Tensor:
-    """The block's output hidden states [B, T, H] for input hidden states [B, T, H]."""
+    """Return the hidden states [B, T, H] that a block makes of others.
+
+    Args:
+        block: The block, which is loaded.
+        hidden: Hidden states before the block [B, T, H].
+        call: The other arguments of the block.
+    """
     output = block(hidden, *call.args, **call.kwargs)
     result: torch.Tensor = output[0] if isinstance(output, tuple) else output
     return result

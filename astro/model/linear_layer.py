@@ -1,7 +1,7 @@
 """A linear layer of a block: its name in files, and where its weight lies in a parameter of the model.
 
-Mostly the parameter is the weight. Some classes hold it transposed, and the weights of all experts of a layer are one
-parameter [E, rows, columns] or [E, columns, rows], gate and up over each other or row by row in turn.
+Mostly the parameter is the weight. Some classes hold it transposed. Experts of a layer share one parameter, which is
+[E, rows, columns] or [E, columns, rows]; the rows of gate and up in it are stacked, or alternate.
 """
 
 import dataclasses
@@ -16,18 +16,18 @@ class LinearLayer:
     """A linear layer inside a block.
 
     Attributes:
-        name: of the layer in the model; for an expert's the name under which it is stored.
-        key: of the checkpoint tensor that holds its weight, alone or with others.
-        rows: output size.
-        columns: input size.
-        stem: checkpoint name under which its packed tensors are stored.
-        parameter: name of the model's parameter that holds its weight.
-        expert: index of the expert it belongs to; None outside experts.
-        first: its first row in the parameter.
-        step: from one of its rows to the next.
-        transposed: whether the parameter holds columns before rows.
-        bias: checkpoint tensor of all experts' biases that holds its bias, in the order of the parameter; None for
-            none, and outside experts, where a bias is a tensor of its own.
+        name: Name of the layer in the model; a layer of an expert is named as its packed tensors are.
+        key: Name of the checkpoint tensor that holds the weight, alone or with others.
+        rows: Output size.
+        columns: Input size.
+        stem: Checkpoint name, without an ending, under which the packed tensors are stored.
+        parameter: Name of the model's parameter that holds the weight.
+        expert: Index of the expert that the layer belongs to; None outside experts.
+        first: Index of the layer's first row in the parameter.
+        step: Distance in the parameter from one row of the layer to its next.
+        transposed: Whether the parameter holds columns before rows.
+        bias: Name of the checkpoint tensor that holds the biases of all experts, in the order of the parameter; None
+            where there is none, and outside experts, where a bias is a tensor of its own.
     """
 
     name: str
@@ -44,27 +44,47 @@ class LinearLayer:
 
     @classmethod
     def plain(cls, name: str, key: str, rows: int, columns: int, transposed: bool = False) -> "LinearLayer":
-        """A layer whose weight is a parameter and a tensor of its own."""
+        """Describe a layer whose weight is a whole parameter, and a whole tensor in the checkpoint.
+
+        Args:
+            name: Name of the layer in the model.
+            key: Name of the checkpoint tensor that holds the weight.
+            rows: Output size.
+            columns: Input size.
+            transposed: Whether the parameter holds columns before rows.
+        """
         stem = key.removesuffix(".weight")
         return cls(name, key, rows, columns, stem, f"{name}.weight", transposed=transposed)
 
     def view(self, parameter: torch.Tensor) -> torch.Tensor:
-        """Its weight [rows, columns] in the parameter, or in a tensor of the parameter's layout. No copy."""
+        """Return the weight [rows, columns] in the parameter, without a copy.
+
+        Args:
+            parameter: The model's parameter, or a tensor with the same sizes.
+        """
         weight = parameter if self.expert is None else parameter[self.expert]
         return (weight.T if self.transposed else weight)[self._rows]
 
     def stored(self, tensor: torch.Tensor) -> torch.Tensor:
-        """Its weight [rows, columns] in the checkpoint tensor `key`. No copy."""
+        """Return the weight [rows, columns] in a checkpoint tensor, without a copy.
+
+        Args:
+            tensor: The checkpoint tensor `key`.
+        """
         alone = self.expert is not None and tensor.ndim == 2
         return tensor if alone else self.view(tensor)
 
     def stored_bias(self, tensor: torch.Tensor) -> torch.Tensor:
-        """Its bias [rows] in the checkpoint tensor `bias` [E, rows of all]. No copy."""
+        """Return the bias [rows] in a checkpoint tensor, without a copy.
+
+        Args:
+            tensor: The checkpoint tensor `bias`, [E, rows of all layers in the parameter].
+        """
         return tensor[self.expert][self._rows]
 
     @property
     def is_fused(self) -> bool:
-        """Whether its checkpoint tensor holds the weights of all experts."""
+        """Whether the checkpoint tensor `key` holds the weights of all experts."""
         return self.expert is not None and self.key != f"{self.stem}.weight"
 
     @property

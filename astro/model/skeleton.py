@@ -31,16 +31,21 @@ __all__ = ["Skeleton"]
 
 
 class Skeleton:
-    """The meta model of a checkpoint, its list of blocks, and which checkpoint tensors feed what.
+    """The model of a checkpoint without weights, its list of blocks, and which checkpoint tensors fill what.
 
     Attributes:
-        model: the causal language model, on the meta device but for parts that are loaded.
-        blocks: its transformer blocks.
-        blocks_name: name of the block list in the model, e.g. "model.layers".
+        model: The causal language model, on the meta device but for the parts that are loaded.
+        blocks: The transformer blocks of the model.
+        blocks_name: Name of the list of blocks in the model, e.g. "model.layers".
     """
 
     def __init__(self, folder: Path, dtype: torch.dtype, trust_remote_code: bool = False) -> None:
         """Build the skeleton from a folder's config.json.
+
+        Args:
+            folder: A local folder with the files of the checkpoint that are not weights.
+            dtype: Dtype that loaded parameters get.
+            trust_remote_code: Whether code that the checkpoint ships may run.
 
         Raises:
             UnsupportedError: transformers has no causal language model for it, or its blocks cannot be found.
@@ -56,7 +61,11 @@ class Skeleton:
         self._state = dict(self.model.state_dict())
 
     def target_of(self, key: str) -> tuple[str, str | None]:
-        """The model's own name for a checkpoint tensor, and the pattern of the conversion that it passes, if any."""
+        """Return what the model calls a checkpoint tensor, and the pattern of its conversion; None without conversion.
+
+        Args:
+            key: Name of the checkpoint tensor.
+        """
         prefix = self.model.base_model_prefix
         name, pattern = rename_source_key(key, self._renamings, self._converters, prefix, self._state)
         if name not in self._state and key in self._state:
@@ -64,49 +73,53 @@ class Skeleton:
         return name, pattern
 
     def shape_of(self, name: str) -> tuple[int, ...] | None:
-        """Shape of a parameter or buffer of the model; None where it has no such tensor."""
+        """Return the shape of a parameter or buffer of the model; None where it has no such tensor.
+
+        Args:
+            name: Name of the parameter or buffer in the model.
+        """
         tensor = self._state.get(name)
         return None if tensor is None else tuple(tensor.shape)
 
     def block_of(self, name: str) -> int | None:
-        """Index of the block that a name of the model belongs to; None outside the blocks and beyond the last."""
+        """Return the index of the block that a name belongs to; None outside the blocks and beyond the last.
+
+        Args:
+            name: Name of a module or tensor in the model.
+        """
         head, _, tail = name.partition(f"{self.blocks_name}.")
         index = tail.split(".", 1)[0]
         return int(index) if not head and index.isdigit() and int(index) < len(self.blocks) else None
 
     def linear_layers(self, index: int, keys: Sequence[str]) -> tuple[list[LinearLayer], list[str]]:
-        """The linear layers of a block, in the model's order, and the model's names of matrices that are none.
-
-        Routers and other gates are of the latter: they stay as they are.
+        """Return the linear layers of a block, and the matrices in it that are none.
 
         Args:
-            index: of the block.
-            keys: checkpoint tensors of the block.
+            index: Index of the block.
+            keys: Names of the block's checkpoint tensors.
+
+        Returns:
+            The linear layers in the model's order, and the model's names of all other matrices, which stay as they
+            are: routers and other gates are among them.
 
         Raises:
-            UnsupportedError: experts are held in a layout that is not known.
-            CheckpointError: a weight is missing from the checkpoint.
+            UnsupportedError: Experts are held in a layout that is not known.
+            CheckpointError: A weight is missing from the checkpoint.
         """
         block, prefix = self.blocks[index], f"{self.blocks_name}.{index}"
-        plain: dict[str, str] = {}
-        converted: dict[str, dict[tuple[int, int], str]] = {}
-        for key in keys:
-            target, pattern = self.target_of(key)
-            if pattern is None:
-                plain[target] = key
-            else:
-                converted.setdefault(target, {})[self._place(key, pattern)] = key
+        plain, converted = self._targets(keys)
+        filled = plain.keys() | converted.keys()
         layers: list[LinearLayer] = []
         others: list[str] = []
         experts, owners = num_experts(block), expert_owners(block, prefix)
         for name, module in block.named_modules(prefix=prefix):
-            for own, parameter in module.named_parameters(recurse=False):
-                target = f"{name}.{own}"
+            for parameter_name, parameter in module.named_parameters(recurse=False):
+                target = f"{name}.{parameter_name}"
                 if parameter.ndim == 3 and experts and len(parameter) == experts:
-                    layers += expert_layers(name, module, own, converted.get(target, {}), plain)
-                elif target not in plain and target not in converted and not has_biases(name, module, own, plain):
+                    layers += expert_layers(name, module, parameter_name, converted.get(target, {}), plain)
+                elif target not in filled and not has_biases(name, module, parameter_name, plain):
                     raise CheckpointError(f"the checkpoint has no tensor for {target} of {type(self.model).__name__}")
-                elif parameter.ndim < 2 or (experts and own.endswith("_bias")):
+                elif parameter.ndim < 2 or (experts and parameter_name.endswith("_bias")):
                     continue
                 elif isinstance(module, nn.Linear) and target in plain and not is_gate(name, module, experts, owners):
                     layers.append(LinearLayer.plain(name, plain[target], *parameter.shape))
@@ -122,22 +135,34 @@ class Skeleton:
                     others.append(target)
         return layers, others
 
+    def _targets(self, keys: Sequence[str]) -> tuple[dict[str, str], dict[str, dict[tuple[int, int], str]]]:
+        """Return the checkpoint tensor of each of the model's names, and those that are converted by their places."""
+        plain: dict[str, str] = {}
+        converted: dict[str, dict[tuple[int, int], str]] = {}
+        for key in keys:
+            target, pattern = self.target_of(key)
+            if pattern is None:
+                plain[target] = key
+            else:
+                converted.setdefault(target, {})[self._place(key, pattern)] = key
+        return plain, converted
+
     def _place(self, key: str, pattern: str) -> tuple[int, int]:
-        """Expert and part that a converted tensor is, where it is one of many that become one parameter."""
+        """Return which expert, and which layer in a parameter, a converted tensor is, where many become a parameter."""
         number = next(e.source_patterns.index(pattern) for e in self._converters if pattern in e.source_patterns)
-        found = re.search(re.escape(pattern).replace(r"\*", r"(\d+)"), key)
-        return (int(found.group(1)) if found and found.groups() else 0), number
+        match = re.search(re.escape(pattern).replace(r"\*", r"(\d+)"), key)
+        return (int(match.group(1)) if match and match.groups() else 0), number
 
     def load(self, part: nn.Module, tensors: Mapping[str, torch.Tensor], device: torch.device) -> None:
         """Fill a part of the model from checkpoint tensors, in place.
 
         Args:
-            part: the model or one of its blocks.
-            tensors: by checkpoint name, all that the part needs.
-            device: where the part shall be.
+            part: The model or one of its blocks.
+            tensors: Tensors by checkpoint name; all that the part needs must be among them.
+            device: Device that the part is put on.
 
         Raises:
-            CheckpointError: a tensor has the wrong shape, or a parameter got no tensor.
+            CheckpointError: A tensor has the wrong shape, or a parameter got no tensor.
         """
         self._fill_buffers(part, device)
         config = LoadStateDictConfig(
@@ -158,10 +183,10 @@ class Skeleton:
         """Refuse a checkpoint that leaves a parameter outside the blocks without a tensor.
 
         Args:
-            targets: the model's names of all tensors that the checkpoint holds.
+            targets: The model's names of all tensors that the checkpoint holds.
 
         Raises:
-            CheckpointError: naming the first parameter that no tensor feeds, tied ones aside.
+            CheckpointError: No tensor fills a parameter, and it is not tied to another; the message names the first.
         """
         tied = getattr(self.model, "all_tied_weights_keys", None) or {}
         for name, _ in self.model.named_parameters():
@@ -170,7 +195,10 @@ class Skeleton:
                 raise CheckpointError(f"the checkpoint has no tensor for {name} of {type(self.model).__name__}")
 
     def limits(self) -> tuple[int, int | None]:
-        """Size of the vocabulary, and the longest sequence the model has positions for (None where it says none)."""
+        """Return the size of the vocabulary, and the longest sequence that the model has positions for.
+
+        The latter is None where the model's config does not say.
+        """
         config = self.model.config.get_text_config()
         return int(config.vocab_size), getattr(config, "max_position_embeddings", None)
 
@@ -181,29 +209,33 @@ class Skeleton:
 
     @property
     def expert_share(self) -> float:
-        """Share of the tokens that reaches an expert; 1 where there are none, or where the model does not say."""
+        """Share of the tokens that reaches an expert; 1 without experts, and where the model's config does not say."""
         counts = (num_experts(block) for block in self.blocks)
         experts = next((count for count in counts if count), None)
         chosen = getattr(self.model.config.get_text_config(), "num_experts_per_tok", None)
         return chosen / experts if experts and chosen else 1.0
 
     def require_filled(self, part: nn.Module, name: str) -> None:
-        """Refuse a part of the model of which something is still without weights.
+        """Refuse a part of the model in which something is still without weights.
+
+        Args:
+            part: The model or one of its blocks.
+            name: What messages call the part.
 
         Raises:
-            CheckpointError: naming the first parameter or buffer that is empty.
+            CheckpointError: A parameter or buffer is empty; the message names the first.
         """
-        for own, tensor in (*part.named_parameters(), *part.named_buffers()):
+        for tensor_name, tensor in (*part.named_parameters(), *part.named_buffers()):
             if tensor.is_meta:
-                raise CheckpointError(f"{name}: the checkpoint holds no tensor for {own} of this model")
+                raise CheckpointError(f"{name}: the checkpoint holds no tensor for {tensor_name} of this model")
 
     def _fill_buffers(self, part: nn.Module, device: torch.device) -> None:
         # Buffers that no file holds (rotary frequencies) are computed by the model's own initializer.
         for module in part.modules():
-            empty = [own for own in module._non_persistent_buffers_set if module._buffers[own] is not None]
-            empty = [own for own in empty if module._buffers[own].is_meta]  # type: ignore[union-attr]
-            for own in empty:
-                module._buffers[own] = torch.empty_like(module._buffers[own], device=device)  # type: ignore[arg-type]
+            buffers = {name: module._buffers[name] for name in module._non_persistent_buffers_set}
+            empty = {name: buffer for name, buffer in buffers.items() if buffer is not None and buffer.is_meta}
+            for name, buffer in empty.items():
+                module._buffers[name] = torch.empty_like(buffer, device=device)
             if empty:
                 self.model._init_weights(module)
 

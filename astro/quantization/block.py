@@ -9,7 +9,7 @@ from collections.abc import Iterable, Mapping, Sequence
 
 import torch
 
-from astro.calibration.starved_experts import GroupStatistics, exhaust
+from astro.calibration.starved_experts import InputStatistics, exhaust
 from astro.config import Quantization, Regularizer
 from astro.linalg.batching import batches, stacked
 from astro.quantization.grid import QuantizedLinear
@@ -22,7 +22,7 @@ __all__ = ["apart", "quantize_block", "side_by_side"]
 def quantize_block(
     weights: Mapping[str, torch.Tensor],
     groups: Sequence[Sequence[str]],
-    statistics: Iterable[GroupStatistics],
+    statistics: Iterable[InputStatistics],
     quantization: Mapping[str, Quantization],
     regularization: Regularizer,
     scale_dtype: torch.dtype,

@@ -1,4 +1,4 @@
-"""Files of one process: JSON and safetensors read whole; all that is written is renamed into place when whole."""
+"""Whole files, JSON and safetensors: read in one go, and written beside their place and renamed when they are whole."""
 
 import errno
 import hashlib
@@ -14,7 +14,7 @@ from safetensors import SafetensorError, safe_open
 
 from astro.errors import CheckpointError, StorageError
 
-if TYPE_CHECKING:  # seconds that who only reads JSON need not wait for
+if TYPE_CHECKING:  # torch takes seconds to load, and a command that only reads JSON need not wait for it
     import torch
 
 __all__ = [
@@ -32,7 +32,7 @@ __all__ = [
 ]
 
 PARTIAL_SUFFIX = ".part"
-"""Ending of files that are being written; one that is left over belongs to nobody."""
+"""Ending of files that are being written; a file with it that no process writes any more can be deleted."""
 
 
 def read_json(path: Path, if_missing: str = "") -> dict[str, Any]:
@@ -55,14 +55,14 @@ def read_json(path: Path, if_missing: str = "") -> dict[str, Any]:
 
 
 def parse_json(raw: bytes, place: str) -> dict[str, Any]:
-    """A JSON object from bytes.
+    """Read a JSON object from bytes.
 
     Args:
-        raw: UTF-8.
-        place: where they are from, for messages.
+        raw: Text in UTF-8.
+        place: Where the bytes come from, for messages.
 
     Raises:
-        CheckpointError: they are no JSON, or hold no object.
+        CheckpointError: The bytes are no JSON, or hold no object.
     """
     try:
         content = json.loads(raw.decode("utf-8"))
@@ -74,10 +74,14 @@ def parse_json(raw: bytes, place: str) -> dict[str, Any]:
 
 
 def write_atomic(path: Path, write: Callable[[Path], None]) -> None:
-    """Let `write` fill a file beside `path`, sync it to disk and rename it into place.
+    """Fill a file beside its place, sync it to disk and rename it into place.
+
+    Args:
+        path: Where the file belongs; folders above it are made.
+        write: Writes the content to the path that it is called with.
 
     Raises:
-        StorageError: the file system refused, e.g. because it is full. `path` is then as it was.
+        StorageError: The file system refused, e.g. because it is full. `path` is then as it was.
     """
     partial = path.with_name(f".{path.name}.{uuid.uuid4().hex[:12]}{PARTIAL_SUFFIX}")
     try:
@@ -100,7 +104,12 @@ def write_atomic(path: Path, write: Callable[[Path], None]) -> None:
 
 
 def write_bytes(path: Path, content: bytes | bytearray) -> None:
-    """Write a file atomically."""
+    """Write a file atomically.
+
+    Args:
+        path: Where the file belongs.
+        content: The file's bytes.
+    """
 
     def write(partial: Path) -> None:
         partial.write_bytes(content)
@@ -109,12 +118,22 @@ def write_bytes(path: Path, content: bytes | bytearray) -> None:
 
 
 def write_text(path: Path, text: str) -> None:
-    """Write a text file atomically, as UTF-8."""
+    """Write a text file atomically, as UTF-8.
+
+    Args:
+        path: Where the file belongs.
+        text: The file's text.
+    """
     write_bytes(path, text.encode("utf-8"))
 
 
 def write_json(path: Path, content: Mapping[str, Any]) -> None:
-    """Write a JSON object atomically, indented."""
+    """Write a JSON object atomically, indented.
+
+    Args:
+        path: Where the file belongs.
+        content: The object.
+    """
     write_text(path, json.dumps(content, indent=2, ensure_ascii=False) + "\n")
 
 
@@ -122,9 +141,10 @@ def save_tensors(path: Path, tensors: "Mapping[str, torch.Tensor]", note: str | 
     """Write a safetensors file atomically. Its bytes depend on names, values and the note alone.
 
     Args:
-        path: where to.
-        tensors: by name, on any device.
-        note: text for the header in place of `format`. One entry only: the library writes several in any order.
+        path: Where the file belongs.
+        tensors: Tensors by name, on any device.
+        note: Text that the header holds in place of the entry `format`. The header never holds both, because the
+            library writes several entries in any order.
     """
     from safetensors.torch import save_file
 
@@ -141,10 +161,16 @@ def save_tensors(path: Path, tensors: "Mapping[str, torch.Tensor]", note: str | 
 
 
 def load_tensors(path: Path) -> "tuple[dict[str, torch.Tensor], str]":
-    """Every tensor of a safetensors file in memory of its own, and the header's note (empty where it has none).
+    """Read every tensor of a safetensors file into memory of its own, and the header's note.
+
+    Args:
+        path: The file.
+
+    Returns:
+        Tensors by name, and the note; it is empty where the header has none.
 
     Raises:
-        CheckpointError: the file is missing or damaged.
+        CheckpointError: The file is missing or damaged.
     """
     with _opened(path) as handle:
         tensors = {name: handle.get_tensor(name).clone() for name in handle.keys()}  # noqa: SIM118
@@ -152,10 +178,13 @@ def load_tensors(path: Path) -> "tuple[dict[str, torch.Tensor], str]":
 
 
 def read_note(path: Path) -> str:
-    """The note in a safetensors file's header, its tensors unread; empty where it has none.
+    """Read the note in a safetensors file's header, but no tensor. The note is empty where the header has none.
+
+    Args:
+        path: The file.
 
     Raises:
-        CheckpointError: the file is missing or damaged.
+        CheckpointError: The file is missing or damaged.
     """
     with _opened(path) as handle:
         return _note_of(handle)
@@ -176,6 +205,10 @@ def _note_of(handle: Any) -> str:
 
 
 def sha256_of(path: Path) -> str:
-    """Hash of a file's bytes, hex."""
+    """Return the SHA-256 of a file's bytes as hexadecimal digits.
+
+    Args:
+        path: The file.
+    """
     with path.open("rb") as handle:
         return hashlib.file_digest(handle, "sha256").hexdigest()

@@ -1,4 +1,4 @@
-"""Where the files of a checkpoint lie: in a folder, or wherever names, sizes and byte ranges can be had."""
+"""Where the files of a checkpoint lie: a folder, or any place that has names, sizes and byte ranges of files."""
 
 import dataclasses
 from collections.abc import Mapping, Sequence
@@ -12,12 +12,12 @@ __all__ = ["FolderStore", "Range", "Store"]
 
 @dataclasses.dataclass(frozen=True)
 class Range:
-    """Some bytes of a file, and where they shall go.
+    """Some bytes of a file, and the memory that they are read into.
 
     Attributes:
-        file: name.
-        start: first byte.
-        view: writeable bytes, filled to its end.
+        file: Name of the file.
+        start: Offset of the first byte in the file.
+        view: Writeable memory; as many bytes are read as it holds.
     """
 
     file: str
@@ -26,27 +26,30 @@ class Range:
 
 
 class Store(Protocol):
-    """Files under one root, only ever read. It travels to workers, so it holds no connection and no secret."""
+    """Files under one root, only ever read. A store travels to workers, so it holds no connection and no secret."""
 
     def __str__(self) -> str:
-        """What messages call it; `/` and a file's name may follow."""
+        """Return what messages call the root; `/` and a file's name may follow."""
 
     @property
     def revision(self) -> str | None:
-        """What tells this state of the files from every other; None where only the bytes themselves do."""
+        """Identifier of this state of the files; None where only the bytes themselves tell states apart."""
 
     def sizes(self) -> Mapping[str, int]:
-        """Bytes of every file directly under the root, by name.
+        """Return the size in bytes of every file directly under the root, by name.
 
         Raises:
-            CheckpointError: there is no such place, or it cannot be read.
+            CheckpointError: There is no such place, or it cannot be read.
         """
 
     def fill(self, ranges: Sequence[Range]) -> None:
-        """Read byte ranges.
+        """Read byte ranges into their memory.
+
+        Args:
+            ranges: The ranges, in any order and of any files.
 
         Raises:
-            CheckpointError: a file is missing, ends too early or cannot be read.
+            CheckpointError: A file is missing, ends too early or cannot be read.
         """
 
 
@@ -55,22 +58,25 @@ class FolderStore:
     """A local folder, or one on a network file system.
 
     Attributes:
-        folder: where the files are.
+        folder: Path of the folder.
     """
 
     folder: Path
 
     def __str__(self) -> str:
+        """Return the folder's path."""
         return str(self.folder)
 
     @property
     def revision(self) -> None:
-        """Files of a folder may change under the same names."""
+        """None: the files of a folder may change under the same names."""
         return None
 
     def sizes(self) -> dict[str, int]:
-        """Bytes of every file by name. Links are followed: a hub cache is made of them. A single file is a folder of
-        itself, so that what is wrong with it can be said.
+        """Return the size in bytes of every file by name.
+
+        Links are followed, since a hub cache is made of them. A path to a single file counts as a folder that holds
+        this file, so that a later check can say what is wrong with it.
         """
         try:
             if self.folder.is_file():
@@ -85,12 +91,12 @@ class FolderStore:
         )
 
     def fill(self, ranges: Sequence[Range]) -> None:
-        """Read byte ranges. Nothing is mapped: a mapped file that is cut short meanwhile ends the process."""
-        for wanted in ranges:
-            path, view, done = self.folder / wanted.file, wanted.view, 0
+        """Read byte ranges. Nothing is mapped: a mapped file that is cut short while it is read ends the process."""
+        for byte_range in ranges:
+            path, view, done = self.folder / byte_range.file, byte_range.view, 0
             try:
                 with path.open("rb", buffering=0) as handle:
-                    handle.seek(wanted.start)
+                    handle.seek(byte_range.start)
                     while done < len(view):
                         count = handle.readinto(view[done:])
                         if not count:

@@ -1,4 +1,4 @@
-"""Files that workers hand each other: safetensors with a checksum, so that no damage goes on into the result."""
+"""Files that workers hand to each other: safetensors with a checksum, so that no damage passes into the result."""
 
 import zlib
 from collections.abc import Mapping
@@ -14,26 +14,37 @@ if TYPE_CHECKING:
 __all__ = ["load_part", "read_part_note", "save_part"]
 
 _CHECKSUM = "crc32 {:08x} {:08x}\n"
-"""Of everything, and of the note alone."""
+"""The first line of the note: the CRC of everything, and the CRC of the note alone."""
 _PAGE = 4096
-"""Bytes that are added up before the checksum is taken, as words of 8."""
+"""Bytes that are added up, as words of 8 bytes, before the checksum is taken over the sums."""
 
 
 def save_part(path: Path, tensors: "Mapping[str, torch.Tensor]", note: str = "") -> None:
     """Write tensors, a note and a checksum of both atomically.
 
+    Args:
+        path: Where the file belongs.
+        tensors: Tensors by name, on any device.
+        note: Text that is kept beside the tensors.
+
     Raises:
-        StorageError: the file system refused.
+        StorageError: The file system refused.
     """
     ready = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
     save_tensors(path, ready, _checksum(ready, note) + note)
 
 
 def load_part(path: Path) -> "tuple[dict[str, torch.Tensor], str]":
-    """Every tensor in memory of its own, and the note.
+    """Read every tensor into memory of its own, and the note.
+
+    Args:
+        path: A file that `save_part` wrote.
+
+    Returns:
+        Tensors by name, and the note.
 
     Raises:
-        DamagedError: the file is missing, cut short, or differs from what was written.
+        DamagedError: The file is missing, cut short, or differs from what was written.
     """
     try:
         tensors, text = load_tensors(path)
@@ -47,18 +58,21 @@ def load_part(path: Path) -> "tuple[dict[str, torch.Tensor], str]":
 
 
 def read_part_note(path: Path) -> str:
-    """The note alone, the tensors unread.
+    """Read the note alone, but no tensor.
+
+    Args:
+        path: A file that `save_part` wrote.
 
     Raises:
-        DamagedError: the file is missing, or the note differs from what was written.
+        DamagedError: The file is missing, or the note differs from what was written.
     """
     try:
         expected, _, note = read_note(path).partition("\n")
     except CheckpointError as error:
         raise DamagedError(path, _reason(path, error)) from error
-    own = f"{zlib.crc32(note.encode()):08x}"
-    if expected.split(" ")[-1] != own:
-        raise DamagedError(path, f"the checksum of its note is wrong: expected {expected!r}, got {own}")
+    actual = f"{zlib.crc32(note.encode()):08x}"
+    if expected.split(" ")[-1] != actual:
+        raise DamagedError(path, f"the checksum of its note is wrong: expected {expected!r}, got {actual}")
     return note
 
 
@@ -67,7 +81,7 @@ def _reason(path: Path, error: CheckpointError) -> str:
 
 
 def _checksum(tensors: "Mapping[str, torch.Tensor]", note: str) -> str:
-    """Over the note, and over names, dtypes, shapes and values."""
+    """Return the checksum line of a note and of the names, dtypes, shapes and values of tensors."""
     value = zlib.crc32(note.encode())
     for name in sorted(tensors):
         tensor = tensors[name]
@@ -78,7 +92,7 @@ def _checksum(tensors: "Mapping[str, torch.Tensor]", note: str) -> str:
 
 
 def _folded(tensor: "torch.Tensor") -> "tuple[torch.Tensor, torch.Tensor]":
-    """The sum of every page of a tensor's bytes, and the bytes behind the last whole page.
+    """Return the sum of every page of a tensor's bytes, and the bytes behind the last whole page.
 
     A sum goes as fast as memory is read, a CRC at a tenth of that, slower than the network brings the bytes. Words of
     one page that changed places would not be noticed; pages that did are, and so is a word that changed.
@@ -86,6 +100,6 @@ def _folded(tensor: "torch.Tensor") -> "tuple[torch.Tensor, torch.Tensor]":
     import torch
 
     flat = tensor.reshape(-1).view(torch.uint8)
-    flat = flat.clone() if flat.storage_offset() % 8 else flat  # words want to lie at whole ones
+    flat = flat.clone() if flat.storage_offset() % 8 else flat  # words of 8 bytes have to be aligned
     whole = flat.numel() - flat.numel() % _PAGE
     return flat[:whole].view(torch.int64).view(-1, _PAGE // 8).sum(-1), flat[whole:]

@@ -48,12 +48,12 @@ class TensorEntry:
     """Where a tensor lies and what it is.
 
     Attributes:
-        name: in the checkpoint.
-        file: shard's name inside the folder.
-        dtype: as safetensors writes it, e.g. "BF16".
-        shape: sizes.
-        start: first byte in the file.
-        stop: one past the last byte in the file.
+        name: Name of the tensor in the checkpoint.
+        file: Name of the shard that holds it.
+        dtype: Dtype as safetensors writes it, e.g. "BF16".
+        shape: Sizes of the tensor.
+        start: Offset of its first byte in the file.
+        stop: Offset behind its last byte in the file.
     """
 
     name: str
@@ -65,24 +65,30 @@ class TensorEntry:
 
     @property
     def size_bytes(self) -> int:
-        """Bytes of the tensor."""
+        """Size of the tensor in bytes."""
         return self.stop - self.start
 
     @property
     def float_dtype(self) -> torch.dtype | None:
-        """The torch dtype, or None where the tensor is no plain float."""
+        """Dtype of the tensor in torch; None where the tensor is no plain float."""
         return _TORCH_DTYPES[self.dtype] if self.dtype in _FLOATS else None
 
 
 class Checkpoint:
-    """Safetensors shards and their index. It travels to workers; what it knows of the headers goes with it.
+    """Safetensors shards and their index. It travels to workers, and takes along what it read from the headers.
 
     Attributes:
-        store: where the files are.
-        entries: every tensor by name, sorted by name.
+        store: Where the files are.
+        entries: Every tensor by name, sorted by name.
     """
 
     def __init__(self, store: Store, entries: Mapping[str, TensorEntry]) -> None:
+        """Take tensors whose headers were read already; see `open`.
+
+        Args:
+            store: Where the files are.
+            entries: Every tensor by name.
+        """
         self.store = store
         self.entries = dict(sorted(entries.items()))
 
@@ -91,10 +97,10 @@ class Checkpoint:
         """Read the index and every header, and check that they agree.
 
         Args:
-            source: where the files are.
+            source: Where the files are.
 
         Raises:
-            CheckpointError: anything that would make a later read fail or lie.
+            CheckpointError: Something would make a later read fail or lie.
         """
         store = FolderStore(source) if isinstance(source, Path) else source
         sizes = store.sizes()
@@ -116,14 +122,19 @@ class Checkpoint:
         return cls(store, entries)
 
     def place(self, name: str) -> str:
-        """The file that holds a tensor, for messages."""
+        """Return the path of the file that holds a tensor, for messages.
+
+        Args:
+            name: Name of the tensor.
+        """
         return f"{self.store}/{self.entries[name].file}"
 
     def fingerprint(self) -> str:
-        """A hash of every name, dtype and shape, and of the store's revision; hex.
+        """Return a hash that tells this checkpoint from every other, as hexadecimal digits.
 
-        Where the store has no revision, of config, code and some bytes of every tensor instead. That does not read the
-        weights: 64 bytes from the middle of each tensor tell one state of a folder from another.
+        It covers every name, dtype and shape, and the store's revision. Where the store has no revision, it covers
+        config, code and some bytes of every tensor instead. That does not read the weights: 64 bytes from the middle
+        of each tensor tell one state of a folder from another.
         """
         digest = hashlib.sha256((self.store.revision or "").encode())
         if self.store.revision is None:
@@ -139,22 +150,30 @@ class Checkpoint:
         return digest.hexdigest()
 
     def read(self, names: Iterable[str]) -> dict[str, torch.Tensor]:
-        """Some tensors as they are stored, on the CPU, in memory of their own.
+        """Read some tensors as they are stored, onto the CPU, into memory of their own.
+
+        Args:
+            names: Names of the tensors.
 
         Raises:
-            CheckpointError: a shard cannot be read any more.
+            CheckpointError: A shard cannot be read any more.
         """
-        found, ranges = {}, []
+        tensors, ranges = {}, []
         for entry in sorted((self.entries[name] for name in names), key=lambda entry: (entry.file, entry.start)):
             dtype = _TORCH_DTYPES[entry.dtype]
             flat = torch.empty(entry.size_bytes // dtype.itemsize, dtype=dtype)
             ranges.append(Range(entry.file, entry.start, flat.view(torch.uint8).numpy().data))
-            found[entry.name] = flat.reshape(entry.shape)
+            tensors[entry.name] = flat.reshape(entry.shape)
         self.store.fill(ranges)
-        return found
+        return tensors
 
     def pieces(self, name: str, num_elements: int) -> Iterator[torch.Tensor]:
-        """The values of one float tensor in order, at most `num_elements` at a time, each valid until the next."""
+        """Yield the values of a float tensor in order; each piece is valid until the next is asked for.
+
+        Args:
+            name: Name of the tensor.
+            num_elements: Number of values in a piece; the last piece may be shorter.
+        """
         entry = self.entries[name]
         dtype = entry.float_dtype or torch.float32
         buffer = torch.empty(min(num_elements, entry.size_bytes // dtype.itemsize), dtype=dtype)
@@ -164,15 +183,22 @@ class Checkpoint:
             yield part
 
     def size_bytes(self, names: Iterable[str]) -> int:
-        """Bytes that reading some tensors moves."""
+        """Return the number of bytes that reading some tensors moves.
+
+        Args:
+            names: Names of the tensors.
+        """
         return sum(self.entries[name].size_bytes for name in names)
 
 
 def require_finite(checkpoint: Checkpoint) -> None:
     """Read every float tensor once, a piece at a time, and refuse NaN and Inf.
 
+    Args:
+        checkpoint: The checkpoint that is read.
+
     Raises:
-        CheckpointError: naming the first tensor that is not finite.
+        CheckpointError: A tensor is not finite; the message names the first.
     """
     for name, entry in checkpoint.entries.items():
         if entry.float_dtype is None:
@@ -228,10 +254,14 @@ def _read_weight_map(store: Store, sizes: Mapping[str, int]) -> dict[str, str] |
 
 
 def read_header(folder: Path, file: str) -> list[TensorEntry]:
-    """The tensors that a shard in a folder holds, by its header; the file's length must agree.
+    """Read which tensors a shard in a folder holds, from its header; the file's length must agree with it.
+
+    Args:
+        folder: The folder.
+        file: Name of the shard in it.
 
     Raises:
-        CheckpointError: the shard is missing, cut short or damaged.
+        CheckpointError: The shard is missing, cut short or damaged.
     """
     store = FolderStore(folder)
     return _read_header(store, store.sizes(), file)
@@ -241,7 +271,7 @@ def _read_header(store: Store, sizes: Mapping[str, int], file: str) -> list[Tens
     path, size = f"{store}/{file}", sizes.get(file)
     if size is None:
         raise CheckpointError(f"{path}: the index names this shard, but it is missing; fetch it again")
-    # In one piece with its length where it is short: every request to a remote store takes its time.
+    # A short header is read in one piece with its length: every request to a remote store takes its time.
     head = _read_bytes(store, file, 0, min(size, _HEAD_BYTES))
     length = struct.unpack("<Q", head[:8])[0] if size >= 8 else _MAX_HEADER_BYTES + 1
     if length > min(_MAX_HEADER_BYTES, size - 8):
@@ -273,7 +303,7 @@ def _parse_entry(name: str, file: str, value: Mapping[str, Any], base: int) -> T
 
 
 def _require_contiguous(path: str, entries: Iterable[TensorEntry], start: int) -> int:
-    """End of the last tensor, if every tensor begins where the one before it ends, as the format demands."""
+    """Return where the last tensor ends, if every tensor begins where the one before it ends, as the format demands."""
     for entry in sorted(entries, key=lambda entry: (entry.start, entry.stop)):
         if entry.start != start:
             kind = "overlaps the one before it" if entry.start < start else "leaves a hole before it"

@@ -13,7 +13,7 @@ import torch
 
 from astro.calibration.block_statistics import inputs_of
 from astro.calibration.hessian import DriftAccumulator, HessianAccumulator
-from astro.calibration.starved_experts import AllTokens, GroupStatistics, exhaust, is_starved, starved_statistics
+from astro.calibration.starved_experts import AllTokens, InputStatistics, exhaust, is_starved, starved_statistics
 from astro.linalg.batching import stacked
 from astro.linalg.symmetric import packed, unpacked
 from astro.model.activations import Operand
@@ -58,7 +58,7 @@ class HessianShares:
             self._save_share(block, batch, number, sums.pop(batch), seconds if batch == batches[0] else {})
 
     def save_sums(
-        self, block: BlockInParts, statistics: Iterable[GroupStatistics], seconds: Mapping[str, float]
+        self, block: BlockInParts, statistics: Iterable[InputStatistics], seconds: Mapping[str, float]
     ) -> None:
         """Write the sums of all batches of a block that this worker fed.
 
@@ -176,11 +176,11 @@ class HessianShares:
 
     def _statistics(
         self, block: BlockInParts, batch: int, names: Sequence[str], operand: Operand, H: HessianAccumulator
-    ) -> GroupStatistics:
+    ) -> InputStatistics:
         """Of a group whose shares are merged, or what takes their place where too few tokens reached an expert."""
         runner, experts = self._runner, self._runner.spec.experts
         if not is_starved(operand, H.num_tokens, experts):
-            return GroupStatistics(tuple(names), H.finish_("+".join(names)), H.num_tokens, H.num_tokens)
+            return InputStatistics(tuple(names), H.finish_("+".join(names)), H.num_tokens, H.num_tokens)
         stage_index = next(i for i, batches in enumerate(block.stages) if batch in batches)
         if experts.policy == "all-tokens":
             layers = runner.layers(runner.load(ORIGINAL, block.unit.index))
@@ -220,7 +220,7 @@ class HessianShares:
 def _save_sum(
     block: BlockInParts,
     batch: int,
-    known: Sequence[GroupStatistics],
+    known: Sequence[InputStatistics],
     drift: torch.Tensor | None,
     seconds: Mapping[str, float],
 ) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:

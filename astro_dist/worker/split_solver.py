@@ -14,7 +14,7 @@ from typing import Any
 import torch
 
 from astro.calibration.block_statistics import input_stages
-from astro.calibration.starved_experts import GroupStatistics
+from astro.calibration.starved_experts import InputStatistics
 from astro.model.activations import names_of
 from astro.quantization import beta_search
 from astro.quantization.grid import QuantizedLinear
@@ -78,7 +78,7 @@ class SplitSolver:
         round_index: int,
         unit: BlockUnit,
         groups: Sequence[Sequence[str]],
-        statistics: Iterable[GroupStatistics],
+        statistics: Iterable[InputStatistics],
         seconds: Mapping[str, float],
     ) -> BlockParts:
         """Hand on the Hessians of all input groups of a block that this worker fed.

@@ -15,7 +15,7 @@ from typing import Any, assert_never
 import torch
 
 from astro.calibration.block_statistics import BlockStatistics
-from astro.calibration.starved_experts import GroupStatistics
+from astro.calibration.starved_experts import InputStatistics
 from astro.errors import CheckpointError, NumericalError, RunError
 from astro.linalg import compiled
 from astro.model.activations import names_of
@@ -73,7 +73,7 @@ class _OpenBlock:
     @property
     def groups(self) -> list[list[str]]:
         """Names of the layers that share an input."""
-        return [names_of(group) for group in self.statistics.groups]
+        return [names_of(group) for group in self.statistics.input_groups]
 
     def feeding_seconds(self) -> dict[str, float]:
         """Time by phase until all chunks have passed; that of the Hessians apart."""
@@ -279,7 +279,7 @@ class Worker:
             )
         return run.finish(call.unit, [], {"negative_log_likelihood": total, "tokens": count})
 
-    def _known(self, opened: _OpenBlock) -> Iterator[GroupStatistics]:
+    def _known(self, opened: _OpenBlock) -> Iterator[InputStatistics]:
         """The statistics of every group of an open block that all chunks have passed."""
         stream = stream_names(self._spec.run.rounds)[opened.round_index]
         repeats = self._runner.repeats(stream, opened.unit.index)

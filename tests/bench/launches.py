@@ -26,7 +26,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 sys.path.insert(0, str(Path(__file__).parents[2]))
 
 from astro.calibration.hessian import HessianAccumulator
-from astro.calibration.starved_experts import GroupStatistics
+from astro.calibration.starved_experts import InputStatistics
 from astro.config import Quantization, Regularizer
 from astro.formats import LAYOUTS
 from astro.linalg import bf16_matmul, compiled, symmetric
@@ -184,7 +184,7 @@ def run_group(columns: int, settings: Quantization, plain: bool) -> Launches:
         kernels = nullcontext() if plain else counted_kernels(counter)
         with torch.no_grad(), counter, HostCopies(counter), as_on_a_gpu(counter), kernels:
             sums.add_(X.bfloat16())
-            known = GroupStatistics(("layer",), sums.finish_("layer"), len(X), len(X))
+            known = InputStatistics(("layer",), sums.finish_("layer"), len(X), len(X))
             job = ([known], {"layer": settings}, settings_of_beta, torch.bfloat16)
             layers, _ = quantize_block({"layer": W}, [["layer"]], *job)
             layout.pack_linear("layer", layers["layer"], torch.bfloat16)

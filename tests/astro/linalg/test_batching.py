@@ -6,7 +6,7 @@ import weakref
 import pytest
 import torch
 
-from astro.calibration.starved_experts import GroupStatistics
+from astro.calibration.starved_experts import InputStatistics
 from astro.config import Quantization, Regularizer
 from astro.errors import NumericalError
 from astro.linalg.batching import batches, first_of
@@ -83,7 +83,7 @@ def test_statistics_come_to_their_end_and_are_let_go():
     def statistics():
         H = torch.eye(64)
         last.append(weakref.ref(H))
-        yield GroupStatistics(("a",), H, 1, 1)
+        yield InputStatistics(("a",), H, 1, 1)
 
     settings = {"a": SETTINGS}
     known = statistics()
@@ -99,7 +99,7 @@ def test_statistics_that_fail_do_so_without_any_group():
     with pytest.raises(NumericalError, match="no token reached a"):
         quantize_block({}, [], unreached(), {}, AUTO, torch.float16)
     with pytest.raises(AssertionError, match="belong to no group"):
-        quantize_block({}, [], iter([GroupStatistics(("a",), torch.eye(2), 1, 1)]), {}, AUTO, torch.float16)
+        quantize_block({}, [], iter([InputStatistics(("a",), torch.eye(2), 1, 1)]), {}, AUTO, torch.float16)
 
 
 def test_group_that_cannot_be_solved_is_named():

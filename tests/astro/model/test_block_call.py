@@ -53,11 +53,11 @@ def test_layers_with_one_input_are_found(llama):
             statistics.run(lambda: forward(skeleton.blocks[0], hidden, calls[0]))
     handle.remove()
     expected = [["q_proj", "k_proj", "v_proj"], ["o_proj"], ["gate_proj", "up_proj"], ["down_proj"]]
-    assert short(statistics.groups) == expected
+    assert short(statistics.input_groups) == expected
     with torch.no_grad():
         stages = input_stages(layers, lambda: forward(skeleton.blocks[0], hidden, calls[0]))
         assert [len(stage) for stage in stages] == [1, 1, 1, 1]
-        assert [stage[0] for stage in stages] == statistics.groups
+        assert [stage[0] for stage in stages] == statistics.input_groups
         (down,) = stages[-1][0]
         found = inputs_of(layers, [down], lambda: forward(skeleton.blocks[0], hidden, calls[0]))
     assert torch.equal(found[down], seen["x"])
