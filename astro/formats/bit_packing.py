@@ -14,7 +14,11 @@ _RUN = 32
 
 
 def words_per_row(num_columns: int, bits: int) -> int:
-    """Words that hold a row.
+    """Return the number of words that hold a row.
+
+    Args:
+        num_columns: Number of elements in the row.
+        bits: Bits of an element.
 
     >>> words_per_row(576, 4), words_per_row(33, 3)
     (72, 4)
@@ -26,11 +30,11 @@ def pack(Q: torch.Tensor, bits: int) -> torch.Tensor:
     """Pack signed integers along the last dimension, stored with an offset of 2^(b−1).
 
     Args:
-        Q: int8 [R, C], in [−2^(b−1), 2^(b−1)−1].
-        bits: 2, 3, 4 or 8.
+        Q: Integers, int8 [R, C], in [−2^(b−1), 2^(b−1)−1].
+        bits: Bits b of an element: 2, 3, 4 or 8.
 
     Returns:
-        int32 [R, ceil(C·b/32)].
+        Words, int32 [R, ceil(C·b/32)].
     """
     rows, columns = Q.shape
     stored = Q.long() + (1 << (bits - 1))
@@ -49,15 +53,15 @@ def unpack(words: torch.Tensor, bits: int, num_columns: int) -> torch.Tensor:
     """Undo `pack`.
 
     Args:
-        words: int32 [R, ceil(C·b/32)].
-        bits: 2, 3, 4 or 8.
-        num_columns: C.
+        words: Words, int32 [R, ceil(C·b/32)].
+        bits: Bits b of an element: 2, 3, 4 or 8.
+        num_columns: Number C of elements in a row.
 
     Returns:
-        int8 [R, C].
+        Integers, int8 [R, C].
 
     Raises:
-        CheckpointError: the number of words does not fit the number of columns.
+        CheckpointError: The number of words does not fit the number of columns.
     """
     if words.shape[1] != words_per_row(num_columns, bits):
         raise CheckpointError(

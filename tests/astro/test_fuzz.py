@@ -90,14 +90,14 @@ def folder(tmp_path):
 def opens_or_explains(folder, changed):
     """Read everything, or the reason; every other file of the folder is as it was."""
     before = {path: path.read_bytes() for path in folder.iterdir()}
-    reason, found = "", {}
+    reason, tensors = "", {}
     try:
         checkpoint = Checkpoint.open(folder)
-        found = checkpoint.read(checkpoint.entries)
+        tensors = checkpoint.read(checkpoint.entries)
     except CheckpointError as error:
         reason = str(error)
     assert not reason or (changed in reason and "\n" not in reason)
-    for name, tensor in found.items():
+    for name, tensor in tensors.items():
         assert tuple(tensor.shape) == checkpoint.entries[name].shape
         assert folder / checkpoint.entries[name].file in before
     assert {path: path.read_bytes() for path in folder.iterdir()} == before

@@ -72,8 +72,8 @@ def test_drift_that_a_gpu_gets_in_16_bits_is_as_good(half):
     accumulator = DriftAccumulator(40, CPU)
     accumulator.add_(X_source, X)
     expected = (X_source.double() - X.double()).T @ X.double() / 64
-    found = accumulator.finish_("x").double()
-    torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-6 * float(expected.abs().max()))
+    H = accumulator.finish_("x").double()
+    torch.testing.assert_close(H, expected, rtol=1e-5, atol=1e-6 * float(expected.abs().max()))
 
 
 def test_drift_of_float16_may_be_larger_than_float16(half):

@@ -43,15 +43,15 @@ def test_against_the_librarys_own_compressor(bits, symmetric, group_size):
     weights = ct.quantization_config({"m": settings}, [])["config_groups"]["group_0"]["weights"]
     scheme = QuantizationScheme(targets=["Linear"], weights=QuantizationArgs(**weights))
     expected = PackedQuantizationCompressor.compress(state, scheme)
-    found = {name.removeprefix("m."): t for name, t in ct.pack_linear("m", quantized, torch.float32).items()}
-    assert set(found) == set(expected)
-    assert all(torch.equal(found[name], expected[name]) for name in expected)
+    packed = {name.removeprefix("m."): t for name, t in ct.pack_linear("m", quantized, torch.float32).items()}
+    assert set(packed) == set(expected)
+    assert all(torch.equal(packed[name], expected[name]) for name in expected)
 
 
 def test_layout_is_exact():
     tensors = ct.pack_linear("m.q", linear(Quantization(group_size=32, symmetric=False)), torch.bfloat16)
-    found = {name: (tensor.dtype, tuple(tensor.shape)) for name, tensor in tensors.items()}
-    assert found == {
+    layout = {name: (tensor.dtype, tuple(tensor.shape)) for name, tensor in tensors.items()}
+    assert layout == {
         "m.q.weight_packed": (torch.int32, (16, 8)),
         "m.q.weight_scale": (torch.bfloat16, (16, 2)),
         "m.q.weight_shape": (torch.int64, (2,)),
@@ -109,11 +109,11 @@ def test_layers_with_settings_of_their_own_are_named_in_the_config():
     settings = mixed({"*.o_proj": Override(bits=8), "*.v_proj": Override(group_size=64)})
     config = ct.quantization_config(settings, ["lm_head"])
     parsed = QuantizationConfig.model_validate(config)
-    found = {tuple(g.targets): (g.weights.num_bits, g.weights.group_size) for g in parsed.config_groups.values()}
-    assert found == {("a.q_proj", "a.k_proj"): (4, 32), ("a.v_proj",): (4, 64), ("a.o_proj",): (8, 32)}
+    schemes = {tuple(g.targets): (g.weights.num_bits, g.weights.group_size) for g in parsed.config_groups.values()}
+    assert schemes == {("a.q_proj", "a.k_proj"): (4, 32), ("a.v_proj",): (4, 64), ("a.o_proj",): (8, 32)}
     read = ct.read_settings(config, list(settings))
-    assert {name: (own.bits, own.group_size) for name, own in read.items()} == {
-        name: (own.bits, own.group_size) for name, own in settings.items()
+    assert {name: (layer.bits, layer.group_size) for name, layer in read.items()} == {
+        name: (layer.bits, layer.group_size) for name, layer in settings.items()
     }
     with pytest.raises(CheckpointError, match=r"no config_group names the packed layer a\.x"):
         ct.read_settings(config, ["a.x"])

@@ -56,8 +56,8 @@ def test_config_round_trip_with_other_widths_and_layers_that_stay():
     base, other = Quantization(group_size=32, format="gptq"), Quantization(bits=8, group_size=64, format="gptq")
     config = gptq_v1.quantization_config({"a.b": base, "a.bc": base, "axb": other}, ["lm_head", "a.d"])
     assert (config["bits"], config["group_size"], config["desc_act"], config["sym"]) == (4, 32, False, True)
-    found = gptq_v1.read_settings(config, ["a.b", "a.bc", "axb"])
-    assert [(own.bits, own.group_size) for own in found.values()] == [(4, 32), (4, 32), (8, 64)]
+    read = gptq_v1.read_settings(config, ["a.b", "a.bc", "axb"])
+    assert [(layer.bits, layer.group_size) for layer in read.values()] == [(4, 32), (4, 32), (8, 64)]
     assert [gptq_v1.is_ignored(config, name) for name in ("lm_head", "a.d", "a.b", "axd")] == [True, True, False, False]
     with pytest.raises(CheckpointError, match="dynamic excludes a.d, but it is packed"):
         gptq_v1.read_settings(config, ["a.d"])

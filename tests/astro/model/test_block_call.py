@@ -59,8 +59,8 @@ def test_layers_with_one_input_are_found(llama):
         assert [len(stage) for stage in stages] == [1, 1, 1, 1]
         assert [stage[0] for stage in stages] == statistics.input_groups
         (down,) = stages[-1][0]
-        found = inputs_of(layers, [down], lambda: forward(skeleton.blocks[0], hidden, calls[0]))
-    assert torch.equal(found[down], seen["x"])
+        inputs = inputs_of(layers, [down], lambda: forward(skeleton.blocks[0], hidden, calls[0]))
+    assert torch.equal(inputs[down], seen["x"])
     *_, last = statistics.finish_(Experts(), [])
     X = seen["x"].reshape(-1, 128)
     assert (last.num_tokens, last.routed_tokens, last.fallback) == (80, 80, "")

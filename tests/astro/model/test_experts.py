@@ -33,8 +33,8 @@ class Opened:
         self.hidden, self.calls = record(self.skeleton, IDS, returns_tuple(self.skeleton, IDS[:1]))
         self.expert_layer = next(operand for operand in self.layers.operands if operand.expert is not None)
         self.experts = self.layers.module_of(self.expert_layer)
-        for own, parameter in self.skeleton.blocks[1].named_parameters():
-            if own.endswith(("router.bias", "o_proj.bias")):  # large ones send all tokens to the same experts
+        for name, parameter in self.skeleton.blocks[1].named_parameters():
+            if name.endswith(("router.bias", "o_proj.bias")):  # large ones send all tokens to the same experts
                 parameter.data.zero_()
         self.routed = []
         self.experts.register_forward_pre_hook(lambda m, args: self.routed.append([a.clone() for a in args]))
@@ -117,13 +117,13 @@ def test_all_tokens_pass_through_a_starved_expert(name, tmp_path):
 @torch.no_grad()
 def test_starved_experts_share_a_hessian(tmp_path):
     opened = Opened("mixtral", tmp_path)
-    own = opened.statistics()
-    pairs = [pair for pair, _ in parts(own)]
-    fewest = min(pairs, key=lambda pair: own[pair].num_tokens)
-    policy = Experts(min_tokens=own[fewest].num_tokens + 1, policy="shared-hessian")
+    routed = opened.statistics()
+    pairs = [pair for pair, _ in parts(routed)]
+    fewest = min(pairs, key=lambda pair: routed[pair].num_tokens)
+    policy = Experts(min_tokens=routed[fewest].num_tokens + 1, policy="shared-hessian")
     known = opened.statistics(policy)
-    total = sum(own[pair].num_tokens for pair in pairs)
-    expected = sum(own[pair].H * own[pair].num_tokens for pair in pairs) / total
+    total = sum(routed[pair].num_tokens for pair in pairs)
+    expected = sum(routed[pair].H * routed[pair].num_tokens for pair in pairs) / total
     assert (known[fewest].num_tokens, known[fewest].fallback) == (total, "shared-hessian")
     torch.testing.assert_close(known[fewest].H, expected)
     assert [known[pair].fallback for pair in pairs].count("shared-hessian") == 1
@@ -134,7 +134,7 @@ def test_starved_experts_are_rounded_or_end_the_run(tmp_path):
     opened = Opened("mixtral", tmp_path)
     known = opened.statistics(Experts(min_tokens=1000, policy="rtn"))
     assert torch.equal(known[parts(known)[0][0]].H, torch.eye(64))
-    assert {found.fallback for found in known.values()} == {"", "rtn"}
+    assert {statistics.fallback for statistics in known.values()} == {"", "rtn"}
     with pytest.raises(NumericalError, match=r"experts\.0\.w1\+.*w3: \d+ calibration tokens reached this expert"):
         opened.statistics(Experts(min_tokens=1000, policy="fail"))
 
@@ -157,9 +157,9 @@ def test_experts_in_another_layout_are_refused(tmp_path, monkeypatch):
 def test_inputs_that_are_kept_come_to_the_same_bits(tokens):
     chunks = correlated_inputs(3 * tokens, 40).float().chunk(3)
     sums = [HessianAccumulator(40, CPU, keep_inputs=kept) for kept in (False, True)]
-    for own in sums:
+    for accumulator in sums:
         for chunk in chunks:
-            own.add_(chunk)
+            accumulator.add_(chunk)
     assert torch.equal(sums[0].finish_("x"), sums[1].finish_("x"))
 
 
