@@ -9,27 +9,70 @@ from typing import Any
 from astro.errors import AstroError, DamagedError, RunError, StorageError
 from astro_dist.execution.executor import Event, Executor, Failed, Joined
 from astro_dist.execution.failure import Failure, FailureHistory, Kind, kind_of
+from astro_dist.execution.patience import Patience
 from astro_dist.report.progress import ProgressDisplay
+from astro_dist.run_directory.journal import Journal
 from astro_dist.run_directory.records import RunDirectory
 from astro_dist.schedule.calls import Call, FinishingCall, ForwardChunk, Result, Schedule, assign
 
 __all__ = ["Driver"]
 
 _TICK_S = 1.0
-_STALL_S = 30.0
-_TELL_S = 30.0
-_STUCK_S = 120.0
-"""Without anything to hand out although workers are free: the state of the run is read anew, once."""
 
 
 @dataclasses.dataclass(frozen=True)
 class _Running:
+    """A call that a worker is at.
+
+    Attributes:
+        call: The call.
+        since: When it began, or began to be counted anew, on the monotonic clock.
+    """
+
     call: Call
     since: float
 
 
+@dataclasses.dataclass
+class _Trouble:
+    """What went wrong since a worker last joined or brought a result.
+
+    Attributes:
+        first: The first failure and its error; None where there was none.
+        is_stale: Whether the state of the run is to be read anew, once no call is running.
+        was_stuck: Whether it was read anew because nothing could be handed out, and nothing was done since.
+    """
+
+    first: tuple[Failure, Exception] | None = None
+    is_stale: bool = False
+    was_stuck: bool = False
+
+
+class _Notes:
+    """What is written to the journal; what a full disk refuses is kept for later."""
+
+    def __init__(self, journal: Journal) -> None:
+        self._journal = journal
+        self._unwritten: list[tuple[str, dict[str, Any]]] = []
+
+    def add(self, event: str, **details: Any) -> None:
+        """Keep a note until it is written."""
+        self._unwritten.append((event, {"time": round(time.time(), 3), **details}))
+
+    def write(self) -> None:
+        """Write what is not written yet, the oldest first.
+
+        Raises:
+            StorageError: The file system refused.
+        """
+        while self._unwritten:
+            event, details = self._unwritten[0]
+            self._journal.note(event, **details)
+            self._unwritten.pop(0)
+
+
 class Driver:
-    """Runs a schedule to its end.
+    """Runs a schedule to its end, on the workers of an executor.
 
     A failed call goes back to the schedule and is done by another worker, as often as the history of failures allows.
     After a file of the run was found damaged, the state of the run is read anew from the run directory, as it is when
@@ -50,40 +93,38 @@ class Driver:
         """Prepare to run; nothing is started.
 
         Args:
-            executor: whose workers were started.
-            run: the run directory.
-            plan_anew: the schedule, from what the run directory holds.
-            display: what a person sees.
-            history: of failures, and what is to be done about them.
-            deadline_s: seconds after which a call is taken to hang.
-            worker_timeout_s: seconds without any worker after which the run fails.
-            on_finished: called at the beginning and after each unit, before more is handed out.
+            executor: The executor, whose workers were started.
+            run: The run directory.
+            plan_anew: Makes the schedule from what the run directory holds.
+            display: What a person sees.
+            history: Counts failures and says what is to be done about them.
+            deadline_s: Gives the seconds after which a call is taken to hang.
+            worker_timeout_s: Seconds without any worker after which the run fails.
+            on_finished: Is called at the beginning and after each unit, before more is handed out.
         """
         self._executor, self._run, self._display, self._history = executor, run, display, history
         self._plan_anew, self._deadline_s, self._on_finished = plan_anew, deadline_s, on_finished
         self._worker_timeout_s = worker_timeout_s
         self._running: dict[int, _Running] = {}
-        self._not_before = 0.0
-        self._last_worker = self._last_told = self._last_look = self._last_call = time.monotonic()
-        self._read_anew = False
-        self._stale = False
-        self._unnoted: list[tuple[str, dict[str, Any]]] = []
-        self._joined = False
         self._begun: set[str] = set()
+        self._patience = Patience(worker_timeout_s)
+        self._trouble = _Trouble()
+        self._notes = _Notes(run.journal)
+        self._joined = False
 
     def run(self, schedule: Schedule) -> None:
         """Do every unit that is not finished.
 
         Args:
-            schedule: at the beginning.
+            schedule: The schedule, as it is at the beginning.
 
         Raises:
-            AstroError: a unit failed too often, or there is no worker left. What is finished is kept.
+            AstroError: A unit failed too often, or there is no worker left. What is finished is kept.
         """
         self._on_finished(schedule)
         while not schedule.complete:
-            if self._stale and not self._running:
-                schedule, self._stale = self._plan_anew(), False
+            if self._trouble.is_stale and not self._running:
+                schedule, self._trouble.is_stale = self._plan_anew(), False
                 self._on_finished(schedule)
             self._hand_out(schedule)
             event = self._executor.wait(_TICK_S)
@@ -93,14 +134,14 @@ class Driver:
             self._end_overdue(schedule)
             self._require_workers()
             self._require_progress()
-        self._note_again()
+        self._notes.write()
 
     def _hand_out(self, schedule: Schedule) -> None:
-        if self._stale or time.monotonic() < self._not_before:
+        if self._trouble.is_stale or self._patience.postpones:
             return
         for worker, call in assign(schedule, self._executor.idle()):
             self._running[worker] = _Running(call, time.monotonic())
-            self._last_call = time.monotonic()
+            self._patience.saw_call()
             self._executor.submit(worker, call)
             self._display.started(worker, call)
             if call.unit not in self._begun and not isinstance(call, ForwardChunk):
@@ -108,17 +149,18 @@ class Driver:
                 self._note("began", unit=call.unit, worker=worker)
 
     def _take(self, schedule: Schedule, event: Event) -> None:
-        self._last_call = time.monotonic()  # of a worker in this very process the call took its time until now
+        self._patience.saw_call()  # of a worker in this very process the call took its time until now
         if isinstance(event, Joined):
-            self._joined = True
+            self._joined, self._trouble.first = True, None
             self._display.joined(event.worker)
             self._note("joined", worker=event.worker)
         elif isinstance(event, Failed):
-            self._judge(schedule, event.worker, event.error, kind_of(event.error, event.lost))
+            self._judge(schedule, event, kind_of(event.error, event.lost))
         else:
             self._take_result(schedule, event.worker, self._running.pop(event.worker).call, event.result)
 
     def _take_result(self, schedule: Schedule, worker: int, call: Call, result: Result) -> None:
+        self._trouble.first, self._trouble.was_stuck = None, False
         known = call.unit in schedule.finished
         for spent in schedule.done(worker, call, result):
             self._run.drop(spent)
@@ -131,91 +173,111 @@ class Driver:
             self._note("finished", unit=call.unit, worker=worker, seconds=result["result"].get("seconds", {}))
             self._on_finished(schedule)
 
-    def _judge(self, schedule: Schedule, worker: int, error: Exception, kind: Kind) -> None:
-        """What to do about a worker that is gone; its call, if it had one, goes back to the schedule."""
+    def _judge(self, schedule: Schedule, event: Failed, kind: Kind) -> None:
+        """Decide what to do about a worker that is gone; its call, if it had one, goes back to the schedule."""
+        worker, error = event.worker, event.error
         running = self._running.pop(worker, None)
         self._display.left(worker)
         if isinstance(error, DamagedError) and self._run.is_sound(error.path):
             kind = "raised"  # that worker could not read what is there: nothing is to be made again
-        unit, method = (running.call.unit, running.call.verb) if running else ("start", "prepare")
-        failure = Failure(unit, method, worker, kind, _one_line(error))
+        unit, verb = (running.call.unit, running.call.verb) if running else ("start", "prepare")
+        failure = Failure(unit, verb, worker, kind, _one_line(error))
         self._note("failed", **dataclasses.asdict(failure))
-        self._display.say(f"{unit}, {method} on worker {worker}: {failure.cause}")
+        self._display.say(f"{unit}, {verb} on worker {worker}: {failure.cause}")
+        self._trouble.first = self._trouble.first or (failure, error)
         if running is None:
-            if isinstance(error, AstroError) and kind != "lost" and not self._joined:
-                raise error  # the very first workers do not find what the driver sees: nothing will get better
-            return  # one node that is not fit does not end a run that others go on with
-        may_be_finished = isinstance(running.call, FinishingCall) and kind in ("lost", "overdue")
+            self._judge_start(event, kind)
+        else:
+            self._judge_call(schedule, running.call, failure, error)
+
+    def _judge_start(self, event: Failed, kind: Kind) -> None:
+        """Go on without a worker that could not start: one node that is not fit does not end a run of others.
+
+        Raises:
+            AstroError: The very first workers do not find what the driver sees, or there is none left and none will
+                come: nothing will get better.
+        """
+        is_hopeless = isinstance(event.error, AstroError) and kind != "lost" and not self._joined
+        is_last = not event.replaced and not self._running and not self._executor.idle()
+        if not is_hopeless and not is_last:
+            return
+        assert self._trouble.first is not None
+        failure, first = self._trouble.first
+        if first is event.error and isinstance(first, AstroError):
+            raise first
+        later = "" if first is event.error else f". The worker in its place could not start: {_one_line(event.error)}"
+        raise RunError(f"{_of(failure)}{later}") from first
+
+    def _judge_call(self, schedule: Schedule, call: Call, failure: Failure, error: Exception) -> None:
+        """Give a call that came to nothing back to the schedule, as often as the history of failures allows."""
+        unit, worker, kind = failure.unit, failure.worker, failure.kind
+        may_be_finished = isinstance(call, FinishingCall) and kind in ("lost", "overdue")
         record = self._run.finished(unit) if may_be_finished else None
         if record is not None:  # it was lost after its last word was on disk
-            self._take_result(schedule, worker, running.call, record)
+            self._take_result(schedule, worker, call, record)
             return
         self._begun.discard(unit)
-        schedule.failed(worker, running.call)
+        schedule.failed(worker, call)
         if kind == "damaged" and isinstance(error, DamagedError):
             with contextlib.suppress(OSError):
                 error.path.unlink(missing_ok=True)
-            self._stale = True
-        wait_s = self._history.judge(failure, running.call, error)
+            self._trouble.is_stale = True
+        wait_s = self._history.judge(failure, call, error)
         if wait_s:
-            self._not_before = max(self._not_before, time.monotonic() + wait_s)
+            self._patience.postpone(wait_s)
 
     def _end_overdue(self, schedule: Schedule) -> None:
-        now = time.monotonic()
-        stood_still, self._last_look = now - self._last_look > _STALL_S, now
+        now, stood_still = time.monotonic(), self._patience.stood_still()
         for worker, running in list(self._running.items()):
             limit = self._deadline_s(running.call)
-            if stood_still:  # the driver itself, perhaps on a file system that hung for all: begin to count anew
+            if stood_still:  # not the fault of the calls: begin to count anew
                 self._running[worker] = dataclasses.replace(running, since=now)
             elif now - running.since > limit and self._executor.enforces_deadlines:
                 self._executor.discard(worker)
-                self._judge(schedule, worker, RunError(f"took longer than its deadline of {limit:.0f} s"), "overdue")
+                late = RunError(f"took longer than its deadline of {limit:.0f} s")
+                self._judge(schedule, Failed(worker, late, lost=True), "overdue")
 
     def _require_workers(self) -> None:
-        now = time.monotonic()
         if self._running or self._executor.idle():
-            self._last_worker = self._last_told = now
+            self._patience.saw_worker()
             return
-        left = self._worker_timeout_s - (now - self._last_worker)
-        if now - self._last_told > _TELL_S:
-            self._last_told = now
+        left = self._patience.worker_wait_s()
+        if self._patience.shall_tell():
             self._display.say(
                 f"no worker is up; waits {left:.0f} s more for the cluster to have room, see `ray status`"
             )
         if left < 0:
+            first = self._trouble.first
+            begin = f" It began with {_of(first[0])}." if first else ""
             raise RunError(
                 f"no worker was up for {self._worker_timeout_s:.0f} s (execution.worker_timeout_s); the cluster is "
-                "down, or another job holds its CPUs or GPUs (see `ray status`). What is finished is kept; run the "
-                "same command to go on"
-            )
+                f"down, or another job holds its CPUs or GPUs (see `ray status`).{begin} What is finished is kept; run "
+                "the same command to go on"
+            ) from (first[1] if first else None)
 
     def _require_progress(self) -> None:
-        now = time.monotonic()
-        if self._running or not self._executor.idle() or now < self._not_before or self._stale:
-            self._last_call = now
-        elif now - self._last_call > _STUCK_S:
-            if self._read_anew:
+        if self._running or not self._executor.idle() or self._patience.postpones or self._trouble.is_stale:
+            self._patience.saw_call()
+        elif self._patience.is_stuck:
+            if self._trouble.was_stuck:
                 raise RunError(
-                    f"no call could be made for {_STUCK_S:.0f} s although workers are free; this is a defect of the "
-                    "schedule. What is finished is kept; run the same command to go on"
+                    f"no call could be made for {self._patience.stuck_s:.0f} s although workers are free; this is a "
+                    "defect of the schedule. What is finished is kept; run the same command to go on"
                 )
             self._note("stuck")
             self._display.say("nothing can be handed out; the state of the run is read anew")
-            self._read_anew = self._stale = True
+            self._trouble.was_stuck = self._trouble.is_stale = True
 
     def _note(self, event: str, **details: Any) -> None:
-        """Append to the journal; what a full disk refuses is kept for later."""
-        self._unnoted.append((event, {"time": round(time.time(), 3), **details}))
+        self._notes.add(event, **details)
         try:
-            self._note_again()
+            self._notes.write()
         except StorageError as error:
             self._display.say(str(error))
 
-    def _note_again(self) -> None:
-        while self._unnoted:
-            event, details = self._unnoted[0]
-            self._run.journal.note(event, **details)
-            self._unnoted.pop(0)
+
+def _of(failure: Failure) -> str:
+    return f"{failure.unit}, {failure.method} on worker {failure.worker}: {failure.cause}"
 
 
 def _one_line(error: Exception) -> str:

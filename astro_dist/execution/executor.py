@@ -26,19 +26,21 @@ class Returned:
 
 @dataclasses.dataclass(frozen=True)
 class Failed:
-    """A worker's call, or its start, raised. The worker is gone and another one will join in its place.
+    """A worker's call, or its start, raised. The worker is gone; mostly another one will join in its place.
 
     A worker that raised is not used again: a device may be in a state that only a new process leaves.
 
     Attributes:
-        worker: number.
-        error: what was raised, or says how the worker was lost.
-        lost: whether the worker itself died or was cut off.
+        worker: Number of the worker.
+        error: What was raised, or says how the worker was lost.
+        lost: Whether the worker itself died or was cut off.
+        replaced: Whether another worker will join in its place.
     """
 
     worker: int
     error: Exception
     lost: bool
+    replaced: bool = True
 
 
 Event = Joined | Returned | Failed

@@ -3,6 +3,9 @@
 from collections import deque
 from typing import Any
 
+import torch
+
+from astro.errors import ConfigError
 from astro_dist.execution.executor import Event, Failed, Joined, Returned
 from astro_dist.schedule.calls import Call
 from astro_dist.worker.spec import WorkerSpec
@@ -17,6 +20,20 @@ class LocalExecutor:
     enforces_deadlines = False
 
     def __init__(self, num_workers: int, on_gpu: bool = False) -> None:
+        """Prepare to have workers; none is built.
+
+        Args:
+            num_workers: Number of workers.
+            on_gpu: Whether they compute on the GPU of this machine.
+
+        Raises:
+            ConfigError: A GPU is asked for, but torch can use none here.
+        """
+        if on_gpu and not torch.cuda.is_available():
+            raise ConfigError(
+                "execution.device: cuda, but this machine has no GPU that torch can use; set execution.device to auto "
+                "or cpu"
+            )
         self.num_workers = num_workers
         self.has_gpus = on_gpu
         self._workers: dict[int, Worker] = {}
@@ -28,7 +45,7 @@ class LocalExecutor:
         """Build the workers."""
         self._spec = spec
         for _ in range(self.num_workers):
-            self._add()
+            self._add(self._build())
 
     def idle(self) -> list[int]:
         """Workers that have nothing to do."""
@@ -54,10 +71,16 @@ class LocalExecutor:
         return Returned(worker, result)
 
     def discard(self, worker: int) -> None:
-        """Forget a worker and what it was to do, and build another."""
+        """Forget a worker and what it was to do, and build another. One that cannot be built is told as failed."""
         del self._workers[worker]
         self._busy.discard(worker)
-        self._add()
+        try:
+            built = self._build()
+        except Exception as error:  # whatever it is, it must not hide why the first worker is gone
+            self._events.append(Failed(self._next, error, lost=False, replaced=False))
+            self._next += 1
+        else:
+            self._add(built)
 
     def describe(self) -> dict[int, dict[str, Any]]:
         """What each worker says of itself."""
@@ -68,9 +91,12 @@ class LocalExecutor:
         self._workers.clear()
         self._events.clear()
 
-    def _add(self) -> None:
+    def _build(self) -> Worker:
         worker = Worker(self._spec)
         worker.prepare()
+        return worker
+
+    def _add(self, worker: Worker) -> None:
         self._workers[self._next] = worker
         self._events.append(Joined(self._next))
         self._next += 1

@@ -22,7 +22,7 @@ from astro.errors import (
 )
 from astro.storage.checkpoint import INDEX_NAME, Checkpoint
 from astro_dist import pipeline
-from astro_dist.execution import driver, failure
+from astro_dist.execution import driver, failure, patience
 from astro_dist.execution.executor import Failed, Returned
 from astro_dist.execution.local_executor import LocalExecutor
 from astro_dist.export.verify import verify_model
@@ -167,7 +167,7 @@ def test_second_driver_on_a_run_is_refused(run_config, tmp_path):
 
 def test_waiting_for_workers_is_told_and_ends(run_config, monkeypatch, capsys):
     monkeypatch.setattr(LocalExecutor, "idle", lambda self: [])
-    monkeypatch.setattr(driver, "_TELL_S", 0.05)
+    monkeypatch.setattr(patience, "_TELL_S", 0.05)
     monkeypatch.setattr(driver, "_TICK_S", 0.01)
     with pytest.raises(RunError, match=r"no worker was up for 0 s \(execution.worker_timeout_s\); the cluster is down"):
         pipeline.quantize(run_config(execution__worker_timeout_s=0.3))
@@ -475,7 +475,7 @@ def test_going_on_on_another_kind_of_device_is_refused(run_config, tmp_path, mon
 def test_call_that_takes_long_in_this_process_is_progress(run_config, monkeypatch):
     copy = Worker.copy_tensors
     monkeypatch.setattr(Worker, "copy_tensors", lambda self, call: time.sleep(0.5) or copy(self, call))
-    monkeypatch.setattr("astro_dist.execution.driver._STUCK_S", 0.3)
+    monkeypatch.setattr("astro_dist.execution.patience._STUCK_S", 0.3)
     config = run_config()
     pipeline.quantize(config)
     assert "stuck" not in (config.output.dir / "journal.jsonl").read_text()
