@@ -7,7 +7,8 @@ Per row (eq. 12):
 
 for groups k of g contiguous columns. Shapes: R rows, C columns, G = C/g groups, B layers side by side.
 Two solvers: the published proximal gradient, and ADMM, which comes close to the minimum in a few iterations. ADMM's
-products may round their factors to bfloat16 (`astro.linalg.bf16_matmul`): what they give is a step from W, small beside it.
+products may round their factors to bfloat16 (`astro.linalg.bf16_matmul`): what they give is a step from W, small beside
+it.
 """
 
 import dataclasses

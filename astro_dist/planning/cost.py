@@ -12,6 +12,7 @@ from astro.linalg.tiling import row_tile, row_tiles
 from astro.quantization.beta_search import NUM_CANDIDATES, sample_tiles
 from astro.quantization.grid import num_candidates
 from astro.quantization.regularizer import PROX_PASSES
+from astro.quantization.row_solver import num_sampled
 from astro_dist.config.schema import RunConfig
 from astro_dist.planning.devices import Device
 from astro_dist.planning.predicted_groups import LayerGroup, layer_groups, stages_of, together
@@ -43,21 +44,31 @@ from astro_dist.schedule.sequential import shares
 __all__ = ["CostModel", "Work"]
 
 _CANDIDATE_PASSES = 4
-"""Elementwise operations for each candidate of a scale, by the time of the proximal map's."""
+"""Elementwise operations for each candidate of a scale: divide, round, limit, weigh, as `grid._group_error` does them,
+four reads and writes of an element beside the sums. They are counted at the speed of the proximal map's passes."""
 _COLUMN_STEPS = (5.5, 4.0)
-"""Operations for a column in GPTQ, and in a pass of refinement."""
+"""Small dependent operations for a column in GPTQ, and in a pass of refinement: five calls of
+GPTQ (divide, round, limit, the error, what later columns take of it) and three of refinement (round, limit, what later
+columns take of it), and half a call and one more for what a block of columns takes besides."""
 _COMPILED_STEPS = (0.5, 0.6)
 """The same where 16 columns are a kernel or two: 0.27 and 0.51 launches, counted, and in round numbers what a solve
 launches besides (`tests/bench/launches.py`)."""
 _LIBRARIES_BYTES = 430_000_000
-"""Resident memory of a CPU worker before it does anything: Python, torch, transformers, Ray."""
+"""Resident memory of a CPU worker before it does anything: Python, torch, transformers, Ray. A process
+that has imported `ray` and `astro_dist.worker.worker` peaks at 390 MB (`astro.process.peak_rss_bytes`); the rest is left
+for what an actor of Ray holds besides."""
 _STATES = 6
-"""Hidden states that a block's forward holds at its peak, attention's queries, keys and values among them."""
+"""Hidden states that a block's forward holds at its peak: the residual, its norm, queries, keys, values and attention's
+output."""
 _LOGITS = 3
+"""Float32 copies of one sequence's logits that the loss holds at its peak: logits, their float32 form, the softmax."""
 _PACKED_BYTES = 2.1
-"""Of a wide Hessian in a file, over its columns squared: one half in float32."""
+"""Bytes of a Hessian in a file over its columns squared. One half of it is kept in float32, so 2, and a little more
+for the squares on the diagonal: 256 columns are one strip, of 5120 columns 2.1 bytes are kept."""
 _SQUARES, _TILES = 2.5, 9
-"""Matrices of columns × columns beside the Hessian, and of a row tile, that a solve holds at its peak."""
+"""Matrices of columns × columns beside the Hessian (the factor, the regularizer's operator, one half while either is
+made), and arrays of a row tile (weights, target, both transposed, errors, integers, slopes, grid and figures), that a
+solve holds at its peak. `tests/bench/memory.py` compares the sum with what a run takes."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -236,7 +247,7 @@ class CostModel:
                 counts = isinstance(call, Forward) and not is_held_out(call.chunk)
                 return passed + self._hessian(self._batches(unit), tokens) if counts else passed
             case SolveBlock():
-                solved = (self._solve(batch) for batch in self._batches(unit))
+                solved = (self._solve(batch, call.round_index) for batch in self._batches(unit))
                 return sum(solved, Work(moved_bytes=unit.written_bytes))
             case WriteBlock():
                 # Tiles hold a byte a weight.
@@ -272,58 +283,83 @@ class CostModel:
         weights = batch.weights * self._itemsize
         if isinstance(call, MergeHessians):
             moved = square * (len(self._shares) + 1 if self._sequential else 1) + weights
-            return self._prepare(batch) + Work(moved_bytes=moved)
+            return self._prepare(batch) + self._measure_widths(batch, call.round_index) + Work(moved_bytes=moved)
         # Which worker has the batch prepared already is open.
         entered = self._prepare(batch) + Work(moved_bytes=square + weights)
         if isinstance(call, TryBetas):
             return entered + self._weigh_tiles(batch, [self._sample_tiles(batch)[call.tile]])
         tile = self._tiles(batch)[call.tile]
         written = 5.0 * batch.count * (tile.stop - tile.start) * batch.columns
-        return entered + self._solve_tiles(batch, [tile]) + Work(moved_bytes=written)
+        return entered + self._solve_tiles(batch, [tile], self._iterations) + Work(moved_bytes=written)
 
-    def _solve(self, batch: LayerGroup) -> Work:
+    def _solve(self, batch: LayerGroup, round_index: int) -> Work:
         """All of a batch by one worker."""
-        all_rows = self._solve_tiles(batch, self._tiles(batch))
-        return self._prepare(batch) + self._weigh_tiles(batch, self._sample_tiles(batch)) + all_rows
+        searched = self._weigh_tiles(batch, self._sample_tiles(batch))
+        all_rows = self._solve_tiles(batch, self._tiles(batch), self._iterations)
+        return self._prepare(batch) + searched + all_rows + self._measure_widths(batch, round_index)
+
+    @property
+    def _iterations(self) -> int:
+        """Iterations of the regularizer; 0 where nothing is regularized."""
+        regularization = self._regularization
+        return 0 if regularization.name == "none" or regularization.beta == 0 else regularization.steps
+
+    @property
+    def _is_factored(self) -> bool:
+        return self._quantization.method == "gptq"
 
     def _prepare(self, batch: LayerGroup) -> Work:
-        """Factorization, and the operator of the regularizer."""
-        return Work(exact=4.0 / 3.0 * batch.square * batch.columns)
+        """The Cholesky factor of GPTQ, C³/3 operations, and the inverse of ADMM, C³: each only where it is taken."""
+        inverted = bool(self._iterations) and self._regularization.solver == "admm"
+        return Work(exact=(self._is_factored / 3.0 + inverted) * batch.square * batch.columns)
+
+    def _measure_widths(self, batch: LayerGroup, round_index: int) -> Work:
+        """What a width budget takes in its first round: sampled rows are solved once for each width."""
+        if self._quantization.bits != "auto" or round_index:
+            return Work()
+        rows = [slice(0, num_sampled(batch.rows))]
+        each = self._solve_tiles(batch, rows, iterations=0)
+        return sum([each] * len(self._quantization.bit_choices), Work())
 
     def _weigh_tiles(self, batch: LayerGroup, tiles: list[slice]) -> Work:
         """Regularization, GPTQ and errors of sampled rows under every candidate."""
-        return self._quantize_tiles(batch, tiles, NUM_CANDIDATES, products=0.5, passes=0)
+        return self._quantize_tiles(batch, tiles, self._iterations, NUM_CANDIDATES, products=0.5, passes=0)
 
-    def _solve_tiles(self, batch: LayerGroup, tiles: list[slice]) -> Work:
+    def _solve_tiles(self, batch: LayerGroup, tiles: list[slice], iterations: int) -> Work:
         """Regularization, GPTQ, refinement and figures of tiles."""
         settings = self._quantization
-        passes = settings.refine_passes if settings.method == "gptq" else 0
+        passes = settings.refine_passes if self._is_factored else 0
         # A pass takes a product span by span, and of a wide group within it half of one, and one for its scale.
         size = batch.columns if settings.group_size == PER_CHANNEL else settings.group_size
         wider = 1.5 * size / batch.columns
         # Of figures half a product is what a result is compared with, where it was refined half of another one.
         products = 1 + 0.5 * bool(passes) + passes * wider
-        solved = self._quantize_tiles(batch, tiles, 1, products, passes)
+        solved = self._quantize_tiles(batch, tiles, iterations, 1, products, passes)
         return solved + Work(rounded=passes * 2.0 * batch.columns * self._elements(batch, tiles))
 
     def _elements(self, batch: LayerGroup, tiles: list[slice]) -> float:
         return float(batch.count * sum(tile.stop - tile.start for tile in tiles) * batch.columns)
 
-    def _quantize_tiles(self, batch: LayerGroup, tiles: list[slice], copies: int, products: float, passes: int) -> Work:
-        """Of tiles that hold so many copies of each row, with products with H and passes over columns besides."""
+    def _quantize_tiles(
+        self, batch: LayerGroup, tiles: list[slice], iterations: int, copies: int, products: float, passes: int
+    ) -> Work:
+        """What tiles take that hold so many copies of each row.
+
+        They are regularized by so many iterations and put on their grids; besides, there are products with H, as many
+        as `products` says, and passes of refinement over the columns.
+        """
         solving, refining = self._column_steps
-        regularization = self._regularization
-        iterations = regularization.steps if regularization.name != "none" else 0
         elements = copies * self._elements(batch, tiles)
         elementwise = iterations * PROX_PASSES + num_candidates(self._quantization) * _CANDIDATE_PASSES
         product = 2.0 * batch.columns * elements
-        published = regularization.solver == "pgd"
+        published = self._regularization.solver == "pgd"
         # The first iteration of ADMM takes no product.
         regularized = Work(exact=iterations * product) if published else Work(rounded=max(iterations - 1, 0) * product)
         return regularized + Work(
-            exact=(0.5 + products) * product,
+            # GPTQ multiplies the errors with one half of its factor; rounding to nearest has neither.
+            exact=(0.5 * self._is_factored + products) * product,
             elements=elementwise * elements,
-            steps=len(tiles) * batch.columns * (solving + passes * refining),
+            steps=len(tiles) * batch.columns * (solving * self._is_factored + passes * refining),
         )
 
     def _forward(self, unit: BlockUnit, tokens: int) -> float:

@@ -1,4 +1,7 @@
-"""Panels without effects are the panels; what cannot be compiled says so. Compiled for real: tests/astro_dist/test_compiled_runs.py."""
+"""Panels without effects are the panels, and what cannot be compiled says so.
+
+Whole runs are compiled in tests/astro_dist/test_compiled_runs.py.
+"""
 
 from concurrent.futures import ThreadPoolExecutor
 from typing import NamedTuple

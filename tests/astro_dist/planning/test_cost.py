@@ -1,0 +1,63 @@
+"""What the cost model charges, and for what it charges nothing."""
+
+import dataclasses
+
+import pytest
+
+from astro.quantization.row_solver import num_sampled
+from astro_dist.planning.cost import CostModel, Work
+from astro_dist.planning.validate import prepare
+from astro_dist.schedule.calls import MergeHessians, SolveBlock
+from astro_dist.source.calibration_text import chunk_tokens
+
+AUTO = {"quantization__bits": "auto", "quantization__average_bits": 3.5, "execution__rounds": 2}
+
+
+def cost_of(config):
+    prepared = prepare(config)
+    return CostModel(prepared.plan, config, chunk_tokens(config.calibration), 4, "cpu"), prepared.plan
+
+
+def solved(config, round_index=0):
+    return cost_of(config)[0].work(SolveBlock(round_index, 0))
+
+
+@pytest.mark.parametrize("call", [SolveBlock, lambda r, block: MergeHessians(r, block, 0)], ids=["alone", "split"])
+def test_the_first_round_of_a_width_budget_measures_every_width(run_config, call):
+    cost, _ = cost_of(run_config(**AUTO))
+    more = dataclasses.astuple(cost.work(call(0, 0)))
+    less = dataclasses.astuple(cost.work(call(1, 0)))
+    assert all(a >= b for a, b in zip(more, less, strict=True))
+    assert cost.work(call(0, 0)).steps > cost.work(call(1, 0)).steps
+
+
+def test_a_width_is_measured_on_sampled_rows_only(run_config):
+    two, four = (run_config(**AUTO, quantization__bit_choices=widths) for widths in ([3, 4], [2, 3, 4, 8]))
+    one = (solved(four).elements - solved(two).elements) / 2
+    assert 0 < one < solved(four, 1).elements / 4
+
+
+def test_rounding_to_nearest_factors_nothing_and_steps_through_no_column(run_config):
+    plain = run_config(quantization__method="rtn", regularizer__name="none")
+    work = solved(plain)
+    # What is left of exact operations: the error and the energy of every row, half a product each.
+    _, plan = cost_of(plain)
+    figures = sum(2 * linear.columns * linear.rows * linear.columns for linear in plan.blocks[0].linears)
+    assert (work.exact, work.steps, work.rounded) == (figures, 0, 0)
+
+
+@pytest.mark.parametrize(
+    "changes", [{"regularizer__name": "none"}, {"regularizer__beta": 0.0}, {"regularizer__beta": 0}], ids=str
+)
+def test_without_a_regularizer_nothing_is_inverted(run_config, changes):
+    cubes = 3 * 64**3 + 128**3
+    with_beta = run_config(regularizer__beta=1e-4)
+    assert solved(with_beta).exact - solved(run_config(**changes)).exact == pytest.approx(cubes)
+
+
+def test_a_strength_of_zero_costs_no_iteration(run_config):
+    assert solved(run_config(regularizer__beta=0.0)) == solved(run_config(regularizer__name="none"))
+
+
+def test_work_adds_up():
+    assert Work(1, 2, 3, 4, 5, 6) + Work(6, 5, 4, 3, 2, 1) == Work(7, 7, 7, 7, 7, 7)
