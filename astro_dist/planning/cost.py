@@ -55,7 +55,7 @@ _COMPILED_STEPS = (0.5, 0.6)
 launches besides (`tests/bench/launches.py`)."""
 _LIBRARIES_BYTES = 430_000_000
 """Resident memory of a CPU worker before it does anything: Python, torch, transformers, Ray. A process
-that has imported `ray` and `astro_dist.worker.worker` peaks at 390 MB (`astro.process.peak_rss_bytes`); the rest is left
+that has imported `ray` and `astro_dist.worker.worker` peaks at 390 MB (`astro.process.peak_rss_bytes`); the rest is
 for what an actor of Ray holds besides."""
 _STATES = 6
 """Hidden states that a block's forward holds at its peak: the residual, its norm, queries, keys, values and attention's

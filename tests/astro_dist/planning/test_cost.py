@@ -4,7 +4,6 @@ import dataclasses
 
 import pytest
 
-from astro.quantization.row_solver import num_sampled
 from astro_dist.planning.cost import CostModel, Work
 from astro_dist.planning.validate import prepare
 from astro_dist.schedule.calls import MergeHessians, SolveBlock
