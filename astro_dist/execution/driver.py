@@ -130,7 +130,7 @@ class Driver:
             stream, block, chunk = call.args
             self._note("passed", chunk=chunk, block=block, stream=stream, seconds=result)
         if finished:
-            self._note("finished", unit=call.unit, worker=worker, seconds=result["result"].get("seconds", {}))
+            self._note("finished", unit=call.unit, worker=worker, seconds=dict(result.seconds))
             self._on_finished(schedule)
 
     def _judge(self, schedule: Schedule, worker: int, error: Exception, kind: Kind) -> None:

@@ -28,6 +28,14 @@ from astro.storage.atomic import save_tensors
 from astro.timing import add_seconds, timed
 from astro_dist.planning.units import BlockUnit
 from astro_dist.run_directory.layer_widths import layer_settings
+from astro_dist.run_directory.unit_record import (
+    BlockResult,
+    CopyResult,
+    EmbedResult,
+    EvaluationResult,
+    LossResult,
+    UnitRecord,
+)
 from astro_dist.schedule.names import block_unit, evaluate_unit, head_unit, is_held_out, stream_names
 from astro_dist.worker.block_runner import Stage
 from astro_dist.worker.spec import WorkerSpec
@@ -96,7 +104,7 @@ class Worker:
         }
 
     @torch.no_grad()
-    def embed(self) -> dict[str, Any]:
+    def embed(self) -> UnitRecord:
         """Hidden states before the first block for every chunk, and what blocks are given besides."""
         spec, stage = self._spec, self._stage
         self._let_go()
@@ -110,9 +118,9 @@ class Worker:
                 if not path.exists():
                     save_calls(path, calls, as_tuple)
                 stage.hand_on("original", 0, chunk, hidden)
-        return spec.run.finish("embed", [], {"compute_dtype": str(spec.compute_dtype), "device": spec.device})
+        return spec.run.finish("embed", [], EmbedResult(compute_dtype=str(spec.compute_dtype), device=spec.device))
 
-    def copy(self, index: int) -> dict[str, Any]:
+    def copy(self, index: int) -> UnitRecord:
         """Tensors outside the blocks, as they are, to a shard of the result."""
         self._let_go()
         unit = self._spec.plan.copies[index]
@@ -122,7 +130,7 @@ class Worker:
             if tensor.is_floating_point() and not bool(torch.isfinite(tensor).all()):
                 raise CheckpointError(f"{self._stage.checkpoint.place(name)}: tensor {name} holds NaN or Inf")
         save_tensors(path, tensors)
-        return self._spec.run.finish(unit.name, [path], {"bytes_read": unit.read_bytes})
+        return self._spec.run.finish(unit.name, [path], CopyResult(bytes_read=unit.read_bytes))
 
     def open_block(self, round_index: int, index: int) -> None:
         """Read the block that a pass goes through: the source's, or that of the round before. Behind the last round
@@ -151,7 +159,7 @@ class Worker:
         opened.seconds["forward"] += time.perf_counter() - start
 
     @torch.no_grad()
-    def solve(self, round_index: int, index: int) -> dict[str, Any]:
+    def solve(self, round_index: int, index: int) -> UnitRecord:
         """Quantize the open block's original weights and write its shard: in the last round a file of the model."""
         opened, spec, stage = self._opened(round_index, index), self._spec, self._stage
         unit = opened.unit
@@ -174,13 +182,13 @@ class Worker:
         return given_out
 
     @torch.no_grad()
-    def conclude(self, round_index: int, index: int) -> dict[str, Any]:
+    def conclude(self, round_index: int, index: int) -> UnitRecord:
         """All held-out chunks have passed the open block of the result, as it was read back from its shard."""
         opened = self._opened(round_index, index)
         self._open = None
         self._stage.close()
         seconds = {"evaluate": sum(opened.seconds.values())}
-        return self._spec.run.finish(evaluate_unit(index), [], {"seconds": seconds})
+        return self._spec.run.finish(evaluate_unit(index), [], EvaluationResult(seconds=seconds))
 
     @torch.no_grad()
     def pass_on(self, stream: str, index: int, chunk: str) -> float:
@@ -214,7 +222,7 @@ class Worker:
         self._tiles.tile(round_index, index, batch, number)
 
     @torch.no_grad()
-    def write(self, round_index: int, index: int) -> dict[str, Any]:
+    def write(self, round_index: int, index: int) -> UnitRecord:
         """Put a block's tiles together and write its shard."""
         start = time.perf_counter()
         quantized, records, seconds = self._tiles.merge(round_index, index)
@@ -222,7 +230,7 @@ class Worker:
         return self._finish_block(round_index, self._spec.plan.blocks[index], quantized, records, seconds)
 
     @torch.no_grad()
-    def head(self, stream: str) -> dict[str, Any]:
+    def head(self, stream: str) -> UnitRecord:
         """Negative log-likelihood of the held-out tokens, from the last block's output of a stream."""
         run, stage, last = self._spec.run, self._stage, len(self._spec.plan.blocks)
         self._let_go()
@@ -240,7 +248,7 @@ class Worker:
             raise NumericalError(
                 f"the loss on the held-out text is {total} (stream {stream}); a forward pass overflowed"
             )
-        return run.finish(head_unit(stream), [], {"negative_log_likelihood": total, "tokens": count})
+        return run.finish(head_unit(stream), [], LossResult(negative_log_likelihood=total, tokens=count))
 
     def _known(self, opened: _OpenBlock) -> Iterator[GroupStatistics]:
         """The statistics of every group of an open block that all chunks have passed."""
@@ -260,13 +268,13 @@ class Worker:
         quantized: dict[str, QuantizedLinear],
         records: list[LayerRecord],
         seconds: dict[str, float],
-    ) -> dict[str, Any]:
+    ) -> UnitRecord:
         """Write a quantized block's shard, then its record."""
         for layer in records:
             add_seconds(seconds, layer.seconds)
         with timed(seconds, "write"):
             path = self._stage.write_block(unit, round_index, quantized)
-        result = {"layers": [dataclasses.asdict(layer) for layer in records], "seconds": seconds, **self.describe()}
+        result = BlockResult(layers=tuple(records), seconds=seconds, **self.describe())
         return self._spec.run.finish(block_unit(round_index, unit.index), [path], result)
 
     def _opened(self, round_index: int, index: int) -> _OpenBlock:
