@@ -5,18 +5,21 @@ import itertools
 import json
 import sys
 import traceback
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from rich.console import Console
+from rich.filesize import decimal
 from rich.table import Table
 
 import astro
 from astro.errors import AstroError, InputError
-from astro_dist.console import in_words
+from astro_dist.console import in_words, show_log
 
 if TYPE_CHECKING:  # they import torch: seconds that `--help` need not wait for
+    from astro.quantization.layer_record import Fallbacks
     from astro_dist.config.schema import RunConfig
     from astro_dist.planning.units import BlockUnit
 
@@ -67,24 +70,24 @@ def quantize(config: _ConfigPath, assignments: _Assignments = None, as_json: _Js
     settings = load_config(config, assignments)
     from astro_dist import pipeline  # imports torch: seconds that neither `--help` nor a wrong key need wait for
 
-    summary = pipeline.quantize(settings)
+    content = pipeline.quantize(settings)
     if as_json:
-        _print_json(summary)
+        _print_json(content)
         return
-    perplexity = summary["perplexity"]
-    if perplexity["original"] is not None:
-        _say(
-            f"Hold-out perplexity {perplexity['original']:.3f} → {perplexity['quantized']:.3f} "
-            f"({settings.calibration.source})"
-        )
-    size = summary["bytes_written"] / summary["bytes_read"]
-    _say(f"{summary['bytes_written'] / 1e6:.0f} MB written, {size:.0%} of the source")
-    _say_fallbacks(summary["fallbacks"])
-    for note in summary["notes"]:
+    from astro_dist.run_directory.summary import Summary
+
+    summary = Summary.from_json(content)
+    original, quantized = summary.perplexity.original, summary.perplexity.quantized
+    if original is not None and quantized is not None:
+        _say(f"Hold-out perplexity {original:.3f} → {quantized:.3f} ({settings.calibration.source})")
+    share = summary.bytes_written / summary.bytes_read
+    _say(f"{decimal(summary.bytes_written)} written, {share:.0%} of the source")
+    _say_fallbacks(summary.fallbacks)
+    for note in summary.notes:
         _say(f"note: {note}")
-    _say(f"Done in {summary['wall_s']:.0f} s: {summary['model']}")
-    if "publish" in summary:
-        _say(_published(summary["publish"]))
+    _say(f"Done in {summary.wall_s:.0f} s: {summary.model}")
+    if summary.publish is not None:
+        _say(_published(summary.publish))
     else:
         root = settings.output.dir
         _say(
@@ -114,35 +117,35 @@ def plan(
 
     prepared = prepare(settings)
     require_text(prepared)
-    found, needed = prepared.plan, forecast(prepared, workers, device)
+    units, needed = prepared.plan, forecast(prepared, workers, device)
     if as_json:
         _print_json(
             {
-                **found.summary(),
+                **units.summary(),
                 "needed": dataclasses.asdict(needed),
                 "notes": list(prepared.notes),
             }
         )
         return
-    table = Table("unit", "layers each", "MB read each", "MB written each", "file")
-    for unit in found.copies:
-        table.add_row(unit.name, "-", f"{unit.read_bytes / 1e6:.1f}", f"{unit.read_bytes / 1e6:.1f}", unit.file)
-    for (layers, read_bytes, written_bytes), equal in itertools.groupby(found.blocks, _size):
+    table = Table("unit", "layers each", "read each", "written each", "file")
+    for unit in units.copies:
+        table.add_row(unit.name, "-", decimal(unit.read_bytes), decimal(unit.read_bytes), unit.file)
+    for (layers, read_bytes, written_bytes), equal in itertools.groupby(units.blocks, _size):
         blocks = list(equal)
         ends = blocks if len(blocks) == 1 else (blocks[0], blocks[-1])
-        names, files = (" to ".join(own) for own in ([b.name for b in ends], [b.file for b in ends]))
-        table.add_row(names, str(layers), f"{read_bytes / 1e6:.1f}", f"{written_bytes / 1e6:.1f}", files)
+        names, files = " to ".join(block.name for block in ends), " to ".join(block.file for block in ends)
+        table.add_row(names, str(layers), decimal(read_bytes), decimal(written_bytes), files)
     _say(_main_settings(settings))
     Console().print(table)
     _say(
-        f"{found.weights / 1e6:.1f} million weights quantized; "
-        f"{found.read_bytes / 1e6:.1f} MB read, {found.written_bytes / 1e6:.1f} MB written"
+        f"{units.weights / 1e6:.1f} million weights quantized; "
+        f"{decimal(units.read_bytes)} read, {decimal(units.written_bytes)} written"
     )
     _say(
         f"with {needed.workers} worker(s) on {needed.device}: about {in_words(needed.wall_s)}; "
         f"{needed.device_hours:.2f} device-hours, {needed.efficiency:.0%} of that at work; a worker needs "
-        f"{needed.worker_bytes / 1e9:.2f} GB of memory, the run directory {needed.disk_bytes / 1e9:.2f} GB of disk; "
-        f"workers read and write {needed.moved_bytes / 1e9:.1f} GB"
+        f"{decimal(int(needed.worker_bytes))} of memory, the run directory {decimal(int(needed.disk_bytes))} of disk; "
+        f"workers read and write {decimal(int(needed.moved_bytes))}"
     )
     for note in prepared.notes:
         _say(f"note: {note}")
@@ -172,39 +175,34 @@ def status(
     """What is done, in flight and left of a run; retries, fallbacks, time left."""
     from astro_dist.report.status import read_status
 
-    found = read_status(run)
+    now = read_status(run)
     if as_json:
-        _print_json(found)
+        _print_json(now.to_json())
         return
-    units, blocks, left = found["units"], found["blocks"], found["seconds_left"]
-    time_left = f", about {in_words(left)} left" if left is not None else ""
-    up = "" if found["state"] == "complete" else f"; {found['workers']} workers up"
-    state = found["state"] + (", but damaged" if found["damaged"] else "")
+    time_left = f", about {in_words(now.seconds_left)} left" if now.seconds_left is not None else ""
+    up = "" if now.state == "complete" else f"; {now.workers} workers up"
     _say(
-        f"{state}: {blocks['done']} of {blocks['total']} blocks, {units['done']} of {units['total']} units "
-        f"done{time_left}{up}"
+        f"{now.state}{', but damaged' if now.damaged else ''}: {now.blocks.done} of {now.blocks.total} blocks, "
+        f"{now.units.done} of {now.units.total} units done{time_left}{up}"
     )
-    if found["damaged"]:
-        first, more = ", ".join(found["damaged"][:3]), len(found["damaged"]) - 3
+    if now.damaged:
+        first, more = ", ".join(now.damaged[:3]), len(now.damaged) - 3
         _say(
-            f"damaged: {first}{f' and {more} more' if more > 0 else ''} (gone, or of another size than was written); "
-            "`quantize` of the same version makes them anew"
+            f"damaged: {first}{f' and {more} more' if more > 0 else ''} (gone, or of another size than was written, or "
+            "a record that cannot be read); `quantize` of the same version makes them anew"
         )
-    for doing in found["in_flight"]:
-        _say(f"in flight: {doing['unit']} on worker {doing['worker']} for {doing['seconds']} s")
-    for retry in found["retries"]:
-        _say(
-            f"retried: {retry['unit']}, {retry['method']} on worker {retry['worker']} "
-            f"({retry['kind']}): {retry['cause']}"
-        )
-    for mended in found["mended"]:
-        _say(f"found damaged: {mended['unit']}: {mended['reason']}")
-    for failure in found["upload_failures"]:
-        _say(f"upload failed: {failure['cause']}")
-    for place in found["publish"]:
-        made = f"published as commit {place['commit'][:12]}" if place["commit"] else "not published yet"
-        _say(f"{place['place']}: holds {place['files']} of {place['total']} files, {made}")
-    _say_fallbacks(found["fallbacks"])
+    for doing in now.in_flight:
+        _say(f"in flight: {doing.unit} on worker {doing.worker} for {doing.seconds} s")
+    for retry in now.retries:
+        _say(f"retried: {retry.unit}, {retry.method} on worker {retry.worker} ({retry.kind}): {retry.cause}")
+    for mended in now.mended:
+        _say(f"found damaged: {mended.unit}: {mended.reason}")
+    for failure in now.upload_failures:
+        _say(f"upload failed: {failure.cause}")
+    for place in now.publish:
+        made = f"published as commit {place.commit[:12]}" if place.commit else "not published yet"
+        _say(f"{place.place}: holds {place.files} of {place.total} files, {made}")
+    _say_fallbacks(now.fallbacks)
 
 
 @app.command()
@@ -258,7 +256,8 @@ def verify(
 
 
 def main() -> None:
-    """Entry point: errors become one readable paragraph and an exit code."""
+    """Run a command: errors become one readable paragraph and an exit code."""
+    show_log()
     try:
         code = app(standalone_mode=False)
     except typer.Abort:
@@ -292,7 +291,7 @@ def _main_settings(config: "RunConfig") -> str:
     )
 
 
-def _published(entry: dict[str, Any]) -> str:
+def _published(entry: Mapping[str, Any]) -> str:
     return f"Published: {entry['url']}, commit {entry['commit'][:12]}, {entry['files']} files"
 
 
@@ -312,8 +311,8 @@ def _print_json(content: dict[str, Any]) -> None:
     typer.echo(json.dumps(content))
 
 
-def _say_fallbacks(found: dict[str, Any]) -> None:
-    for layer in found["damping_raised"]:
+def _say_fallbacks(fallbacks: "Fallbacks") -> None:
+    for layer in fallbacks.damping_raised:
         _say(f"fallback: the damping of {layer} had to be raised")
-    for policy, layers in found["experts"].items():
+    for policy, layers in fallbacks.experts.items():
         _say(f"fallback: {policy} for {len(layers)} layers of experts that too few tokens reached, e.g. {layers[0]}")

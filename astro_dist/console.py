@@ -1,14 +1,19 @@
 """What is said on a console: lines with the time, and how long something takes in words."""
 
+import logging
 import time
 
 from rich.console import Console
 
-__all__ = ["in_words", "say"]
+__all__ = ["in_words", "say", "show_log"]
 
 
 def in_words(seconds: float) -> str:
-    """Seconds in the largest unit of which they make two."""
+    """Say a time in the largest unit of which it makes two.
+
+    Args:
+        seconds: Time in seconds.
+    """
     for unit, length in (("h", 3600), ("min", 60)):
         if seconds >= 2 * length:
             return f"{seconds / length:.1f} {unit}"
@@ -16,6 +21,26 @@ def in_words(seconds: float) -> str:
 
 
 def say(text: str, console: Console | None = None) -> None:
-    """One line that stays, with the time; on a console that shows a live display where one is given."""
+    """Print one line that stays, with the time.
+
+    Args:
+        text: Line to print.
+        console: Console that shows a live display; standard error where there is none.
+    """
     console = console or Console(stderr=True)
     console.print(f"[{time.strftime('%H:%M:%S')}] {text}", markup=False, highlight=False, soft_wrap=True)
+
+
+def show_log() -> None:
+    """Show on the console what this library logs, from now on; asked again, nothing changes."""
+    logger = logging.getLogger("astro_dist")
+    logger.setLevel(logging.INFO)
+    if not any(isinstance(handler, _ConsoleHandler) for handler in logger.handlers):
+        logger.addHandler(_ConsoleHandler())
+
+
+class _ConsoleHandler(logging.Handler):
+    """Prints each record as one line."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        say(self.format(record))

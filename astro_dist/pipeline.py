@@ -1,6 +1,8 @@
 """A whole run: validate, plan, execute, assemble, summarize, publish."""
 
 import contextlib
+import dataclasses
+import logging
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -10,11 +12,10 @@ import torch
 
 import astro
 from astro.errors import ConfigError
-from astro.storage.atomic import read_json, write_json
+from astro.storage.atomic import write_json
 from astro.storage.checkpoint import require_finite
 from astro_dist.config.cluster_paths import require_absolute_paths
 from astro_dist.config.schema import RunConfig, run_key
-from astro_dist.console import say
 from astro_dist.execution.driver import Driver
 from astro_dist.execution.executor import Executor
 from astro_dist.execution.failure import FailureHistory
@@ -29,17 +30,24 @@ from astro_dist.planning.validate import Prepared, compute_dtype, prepare, token
 from astro_dist.publish.background_upload import BackgroundUpload
 from astro_dist.publish.publication import Publication
 from astro_dist.report.progress import ProgressDisplay
-from astro_dist.report.summary import summarize
-from astro_dist.run_directory.identity import begun_commit
+from astro_dist.report.summary import Session, summarize
+from astro_dist.run_directory.beginning import begin as begin_run
+from astro_dist.run_directory.beginning import is_begun, keep_side_files
+from astro_dist.run_directory.identity import Identity, begun_commit
+from astro_dist.run_directory.journal import Damaged
 from astro_dist.run_directory.layer_widths import settle_widths
 from astro_dist.run_directory.records import RunDirectory
 from astro_dist.run_directory.resume import make_schedule
+from astro_dist.run_directory.summary import Summary, read_summary
+from astro_dist.run_directory.unit_record import EmbedResult
 from astro_dist.schedule.calls import Call, Schedule
 from astro_dist.schedule.names import EMBED, is_block_unit
 from astro_dist.source.calibration_text import Chunk, as_tensors
 from astro_dist.worker.spec import WorkerSpec
 
 __all__ = ["quantize"]
+
+_log = logging.getLogger("astro_dist")
 
 _CALL_PATIENCE_S = 600.0
 _SLACK = 20.0
@@ -50,11 +58,17 @@ _CRAWL = 5e6
 
 
 def quantize(config: RunConfig) -> dict[str, Any]:
-    """Do a run, or go on with it, publish it where the configuration says so, and return its summary.
+    """Do a run, or go on with it, and publish it where the configuration says so.
+
+    Args:
+        config: Configuration of the run.
+
+    Returns:
+        The figures of the run as the JSON object that summary.json holds; see `Summary`.
 
     Raises:
-        InputError: something the user gave is wrong; nothing was started.
-        AstroError: the run failed, or could not be published; what is finished is kept.
+        InputError: Something the user gave is wrong; nothing was started.
+        AstroError: The run failed, or could not be published; what is finished is kept.
     """
     begin = time.perf_counter()
     _refuse_relative_paths(config)
@@ -64,25 +78,28 @@ def quantize(config: RunConfig) -> dict[str, Any]:
     chunks = tokens_of(prepared)
     fingerprint = prepared.checkpoint.fingerprint()
     key = run_key(config, fingerprint, astro.__version__)
-    run = RunDirectory(root, key, config.execution.rounds)
-    identity: dict[str, Any] = {
-        "source_sha256": fingerprint,
-        "tokens_sha256": chunks.sha256,
-        "version": astro.__version__,
-    }
-    identity |= {"commit": prepared.source.commit, "asked": asked} if prepared.source.commit else {}
-    begun = run.begun(config, identity)
+    run = RunDirectory(root, key, rounds=config.execution.rounds)
+    identity = Identity(
+        key=key,
+        source_sha256=fingerprint,
+        tokens_sha256=chunks.sha256,
+        version=astro.__version__,
+        arithmetic=config.arithmetic(),
+        commit=prepared.source.commit,
+        asked=asked if prepared.source.commit else None,
+    )
+    begun = is_begun(run, identity)
     publication = Publication(run, config.publish) if config.publish.repo else None
     if publication:
         for note in publication.prepare(prepared.plan.files, prepared.base, planned_card(config, prepared.base)):
-            say(note)
+            _log.info(note)
     if not begun and config.model.check_weights and not prepared.source.is_remote:
         require_finite(prepared.checkpoint)
     with run.locked():
         if not begun:
-            run.begin(config, identity, as_tensors(chunks.chunks))
+            begin_run(run, config, identity, as_tensors(chunks.chunks))
         summary = _run(prepared, run, fingerprint, chunks.chunks, publication, begin)
-        return publication.finish() if publication else summary
+        return (publication.finish() if publication else summary).to_json()
 
 
 def _run(
@@ -92,20 +109,21 @@ def _run(
     chunks: Sequence[Chunk],
     publication: Publication | None,
     begin: float,
-) -> dict[str, Any]:
-    known = len(run.journal.lines("damaged"))
+) -> Summary:
+    known = len(run.journal.of_kind(Damaged))
     schedule = make_schedule(prepared.config, prepared.plan, run, chunks)
-    for line in run.journal.lines("damaged")[known:]:
-        say(f"damaged: {line['unit']}: {line['reason']}")
+    whole = schedule.complete and is_whole(run, all_shards(run))
+    for event in run.journal.of_kind(Damaged)[known:]:
+        _log.warning("damaged: %s: %s", event.unit, event.reason)
     resumed = len(schedule.finished)
     workers: dict[int, dict[str, Any]] = {}
-    if schedule.complete and is_whole(run, all_shards(run)):
-        say(f"{run.root}: this run was finished already; nothing was done, and the figures are those of then")
+    if whole:
+        _log.info("%s: this run was finished already; nothing was done, and the figures are those of then", run.root)
         run.drop_leftovers()
         return _renamed(prepared, run)
     folder = prepared.source.folder
     if prepared.source.is_remote:
-        folder = run.keep_side_files(folder)
+        folder = keep_side_files(run, folder)
     if not schedule.complete:
         executor = _make_executor(prepared.config)
         uploads = publication.in_background() if publication else None
@@ -114,26 +132,25 @@ def _run(
                 workers = _execute(prepared, folder, run, fingerprint, chunks, schedule, executor, uploads)
             finally:
                 executor.close()
+    settle_widths(run, prepared.config.quantization, len(prepared.plan.blocks), schedule.finished)
     names = assemble(folder, prepared.plan, run, prepared.config)
-    wall_s = time.perf_counter() - begin
-    summary = summarize(
-        prepared.plan, run, prepared.config.quantization, prepared.notes, prepared.base, workers, wall_s, resumed
-    )
-    write_json(run.summary, summary)
+    session = Session(workers, time.perf_counter() - begin, resumed)
+    summary = summarize(prepared.plan, run, prepared.config.quantization, prepared.notes, prepared.base, session)
+    write_json(run.summary, summary.to_json())
     card = FinishedRun.open(run.root).card(prepared.config.publish.repo)
     seal(run, all_shards(run), names, str(card))
     run.drop_leftovers()
     return summary
 
 
-def _renamed(prepared: Prepared, run: RunDirectory) -> dict[str, Any]:
+def _renamed(prepared: Prepared, run: RunDirectory) -> Summary:
     """The summary of a finished run. What the card calls the base model may have been corrected since."""
-    summary = read_json(run.summary)
-    if summary["base_model"] != prepared.base.plain():
-        summary["base_model"] = prepared.base.plain()
-        write_json(run.summary, summary)
+    summary = read_summary(run.summary)
+    if summary.base_model != prepared.base:
+        summary = dataclasses.replace(summary, base_model=prepared.base)
+        write_json(run.summary, summary.to_json())
         replace_card(run, str(FinishedRun.open(run.root).card(prepared.config.publish.repo)))
-        say(f"its card names {prepared.base.name or 'no base model'} now")
+        _log.info("its card names %s now", prepared.base.name or "no base model")
     return summary
 
 
@@ -246,7 +263,9 @@ def _refuse_other_arithmetic(run: RunDirectory, dtype: torch.dtype, device: str)
     record = run.finished(EMBED)
     if record is None:
         return
-    before, kind = record["result"]["compute_dtype"], record["result"]["device"]
+    begun = record.result
+    assert isinstance(begun, EmbedResult)
+    before, kind = begun.compute_dtype, begun.device
     if before != str(dtype):
         raise ConfigError(
             f"{run.root}: this run was begun in {before} and would go on in {dtype} on this hardware; "

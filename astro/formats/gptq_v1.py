@@ -47,10 +47,19 @@ def suffixes(settings: Quantization) -> tuple[str, ...]:
 
 
 def refusal(rows: int, columns: int, settings: Quantization) -> str | None:
-    """Say why a layer cannot be stored: its sizes do not fill whole words; see `Layout`."""
-    if rows * settings.width % 32 or columns * settings.width % 32:
-        return f"{rows} x {columns} weights of {settings.width} bits do not fill whole words of 32 bits"
-    return None
+    """Why a layer cannot be stored so; None where it can.
+
+    Args:
+        rows: Number of the layer's outputs.
+        columns: Number of the layer's inputs.
+        settings: Settings of the layer. Where its width is open, every width that it may get has to do.
+    """
+    widths = settings.bit_choices if settings.bits == "auto" else (settings.bits,)
+    bits = next((bits for bits in widths if rows * bits % 32 or columns * bits % 32), None)
+    if bits is None:
+        return None
+    is_open = " (bits: auto may choose them)" if settings.bits == "auto" else ""
+    return f"{rows} x {columns} weights of {bits} bits{is_open} do not fill whole words of 32 bits"
 
 
 def pack_linear(name: str, linear: QuantizedLinear, scale_dtype: torch.dtype) -> dict[str, torch.Tensor]:

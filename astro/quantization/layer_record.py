@@ -1,18 +1,18 @@
-"""What is recorded of every quantized group of linear layers."""
+"""What is recorded of the layers that were solved together, and what of that is a step down."""
 
 import dataclasses
 from collections.abc import Iterable, Mapping
-from typing import Any
+from typing import Any, Self
 
-__all__ = ["LayerRecord", "fallbacks"]
+__all__ = ["Fallbacks", "LayerRecord"]
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class LayerRecord:
-    """Figures of one group of linear layers that read the same input and were solved together."""
+    """Figures of linear layers that read the same input and were solved together."""
 
     name: str
-    """Module names of the members, joined by '+'."""
+    """Module names of the layers, joined by '+'."""
     bits: int
     rows: int
     columns: int
@@ -22,7 +22,7 @@ class LayerRecord:
     routed_tokens: int
     """Calibration tokens that the model itself sends through these layers; fewer than all for experts."""
     fallback: str
-    """The experts' policy where too few tokens were routed to one, else empty."""
+    """The experts' policy where too few tokens were routed to an expert, else empty."""
     relative_error: float
     """‖(Ŵ − W)X‖² / ‖WX‖² on the calibration tokens, W the original weights, or where earlier errors are compensated
     the weights that do so."""
@@ -41,18 +41,75 @@ class LayerRecord:
     seconds: dict[str, float]
     """Time by phase: factor, compensate, beta, regularize, grid, gptq, refine, widths."""
 
+    @property
+    def members(self) -> list[str]:
+        """Module names of the layers that were solved together."""
+        return self.name.split("+")
 
-def fallbacks(layers: Iterable[Mapping[str, Any]]) -> dict[str, Any]:
-    """What was degraded: layers whose damping was `damping_raised`, and those of `experts` by the policy that was used.
+    @property
+    def kind(self) -> str:
+        """What layers of every block have in common: their last names, and whether they are an expert's."""
+        last = "+".join(member.rpartition(".")[2] for member in self.members)
+        return f"experts: {last}" if ".experts." in self.name else last
 
-    Args:
-        layers: records as plain dictionaries.
+    @property
+    def num_weights(self) -> int:
+        """Number of weights of all members."""
+        return self.rows * self.columns
+
+    def to_json(self) -> dict[str, Any]:
+        """This record as a JSON object; widths become text, as every key of JSON is."""
+        return {**dataclasses.asdict(self), "width_errors": {str(b): error for b, error in self.width_errors.items()}}
+
+    @classmethod
+    def from_json(cls, content: Mapping[str, Any]) -> Self:
+        """Read back what `to_json` gave.
+
+        Args:
+            content: JSON object with every field.
+        """
+        return cls(**{**content, "width_errors": {int(b): error for b, error in content["width_errors"].items()}})
+
+
+@dataclasses.dataclass(frozen=True)
+class Fallbacks:
+    """Layers whose result is less than what was asked for.
+
+    Attributes:
+        damping_raised: Names of the layers whose Hessian needed more damping than configured.
+        experts: Names of experts' layers that too few tokens reached, by the policy that was used for them.
     """
-    raised: list[str] = []
-    experts: dict[str, list[str]] = {}
-    for layer in layers:
-        if layer["factorizations"] > 1:
-            raised.append(layer["name"])
-        if layer["fallback"]:
-            experts.setdefault(layer["fallback"], []).append(layer["name"])
-    return {"damping_raised": raised, "experts": experts}
+
+    damping_raised: tuple[str, ...] = ()
+    experts: Mapping[str, tuple[str, ...]] = dataclasses.field(default_factory=dict)
+
+    @classmethod
+    def of(cls, layers: Iterable[LayerRecord]) -> Self:
+        """Collect the fallbacks of some layers.
+
+        Args:
+            layers: Their records.
+        """
+        raised: list[str] = []
+        experts: dict[str, tuple[str, ...]] = {}
+        for layer in layers:
+            if layer.factorizations > 1:
+                raised.append(layer.name)
+            if layer.fallback:
+                experts[layer.fallback] = (*experts.get(layer.fallback, ()), layer.name)
+        return cls(tuple(raised), experts)
+
+    def to_json(self) -> dict[str, Any]:
+        """The fallbacks as a JSON object."""
+        experts = {policy: list(names) for policy, names in self.experts.items()}
+        return {"damping_raised": list(self.damping_raised), "experts": experts}
+
+    @classmethod
+    def from_json(cls, content: Mapping[str, Any]) -> Self:
+        """Read back what `to_json` gave.
+
+        Args:
+            content: JSON object with every field.
+        """
+        experts = {policy: tuple(names) for policy, names in content["experts"].items()}
+        return cls(tuple(content["damping_raised"]), experts)

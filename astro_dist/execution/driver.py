@@ -13,6 +13,7 @@ from astro_dist.execution.patience import Patience
 from astro_dist.report.progress import ProgressDisplay
 from astro_dist.run_directory.journal import Journal
 from astro_dist.run_directory.records import RunDirectory
+from astro_dist.run_directory.unit_record import UnitRecord
 from astro_dist.schedule.calls import Call, FinishingCall, ForwardChunk, Result, Schedule, assign
 
 __all__ = ["Driver"]
@@ -169,8 +170,8 @@ class Driver:
         if isinstance(call, ForwardChunk):
             self._note("passed", chunk=call.chunk, block=call.block, stream=call.stream, seconds=result)
         if finished:
-            assert isinstance(result, dict)
-            self._note("finished", unit=call.unit, worker=worker, seconds=result["result"].get("seconds", {}))
+            assert isinstance(result, UnitRecord)
+            self._note("finished", unit=call.unit, worker=worker, seconds=dict(result.seconds))
             self._on_finished(schedule)
 
     def _judge(self, schedule: Schedule, event: Failed, kind: Kind) -> None:

@@ -76,6 +76,8 @@ def _fill(folder: Path, config: RunConfig) -> None:
     for package in (astro, astro_dist):
         origin = Path(str(package.__file__)).parent
         shutil.copytree(origin, folder / origin.name, ignore=shutil.ignore_patterns("__pycache__"))
+    # Which version this is, is read from beside the packages.
+    (folder / "pyproject.toml").write_text(f'[project]\nname = "astro-dist"\nversion = "{astro.__version__}"\n')
     (folder / _CONFIG).write_text(config.to_yaml(), encoding="utf-8")
 
 

@@ -20,10 +20,10 @@ def assemble(source: Path, plan: Plan, run: RunDirectory, config: RunConfig) -> 
     """Write what is missing beside the shards, all but the card.
 
     Args:
-        source: folder with config.json and the tokenizer of the source.
-        plan: of the run, all of its units finished.
-        run: the run directory.
-        config: of the run.
+        source: Folder with config.json and the tokenizer of the source.
+        plan: Units of the run, all of them finished.
+        run: Run directory.
+        config: Configuration of the run.
 
     Returns:
         Names of the files that were written.
@@ -48,7 +48,16 @@ def assemble(source: Path, plan: Plan, run: RunDirectory, config: RunConfig) -> 
 
 
 def final_settings(quantization: Quantization, plan: Plan, run: RunDirectory) -> dict[str, Quantization]:
-    """Settings of every quantized layer by name, their widths settled: the last round's."""
+    """The settings of every quantized layer by name in the last round, their widths settled.
+
+    Args:
+        quantization: Settings of the run.
+        plan: Units of the run.
+        run: Run directory.
+
+    Raises:
+        DamagedError: The file of the chosen widths is missing or damaged.
+    """
     settings: dict[str, Quantization] = {}
     for unit in plan.blocks:
         settings |= layer_settings(run, quantization, unit, run.rounds - 1)

@@ -16,7 +16,8 @@ from astro.storage.atomic import read_json
 from astro.storage.checkpoint import Checkpoint, require_finite
 from astro_dist.config.schema import ModelConfig
 from astro_dist.export.inventory import ModelFile, describe, read_inventory
-from astro_dist.run_directory.identity import MARK, read_identity
+from astro_dist.run_directory.identity import read_identity
+from astro_dist.run_directory.layout import RunLayout
 from astro_dist.run_directory.records import RunDirectory
 from astro_dist.source.resolve import Source, resolve_source
 
@@ -42,7 +43,8 @@ def verify_model(model: Path | str, against: Path | str | None = None) -> dict[s
     """
     opened = _resolve(str(model))
     root = opened.folder.resolve().parent
-    is_of_run = not opened.is_remote and (root / MARK).is_file() and opened.folder.resolve() == root / "model"
+    layout = RunLayout(root)
+    is_of_run = not opened.is_remote and layout.identity.is_file() and opened.folder.resolve() == layout.model
     if is_of_run:
         _require_as_written(root)
     checkpoint, folder = Checkpoint.open(opened.store), opened.folder
@@ -93,7 +95,7 @@ def _require_as_written(root: Path) -> None:
     Raises:
         CheckpointError: the run is not finished, or a file is not as it was written.
     """
-    run = RunDirectory(root, read_identity(root)["key"])
+    run = RunDirectory(root, read_identity(root).key)
     folder = run.model
     if not run.inventory.is_file():
         raise CheckpointError(f"{folder}: its run is not finished; `astro-dist status {run.root}` tells how far it is")

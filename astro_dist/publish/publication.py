@@ -4,6 +4,7 @@ A commit whose answer was lost may have been made: before it is tried again the 
 is told which commit it must follow. So there is one or there is none.
 """
 
+import dataclasses
 import importlib.util
 import shlex
 import time
@@ -24,6 +25,7 @@ from astro_dist.publish.hub_client import HubWriter, different
 from astro_dist.publish.preflight import preflight
 from astro_dist.publish.upload_record import UploadRecord
 from astro_dist.run_directory.records import RunDirectory
+from astro_dist.run_directory.summary import Summary
 from astro_dist.source.hub_errors import HubError
 from astro_dist.source.model_info import BaseModel
 
@@ -72,7 +74,7 @@ class Publication:
         """What uploads shards while the run goes on, to be entered as a context."""
         return BackgroundUpload(self._writer, self._record, self._run, say)
 
-    def finish(self) -> dict[str, Any]:
+    def finish(self) -> Summary:
         """Publish the finished model.
 
         Returns:
@@ -90,8 +92,8 @@ class Publication:
             again = "`astro-dist quantize` makes it anew" if isinstance(error, DamagedError) else self._command()
             raise RunError(f"{error}. The run itself is finished in {self._run.root}. To go on: {again}") from error
         self._run.journal.note("published", **entry)
-        summary = {**finished.summary, "publish": entry}
-        write_json(self._run.summary, summary)
+        summary = dataclasses.replace(finished.summary, publish=entry)
+        write_json(self._run.summary, summary.to_json())
         return summary
 
     def _write_card(self, finished: FinishedRun) -> None:
@@ -227,8 +229,8 @@ def publish_run(root: Path, target: PublishConfig) -> dict[str, Any]:
         weights = [file.name for file in read_inventory(finished.run) if file.name.endswith(".safetensors")]
         for note in publication.prepare(weights, finished.base, finished.card(target.repo)):
             say(note)
-        entry: dict[str, Any] = publication.finish()["publish"]
-    return entry
+        entry = publication.finish().publish
+    return dict(entry or {})
 
 
 def _is_large(file: ModelFile) -> bool:

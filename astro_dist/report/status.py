@@ -1,101 +1,205 @@
 """What a run directory says of its run, while it goes on or after."""
 
+import dataclasses
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from astro.quantization.layer_record import fallbacks
+from astro.errors import DamagedError
+from astro.quantization.layer_record import Fallbacks
 from astro_dist.export.inventory import all_shards, damaged_files, read_inventory
 from astro_dist.publish.upload_record import read_uploads
 from astro_dist.run_directory.identity import read_identity
-from astro_dist.run_directory.journal import last_of_each_unit
+from astro_dist.run_directory.journal import (
+    Began,
+    Damaged,
+    Event,
+    Failed,
+    Finished,
+    Joined,
+    Opened,
+    Published,
+    PublishFailed,
+    Started,
+    Uploaded,
+    UploadFailed,
+    last_of_each_unit,
+)
 from astro_dist.run_directory.records import RunDirectory
-from astro_dist.schedule.names import is_block_unit
 
-__all__ = ["read_status"]
+__all__ = ["InFlight", "Place", "Progress", "Status", "read_status"]
 
 
-def read_status(root: Path) -> dict[str, Any]:
+@dataclasses.dataclass(frozen=True)
+class Progress:
+    """How far something is.
+
+    Attributes:
+        done: Number of what is finished.
+        total: Number of all there is.
+    """
+
+    done: int
+    total: int
+
+
+@dataclasses.dataclass(frozen=True)
+class InFlight:
+    """A unit that a worker is at.
+
+    Attributes:
+        unit: Name of the unit.
+        worker: Number of the worker.
+        seconds: Whole seconds since it began.
+    """
+
+    unit: str
+    worker: int
+    seconds: int
+
+
+@dataclasses.dataclass(frozen=True)
+class Place:
+    """What a place on the Hub holds.
+
+    Attributes:
+        place: Repository and revision.
+        files: Number of files that are there.
+        total: Number of files that the model has; while the run goes on, those of finished units.
+        commit: Hash of the commit that published the model; None before.
+    """
+
+    place: str
+    files: int
+    total: int
+    commit: str | None
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Status:
     """What is done, in flight and left.
 
-    Args:
-        root: the run directory.
+    Attributes:
+        state: running, stopped or complete.
+        damaged: Records that cannot be read, by their path in the run directory, and files of a complete model that
+            are gone or of another size; what is in the files is not read.
+        units: Units that are done.
+        blocks: Blocks that are done, over all rounds.
+        workers: Number of workers that are up.
+        in_flight: Units that workers are at.
+        retries: Calls that failed and were, or are to be, done again.
+        mended: Units that were found damaged, to be redone.
+        fallbacks: Layers whose result is less than what was asked for.
+        publish: What each place on the Hub holds.
+        upload_failures: Failures since the last upload that worked.
+        seconds_left: Time left; None where nothing was finished yet in this session, or none goes on.
+    """
 
-    Returns:
-        `state` (running, stopped, complete), `damaged` (files of a complete model that are gone or of another size;
-        what is in them is not read), `units` and `blocks` with `done` and `total`, `workers` that are up,
-        `in_flight` units with their worker and seconds, `retries`, `mended` (units found damaged, to be redone),
-        `fallbacks`, `publish` (what each place on the Hub holds), `upload_failures` since the last upload that worked,
-        `seconds_left` (None where nothing was finished yet in this session).
+    state: str
+    damaged: tuple[str, ...]
+    units: Progress
+    blocks: Progress
+    workers: int
+    in_flight: tuple[InFlight, ...]
+    retries: tuple[Failed, ...]
+    mended: tuple[Damaged, ...]
+    fallbacks: Fallbacks
+    publish: tuple[Place, ...]
+    upload_failures: tuple[UploadFailed | PublishFailed, ...]
+    seconds_left: float | None
+
+    def to_json(self) -> dict[str, Any]:
+        """The status as a JSON object."""
+        return {
+            **dataclasses.asdict(self),
+            "retries": [event.to_json() for event in self.retries],
+            "mended": [event.to_json() for event in self.mended],
+            "fallbacks": self.fallbacks.to_json(),
+            "upload_failures": [event.to_json() for event in self.upload_failures],
+        }
+
+
+def read_status(root: Path) -> Status:
+    """Read what is done, in flight and left.
+
+    Args:
+        root: Folder of the run directory.
 
     Raises:
-        ConfigError: the folder holds no run.
+        ConfigError: The folder holds no run.
     """
-    run = RunDirectory(root, read_identity(root)["key"])
-    lines = run.journal.lines()
-    opened = [index for index, line in enumerate(lines) if line["event"] == "opened"]
-    session = lines[opened[-1] :] if opened else []
-    start: dict[str, Any] = next((line for line in reversed(lines) if line["event"] == "started"), {})
-    records = {path.stem for path in (root / "records").glob("*.json")}
-    blocks = [unit for unit in records if is_block_unit(unit)]
+    run = RunDirectory(root, read_identity(root).key)
+    events = run.journal.events()
+    opened = [index for index, event in enumerate(events) if isinstance(event, Opened)]
+    session = events[opened[-1] :] if opened else []
+    start = next((event for event in reversed(events) if isinstance(event, Started)), None)
+    recorded = run.recorded_units()
+    readable = {record.unit for record in run.readable_records()}
+    blocks = run.blocks()
     running = run.is_locked()
     workers, in_flight = _at_work(session if running else [])
-    total = start.get("units", len(records))
-    complete = run.summary.is_file() and run.inventory.is_file() and len(records) == total
-    return {
-        "state": "running" if running else "complete" if complete else "stopped",
-        "damaged": damaged_files(run) if complete and not running else [],
-        "units": {"done": len(records), "total": total},
-        "blocks": {"done": len(blocks), "total": start.get("blocks", len(blocks))},
-        "workers": workers,
-        "in_flight": in_flight,
-        "retries": [line for line in lines if line["event"] == "failed"],
-        "mended": last_of_each_unit(line for line in lines if line["event"] == "damaged"),
-        "fallbacks": fallbacks(layer for unit in blocks for layer in run.read(unit)["layers"]),
-        "publish": _published(run),
-        "upload_failures": _upload_failures(lines),
-        "seconds_left": _seconds_left(session, total - len(records)) if running else None,
-    }
+    total = start.units if start else len(recorded)
+    complete = run.summary.is_file() and run.inventory.is_file() and len(recorded) == total
+    lost = [str(run.record(unit).relative_to(root)) for unit in recorded if unit not in readable]
+    return Status(
+        state="running" if running else "complete" if complete else "stopped",
+        damaged=(*lost, *(_damage(run) if complete and not running else ())),
+        units=Progress(len(readable), total),
+        blocks=Progress(len(blocks), start.blocks if start else len(blocks)),
+        workers=workers,
+        in_flight=in_flight,
+        retries=tuple(event for event in events if isinstance(event, Failed)),
+        mended=last_of_each_unit(event for event in events if isinstance(event, Damaged)),
+        fallbacks=Fallbacks.of(layer for block in blocks.values() for layer in block.layers),
+        publish=_published(run),
+        upload_failures=_upload_failures(events),
+        seconds_left=_seconds_left(session, total - len(readable)) if running else None,
+    )
 
 
-def _at_work(session: list[dict[str, Any]]) -> tuple[int, list[dict[str, Any]]]:
-    """Workers that are up, and what they do, by the journal of a session."""
+def _damage(run: RunDirectory) -> list[str]:
+    """Files of a complete model that are gone or of another size, or the list of them where that cannot be read."""
+    try:
+        return damaged_files(run)
+    except DamagedError:
+        return [run.inventory.name]
+
+
+def _at_work(session: Sequence[Event]) -> tuple[int, tuple[InFlight, ...]]:
+    """The number of workers that are up, and what they do, by the journal of a session."""
     workers: set[int] = set()
-    doing: dict[str, dict[str, Any]] = {}
-    for line in session:
-        unit, worker = line.get("unit", ""), line.get("worker", -1)
-        if line["event"] == "joined":
-            workers.add(worker)
-        elif line["event"] == "began":
-            doing[unit] = {"unit": unit, "worker": worker, "seconds": round(time.time() - line["time"])}
-        elif line["event"] in ("finished", "failed"):
-            doing.pop(unit, None)
-        if line["event"] == "failed":
-            workers.discard(worker)
-    return len(workers), sorted(doing.values(), key=lambda item: str(item["unit"]))
+    doing: dict[str, InFlight] = {}
+    for event in session:
+        if isinstance(event, Joined):
+            workers.add(event.worker)
+        elif isinstance(event, Began):
+            doing[event.unit] = InFlight(event.unit, event.worker, round(time.time() - event.time))
+        elif isinstance(event, Finished | Failed):
+            doing.pop(event.unit, None)
+        if isinstance(event, Failed):
+            workers.discard(event.worker)
+    return len(workers), tuple(sorted(doing.values(), key=lambda item: item.unit))
 
 
-def _published(run: RunDirectory) -> list[dict[str, Any]]:
-    """Files that each place holds, and how many there are: as far as units are finished, while the run goes on."""
-    whole = run.inventory.is_file()
-    total = len(read_inventory(run)) if whole else len(all_shards(run))
-    return [
-        {
-            "place": place,
-            "files": len(own["files"]),
-            "total": total,
-            "commit": own["committed"]["commit"] if own["committed"] else None,
-        }
-        for place, own in read_uploads(run.uploads).items()
-    ]
+def _published(run: RunDirectory) -> tuple[Place, ...]:
+    """What each place holds of the files that there are: as far as units are finished, while the run goes on."""
+    try:
+        total = len(read_inventory(run)) if run.inventory.is_file() else len(all_shards(run))
+    except DamagedError:
+        total = len(all_shards(run))
+    return tuple(
+        Place(name, len(held["files"]), total, held["committed"]["commit"] if held["committed"] else None)
+        for name, held in read_uploads(run.uploads).items()
+    )
 
 
-def _upload_failures(lines: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    ended = [index for index, line in enumerate(lines) if line["event"] in ("uploaded", "published")]
-    later = lines[ended[-1] + 1 :] if ended else lines
-    return [line for line in later if line["event"] in ("upload_failed", "publish_failed")]
+def _upload_failures(events: Sequence[Event]) -> tuple[UploadFailed | PublishFailed, ...]:
+    ended = [index for index, event in enumerate(events) if isinstance(event, Uploaded | Published)]
+    later = events[ended[-1] + 1 :] if ended else events
+    return tuple(event for event in later if isinstance(event, UploadFailed | PublishFailed))
 
 
-def _seconds_left(session: list[dict[str, Any]], units_left: int) -> float | None:
-    finished = sum(line["event"] == "finished" for line in session)
-    return (time.time() - session[0]["time"]) / finished * units_left if finished else None
+def _seconds_left(session: Sequence[Event], units_left: int) -> float | None:
+    finished = sum(isinstance(event, Finished) for event in session)
+    return (time.time() - session[0].time) / finished * units_left if finished else None

@@ -7,11 +7,12 @@ saves the most error.
 from collections.abc import Collection, Mapping
 
 from astro.config import Quantization
-from astro.errors import CheckpointError, DamagedError
+from astro.errors import DamagedError
 from astro.quantization.bit_allocation import allocate, provisional_width, read_choices
-from astro.storage.atomic import read_json, write_json
+from astro.storage.atomic import write_json
 from astro_dist.planning.units import BlockUnit
-from astro_dist.run_directory.records import RunDirectory
+from astro_dist.run_directory.records import RunDirectory, read_own_json
+from astro_dist.run_directory.unit_record import BlockResult
 from astro_dist.schedule.names import block_unit
 
 __all__ = ["layer_settings", "settle_widths"]
@@ -21,16 +22,19 @@ def settle_widths(run: RunDirectory, quantization: Quantization, num_blocks: int
     """With a width budget: spend it as soon as the first round has measured every block.
 
     Args:
-        run: the run directory.
-        quantization: of the run.
-        num_blocks: of the model.
-        finished: names of the units that are finished.
+        run: Run directory.
+        quantization: Settings of the run.
+        num_blocks: Number of blocks of the model.
+        finished: Names of the units that are finished.
+
+    Raises:
+        DamagedError: The record of a block cannot be read.
     """
-    if quantization.bits != "auto" or run.allocation.is_file():
+    if quantization.bits != "auto" or _is_settled(run):
         return
     units = [block_unit(0, block) for block in range(num_blocks)]
     if all(unit in finished for unit in units):
-        layers = [layer for unit in units for layer in run.read(unit)["layers"]]
+        layers = [layer.to_json() for unit in units for layer in run.read(unit, BlockResult).layers]
         widths = allocate(read_choices(layers, quantization), quantization.average_bits or 0.0)
         write_json(run.allocation, {name: bits for group, bits in widths.items() for name in group.split("+")})
 
@@ -41,20 +45,29 @@ def layer_settings(
     """The settings of each layer of a block in a round, its width settled.
 
     Args:
-        run: where the chosen widths are, from round 1 on.
-        quantization: of the whole run.
-        unit: the block.
-        round_index: of the round.
+        run: Run directory, which holds the chosen widths from round 1 on.
+        quantization: Settings of the whole run.
+        unit: Block whose layers are meant.
+        round_index: Index of the round.
+
+    Raises:
+        DamagedError: The file of the chosen widths is missing or damaged.
     """
     widths: Mapping[str, int | None] = {}
     if quantization.bits == "auto" and round_index == 0:
         widths = dict.fromkeys((linear.name for linear in unit.linears), provisional_width(quantization))
     elif quantization.bits == "auto":
-        try:
-            widths = read_json(run.allocation)
-        except CheckpointError as error:
-            raise DamagedError(run.allocation, str(error)) from error
+        widths = read_own_json(run.allocation)
     return {
         linear.name: quantization.for_layer(linear.name, widths.get(linear.name)).fitted(linear.columns)
         for linear in unit.linears
     }
+
+
+def _is_settled(run: RunDirectory) -> bool:
+    """Whether the chosen widths can be read; from the same measurements they are chosen alike again."""
+    try:
+        read_own_json(run.allocation)
+    except DamagedError:
+        return False
+    return True

@@ -10,8 +10,10 @@ from typing import IO
 
 from astro.errors import ConfigError, RunError
 
-__all__ = ["held", "is_held"]
+__all__ = ["NAME", "held", "is_held"]
 
+NAME = "lock"
+"""Name of the file that is locked, in the run directory."""
 _LOOKS, _BETWEEN_S = 10, 0.1
 """Who only asks whether the lock is held holds it for a moment."""
 _WRONG_PLACE = (
@@ -25,9 +27,12 @@ _WRONG_PLACE = (
 def held(root: Path) -> Iterator[None]:
     """Keep other drivers out of a run directory for a while; it is made where it is not there.
 
+    Args:
+        root: Folder of the run directory.
+
     Raises:
-        ConfigError: the folder cannot be made or written.
-        RunError: another driver is at work here, or the file system fails, or cannot lock files.
+        ConfigError: The folder cannot be made or written.
+        RunError: Another driver is at work here, or the file system fails, or cannot lock files.
     """
     try:
         root.mkdir(parents=True, exist_ok=True)
@@ -49,7 +54,11 @@ def held(root: Path) -> Iterator[None]:
 
 
 def is_held(root: Path) -> bool:
-    """Whether a driver is at work on a run."""
+    """Whether a driver is at work on a run.
+
+    Args:
+        root: Folder of the run directory.
+    """
     if not _path(root).is_file():
         return False
     with _path(root).open() as lock:
@@ -70,4 +79,4 @@ def _take(lock: IO[str], look: int) -> bool:
 
 
 def _path(root: Path) -> Path:
-    return root / "lock"
+    return root / NAME

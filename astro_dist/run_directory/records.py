@@ -1,173 +1,144 @@
-"""The run directory: what is finished is a file there, its record written last.
+"""The records of a run: what is finished is a file in the run directory, its record written last.
 
-config.yaml    the resolved configuration        records/       one record a finished unit
-run.json       identity of the run               activations/   only what unfinished blocks need
-model/         the checkpoint, shard by shard    tokens.safetensors   every chunk's tokens
-summary.json   the figures of the run            journal.jsonl  what happened when
-rounds/        shards of earlier rounds          allocation.json  with a width budget: every layer's width
-model.json     files of the finished model       uploads.json   what the Hub holds of it
-source/        of a remote model: config, tokenizer, code
+While a run goes on, a file of its own directory that is missing or damaged is no wrong input: it is told, and what made
+it is done again.
 """
 
 import contextlib
 import dataclasses
-import hashlib
-import json
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any, TypeVar
 
 from astro.errors import CheckpointError, ConfigError, DamagedError
-from astro.storage.atomic import PARTIAL_SUFFIX, read_json, sha256_of, write_bytes, write_json, write_text
-from astro.storage.checked_tensors import load_part, save_part
-from astro_dist.config.schema import RunConfig
+from astro.storage.atomic import PARTIAL_SUFFIX, read_json, sha256_of, write_json
+from astro.storage.checked_tensors import load_part
 from astro_dist.run_directory import lock
-from astro_dist.run_directory.identity import MARK, difference
 from astro_dist.run_directory.journal import Journal
+from astro_dist.run_directory.layout import RunLayout
+from astro_dist.run_directory.unit_record import BlockResult, FileRecord, UnitRecord, UnitResult
 from astro_dist.schedule.calls import Spent, SpentInputs, SpentParts, SpentShard, SpentShares
 from astro_dist.schedule.names import any_share, block_unit
 
-if TYPE_CHECKING:
-    import torch
+__all__ = ["RunDirectory", "read_own_json"]
 
-__all__ = ["RunDirectory"]
+Result = TypeVar("Result", bound=UnitResult)
+
+
+def read_own_json(path: Path) -> dict[str, Any]:
+    """Read a JSON object that the run itself wrote.
+
+    Args:
+        path: File in the run directory.
+
+    Raises:
+        DamagedError: The file is missing, is no JSON, or holds no object.
+    """
+    if not path.is_file():
+        raise DamagedError(path, "is missing")
+    try:
+        return read_json(path)
+    except CheckpointError as error:
+        raise DamagedError(path, str(error).removeprefix(f"{path}: ")) from error
 
 
 @dataclasses.dataclass(frozen=True)
-class RunDirectory:
+class RunDirectory(RunLayout):
     """Paths and records of one run.
 
     Attributes:
-        root: the run directory.
-        key: identity of the run; every record carries it.
-        rounds: passes over the model; the last one's shards are the model.
+        key: Identity of the run; every record carries it.
     """
 
-    root: Path
     key: str
-    rounds: int = 1
-
-    @property
-    def model(self) -> Path:
-        """Folder of the result."""
-        return self.root / "model"
-
-    @property
-    def tokens(self) -> Path:
-        """File of every chunk's tokens."""
-        return self.root / "tokens.safetensors"
-
-    @property
-    def summary(self) -> Path:
-        """Figures of the finished run."""
-        return self.root / "summary.json"
-
-    @property
-    def inventory(self) -> Path:
-        """Every file of the finished model, see `inventory.py`."""
-        return self.root / "model.json"
-
-    @property
-    def uploads(self) -> Path:
-        """What the Hub holds of the model."""
-        return self.root / "uploads.json"
 
     @property
     def journal(self) -> Journal:
-        """What happened when."""
-        return Journal(self.root / "journal.jsonl")
-
-    @property
-    def allocation(self) -> Path:
-        """Width of every layer, where the run chose them."""
-        return self.root / "allocation.json"
-
-    def shard(self, round_index: int, file: str) -> Path:
-        """A block's shard of a round; those of the last round are the model's own files."""
-        return (self.model if round_index == self.rounds - 1 else self.root / "rounds" / str(round_index)) / file
-
-    def hidden(self, stream: str, block: int, chunk: str) -> Path:
-        """Input of a block for one chunk on its way through a model; before the first block all streams are one."""
-        return self._inputs(stream, block) / f"{chunk}.safetensors"
-
-    def partial(self, round_index: int, block: int, name: str) -> Path:
-        """A part of a block's solve that workers hand each other."""
-        return self.root / "activations" / "parts" / f"{round_index}-{block:04d}" / f"{name}.safetensors"
+        """The journal: what happened when."""
+        return Journal(self.journal_file)
 
     def present(self, stream: str) -> dict[int, set[str]]:
-        """Chunks that are there as input of each block. Lists folders: asking for a file that another machine is yet
-        to write would make a network file system remember that it is missing.
-        """
-        folders = [*(self.root / "activations" / stream).glob("[0-9]*"), self._inputs(stream, 0)]
-        return {int(folder.name): {path.stem for path in folder.glob("*.safetensors")} for folder in folders}
+        """The chunks that are there as input of each block.
 
-    def calls(self, batch: int, length: int) -> Path:
-        """Arguments of every block for chunks of this shape."""
-        return self.root / "activations" / f"calls-{batch}x{length}.safetensors"
+        Folders are listed: asking for a file that another machine is yet to write would make a network file system
+        remember that it is missing.
+
+        Args:
+            stream: Name of the model that the hidden states pass through.
+        """
+        folders = [*self.inputs(stream, 1).parent.glob("[0-9]*"), self.inputs(stream, 0)]
+        return {int(folder.name): {path.stem for path in folder.glob("*.safetensors")} for folder in folders}
 
     def drop(self, spent: Spent) -> None:
         """Delete what nothing needs any more. Inputs of the first block serve every stream and stay."""
         match spent:
             case SpentInputs(block, stream) if block:
-                shutil.rmtree(self._inputs(stream, block), ignore_errors=True)
+                shutil.rmtree(self.inputs(stream, block), ignore_errors=True)
             case SpentParts(round_index, block):
                 shutil.rmtree(self.partial(round_index, block, "any").parent, ignore_errors=True)
             case SpentShares(block, batch):
                 for path in self.partial(0, block, "any").parent.glob(any_share(batch)):
                     path.unlink(missing_ok=True)
             case SpentShard(round_index, block):
-                for file in self.files(block_unit(round_index, block)):
-                    (self.root / file["name"]).unlink(missing_ok=True)
+                self.drop_files(block_unit(round_index, block))
+
+    def drop_files(self, unit: str) -> None:
+        """Delete the files of a finished unit, as far as its record can be read; `drop_leftovers` takes the others.
+
+        Args:
+            unit: Name of the unit.
+        """
+        with contextlib.suppress(DamagedError):
+            for file in self.files(unit):
+                (self.root / file.name).unlink(missing_ok=True)
 
     def drop_leftovers(self) -> None:
-        """Forget all inputs and what earlier rounds left: the run is complete."""
-        for name in ("activations", "rounds"):
-            shutil.rmtree(self.root / name, ignore_errors=True)
+        """Delete all inputs and what earlier rounds left: the run is complete."""
+        for folder in self.leftovers:
+            shutil.rmtree(folder, ignore_errors=True)
 
-    def finish(self, unit: str, files: list[Path], result: dict[str, Any]) -> dict[str, Any]:
+    def finish(self, unit: str, files: Sequence[Path], result: UnitResult) -> UnitRecord:
         """Write a unit's record, after all of its files.
 
         Args:
-            unit: name.
-            files: that it wrote, inside the run directory.
-            result: its figures.
+            unit: Name of the unit.
+            files: Paths that the unit wrote, inside the run directory.
+            result: Figures of the unit.
 
         Returns:
             The record.
         """
-        described = [
-            {"name": str(path.relative_to(self.root)), "size_bytes": path.stat().st_size, "sha256": sha256_of(path)}
-            for path in files
-        ]
-        record = {"unit": unit, "key": self.key, "files": described, "result": result}
-        write_json(self._record(unit), {**record, "checksum": _checksum(record)})
+        described = (
+            FileRecord(str(path.relative_to(self.root)), path.stat().st_size, sha256_of(path)) for path in files
+        )
+        record = UnitRecord(unit, self.key, tuple(described), result)
+        write_json(self.record(unit), record.to_json())
         return record
 
-    def finished(self, unit: str, superseded: bool = False) -> dict[str, Any] | None:
-        """A unit's record, if it is finished and every file is as it was written.
+    def finished(self, unit: str, superseded: bool = False) -> UnitRecord | None:
+        """The record of a unit, if the unit is finished and every file is as it was written.
+
+        Damage goes to the journal: the unit is then redone.
 
         Args:
-            unit: name.
-            superseded: whether its files may be gone, because what needed them is finished.
+            unit: Name of the unit.
+            superseded: Whether its files may be gone, because what needed them is finished.
 
         Raises:
-            ConfigError: the record is of another run.
+            ConfigError: The record is of another run.
         """
-        path = self._record(unit)
-        if not path.is_file():
+        if not self.record(unit).is_file():
             return None
         try:
-            record = read_json(path)
-            if record.pop("checksum") != _checksum(record):
-                raise CheckpointError(f"{path}: its checksum is wrong")
-        except (CheckpointError, KeyError) as error:
+            record = self.read_record(unit)
+        except DamagedError as error:
             self.journal.note("damaged", unit=unit, reason=f"record: {error}; the unit is redone")
             return None
-        if record["key"] != self.key:
-            raise ConfigError(f"{path}: belongs to another run; choose another output.dir")
-        files = [file for file in record["files"] if not superseded or (self.root / file["name"]).exists()]
-        damaged = next((file["name"] for file in files if not self._is_intact(file)), None)
+        if record.key != self.key:
+            raise ConfigError(f"{self.record(unit)}: belongs to another run; choose another output.dir")
+        files = [file for file in record.files if not superseded or (self.root / file.name).exists()]
+        damaged = next((file.name for file in files if not self._is_intact(file)), None)
         if damaged is None:
             return record
         reason = f"{damaged} is missing or differs from its checksum; the unit is redone"
@@ -177,106 +148,132 @@ class RunDirectory:
     def require_intact(self, unit: str) -> None:
         """Check the files of a finished unit before they are used.
 
+        Args:
+            unit: Name of the unit.
+
         Raises:
-            DamagedError: one is missing, or not as it was written.
+            DamagedError: The record or a file is missing, or not as it was written.
         """
         for file in self.files(unit):
             if not self._is_intact(file):
-                raise DamagedError(self.root / file["name"], "is missing, or its SHA-256 is not that of its record")
+                raise DamagedError(self.root / file.name, "is missing, or its SHA-256 is not that of its record")
 
     def is_sound(self, path: Path) -> bool:
-        """Whether a file of the run that could not be read elsewhere is as it was written."""
+        """Whether a file of the run that could not be read elsewhere is as it was written.
+
+        Args:
+            path: File in the run directory. Records of other units that are damaged say nothing of it.
+        """
         name = str(path.relative_to(self.root))
-        records = [read_json(record) for record in (self.root / "records").glob("*.json")]
-        described = [file for record in records for file in record["files"] if file["name"] == name]
+        described = [file for record in self.readable_records() for file in record.files if file.name == name]
         if described:
             return self._is_intact(described[0])
         try:
-            if path == self.allocation:
-                read_json(path)
+            if path.parent == self.records:
+                self.read_record(path.stem)
+            elif path == self.allocation:
+                read_own_json(path)
             else:
                 load_part(path)
-        except (CheckpointError, DamagedError):
+        except DamagedError:
             return False
         return True
 
-    def files(self, unit: str) -> list[dict[str, Any]]:
-        """Name under the run directory, `size_bytes` and `sha256` of every file that a finished unit wrote."""
-        files: list[dict[str, Any]] = read_json(self._record(unit))["files"]
-        return files
-
-    def has_files(self, unit: str) -> bool:
-        """Whether everything that a finished unit wrote is still there."""
-        return all((self.root / file["name"]).exists() for file in self.files(unit))
-
-    def read(self, unit: str) -> dict[str, Any]:
-        """A finished unit's figures; empty where the run has no such unit."""
-        path = self._record(unit)
-        result: dict[str, Any] = read_json(path)["result"] if path.is_file() else {}
-        return result
-
-    def begun(self, config: RunConfig, identity: dict[str, Any]) -> bool:
-        """Whether this run was begun here before. One that came to nothing, be it another, counts for nothing.
+    def read_record(self, unit: str) -> UnitRecord:
+        """Read the record of a finished unit.
 
         Args:
-            config: of the run.
-            identity: what else belongs to the run: fingerprints, version.
+            unit: Name of the unit.
 
         Raises:
-            ConfigError: the directory holds another run, or files that are none.
+            DamagedError: The record is missing, or not as it was written.
         """
-        mark = self.root / MARK
-        # What a run writes before its first unit, it may leave behind when it ends there.
-        own = {mark.name, "config.yaml", "lock", self.journal.path.name, self.tokens.name}
-        paths = list(self.root.iterdir()) if self.root.is_dir() else []
-        others = [path for path in paths if path.name not in own and path.suffix != PARTIAL_SUFFIX]
-        if mark.is_file() and others:
-            found = read_json(mark)
-            if found.get("key") != self.key or found.get("tokens_sha256") != identity["tokens_sha256"]:
-                raise ConfigError(
-                    f"{self.root}: holds another run ({difference(config, identity, found)}); "
-                    "choose another output.dir, or remove this one if it is not wanted. Only the version that began a "
-                    "run can go on with it; a finished one can be verified and published by any"
-                )
-            return True
-        if others or (self.root.exists() and not self.root.is_dir()):
-            raise ConfigError(f"{self.root}: exists and is not a run directory; choose another output.dir")
-        return False
+        path = self.record(unit)
+        content = read_own_json(path)
+        try:
+            return UnitRecord.from_json(content)
+        except (KeyError, TypeError, ValueError, AttributeError) as error:
+            reason = str(error) if isinstance(error, ValueError) else f"it is incomplete ({error!r})"
+            raise DamagedError(path, reason) from error
 
-    def begin(self, config: RunConfig, identity: dict[str, Any], tokens: "dict[str, torch.Tensor]") -> None:
-        """Make the directory this run's; its mark comes last.
+    def read(self, unit: str, kind: type[Result]) -> Result:
+        """Read the figures of a finished unit.
 
         Args:
-            config: of the run.
-            identity: what else belongs to the run.
-            tokens: of every chunk, int64 [B, T].
+            unit: Name of the unit.
+            kind: Class of the figures.
+
+        Raises:
+            DamagedError: The record is missing, not as it was written, or holds other figures.
         """
-        write_text(self.root / "config.yaml", config.to_yaml())
-        save_part(self.tokens, tokens)
-        write_json(self.root / MARK, {"key": self.key, **identity, "arithmetic": config.arithmetic()})
+        result = self.read_record(unit).result
+        if not isinstance(result, kind):
+            raise DamagedError(self.record(unit), f"holds no {kind.__name__}")
+        return result
 
-    def keep_side_files(self, folder: Path) -> Path:
-        """A copy of a remote source's small files that every node sees."""
-        for path in folder.iterdir():
-            if path.is_file() and not path.name.endswith(PARTIAL_SUFFIX):
-                write_bytes(self.root / "source" / path.name, path.read_bytes())
-        return self.root / "source"
+    def read_if_there(self, unit: str, kind: type[Result]) -> Result | None:
+        """Read the figures of a unit that not every run has.
 
-    def mend_tokens(self, tokens: "dict[str, torch.Tensor]") -> None:
-        """Write the tokens again where their file is missing or damaged. They are part of the run's identity."""
+        Args:
+            unit: Name of the unit.
+            kind: Class of the figures.
+
+        Returns:
+            The figures; None where the run has no such unit.
+
+        Raises:
+            DamagedError: The record is not as it was written, or holds other figures.
+        """
+        return self.read(unit, kind) if self.record(unit).is_file() else None
+
+    def recorded_units(self) -> list[str]:
+        """Names of all units that have a record, whether it can be read or not."""
+        return sorted(path.stem for path in self.records.glob("*.json"))
+
+    def readable_records(self) -> Iterator[UnitRecord]:
+        """Every record that is as it was written."""
+        for unit in self.recorded_units():
+            with contextlib.suppress(DamagedError):
+                yield self.read_record(unit)
+
+    def blocks(self) -> dict[tuple[int, int], BlockResult]:
+        """Figures of every finished block by round and index of the block, as far as their records can be read."""
+        found: dict[tuple[int, int], BlockResult] = {}
+        for record in self.readable_records():
+            if isinstance(record.result, BlockResult):
+                _, number, _, block = record.unit.split("-")
+                found[int(number), int(block)] = record.result
+        return dict(sorted(found.items()))
+
+    def files(self, unit: str) -> tuple[FileRecord, ...]:
+        """The files that a finished unit wrote.
+
+        Args:
+            unit: Name of the unit.
+
+        Raises:
+            DamagedError: The record is missing, or not as it was written.
+        """
+        return self.read_record(unit).files
+
+    def has_files(self, unit: str) -> bool:
+        """Whether everything that a finished unit wrote is still there.
+
+        Args:
+            unit: Name of the unit; a record that cannot be read counts as files that are gone.
+        """
         try:
-            load_part(self.tokens)
-        except DamagedError as error:
-            self.journal.note("damaged", unit="tokens", reason=str(error))
-            save_part(self.tokens, tokens)
+            return all((self.root / file.name).exists() for file in self.files(unit))
+        except DamagedError:
+            return False
 
     @contextlib.contextmanager
     def locked(self) -> Iterator[None]:
         """Keep other drivers out for a while, and sweep up what a dead one left half written.
 
         Raises:
-            ConfigError: the folder cannot be made or written.
-            RunError: another driver is at work here, or the file system fails.
+            ConfigError: The folder cannot be made or written.
+            RunError: Another driver is at work here, or the file system fails.
         """
         with lock.held(self.root):
             self._sweep()
@@ -295,19 +292,9 @@ class RunDirectory:
         for partial in self.root.rglob(f".*{PARTIAL_SUFFIX}"):
             partial.unlink(missing_ok=True)
 
-    def _inputs(self, stream: str, block: int) -> Path:
-        return self.root / "activations" / (stream if block else "embedded") / f"{block:04d}"
-
-    def _record(self, unit: str) -> Path:
-        return self.root / "records" / f"{unit}.json"
-
-    def _is_intact(self, file: dict[str, Any]) -> bool:
-        path = self.root / file["name"]
+    def _is_intact(self, file: FileRecord) -> bool:
+        path = self.root / file.name
         try:
-            return bool(path.stat().st_size == file["size_bytes"] and sha256_of(path) == file["sha256"])
+            return path.stat().st_size == file.size_bytes and sha256_of(path) == file.sha256
         except OSError:
             return False
-
-
-def _checksum(record: dict[str, Any]) -> str:
-    return hashlib.sha256(json.dumps(record, sort_keys=True).encode()).hexdigest()

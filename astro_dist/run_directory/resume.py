@@ -4,6 +4,7 @@ from collections.abc import Sequence
 
 from astro_dist.config.schema import RunConfig
 from astro_dist.planning.units import Plan
+from astro_dist.run_directory.beginning import mend_tokens
 from astro_dist.run_directory.records import RunDirectory
 from astro_dist.schedule.calls import Schedule
 from astro_dist.schedule.factory import schedule_of
@@ -25,12 +26,15 @@ def make_schedule(config: RunConfig, plan: Plan, run: RunDirectory, chunks: Sequ
     """Read every record, check every file against its checksum, and go on from there.
 
     Args:
-        config: of the run.
-        plan: every unit.
-        run: the run directory.
-        chunks: in the order in which they travel.
+        config: Configuration of the run.
+        plan: Every unit of the run.
+        run: Run directory.
+        chunks: Chunks of the calibration text in the order in which they travel.
+
+    Raises:
+        ConfigError: A record is of another run.
     """
-    run.mend_tokens(as_tensors(chunks))
+    mend_tokens(run, as_tensors(chunks))
     names, blocks, copies = [chunk.name for chunk in chunks], len(plan.blocks), len(plan.copies)
     evaluated = any(is_held_out(name) for name in names)
     present = {stream: run.present(stream) for stream in stream_names(run.rounds)}

@@ -14,7 +14,7 @@ at a time; several calls make up a unit of the run. Round 0 calibrates on the st
 
 import dataclasses
 from collections.abc import Collection, Iterable, Iterator, Mapping
-from typing import Any, ClassVar, Protocol
+from typing import ClassVar, Protocol
 
 from astro_dist.schedule.names import EMBED, block_unit, copy_index, copy_unit, evaluate_unit, head_unit
 
@@ -320,8 +320,8 @@ class BlockParts:
     num_stages: int = 1
 
 
-Result = BlockParts | dict[str, Any] | float | None
-"""What a call returns: the record of a unit as JSON, how a block is cut, seconds, or nothing."""
+Result = object
+"""What a call returns. A schedule reads `BlockParts` alone; the driver knows the records of units, and seconds."""
 
 
 @dataclasses.dataclass(frozen=True)

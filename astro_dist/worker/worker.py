@@ -29,6 +29,14 @@ from astro.storage.atomic import save_tensors
 from astro.timing import add_seconds, timed
 from astro_dist.planning.units import BlockUnit
 from astro_dist.run_directory.layer_widths import layer_settings
+from astro_dist.run_directory.unit_record import (
+    BlockResult,
+    CopyResult,
+    EmbedResult,
+    EvaluationResult,
+    LossResult,
+    UnitRecord,
+)
 from astro_dist.schedule.calls import (
     AccumulateHessians,
     BlockParts,
@@ -159,7 +167,7 @@ class Worker:
                 assert_never(call)
         return None
 
-    def embed(self) -> dict[str, Any]:
+    def embed(self) -> UnitRecord:
         """Make the hidden states before the first block for every chunk, and what blocks are given besides."""
         spec, runner = self._spec, self._runner
         self._let_go()
@@ -173,9 +181,9 @@ class Worker:
                 if not path.exists():
                     save_calls(path, calls, as_tuple)
                 runner.save_hidden(ORIGINAL, 0, chunk, hidden)
-        return spec.run.finish(EMBED, [], {"compute_dtype": str(spec.compute_dtype), "device": spec.device})
+        return spec.run.finish(EMBED, [], EmbedResult(compute_dtype=str(spec.compute_dtype), device=spec.device))
 
-    def copy_tensors(self, call: CopyTensors) -> dict[str, Any]:
+    def copy_tensors(self, call: CopyTensors) -> UnitRecord:
         """Copy tensors from outside the blocks, as they are, to a shard of the result."""
         self._let_go()
         unit = self._spec.plan.copies[call.index]
@@ -185,7 +193,7 @@ class Worker:
             if tensor.is_floating_point() and not bool(torch.isfinite(tensor).all()):
                 raise CheckpointError(f"{self._runner.checkpoint.place(name)}: tensor {name} holds NaN or Inf")
         save_tensors(path, tensors)
-        return self._spec.run.finish(unit.name, [path], {"bytes_read": unit.read_bytes})
+        return self._spec.run.finish(unit.name, [path], CopyResult(bytes_read=unit.read_bytes))
 
     def open_block(self, call: OpenBlock) -> None:
         """Read the block that chunks will pass: the source's, or, in later rounds, that of the round before."""
@@ -212,7 +220,7 @@ class Worker:
             runner.save_hidden(stream, block + 1, chunk, output)
         opened.seconds["forward"] += time.perf_counter() - start
 
-    def solve_block(self, call: SolveBlock) -> dict[str, Any]:
+    def solve_block(self, call: SolveBlock) -> UnitRecord:
         """Quantize the open block's original weights and write its shard: in the last round a file of the model."""
         opened, spec, runner = self._opened(call), self._spec, self._runner
         unit = opened.unit
@@ -233,13 +241,13 @@ class Worker:
         self._open = None
         return parts
 
-    def finish_evaluation(self, call: FinishEvaluation) -> dict[str, Any]:
+    def finish_evaluation(self, call: FinishEvaluation) -> UnitRecord:
         """Close the open block of the result, as it was read back from its shard: all held-out chunks have passed."""
         opened = self._opened(call)
         self._open = None
         self._runner.close()
         seconds = {"evaluate": sum(opened.seconds.values())}
-        return self._spec.run.finish(call.unit, [], {"seconds": seconds})
+        return self._spec.run.finish(call.unit, [], EvaluationResult(seconds=seconds))
 
     def forward_chunk(self, call: ForwardChunk) -> float:
         """Pass one chunk through a block of a stream; the seconds that it took."""
@@ -253,7 +261,7 @@ class Worker:
         self._open = None
         self._solver.do(call)
 
-    def write_block(self, call: WriteBlock) -> dict[str, Any]:
+    def write_block(self, call: WriteBlock) -> UnitRecord:
         """Put a block's solved tiles together and write its shard."""
         start = time.perf_counter()
         quantized, records, seconds = self._solver.put_together(call)
@@ -261,7 +269,7 @@ class Worker:
         unit = self._spec.plan.blocks[call.block]
         return self._finish_block(call.round_index, unit, quantized, records, seconds)
 
-    def evaluate_loss(self, call: EvaluateLoss) -> dict[str, Any]:
+    def evaluate_loss(self, call: EvaluateLoss) -> UnitRecord:
         """Measure the negative log-likelihood of the held-out tokens, from the last block's output of a stream."""
         run, runner, last = self._spec.run, self._runner, len(self._spec.plan.blocks)
         self._let_go()
@@ -277,7 +285,7 @@ class Worker:
             raise NumericalError(
                 f"the loss on the held-out text is {total} (stream {call.stream}); a forward pass overflowed"
             )
-        return run.finish(call.unit, [], {"negative_log_likelihood": total, "tokens": count})
+        return run.finish(call.unit, [], LossResult(negative_log_likelihood=total, tokens=count))
 
     def _known(self, opened: _OpenBlock) -> Iterator[InputStatistics]:
         """The statistics of every group of an open block that all chunks have passed."""
@@ -297,13 +305,13 @@ class Worker:
         quantized: dict[str, QuantizedLinear],
         records: list[LayerRecord],
         seconds: dict[str, float],
-    ) -> dict[str, Any]:
+    ) -> UnitRecord:
         """Write a quantized block's shard, then its record."""
         for layer in records:
             add_seconds(seconds, layer.seconds)
         with timed(seconds, "write"):
             path = self._runner.write_block(unit, round_index, quantized)
-        result = {"layers": [dataclasses.asdict(layer) for layer in records], "seconds": seconds, **self.describe()}
+        result = BlockResult(layers=tuple(records), seconds=seconds, **self.describe())
         return self._spec.run.finish(block_unit(round_index, unit.index), [path], result)
 
     def _opened(self, call: HeldCall) -> _OpenBlock:

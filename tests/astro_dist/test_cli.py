@@ -80,6 +80,14 @@ def test_plan_tells_of_widths_that_a_budget_may_choose(run, config):
     assert "note: 2 and 3-bit weights (bits: auto may choose them): no server has a kernel" in out
 
 
+@pytest.mark.parametrize("layout", ["gptq", "compressed-tensors"])
+def test_plan_of_a_width_budget_in_either_format(run, config, layout):
+    changes = ("bits=auto", "average_bits=3.5", f"format={layout}")
+    options = [part for change in changes for part in ("--set", f"quantization.{change}")]
+    code, _, err = run("plan", config, *options, "--set", "execution.rounds=2")
+    assert (code, err) == (0, "")
+
+
 def test_plan_writes_nothing(run, config):
     code, out, _ = run("plan", config, "--json")
     content = json.loads(out)

@@ -28,7 +28,7 @@ from astro_dist.execution.local_executor import LocalExecutor
 from astro_dist.export.verify import verify_model
 from astro_dist.planning.validate import prepare
 from astro_dist.report.status import read_status
-from astro_dist.run_directory import records as run_records
+from astro_dist.run_directory import beginning
 from astro_dist.worker.worker import Worker
 from tests.support.models import LLAMA, files_of, write_checkpoint
 
@@ -149,7 +149,7 @@ def test_run_that_died_while_it_began_begins_again(run_config, tmp_path, monkeyp
 
     with monkeypatch.context() as patch:
         for name in ("write_text", "write_json", "save_part"):
-            patch.setattr(run_records, name, dying(getattr(run_records, name)))
+            patch.setattr(beginning, name, dying(getattr(beginning, name)))
         with pytest.raises(_Interrupted):
             pipeline.quantize(run_config())
     pipeline.quantize(run_config())
@@ -213,18 +213,18 @@ def test_input_error_of_a_worker_is_a_failed_run(run_config, tmp_path, monkeypat
         pipeline.quantize(run_config())
 
 
-def test_damaged_shard_is_redone_and_noted(run_config, tmp_path, capsys):
+def test_damaged_shard_is_redone_and_noted(run_config, tmp_path, caplog):
     folder = model_of(pipeline.quantize(run_config()))
     expected = files_of(folder)
     shard = sorted(folder.glob("model-*.safetensors"))[-2]
     shard.write_bytes(b"x" + shard.read_bytes()[1:])
     summary = pipeline.quantize(run_config())
     assert files_of(folder) == expected
-    for mended in (summary["mended"], read_status(tmp_path / "run")["mended"]):
+    for mended in (summary["mended"], read_status(tmp_path / "run").to_json()["mended"]):
         assert [(line["unit"], line["reason"].partition(" ")[0]) for line in mended] == [
             ("round-0-block-0001", f"model/{shard.name}")
         ]
-    assert f"damaged: round-0-block-0001: model/{shard.name} is missing or differs" in capsys.readouterr().err
+    assert f"damaged: round-0-block-0001: model/{shard.name} is missing or differs" in caplog.text
 
 
 def test_run_that_came_to_nothing_makes_room_for_another(run_config, tmp_path, monkeypatch):

@@ -89,3 +89,9 @@ def test_what_disagrees_is_refused(name, change, message):
         tensors[f"m.{name}"] = change(tensor)
     with pytest.raises(CheckpointError, match=message):
         gptq_v1.unpack_linear("m", tensors, settings)
+
+
+def test_layer_of_open_width_has_to_fit_every_choice():
+    settings = Quantization(bits="auto", average_bits=3.5, bit_choices=(3, 4), format="gptq")
+    assert gptq_v1.refusal(32, 64, settings) is None
+    assert "24 x 64 weights of 3 bits (bits: auto may choose them)" in str(gptq_v1.refusal(24, 64, settings))

@@ -1,5 +1,6 @@
 """The card says what the records say, and its metadata is what the Hub reads."""
 
+import dataclasses
 import json
 from pathlib import Path
 
@@ -7,10 +8,12 @@ import huggingface_hub
 import pytest
 import yaml
 
+from astro.quantization.layer_record import Fallbacks
 from astro.storage.atomic import sha256_of
 from astro_dist import pipeline
 from astro_dist.export.finished_run import FinishedRun
 from astro_dist.export.model_card import metadata
+from astro_dist.run_directory.journal import Failed
 from astro_dist.source.model_info import BaseModel
 
 
@@ -48,15 +51,15 @@ def test_card_is_written_into_every_model(run):
 
 
 def test_figures_are_those_of_the_records(run):
-    card, perplexity = run.card("org/model"), run.summary["perplexity"]
-    assert f"| original | {perplexity['original']:.3f} |" in section(card, "Accuracy")
-    assert f"| quantized | {perplexity['quantized']:.3f} |" in section(card, "Accuracy")
-    layers = [layer for block in range(3) for layer in run.run.read(f"round-0-block-{block:04d}")["layers"]]
-    largest = max(layer["relative_error"] for layer in layers if "o_proj" in layer["name"])
+    card, perplexity = run.card("org/model"), run.summary.perplexity
+    assert f"| original | {perplexity.original:.3f} |" in section(card, "Accuracy")
+    assert f"| quantized | {perplexity.quantized:.3f} |" in section(card, "Accuracy")
+    layers = [layer for block in run.run.blocks().values() for layer in block.layers]
+    largest = max(layer.relative_error for layer in layers if "o_proj" in layer.name)
     (row,) = [line for line in section(card, "How it was quantized").splitlines() if "`o_proj`" in line]
     assert "| 3 | 4 | " in row
     assert f"{largest:.3g} (`model.layers." in row
-    assert run.identity["tokens_sha256"] in section(card, "Calibration data")
+    assert run.identity.tokens_sha256 in section(card, "Calibration data")
     assert "3 on x86_64, torch" in section(card, "Hardware and time")
 
 
@@ -70,12 +73,14 @@ def test_configuration_on_the_card_makes_the_same_run_and_tells_no_place(run, fi
 
 
 def test_fallbacks_and_retries_are_listed(run):
-    summary = {
-        **run.summary,
-        "fallbacks": {"damping_raised": ["model.layers.0.a"], "experts": {"rtn": ["model.layers.1.experts.7.up_proj"]}},
-        "notes": ["no server has a kernel for 3 bits"], "retries": [{}, {}],
-    }  # fmt: skip
-    changed = FinishedRun(run.run, run.config, run.identity, summary)
+    retry = Failed(time=0.0, unit="embed", method="embed", worker=0, kind="lost", cause="it was lost")
+    summary = dataclasses.replace(
+        run.summary,
+        fallbacks=Fallbacks(("model.layers.0.a",), {"rtn": ("model.layers.1.experts.7.up_proj",)}),
+        notes=("no server has a kernel for 3 bits",),
+        retries=(retry, retry),
+    )
+    changed = dataclasses.replace(run, summary=summary)
     told = section(changed.card(None), "What was degraded, what to know")
     assert "- `model.layers.0.a`: its damping had to be raised" in told
     assert "- `model.layers.1.experts.7.up_proj`: too few tokens reached it, rtn instead" in told

@@ -51,7 +51,7 @@ def test_upload_that_fails_does_not_stop_the_run(online_hub, run_config, tmp_pat
     online_hub.write_faults["batch"] = [403] * 1000
     with pytest.raises(RunError, match=f"the Hub answers 403.* The run itself is finished in .*{AGAIN}"):
         pipeline.quantize(run_config(publish__repo="org/model"))
-    status = read_status(tmp_path / "run")
+    status = read_status(tmp_path / "run").to_json()
     assert status["state"] == "complete"
     failures = [line for line in status["upload_failures"] if line["event"] == "upload_failed"]
     assert "the Hub answers 403" in failures[0]["cause"]

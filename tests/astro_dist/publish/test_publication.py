@@ -263,7 +263,7 @@ def test_finished_run_goes_to_a_second_place_too(online_hub, finished):
     assert online_hub.private == {"org/model"}
     assert "vllm serve me/other" in (finished / "model" / "README.md").read_text()
     assert published(online_hub, "me/other") == files_of(finished / "model", with_card=True)
-    places = {place["place"]: place["files"] for place in read_status(finished)["publish"]}
+    places = {place.place: place.files for place in read_status(finished).publish}
     assert places == {"org/model@main": 10, "me/other@main": 10}
 
 
@@ -296,12 +296,12 @@ def test_status_tells_what_the_hub_holds_and_what_it_refuses(online_hub, finishe
     online_hub.write_faults["batch"] = [None, None, 403]
     with pytest.raises(RunError, match=AGAIN):
         publish_run(finished, TARGET)
-    status = read_status(finished)
-    assert status["publish"] == [{"place": "org/model@main", "files": 2, "total": 10, "commit": None}]
+    status = read_status(finished).to_json()
+    assert list(status["publish"]) == [{"place": "org/model@main", "files": 2, "total": 10, "commit": None}]
     assert "the Hub answers 403" in status["upload_failures"][0]["cause"]
     commit = publish_run(finished, TARGET)["commit"]
-    status = read_status(finished)
-    assert status["publish"] == [{"place": "org/model@main", "files": 10, "total": 10, "commit": commit}]
+    status = read_status(finished).to_json()
+    assert list(status["publish"]) == [{"place": "org/model@main", "files": 10, "total": 10, "commit": commit}]
     assert status["upload_failures"] == []
 
 

@@ -8,7 +8,7 @@ from typer.testing import CliRunner
 
 from astro.errors import ConfigError, StorageError
 from astro_dist import cli, pipeline
-from astro_dist.report.status import read_status
+from astro_dist.report.status import Progress, read_status
 from astro_dist.run_directory.journal import Journal
 from astro_dist.worker.worker import Worker
 
@@ -16,10 +16,10 @@ from astro_dist.worker.worker import Worker
 def test_complete_run(run_config, tmp_path):
     pipeline.quantize(run_config())
     status = read_status(tmp_path / "run")
-    assert (status["state"], status["in_flight"], status["retries"]) == ("complete", [], [])
-    assert status["units"]["done"] == status["units"]["total"]
-    assert status["blocks"] == {"done": 3, "total": 3}
-    assert status["damaged"] == []
+    assert (status.state, status.in_flight, status.retries) == ("complete", (), ())
+    assert status.units.done == status.units.total
+    assert status.blocks == Progress(3, 3)
+    assert status.damaged == ()
 
 
 def test_files_of_a_complete_run_that_are_gone_or_cut_off(run_config, tmp_path):
@@ -27,12 +27,12 @@ def test_files_of_a_complete_run_that_are_gone_or_cut_off(run_config, tmp_path):
     shard, *_ = sorted((tmp_path / "run" / "model").glob("*.safetensors"))
     shard.write_bytes(shard.read_bytes()[:-1])
     (tmp_path / "run" / "model" / "config.json").unlink()
-    assert sorted(read_status(tmp_path / "run")["damaged"]) == sorted(["config.json", shard.name])
+    assert sorted(read_status(tmp_path / "run").damaged) == sorted(["config.json", shard.name])
     shown = CliRunner().invoke(cli.app, ["status", str(tmp_path / "run")])
     assert "complete, but damaged: 3 of 3 blocks" in shown.output
-    assert f"damaged: config.json, {shard.name} (gone, or of another size than was written)" in shown.output
+    assert f"damaged: config.json, {shard.name} (gone, or of another size than was written, or" in shown.output
     pipeline.quantize(run_config())
-    assert read_status(tmp_path / "run")["damaged"] == []
+    assert read_status(tmp_path / "run").damaged == ()
 
 
 def test_run_that_goes_on(run_config, tmp_path, monkeypatch):
@@ -48,10 +48,10 @@ def test_run_that_goes_on(run_config, tmp_path, monkeypatch):
     monkeypatch.setattr(Worker, "solve_block", solve)
     pipeline.quantize(run_config())
     last = seen[-1]
-    assert (last["state"], last["workers"]) == ("running", 1)
-    assert last["blocks"] == {"done": 2, "total": 3}
-    assert [doing["unit"] for doing in last["in_flight"]] == ["round-0-block-0002"]
-    assert last["seconds_left"] > 0
+    assert (last.state, last.workers) == ("running", 1)
+    assert last.blocks == Progress(2, 3)
+    assert [doing.unit for doing in last.in_flight] == ["round-0-block-0002"]
+    assert last.seconds_left > 0
 
 
 def test_stopped_run_names_what_was_retried(run_config, tmp_path, monkeypatch):
@@ -59,8 +59,8 @@ def test_stopped_run_names_what_was_retried(run_config, tmp_path, monkeypatch):
     with pytest.raises(Exception, match="KeyError"):
         pipeline.quantize(run_config(execution__max_retries=0))
     status = read_status(tmp_path / "run")
-    assert (status["state"], status["workers"], status["seconds_left"]) == ("stopped", 0, None)
-    assert status["retries"][0]["unit"] == "round-0-block-0000"
+    assert (status.state, status.workers, status.seconds_left) == ("stopped", 0, None)
+    assert status.retries[0].unit == "round-0-block-0000"
 
 
 def test_folder_that_holds_no_run(tmp_path):

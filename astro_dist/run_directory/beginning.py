@@ -1,0 +1,90 @@
+"""How a folder becomes a run's directory, and how a run knows its own again."""
+
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from astro.errors import ConfigError, DamagedError
+from astro.storage.atomic import PARTIAL_SUFFIX, write_bytes, write_json, write_text
+from astro.storage.checked_tensors import load_part, save_part
+from astro_dist.config.schema import RunConfig
+from astro_dist.run_directory import lock
+from astro_dist.run_directory.identity import Identity, read_identity
+from astro_dist.run_directory.records import RunDirectory
+
+if TYPE_CHECKING:
+    import torch
+
+__all__ = ["begin", "is_begun", "keep_side_files", "mend_tokens"]
+
+
+def is_begun(run: RunDirectory, identity: Identity) -> bool:
+    """Whether this run was begun here before. A run that came to nothing, be it another, counts for nothing.
+
+    Args:
+        run: Run directory, which need not be there yet.
+        identity: Identity of the run.
+
+    Raises:
+        ConfigError: The directory holds another run, or files that belong to no run.
+    """
+    # What a run writes before its first unit, it may leave behind when it ends there.
+    before = (run.identity, run.config, run.journal_file, run.tokens)
+    names = {path.name for path in before} | {lock.NAME}
+    paths = list(run.root.iterdir()) if run.root.is_dir() else []
+    others = [path for path in paths if path.name not in names and path.suffix != PARTIAL_SUFFIX]
+    if run.identity.is_file() and others:
+        there = read_identity(run.root)
+        if not identity.is_same_run(there):
+            raise ConfigError(
+                f"{run.root}: holds another run ({identity.difference(there)}); "
+                "choose another output.dir, or remove this one if it is not wanted. Only the version that began a "
+                "run can go on with it; a finished one can be verified and published by any"
+            )
+        return True
+    if others or (run.root.exists() and not run.root.is_dir()):
+        raise ConfigError(f"{run.root}: exists and is not a run directory; choose another output.dir")
+    return False
+
+
+def begin(run: RunDirectory, config: RunConfig, identity: Identity, tokens: "dict[str, torch.Tensor]") -> None:
+    """Make a folder the directory of a run; its mark comes last.
+
+    Args:
+        run: Run directory, which is there and locked.
+        config: Configuration of the run.
+        identity: Identity of the run.
+        tokens: Tokens of every chunk by name, int64 [B, T].
+    """
+    write_text(run.config, config.to_yaml())
+    save_part(run.tokens, tokens)
+    write_json(run.identity, identity.to_json())
+
+
+def keep_side_files(run: RunDirectory, folder: Path) -> Path:
+    """Copy a remote source's small files to where every node sees them.
+
+    Args:
+        run: Run directory.
+        folder: Folder of the files on this machine.
+
+    Returns:
+        Folder of the copies.
+    """
+    for path in folder.iterdir():
+        if path.is_file() and not path.name.endswith(PARTIAL_SUFFIX):
+            write_bytes(run.source / path.name, path.read_bytes())
+    return run.source
+
+
+def mend_tokens(run: RunDirectory, tokens: "dict[str, torch.Tensor]") -> None:
+    """Write the tokens again where their file is missing or damaged. They are part of the run's identity.
+
+    Args:
+        run: Run directory.
+        tokens: Tokens of every chunk by name, int64 [B, T].
+    """
+    try:
+        load_part(run.tokens)
+    except DamagedError as error:
+        run.journal.note("damaged", unit="tokens", reason=str(error))
+        save_part(run.tokens, tokens)
