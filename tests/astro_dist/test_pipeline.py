@@ -407,7 +407,7 @@ def test_shard_that_is_damaged_after_it_was_written_is_found_in_the_same_run(run
 
     def solve(self, call):
         result = real(self, call)
-        shard = tmp_path / "run" / result["files"][0]["name"]
+        shard = tmp_path / "run" / result.files[0].name
         if call.block == 1 and not (tmp_path / "harmed").exists():
             (tmp_path / "harmed").touch()
             content = bytearray(shard.read_bytes())
