@@ -127,7 +127,8 @@ class RemoteStore:
             attempts = retrying.statistics["attempt_number"]
             raise CheckpointError(
                 f"{self}/{file}: bytes {start} to {start + length} cannot be fetched, tried {attempts} times in "
-                f"{_BACKOFF.patience_s:.0f} s; the last time: {error}. What is finished is kept; run the same command to go on"
+                f"{_BACKOFF.patience_s:.0f} s; the last time: {error}. What is finished is kept; run the "
+                "same command to go on"
             ) from error
 
 
