@@ -7,16 +7,19 @@ from collections.abc import Callable, Collection
 from types import TracebackType
 from typing import Any, Self
 
+import tenacity
+
 from astro.errors import StorageError
 from astro_dist.export.inventory import ModelFile, shards_of
 from astro_dist.publish.hub_client import HubWriter
 from astro_dist.publish.upload_record import UploadRecord
 from astro_dist.run_directory.records import RunDirectory
+from astro_dist.source.backoff import Backoff
 from astro_dist.source.hub_errors import HubError, without_secrets
 
 __all__ = ["BackgroundUpload"]
 
-_FIRST_WAIT_S, _LONGEST_WAIT_S = 5.0, 300.0
+_BACKOFF = Backoff(first_s=5.0, longest_s=300.0)
 _PATIENCE_S = 5.0
 """With an upload when the run has failed: the user waits for the reason."""
 
@@ -69,18 +72,29 @@ class BackgroundUpload:
         self._thread.join(None if error is None else _PATIENCE_S)
 
     def _work(self) -> None:
-        wait_s = _FIRST_WAIT_S
-        while (unit := self._waiting.get()) is not None and not self._ending.is_set():
-            try:
-                for file in shards_of(self._run, unit):
-                    self._upload(file)
-                wait_s = _FIRST_WAIT_S
-            except Exception as error:  # whatever it is, the run goes on
-                asked_s = error.failure.wait_s if isinstance(error, HubError) else 0.0
-                self._tell_failure(unit, error)
-                self._waiting.put(unit)
-                self._ending.wait(max(wait_s, asked_s))
-                wait_s = min(2 * wait_s, _LONGEST_WAIT_S)
+        """Upload unit by unit until the end; after a failure the next unit waits, whichever it is."""
+        retrying = _BACKOFF.retrying(
+            lambda error: (
+                error.failure.wait_s if isinstance(error, HubError) else 0.0
+            ),  # whatever it is, the run goes on
+            sleep=tenacity.sleep_using_event(self._ending),
+        )
+        while retrying(self._upload_next_unit):
+            pass
+
+    def _upload_next_unit(self) -> bool:
+        """Upload the shards of one unit, and return whether there may be more; a unit that fails is queued again."""
+        unit = self._waiting.get()
+        if unit is None or self._ending.is_set():
+            return False
+        try:
+            for file in shards_of(self._run, unit):
+                self._upload(file)
+        except Exception as error:
+            self._tell_failure(unit, error)
+            self._waiting.put(unit)
+            raise
+        return True
 
     def _upload(self, file: ModelFile) -> None:
         if self._ending.is_set() or self._record.holds(file):

@@ -6,10 +6,10 @@ fails. Here every request is repeated on top of that; for the one commit, whethe
 The token is the client's own affair; nothing here holds it.
 """
 
+import dataclasses
 import functools
 import hashlib
 import logging
-import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import TypeVar
@@ -22,12 +22,13 @@ from astro.errors import AstroError, DamagedError
 from astro_dist.config.schema import PublishConfig
 from astro_dist.console import say
 from astro_dist.export.inventory import ModelFile
+from astro_dist.source.backoff import Backoff
 from astro_dist.source.hub_errors import HubError, HubFailure, failure_of
 
 __all__ = ["HubWriter", "different"]
 
 _ATTEMPTS = 6
-_FIRST_WAIT_S, _LONGEST_WAIT_S = 2.0, 60.0
+_BACKOFF = Backoff(first_s=2.0, longest_s=60.0)
 _TIMEOUT_S = 600.0
 """Without a byte in either direction: assembling a large upload's parts takes a store minutes."""
 _BATCH = 256
@@ -58,34 +59,37 @@ class HubWriter:
         """That is committed to, or against which a pull request is made."""
         return self.target.revision or "main"
 
-    def patiently(self, doing: str, call: Callable[[], T], attempts: int = _ATTEMPTS) -> T:
-        """Make a request that may be made again, until it works.
+    def patiently(self, purpose: str, call: Callable[[], T], attempts: int = _ATTEMPTS) -> T:
+        """Make a request that may be repeated, until it works.
 
         Args:
-            doing: what it is for, for the message.
-            call: makes it.
-            attempts: at most.
+            purpose: What the request is for ("making the branch x"), for the messages.
+            call: Makes the request.
+            attempts: The number of attempts after which to give up.
+
+        Returns:
+            The answer of `call`.
 
         Raises:
-            HubError: it will not work, or has failed too often.
+            HubError: The request cannot work, or has failed too often.
         """
-        wait_s = _FIRST_WAIT_S
-        for attempt in range(1, attempts + 1):
+
+        def attempt() -> T:
             # The client waits for ever otherwise; after a lost connection it makes itself a new session.
             huggingface_hub.get_session().timeout = _TIMEOUT_S
-            try:
-                return call()
-            except AstroError:  # of our own, and final
-                raise
-            except Exception as error:  # of huggingface_hub, its HTTP library and hf_xet
-                failure = failure_of(error)
-                if not failure.passes or attempt == attempts:
-                    raise self.error(doing, failure, attempt) from error
-                if attempt == 1 and attempts > 1:
-                    say(f"{self.repository}: {doing}: {failure}; trying again")
-            time.sleep(max(wait_s, failure.wait_s))
-            wait_s = min(2 * wait_s, _LONGEST_WAIT_S)
-        raise AssertionError("unreachable: the last attempt returns or raises")
+            return call()
+
+        def tell(error: Exception, attempt_number: int) -> None:
+            if attempt_number == 1:
+                say(f"{self.repository}: {purpose}: {failure_of(error)}; trying again")
+
+        retrying = dataclasses.replace(_BACKOFF, attempts=attempts).retrying(_asked_wait_s, tell)
+        try:
+            return retrying(attempt)
+        except AstroError:
+            raise
+        except Exception as error:  # of huggingface_hub, its HTTP library and hf_xet
+            raise self.error(purpose, failure_of(error), retrying.statistics["attempt_number"]) from error
 
     def error(self, doing: str, failure: HubFailure, attempts: int = 1) -> HubError:
         """What to raise for a request that failed."""
@@ -200,6 +204,12 @@ def different(listing: Mapping[str, RepoFile], files: Iterable[ModelFile], folde
         folder: where they are.
     """
     return [file.name for file in files if not _is_same(listing.get(file.name), file, folder)]
+
+
+def _asked_wait_s(error: Exception) -> float | None:
+    """Return the seconds that the Hub asks to wait, or None for what does not pass: our errors are final."""
+    failure = None if isinstance(error, AstroError) else failure_of(error)
+    return failure.wait_s if failure is not None and failure.passes else None
 
 
 def _is_same(there: RepoFile | None, file: ModelFile, folder: Path) -> bool:

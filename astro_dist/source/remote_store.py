@@ -8,7 +8,6 @@ machine finds its own (HF_TOKEN or `hf auth login`; the environment of the objec
 import dataclasses
 import functools
 import re
-import time
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -16,15 +15,15 @@ from typing import Protocol
 
 from astro.errors import CheckpointError
 from astro.storage.byte_store import Range
+from astro_dist.source.backoff import Backoff
 from astro_dist.source.range_cache import RangeCache, cache_folder
 
 __all__ = ["Passing", "RemoteFiles", "RemoteStore", "without_query"]
 
 _PIECE_BYTES = 1 << 24
 _PARALLEL = 8
-_PATIENCE_S = 600.0
-"""How long a piece of which nothing comes is asked for again and again."""
-_FIRST_WAIT_S, _MAX_WAIT_S = 0.5, 30.0
+_BACKOFF = Backoff(first_s=0.5, longest_s=30.0, patience_s=600.0)
+"""Bytes of which nothing comes are asked for again during ten minutes."""
 
 
 class Passing(Exception):
@@ -102,25 +101,35 @@ class RemoteStore:
         piece.view[:] = cache.get(key, length, fetch) if length else b""
 
     def _fetch(self, file: str, start: int, length: int) -> bytes:
-        """Bytes of a file, however many attempts that takes; what has come is kept between them."""
-        found, wait_s, attempts, since = b"", _FIRST_WAIT_S, 0, time.monotonic()
-        while len(found) < length:
-            try:
-                more = self.files.fetch(file, start + len(found), length - len(found))
-                if not more:
-                    raise Passing(f"ends {length - len(found)} bytes too early")
-                found, wait_s, attempts, since = found + more, _FIRST_WAIT_S, 0, time.monotonic()
-            except Passing as error:
-                attempts += 1
-                if time.monotonic() - since > _PATIENCE_S:
-                    raise CheckpointError(
-                        f"{self}/{file}: bytes {start} to {start + length} cannot be fetched, tried {attempts} times "
-                        f"in {_PATIENCE_S:.0f} s; the last time: {error}. What is finished is kept; run the same "
-                        "command to go on"
-                    ) from error
-                time.sleep(max(wait_s, error.wait_s))
-                wait_s = min(2 * wait_s, _MAX_WAIT_S)
-        return found
+        """Return bytes of a file, however many requests that takes; what has come is kept between them."""
+        content = b""
+        while len(content) < length:
+            content += self._next_bytes(file, start + len(content), length - len(content))
+        return content
+
+    def _next_bytes(self, file: str, start: int, length: int) -> bytes:
+        """Return the first bytes of a range, one at least, as many as one request brings.
+
+        Raises:
+            CheckpointError: None of them could be fetched.
+        """
+
+        def attempt() -> bytes:
+            content = self.files.fetch(file, start, length)
+            if not content:
+                raise Passing(f"ends {length} bytes too early")
+            return content
+
+        retrying = _BACKOFF.retrying(lambda error: error.wait_s if isinstance(error, Passing) else None)
+        try:
+            return retrying(attempt)
+        except Passing as error:
+            attempts = retrying.statistics["attempt_number"]
+            raise CheckpointError(
+                f"{self}/{file}: bytes {start} to {start + length} cannot be fetched, tried {attempts} times in "
+                f"{_BACKOFF.patience_s:.0f} s; the last time: {error}. What is finished is kept; run the "
+                "same command to go on"
+            ) from error
 
 
 def without_query(text: str) -> str:

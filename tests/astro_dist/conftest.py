@@ -8,8 +8,8 @@ import transformers
 
 from astro_dist import pipeline
 from astro_dist.config.schema import RunConfig
-from astro_dist.publish import background_upload, hub_client, publication
-from astro_dist.source import remote_store
+from astro_dist.publish import background_upload, publication
+from astro_dist.source import backoff
 from tests.support.hub import TOKEN, clock
 from tests.support.hub_server import HubServer
 from tests.support.models import LLAMA, write_checkpoint
@@ -27,10 +27,9 @@ def online_hub(monkeypatch):
     for name, value in settings.items():
         monkeypatch.setattr(huggingface_hub.constants, name, value)
     monkeypatch.setattr("huggingface_hub.utils._http.time", clock(server.client_waits))
-    for module in (hub_client, publication):
+    for module in (backoff, publication):
         monkeypatch.setattr(module, "time", clock(server.own_waits))
-    for module in (remote_store, background_upload):
-        monkeypatch.setattr(module, "_FIRST_WAIT_S", 0.01)
+    monkeypatch.setattr(background_upload, "_BACKOFF", backoff.Backoff(first_s=0.01, longest_s=300.0))
     monkeypatch.setenv("HF_TOKEN", TOKEN)
     yield server
     server.close()

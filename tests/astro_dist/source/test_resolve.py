@@ -17,12 +17,12 @@ from astro.storage.checkpoint import Checkpoint
 from astro_dist import pipeline
 from astro_dist.config.schema import ModelConfig
 from astro_dist.planning.validate import prepare
-from astro_dist.source import object_store, remote_store
+from astro_dist.source import backoff, object_store, remote_store
 from astro_dist.source.hub_errors import asked_wait_s
 from astro_dist.source.range_cache import RangeCache
 from astro_dist.source.resolve import resolve_source
 from astro_dist.worker.worker import Worker
-from tests.support.hub import TOKEN
+from tests.support.hub import TOKEN, clock
 from tests.support.models import files_of
 
 
@@ -108,7 +108,7 @@ def test_failures_that_pass_are_tried_again(hub, remote_config, expected, tmp_pa
 
 
 def test_hub_is_asked_once_for_the_place_of_a_file_until_that_expires(hub, tmp_path, llama, monkeypatch):
-    monkeypatch.setattr(remote_store, "_FIRST_WAIT_S", 0.01)
+    monkeypatch.setattr(backoff, "time", clock([]))
     source = resolve_source(ModelConfig(source="org/llama", cache_gb=0.0, cache_dir=tmp_path / "cache"))
     checkpoint = Checkpoint.open(source.store)
     for _ in range(3):
@@ -136,7 +136,7 @@ def test_server_says_how_long_to_wait(headers, seconds):
 
 
 def test_failure_that_does_not_pass_names_the_file_and_the_reason(hub, remote_config, monkeypatch):
-    monkeypatch.setattr(remote_store, "_PATIENCE_S", 0.05)
+    monkeypatch.setattr(remote_store, "_BACKOFF", backoff.Backoff(first_s=0.01, longest_s=30.0, patience_s=0.05))
     hub.faults = [503] * 1000
     message = r"org/llama@\w{12}/config.json: bytes 0 to \d+ cannot be fetched, tried \d+ times .* the Hub answers 503"
     with pytest.raises(CheckpointError, match=message):
