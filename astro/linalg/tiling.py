@@ -15,8 +15,8 @@ _ELEMENTS = {"cpu": 1 << 20, "cuda": 1 << 27}
 """Weights of a tile by type of device. Fewer would save memory, but a column of few rows takes no less time than the
 calls for it, on a GPU much more than on a CPU."""
 _NEAR_ELEMENTS = 1 << 18
-"""Elements on which a CPU works at once. With more, every operation of an elementwise chain would fetch them from memory
-again."""
+"""Elements on which a CPU works at once. With more, every operation of an elementwise chain would fetch them from
+memory again."""
 
 
 def cut(num_items: int, num_parts: int) -> list[slice]:
