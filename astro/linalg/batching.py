@@ -1,7 +1,7 @@
-"""Layers of one shape that are solved side by side, as the experts of a layer are: one loop over columns for all.
+"""Layers of equal shape are solved side by side, as experts are: a single loop over columns serves them all.
 
-Everything that works on them takes a leading dimension, B layers. What is solved together is a part of the arithmetic:
-it depends on the model, the settings and the kind of device alone.
+Functions that work on them take a leading dimension, B layers. Which layers are solved together is a part of the
+arithmetic: it depends only on the model, the settings and the type of device.
 """
 
 from collections.abc import Sequence
@@ -14,16 +14,16 @@ __all__ = ["add_product_", "batches", "first_of", "stacked"]
 
 
 def batches(shapes: Sequence[tuple[object, int, int]], device_type: str) -> list[range]:
-    """Layers that are solved together, neighbours of one kind and shape.
+    """Choose the layers that are solved together: neighbours of equal kind and shape.
 
     Args:
-        shapes: kind, rows and columns of each layer; kind is what must be equal besides.
-        device_type: "cpu" or "cuda".
+        shapes: Kind, rows and columns of each layer. The kind is any value that must be equal besides the shape.
+        device_type: Type of the device, "cpu" or "cuda".
 
     Returns:
-        Indices of the layers of each batch, in order.
+        The indices of the layers of each batch, in order.
     """
-    found: list[range] = []
+    result: list[range] = []
     first = 0
     while first < len(shapes):
         last = first
@@ -31,22 +31,44 @@ def batches(shapes: Sequence[tuple[object, int, int]], device_type: str) -> list
             last += 1
         _, rows, columns = shapes[first]
         parts = cut(last - first, -(-(last - first) // most_layers(rows, columns, device_type)))
-        found += [range(first + part.start, first + part.stop) for part in parts]
+        result += [range(first + part.start, first + part.stop) for part in parts]
         first = last
-    return found
+    return result
 
 
 def stacked(layers: Sequence[torch.Tensor]) -> torch.Tensor:
-    """Tensors of one shape side by side, [B, ...]; of one alone no copy is made: a wide layer's are gigabytes."""
+    """Put tensors of equal shape side by side.
+
+    Args:
+        layers: A tensor for each of B layers.
+
+    Returns:
+        The tensors as [B, ...]. A single tensor is not copied, for those of a wide layer are gigabytes.
+    """
     return layers[0].unsqueeze(0) if len(layers) == 1 else torch.stack(list(layers))
 
 
 def add_product_(X: torch.Tensor, A: torch.Tensor, B: torch.Tensor, alpha: float = 1.0) -> None:
-    """X += α A B as one kernel, for matrices alone or side by side, [B, ., .]."""
+    """Add α A B to X in a single kernel.
+
+    Args:
+        X: The matrix [R, C], or matrices [B, R, C], to which the product is added in place.
+        A: The left factor, [R, K] or [B, R, K].
+        B: The right factor, [K, C] or [B, K, C].
+        alpha: Factor α of the product.
+    """
     (X.addmm_ if X.ndim == 2 else X.baddbmm_)(A, B, alpha=alpha)
 
 
-def first_of(found: torch.Tensor, names: Sequence[str]) -> str | None:
-    """The name of the first layer of which something holds, bool [B] or a scalar; None where it holds of none."""
-    which = found.reshape(-1).nonzero()
+def first_of(holds: torch.Tensor, names: Sequence[str]) -> str | None:
+    """Return the name of the first layer for which a condition holds.
+
+    Args:
+        holds: Whether the condition holds for each layer, bool [B], or a scalar for a single layer.
+        names: Names of the layers.
+
+    Returns:
+        The name, or None where the condition holds for no layer.
+    """
+    which = holds.reshape(-1).nonzero()
     return names[int(which[0])] if len(which) else None

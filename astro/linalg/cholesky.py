@@ -1,6 +1,6 @@
 """Triangular factors of damped Hessians.
 
-Shapes: R rows, C columns (inputs of the layer), B layers side by side.
+In shapes, R is the number of rows, C of columns (inputs of the layer) and B of layers that are solved side by side.
 """
 
 import dataclasses
@@ -16,15 +16,15 @@ __all__ = ["Factor", "factorize", "require_inputs"]
 
 @dataclasses.dataclass(frozen=True)
 class Factor:
-    """Triangular factors of damped, reordered Hessians, one for each of B layers; of a single one without [B].
+    """Triangular factors of the damped, reordered Hessians of B layers. Those of a single layer may lack the [B].
 
     Attributes:
-        feedback: unit upper triangular N [B, C, C] float32 with H[order][:, order] + λI = (N D)(N D)ᵀ, D diagonal.
-        order: int64 [B, C], the column that is visited first, second, ...
-        cost: D², float32 [B, C] in the original column order: what a unit error of a column costs once the columns
-            visited after it have made up for it as well as they can. GPTQ's squared error is Σ_i D_i² e_i².
-        damping: the share of the mean diagonal that was added, float64 [B].
-        attempts: factorizations that were tried, int64 [B]; 1 where nothing had to be raised.
+        feedback: Unit upper triangular N, float32 [B, C, C], with H[order][:, order] + λI = (N D)(N D)ᵀ, D diagonal.
+        order: Columns in the order in which they are visited, int64 [B, C].
+        cost: D² in the original column order, float32 [B, C]. It is what a unit error of a column costs once the
+            columns visited after it have made up for it as well as they can: GPTQ's squared error is Σ_i D_i² e_i².
+        damping: Share of the mean diagonal that was added, float64 [B].
+        attempts: Number of factorizations that were tried, int64 [B]. It is 1 where the damping was not raised.
     """
 
     feedback: torch.Tensor
@@ -34,7 +34,14 @@ class Factor:
     attempts: torch.Tensor
 
     def solve(self, A: torch.Tensor) -> torch.Tensor:
-        """A (H + λI)⁻¹ for A [B, R, C], float32 [B, R, C]."""
+        """Return A (H + λI)⁻¹.
+
+        Args:
+            A: The left factor, float32 [B, R, C].
+
+        Returns:
+            The product, float32 [B, R, C].
+        """
         V = self.feedback * self.cost.take_along_dim(self.order, -1).sqrt().unsqueeze(-2)
         # A P (V Vᵀ)⁻¹ with the columns in the order of the factor
         ordered = A.take_along_dim(self.order.unsqueeze(-2), -1)
@@ -45,21 +52,24 @@ class Factor:
 
 
 def factorize(H: torch.Tensor, order: torch.Tensor, damping: float, max_damping: float, names: Sequence[str]) -> Factor:
-    """Factor H + λI with λ = damping · mean(diag H), columns taken in `order`.
+    """Factor H + λI with λ = damping · mean(diag H), with the columns in the given order.
 
-    Where the Cholesky factorization fails the damping is multiplied by 10 and tried again, up to `max_damping`.
+    Where the Cholesky factorization of a layer fails, its damping is multiplied by 10 and it is factored again, up to
+    `max_damping`. The damping comes from GPTQ, arXiv 2210.17323. The upper factor of a matrix is the reversed lower
+    factor of the reversed matrix.
 
     Args:
-        H: symmetric float32 [B, C, C], or [C, C].
-        order: permutation, int64 [B, C], or [C].
-        damping: share of the mean diagonal to begin with.
-        max_damping: largest share that is acceptable.
-        names: of the layers, for messages.
+        H: The symmetric Hessians, float32 [B, C, C] or [C, C].
+        order: Permutation of the columns, int64 [B, C] or [C].
+        damping: Share of the mean diagonal that is added at first.
+        max_damping: Largest share of the mean diagonal that may be added.
+        names: Names of the layers, for messages.
+
+    Returns:
+        The factors of all layers.
 
     Raises:
         NumericalError: H is zero, or not positive definite even with `max_damping`.
-
-    Source: damping from GPTQ, arXiv 2210.17323. An upper factor comes from a lower one of the reversed matrix.
     """
     mean = H.diagonal(dim1=-2, dim2=-1).mean(-1)
     require_inputs(mean, names)
@@ -84,14 +94,14 @@ def factorize(H: torch.Tensor, order: torch.Tensor, damping: float, max_damping:
 
 
 def require_inputs(size: torch.Tensor, names: Sequence[str]) -> None:
-    """Refuse Hessians of nothing but zeros.
+    """Refuse Hessians that hold nothing but zeros.
 
     Args:
-        size: of each Hessian, float32 [B].
-        names: of the layers.
+        size: Size of each Hessian, such as the mean of its diagonal, float32 [B].
+        names: Names of the layers, for messages.
 
     Raises:
-        NumericalError: a size is 0.
+        NumericalError: A size is not above 0.
     """
     name = first_of(~(size > 0), names)
     if name is not None:
@@ -99,10 +109,10 @@ def require_inputs(size: torch.Tensor, names: Sequence[str]) -> None:
 
 
 def _cholesky(H: torch.Tensor, order: torch.Tensor, damping: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Lower factor of each reordered matrix, reversed, and where one has none a number above 0."""
+    """Return the lower factor of each matrix in reversed order, and a status above 0 for each that has no factor."""
     size = H.shape[-1]
     P = torch.empty_like(H)
-    # Copies of whole rows and columns, one layer at a time: never another matrix for each of them.
+    # Whole rows and columns are copied a layer at a time, so that there is never another matrix for each layer.
     layers = (H.reshape(-1, size, size), order.flip(-1).reshape(-1, size), P.view(-1, size, size))
     for M, reverse, out in zip(*layers, strict=True):
         torch.index_select(M.index_select(0, reverse), 1, reverse, out=out)

@@ -1,8 +1,9 @@
-"""Innermost loops as few kernels, where a thread asked for it: torch.compile.
+"""Innermost loops become few kernels through torch.compile, in threads that ask for it.
 
-A GPU takes microseconds to start a kernel, as long as the work on one column of a tile, and elementwise chains read
-and write memory once for each link. What is marked here is compiled as a whole then; what it computes is the same up to
-the last bits. It is compiled on first use, for as long as a minute, and kept on disk by torch.
+A GPU takes microseconds to start a kernel, as long as the work on a column of a tile takes, and a chain of elementwise
+operations reads and writes memory once for each link. A function that is marked with `fused` is compiled as a whole;
+its results are the same up to the last bits. It is compiled on its first call, which takes up to a minute, and torch
+keeps the result on disk.
 """
 
 import functools
@@ -17,56 +18,61 @@ from astro.errors import NumericalError
 __all__ = ["enable", "fused", "is_enabled"]
 
 _VARIANTS = 64
-"""Shapes that a function may be compiled for. Beyond, torch would go on uncompiled, with other last bits."""
+"""Variants of a function that may be compiled. With more, torch would go on uncompiled, with other last bits."""
 
 P = ParamSpec("P")
 T = TypeVar("T")
 
 
 class _OfThread(threading.local):
-    """What a thread asked for; torch keeps its own settings by thread as well."""
+    """Whether the current thread compiles. Torch keeps its settings by thread as well."""
 
     enabled = False
 
 
-_own = _OfThread()
+_thread = _OfThread()
 
 
 def enable(on: bool) -> None:
-    """Compile what is marked, in this thread, or do not."""
-    _own.enabled = on
+    """Switch compilation of marked functions on or off in this thread.
+
+    Args:
+        on: Whether this thread compiles from now on.
+    """
+    _thread.enabled = on
     if on:
         torch._dynamo.config.recompile_limit = _VARIANTS
         torch._dynamo.config.fail_on_recompile_limit_hit = True
         # Sizes and offsets that are equal by chance in one call need not be in the next one.
         torch.fx.experimental._config.use_duck_shape = False
-        # A worker is one of many on its machine, and there are few kernels: no processes for them.
+        # Many workers share a machine, and there are few kernels: processes that compile them would only be in the way.
         torch._inductor.config.compile_threads = 1
 
 
 def is_enabled() -> bool:
-    """Whether this thread compiles."""
-    return _own.enabled
+    """Return whether this thread compiles marked functions."""
+    return _thread.enabled
 
 
 def fused(function: Callable[P, T]) -> Callable[P, T]:
-    """The function, compiled where `enable` was called.
+    """Mark a function that is compiled in threads where `enable` was called.
 
     Args:
-        function: of tensors, without effects, and elementwise: a compiled sum's last bits would depend on the shapes
-            that a process met first.
+        function: The function. It takes tensors, has no side effects and is elementwise, because the last bits of a
+            compiled sum would depend on the shapes that a process met first.
 
-    Raises:
-        NumericalError: it cannot be compiled.
+    Returns:
+        A function with the same arguments and results. It raises NumericalError where the function cannot be
+        compiled.
     """
 
     @functools.cache
     def compiled() -> Callable[P, T]:
-        return torch.compile(function, dynamic=True, fullgraph=True)  # imports for seconds: not before it is wanted
+        return torch.compile(function, dynamic=True, fullgraph=True)  # late, because it imports for seconds
 
     @functools.wraps(function)
     def call(*args: P.args, **kwargs: P.kwargs) -> T:
-        if not _own.enabled:
+        if not _thread.enabled:
             return function(*args, **kwargs)
         try:
             return compiled()(*args, **kwargs)

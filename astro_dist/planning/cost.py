@@ -15,7 +15,7 @@ from astro.quantization.regularizer import PROX_PASSES
 from astro.quantization.row_solver import num_sampled
 from astro_dist.config.schema import RunConfig
 from astro_dist.planning.devices import Device
-from astro_dist.planning.predicted_groups import LayerGroup, layer_groups, stages_of, together
+from astro_dist.planning.predicted_groups import PredictedInputGroup, predicted_input_groups, stages_of, together
 from astro_dist.planning.units import BlockUnit, Plan
 from astro_dist.schedule.calls import (
     AccumulateHessians,
@@ -126,7 +126,7 @@ class CostModel:
         """
         self._device_type = device_type
         self._column_steps = _COMPILED_STEPS if config.execution.compiles(device_type) else _COLUMN_STEPS
-        self._known: dict[int, list[LayerGroup]] = {}
+        self._known: dict[int, list[PredictedInputGroup]] = {}
         self._plan, self._tokens, self._itemsize = plan, dict(chunk_tokens), itemsize
         self._quantization: Quantization = config.quantization
         self._regularization: Regularizer = config.regularizer
@@ -194,7 +194,7 @@ class CostModel:
         tiles = sum(1.1 * batch.weights for batch in found)
         return int(self._plan.written_bytes + (4 + 3 * self._compensated) * inputs + squares + tiles)
 
-    def _widest(self, found: list[LayerGroup]) -> float:
+    def _widest(self, found: list[PredictedInputGroup]) -> float:
         """Elements of all shares of the stage with the widest input."""
         stages = stages_of(found)
         return float(len(self._shares) * max(sum(found[i].square for i in stage) for stage in stages))
@@ -221,12 +221,12 @@ class CostModel:
         # Layers that are not quantized are there too.
         return int(max(weights * self._itemsize, unit.read_bytes) + max(hessians + phase, loading))
 
-    def _solving_bytes(self, batch: LayerGroup) -> float:
+    def _solving_bytes(self, batch: PredictedInputGroup) -> float:
         tile = min(batch.count * batch.rows, row_tile(batch.columns, self._device_type))
         squares = _SQUARES + (2 if self._sequential else 0)
         return 4.0 * (squares * batch.square + batch.weights + _TILES * tile * batch.columns)
 
-    def _statistics_bytes(self, batch: LayerGroup) -> float:
+    def _statistics_bytes(self, batch: PredictedInputGroup) -> float:
         """Of a Hessian, or of the inputs that an expert keeps instead while they are smaller."""
         square = 4.0 * batch.square
         kept = batch.count * self._calibration_tokens * batch.reach * batch.columns * self._itemsize
@@ -292,7 +292,7 @@ class CostModel:
         written = 5.0 * batch.count * (tile.stop - tile.start) * batch.columns
         return entered + self._solve_tiles(batch, [tile], self._iterations) + Work(moved_bytes=written)
 
-    def _solve(self, batch: LayerGroup, round_index: int) -> Work:
+    def _solve(self, batch: PredictedInputGroup, round_index: int) -> Work:
         """All of a batch by one worker."""
         searched = self._weigh_tiles(batch, self._sample_tiles(batch))
         all_rows = self._solve_tiles(batch, self._tiles(batch), self._iterations)
@@ -308,12 +308,12 @@ class CostModel:
     def _is_factored(self) -> bool:
         return self._quantization.method == "gptq"
 
-    def _prepare(self, batch: LayerGroup) -> Work:
+    def _prepare(self, batch: PredictedInputGroup) -> Work:
         """The Cholesky factor of GPTQ, C³/3 operations, and the inverse of ADMM, C³: each only where it is taken."""
         inverted = bool(self._iterations) and self._regularization.solver == "admm"
         return Work(exact=(self._is_factored / 3.0 + inverted) * batch.square * batch.columns)
 
-    def _measure_widths(self, batch: LayerGroup, round_index: int) -> Work:
+    def _measure_widths(self, batch: PredictedInputGroup, round_index: int) -> Work:
         """What a width budget takes in its first round: sampled rows are solved once for each width."""
         if self._quantization.bits != "auto" or round_index:
             return Work()
@@ -321,11 +321,11 @@ class CostModel:
         each = self._solve_tiles(batch, rows, iterations=0)
         return sum([each] * len(self._quantization.bit_choices), Work())
 
-    def _weigh_tiles(self, batch: LayerGroup, tiles: list[slice]) -> Work:
+    def _weigh_tiles(self, batch: PredictedInputGroup, tiles: list[slice]) -> Work:
         """Regularization, GPTQ and errors of sampled rows under every candidate."""
         return self._quantize_tiles(batch, tiles, self._iterations, NUM_CANDIDATES, products=0.5, passes=0)
 
-    def _solve_tiles(self, batch: LayerGroup, tiles: list[slice], iterations: int) -> Work:
+    def _solve_tiles(self, batch: PredictedInputGroup, tiles: list[slice], iterations: int) -> Work:
         """Regularization, GPTQ, refinement and figures of tiles."""
         settings = self._quantization
         passes = settings.refine_passes if self._is_factored else 0
@@ -337,11 +337,11 @@ class CostModel:
         solved = self._quantize_tiles(batch, tiles, iterations, 1, products, passes)
         return solved + Work(rounded=passes * 2.0 * batch.columns * self._elements(batch, tiles))
 
-    def _elements(self, batch: LayerGroup, tiles: list[slice]) -> float:
+    def _elements(self, batch: PredictedInputGroup, tiles: list[slice]) -> float:
         return float(batch.count * sum(tile.stop - tile.start for tile in tiles) * batch.columns)
 
     def _quantize_tiles(
-        self, batch: LayerGroup, tiles: list[slice], iterations: int, copies: int, products: float, passes: int
+        self, batch: PredictedInputGroup, tiles: list[slice], iterations: int, copies: int, products: float, passes: int
     ) -> Work:
         """What tiles take that hold so many copies of each row.
 
@@ -365,28 +365,28 @@ class CostModel:
     def _forward(self, unit: BlockUnit, tokens: int) -> float:
         return 2.0 * tokens * sum(batch.reach * batch.weights for batch in self._batches(unit))
 
-    def _hessian(self, batches: Iterable[LayerGroup], tokens: int, drift: bool = False) -> Work:
+    def _hessian(self, batches: Iterable[PredictedInputGroup], tokens: int, drift: bool = False) -> Work:
         """XᵀX on and above the diagonal, and the drift. A GPU multiplies 16-bit inputs as they are, a drift as two."""
         halves = self._device_type == "cuda" and self._itemsize == 2
         operations = tokens * sum(batch.reach * batch.square for batch in batches)
         operations *= 1.0 + drift * (4.0 if halves else 2.0)
         return Work(operations) if halves else Work(exact=operations)
 
-    def _batches(self, unit: BlockUnit) -> list[LayerGroup]:
+    def _batches(self, unit: BlockUnit) -> list[PredictedInputGroup]:
         if unit.index not in self._known:
-            groups = layer_groups(unit.linears, self._plan.expert_share)
+            groups = predicted_input_groups(unit.linears, self._plan.expert_share)
             self._known[unit.index] = together(groups, self._device_type)
         return self._known[unit.index]
 
-    def _tiles(self, batch: LayerGroup) -> list[slice]:
+    def _tiles(self, batch: PredictedInputGroup) -> list[slice]:
         return row_tiles(batch.rows, batch.columns, self._device_type, copies=batch.count)
 
-    def _sample_tiles(self, batch: LayerGroup) -> list[slice]:
+    def _sample_tiles(self, batch: PredictedInputGroup) -> list[slice]:
         is_searched = self._regularization.is_searched
         tiles = sample_tiles(batch.rows, batch.columns, self._device_type, batch.count)
         return tiles if is_searched else []
 
-    def _parts(self, batches: list[LayerGroup], index: int) -> BatchParts:
+    def _parts(self, batches: list[PredictedInputGroup], index: int) -> BatchParts:
         """The calls that a batch takes once its Hessians are merged."""
         batch = batches[index]
         return BatchParts(index, len(self._sample_tiles(batch)), len(self._tiles(batch)))

@@ -5,6 +5,7 @@ import time
 from collections.abc import Callable
 
 import torch
+from rich.filesize import decimal
 
 from astro.quantization.regularizer import PROX_PASSES, prox
 
@@ -20,16 +21,16 @@ _GROUP = 128
 
 @dataclasses.dataclass(frozen=True)
 class Device:
-    """A kind of worker.
+    """The speed and memory of a kind of device.
 
     Attributes:
-        name: as `plan --device` takes it.
-        float32: operations a second of large float32 products, without TF32.
-        bfloat16: operations a second of large bfloat16 products.
-        elements: that elementwise operations go through a second.
-        step_s: seconds of one small dependent operation, such as those for a column of GPTQ: a kernel launch on a GPU.
-        memory_bytes: of the device; 0 where it is the machine's own.
-        storage: bytes a second from and to the shared folder.
+        name: Name of the device, as `plan --device` takes it.
+        float32: Operations per second of large float32 products, without TF32.
+        bfloat16: Operations per second of large bfloat16 products.
+        elements: Elements per second that elementwise operations go through.
+        step_s: Seconds of a small dependent operation, such as those for a column of GPTQ: a kernel launch on a GPU.
+        memory_bytes: Memory of the device; 0 where it uses the memory of the machine.
+        storage: Bytes per second that are read from or written to the shared folder.
     """
 
     name: str
@@ -64,23 +65,35 @@ DEVICES = {
 where there are several."""
 
 
-def memory_shortage(needed_bytes: float, there_bytes: float, device: str) -> str | None:
-    """What to say of a device that is too small for a worker; nothing where it is large enough."""
-    if needed_bytes <= there_bytes:
+def memory_shortage(needed_bytes: float, available_bytes: float, device: str) -> str | None:
+    """Say that a device is too small for a worker.
+
+    Args:
+        needed_bytes: Memory that the worker needs.
+        available_bytes: Memory that the device has.
+        device: How the message calls the device, such as "a h100".
+
+    Returns:
+        The message, or None where the memory is enough.
+    """
+    if needed_bytes <= available_bytes:
         return None
     return (
-        f"a worker needs about {needed_bytes / 1e9:.1f} GB, but {device} has {there_bytes / 1e9:.1f} GB; lower "
+        f"a worker needs about {decimal(int(needed_bytes))}, but {device} has {decimal(int(available_bytes))}; lower "
         "calibration.chunk_samples, or use devices with more memory"
     )
 
 
 def measure(threads: int, size: int = 1024, seconds: float = 0.1) -> Device:
-    """The CPU at hand, with some threads a worker.
+    """Measure how fast the CPU of this machine is.
 
     Args:
-        threads: of one worker.
-        size: of the square matrices whose product is timed.
-        seconds: to measure each for.
+        threads: Number of threads of a worker.
+        size: Rows and columns of the square matrices whose product is timed.
+        seconds: Time that each measurement takes.
+
+    Returns:
+        The CPU as a device.
     """
     before = torch.get_num_threads()
     torch.set_num_threads(threads)

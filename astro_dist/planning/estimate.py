@@ -5,6 +5,7 @@ import shutil
 from pathlib import Path
 
 import torch
+from rich.filesize import decimal
 
 from astro.errors import ConfigError
 from astro_dist.config.schema import RunConfig
@@ -21,18 +22,18 @@ __all__ = ["Estimate", "estimate", "require_room"]
 
 @dataclasses.dataclass(frozen=True)
 class Estimate:
-    """Of a run on workers that are all alike.
+    """What a run needs on workers that are all alike.
 
     Attributes:
-        workers: their number.
-        device: their kind.
-        worker_bytes: peak memory of one; on a GPU an upper bound for the device.
-        disk_bytes: that the run directory takes at most.
-        moved_bytes: read and written by all workers together, over the network where the folders are elsewhere.
-        wall_s: from the first call to the last, workers being up.
-        device_hours: of all workers, idle ones included.
-        efficiency: share of that in which they have something to do.
-        by_verb_s: seconds of all workers by what they do.
+        workers: Number of workers.
+        device: Name of the device that each worker has.
+        worker_bytes: Peak memory of a worker; on a GPU an upper bound for the device.
+        disk_bytes: Bytes that the run directory takes at most.
+        moved_bytes: Bytes that all workers read and write, over the network where the folders are elsewhere.
+        wall_s: Seconds from the first call to the end of the last, once the workers are up.
+        device_hours: Hours of all workers together, idle time included.
+        efficiency: Share of the workers' time in which they have something to do.
+        by_verb_s: Seconds of all workers by what they do.
     """
 
     workers: int
@@ -47,14 +48,17 @@ class Estimate:
 
 
 def estimate(config: RunConfig, plan: Plan, dtype: torch.dtype, workers: int, device: Device) -> Estimate:
-    """Simulate a run.
+    """Estimate what a run needs by simulating it.
 
     Args:
-        config: of the run.
-        plan: every unit.
-        dtype: of forward passes.
-        workers: that all do the same.
-        device: what each of them is.
+        config: Configuration of the run.
+        plan: Units of the run.
+        dtype: Dtype of forward passes.
+        workers: Number of workers.
+        device: Device that each worker has.
+
+    Returns:
+        The estimate.
     """
     tokens = chunk_tokens(config.calibration)
     cost = CostModel(plan, config, tokens, dtype.itemsize, "cuda" if device.memory_bytes else "cpu")
@@ -66,34 +70,34 @@ def estimate(config: RunConfig, plan: Plan, dtype: torch.dtype, workers: int, de
         return work.seconds(device, half)
 
     schedule = schedule_of(config, len(plan.blocks), len(plan.copies), list(tokens))
-    found = simulate(schedule, workers, seconds, cost.result)
+    simulated = simulate(schedule, workers, seconds, cost.result)
     return Estimate(
         workers=workers,
         device=device.name,
         worker_bytes=cost.worker_bytes(),
         disk_bytes=cost.disk_bytes(workers),
         moved_bytes=int(moved[0]),
-        wall_s=found.wall_s,
-        device_hours=workers * found.wall_s / 3600,
-        efficiency=found.efficiency(workers),
-        by_verb_s=found.by_verb,
+        wall_s=simulated.wall_s,
+        device_hours=workers * simulated.wall_s / 3600,
+        efficiency=simulated.efficiency(workers),
+        by_verb_s=simulated.by_verb,
     )
 
 
 def require_room(needed_bytes: int, folder: Path) -> None:
-    """Refuse a run whose directory would not hold it.
+    """Refuse a run that does not fit on the disk of its directory.
 
     Args:
-        needed_bytes: that it takes at most.
-        folder: the run directory, or where it will be.
+        needed_bytes: Bytes that the run takes on the disk at most.
+        folder: Run directory, which need not exist yet.
 
     Raises:
-        ConfigError: naming what is short and what would help.
+        ConfigError: The disk has too little space; the message says what would help.
     """
     existing = next(parent for parent in (folder, *folder.parents) if parent.exists())
     free = shutil.disk_usage(existing).free
     if needed_bytes > free:
         raise ConfigError(
-            f"output.dir {folder}: the run needs about {needed_bytes / 1e9:.1f} GB there, {free / 1e9:.1f} GB are "
+            f"output.dir {folder}: the run needs about {decimal(needed_bytes)} there, {decimal(free)} are "
             "free; free space, choose another folder, or lower calibration.samples"
         )

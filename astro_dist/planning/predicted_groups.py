@@ -1,7 +1,7 @@
-"""Which linear layers of a block are taken to share an input, and to be solved together, before anything runs.
+"""Input groups of a block, predicted before anything runs: layers that read the same input and are solved together.
 
-That is not known from headers: layers of one module with inputs of one width are taken to, but for attention's output,
-which goes by its name. In a run the block's own forward decides.
+Headers do not say which layers share an input. Layers of the same module with inputs of equal width are taken to share
+it, except attention's output, which is recognized by its name. In a run the forward pass of the block decides.
 """
 
 import dataclasses
@@ -10,21 +10,21 @@ from collections.abc import Iterable, Sequence
 from astro.linalg.batching import batches
 from astro.model.linear_layer import LinearLayer
 
-__all__ = ["LayerGroup", "layer_groups", "stages_of", "together"]
+__all__ = ["PredictedInputGroup", "predicted_input_groups", "stages_of", "together"]
 
 _ATTENTION_OUTPUTS = ("o_proj", "out_proj", "dense", "wo", "c_proj")
 
 
 @dataclasses.dataclass(frozen=True)
-class LayerGroup:
-    """Layers that read one input, or as many such groups of one shape side by side.
+class PredictedInputGroup:
+    """Layers that probably read the same input, or several such input groups of equal shape side by side.
 
     Attributes:
-        rows: of all layers of a group together.
-        columns: width of the input.
-        reach: share of the tokens that reaches them.
-        stage: what is the same for groups that come to their turn together, as those of all experts do.
-        count: of the groups.
+        rows: Rows of all layers of an input group together.
+        columns: Width of the input.
+        reach: Share of the tokens that reaches the layers.
+        stage: Name that is equal for input groups whose turn comes together, as that of all experts does.
+        count: Number of input groups that are side by side.
     """
 
     rows: int
@@ -35,50 +35,63 @@ class LayerGroup:
 
     @property
     def weights(self) -> float:
-        """Of all groups."""
+        """Number of weights of all input groups."""
         return float(self.count * self.rows * self.columns)
 
     @property
     def square(self) -> float:
-        """Elements of all Hessians."""
+        """Number of elements of the Hessians of all input groups."""
         return float(self.count * self.columns**2)
 
 
-def layer_groups(linears: Iterable[LinearLayer], expert_share: float) -> list[LayerGroup]:
-    """The groups of a block, in the order of their first layers.
+def predicted_input_groups(linears: Iterable[LinearLayer], expert_share: float) -> list[PredictedInputGroup]:
+    """Predict the input groups of a block.
 
     Args:
-        linears: of the block.
-        expert_share: share of the tokens that reaches an expert.
+        linears: Linear layers of the block.
+        expert_share: Share of the tokens that reaches an expert.
+
+    Returns:
+        The input groups, in the order of their first layers.
     """
-    found: dict[tuple[str, int | None, int, bool], LayerGroup] = {}
+    groups: dict[tuple[str, int | None, int, bool], PredictedInputGroup] = {}
     for linear in linears:
-        module, _, own = linear.name.rpartition(".")
+        module, _, suffix = linear.name.rpartition(".")
         stage = linear.name if linear.expert is None else linear.parameter
-        key = (module, linear.expert, linear.columns, own in _ATTENTION_OUTPUTS)
+        key = (module, linear.expert, linear.columns, suffix in _ATTENTION_OUTPUTS)
         reach = 1.0 if linear.expert is None else expert_share
-        group = found.get(key, LayerGroup(0, linear.columns, reach, stage))
-        found[key] = dataclasses.replace(group, rows=group.rows + linear.rows)
-    return list(found.values())
+        group = groups.get(key, PredictedInputGroup(0, linear.columns, reach, stage))
+        groups[key] = dataclasses.replace(group, rows=group.rows + linear.rows)
+    return list(groups.values())
 
 
-def together(groups: Sequence[LayerGroup], device_type: str) -> list[LayerGroup]:
-    """Groups as they are solved: those of one stage and shape side by side.
+def together(groups: Sequence[PredictedInputGroup], device_type: str) -> list[PredictedInputGroup]:
+    """Put input groups of equal stage and shape side by side, as they are solved.
 
     Args:
-        groups: of a block.
-        device_type: "cpu" or "cuda".
+        groups: Input groups of a block.
+        device_type: Type of the device, "cpu" or "cuda".
+
+    Returns:
+        The input groups that are solved together, each with its count.
     """
-    found = []
+    batched = []
     for stage in stages_of(groups):
         shapes = [(groups[i].reach, groups[i].rows, groups[i].columns) for i in stage]
         for batch in batches(shapes, device_type):
-            found.append(dataclasses.replace(groups[stage[batch.start]], count=len(batch)))
-    return found
+            batched.append(dataclasses.replace(groups[stage[batch.start]], count=len(batch)))
+    return batched
 
 
-def stages_of(groups: Sequence[LayerGroup]) -> list[list[int]]:
-    """Indices of the groups that come to their turn together: one, or those of all experts."""
+def stages_of(groups: Sequence[PredictedInputGroup]) -> list[list[int]]:
+    """Find the input groups whose turn comes together: a single one, or those of all experts.
+
+    Args:
+        groups: Input groups of a block.
+
+    Returns:
+        The indices of the input groups of each stage, in order.
+    """
     stages: dict[str, list[int]] = {}
     for index, group in enumerate(groups):
         stages.setdefault(group.stage, []).append(index)

@@ -1,4 +1,4 @@
-"""A run in simulated time: the real schedule, workers of any number, and what each call would take. Pure."""
+"""A run is simulated: the real schedule, any number of workers, and the time that each call would take."""
 
 import dataclasses
 import heapq
@@ -11,12 +11,12 @@ __all__ = ["Simulated", "simulate"]
 
 @dataclasses.dataclass(frozen=True)
 class Simulated:
-    """What came out.
+    """How long a simulated run took.
 
     Attributes:
-        wall_s: from the first call to the last.
-        busy_s: of all workers together.
-        by_verb: Seconds of all workers by what they do, see `verb` of the calls.
+        wall_s: Seconds from the first call to the end of the last.
+        busy_s: Seconds in which workers had something to do, of all workers together.
+        by_verb: Seconds of all workers by what they do, which is the `verb` of a call.
     """
 
     wall_s: float
@@ -24,20 +24,27 @@ class Simulated:
     by_verb: dict[str, float]
 
     def efficiency(self, workers: int) -> float:
-        """Share of the workers' time in which they had something to do."""
+        """Return the share of the workers' time in which they had something to do.
+
+        Args:
+            workers: Number of workers that were simulated.
+        """
         return self.busy_s / (workers * self.wall_s) if self.wall_s else 1.0
 
 
 def simulate(
     schedule: Schedule, workers: int, seconds: Callable[[Call], float], result: Callable[[Call], Result]
 ) -> Simulated:
-    """Let workers do a schedule.
+    """Simulate workers that carry out a schedule.
 
     Args:
-        schedule: at its beginning.
-        workers: that all do the same.
-        seconds: that a call takes.
-        result: that a call returns, as far as the schedule looks at it.
+        schedule: Schedule from whose beginning the workers start. It is complete afterwards.
+        workers: Number of workers.
+        seconds: Function that returns how many seconds a call takes.
+        result: Function that returns the result of a call, as far as the schedule reads it.
+
+    Returns:
+        The times of the run.
     """
     now, busy = 0.0, 0.0
     by_verb: dict[str, float] = {}

@@ -35,7 +35,7 @@ from astro.storage.checkpoint import Checkpoint, TensorEntry
 from astro_dist.config.schema import RunConfig
 from astro_dist.config.yaml_file import load_config
 from astro_dist.planning.devices import DEVICES, measure
-from astro_dist.planning.predicted_groups import LayerGroup, layer_groups
+from astro_dist.planning.predicted_groups import PredictedInputGroup, predicted_input_groups
 from astro_dist.planning.units import Plan, make_plan
 
 _DTYPES = {"bfloat16": ("BF16", 2), "float16": ("F16", 2), "float32": ("F32", 4)}
@@ -105,7 +105,7 @@ class Shape:
         written_bytes: of the result.
     """
 
-    blocks: Sequence[Sequence[LayerGroup]]
+    blocks: Sequence[Sequence[PredictedInputGroup]]
     attention: int
     hidden: int
     vocabulary: int
@@ -117,7 +117,9 @@ class Shape:
     written_bytes: float
 
 
-def forward_operations(groups: Sequence[LayerGroup], attention: int, tokens: int, length: int, causal: bool) -> float:
+def forward_operations(
+    groups: Sequence[PredictedInputGroup], attention: int, tokens: int, length: int, causal: bool
+) -> float:
     """Of a block: its linear layers, queries times keys and weights times values."""
     linear = 2.0 * sum(group.reach * group.rows * group.columns for group in groups)
     return tokens * (linear + 4.0 * attention * ((length + 1) / 2 if causal else length))
@@ -146,7 +148,7 @@ def solve_needs(columns: int, rows: float, settings: Quantization, regularizatio
     return needs
 
 
-def group_needs(group: LayerGroup, settings: Quantization, regularization: Regularizer) -> dict[str, Need]:
+def group_needs(group: PredictedInputGroup, settings: Quantization, regularization: Regularizer) -> dict[str, Need]:
     """Of a group of layers once its Hessian is there, by phase."""
     columns, gptq = group.columns, settings.method == "gptq"
     needs = solve_needs(columns, group.rows, settings, regularization)
@@ -176,7 +178,7 @@ def count(shape: Shape, config: RunConfig, regularized: float = 1.0) -> dict[str
     def add(phase: str, need: Need) -> None:
         total[phase] = total.get(phase, Need()) + need
 
-    def forward(groups: Sequence[LayerGroup], tokens: int) -> Need:
+    def forward(groups: Sequence[PredictedInputGroup], tokens: int) -> Need:
         weights = sum(group.rows * group.columns for group in groups) * shape.itemsize
         operations = forward_operations(groups, shape.attention, tokens, shape.length, causal=True)
         return Need(operations, 0.0, tokens * passing + weights)
@@ -222,7 +224,7 @@ def shape_of(folder: Path, config: RunConfig, itemsize: int) -> Shape:
     own, calibration = skeleton.model.config.get_text_config(), config.calibration
     heads = own.num_attention_heads
     return Shape(
-        blocks=[layer_groups(unit.linears, plan.expert_share) for unit in plan.blocks],
+        blocks=[predicted_input_groups(unit.linears, plan.expert_share) for unit in plan.blocks],
         attention=heads * (getattr(own, "head_dim", None) or plan.hidden_size // heads),
         hidden=plan.hidden_size,
         vocabulary=plan.vocab_size,

@@ -8,7 +8,7 @@ import transformers
 from torch.utils.flop_counter import FlopCounterMode
 
 from astro.config import Quantization, Regularizer
-from astro_dist.planning.predicted_groups import LayerGroup
+from astro_dist.planning.predicted_groups import PredictedInputGroup
 from tests.bench.floor import Machine, Need, count, forward_operations, shape_of, solve_needs
 from tests.support.models import LLAMA, write_checkpoint
 
@@ -60,5 +60,5 @@ def test_a_phase_takes_the_longer_of_computing_and_moving():
 
 
 def test_groups_of_experts_count_the_tokens_that_reach_them():
-    group = LayerGroup(rows=64, columns=64, reach=0.5, stage="")
+    group = PredictedInputGroup(rows=64, columns=64, reach=0.5, stage="")
     assert forward_operations([group], 0, 10, 48, causal=True) == 10 * 64 * 64
