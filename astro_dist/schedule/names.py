@@ -20,7 +20,6 @@ __all__ = [
     "any_share",
     "block_name",
     "block_of_unit",
-    "block_records",
     "block_unit",
     "chunk_name",
     "copy_index",
@@ -110,11 +109,6 @@ def block_of_unit(unit: str) -> tuple[int, int] | None:
 def is_block_unit(unit: str) -> bool:
     """Whether a unit quantizes a block."""
     return block_of_unit(unit) is not None
-
-
-def block_records(round_index: int | None = None) -> str:
-    """The pattern of the names of the records of all blocks of a round, or of every round."""
-    return f"round-{'*' if round_index is None else round_index}-block-*.json"
 
 
 def evaluate_unit(block: int) -> str:

@@ -53,7 +53,16 @@ def shares(chunks: Sequence[str], count: int) -> list[list[str]]:
 
 
 class SequentialSchedule:
-    """State of a run in mode `sequential`. What is not finished of a block is begun anew when a run goes on."""
+    """The state of a run in mode `sequential`.
+
+    The calls of a block, in the order in which they return. What is not finished of a block is begun anew when a run
+    goes on.
+
+        AccumulateHessians ──▶ MergeHessians ──▶ TryBetas ──▶ SolveRows ──▶ WriteBlock ──▶ ForwardChunk
+        once for a share       once for a        where β is   once for a    once for the   once for a chunk,
+           ▲                   batch             searched     tile          block          to the next block
+           └──────────────── next stage ─────────────────────────┘
+    """
 
     def __init__(
         self,
@@ -65,16 +74,16 @@ class SequentialSchedule:
         present: Present,
         compensated: bool = False,
     ) -> None:
-        """Begin, or go on.
+        """Begin a run, or go on with it.
 
         Args:
-            num_blocks: of the model.
-            num_copies: units of copied tensors.
-            chunks: names in the order in which they travel.
-            num_shares: shares of the calibration chunks.
-            finished: names of the units that are finished, their files in place.
-            present: chunks that are there as input of each block.
-            compensated: whether the calibration chunks pass through the source's blocks too.
+            num_blocks: Number of blocks of the model.
+            num_copies: Number of units of copied tensors.
+            chunks: Names of the chunks in the order in which they travel.
+            num_shares: Number of shares that the calibration chunks are cut into.
+            finished: Names of the units that are finished, their files in place.
+            present: The chunks that are there as input of each block.
+            compensated: Whether the calibration chunks pass through the source's blocks too.
         """
         self._num_blocks = num_blocks
         self._compensated = compensated
@@ -102,7 +111,7 @@ class SequentialSchedule:
         return len(self.finished) == len(self.units)
 
     def next_call(self, worker: int, idle: int = 0) -> Call | None:
-        """What a free worker shall do now; None where it must wait for another."""
+        """Say what a free worker shall do now; see `Schedule`."""
         for call in self._candidates():
             if call not in self._taken:
                 self._taken.add(call)

@@ -13,6 +13,7 @@ import torch
 
 from astro.errors import ConfigError
 from astro_dist.config.schema import CalibrationConfig
+from astro_dist.schedule.names import chunk_name
 
 __all__ = ["Chunk", "TokenChunks", "as_tensors", "chunk_tokens", "is_file", "read_documents", "tokenize"]
 
@@ -116,7 +117,9 @@ def chunk_tokens(config: CalibrationConfig) -> dict[str, int]:
     sizes = {}
     for kind, count in (("c", config.samples), ("h", config.holdout_samples)):
         for number, start in enumerate(range(0, count, config.chunk_samples)):
-            sizes[f"{kind}{number:04d}"] = min(config.chunk_samples, count - start) * config.sequence_length
+            sizes[chunk_name(number, held_out=kind == "h")] = (
+                min(config.chunk_samples, count - start) * config.sequence_length
+            )
     return sizes
 
 
@@ -184,6 +187,6 @@ def _leading_tokens(tokenizer: Any) -> list[int]:
 
 def _chunks(prefix: str, sequences: Tokens, size: int) -> list[Chunk]:
     return [
-        Chunk(f"{prefix}{index:04d}", sequences[start : start + size])
+        Chunk(chunk_name(index, held_out=prefix == "h"), sequences[start : start + size])
         for index, start in enumerate(range(0, len(sequences), size))
     ]
