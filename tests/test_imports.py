@@ -11,7 +11,7 @@ ROOT = Path(__file__).parents[1]
 ORDERS = {
     "astro": "errors timing process < config linalg storage < model < calibration < quantization < formats",
     "astro_dist": (
-        "console < config < source schedule < planning < run_directory < worker export < publish < report < execution"
+        "console < config < schedule < source < planning < run_directory < worker export < publish < report < execution"
         " < pipeline < cli < __main__"
     ),
 }

@@ -18,7 +18,7 @@ PAGES = sorted(
     for path in (ROOT / folder).glob("*.md")
 )
 MOST_WORDS = 40
-COMMANDS = typer.main.get_command(cli.app).commands
+COMMANDS = typer.main.get_command(cli.app).commands  # type: ignore[attr-defined]
 
 
 def prose(path):

@@ -173,8 +173,8 @@ def is_ignored(config: Mapping[str, Any], name: str) -> bool:
 def server_notes(settings: Mapping[str, Quantization], ignore: Sequence[str]) -> list[str]:
     """Say what servers are known to refuse about some settings, one sentence each; see `Layout`."""
     below = (
-        "no server has a kernel for this layout (vLLM and SGLang refuse it); transformers with compressed-tensors "
-        "loads it"
+        "of the servers, vLLM from 0.32 on has a kernel for this layout by its source (Humming, on CUDA GPUs), which "
+        "is not tested here; transformers with compressed-tensors loads it"
     )
     notes = [*low_width_notes(settings, below), *group_size_notes(settings)]
     if any(not layer.symmetric and layer.bits in (4, 8) for layer in settings.values()):

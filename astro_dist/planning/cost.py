@@ -177,8 +177,13 @@ class CostModel:
         return int(_LIBRARIES_BYTES + max(blocks, outside + logits))
 
     def disk_bytes(self, workers: int) -> int:
-        """What the run directory holds at most: the result, an earlier round, inputs of the blocks in flight, and in
-        mode `sequential` the parts of one block.
+        """Tell what the run directory holds at most, in bytes.
+
+        That is the result, an earlier round, inputs of the blocks in flight, and in mode `sequential` the parts of one
+        block.
+
+        Args:
+            workers: Number of workers.
         """
         inputs = self._activations(self._tokens)
         each = [self._batches(unit) for unit in self._plan.blocks]

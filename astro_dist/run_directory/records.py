@@ -19,7 +19,7 @@ from astro_dist.run_directory.journal import Journal
 from astro_dist.run_directory.layout import RunLayout
 from astro_dist.run_directory.unit_record import BlockResult, FileRecord, UnitRecord, UnitResult
 from astro_dist.schedule.calls import Spent, SpentInputs, SpentParts, SpentShard, SpentShares
-from astro_dist.schedule.names import any_share, block_unit
+from astro_dist.schedule.names import any_share, block_of_unit, block_unit
 
 __all__ = ["RunDirectory", "read_own_json"]
 
@@ -238,12 +238,12 @@ class RunDirectory(RunLayout):
 
     def blocks(self) -> dict[tuple[int, int], BlockResult]:
         """Figures of every finished block by round and index of the block, as far as their records can be read."""
-        found: dict[tuple[int, int], BlockResult] = {}
+        results: dict[tuple[int, int], BlockResult] = {}
         for record in self.readable_records():
-            if isinstance(record.result, BlockResult):
-                _, number, _, block = record.unit.split("-")
-                found[int(number), int(block)] = record.result
-        return dict(sorted(found.items()))
+            place = block_of_unit(record.unit)
+            if place is not None and isinstance(record.result, BlockResult):
+                results[place] = record.result
+        return dict(sorted(results.items()))
 
     def files(self, unit: str) -> tuple[FileRecord, ...]:
         """The files that a finished unit wrote.

@@ -293,8 +293,10 @@ class BlockSchedule:
         return []
 
     def _reopen(self, written: set[str]) -> None:
-        """What an unfinished unit needs and is gone is made again: inputs by passing chunks through the blocks before
-        it, which are not solved again; a shard of an earlier round by solving that.
+        """Make again what an unfinished unit needs and is gone.
+
+        Inputs are made by passing chunks through the blocks before it, which are not solved again; a shard of an
+        earlier round by solving that block.
         """
         for stream in reversed(range(self._rounds + 1)):
             for block in reversed(range(self._num_blocks + 1)):

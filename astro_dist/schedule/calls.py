@@ -425,8 +425,9 @@ class Schedule(Protocol):
         """Take note that a call came to nothing, and that the worker has lost what it held."""
 
     def holds(self, worker: int) -> bool:
-        """Whether a worker has something in hand that only it can go on with. What one worker with empty hands cannot
-        get, no other such worker can.
+        """Tell whether a worker has something in hand that only it can go on with.
+
+        What a worker with empty hands cannot get, no other such worker can.
         """
 
 

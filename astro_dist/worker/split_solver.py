@@ -1,5 +1,6 @@
-"""What a worker does of a block that several work on: a share of its statistics, a decision, a tile of its rows, or of
-the sample that β is searched on.
+"""What a worker does of a block that several work on.
+
+It is a share of the block's statistics, a decision, a tile of its rows, or of the sample that β is searched on.
 
 In mode `sequential` a block is solved stage by stage; in mode `blocks` one worker gives out the sums of all groups,
 which wait for nothing. Workers hand each other sums, decisions, the errors of the sample under every β, and solved
@@ -169,8 +170,10 @@ class SplitSolver:
         return layers, records, seconds
 
     def _enter(self, place: tuple[int, int], chunk: str | None = None) -> BlockInParts:
-        """Turn to a block; which of its layers share an input is found with a chunk, for which it is loaded, or was
-        noted. Who only solves reads the weights of a batch at a time.
+        """Turn to a block.
+
+        Which of its layers share an input is found with a chunk, for which the block is loaded, or was noted before. A
+        worker that only solves reads the weights of a batch at a time.
         """
         runner, (round_index, index) = self._runner, place
         if self._block is None or (self._block.round_index, self._block.unit.index) != place:

@@ -62,7 +62,7 @@ def test_quantize_says_what_came_out(run, config):
     code, out, err = run("quantize", config, "--set", "quantization.bits=3")
     assert code == 0
     assert "Hold-out perplexity" in out
-    assert "note: 3-bit weights: no server has a kernel" in out
+    assert "note: 3-bit weights: of the servers, vLLM" in out
     assert "round-0-block-0002 done by worker 0; 3 of 3 blocks" in err
 
 
@@ -77,7 +77,7 @@ def test_plan_tells_of_widths_that_a_budget_may_choose(run, config):
     changes = ("quantization.bits=auto", "quantization.average_bits=3.5", "execution.rounds=2")
     code, out, _ = run("plan", config, *(part for change in changes for part in ("--set", change)))
     assert code == 0
-    assert "note: 2 and 3-bit weights (bits: auto may choose them): no server has a kernel" in out
+    assert "note: 2 and 3-bit weights (bits: auto may choose them): of the servers, vLLM" in out
 
 
 @pytest.mark.parametrize("layout", ["gptq", "compressed-tensors"])

@@ -99,7 +99,7 @@ def as_on_a_gpu(counter: Launches) -> Iterator[None]:
         mock.patch.dict(symmetric._STRIP, cpu=symmetric._STRIP["cuda"]),
         mock.patch.object(refine, "product", multiply),
         mock.patch.object(regularizer, "product", multiply),
-        mock.patch.object(regularizer, "invert_", as_kernels(counter, regularizer.invert_, 0)),
+        mock.patch.object(regularizer, "invert_", as_kernels(counter, regularizer.invert_, 0)),  # type: ignore[attr-defined]
     ):
         yield
 
@@ -167,7 +167,7 @@ def _frames() -> list[tuple[str, str]]:
         name = frame.f_code.co_filename
         if name.startswith(folder):
             found.append((f"{name.removeprefix(folder)}:{frame.f_lineno}", frame.f_code.co_name))
-        frame = frame.f_back
+        frame = frame.f_back  # type: ignore[assignment]
     return found or [("elsewhere", "")]
 
 

@@ -107,5 +107,5 @@ def _peer_run(options: argparse.Namespace, tool: str, python: str, model: Path, 
     command = [python, str(Path(__file__).resolve().with_name("peers.py")), tool, *job]
     own = {"env": environment, "cwd": path.parent}  # some write logs where they are
     with path.with_suffix(".log").open("w") as errors:
-        done = subprocess.run(command, stdout=subprocess.PIPE, stderr=errors, text=True, check=True, **own)
+        done = subprocess.run(command, stdout=subprocess.PIPE, stderr=errors, text=True, check=True, **own)  # type: ignore[call-overload]
     return json.loads(done.stdout.splitlines()[-1])

@@ -52,7 +52,7 @@ def fabricate(folder: Path, sizes: tuple[int, int, int, int, int], layers: int, 
             **common, num_experts=EXPERTS, num_experts_per_tok=CHOSEN, moe_intermediate_size=intermediate
         )
     else:
-        config = transformers.LlamaConfig(**common)
+        config = transformers.LlamaConfig(**common)  # type: ignore[assignment]
     with torch.device("meta"):
         shapes = {n: p.shape for n, p in transformers.AutoModelForCausalLM.from_config(config).named_parameters()}
     names, weight_map = list(shapes), {}

@@ -80,7 +80,7 @@ def batches(sequences: torch.Tensor) -> list[dict]:
 
 def is_quantized(name: str, module: torch.nn.Module) -> bool:
     """Whether a module is a linear layer of a block."""
-    return hasattr(module, "weight") and module.weight.ndim == 2 and ".layers." in name
+    return hasattr(module, "weight") and module.weight.ndim == 2 and ".layers." in name  # type: ignore[return-value]
 
 
 @torch.no_grad()

@@ -108,7 +108,7 @@ def test_metadata_of_sources_that_tell_more_or_less(run, base, bits, expected):
     ("changes", "title", "expected"),
     [
         ({"calibration__holdout_samples": 0}, "Accuracy", "Perplexity was not measured"),
-        ({"quantization__bits": 3}, "How to load it", "No server has kernels for all of these widths"),
+        ({"quantization__bits": 3}, "How to load it", "No server was tried with these widths"),
         ({"quantization__format": "gptq"}, "How to load it", "gptqmodel optimum"),
     ],
 )
