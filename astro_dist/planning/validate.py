@@ -1,4 +1,4 @@
-"""What is checked before a run starts: the configuration against the checkpoint's headers, and what it will need."""
+"""Before a run starts, its configuration is checked against the checkpoint's headers, and its needs are estimated."""
 
 import dataclasses
 import math
@@ -27,15 +27,15 @@ __all__ = ["Prepared", "compute_dtype", "forecast", "prepare", "require_text", "
 
 @dataclasses.dataclass(frozen=True)
 class Prepared:
-    """A run that was found sound; nothing has been started or written.
+    """A run that has passed all checks; nothing has been started or written.
 
     Attributes:
-        config: of the run.
-        source: where the model comes from.
-        checkpoint: its weights, opened.
-        plan: every unit.
-        base: what the source says of itself.
-        notes: what the user should know before it starts.
+        config: Configuration of the run.
+        source: Where the model comes from.
+        checkpoint: Opened checkpoint of the model.
+        plan: Units of the run.
+        base: What the source says about the model.
+        notes: Sentences that the user should read before the run starts.
     """
 
     config: RunConfig
@@ -50,11 +50,14 @@ def prepare(config: RunConfig, commit: str | None = None) -> Prepared:
     """Check the configuration against the checkpoint's headers and plan the work.
 
     Args:
-        config: of the run.
-        commit: of a Hub repository that the run was begun with.
+        config: Configuration of the run.
+        commit: Commit of the Hub repository with which the run was begun, or None for a new run.
+
+    Returns:
+        The run, ready to start.
 
     Raises:
-        InputError: anything that is wrong with what the user gave.
+        InputError: Something that the user gave is wrong.
     """
     if config.publish.repo is None and (config.publish.revision is not None or config.publish.pull_request):
         raise ConfigError("publish.repo: missing; publish.revision and publish.pull_request say how, not where to")
@@ -110,10 +113,16 @@ def prepare(config: RunConfig, commit: str | None = None) -> Prepared:
 
 
 def tokens_of(prepared: Prepared) -> TokenChunks:
-    """The tokens of a run.
+    """Read and tokenize the calibration text of a run.
+
+    Args:
+        prepared: The run.
+
+    Returns:
+        The tokens in chunks.
 
     Raises:
-        InputError: the text, the tokenizer or their settings do not do.
+        InputError: The text, the tokenizer or their settings cannot be used.
     """
     config, source = prepared.config, prepared.source.folder
     documents = read_documents(config.calibration)
@@ -132,25 +141,31 @@ def tokens_of(prepared: Prepared) -> TokenChunks:
 
 
 def require_text(prepared: Prepared) -> None:
-    """Refuse the calibration text that a run would refuse, where this machine has it.
+    """Refuse a calibration text that the run would refuse, if this machine has the text.
+
+    Args:
+        prepared: The run.
 
     Raises:
-        InputError: see `tokens_of`.
+        InputError: The text, the tokenizer or their settings cannot be used.
     """
     if _has_text(prepared.config):
         tokens_of(prepared)
 
 
 def forecast(prepared: Prepared, workers: int | None, device_name: str | None) -> Estimate:
-    """What a run will need on workers of some kind.
+    """Estimate what a run will need on workers that are all alike.
 
     Args:
-        prepared: the run.
-        workers: their number; what the configuration says where not given, or 1.
-        device_name: of a GPU, or `cpu` for this machine, which is also meant where none is given.
+        prepared: The run.
+        workers: Number of workers. None stands for the number in the configuration, or 1 where it has none.
+        device_name: Name of a GPU. `cpu` or None stands for the CPU of this machine.
+
+    Returns:
+        The estimate.
 
     Raises:
-        ConfigError: a device that is not known, or that is too small.
+        ConfigError: The device is unknown or too small.
     """
     config, execution = prepared.config, prepared.config.execution
     if device_name is None and execution.device == "cuda":
@@ -173,7 +188,14 @@ def forecast(prepared: Prepared, workers: int | None, device_name: str | None) -
 
 
 def compute_dtype(config: RunConfig, plan: Plan, checkpoint: Checkpoint, device: str) -> torch.dtype:
-    """Dtype of forward passes on "cpu" or "cuda"."""
+    """Return the dtype of forward passes.
+
+    Args:
+        config: Configuration of the run.
+        plan: Units of the run.
+        checkpoint: Opened checkpoint, whose dtype is taken where the configuration leaves the choice.
+        device: Type of the device, "cpu" or "cuda".
+    """
     if config.execution.compute_dtype != "auto":
         dtype: torch.dtype = getattr(torch, config.execution.compute_dtype)
         return dtype

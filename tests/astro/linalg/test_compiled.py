@@ -111,6 +111,6 @@ def test_what_cannot_be_compiled_names_the_switch(monkeypatch):
 
     X = torch.ones(3)
     assert torch.equal(looks_at_values(X), X + 1)
-    monkeypatch.setattr(compiled._own, "enabled", True)
+    monkeypatch.setattr(compiled._thread, "enabled", True)
     with pytest.raises(NumericalError, match=r"looks_at_values cannot be compiled: .*set execution\.compile to false"):
         looks_at_values(X)

@@ -1,0 +1,32 @@
+"""A run is refused, or its needs are told, before anything starts."""
+
+import pytest
+import torch
+
+from astro.errors import ConfigError
+from astro_dist.planning.validate import compute_dtype, forecast, prepare
+
+
+def test_nothing_is_written_by_preparing(run_config, tmp_path):
+    prepare(run_config())
+    assert not (tmp_path / "run").exists()
+
+
+def test_sequences_beyond_the_positions_of_the_model_are_refused(run_config):
+    with pytest.raises(ConfigError, match=r"calibration.sequence_length: 1000000 is more than the \d+ positions"):
+        prepare(run_config(calibration__sequence_length=1000000))
+
+
+def test_a_revision_without_a_repository_is_refused(run_config):
+    with pytest.raises(ConfigError, match=r"publish.repo: missing"):
+        prepare(run_config(publish__revision="main"))
+
+
+def test_gpus_must_be_named_where_the_configuration_wants_them(run_config):
+    with pytest.raises(ConfigError, match="say which GPUs with --device"):
+        forecast(prepare(run_config(execution__device="cuda")), 1, None)
+
+
+def test_the_dtype_of_the_configuration_goes_before_the_stored_dtype(run_config):
+    prepared = prepare(run_config(execution__compute_dtype="bfloat16"))
+    assert compute_dtype(prepared.config, prepared.plan, prepared.checkpoint, "cpu") == torch.bfloat16
