@@ -61,7 +61,7 @@ class Quantization:
     """With `bits: auto`: widths to choose from."""
     group_size: int = 128
     """Contiguous input columns that share a scale; -1 is one scale a row (per channel)."""
-    indivisible: Literal["fail", "per-channel", "keep"] = "fail"
+    odd_widths: Literal["fail", "per-channel", "keep"] = "fail"
     """Layers whose input is no multiple of the group size: `fail` refuses the run, `per-channel` gives each of their
     rows one scale, `keep` leaves them as they are. Each use is told."""
     symmetric: bool = True
@@ -161,7 +161,7 @@ class Quantization:
 
     def fitted(self, num_columns: int) -> "Quantization":
         """The settings of a layer of `num_columns` inputs: per channel where groups do not fit it and that is asked."""
-        if self.indivisible != "per-channel" or self.divides(num_columns):
+        if self.odd_widths != "per-channel" or self.divides(num_columns):
             return self
         return dataclasses.replace(self, group_size=PER_CHANNEL)
 
@@ -178,7 +178,7 @@ class Quantization:
             raise ConfigError(
                 f"group_size {self.group_size} does not divide a layer of {num_columns} input columns; "
                 f"sizes that do: {', '.join(map(str, fits)) or 'none of the usual ones'}, -1 (per channel), or "
-                "say in quantization.indivisible what shall become of such layers"
+                "say in quantization.odd_widths what shall become of such layers"
             )
         return self.group_size
 

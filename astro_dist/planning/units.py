@@ -165,10 +165,10 @@ def make_plan(checkpoint: Checkpoint, skeleton: Skeleton, quantization: Quantiza
         found |= {linear.name: linear for linear in layers}
         others += rest
         linears = [linear for linear in layers if not _matches(linear.name, quantization.ignore)]
-        if quantization.indivisible != "fail":
+        if quantization.odd_widths != "fail":
             own = {c.name for c in linears if not quantization.for_layer(c.name).divides(c.columns)}
             odd += [linear.name for linear in linears if linear.name in own]
-            if quantization.indivisible == "keep":
+            if quantization.odd_widths == "keep":
                 linears = [linear for linear in linears if linear.name not in own]
         _require_shapes(checkpoint, layers, linears)
         file = _shard_name(len(copied) + index, total)

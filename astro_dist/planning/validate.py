@@ -98,7 +98,7 @@ def prepare(config: RunConfig, commit: str | None = None) -> Prepared:
     if plan.odd:
         notes.append(
             f"{len(plan.odd)} layers whose input is no multiple of the group size: "
-            f"{'kept as they are' if config.quantization.indivisible == 'keep' else 'per channel'}, the first is "
+            f"{'kept as they are' if config.quantization.odd_widths == 'keep' else 'per channel'}, the first is "
             f"{plan.odd[0]}"
         )
     if plan.others:

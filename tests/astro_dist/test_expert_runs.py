@@ -129,12 +129,12 @@ def test_what_readers_make_of_experts_is_told(experts_config):
 
 
 @pytest.mark.parametrize("policy", ["per-channel", "keep"])
-def test_layers_of_indivisible_have_a_policy(run_config, tmp_path, policy):
+def test_layers_of_odd_widths_have_a_policy(run_config, tmp_path, policy):
     source = write_checkpoint(tmp_path / "odd", transformers.LlamaConfig(**{**LLAMA, "intermediate_size": 72}))
     changes = {"model__source": str(source), "quantization__group_size": 16}
     with pytest.raises(ConfigError, match="group_size 16 does not divide a layer of 72 input columns"):
         prepare(run_config(**changes))
-    summary = pipeline.quantize(run_config(**changes, quantization__indivisible=policy))
+    summary = pipeline.quantize(run_config(**changes, quantization__odd_widths=policy))
     found = {layer["group_size"] for layer in layers_of(summary)}
     assert found == ({16, 72} if policy == "per-channel" else {16})
     assert any("layers whose input is no multiple of the group size" in note for note in summary["notes"])
