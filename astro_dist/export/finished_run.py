@@ -12,6 +12,8 @@ from astro_dist.export.model_card import model_card
 from astro_dist.run_directory.identity import Identity, read_identity
 from astro_dist.run_directory.records import RunDirectory
 from astro_dist.run_directory.summary import Summary, read_summary
+from astro_dist.run_directory.unit_record import BlockResult
+from astro_dist.schedule.names import block_of_unit
 from astro_dist.source.model_info import BaseModel
 
 __all__ = ["FinishedRun"]
@@ -68,5 +70,6 @@ class FinishedRun:
             repository: ORG/NAME that the model goes to, if any.
         """
         last = self.config.execution.rounds - 1
-        blocks = [block for (number, _), block in self.run.blocks().items() if number == last]
+        places = ((unit, block_of_unit(unit)) for unit in self.run.recorded_units())
+        blocks = [self.run.read(unit, BlockResult) for unit, place in places if place and place[0] == last]
         return model_card(self.config, self.identity, self.summary, blocks, repository)

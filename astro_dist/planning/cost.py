@@ -292,8 +292,8 @@ class CostModel:
         # Which worker has the batch prepared already is open.
         entered = self._prepare(batch) + Work(moved_bytes=square + weights)
         if isinstance(call, TryBetas):
-            return entered + self._weigh_tiles(batch, [self._sample_tiles(batch)[call.tile]])
-        tile = self._tiles(batch)[call.tile]
+            return entered + self._weigh_tiles(batch, [_nearest(self._sample_tiles(batch), call.tile)])
+        tile = _nearest(self._tiles(batch), call.tile)
         written = 5.0 * batch.count * (tile.stop - tile.start) * batch.columns
         return entered + self._solve_tiles(batch, [tile], self._iterations) + Work(moved_bytes=written)
 
@@ -402,3 +402,8 @@ class CostModel:
 
     def _activations(self, chunks: Iterable[str]) -> float:
         return float(sum(self._tokens[chunk] for chunk in chunks) * self._plan.hidden_size * self._itemsize)
+
+
+def _nearest(tiles: list[slice], index: int) -> slice:
+    """The tile of an index, or the last: overrides may cut a block into more tiles than the headers let foresee."""
+    return tiles[min(index, len(tiles) - 1)]

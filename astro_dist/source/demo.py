@@ -45,7 +45,7 @@ def resolve_demo(source: str) -> Path:
 
 def _convert_apart(weights: Path, target: Path) -> None:
     """Convert in a process of its own: the whole model is in memory there, and nowhere else."""
-    code = "import sys, pathlib, astro_dist.demo as demo; demo.convert(*map(pathlib.Path, sys.argv[1:]))"
+    code = "import sys, pathlib, astro_dist.source.demo as demo; demo.convert(*map(pathlib.Path, sys.argv[1:]))"
     command = [sys.executable, "-c", code, str(weights), str(target)]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     if done.returncode:

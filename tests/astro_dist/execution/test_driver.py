@@ -11,6 +11,7 @@ from astro_dist import pipeline
 from astro_dist.execution.driver import Driver
 from astro_dist.execution.executor import Failed, Joined, Returned
 from astro_dist.execution.failure import FailureHistory
+from astro_dist.run_directory.unit_record import CopyResult, UnitRecord
 from astro_dist.schedule.calls import CopyTensors
 from astro_dist.worker.worker import Worker
 
@@ -27,7 +28,7 @@ class Executor:
         return self.workers
 
     def submit(self, worker, call):
-        record = {"result": {}}
+        record = UnitRecord("copy", "", (), CopyResult(bytes_read=0))
         self.events.append(Returned(worker, record))
 
     def wait(self, timeout_s):

@@ -129,7 +129,8 @@ def test_worker_that_hangs_at_its_start_is_given_up(cluster, monkeypatch):
 def test_more_workers_than_the_cluster_has_wait_for_room(cluster, run_config, wait_for_all):
     wait_for_all(missing=1)
     summary = pipeline.quantize(run_config(execution__executor="ray", execution__workers=4))
-    assert set(summary["peak_rss_bytes"]) == {"driver", "worker-0", "worker-1", "worker-2"}
+    # Which three find room is up to Ray.
+    assert len(summary["peak_rss_bytes"].keys() & {"worker-0", "worker-1", "worker-2", "worker-3"}) == 3
 
 
 def test_cluster_without_room_for_a_worker(cluster):

@@ -6,7 +6,7 @@ import pytest
 
 from astro_dist.planning.cost import CostModel, Work
 from astro_dist.planning.validate import prepare
-from astro_dist.schedule.calls import MergeHessians, SolveBlock
+from astro_dist.schedule.calls import MergeHessians, SolveBlock, SolveRows, TryBetas
 from astro_dist.source.calibration_text import chunk_tokens
 
 AUTO = {"quantization__bits": "auto", "quantization__average_bits": 3.5, "execution__rounds": 2}
@@ -60,3 +60,9 @@ def test_a_strength_of_zero_costs_no_iteration(run_config):
 
 def test_work_adds_up():
     assert Work(1, 2, 3, 4, 5, 6) + Work(6, 5, 4, 3, 2, 1) == Work(7, 7, 7, 7, 7, 7)
+
+
+def test_tiles_that_headers_did_not_foresee_cost_what_the_last_one_does(run_config):
+    cost, _ = cost_of(run_config())
+    assert cost.work(SolveRows(0, 0, 0, 99)) == cost.work(SolveRows(0, 0, 0, 0))
+    assert cost.work(TryBetas(0, 0, 0, 99)) == cost.work(TryBetas(0, 0, 0, 0))
