@@ -29,14 +29,14 @@ def test_one_graph_serves_all_numbers_of_rows_and_places():
     compiled.enable(True)
     before = counters["stats"]["unique_graphs"]
     for rows, groups, k in ((48, 5, 0), (48, 5, 1), (48, 5, 4), (64, 4, 3), (257, 9, 8), (4096, 2, 1)):
-        columns = refine._Columns(torch.zeros(1, groups * 32, rows)[:, k * 32 : k * 32 + 32])
-        columns.M.copy_(torch.eye(32) + 0.1)
-        columns.T.fill_(3.0)
-        columns.low.fill_(-4.0)
-        columns.high.fill_(3.0)
-        D = columns.choose_()
-        assert bool((D[:, 0] == 3).all())
-        assert not bool(D[:, -1].any())
+        block = refine._block(torch.zeros(1, groups * 32, rows)[:, k * 32 : k * 32 + 32])
+        block.M.copy_(-torch.eye(32) - 0.1)  # a move takes a tenth of itself off what later columns want
+        block.arrays.T.fill_(3.0)
+        block.arrays.low.fill_(-4.0)
+        block.arrays.high.fill_(3.0)
+        block.settle_()
+        assert bool((block.arrays.D[:, 0] == 3).all())
+        assert not bool(block.arrays.D[:, -1].any())
     assert counters["stats"]["unique_graphs"] == before + 1
 
 
