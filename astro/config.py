@@ -11,7 +11,9 @@ from typing import Any, ClassVar, Literal
 
 from astro.errors import ConfigError
 
-__all__ = ["BITS", "PER_CHANNEL", "Experts", "Override", "Quantization", "Regularizer"]
+__all__ = [
+    "BITS", "PER_CHANNEL", "Experts", "LayerScheme", "Override", "Quantization", "Regularizer", "SolverSettings",
+]  # fmt: skip
 
 BITS = (2, 3, 4, 8)
 """Widths that a weight can have."""
@@ -32,60 +34,135 @@ def _require_grid(bits: int | None, group_size: int | None) -> None:
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
+class LayerScheme:
+    """The grid of one layer, with everything settled."""
+
+    bits: int = 4
+    """Width of one weight: 2, 3, 4 or 8."""
+    group_size: int = 128
+    """Contiguous input columns that share a scale; -1 is one scale a row (per channel)."""
+    symmetric: bool = True
+    """Whether every zero point is fixed at 0."""
+
+    def __post_init__(self) -> None:
+        _require_grid(self.bits, self.group_size)
+
+    @property
+    def num_levels(self) -> int:
+        """Number of integers that a weight can have."""
+        return 1 << self.bits
+
+    def divides(self, num_columns: int) -> bool:
+        """Tell whether groups fit a layer of `num_columns` inputs."""
+        return self.group_size == PER_CHANNEL or num_columns % self.group_size == 0
+
+    def columns_per_group(self, num_columns: int) -> int:
+        """Return the columns that share a scale in a layer of `num_columns` inputs.
+
+        Raises:
+            ConfigError: The group size does not divide the number of inputs.
+        """
+        if self.group_size == PER_CHANNEL:
+            return num_columns
+        if not self.divides(num_columns):
+            fits = [g for g in (32, 64, 96, 128, 192, 256) if num_columns % g == 0]
+            raise ConfigError(
+                f"group_size {self.group_size} does not divide a layer of {num_columns} input columns; "
+                f"sizes that do: {', '.join(map(str, fits)) or 'none of the usual ones'}, -1 (per channel), or "
+                "say in quantization.indivisible what shall become of such layers"
+            )
+        return self.group_size
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
 class Override:
-    """What is different for some layers; what is not given stays as it is for all."""
+    """What is different for some layers. A field that is not set stays as it is for all layers."""
 
     __pydantic_config__: ClassVar[Any] = {"extra": "forbid"}
 
     bits: int | None = None
+    """Width of one weight: 2, 3, 4 or 8."""
     group_size: int | None = None
+    """Contiguous input columns that share a scale; -1 is one scale a row."""
     symmetric: bool | None = None
+    """Whether every zero point is fixed at 0."""
 
     def __post_init__(self) -> None:
         _require_grid(self.bits, self.group_size)
-        given = any(value is not None for value in dataclasses.astuple(self))
-        _require(given, "expected at least one of bits, group_size, symmetric")
+        _require(bool(self.changes), "expected at least one of bits, group_size, symmetric")
+
+    @property
+    def changes(self) -> dict[str, Any]:
+        """The fields that are set, by name."""
+        return {key: value for key, value in dataclasses.asdict(self).items() if value is not None}
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Quantization:
-    """Which grid the weights go to, how they are rounded and which file layout holds them."""
+class SolverSettings:
+    """How weights are put on a grid, whatever the grid."""
 
     __pydantic_config__: ClassVar[Any] = {"extra": "forbid"}
 
-    bits: int | Literal["auto"] = 4
-    """Width of one weight: 2, 3, 4 or 8; `auto` spends `average_bits` where the measured layer errors say."""
-    average_bits: float | None = None
-    """With `bits: auto`: mean width over all quantized weights, at most; scales are not counted."""
-    bit_choices: tuple[int, ...] = BITS
-    """With `bits: auto`: widths to choose from."""
-    group_size: int = 128
-    """Contiguous input columns that share a scale; -1 is one scale a row (per channel)."""
-    odd_widths: Literal["fail", "per-channel", "keep"] = "fail"
-    """Layers whose input is no multiple of the group size: `fail` refuses the run, `per-channel` gives each of their
-    rows one scale, `keep` leaves them as they are. Each use is told."""
-    symmetric: bool = True
-    """Zero point fixed at 0. CUDA Marlin kernels want this."""
     method: Literal["gptq", "rtn"] = "gptq"
-    """`gptq` compensates each column's error in the columns after it; `rtn` rounds to nearest."""
+    """`gptq` makes up for each column's error in the columns after it; `rtn` rounds every weight to nearest."""
     act_order: Literal["static", "none"] = "static"
-    """`static` visits columns by falling activation energy on a grid fixed beforehand; costs nothing at inference."""
+    """`static` visits columns by falling activation energy, on a grid that is fixed beforehand, which costs nothing at
+    inference; `none` visits them as they lie."""
     scale_search: Literal["hessian", "mse", "minmax"] = "hessian"
-    """`hessian` shrinks each group's range to the least error with each column's error at the cost that is left when
-    later columns have made up for it; `mse` weighs all columns alike; `minmax` covers the range."""
+    """`hessian` shrinks each group's range to the least error, where the error of a column counts with the cost that is
+    left when later columns have made up for it; `mse` lets all columns count alike; `minmax` covers the whole range."""
     signed_scales: bool = True
-    """Let a symmetric group's scale be negative where that fits better: an even number of levels reaches one step
-    further on one side, and the sign chooses which. Costs nothing at inference; not with `minmax`."""
+    """Whether a symmetric group's scale may be negative where that fits better. An even number of levels reaches one
+    step further on one side, and the sign chooses which. It costs nothing at inference, and has no effect with
+    `minmax`."""
     refine_passes: int = 4
-    """Passes of coordinate descent over integers and scales after GPTQ, at most; 0 is none."""
+    """Most passes of coordinate descent over integers and scales after GPTQ, from 0, which is none, to 100."""
     refine_tolerance: float = 1e-3
     """A pass that lowers the layer error by a smaller share is the last."""
     compensation: float = 0.25
-    """In mode `sequential`: share of the errors made before a layer that its own weights make up for; 0 is none."""
+    """In mode `sequential`: share of the errors made before a layer that its weights make up for, from 0, which is
+    none, to 1."""
     damping: float = 0.01
     """Share of the mean diagonal that is added to the Hessian's diagonal."""
     max_damping: float = 1.0
-    """Where the damping ladder (times 10 at each failed factorization) ends in an error."""
+    """Largest damping. Where a factorization fails the damping is multiplied by 10 and tried again, and beyond this
+    share the run ends in an error."""
+
+    def __post_init__(self) -> None:
+        _require(0 <= self.compensation <= 1, f"compensation: expected 0 to 1, got {self.compensation}")
+        _require(0 <= self.refine_passes <= 100, f"refine_passes: expected 0 to 100, got {self.refine_passes}")
+        _require(
+            math.isfinite(self.refine_tolerance) and self.refine_tolerance >= 0,
+            f"refine_tolerance: expected a number >= 0, got {self.refine_tolerance}",
+        )
+        _require(
+            math.isfinite(self.damping) and 0 < self.damping <= self.max_damping <= 1e3,
+            f"damping: expected 0 < damping <= max_damping <= 1000, got {self.damping} and {self.max_damping}",
+        )
+
+    @property
+    def compensates(self) -> bool:
+        """Whether, in mode `sequential`, layers make up for the errors of those before."""
+        return self.compensation > 0 and self.method == "gptq"
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Quantization(SolverSettings):
+    """What is asked for: which grid the weights go to, how they are rounded and which file layout holds them."""
+
+    bits: int | Literal["auto"] = 4
+    """Width of one weight: 2, 3, 4 or 8. `auto` spends `average_bits` where the measured layer errors say."""
+    average_bits: float | None = None
+    """With `bits: auto`: the largest mean width over all quantized weights. Scales are not counted."""
+    bit_choices: tuple[int, ...] = BITS
+    """With `bits: auto`: the widths to choose from."""
+    group_size: int = 128
+    """Contiguous input columns that share a scale; -1 is one scale a row (per channel)."""
+    indivisible: Literal["fail", "per-channel", "keep"] = "fail"
+    """What becomes of layers whose number of inputs is no multiple of the group size: `fail` refuses the run,
+    `per-channel` gives each of their rows one scale, `keep` leaves them as they are. Every use is reported."""
+    symmetric: bool = True
+    """Whether every zero point is fixed at 0. CUDA Marlin kernels want this."""
     format: Literal["compressed-tensors", "gptq"] = "compressed-tensors"
     """File layout: compressed-tensors `pack-quantized`, or GPTQ version 1, which holds symmetric grids alone."""
     ignore: tuple[str, ...] = ()
@@ -98,16 +175,7 @@ class Quantization:
         self._check_budget()
         asymmetric = not self.symmetric or any(override.symmetric is False for override in self.overrides.values())
         _require(not (asymmetric and self.format == "gptq"), "format: gptq wants symmetric: true")
-        _require(0 <= self.compensation <= 1, f"compensation: expected 0 to 1, got {self.compensation}")
-        _require(0 <= self.refine_passes <= 100, f"refine_passes: expected 0 to 100, got {self.refine_passes}")
-        _require(
-            math.isfinite(self.refine_tolerance) and self.refine_tolerance >= 0,
-            f"refine_tolerance: expected a number >= 0, got {self.refine_tolerance}",
-        )
-        _require(
-            math.isfinite(self.damping) and 0 < self.damping <= self.max_damping <= 1e3,
-            f"damping: expected 0 < damping <= max_damping <= 1000, got {self.damping} and {self.max_damping}",
-        )
+        super().__post_init__()
 
     def _check_budget(self) -> None:
         choices = self.bit_choices
@@ -126,61 +194,53 @@ class Quantization:
             f"average_bits: expected {min(choices)} to {max(choices)} (bit_choices), got {average}",
         )
 
-    @property
-    def compensates(self) -> bool:
-        """Whether, in mode `sequential`, layers make up for the errors of those before."""
-        return self.compensation > 0 and self.method == "gptq"
+    def bits_of(self, name: str) -> int | Literal["auto"]:
+        """Return the width of a layer by its module name, `auto` where it is yet to be chosen."""
+        bits: int | Literal["auto"] = self._of_layer(name)["bits"]
+        return bits
 
-    @property
-    def width(self) -> int:
-        """Bits of one weight, where they are settled: see `for_layer`."""
-        assert self.bits != "auto", "the width of this layer is not settled yet"
-        return self.bits
+    def is_indivisible(self, name: str, num_columns: int) -> bool:
+        """Tell whether the number of inputs of a layer is no multiple of its group size."""
+        return not LayerScheme(group_size=self._of_layer(name)["group_size"]).divides(num_columns)
 
-    def for_layer(self, name: str, bits: int | None = None) -> "Quantization":
-        """The settings of one layer.
+    def possible_schemes(self, name: str, num_columns: int) -> tuple[LayerScheme, ...]:
+        """Return every grid that a layer may get: one, or with `bits: auto` one for each width to choose from.
 
         Args:
-            name: module name of the layer.
-            bits: its width where `bits` is `auto` and no override sets it; None leaves it open.
+            name: Module name of the layer.
+            num_columns: Number of its inputs.
         """
-        changes: dict[str, Any] = {}
-        for pattern, override in self.overrides.items():
-            if fnmatchcase(name, pattern):
-                given = dataclasses.asdict(override)
-                changes |= {key: value for key, value in given.items() if value is not None}
-        if self.bits == "auto" and bits is not None:
-            changes.setdefault("bits", bits)
-        if changes.get("bits", "auto") != "auto":
-            changes["average_bits"] = None
-        return dataclasses.replace(self, overrides={}, **changes)
+        settings = self._of_layer(name)
+        per_channel = self.indivisible == "per-channel" and self.is_indivisible(name, num_columns)
+        size = PER_CHANNEL if per_channel else settings["group_size"]
+        choices = self.bit_choices if settings["bits"] == "auto" else (settings["bits"],)
+        return tuple(LayerScheme(bits=bits, group_size=size, symmetric=settings["symmetric"]) for bits in choices)
 
-    def divides(self, num_columns: int) -> bool:
-        """Whether groups fit a layer of `num_columns` inputs."""
-        return self.group_size == PER_CHANNEL or num_columns % self.group_size == 0
+    def scheme(self, name: str, num_columns: int, chosen_bits: int | None = None) -> LayerScheme:
+        """Return the grid of a layer.
 
-    def fitted(self, num_columns: int) -> "Quantization":
-        """The settings of a layer of `num_columns` inputs: per channel where groups do not fit it and that is asked."""
-        if self.odd_widths != "per-channel" or self.divides(num_columns):
-            return self
-        return dataclasses.replace(self, group_size=PER_CHANNEL)
-
-    def columns_per_group(self, num_columns: int) -> int:
-        """Columns that share a scale in a layer of `num_columns` inputs.
+        Args:
+            name: Module name of the layer.
+            num_columns: Number of its inputs.
+            chosen_bits: Its width where `bits` is `auto` and no override sets it.
 
         Raises:
-            ConfigError: the group size does not divide the layer's width.
+            ConfigError: The width is open, and none was chosen.
         """
-        if self.group_size == PER_CHANNEL:
-            return num_columns
-        if not self.divides(num_columns):
-            fits = [g for g in (32, 64, 96, 128, 192, 256) if num_columns % g == 0]
-            raise ConfigError(
-                f"group_size {self.group_size} does not divide a layer of {num_columns} input columns; "
-                f"sizes that do: {', '.join(map(str, fits)) or 'none of the usual ones'}, -1 (per channel), or "
-                "say in quantization.odd_widths what shall become of such layers"
-            )
-        return self.group_size
+        possible = self.possible_schemes(name, num_columns)
+        if self.bits_of(name) != "auto":
+            return possible[0]
+        if chosen_bits is None:
+            raise ConfigError(f"bits: auto: no width was chosen for {name}")
+        return dataclasses.replace(possible[0], bits=chosen_bits)
+
+    def _of_layer(self, name: str) -> dict[str, Any]:
+        """The width, group size and symmetry of a layer, overrides applied."""
+        settings: dict[str, Any] = {"bits": self.bits, "group_size": self.group_size, "symmetric": self.symmetric}
+        for pattern, override in self.overrides.items():
+            if fnmatchcase(name, pattern):
+                settings |= override.changes
+        return settings
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -190,18 +250,19 @@ class Regularizer:
     __pydantic_config__: ClassVar[Any] = {"extra": "forbid"}
 
     name: Literal["astro", "magr", "none"] = "astro"
-    """`astro` weights each group's penalty by its activations (eq. 11); `magr` weights all alike; `none` skips."""
+    """`astro` makes each group's penalty as large as its activations (eq. 11); `magr` takes one penalty for all groups;
+    `none` leaves the weights as they are."""
     beta: float | Literal["auto"] = "auto"
-    """Strength of the penalty, in units given by `beta_unit`, with the Hessian scaled to a largest eigenvalue of 1;
-    `auto` measures a few on sampled rows of every layer group, 0 among them, and takes the best."""
+    """Strength of the penalty in the unit `beta_unit`, with the Hessian scaled to a largest eigenvalue of 1. `auto`
+    measures a few strengths, 0 among them, on sampled rows of the layers that read one input, and takes the best."""
     beta_unit: Literal["relative", "absolute"] = "relative"
-    """`relative`: beta is multiplied by the layer's mean group maximum; `absolute`: the papers' own units."""
+    """With `relative` beta is multiplied by the layer's mean group maximum; `absolute` is the unit of the papers."""
     solver: Literal["admm", "pgd"] = "admm"
     """`admm` comes close in a few iterations; `pgd` is the published proximal gradient (200 iterations)."""
     iterations: int | None = None
-    """Iterations of the solver, always all of them; 6 for `admm` and 200 for `pgd` where not given."""
+    """Iterations of the solver, which always does all of them; where not set, 6 for `admm` and 200 for `pgd`."""
     rho: float = 1e-3
-    """ADMM's penalty parameter, where the Hessian's largest eigenvalue is 1."""
+    """Penalty parameter of ADMM, where the Hessian's largest eigenvalue is 1."""
 
     def __post_init__(self) -> None:
         valid_beta = self.beta == "auto" or (math.isfinite(self.beta) and self.beta >= 0)
@@ -220,7 +281,7 @@ class Regularizer:
 
     @property
     def steps(self) -> int:
-        """Iterations, the solver's own number where none is given."""
+        """Iterations, the solver's usual number where none is set."""
         return self.iterations if self.iterations is not None else {"admm": 6, "pgd": 200}[self.solver]
 
 
@@ -231,10 +292,11 @@ class Experts:
     __pydantic_config__: ClassVar[Any] = {"extra": "forbid"}
 
     min_tokens: int = 256
-    """Tokens below which an expert's own statistics are not used."""
+    """Calibration tokens below which an expert's statistics are not used."""
     policy: Literal["all-tokens", "shared-hessian", "rtn", "fail"] = "all-tokens"
-    """`all-tokens`: all tokens pass through it for its statistics, not for its result; `shared-hessian`: those of all
-    experts of the layer together; `rtn`: it is rounded to nearest; `fail`: the run ends. Every use is recorded."""
+    """What happens to such an expert. With `all-tokens` all tokens pass through it for its statistics, though not for
+    its result; with `shared-hessian` it gets the statistics of all experts of the layer together; with `rtn` it is
+    rounded to nearest; with `fail` the run ends. Every use is recorded."""
 
     def __post_init__(self) -> None:
         _require(self.min_tokens >= 1, f"min_tokens: expected at least 1, got {self.min_tokens}")

@@ -11,11 +11,11 @@ Everything else asks `LAYOUTS` and knows no layout by its name.
 """
 
 from collections.abc import Iterable, Mapping, Sequence
-from typing import Any, Protocol
+from typing import Any, Literal, Protocol
 
 import torch
 
-from astro.config import Quantization
+from astro.config import LayerScheme
 from astro.formats import compressed_tensors, gptq_v1
 from astro.model.linear_layer import LinearLayer
 from astro.quantization.grid import QuantizedLinear
@@ -42,20 +42,20 @@ class Layout(Protocol):
     def READER_PACKAGES(self) -> str:
         """Packages, in one string for `pip install`, that transformers needs besides itself to read the layout."""
 
-    def suffixes(self, settings: Quantization) -> tuple[str, ...]:
+    def suffixes(self, scheme: LayerScheme) -> tuple[str, ...]:
         """Return the endings of the tensors that replace a linear layer's `weight`.
 
         Args:
-            settings: Bits, group size and symmetry of the layer.
+            scheme: Bits, group size and symmetry of the layer.
         """
 
-    def refusal(self, rows: int, columns: int, settings: Quantization) -> str | None:
+    def refusal(self, rows: int, columns: int, scheme: LayerScheme) -> str | None:
         """Say why a layer cannot be stored; None where it can.
 
         Args:
             rows: Output size of the layer.
             columns: Input size of the layer.
-            settings: Bits, group size and symmetry of the layer.
+            scheme: Bits, group size and symmetry of the layer.
         """
 
     def pack_linear(self, name: str, linear: QuantizedLinear, scale_dtype: torch.dtype) -> dict[str, torch.Tensor]:
@@ -67,29 +67,32 @@ class Layout(Protocol):
             scale_dtype: Dtype in which the scales are stored; the grid's scales are exact in it.
         """
 
-    def unpack_linear(self, name: str, tensors: Mapping[str, torch.Tensor], settings: Quantization) -> QuantizedLinear:
+    def unpack_linear(self, name: str, tensors: Mapping[str, torch.Tensor], scheme: LayerScheme) -> QuantizedLinear:
         """Read one linear layer back.
 
         Args:
             name: Name of the layer in the checkpoint, without `.weight`.
             tensors: Tensors by checkpoint name; those of the layer must be among them.
-            settings: Bits, group size and symmetry that the layer was written with.
+            scheme: Bits, group size and symmetry that the layer was written with.
 
         Raises:
             CheckpointError: A tensor is missing, has another shape than the others ask for, or a value that means
                 nothing in this layout.
         """
 
-    def quantization_config(self, settings: Mapping[str, Quantization], ignore: Sequence[str]) -> dict[str, Any]:
+    def quantization_config(
+        self, schemes: Mapping[str, LayerScheme], ignore: Sequence[str], act_order: Literal["static", "none"]
+    ) -> dict[str, Any]:
         """Return the `quantization_config` that config.json holds.
 
         Args:
-            settings: Bits, group size, symmetry and activation order of every quantized layer, by module name.
+            schemes: Bits, group size and symmetry of every quantized layer, by module name.
             ignore: Names of the linear modules that are not quantized.
+            act_order: Order in which the solver visited columns.
         """
 
-    def read_settings(self, config: Mapping[str, Any], names: Sequence[str]) -> dict[str, Quantization]:
-        """Read the settings of layers from a `quantization_config` that `quantization_config` wrote.
+    def read_schemes(self, config: Mapping[str, Any], names: Sequence[str]) -> dict[str, LayerScheme]:
+        """Read the schemes of layers from a `quantization_config` that `quantization_config` wrote.
 
         Args:
             config: The `quantization_config` of config.json.
@@ -107,17 +110,17 @@ class Layout(Protocol):
             name: Name of the linear module.
         """
 
-    def server_notes(self, settings: Mapping[str, Quantization], ignore: Sequence[str]) -> list[str]:
-        """Say what servers are known to refuse about some settings, one sentence each; empty where all load it.
+    def server_notes(self, schemes: Mapping[str, Sequence[LayerScheme]], ignore: Sequence[str]) -> list[str]:
+        """Say what servers are known to refuse about some layers, one sentence each; empty where all load it.
 
         Args:
-            settings: Settings of every quantized layer, by module name; a width that `bits: auto` has not chosen yet
-                is not judged.
+            schemes: Every scheme that each quantized layer may get, by module name: one where its width is settled,
+                one for each width to choose from where `bits: auto` has yet to choose.
             ignore: Names of the linear modules that are not quantized.
         """
 
     def reader_notes(self, layers: Iterable[LinearLayer]) -> list[str]:
-        """Say what transformers cannot read of some layers, or reads wrongly, whatever their settings.
+        """Say what transformers cannot read of some layers, or reads wrongly, whatever their schemes.
 
         Args:
             layers: The layers that are quantized.

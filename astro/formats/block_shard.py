@@ -9,7 +9,7 @@ from collections.abc import Iterable, Mapping, Sequence
 
 import torch
 
-from astro.config import Quantization
+from astro.config import LayerScheme
 from astro.formats import Layout
 from astro.model.linear_layer import LinearLayer
 from astro.quantization.grid import QuantizedLinear
@@ -58,7 +58,7 @@ def unpack_block(
     layout: Layout,
     layers: Sequence[LinearLayer],
     tensors_: dict[str, torch.Tensor],
-    settings: Mapping[str, Quantization],
+    schemes: Mapping[str, LayerScheme],
     shapes: Mapping[str, tuple[int, ...]],
     dtype: torch.dtype,
 ) -> dict[str, torch.Tensor]:
@@ -68,7 +68,7 @@ def unpack_block(
         layout: The layout that stores the quantized layers.
         layers: The quantized layers of the block.
         tensors_: The tensors of the shard by checkpoint name. Packed ones are taken out as they are read.
-        settings: Bits, group size and symmetry that each layer was written with, by its name.
+        schemes: Bits, group size and symmetry that each layer was written with, by its name.
         shapes: Sizes of every source tensor of the block by its name.
         dtype: Dtype of the weights that are returned.
 
@@ -76,8 +76,8 @@ def unpack_block(
         CheckpointError: A packed tensor is missing or does not fit the others.
     """
     for layer in layers:
-        weight = layout.unpack_linear(layer.stem, tensors_, settings[layer.name]).dequantize()
-        for suffix in layout.suffixes(settings[layer.name]):
+        weight = layout.unpack_linear(layer.stem, tensors_, schemes[layer.name]).dequantize()
+        for suffix in layout.suffixes(schemes[layer.name]):
             del tensors_[f"{layer.stem}.{suffix}"]
         if layer.key not in tensors_:
             tensors_[layer.key] = torch.empty(shapes[layer.key], dtype=dtype)

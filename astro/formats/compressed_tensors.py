@@ -11,20 +11,26 @@ No `weight_g_idx`: with a static activation order the columns are stored in thei
 """
 
 from collections.abc import Iterable, Mapping, Sequence
-from typing import Any
+from typing import Any, Literal
 
 import torch
 
-from astro.config import PER_CHANNEL, Quantization
+from astro.config import PER_CHANNEL, LayerScheme
 from astro.errors import CheckpointError
 from astro.formats.bit_packing import pack, unpack
-from astro.formats.server_limits import conversion_notes, group_size_notes, low_width_notes, mixed_fusion_notes
+from astro.formats.server_limits import (
+    conversion_notes,
+    group_size_notes,
+    low_width_notes,
+    mixed_fusion_notes,
+    settled,
+)
 from astro.model.linear_layer import LinearLayer
 from astro.quantization.grid import Grid, QuantizedLinear
 
 __all__ = [
     "MARK", "METHOD", "READER_PACKAGES", "SCALE_DTYPE", "is_ignored", "pack_linear", "quantization_config",
-    "read_settings", "reader_notes", "refusal", "server_notes", "suffixes", "unpack_linear",
+    "read_schemes", "reader_notes", "refusal", "server_notes", "suffixes", "unpack_linear",
 ]  # fmt: skip
 
 METHOD = "compressed-tensors"
@@ -37,13 +43,13 @@ READER_PACKAGES = "compressed-tensors"
 """What transformers needs besides itself to read the layout."""
 
 
-def suffixes(settings: Quantization) -> tuple[str, ...]:
+def suffixes(scheme: LayerScheme) -> tuple[str, ...]:
     """Return the endings of the tensors that replace a linear layer's `weight`; see `Layout`."""
     names = ("weight_packed", "weight_scale", "weight_shape")
-    return names if settings.symmetric else (*names, "weight_zero_point")
+    return names if scheme.symmetric else (*names, "weight_zero_point")
 
 
-def refusal(rows: int, columns: int, settings: Quantization) -> str | None:
+def refusal(rows: int, columns: int, scheme: LayerScheme) -> str | None:
     """Say why a layer cannot be stored: every layer can, since rows are padded to whole words; see `Layout`."""
     return None
 
@@ -70,25 +76,25 @@ def pack_linear(name: str, linear: QuantizedLinear, scale_dtype: torch.dtype) ->
     return tensors
 
 
-def unpack_linear(name: str, tensors: Mapping[str, torch.Tensor], settings: Quantization) -> QuantizedLinear:
+def unpack_linear(name: str, tensors: Mapping[str, torch.Tensor], scheme: LayerScheme) -> QuantizedLinear:
     """Read one linear layer back.
 
     Args:
         name: Name of the layer in the checkpoint, without `.weight`.
         tensors: Tensors by checkpoint name; those of the layer must be among them.
-        settings: Bits, group size and symmetry that the layer was written with.
+        scheme: Bits, group size and symmetry that the layer was written with.
 
     Raises:
         CheckpointError: A tensor is missing or has another shape than the others ask for.
     """
-    missing = [f"{name}.{suffix}" for suffix in suffixes(settings) if f"{name}.{suffix}" not in tensors]
+    missing = [f"{name}.{suffix}" for suffix in suffixes(scheme) if f"{name}.{suffix}" not in tensors]
     if missing:
         raise CheckpointError(f"packed layer {name}: missing {', '.join(missing)}")
     shape = tensors[f"{name}.weight_shape"].tolist()
     if len(shape) != 2 or min(shape) < 1:
         raise CheckpointError(f"packed layer {name}: weight_shape should hold two positive sizes, got {shape}")
     rows, columns = shape
-    group_size = settings.columns_per_group(columns)
+    group_size = scheme.columns_per_group(columns)
     scale = tensors[f"{name}.weight_scale"].float()
     if tuple(scale.shape) != (rows, columns // group_size):
         raise CheckpointError(
@@ -96,36 +102,34 @@ def unpack_linear(name: str, tensors: Mapping[str, torch.Tensor], settings: Quan
         )
     if tensors[f"{name}.weight_packed"].ndim != 2:
         raise CheckpointError(f"packed layer {name}: weight_packed should have two dimensions")
-    Q = unpack(tensors[f"{name}.weight_packed"], settings.width, columns)
+    Q = unpack(tensors[f"{name}.weight_packed"], scheme.bits, columns)
     if len(Q) != rows:
         raise CheckpointError(f"packed layer {name}: weight_packed should have {rows} rows, got {len(Q)}")
     zero = torch.zeros_like(scale)
-    if not settings.symmetric:
+    if not scheme.symmetric:
         packed = tensors[f"{name}.weight_zero_point"]
         if packed.ndim != 2 or packed.shape[1] != scale.shape[1]:
             raise CheckpointError(f"packed layer {name}: weight_zero_point should have {scale.shape[1]} columns")
-        zero = unpack(packed.T, settings.width, rows).T.float()
-    return QuantizedLinear(Q, Grid(scale, zero, settings.width, group_size, settings.symmetric))
+        zero = unpack(packed.T, scheme.bits, rows).T.float()
+    return QuantizedLinear(Q, Grid(scale, zero, scheme.bits, group_size, scheme.symmetric))
 
 
-def quantization_config(settings: Mapping[str, Quantization], ignore: Sequence[str]) -> dict[str, Any]:
+def quantization_config(
+    schemes: Mapping[str, LayerScheme], ignore: Sequence[str], act_order: Literal["static", "none"]
+) -> dict[str, Any]:
     """Return the `quantization_config` that config.json holds.
 
     Args:
-        settings: Bits, group size, symmetry and activation order of every quantized layer, by module name.
+        schemes: Bits, group size and symmetry of every quantized layer, by module name.
         ignore: Names of the linear modules that are not quantized.
+        act_order: Order in which the solver visited columns.
     """
-    schemes: list[tuple[dict[str, Any], list[str]]] = []
-    for name, layer_settings in settings.items():
-        weights = _weights_scheme(layer_settings)
-        members = next((members for scheme, members in schemes if scheme == weights), None)
-        if members is None:
-            schemes.append((weights, [name]))
-        else:
-            members.append(name)
+    members: dict[LayerScheme, list[str]] = {}
+    for name, scheme in schemes.items():
+        members.setdefault(scheme, []).append(name)
     config_groups = {
-        f"group_{i}": {"targets": ["Linear"] if len(schemes) == 1 else members, "weights": weights}
-        for i, (weights, members) in enumerate(schemes)
+        f"group_{i}": {"targets": ["Linear"] if len(members) == 1 else names, "weights": _weights(scheme, act_order)}
+        for i, (scheme, names) in enumerate(members.items())
     }
     return {
         "quant_method": "compressed-tensors",
@@ -136,8 +140,8 @@ def quantization_config(settings: Mapping[str, Quantization], ignore: Sequence[s
     }
 
 
-def read_settings(config: Mapping[str, Any], names: Sequence[str]) -> dict[str, Quantization]:
-    """Read the settings of layers from a `quantization_config` that `quantization_config` wrote.
+def read_schemes(config: Mapping[str, Any], names: Sequence[str]) -> dict[str, LayerScheme]:
+    """Read the schemes of layers from a `quantization_config` that `quantization_config` wrote.
 
     Args:
         config: The `quantization_config` of config.json.
@@ -150,15 +154,15 @@ def read_settings(config: Mapping[str, Any], names: Sequence[str]) -> dict[str, 
         raise CheckpointError(
             f"expected compressed-tensors pack-quantized, got {config['quant_method']} {config['format']}"
         )
-    by_name: dict[str, Quantization] = {}
+    by_name: dict[str, LayerScheme] = {}
     for config_group in config["config_groups"].values():
         weights = config_group["weights"]
         size = PER_CHANNEL if weights["strategy"] == "channel" else weights["group_size"]
-        settings = Quantization(bits=weights["num_bits"], group_size=size, symmetric=weights["symmetric"])
+        scheme = LayerScheme(bits=weights["num_bits"], group_size=size, symmetric=weights["symmetric"])
         for name in names if config_group["targets"] == ["Linear"] else config_group["targets"]:
             if name in by_name:
                 raise CheckpointError(f"two config_groups name layer {name}")
-            by_name[name] = settings
+            by_name[name] = scheme
     lacking = [name for name in names if name not in by_name]
     if lacking:
         raise CheckpointError(f"no config_group names the packed layer {lacking[0]}")
@@ -170,19 +174,19 @@ def is_ignored(config: Mapping[str, Any], name: str) -> bool:
     return name in config["ignore"]
 
 
-def server_notes(settings: Mapping[str, Quantization], ignore: Sequence[str]) -> list[str]:
-    """Say what servers are known to refuse about some settings, one sentence each; see `Layout`."""
+def server_notes(schemes: Mapping[str, Sequence[LayerScheme]], ignore: Sequence[str]) -> list[str]:
+    """Say what servers are known to refuse about some layers, one sentence each; see `Layout`."""
     below = (
         "of the servers, vLLM from 0.32 on has a kernel for this layout by its source (Humming, on CUDA GPUs), which "
         "is not tested here; transformers with compressed-tensors loads it"
     )
-    notes = [*low_width_notes(settings, below), *group_size_notes(settings)]
-    if any(not layer.symmetric and layer.bits in (4, 8) for layer in settings.values()):
+    notes = [*low_width_notes(schemes, below), *group_size_notes(schemes)]
+    if any(not scheme.symmetric and scheme.bits in (4, 8) for scheme in settled(schemes)):
         notes.append(
             "asymmetric weights: vLLM's CUDA Marlin kernels are symmetric, a slower kernel may serve them; "
             "transformers with compressed-tensors 0.20 refuses packed zero points"
         )
-    return [*notes, *mixed_fusion_notes(settings, ignore)]
+    return [*notes, *mixed_fusion_notes(schemes, ignore)]
 
 
 def reader_notes(layers: Iterable[LinearLayer]) -> list[str]:
@@ -190,14 +194,14 @@ def reader_notes(layers: Iterable[LinearLayer]) -> list[str]:
     return conversion_notes(layers)
 
 
-def _weights_scheme(settings: Quantization) -> dict[str, Any]:
-    per_channel = settings.group_size == PER_CHANNEL
+def _weights(scheme: LayerScheme, act_order: str) -> dict[str, Any]:
+    per_channel = scheme.group_size == PER_CHANNEL
     return {
-        "num_bits": settings.width,
+        "num_bits": scheme.bits,
         "type": "int",
-        "symmetric": settings.symmetric,
+        "symmetric": scheme.symmetric,
         "strategy": "channel" if per_channel else "group",
-        "group_size": None if per_channel else settings.group_size,
-        "actorder": "static" if settings.act_order == "static" and not per_channel else None,
+        "group_size": None if per_channel else scheme.group_size,
+        "actorder": "static" if act_order == "static" and not per_channel else None,
         "dynamic": False,
     }

@@ -15,11 +15,11 @@ false.
 import re
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
-from typing import Any
+from typing import Any, Literal
 
 import torch
 
-from astro.config import Quantization
+from astro.config import LayerScheme
 from astro.errors import CheckpointError
 from astro.formats.bit_packing import pack, unpack
 from astro.formats.server_limits import conversion_notes, group_size_notes, low_width_notes, mixed_fusion_notes
@@ -28,7 +28,7 @@ from astro.quantization.grid import Grid, QuantizedLinear
 
 __all__ = [
     "MARK", "METHOD", "READER_PACKAGES", "SCALE_DTYPE", "is_ignored", "pack_linear", "quantization_config",
-    "read_settings", "reader_notes", "refusal", "server_notes", "suffixes", "unpack_linear",
+    "read_schemes", "reader_notes", "refusal", "server_notes", "suffixes", "unpack_linear",
 ]  # fmt: skip
 
 METHOD = "gptq"
@@ -41,25 +41,22 @@ READER_PACKAGES = "gptqmodel optimum"
 """What transformers needs besides itself to read the layout."""
 
 
-def suffixes(settings: Quantization) -> tuple[str, ...]:
+def suffixes(scheme: LayerScheme) -> tuple[str, ...]:
     """Return the endings of the tensors that replace a linear layer's `weight`; see `Layout`."""
     return ("qweight", "qzeros", "scales", "g_idx")
 
 
-def refusal(rows: int, columns: int, settings: Quantization) -> str | None:
-    """Why a layer cannot be stored so; None where it can.
+def refusal(rows: int, columns: int, scheme: LayerScheme) -> str | None:
+    """Say why a layer cannot be stored; None where it can.
 
     Args:
         rows: Number of the layer's outputs.
         columns: Number of the layer's inputs.
-        settings: Settings of the layer. Where its width is open, every width that it may get has to do.
+        scheme: Bits, group size and symmetry of the layer.
     """
-    widths = settings.bit_choices if settings.bits == "auto" else (settings.bits,)
-    bits = next((bits for bits in widths if rows * bits % 32 or columns * bits % 32), None)
-    if bits is None:
-        return None
-    is_open = " (bits: auto may choose them)" if settings.bits == "auto" else ""
-    return f"{rows} x {columns} weights of {bits} bits{is_open} do not fill whole words of 32 bits"
+    if rows * scheme.bits % 32 or columns * scheme.bits % 32:
+        return f"{rows} x {columns} weights of {scheme.bits} bits do not fill whole words of 32 bits"
+    return None
 
 
 def pack_linear(name: str, linear: QuantizedLinear, scale_dtype: torch.dtype) -> dict[str, torch.Tensor]:
@@ -84,59 +81,61 @@ def pack_linear(name: str, linear: QuantizedLinear, scale_dtype: torch.dtype) ->
     }
 
 
-def unpack_linear(name: str, tensors: Mapping[str, torch.Tensor], settings: Quantization) -> QuantizedLinear:
+def unpack_linear(name: str, tensors: Mapping[str, torch.Tensor], scheme: LayerScheme) -> QuantizedLinear:
     """Read one linear layer back.
 
     Args:
         name: Name of the layer in the checkpoint, without `.weight`.
         tensors: Tensors by checkpoint name; those of the layer must be among them.
-        settings: Bits and group size that the layer was written with.
+        scheme: Bits and group size that the layer was written with.
 
     Raises:
         CheckpointError: A tensor is missing, has another shape than the others ask for, or a value of no meaning here.
     """
-    missing = [f"{name}.{suffix}" for suffix in suffixes(settings) if f"{name}.{suffix}" not in tensors]
+    missing = [f"{name}.{suffix}" for suffix in suffixes(scheme) if f"{name}.{suffix}" not in tensors]
     if missing:
         raise CheckpointError(f"packed layer {name}: missing {', '.join(missing)}")
     words, scales, g_idx = (tensors[f"{name}.{suffix}"] for suffix in ("qweight", "scales", "g_idx"))
     if words.ndim != 2 or scales.ndim != 2 or g_idx.ndim != 1 or not len(g_idx):
         raise CheckpointError(f"packed layer {name}: qweight and scales should have two dimensions, g_idx one")
     rows, columns = words.shape[1], len(g_idx)
-    group_size = settings.columns_per_group(columns)
+    group_size = scheme.columns_per_group(columns)
     if tuple(scales.shape) != (columns // group_size, rows):
         raise CheckpointError(
             f"packed layer {name}: scales should be {[columns // group_size, rows]}, got {list(scales.shape)}"
         )
     if not torch.equal(g_idx.cpu(), _group_of_each_column(columns, group_size)):
         raise CheckpointError(f"packed layer {name}: g_idx should number groups of {group_size} columns in order")
-    zeros = unpack(tensors[f"{name}.qzeros"], settings.width, rows)
+    zeros = unpack(tensors[f"{name}.qzeros"], scheme.bits, rows)
     if len(zeros) != len(scales) or not bool((zeros == -1).all()):
         raise CheckpointError(f"packed layer {name}: qzeros should say symmetric for every group")
     scale = scales.float().T.contiguous()
-    Q = unpack(words.T, settings.width, columns)
-    return QuantizedLinear(Q, Grid(scale, torch.zeros_like(scale), settings.width, group_size, symmetric=True))
+    Q = unpack(words.T, scheme.bits, columns)
+    return QuantizedLinear(Q, Grid(scale, torch.zeros_like(scale), scheme.bits, group_size, symmetric=True))
 
 
-def quantization_config(settings: Mapping[str, Quantization], ignore: Sequence[str]) -> dict[str, Any]:
+def quantization_config(
+    schemes: Mapping[str, LayerScheme], ignore: Sequence[str], act_order: Literal["static", "none"]
+) -> dict[str, Any]:
     """Return the `quantization_config` that config.json holds: the commonest scheme, and what differs from it.
 
     Args:
-        settings: Bits and group size of every quantized layer, by module name.
+        schemes: Bits and group size of every quantized layer, by module name.
         ignore: Names of the linear modules that are not quantized.
+        act_order: Order in which the solver visited columns; the layout has no field for a static one.
     """
-    schemes = {name: (layer.width, layer.group_size) for name, layer in settings.items()}
-    (bits, group_size), _ = Counter(schemes.values()).most_common(1)[0]
+    commonest, _ = Counter(schemes.values()).most_common(1)[0]
     dynamic: dict[str, dict[str, int]] = {
-        f"+:^{re.escape(name)}$": {"bits": other_bits, "group_size": other_size}
-        for name, (other_bits, other_size) in schemes.items()
-        if (other_bits, other_size) != (bits, group_size)
+        f"+:^{re.escape(name)}$": {"bits": scheme.bits, "group_size": scheme.group_size}
+        for name, scheme in schemes.items()
+        if scheme != commonest
     }
     dynamic |= {f"-:^{re.escape(name)}$": {} for name in ignore if name != "lm_head"}
     return {
         "quant_method": METHOD,
         "checkpoint_format": "gptq",
-        "bits": bits,
-        "group_size": group_size,
+        "bits": commonest.bits,
+        "group_size": commonest.group_size,
         "desc_act": False,
         "sym": True,
         "lm_head": False,
@@ -144,8 +143,8 @@ def quantization_config(settings: Mapping[str, Quantization], ignore: Sequence[s
     }
 
 
-def read_settings(config: Mapping[str, Any], names: Sequence[str]) -> dict[str, Quantization]:
-    """Read the settings of layers from a `quantization_config` that `quantization_config` wrote.
+def read_schemes(config: Mapping[str, Any], names: Sequence[str]) -> dict[str, LayerScheme]:
+    """Read the schemes of layers from a `quantization_config` that `quantization_config` wrote.
 
     Args:
         config: The `quantization_config` of config.json.
@@ -159,13 +158,13 @@ def read_settings(config: Mapping[str, Any], names: Sequence[str]) -> dict[str, 
         raise CheckpointError(f"expected gptq, version 1, symmetric, desc_act false, got {kind}")
     by_name = {}
     for name in names:
-        scheme = {"bits": config["bits"], "group_size": config["group_size"]}
+        fields = {"bits": config["bits"], "group_size": config["group_size"]}
         for pattern, changes in config.get("dynamic", {}).items():
             if re.match(pattern[2:], name):
                 if pattern.startswith("-:"):
                     raise CheckpointError(f"dynamic excludes {name}, but it is packed")
-                scheme |= changes
-        by_name[name] = Quantization(**scheme, format="gptq")
+                fields |= changes
+        by_name[name] = LayerScheme(**fields)
     return by_name
 
 
@@ -175,10 +174,10 @@ def is_ignored(config: Mapping[str, Any], name: str) -> bool:
     return (name == "lm_head" and not config["lm_head"]) or any(re.match(pattern, name) for pattern in patterns)
 
 
-def server_notes(settings: Mapping[str, Quantization], ignore: Sequence[str]) -> list[str]:
-    """Say what servers are known to refuse about some settings, one sentence each; see `Layout`."""
+def server_notes(schemes: Mapping[str, Sequence[LayerScheme]], ignore: Sequence[str]) -> list[str]:
+    """Say what servers are known to refuse about some layers, one sentence each; see `Layout`."""
     below = "vLLM has no kernel for them in this layout; GPTQModel and transformers with it load them"
-    return [*low_width_notes(settings, below), *group_size_notes(settings), *mixed_fusion_notes(settings, ignore)]
+    return [*low_width_notes(schemes, below), *group_size_notes(schemes), *mixed_fusion_notes(schemes, ignore)]
 
 
 def reader_notes(layers: Iterable[LinearLayer]) -> list[str]:

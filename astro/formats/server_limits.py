@@ -2,11 +2,11 @@
 
 from collections.abc import Iterable, Mapping, Sequence
 
-from astro.config import PER_CHANNEL, Quantization
+from astro.config import PER_CHANNEL, LayerScheme
 from astro.model.experts import experts_of
 from astro.model.linear_layer import LinearLayer
 
-__all__ = ["conversion_notes", "group_size_notes", "low_width_notes", "mixed_fusion_notes"]
+__all__ = ["conversion_notes", "group_size_notes", "low_width_notes", "mixed_fusion_notes", "settled"]
 
 _FUSED = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"), ("q_a_proj", "kv_a_proj_with_mqa"))
 """Layers that vLLM fuses into a single one."""
@@ -14,39 +14,48 @@ _MARLIN_SIZES = (PER_CHANNEL, 32, 64, 128)
 """Group sizes that vLLM's CUDA Marlin kernels take."""
 
 
-def low_width_notes(settings: Mapping[str, Quantization], who_loads_them: str) -> list[str]:
+def settled(schemes: Mapping[str, Sequence[LayerScheme]]) -> list[LayerScheme]:
+    """Return the schemes of the layers whose width is settled.
+
+    Args:
+        schemes: Every scheme that each quantized layer may get, by module name.
+    """
+    return [possible[0] for possible in schemes.values() if len(possible) == 1]
+
+
+def low_width_notes(schemes: Mapping[str, Sequence[LayerScheme]], who_loads_them: str) -> list[str]:
     """Warn of widths below 4 bits.
 
     Args:
-        settings: Settings of every quantized layer, by module name.
+        schemes: Every scheme that each quantized layer may get, by module name.
         who_loads_them: What the readers of the layout make of such widths.
     """
-    is_open = any(layer.bits == "auto" and {2, 3} & set(layer.bit_choices) for layer in settings.values())
-    possible = (layer.bit_choices if layer.bits == "auto" else (layer.bits,) for layer in settings.values())
-    low = " and ".join(map(str, sorted({2, 3} & set().union(*possible))))
+    widths = [{scheme.bits for scheme in possible} for possible in schemes.values()]
+    is_open = any(len(possible) > 1 and {2, 3} & possible for possible in widths)
+    low = " and ".join(map(str, sorted({2, 3} & set().union(*widths))))
     return [f"{low}-bit weights{' (bits: auto may choose them)' if is_open else ''}: {who_loads_them}"] if low else []
 
 
-def group_size_notes(settings: Mapping[str, Quantization]) -> list[str]:
+def group_size_notes(schemes: Mapping[str, Sequence[LayerScheme]]) -> list[str]:
     """Warn of group sizes that vLLM's fast kernels do not take.
 
     Args:
-        settings: Settings of every quantized layer, by module name.
+        schemes: Every scheme that each quantized layer may get, by module name.
     """
-    sizes = sorted({layer.group_size for layer in settings.values() if layer.bits in (4, 8)} - set(_MARLIN_SIZES))
+    sizes = sorted({scheme.group_size for scheme in settled(schemes) if scheme.bits in (4, 8)} - set(_MARLIN_SIZES))
     if not sizes:
         return []
     return [f"group size {', '.join(map(str, sizes))}: vLLM's CUDA Marlin kernels take only -1, 32, 64 and 128"]
 
 
-def mixed_fusion_notes(settings: Mapping[str, Quantization], ignore: Sequence[str]) -> list[str]:
-    """Warn of layers that servers fuse although their settings differ.
+def mixed_fusion_notes(schemes: Mapping[str, Sequence[LayerScheme]], ignore: Sequence[str]) -> list[str]:
+    """Warn of layers that servers fuse although their schemes differ.
 
     Args:
-        settings: Settings of every quantized layer, by module name.
+        schemes: Every scheme that each quantized layer may get, by module name.
         ignore: Names of the linear modules that are not quantized.
     """
-    known = {**dict.fromkeys(ignore), **settings}
+    known = {**dict.fromkeys(ignore), **{name: tuple(possible) for name, possible in schemes.items()}}
     mixed = [(layers, "fuses them") for layers in _mixed_fusion(known)[:1]]
     mixed += [(f"the experts of {layer}", "holds them as one") for layer in _mixed_experts(known)[:1]]
     return [
@@ -76,19 +85,23 @@ def conversion_notes(layers: Iterable[LinearLayer]) -> list[str]:
     return notes
 
 
-def _mixed_fusion(settings: Mapping[str, Quantization | None]) -> list[str]:
-    """Name layers that vLLM fuses and whose settings differ; None stands for a layer that is not quantized."""
+def _mixed_fusion(schemes: Mapping[str, tuple[LayerScheme, ...] | None]) -> list[str]:
+    """Name layers that vLLM fuses and whose schemes differ; None stands for a layer that is not quantized."""
     mixed = []
-    for name, layer in settings.items():
+    for name, possible in schemes.items():
         parent, _, leaf = name.rpartition(".")
         for fused in _FUSED:
-            members = [f"{parent}.{member}" for member in fused if f"{parent}.{member}" in settings]
-            if leaf == fused[0] and any(settings[member] != layer for member in members):
+            members = [f"{parent}.{member}" for member in fused if f"{parent}.{member}" in schemes]
+            if leaf == fused[0] and any(schemes[member] != possible for member in members):
                 mixed.append(" and ".join(members))
     return mixed
 
 
-def _mixed_experts(settings: Mapping[str, Quantization | None]) -> list[str]:
-    first: dict[str, Quantization | None] = {}
-    owners = ((experts_of(name), layer) for name, layer in settings.items())
-    return [experts for experts, layer in owners if experts is not None and first.setdefault(experts, layer) != layer]
+def _mixed_experts(schemes: Mapping[str, tuple[LayerScheme, ...] | None]) -> list[str]:
+    first: dict[str, tuple[LayerScheme, ...] | None] = {}
+    owners = ((experts_of(name), possible) for name, possible in schemes.items())
+    return [
+        experts
+        for experts, possible in owners
+        if experts is not None and first.setdefault(experts, possible) != possible
+    ]

@@ -2,8 +2,8 @@
 
 They get what all rows will get but for the refinement: it is half of the work, and the choices without it are no worse
 (measured at 2, 3 and 4 bits). Rows are independent, so that candidates can be tried on a tile of the sample anywhere.
-Shapes: R rows of all members together, C columns, S sampled rows, K candidates, B groups side by side, each of which
-gets a β of its own.
+Shapes: R rows of all members together, C columns, S sampled rows, K candidates, B input groups side by side, each of
+which gets its β.
 """
 
 import dataclasses
@@ -13,54 +13,62 @@ import torch
 from astro.linalg.symmetric import layer_error
 from astro.linalg.tiling import row_tiles
 from astro.quantization import regularizer
-from astro.quantization.row_solver import LinearGroups, compensate, num_sampled, quantize_rows, sampled
+from astro.quantization.row_solver import InputGroups, compensate, num_sample_rows, quantize_rows, sample_rows
 from astro.timing import timed
 
-__all__ = ["NUM_CANDIDATES", "choose", "sample_tiles", "search", "weigh"]
+__all__ = ["NUM_CANDIDATES", "choose", "sample_tiles", "search", "try_betas"]
 
 _BETAS = (3e-5, 1e-4, 3e-4, 1e-3)
 """Strengths that are tried beside 0, relative to the mean group maximum."""
 NUM_CANDIDATES = 1 + len(_BETAS)
+"""Number of strengths that are tried, 0 among them."""
 _LEAST_GAIN = 2e-3
 """Share of the layer error that a β must save on the sample, beyond one standard error, to be used."""
 
 
 def sample_tiles(num_rows: int, num_columns: int, device_type: str, num_groups: int = 1) -> list[slice]:
-    """The tiles of the sampled rows of groups side by side, each of which is solved under all candidates at once."""
-    return row_tiles(num_sampled(num_rows), num_columns, device_type, copies=num_groups * NUM_CANDIDATES)
-
-
-def weigh(groups: LinearGroups, W: torch.Tensor, tile: slice) -> torch.Tensor:
-    """The layer error of some sampled rows under every candidate, 0 first.
+    """Cut the sampled rows of input groups side by side into tiles, each solved under all candidates at once.
 
     Args:
-        groups: prepared from all rows, β open.
-        W: weights of all members of each, float32 [B, R, C].
-        tile: of the sampled rows.
+        num_rows: Rows of all members of an input group together.
+        num_columns: Number of their inputs.
+        device_type: "cpu" or "cuda".
+        num_groups: Number of input groups side by side.
+    """
+    return row_tiles(num_sample_rows(num_rows), num_columns, device_type, copies=num_groups * NUM_CANDIDATES)
+
+
+def try_betas(groups: InputGroups, W: torch.Tensor, tile: slice) -> torch.Tensor:
+    """Measure the layer error of some sampled rows under every candidate, 0 first.
+
+    Args:
+        groups: The input groups, prepared from all rows, their β open.
+        W: Weights of all members of each, float32 [B, R, C].
+        tile: The tile of the sampled rows.
 
     Returns:
-        ‖(ŵ − w)X‖², float32 [B, K, rows of the tile].
+        The errors ‖(ŵ − w)X‖², float32 [B, K, rows of the tile].
     """
     assert groups.problem is not None
-    rows = compensate(groups, sampled(W)[:, tile])
-    # Its own clock: what the search spends on grids and GPTQ is the search's.
-    own = dataclasses.replace(groups, seconds={})
+    rows = compensate(groups, sample_rows(W)[:, tile])
+    # With another clock: what the search spends on grids and GPTQ is the search's.
+    timed_apart = dataclasses.replace(groups, seconds={})
     with timed(groups.seconds, "beta"):
         # All candidates are regularized and quantized as rows over each other.
         copies = rows.repeat(1, NUM_CANDIDATES, 1)
         betas = torch.tensor(_BETAS, device=rows.device).repeat_interleave(rows.shape[1]).unsqueeze(0)
         regularized = regularizer.regularize(copies[:, rows.shape[1] :], groups.problem, betas)
-        Q, grid = quantize_rows(own, torch.cat([rows, regularized], dim=1))
+        Q, grid = quantize_rows(timed_apart, torch.cat([rows, regularized], dim=1))
         error = layer_error(copies, grid.dequantize(Q), groups.H)
     return error.reshape(len(error), NUM_CANDIDATES, -1)
 
 
-def choose(groups: LinearGroups, errors: torch.Tensor) -> LinearGroups:
-    """Groups with the β that surely saves most of the sampled rows' error; with 0 where none does.
+def choose(groups: InputGroups, errors: torch.Tensor) -> InputGroups:
+    """Settle on the β that surely saves most of the sampled rows' error; on 0 where none does.
 
     Args:
-        groups: prepared from all rows, β open.
-        errors: of all sampled rows under every candidate, in their order, float32 [B, K, S].
+        groups: The input groups, prepared from all rows, their β open.
+        errors: Errors of all sampled rows under every candidate, in their order, float32 [B, K, S].
     """
     plain = errors[:, :1].sum(-1).clamp(min=torch.finfo(torch.float32).tiny)
     saved = errors[:, :1] - errors[:, 1:]
@@ -68,7 +76,7 @@ def choose(groups: LinearGroups, errors: torch.Tensor) -> LinearGroups:
     # The sample's own noise is taken off, so that a β is not chosen for a few lucky rows.
     sure = gains - saved.std(-1, correction=0) * errors.shape[-1] ** 0.5 / plain
     best = sure.argmax(-1, keepdim=True)
-    is_gain = (sure.gather(-1, best) >= _LEAST_GAIN) & ~groups.rounded.unsqueeze(-1)
+    is_gain = (sure.gather(-1, best) >= _LEAST_GAIN) & ~groups.lacks_statistics.unsqueeze(-1)
     candidates = torch.tensor(_BETAS, dtype=torch.float64, device=errors.device)
     beta = torch.where(is_gain, candidates[best], 0.0).squeeze(-1)
     gain = torch.where(is_gain, gains.gather(-1, best), 0.0).double().squeeze(-1)
@@ -76,12 +84,12 @@ def choose(groups: LinearGroups, errors: torch.Tensor) -> LinearGroups:
     return dataclasses.replace(groups, beta=beta, beta_gain=gain, problem=problem)
 
 
-def search(groups: LinearGroups, W: torch.Tensor) -> LinearGroups:
-    """Groups with their β, all tiles of the sample weighed here.
+def search(groups: InputGroups, W: torch.Tensor) -> InputGroups:
+    """Try every β on all tiles of the sample, and settle on one.
 
     Args:
-        groups: prepared from all rows, β open.
-        W: weights of all members of each, float32 [B, R, C].
+        groups: The input groups, prepared from all rows, their β open.
+        W: Weights of all members of each, float32 [B, R, C].
     """
     tiles = sample_tiles(W.shape[1], W.shape[2], W.device.type, len(W))
-    return choose(groups, torch.cat([weigh(groups, W, tile) for tile in tiles], dim=-1))
+    return choose(groups, torch.cat([try_betas(groups, W, tile) for tile in tiles], dim=-1))

@@ -1,26 +1,26 @@
-"""Which width every group of layers gets when a width budget is to be spent, from measured layer errors."""
+"""The width of every input group when an average width is to be spent, chosen from measured layer errors."""
 
 import dataclasses
 import heapq
 import itertools
-from collections.abc import Mapping, Sequence
-from typing import Any
+from collections.abc import Iterable, Mapping, Sequence
 
 from astro.config import Quantization
 from astro.errors import ConfigError
 from astro.model.experts import experts_of
+from astro.quantization.layer_record import LayerRecord
 
-__all__ = ["Choice", "allocate", "provisional_width", "read_choices", "require_affordable"]
+__all__ = ["Choice", "allocate", "choices_of", "provisional_width", "require_affordable"]
 
 
 @dataclasses.dataclass(frozen=True)
 class Choice:
-    """One group of layers that must share a width.
+    """Layers that must share a width: an input group, or all experts of a layer.
 
     Attributes:
-        name: of the group.
-        weights: number of its weights.
-        errors: relative layer error by width; one width alone where it is set.
+        name: Names of the layers, joined by '+'.
+        weights: Number of their weights.
+        errors: Relative layer error by width; one width alone where an override sets it.
     """
 
     name: str
@@ -29,18 +29,21 @@ class Choice:
 
 
 def allocate(choices: Sequence[Choice], average_bits: float) -> dict[str, int]:
-    """Widths that make the sum of all relative layer errors small within an average width.
+    """Choose widths that make the sum of all relative layer errors small within an average width.
 
-    Greedy on each group's lower convex hull: beginning at the smallest widths, the step that saves the most error a bit
-    is taken until the next one does not fit; smaller ones that do are still taken. This is the optimum up to the last
-    step.
+    The choice is greedy on each lower convex hull of error against width. It begins at the smallest widths and takes
+    the step that saves the most error a bit, until the next one does not fit; smaller ones that do are still taken.
+    This is the optimum up to the last step.
 
     Args:
-        choices: every group.
-        average_bits: bits a weight over all groups, at most.
+        choices: Everything that gets a width.
+        average_bits: Largest mean of bits over all weights.
+
+    Returns:
+        The width of each choice by its name.
 
     Raises:
-        ConfigError: even the smallest widths are more.
+        ConfigError: Even the smallest widths are more than the average.
     """
     widths = {choice.name: min(choice.errors) for choice in choices}
     budget = average_bits * sum(choice.weights for choice in choices)
@@ -64,27 +67,30 @@ def allocate(choices: Sequence[Choice], average_bits: float) -> dict[str, int]:
 
 
 def provisional_width(quantization: Quantization) -> int:
-    """The width of round 0, which measures: of the choices the one nearest to the average."""
+    """Return the width of round 0, which measures: of the widths to choose from the one nearest to the average.
+
+    Args:
+        quantization: Settings of the whole run, `bits` being `auto`.
+    """
     average = quantization.average_bits or 0.0
     return min(quantization.bit_choices, key=lambda bits: (abs(bits - average), bits))
 
 
-def read_choices(layers: Sequence[Mapping[str, Any]], quantization: Quantization) -> list[Choice]:
-    """What round 0 measured of every group.
+def choices_of(layers: Iterable[LayerRecord], quantization: Quantization) -> list[Choice]:
+    """Return what is to be chosen, from what round 0 measured: the experts of a layer get one width together.
 
     Args:
-        layers: records of the round's groups, as plain dictionaries.
-        quantization: of the whole run.
+        layers: Records of the round's input groups.
+        quantization: Settings of the whole run.
     """
     choices: list[Choice] = []
     experts: dict[str, list[Choice]] = {}
     for layer in layers:
-        own = quantization.for_layer(layer["name"].split("+")[0])
-        measured = {int(bits): float(error) for bits, error in layer["width_errors"].items()}
-        errors = measured if own.bits == "auto" else {own.bits: float(layer["relative_error"])}
-        choice = Choice(layer["name"], layer["rows"] * layer["columns"], errors)
-        group = experts_of(layer["name"])
-        choices.append(choice) if group is None else experts.setdefault(group, []).append(choice)
+        bits = quantization.bits_of(layer.name.split("+")[0])
+        errors = dict(layer.width_errors) if bits == "auto" else {bits: layer.relative_error}
+        choice = Choice(layer.name, layer.rows * layer.columns, errors)
+        owner = experts_of(layer.name)
+        choices.append(choice) if owner is None else experts.setdefault(owner, []).append(choice)
     return [*choices, *(_as_one(members) for members in experts.values())]
 
 
@@ -92,27 +98,27 @@ def require_affordable(quantization: Quantization, weights: Mapping[str, int]) -
     """Refuse a budget that the widths set by overrides exceed already.
 
     Args:
-        quantization: of the whole run, `bits` being `auto`.
-        weights: number of weights of each quantized layer by name.
+        quantization: Settings of the whole run, `bits` being `auto`.
+        weights: Number of weights of each quantized layer by name.
 
     Raises:
-        ConfigError: even the smallest widths are more.
+        ConfigError: Even the smallest widths are more than the average.
     """
     choices = []
     experts: dict[str, int | str] = {}
     for name, count in weights.items():
-        own, group = quantization.for_layer(name).bits, experts_of(name)
-        choices.append(Choice(name, count, {min(quantization.bit_choices) if own == "auto" else own: 0.0}))
-        if group is not None and experts.setdefault(group, own) != own:
+        bits, owner = quantization.bits_of(name), experts_of(name)
+        choices.append(Choice(name, count, {min(quantization.bit_choices) if bits == "auto" else bits: 0.0}))
+        if owner is not None and experts.setdefault(owner, bits) != bits:
             raise ConfigError(
-                f"quantization.overrides: gives {name} another width than other layers of {group}; with bits: auto all "
+                f"quantization.overrides: gives {name} another width than other layers of {owner}; with bits: auto all "
                 "experts of a layer get one width, because servers hold them as one. Override all of them or none"
             )
     allocate(choices, quantization.average_bits or 0.0)
 
 
 def _steps(choice: Choice) -> list[tuple[float, str, int, float]]:
-    """Steps up the lower convex hull of error against width: minus the saving a bit, name, new width, bits spent."""
+    """Return the steps up the lower convex hull: minus the saving a bit, name, new width, bits spent."""
     hull: list[tuple[int, float]] = []
     for width, error in sorted(choice.errors.items()):
         while len(hull) > 1 and _slope(hull[-2], hull[-1]) >= _slope(hull[-1], (width, error)):
@@ -129,9 +135,9 @@ def _slope(low: tuple[int, float], high: tuple[int, float]) -> float:
     return (high[1] - low[1]) / (high[0] - low[0])
 
 
-def _as_one(groups: Sequence[Choice]) -> Choice:
-    """All experts of a layer, which servers hold as one; it counts what the mean of them would count alone."""
-    experts = {group.name.split("+")[0].rpartition(".")[0] for group in groups}
-    widths = [width for width in groups[0].errors if all(width in group.errors for group in groups)]
-    errors = {width: sum(group.errors[width] for group in groups) / len(experts) for width in widths}
-    return Choice("+".join(group.name for group in groups), sum(group.weights for group in groups), errors)
+def _as_one(choices: Sequence[Choice]) -> Choice:
+    """Join all experts of a layer, which servers hold as one. They count as much as their mean would alone."""
+    experts = {choice.name.split("+")[0].rpartition(".")[0] for choice in choices}
+    widths = [width for width in choices[0].errors if all(width in choice.errors for choice in choices)]
+    errors = {width: sum(choice.errors[width] for choice in choices) / len(experts) for width in widths}
+    return Choice("+".join(choice.name for choice in choices), sum(choice.weights for choice in choices), errors)

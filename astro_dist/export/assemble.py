@@ -3,17 +3,17 @@
 import shutil
 from pathlib import Path
 
-from astro.config import Quantization
+from astro.config import LayerScheme, Quantization
 from astro.formats import LAYOUTS
 from astro.storage.atomic import read_json, write_atomic, write_json
 from astro.storage.checkpoint import INDEX_NAME, read_header
 from astro_dist.config.schema import RunConfig
 from astro_dist.planning.units import Plan
-from astro_dist.run_directory.layer_widths import layer_settings
+from astro_dist.run_directory.layer_widths import layer_schemes
 from astro_dist.run_directory.records import RunDirectory
 from astro_dist.source.resolve import SIDE_FILES
 
-__all__ = ["assemble", "final_settings"]
+__all__ = ["assemble", "final_schemes"]
 
 
 def assemble(source: Path, plan: Plan, run: RunDirectory, config: RunConfig) -> list[str]:
@@ -41,14 +41,15 @@ def assemble(source: Path, plan: Plan, run: RunDirectory, config: RunConfig) -> 
     for path in beside:
         _copy(path, run.model / path.name)
     content = read_json(source / "config.json")
-    settings = final_settings(config.quantization, plan, run)
-    content["quantization_config"] = LAYOUTS[config.quantization.format].quantization_config(settings, plan.ignore)
+    layout, schemes = LAYOUTS[config.quantization.format], final_schemes(config.quantization, plan, run)
+    act_order = config.quantization.act_order
+    content["quantization_config"] = layout.quantization_config(schemes, plan.ignore, act_order)
     write_json(run.model / "config.json", content)
     return [INDEX_NAME, "config.json", *(path.name for path in beside)]
 
 
-def final_settings(quantization: Quantization, plan: Plan, run: RunDirectory) -> dict[str, Quantization]:
-    """The settings of every quantized layer by name in the last round, their widths settled.
+def final_schemes(quantization: Quantization, plan: Plan, run: RunDirectory) -> dict[str, LayerScheme]:
+    """Return the scheme of every quantized layer in the last round, by name.
 
     Args:
         quantization: Settings of the run.
@@ -58,10 +59,10 @@ def final_settings(quantization: Quantization, plan: Plan, run: RunDirectory) ->
     Raises:
         DamagedError: The file of the chosen widths is missing or damaged.
     """
-    settings: dict[str, Quantization] = {}
+    schemes: dict[str, LayerScheme] = {}
     for unit in plan.blocks:
-        settings |= layer_settings(run, quantization, unit, run.rounds - 1)
-    return settings
+        schemes |= layer_schemes(run, quantization, unit, run.rounds - 1)
+    return schemes
 
 
 def _copy(source: Path, target: Path) -> None:

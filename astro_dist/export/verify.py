@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from astro.config import Quantization
+from astro.config import LayerScheme
 from astro.errors import CheckpointError, InputError
 from astro.formats import LAYOUTS, Layout
 from astro.model.linear_layer import LinearLayer
@@ -62,7 +62,7 @@ def verify_model(model: Path | str, against: Path | str | None = None) -> dict[s
     stems = {key.removesuffix(mark) for key in checkpoint.entries if key.endswith(mark)}
     layers, unpacked = _layers(checkpoint, skeleton, stems)
     try:
-        settings = packed.read_settings(config, [layer.name for layer in layers])
+        settings = packed.read_schemes(config, [layer.name for layer in layers])
         missing = [name for name in unpacked if not packed.is_ignored(config, name)]
     except InputError as error:
         raise CheckpointError(f"{path}: {error}") from error
@@ -175,7 +175,7 @@ def _is_packed(key: str, stems: set[str]) -> bool:
     return stem in stems and suffix not in ("weight", "bias")
 
 
-def _check_linear(checkpoint: Checkpoint, packed: Layout, layer: LinearLayer, settings: Quantization) -> torch.Tensor:
+def _check_linear(checkpoint: Checkpoint, packed: Layout, layer: LinearLayer, settings: LayerScheme) -> torch.Tensor:
     """The weights of a packed layer."""
     wanted = [f"{layer.stem}.{suffix}" for suffix in packed.suffixes(settings)]
     tensors = checkpoint.read(name for name in wanted if name in checkpoint.entries)

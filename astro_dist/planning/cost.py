@@ -12,7 +12,7 @@ from astro.linalg.tiling import row_tile, row_tiles
 from astro.quantization.beta_search import NUM_CANDIDATES, sample_tiles
 from astro.quantization.grid import num_candidates
 from astro.quantization.regularizer import PROX_PASSES
-from astro.quantization.row_solver import num_sampled
+from astro.quantization.row_solver import num_sample_rows
 from astro_dist.config.schema import RunConfig
 from astro_dist.planning.devices import Device
 from astro_dist.planning.predicted_groups import PredictedInputGroup, predicted_input_groups, stages_of, together
@@ -322,7 +322,7 @@ class CostModel:
         """What a width budget takes in its first round: sampled rows are solved once for each width."""
         if self._quantization.bits != "auto" or round_index:
             return Work()
-        rows = [slice(0, num_sampled(batch.rows))]
+        rows = [slice(0, num_sample_rows(batch.rows))]
         each = self._solve_tiles(batch, rows, iterations=0)
         return sum([each] * len(self._quantization.bit_choices), Work())
 
@@ -355,7 +355,10 @@ class CostModel:
         """
         solving, refining = self._column_steps
         elements = copies * self._elements(batch, tiles)
-        elementwise = iterations * PROX_PASSES + num_candidates(self._quantization) * _CANDIDATE_PASSES
+        elementwise = (
+            iterations * PROX_PASSES
+            + num_candidates(self._quantization.symmetric, self._quantization) * _CANDIDATE_PASSES
+        )
         product = 2.0 * batch.columns * elements
         published = self._regularization.solver == "pgd"
         # The first iteration of ADMM takes no product.

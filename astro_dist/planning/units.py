@@ -165,11 +165,11 @@ def make_plan(checkpoint: Checkpoint, skeleton: Skeleton, quantization: Quantiza
         found |= {linear.name: linear for linear in layers}
         others += rest
         linears = [linear for linear in layers if not _matches(linear.name, quantization.ignore)]
-        if quantization.odd_widths != "fail":
-            own = {c.name for c in linears if not quantization.for_layer(c.name).divides(c.columns)}
-            odd += [linear.name for linear in linears if linear.name in own]
-            if quantization.odd_widths == "keep":
-                linears = [linear for linear in linears if linear.name not in own]
+        if quantization.indivisible != "fail":
+            indivisible = {c.name: c for c in linears if quantization.is_indivisible(c.name, c.columns)}
+            odd += indivisible
+            if quantization.indivisible == "keep":
+                linears = [linear for linear in linears if linear.name not in indivisible]
         _require_shapes(checkpoint, layers, linears)
         file = _shard_name(len(copied) + index, total)
         written = _written_bytes(checkpoint.entries, keys, linears, quantization)
@@ -281,15 +281,16 @@ def _written_bytes(
     replaced = {linear.key for linear in linears}
     total = sum(entries[key].size_bytes for key in keys if key not in replaced)
     for linear in linears:
-        own = settings.for_layer(linear.name).fitted(linear.columns)
+        scheme = settings.possible_schemes(linear.name, linear.columns)[0]
         # With a budget the width is only known after the measuring round.
-        bits = math.ceil(own.average_bits or 0) if own.bits == "auto" else own.bits
+        is_open = settings.bits_of(linear.name) == "auto"
+        bits = math.ceil(settings.average_bits or 0) if is_open else scheme.bits
         try:
-            groups = linear.columns // own.columns_per_group(linear.columns)
+            groups = linear.columns // scheme.columns_per_group(linear.columns)
         except ConfigError as error:
             raise ConfigError(f"quantization: {linear.name}: {error}") from error
         entry = entries[linear.key]
         scale_bytes = linear.rows * groups * (entry.size_bytes // math.prod(entry.shape))
-        zero_bytes = 0 if own.symmetric else 4 * groups * words_per_row(linear.rows, bits)
+        zero_bytes = 0 if scheme.symmetric else 4 * groups * words_per_row(linear.rows, bits)
         total += 4 * linear.rows * words_per_row(linear.columns, bits) + scale_bytes + zero_bytes + 16
     return total

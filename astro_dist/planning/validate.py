@@ -77,18 +77,20 @@ def prepare(config: RunConfig, commit: str | None = None) -> Prepared:
     linears = {linear.name: linear for unit in plan.blocks for linear in unit.linears}
     if config.quantization.bits == "auto":
         require_affordable(config.quantization, {name: c.rows * c.columns for name, c in linears.items()})
-    settings = {name: config.quantization.for_layer(name).fitted(c.columns) for name, c in linears.items()}
-    packed = LAYOUTS[config.quantization.format]
+    schemes = {name: config.quantization.possible_schemes(name, c.columns) for name, c in linears.items()}
+    layout = LAYOUTS[config.quantization.format]
     for linear in linears.values():
-        reason = packed.refusal(linear.rows, linear.columns, settings[linear.name])
+        possible = schemes[linear.name]
+        reason = next(filter(None, (layout.refusal(linear.rows, linear.columns, scheme) for scheme in possible)), None)
         if reason:
+            is_open = " (bits: auto may choose them)" if len(possible) > 1 else ""
             raise UnsupportedError(
-                f"{linear.name}: {reason}, as format {config.quantization.format} wants; use compressed-tensors, or "
-                "name the layer in quantization.ignore"
+                f"{linear.name}: {reason}{is_open}, as format {config.quantization.format} wants; use "
+                "compressed-tensors, or name the layer in quantization.ignore"
             )
     notes = [
-        *packed.server_notes(settings, plan.ignore),
-        *packed.reader_notes(linears.values()),
+        *layout.server_notes(schemes, plan.ignore),
+        *layout.reader_notes(linears.values()),
     ]
     if plan.unknown:
         notes.append(
@@ -98,7 +100,7 @@ def prepare(config: RunConfig, commit: str | None = None) -> Prepared:
     if plan.odd:
         notes.append(
             f"{len(plan.odd)} layers whose input is no multiple of the group size: "
-            f"{'kept as they are' if config.quantization.odd_widths == 'keep' else 'per channel'}, the first is "
+            f"{'kept as they are' if config.quantization.indivisible == 'keep' else 'per channel'}, the first is "
             f"{plan.odd[0]}"
         )
     if plan.others:

@@ -12,7 +12,7 @@ from astro.formats import LAYOUTS
 from astro.process import peak_rss_bytes
 from astro.quantization.layer_record import Fallbacks, LayerRecord
 from astro.timing import add_seconds
-from astro_dist.export.assemble import final_settings
+from astro_dist.export.assemble import final_schemes
 from astro_dist.planning.units import Plan
 from astro_dist.run_directory.journal import Damaged, Failed, Passed, last_of_each_unit
 from astro_dist.run_directory.records import RunDirectory
@@ -58,7 +58,8 @@ def summarize(
     Raises:
         DamagedError: A record cannot be read.
     """
-    final = LAYOUTS[quantization.format].server_notes(final_settings(quantization, plan, run), plan.ignore)
+    schemes = {name: (scheme,) for name, scheme in final_schemes(quantization, plan, run).items()}
+    final = LAYOUTS[quantization.format].server_notes(schemes, plan.ignore)
     told = [*notes, *(note for note in final if note not in notes)]
     rounds = [[run.read(block_unit(r, unit.index), BlockResult) for unit in plan.blocks] for r in range(run.rounds)]
     layers = [[layer for block in blocks for layer in block.layers] for blocks in rounds]

@@ -6,16 +6,16 @@ saves the most error.
 
 from collections.abc import Collection, Mapping
 
-from astro.config import Quantization
+from astro.config import LayerScheme, Quantization
 from astro.errors import DamagedError
-from astro.quantization.bit_allocation import allocate, provisional_width, read_choices
+from astro.quantization.bit_allocation import allocate, choices_of, provisional_width
 from astro.storage.atomic import write_json
 from astro_dist.planning.units import BlockUnit
 from astro_dist.run_directory.records import RunDirectory, read_own_json
 from astro_dist.run_directory.unit_record import BlockResult
 from astro_dist.schedule.names import block_unit
 
-__all__ = ["layer_settings", "settle_widths"]
+__all__ = ["layer_schemes", "settle_widths"]
 
 
 def settle_widths(run: RunDirectory, quantization: Quantization, num_blocks: int, finished: Collection[str]) -> None:
@@ -34,15 +34,15 @@ def settle_widths(run: RunDirectory, quantization: Quantization, num_blocks: int
         return
     units = [block_unit(0, block) for block in range(num_blocks)]
     if all(unit in finished for unit in units):
-        layers = [layer.to_json() for unit in units for layer in run.read(unit, BlockResult).layers]
-        widths = allocate(read_choices(layers, quantization), quantization.average_bits or 0.0)
+        layers = [layer for unit in units for layer in run.read(unit, BlockResult).layers]
+        widths = allocate(choices_of(layers, quantization), quantization.average_bits or 0.0)
         write_json(run.allocation, {name: bits for group, bits in widths.items() for name in group.split("+")})
 
 
-def layer_settings(
+def layer_schemes(
     run: RunDirectory, quantization: Quantization, unit: BlockUnit, round_index: int
-) -> dict[str, Quantization]:
-    """The settings of each layer of a block in a round, its width settled.
+) -> dict[str, LayerScheme]:
+    """Return the scheme of each layer of a block in a round, by name.
 
     Args:
         run: Run directory, which holds the chosen widths from round 1 on.
@@ -59,7 +59,7 @@ def layer_settings(
     elif quantization.bits == "auto":
         widths = read_own_json(run.allocation)
     return {
-        linear.name: quantization.for_layer(linear.name, widths.get(linear.name)).fitted(linear.columns)
+        linear.name: quantization.scheme(linear.name, linear.columns, widths.get(linear.name))
         for linear in unit.linears
     }
 

@@ -16,13 +16,14 @@ from astro.model.block_call import BlockCall, forward, load_call
 from astro.model.skeleton import Skeleton
 from astro.process import return_freed_memory
 from astro.quantization.grid import QuantizedLinear
+from astro.quantization.row_solver import Recipe
 from astro.storage.atomic import load_tensors, save_tensors
 from astro.storage.byte_store import FolderStore
 from astro.storage.checked_tensors import load_part, save_part
 from astro.storage.checkpoint import Checkpoint
 from astro_dist.planning.devices import memory_shortage
 from astro_dist.planning.units import BlockUnit
-from astro_dist.run_directory.layer_widths import layer_settings
+from astro_dist.run_directory.layer_widths import layer_schemes
 from astro_dist.schedule.names import ORIGINAL, block_unit, is_held_out, round_of_stream
 from astro_dist.worker.prefetch import Prefetch
 from astro_dist.worker.spec import WorkerSpec
@@ -134,10 +135,18 @@ class BlockRunner:
         read = self.checkpoint.read({linear.key for linear in linears})
         return {linear.name: linear.stored(read[linear.key]).to(self.device) for linear in linears}
 
-    def scale_dtype(self, unit: BlockUnit) -> torch.dtype:
-        """Dtype in which a block's scales are stored: the layout's, or that of its weights in the source."""
-        fixed: torch.dtype | None = LAYOUTS[self.spec.quantization.format].SCALE_DTYPE
-        return fixed if fixed is not None else self._stored_dtype(unit)
+    def recipe(self, unit: BlockUnit) -> Recipe:
+        """Return how a block's layers are quantized.
+
+        Scales are stored in the layout's dtype, or, where it has none, in that of the block's weights in the source.
+
+        Args:
+            unit: The block.
+        """
+        spec = self.spec
+        fixed: torch.dtype | None = LAYOUTS[spec.quantization.format].SCALE_DTYPE
+        scale_dtype = fixed if fixed is not None else self._stored_dtype(unit)
+        return Recipe(spec.quantization, spec.regularization, scale_dtype)
 
     def _stored_dtype(self, unit: BlockUnit) -> torch.dtype:
         """Dtype of a block's weights in the source."""
@@ -152,7 +161,7 @@ class BlockRunner:
     def write_block(self, unit: BlockUnit, round_index: int, quantized: dict[str, QuantizedLinear]) -> Path:
         """Write a block's shard: packed layers, and every other tensor as it was."""
         layout, kept = LAYOUTS[self.spec.quantization.format], self.checkpoint.read(kept_keys(unit.linears, unit.keys))
-        tensors = pack_block(layout, unit.linears, quantized, kept, self.scale_dtype(unit))
+        tensors = pack_block(layout, unit.linears, quantized, kept, self.recipe(unit).scale_dtype)
         path = self.spec.run.shard(round_index, unit.file)
         save_tensors(path, tensors)
         return path
@@ -215,10 +224,10 @@ class BlockRunner:
         assert round_index is not None
         self.spec.run.require_intact(block_unit(round_index, unit.index))
         tensors, _ = load_tensors(self.spec.run.shard(round_index, unit.file))
-        settings = layer_settings(self.spec.run, self.spec.quantization, unit, round_index)
+        schemes = layer_schemes(self.spec.run, self.spec.quantization, unit, round_index)
         layout = LAYOUTS[self.spec.quantization.format]
         shapes = {key: self.checkpoint.entries[key].shape for key in unit.keys}
-        return unpack_block(layout, unit.linears, tensors, settings, shapes, self.spec.compute_dtype)
+        return unpack_block(layout, unit.linears, tensors, schemes, shapes, self.spec.compute_dtype)
 
 
 def require_memory(needed_bytes: int, device: torch.device) -> None:

@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 
-from astro.config import Quantization
+from astro.config import LayerScheme
 from astro.errors import RunError
 from astro.linalg.tiling import row_tiles
 from astro.quantization import beta_search
@@ -21,11 +21,11 @@ from astro.quantization.block import apart, side_by_side
 from astro.quantization.grid import Grid, QuantizedLinear
 from astro.quantization.input_group import merge_rows
 from astro.quantization.layer_record import LayerRecord
-from astro.quantization.row_solver import Figures, GroupOutcome, SolvedRows
+from astro.quantization.row_solver import Figures, InputGroupOutcome, SolvedRows
 from astro.storage.checked_tensors import load_part, read_part_note, save_part
 from astro.timing import add_seconds
 from astro_dist.planning.units import BlockUnit
-from astro_dist.run_directory.layer_widths import layer_settings
+from astro_dist.run_directory.layer_widths import layer_schemes
 from astro_dist.schedule.calls import BatchParts
 from astro_dist.schedule.names import DECISION, SUM, part_file, share_part, tile_part
 from astro_dist.worker.spec import WorkerSpec
@@ -35,9 +35,9 @@ __all__ = ["BlockInParts", "Tile"]
 
 @dataclasses.dataclass(frozen=True)
 class Tile:
-    """Some rows of groups side by side: their settings, the members of each, rows of their stack or of its sample."""
+    """Some rows of groups side by side: their scheme, the members of each, rows of their stack or of its sample."""
 
-    settings: Quantization
+    scheme: LayerScheme
     members: tuple[tuple[str, ...], ...]
     rows: slice
 
@@ -53,7 +53,7 @@ class BlockInParts:
     Attributes:
         round_index: of the run.
         unit: the block.
-        settings: grid and solver of each layer by name.
+        schemes: Scheme of each layer by name.
         layout: stages of the block's forward, each of groups, each of names of layers that share an input.
         batches: groups that are solved side by side.
         stages: indices of the batches of each runner.
@@ -63,7 +63,7 @@ class BlockInParts:
         """Know of a block what the plan says: how its layers share inputs is yet to be laid out."""
         self._spec = spec
         self.round_index, self.unit = round_index, unit
-        self.settings = layer_settings(spec.run, spec.quantization, unit, round_index)
+        self.schemes = layer_schemes(spec.run, spec.quantization, unit, round_index)
         self.layout: list[list[list[str]]] = []
         self.batches: list[list[list[str]]] = []
         self.stages: list[list[int]] = []
@@ -75,7 +75,7 @@ class BlockInParts:
         shapes = {linear.name: (linear.rows, linear.columns) for linear in self.unit.linears}
         self.layout = [[list(names) for names in groups] for groups in stages]
         for groups in self.layout:
-            together = side_by_side(groups, shapes, self.settings, self._device_type)
+            together = side_by_side(groups, shapes, self.schemes, self._device_type)
             self.stages.append(list(range(len(self.batches), len(self.batches) + len(together))))
             self.batches += [[groups[i] for i in batch] for batch in together]
 
@@ -98,9 +98,9 @@ class BlockInParts:
     def solved(self, batch: int) -> tuple[dict[str, QuantizedLinear], list[LayerRecord]]:
         """Layers and records of a batch whose tiles are all solved."""
         if batch not in self._solved:
-            parts: dict[tuple[str, ...], list[tuple[Tile, SolvedRows, list[GroupOutcome]]]] = {}
+            parts: dict[tuple[str, ...], list[tuple[Tile, SolvedRows, list[InputGroupOutcome]]]] = {}
             for number, tile in enumerate(self.tiles(batch)):
-                parts.setdefault(tile.names, []).append((tile, *self._read_tile(batch, number, tile.settings)))
+                parts.setdefault(tile.names, []).append((tile, *self._read_tile(batch, number, tile.scheme)))
             layers: dict[str, QuantizedLinear] = {}
             records = []
             for tiles in parts.values():
@@ -140,22 +140,22 @@ class BlockInParts:
 
     def _cut(self, batch: int, tiles: Callable[[int, int, str, int], list[slice]]) -> list[Tile]:
         cut = []
-        for settings, stacks in apart(self.batches[batch], self.settings):
+        for scheme, stacks in apart(self.batches[batch], self.schemes):
             shapes = [self.unit.by_name[name] for name in stacks[0]]
             rows, members = sum(linear.rows for linear in shapes), tuple(tuple(names) for names in stacks)
             own = tiles(rows, shapes[0].columns, self._device_type, len(stacks))
-            cut += [Tile(settings, members, part) for part in own]
+            cut += [Tile(scheme, members, part) for part in own]
         return cut
 
     def _merged(
-        self, batch: int, tiles: Sequence[tuple[Tile, SolvedRows, list[GroupOutcome]]]
+        self, batch: int, tiles: Sequence[tuple[Tile, SolvedRows, list[InputGroupOutcome]]]
     ) -> tuple[dict[str, QuantizedLinear], list[LayerRecord]]:
         tile, counts = tiles[0][0], self.note(batch, SUM)
         rows = [[(name, self.unit.by_name[name].rows) for name in names] for names in tile.members]
         by_group = zip(*(outcomes for _, _, outcomes in tiles), strict=True)
         outcomes = [_agreed(name, own) for name, own in zip(tile.names, by_group, strict=True)]
         solved = [solved for _, solved, _ in tiles]
-        layers, records = merge_rows(rows, tile.settings, solved, outcomes, counts["num_tokens"])
+        layers, records = merge_rows(rows, solved, outcomes, counts["num_tokens"])
         measured = self.note(batch, DECISION)["width_errors"]
         for i, record in enumerate(records):
             errors = {int(bits): error for bits, error in measured[record.name].items()}
@@ -163,18 +163,18 @@ class BlockInParts:
             records[i] = dataclasses.replace(record, width_errors=errors, **counted)
         return layers, records
 
-    def _read_tile(self, batch: int, number: int, settings: Quantization) -> tuple[SolvedRows, list[GroupOutcome]]:
+    def _read_tile(self, batch: int, number: int, scheme: LayerScheme) -> tuple[SolvedRows, list[InputGroupOutcome]]:
         tensors, note = self.load(batch, tile_part(number))
-        group_size = settings.columns_per_group(tensors["Q"].shape[-1])
-        grid = Grid(tensors["scale"], tensors["zero"], settings.width, group_size, settings.symmetric)
+        group_size = scheme.columns_per_group(tensors["Q"].shape[-1])
+        grid = Grid(tensors["scale"], tensors["zero"], scheme.bits, group_size, scheme.symmetric)
         figures = Figures(**{field.name: tensors[field.name] for field in dataclasses.fields(Figures)})
-        return SolvedRows(tensors["Q"], grid, figures), [GroupOutcome(**outcome) for outcome in note]
+        return SolvedRows(tensors["Q"], grid, figures), [InputGroupOutcome(**outcome) for outcome in note]
 
     def _path(self, batch: int, part: str) -> Path:
         return self._spec.run.partial(self.round_index, self.unit.index, part_file(batch, part))
 
 
-def _agreed(name: str, outcomes: Sequence[GroupOutcome]) -> GroupOutcome:
+def _agreed(name: str, outcomes: Sequence[InputGroupOutcome]) -> InputGroupOutcome:
     """What was decided for a group, the same in every tile; the seconds of all.
 
     Raises:

@@ -21,7 +21,7 @@ from astro.quantization import beta_search
 from astro.quantization.grid import QuantizedLinear
 from astro.quantization.input_group import stack
 from astro.quantization.layer_record import LayerRecord
-from astro.quantization.row_solver import Figures, LinearGroups, measure_width, prepare_groups, solve_rows
+from astro.quantization.row_solver import Figures, InputGroups, measure_width, prepare_input_groups, solve_rows
 from astro.timing import add_seconds
 from astro_dist.planning.units import BlockUnit
 from astro_dist.schedule.calls import (
@@ -47,7 +47,7 @@ class _Prepared:
     """Groups side by side that are ready to be solved, and their weights; kept from call to call."""
 
     names: tuple[str, ...]
-    groups: LinearGroups
+    groups: InputGroups
     W: torch.Tensor
 
 
@@ -129,7 +129,7 @@ class SplitSolver:
         block = self._enter(call.place)
         tile = block.sample_tiles(call.batch)[call.tile]
         ready = self._ready(block, call.batch, tile)
-        errors = beta_search.weigh(ready.groups, ready.W, tile.rows)
+        errors = beta_search.try_betas(ready.groups, ready.W, tile.rows)
         block.save(call.batch, sample_part(call.tile), {"errors": errors}, {"seconds": ready.groups.spent_()})
 
     def solve_rows(self, call: SolveRows) -> None:
@@ -206,10 +206,8 @@ class SplitSolver:
         W = stack([[weights[name] for name in names] for names in tile.members])
         H, drift = sums["hessian"].to(runner.device), sums.get("drift")
         drift = drift.to(runner.device) if drift is not None else None
-        settings, regularization = tile.settings, runner.spec.regularization
-        scale_dtype = runner.scale_dtype(block.unit)
-        rounded = [fallback == "rtn" for fallback in note["fallback"]]
-        groups = prepare_groups(tile.names, W, H, settings, regularization, scale_dtype, drift, rounded)
+        recipe, lacking = runner.recipe(block.unit), [fallback == "rtn" for fallback in note["fallback"]]
+        groups = prepare_input_groups(tile.names, W, H, tile.scheme, recipe, drift, lacking)
         self._prepared = _Prepared(tile.names, groups, W)
         return self._prepared
 

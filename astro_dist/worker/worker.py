@@ -28,7 +28,7 @@ from astro.quantization.layer_record import LayerRecord
 from astro.storage.atomic import save_tensors
 from astro.timing import add_seconds, timed
 from astro_dist.planning.units import BlockUnit
-from astro_dist.run_directory.layer_widths import layer_settings
+from astro_dist.run_directory.layer_widths import layer_schemes
 from astro_dist.run_directory.unit_record import (
     BlockResult,
     CopyResult,
@@ -79,7 +79,7 @@ class _OpenBlock:
     seconds: dict[str, float]
 
     @property
-    def groups(self) -> list[list[str]]:
+    def input_groups(self) -> list[list[str]]:
         """Names of the layers that share an input."""
         return [names_of(group) for group in self.statistics.input_groups]
 
@@ -224,10 +224,10 @@ class Worker:
         """Quantize the open block's original weights and write its shard: in the last round a file of the model."""
         opened, spec, runner = self._opened(call), self._spec, self._runner
         unit = opened.unit
-        settings = layer_settings(spec.run, spec.quantization, unit, call.round_index)
-        weights, scale_dtype = runner.weights(unit, unit.by_name), runner.scale_dtype(unit)
-        groups, widths, known = opened.groups, runner.widths(call.round_index), self._known(opened)
-        quantized, records = quantize_block(weights, groups, known, settings, spec.regularization, scale_dtype, widths)
+        schemes = layer_schemes(spec.run, spec.quantization, unit, call.round_index)
+        weights, widths = runner.weights(unit, unit.by_name), runner.widths(call.round_index)
+        recipe, known = runner.recipe(unit), self._known(opened)
+        quantized, records = quantize_block(weights, opened.input_groups, known, schemes, recipe, widths)
         self._open = None
         finished = self._finish_block(call.round_index, unit, quantized, records, opened.feeding_seconds())
         runner.close()
@@ -237,7 +237,7 @@ class Worker:
         """Hand the open block's Hessians on: workers that have nothing to do help to solve it."""
         opened = self._opened(call)
         known, seconds = self._known(opened), opened.feeding_seconds()
-        parts = self._solver.split_block(call.round_index, opened.unit, opened.groups, known, seconds)
+        parts = self._solver.split_block(call.round_index, opened.unit, opened.input_groups, known, seconds)
         self._open = None
         return parts
 

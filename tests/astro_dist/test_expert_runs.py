@@ -134,7 +134,7 @@ def test_layers_of_odd_widths_have_a_policy(run_config, tmp_path, policy):
     changes = {"model__source": str(source), "quantization__group_size": 16}
     with pytest.raises(ConfigError, match="group_size 16 does not divide a layer of 72 input columns"):
         prepare(run_config(**changes))
-    summary = pipeline.quantize(run_config(**changes, quantization__odd_widths=policy))
+    summary = pipeline.quantize(run_config(**changes, quantization__indivisible=policy))
     found = {layer["group_size"] for layer in layers_of(summary)}
     assert found == ({16, 72} if policy == "per-channel" else {16})
     assert any("layers whose input is no multiple of the group size" in note for note in summary["notes"])

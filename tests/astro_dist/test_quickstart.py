@@ -11,7 +11,7 @@ import torch
 import transformers
 from safetensors.torch import load_file
 
-from astro.config import Quantization
+from astro.config import LayerScheme
 from astro.formats import compressed_tensors
 from astro.storage.checkpoint import Checkpoint
 from astro_dist.export.verify import verify_model
@@ -36,12 +36,12 @@ def run(tmp_path_factory):
 def dequantized_model(folder):
     """The source model with every quantized weight replaced by what our own reader makes of the files."""
     model = transformers.AutoModelForCausalLM.from_pretrained(resolve_demo("demo:smollm2-135m"), dtype=torch.float32)
-    checkpoint, settings = Checkpoint.open(folder), Quantization(bits=4, group_size=64)
+    checkpoint, scheme = Checkpoint.open(folder), LayerScheme(bits=4, group_size=64)
     tensors = checkpoint.read(checkpoint.entries)
     stems = [name.removesuffix(".weight_packed") for name in tensors if name.endswith(".weight_packed")]
     assert len(stems) == 210
     for stem in stems:
-        weight = compressed_tensors.unpack_linear(stem, tensors, settings).dequantize()
+        weight = compressed_tensors.unpack_linear(stem, tensors, scheme).dequantize()
         model.get_submodule(stem).weight.data.copy_(weight)
     return model
 

@@ -29,7 +29,7 @@ from astro.config import Quantization, Regularizer
 from astro.model.skeleton import Skeleton
 from astro.quantization.beta_search import NUM_CANDIDATES
 from astro.quantization.grid import num_candidates
-from astro.quantization.row_solver import num_sampled
+from astro.quantization.row_solver import num_sample_rows
 from astro.storage.byte_store import FolderStore
 from astro.storage.checkpoint import Checkpoint, TensorEntry
 from astro_dist.config.schema import RunConfig
@@ -130,7 +130,7 @@ def solve_needs(columns: int, rows: float, settings: Quantization, regularizatio
     weights, product = rows * columns, 2.0 * rows * columns**2
     square, read, written = 4.0 * columns**2, 4.0 * weights, 5.0 * weights
     steps = regularization.steps if regularization.name != "none" else 0
-    elementwise = num_candidates(settings) * _CANDIDATE_OPERATIONS * weights
+    elementwise = num_candidates(settings.symmetric, settings) * _CANDIDATE_OPERATIONS * weights
     is_admm = regularization.solver == "admm"
     products = max(steps - 1, 0) * product if is_admm else steps * product
     clipped = Need(exact=steps * _PROX_OPERATIONS * weights, moved_bytes=square + 2 * read)
@@ -154,7 +154,7 @@ def group_needs(group: PredictedInputGroup, settings: Quantization, regularizati
     needs = solve_needs(columns, group.rows, settings, regularization)
     needs["factor"] = Need(exact=columns**3 / 3.0, moved_bytes=8.0 * columns**2) * gptq
     if regularization.is_searched:
-        sampled = num_sampled(group.rows)
+        sampled = num_sample_rows(group.rows)
         weighed = solve_needs(columns, sampled * NUM_CANDIDATES, settings, regularization)
         weighed["regularize"] *= 1 - 1 / NUM_CANDIDATES
         weighed.pop("refine", None)

@@ -33,6 +33,7 @@ from astro.linalg import bf16_matmul, compiled, symmetric
 from astro.linalg.tiling import row_tiles
 from astro.quantization import beta_search, gptq, refine, regularizer
 from astro.quantization.block import quantize_block
+from astro.quantization.row_solver import Recipe
 from astro_dist.planning.devices import DEVICES
 
 ROOT = Path(__file__).parents[2]
@@ -55,7 +56,7 @@ _SOLVE = {
 }  # fmt: skip
 """Phases of a solve by the functions that `solve_rows` calls; all else it calls are figures."""
 _PHASES = {
-    "weigh": "beta", "choose": "choose", "add_": "hessian", "finish_": "prepare", "prepare_groups": "prepare",
+    "try_betas": "beta", "choose": "choose", "add_": "hessian", "finish_": "prepare", "prepare_input_groups": "prepare",
     "merge_rows": "merge and pack", "pack_linear": "merge and pack",
 }  # fmt: skip
 TIMES = {
@@ -185,8 +186,9 @@ def run_group(columns: int, settings: Quantization, plain: bool) -> Launches:
         with torch.no_grad(), counter, HostCopies(counter), as_on_a_gpu(counter), kernels:
             sums.add_(X.bfloat16())
             known = InputStatistics(("layer",), sums.finish_("layer"), len(X), len(X))
-            job = ([known], {"layer": settings}, settings_of_beta, torch.bfloat16)
-            layers, _ = quantize_block({"layer": W}, [["layer"]], *job)
+            schemes = {"layer": settings.scheme("layer", columns)}
+            recipe = Recipe(settings, settings_of_beta, torch.bfloat16)
+            layers, _ = quantize_block({"layer": W}, [["layer"]], [known], schemes, recipe)
             layout.pack_linear("layer", layers["layer"], torch.bfloat16)
         counters.append(counter)
     searched, given = counters

@@ -21,7 +21,8 @@ sys.path.insert(0, str(Path(__file__).parents[2]))
 from astro.calibration.hessian import HessianAccumulator
 from astro.config import Quantization, Regularizer
 from astro.linalg.symmetric import layer_error
-from astro.quantization.input_group import quantize_groups
+from astro.quantization.input_group import quantize_input_groups
+from astro.quantization.row_solver import Recipe
 
 NONE, AUTO = Regularizer(name="none"), Regularizer()
 PLAIN = {"scale_search": "mse", "signed_scales": False, "refine_passes": 0}
@@ -87,7 +88,8 @@ def main() -> None:
         for group in groups:
             weights = {name: model.get_submodule(name).weight.detach() for name in group}
             H = calibration[group[0]][None]
-            members, (record,) = quantize_groups([weights], H, [1], settings, regularizer, torch.float16)
+            recipe, scheme = Recipe(settings, regularizer, torch.float16), settings.scheme(group[0], H.shape[-1])
+            members, (record,) = quantize_input_groups([weights], H, [1], scheme, recipe)
             records.setdefault(method, []).append(record)
             logs.setdefault(method, []).append(math.log(held_out_error(members, weights, judge[group[0]])))
             seconds[method] = seconds.get(method, 0.0) + sum(record.seconds.values())

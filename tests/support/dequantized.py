@@ -28,12 +28,12 @@ def write_dequantized(source: Path, quantized: Path, target: Path) -> int:
         layers += skeleton.linear_layers(index, keys_of(skeleton, checkpoint, index))[0]
     config = read_json(quantized / "config.json")["quantization_config"]
     layout = LAYOUTS[config["quant_method"]]
-    settings = layout.read_settings(config, [layer.name for layer in layers])
+    schemes = layout.read_schemes(config, [layer.name for layer in layers])
     tensors = {name: tensor.float() for name, tensor in checkpoint.read(checkpoint.entries).items()}
     for layer in layers:
-        names = [f"{layer.stem}.{suffix}" for suffix in layout.suffixes(settings[layer.name])]
-        found = layout.unpack_linear(layer.stem, result.read(names), settings[layer.name])
-        layer.stored(tensors[layer.key]).copy_(found.dequantize())
+        names = [f"{layer.stem}.{suffix}" for suffix in layout.suffixes(schemes[layer.name])]
+        linear = layout.unpack_linear(layer.stem, result.read(names), schemes[layer.name])
+        layer.stored(tensors[layer.key]).copy_(linear.dequantize())
     shutil.copytree(source, target, ignore=shutil.ignore_patterns("*.safetensors", "*.index.json"), dirs_exist_ok=True)
     save_file(tensors, target / "model.safetensors", {"format": "pt"})
     write_json(target / "config.json", read_json(source / "config.json"))

@@ -3,14 +3,14 @@
 import pytest
 import torch
 
-from astro.config import Quantization
+from astro.config import LayerScheme, SolverSettings
 from astro.formats import LAYOUTS
 from astro.formats.block_shard import kept_keys, pack_block, unpack_block
 from astro.model.linear_layer import LinearLayer
 from astro.quantization.grid import QuantizedLinear, fit_grid
 from tests.support.models import random_weights
 
-SETTINGS = Quantization(group_size=32)
+SCHEME = LayerScheme(group_size=32)
 
 
 def expert(index, first, part):
@@ -40,7 +40,7 @@ def block(request):
     quantized = {}
     for i, layer in enumerate(layers):
         W = random_weights(32, 64, seed=i)
-        grid = fit_grid(W, SETTINGS, torch.float16, torch.ones(64))
+        grid = fit_grid(W, SCHEME, SolverSettings(), torch.float16, torch.ones(64))
         quantized[layer.name] = QuantizedLinear(grid.quantize(W), grid)
     return layers, source, quantized
 
@@ -54,8 +54,8 @@ def shard(layout, block):
 def test_round_trip(layout, block):
     layers, source, quantized = block
     shapes = {key: tuple(tensor.shape) for key, tensor in source.items()}
-    settings = {layer.name: SETTINGS for layer in layers}
-    read = unpack_block(layout, layers, shard(layout, block), settings, shapes, torch.float32)
+    schemes = {layer.name: SCHEME for layer in layers}
+    read = unpack_block(layout, layers, shard(layout, block), schemes, shapes, torch.float32)
     assert {key: tuple(tensor.shape) for key, tensor in read.items()} == shapes
     for layer in layers:
         assert torch.equal(layer.stored(read[layer.key]), quantized[layer.name].dequantize())
@@ -64,7 +64,7 @@ def test_round_trip(layout, block):
 
 def test_shard_holds_linear_layers_and_what_is_kept(layout, block):
     layers, source, _ = block
-    expected = {f"{layer.stem}.{suffix}" for layer in layers for suffix in layout.suffixes(SETTINGS)}
+    expected = {f"{layer.stem}.{suffix}" for layer in layers for suffix in layout.suffixes(SCHEME)}
     expected |= {f"{layer.stem}.bias" for layer in layers if layer.bias}
     expected |= set(source) - {layer.key for layer in layers} - {layer.bias for layer in layers}
     assert set(shard(layout, block)) == expected

@@ -5,16 +5,16 @@ import torch
 from compressed_tensors.compressors import PackedQuantizationCompressor
 from compressed_tensors.quantization import QuantizationArgs, QuantizationConfig, QuantizationScheme
 
-from astro.config import Override, Quantization
+from astro.config import LayerScheme, Override, Quantization, SolverSettings
 from astro.errors import CheckpointError
 from astro.formats import compressed_tensors as ct
 from astro.quantization.grid import QuantizedLinear, fit_grid
 from tests.support.models import random_weights
 
 
-def linear(settings, rows=16, columns=64):
+def linear(scheme, rows=16, columns=64):
     W = random_weights(rows, columns)
-    grid = fit_grid(W, settings, torch.float16, torch.ones(columns))
+    grid = fit_grid(W, scheme, SolverSettings(), torch.float16, torch.ones(columns))
     return QuantizedLinear(grid.quantize(W), grid)
 
 
@@ -22,11 +22,11 @@ def linear(settings, rows=16, columns=64):
 @pytest.mark.parametrize("symmetric", [True, False])
 @pytest.mark.parametrize("group_size", [32, -1])
 def test_round_trip(bits, symmetric, group_size):
-    settings = Quantization(bits=bits, symmetric=symmetric, group_size=group_size)
-    before = linear(settings)
+    scheme = LayerScheme(bits=bits, symmetric=symmetric, group_size=group_size)
+    before = linear(scheme)
     tensors = ct.pack_linear("m.q", before, torch.float16)
-    assert set(tensors) == {f"m.q.{suffix}" for suffix in ct.suffixes(settings)}
-    after = ct.unpack_linear("m.q", tensors, settings)
+    assert set(tensors) == {f"m.q.{suffix}" for suffix in ct.suffixes(scheme)}
+    after = ct.unpack_linear("m.q", tensors, scheme)
     assert torch.equal(after.Q, before.Q)
     assert torch.equal(after.dequantize(), before.dequantize())
 
@@ -35,21 +35,21 @@ def test_round_trip(bits, symmetric, group_size):
 @pytest.mark.parametrize("symmetric", [True, False])
 @pytest.mark.parametrize("group_size", [32, -1])
 def test_against_the_librarys_own_compressor(bits, symmetric, group_size):
-    settings = Quantization(bits=bits, symmetric=symmetric, group_size=group_size)
-    quantized = linear(settings)
+    scheme = LayerScheme(bits=bits, symmetric=symmetric, group_size=group_size)
+    quantized = linear(scheme)
     state = {"weight": quantized.dequantize(), "weight_scale": quantized.grid.scale}
     if not symmetric:
         state["weight_zero_point"] = quantized.grid.zero.to(torch.int8)
-    weights = ct.quantization_config({"m": settings}, [])["config_groups"]["group_0"]["weights"]
-    scheme = QuantizationScheme(targets=["Linear"], weights=QuantizationArgs(**weights))
-    expected = PackedQuantizationCompressor.compress(state, scheme)
+    weights = ct.quantization_config({"m": scheme}, [], "static")["config_groups"]["group_0"]["weights"]
+    theirs = QuantizationScheme(targets=["Linear"], weights=QuantizationArgs(**weights))
+    expected = PackedQuantizationCompressor.compress(state, theirs)
     packed = {name.removeprefix("m."): t for name, t in ct.pack_linear("m", quantized, torch.float32).items()}
     assert set(packed) == set(expected)
     assert all(torch.equal(packed[name], expected[name]) for name in expected)
 
 
 def test_layout_is_exact():
-    tensors = ct.pack_linear("m.q", linear(Quantization(group_size=32, symmetric=False)), torch.bfloat16)
+    tensors = ct.pack_linear("m.q", linear(LayerScheme(group_size=32, symmetric=False)), torch.bfloat16)
     layout = {name: (tensor.dtype, tuple(tensor.shape)) for name, tensor in tensors.items()}
     assert layout == {
         "m.q.weight_packed": (torch.int32, (16, 8)),
@@ -62,8 +62,8 @@ def test_layout_is_exact():
 @pytest.mark.parametrize("group_size", [32, -1])
 @pytest.mark.parametrize("symmetric", [True, False])
 def test_config_is_accepted_by_the_library(group_size, symmetric):
-    settings = Quantization(group_size=group_size, symmetric=symmetric)
-    parsed = QuantizationConfig.model_validate(ct.quantization_config({"m.q": settings}, ["lm_head"]))
+    scheme = LayerScheme(group_size=group_size, symmetric=symmetric)
+    parsed = QuantizationConfig.model_validate(ct.quantization_config({"m.q": scheme}, ["lm_head"], "static"))
     weights = parsed.config_groups["group_0"].weights
     assert (weights.num_bits, weights.symmetric, parsed.ignore) == (4, symmetric, ["lm_head"])
     assert weights.group_size == (32 if group_size == 32 else None)
@@ -79,11 +79,11 @@ def test_config_is_accepted_by_the_library(group_size, symmetric):
     ],
 )
 def test_damaged_layers_are_refused(suffix, tensor, message):
-    settings = Quantization(group_size=32)
-    tensors = ct.pack_linear("m.q", linear(settings), torch.float16)
+    scheme = LayerScheme(group_size=32)
+    tensors = ct.pack_linear("m.q", linear(scheme), torch.float16)
     tensors.pop(f"m.q.{suffix}") if tensor is None else tensors.update({f"m.q.{suffix}": tensor})
     with pytest.raises(CheckpointError, match=message):
-        ct.unpack_linear("m.q", tensors, settings)
+        ct.unpack_linear("m.q", tensors, scheme)
 
 
 @pytest.mark.parametrize(
@@ -96,34 +96,46 @@ def test_damaged_layers_are_refused(suffix, tensor, message):
     ],
 )
 def test_what_servers_refuse_is_said(changes, note):
-    notes = ct.server_notes({"m.q": Quantization(**changes)}, [])
+    notes = ct.server_notes({"m.q": [LayerScheme(**changes)]}, [])
     assert (note is None and not notes) or any(note in text for text in notes)
 
 
 def mixed(overrides, names=("a.q_proj", "a.k_proj", "a.v_proj", "a.o_proj")):
     settings = Quantization(group_size=32, overrides=overrides)
-    return {name: settings.for_layer(name) for name in names}
+    return {name: settings.scheme(name, 128) for name in names}
 
 
-def test_layers_with_settings_of_their_own_are_named_in_the_config():
-    settings = mixed({"*.o_proj": Override(bits=8), "*.v_proj": Override(group_size=64)})
-    config = ct.quantization_config(settings, ["lm_head"])
+def test_layers_with_schemes_of_their_own_are_named_in_the_config():
+    schemes = mixed({"*.o_proj": Override(bits=8), "*.v_proj": Override(group_size=64)})
+    config = ct.quantization_config(schemes, ["lm_head"], "static")
     parsed = QuantizationConfig.model_validate(config)
-    schemes = {tuple(g.targets): (g.weights.num_bits, g.weights.group_size) for g in parsed.config_groups.values()}
-    assert schemes == {("a.q_proj", "a.k_proj"): (4, 32), ("a.v_proj",): (4, 64), ("a.o_proj",): (8, 32)}
-    read = ct.read_settings(config, list(settings))
-    assert {name: (layer.bits, layer.group_size) for name, layer in read.items()} == {
-        name: (layer.bits, layer.group_size) for name, layer in settings.items()
-    }
+    read = {tuple(g.targets): (g.weights.num_bits, g.weights.group_size) for g in parsed.config_groups.values()}
+    assert read == {("a.q_proj", "a.k_proj"): (4, 32), ("a.v_proj",): (4, 64), ("a.o_proj",): (8, 32)}
+    assert ct.read_schemes(config, list(schemes)) == schemes
     with pytest.raises(CheckpointError, match=r"no config_group names the packed layer a\.x"):
-        ct.read_settings(config, ["a.x"])
+        ct.read_schemes(config, ["a.x"])
     config["config_groups"]["group_1"]["targets"].append("a.o_proj")
     with pytest.raises(CheckpointError, match=r"two config_groups name layer a\.o_proj"):
-        ct.read_settings(config, list(settings))
+        ct.read_schemes(config, list(schemes))
 
 
 def test_layers_that_servers_fuse_and_that_differ_are_said():
-    assert not ct.server_notes(mixed({"*.o_proj": Override(bits=8)}), ["lm_head"])
+    def notes_on(schemes, ignore):
+        return ct.server_notes({name: [scheme] for name, scheme in schemes.items()}, ignore)
+
+    assert not notes_on(mixed({"*.o_proj": Override(bits=8)}), ["lm_head"])
     ignored = mixed({}, ("a.q_proj", "a.v_proj"))
-    for notes in (ct.server_notes(mixed({"*.v_proj": Override(bits=8)}), []), ct.server_notes(ignored, ["a.k_proj"])):
+    for notes in (notes_on(mixed({"*.v_proj": Override(bits=8)}), []), notes_on(ignored, ["a.k_proj"])):
         assert any("a.q_proj and a.k_proj and a.v_proj differ" in note for note in notes)
+
+
+def test_widths_that_are_yet_to_be_chosen_are_judged_as_possible():
+    possible = {"m.q": [LayerScheme(bits=bits, group_size=96) for bits in (2, 3, 4)]}
+    assert [note.partition(":")[0] for note in ct.server_notes(possible, [])] == ["2 and 3-bit weights (bits"]
+
+
+def test_an_order_of_activations_is_named_where_columns_have_groups():
+    schemes = {"m.q": LayerScheme(group_size=32), "m.k": LayerScheme(group_size=-1)}
+    for act_order, named in (("static", ["static", None]), ("none", [None, None])):
+        config = ct.quantization_config(schemes, [], act_order)
+        assert [group["weights"]["actorder"] for group in config["config_groups"].values()] == named

@@ -3,16 +3,16 @@
 import pytest
 import torch
 
-from astro.config import Override, Quantization
+from astro.config import LayerScheme, Override, Quantization, SolverSettings
 from astro.errors import CheckpointError, ConfigError
 from astro.formats import gptq_v1
 from astro.quantization.grid import QuantizedLinear, fit_grid
 from tests.support.models import random_weights
 
 
-def linear(settings, rows=32, columns=64):
+def linear(scheme, rows=32, columns=64):
     W = random_weights(rows, columns)
-    grid = fit_grid(W, settings, torch.float16, torch.ones(columns))
+    grid = fit_grid(W, scheme, SolverSettings(), torch.float16, torch.ones(columns))
     return QuantizedLinear(grid.quantize(W), grid)
 
 
@@ -32,17 +32,17 @@ def read_as_defined(tensors, bits, rows, columns):
 @pytest.mark.parametrize("bits", [2, 3, 4, 8])
 @pytest.mark.parametrize("group_size", [32, -1])
 def test_readers_get_the_weights(bits, group_size):
-    settings = Quantization(bits=bits, group_size=group_size, format="gptq")
-    before = linear(settings)
+    scheme = LayerScheme(bits=bits, group_size=group_size)
+    before = linear(scheme)
     tensors = gptq_v1.pack_linear("m", before, torch.float16)
     assert torch.equal(read_as_defined(tensors, bits, 32, 64), before.dequantize())
-    after = gptq_v1.unpack_linear("m", tensors, settings)
+    after = gptq_v1.unpack_linear("m", tensors, scheme)
     assert torch.equal(after.Q, before.Q)
     assert torch.equal(after.dequantize(), before.dequantize())
 
 
 def test_layout_is_exact():
-    tensors = gptq_v1.pack_linear("m", linear(Quantization(group_size=32, format="gptq")), torch.float16)
+    tensors = gptq_v1.pack_linear("m", linear(LayerScheme(group_size=32)), torch.float16)
     assert {name: (tensor.dtype, tuple(tensor.shape)) for name, tensor in tensors.items()} == {
         "m.qweight": (torch.int32, (8, 32)),
         "m.qzeros": (torch.int32, (2, 4)),
@@ -53,14 +53,13 @@ def test_layout_is_exact():
 
 
 def test_config_round_trip_with_other_widths_and_layers_that_stay():
-    base, other = Quantization(group_size=32, format="gptq"), Quantization(bits=8, group_size=64, format="gptq")
-    config = gptq_v1.quantization_config({"a.b": base, "a.bc": base, "axb": other}, ["lm_head", "a.d"])
+    base, other = LayerScheme(group_size=32), LayerScheme(bits=8, group_size=64)
+    config = gptq_v1.quantization_config({"a.b": base, "a.bc": base, "axb": other}, ["lm_head", "a.d"], "static")
     assert (config["bits"], config["group_size"], config["desc_act"], config["sym"]) == (4, 32, False, True)
-    read = gptq_v1.read_settings(config, ["a.b", "a.bc", "axb"])
-    assert [(layer.bits, layer.group_size) for layer in read.values()] == [(4, 32), (4, 32), (8, 64)]
+    assert gptq_v1.read_schemes(config, ["a.b", "a.bc", "axb"]) == {"a.b": base, "a.bc": base, "axb": other}
     assert [gptq_v1.is_ignored(config, name) for name in ("lm_head", "a.d", "a.b", "axd")] == [True, True, False, False]
     with pytest.raises(CheckpointError, match="dynamic excludes a.d, but it is packed"):
-        gptq_v1.read_settings(config, ["a.d"])
+        gptq_v1.read_schemes(config, ["a.d"])
 
 
 def test_asymmetric_grids_are_refused():
@@ -82,16 +81,16 @@ def test_asymmetric_grids_are_refused():
     ],
 )
 def test_what_disagrees_is_refused(name, change, message):
-    settings = Quantization(group_size=32, format="gptq")
-    tensors = gptq_v1.pack_linear("m", linear(settings), torch.float16)
+    scheme = LayerScheme(group_size=32)
+    tensors = gptq_v1.pack_linear("m", linear(scheme), torch.float16)
     tensor = tensors.pop(f"m.{name}")
     if change:
         tensors[f"m.{name}"] = change(tensor)
     with pytest.raises(CheckpointError, match=message):
-        gptq_v1.unpack_linear("m", tensors, settings)
+        gptq_v1.unpack_linear("m", tensors, scheme)
 
 
-def test_layer_of_open_width_has_to_fit_every_choice():
-    settings = Quantization(bits="auto", average_bits=3.5, bit_choices=(3, 4), format="gptq")
-    assert gptq_v1.refusal(32, 64, settings) is None
-    assert "24 x 64 weights of 3 bits (bits: auto may choose them)" in str(gptq_v1.refusal(24, 64, settings))
+def test_rows_and_columns_have_to_fill_whole_words():
+    assert gptq_v1.refusal(24, 64, LayerScheme(bits=4)) is None
+    assert "24 x 64 weights of 3 bits do not fill" in str(gptq_v1.refusal(24, 64, LayerScheme(bits=3)))
+    assert "64 x 24 weights of 3 bits do not fill" in str(gptq_v1.refusal(64, 24, LayerScheme(bits=3)))

@@ -3,21 +3,21 @@
 import pytest
 import torch
 
-from astro.config import Quantization
+from astro.config import LayerScheme, SolverSettings
 from astro.errors import CheckpointError
 from astro.formats import LAYOUTS
 from astro.model.linear_layer import LinearLayer
 from astro.quantization.grid import QuantizedLinear, fit_grid
 from tests.support.models import random_weights
 
-SETTINGS = Quantization(group_size=32)
+SCHEME = LayerScheme(group_size=32)
 
 pytestmark = pytest.mark.parametrize("name", LAYOUTS)
 
 
 def packed(layout):
     W = random_weights(32, 64)
-    grid = fit_grid(W, SETTINGS, torch.float16, torch.ones(64))
+    grid = fit_grid(W, SCHEME, SolverSettings(), torch.float16, torch.ones(64))
     linear = QuantizedLinear(grid.quantize(W), grid)
     return linear, layout.pack_linear("m.q", linear, torch.float16)
 
@@ -25,7 +25,7 @@ def packed(layout):
 def test_packed_layers_are_read_back(name):
     layout = LAYOUTS[name]
     before, tensors = packed(layout)
-    after = layout.unpack_linear("m.q", tensors, SETTINGS)
+    after = layout.unpack_linear("m.q", tensors, SCHEME)
     assert torch.equal(after.Q, before.Q)
     assert torch.equal(after.dequantize(), before.dequantize())
 
@@ -33,27 +33,26 @@ def test_packed_layers_are_read_back(name):
 def test_tensors_have_the_endings_that_the_layout_names(name):
     layout = LAYOUTS[name]
     _, tensors = packed(layout)
-    assert set(tensors) == {f"m.q.{suffix}" for suffix in layout.suffixes(SETTINGS)}
-    assert layout.MARK in layout.suffixes(SETTINGS)
+    assert set(tensors) == {f"m.q.{suffix}" for suffix in layout.suffixes(SCHEME)}
+    assert layout.MARK in layout.suffixes(SCHEME)
 
 
 def test_config_says_what_is_packed_and_in_which_layout(name):
     layout = LAYOUTS[name]
-    config = layout.quantization_config({"m.q": SETTINGS}, ["lm_head"])
+    config = layout.quantization_config({"m.q": SCHEME}, ["lm_head"], "static")
     assert config["quant_method"] == layout.METHOD == name
-    read = layout.read_settings(config, ["m.q"])["m.q"]
-    assert (read.bits, read.group_size, read.symmetric) == (4, 32, True)
+    assert layout.read_schemes(config, ["m.q"]) == {"m.q": SCHEME}
     assert [layout.is_ignored(config, module) for module in ("m.q", "lm_head")] == [False, True]
 
 
 def test_a_config_of_another_layout_is_refused(name):
-    config = LAYOUTS[name].quantization_config({"m.q": SETTINGS}, [])
+    config = LAYOUTS[name].quantization_config({"m.q": SCHEME}, [], "static")
     with pytest.raises(CheckpointError, match="expected .*, got "):
-        LAYOUTS[name].read_settings({**config, "quant_method": "other"}, ["m.q"])
+        LAYOUTS[name].read_schemes({**config, "quant_method": "other"}, ["m.q"])
 
 
 def test_usual_layers_are_stored_and_served_without_a_note(name):
     layout = LAYOUTS[name]
-    assert layout.refusal(32, 64, SETTINGS) is None
-    assert layout.server_notes({"m.q": SETTINGS}, []) == []
+    assert layout.refusal(32, 64, SCHEME) is None
+    assert layout.server_notes({"m.q": [SCHEME]}, []) == []
     assert layout.reader_notes([LinearLayer.plain("m.q", "m.q.weight", 32, 64)]) == []

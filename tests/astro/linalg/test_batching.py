@@ -7,14 +7,17 @@ import pytest
 import torch
 
 from astro.calibration.starved_experts import InputStatistics
-from astro.config import Quantization, Regularizer
+from astro.config import LayerScheme, Regularizer, SolverSettings
 from astro.errors import NumericalError
 from astro.linalg.batching import batches, first_of
 from astro.quantization.block import apart, quantize_block, side_by_side
-from astro.quantization.input_group import quantize_groups
+from astro.quantization.input_group import quantize_input_groups
+from astro.quantization.row_solver import Recipe
 from tests.support.models import correlated_inputs, random_weights
 
-SETTINGS, AUTO = Quantization(group_size=16, bits=3), Regularizer()
+SCHEME, AUTO = LayerScheme(group_size=16, bits=3), Regularizer()
+RECIPE = Recipe(SolverSettings(), AUTO, torch.float16)
+PLAIN = SolverSettings(scale_search="minmax", refine_passes=0)
 
 
 def problems(count=4, rows=24, columns=64):
@@ -27,18 +30,21 @@ def problems(count=4, rows=24, columns=64):
     return groups, torch.stack([x.T @ x / 300 for x in X])
 
 
-def solve(groups, H, regularizer=AUTO, settings=SETTINGS):
-    return quantize_groups(groups, H, [100] * len(groups), settings, regularizer, torch.float16, widths=(2, 8))
+def solve(groups, H, regularizer=AUTO, scheme=SCHEME, solver=RECIPE.solver):
+    recipe = Recipe(solver, regularizer, torch.float16)
+    return quantize_input_groups(groups, H, [100] * len(groups), scheme, recipe, widths=(2, 8))
 
 
-@pytest.mark.parametrize("changes", [{}, {"symmetric": False, "scale_search": "mse"}, {"bits": 4, "group_size": -1}])
+@pytest.mark.parametrize(
+    ("changes", "search"), [({}, "hessian"), ({"symmetric": False}, "mse"), ({"bits": 4, "group_size": -1}, "hessian")]
+)
 @pytest.mark.parametrize("regularizer", [Regularizer(), Regularizer(beta=1e-3, solver="pgd"), Regularizer(name="none")])
-def test_each_group_gets_what_it_would_get_alone(changes, regularizer):
+def test_each_group_gets_what_it_would_get_alone(changes, search, regularizer):
     groups, H = problems()
-    settings = dataclasses.replace(SETTINGS, **changes)
-    layers, records = solve(groups, H, regularizer, settings)
+    settings = (regularizer, dataclasses.replace(SCHEME, **changes), SolverSettings(scale_search=search))
+    layers, records = solve(groups, H, *settings)
     for i, group in enumerate(groups):
-        alone, (record,) = solve([group], H[i : i + 1], regularizer, settings)
+        alone, (record,) = solve([group], H[i : i + 1], *settings)
         for name in group:
             assert int(layers[name].Q.ne(alone[name].Q).sum()) <= 0.01 * alone[name].Q.numel()  # ties
         assert records[i].relative_error == pytest.approx(record.relative_error, rel=0.01)
@@ -49,8 +55,7 @@ def test_each_group_gets_what_it_would_get_alone(changes, regularizer):
 def test_each_group_has_a_beta_of_its_own():
     groups, H = problems()
     groups[1] = {name: torch.ones_like(W) for name, W in groups[1].items()}  # a grid holds them as they are
-    settings = dataclasses.replace(SETTINGS, scale_search="minmax", refine_passes=0)
-    _, records = solve(groups, H, settings=settings)
+    _, records = solve(groups, H, solver=PLAIN)
     assert records[1].beta == records[1].beta_gain == 0
     assert all(record.beta > 0 < record.beta_gain for record in records if record is not records[1])
 
@@ -68,9 +73,9 @@ def test_group_without_statistics_is_rounded_to_nearest_among_others():
     groups, H = problems(3)
     H[1] = torch.eye(64)
     for regularizer in (AUTO, Regularizer(beta=1e-2)):
-        settings = dataclasses.replace(SETTINGS, scale_search="minmax", refine_passes=0)
-        layers, records = quantize_groups(
-            groups, H, [100, 0, 100], settings, regularizer, torch.float16, rounded=[False, True, False]
+        recipe = Recipe(PLAIN, regularizer, torch.float16)
+        layers, records = quantize_input_groups(
+            groups, H, [100, 0, 100], SCHEME, recipe, lacks_statistics=[False, True, False]
         )
         for name, W in groups[1].items():
             assert torch.equal(layers[name].Q, layers[name].grid.quantize(W))
@@ -85,9 +90,8 @@ def test_statistics_come_to_their_end_and_are_let_go():
         last.append(weakref.ref(H))
         yield InputStatistics(("a",), H, 1, 1)
 
-    settings = {"a": SETTINGS}
     known = statistics()
-    quantize_block({"a": random_weights(8, 64)}, [["a"]], known, settings, AUTO, torch.float16)
+    quantize_block({"a": random_weights(8, 64)}, [["a"]], known, {"a": SCHEME}, RECIPE)
     assert last[0]() is None
 
 
@@ -97,9 +101,9 @@ def test_statistics_that_fail_do_so_without_any_group():
         yield
 
     with pytest.raises(NumericalError, match="no token reached a"):
-        quantize_block({}, [], unreached(), {}, AUTO, torch.float16)
+        quantize_block({}, [], unreached(), {}, RECIPE)
     with pytest.raises(AssertionError, match="belong to no group"):
-        quantize_block({}, [], iter([InputStatistics(("a",), torch.eye(2), 1, 1)]), {}, AUTO, torch.float16)
+        quantize_block({}, [], iter([InputStatistics(("a",), torch.eye(2), 1, 1)]), {}, RECIPE)
 
 
 def test_group_that_cannot_be_solved_is_named():
@@ -121,13 +125,13 @@ def test_batches_are_of_neighbours_of_one_shape_and_bounded():
     assert batches([], "cpu") == []
 
 
-def test_settings_part_what_is_side_by_side():
+def test_schemes_part_what_is_side_by_side():
     names = [[f"{i}.gate", f"{i}.up"] for i in range(4)]
     shapes = {name: (8, 16) for group in names for name in group}
-    wide = dataclasses.replace(SETTINGS, bits=8)
-    settings = {name: wide if name in ("2.gate", "2.up") or name.endswith("up") else SETTINGS for name in shapes}
-    assert side_by_side(names, shapes, settings, "cpu") == [range(2), range(2, 3), range(3, 4)]
-    assert apart(names[:2], settings) == [(SETTINGS, [["0.gate"], ["1.gate"]]), (wide, [["0.up"], ["1.up"]])]
+    wide = dataclasses.replace(SCHEME, bits=8)
+    schemes = {name: wide if name in ("2.gate", "2.up") or name.endswith("up") else SCHEME for name in shapes}
+    assert side_by_side(names, shapes, schemes, "cpu") == [range(2), range(2, 3), range(3, 4)]
+    assert apart(names[:2], schemes) == [(SCHEME, [["0.gate"], ["1.gate"]]), (wide, [["0.up"], ["1.up"]])]
 
 
 def test_first_of_names_the_first():

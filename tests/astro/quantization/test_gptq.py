@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from astro.config import Quantization
+from astro.config import LayerScheme, SolverSettings
 from astro.linalg.cholesky import factorize
 from astro.linalg.symmetric import layer_error
 from astro.quantization.gptq import activation_order, solve
@@ -11,12 +11,12 @@ from astro.quantization.grid import fit_grid
 from tests.support.models import correlated_inputs, random_weights
 
 
-def problem(rows, columns, seed=0, **changes):
+def problem(rows, columns, seed=0, scale_search="minmax", **changes):
     X = correlated_inputs(3 * columns, columns, seed)
     H = (X.T @ X / len(X)).float()
     W = random_weights(rows, columns, seed + 1)
-    settings = Quantization(**{"group_size": 8, "bits": 3, "scale_search": "minmax", **changes})
-    return W, H, fit_grid(W, settings, torch.float32)
+    scheme = LayerScheme(**{"group_size": 8, "bits": 3, **changes})
+    return W, H, fit_grid(W, scheme, SolverSettings(scale_search=scale_search), torch.float32)
 
 
 def published(W, H, order, grid, damping):

@@ -3,19 +3,21 @@
 import pytest
 import torch
 
-from astro.config import Quantization
+from astro.config import LayerScheme, SolverSettings
 from astro.errors import ConfigError, NumericalError
-from astro.quantization.grid import Grid, fit_grid, require_finite_scales
+from astro.quantization import grid as grid_module
+from astro.quantization.grid import Grid, require_finite_scales
 from tests.support.models import random_weights
 
 
-def settings(**changes):
-    return Quantization(**{"group_size": 16, "scale_search": "minmax", **changes})
+def fit_grid(W, scale_dtype, cost=None, search="minmax", signed=True, **changes):
+    settings = SolverSettings(scale_search=search, signed_scales=signed)
+    return grid_module.fit_grid(W, LayerScheme(**{"group_size": 16, **changes}), settings, scale_dtype, cost)
 
 
 def test_minmax_symmetric_scale_is_the_published_one():
     W = random_weights(3, 32)
-    grid = fit_grid(W, settings(bits=4), torch.float32)
+    grid = fit_grid(W, torch.float32, bits=4)
     torch.testing.assert_close(grid.scale, W.reshape(3, 2, 16).abs().amax(-1) / 7)
     assert not grid.zero.any()
 
@@ -25,7 +27,7 @@ def test_minmax_symmetric_scale_is_the_published_one():
 @pytest.mark.parametrize("group_size", [8, 32, -1])
 def test_rounding_error_is_at_most_half_a_step(bits, symmetric, group_size):
     W = random_weights(5, 32)
-    grid = fit_grid(W, settings(bits=bits, symmetric=symmetric, group_size=group_size), torch.float32)
+    grid = fit_grid(W, torch.float32, bits=bits, symmetric=symmetric, group_size=group_size)
     Q = grid.quantize(W)
     assert Q.dtype == torch.int8
     assert int(Q.min()) >= grid.q_min
@@ -37,7 +39,7 @@ def test_rounding_error_is_at_most_half_a_step(bits, symmetric, group_size):
 
 def test_quantize_then_dequantize_is_a_fixed_point():
     W = random_weights(4, 32)
-    grid = fit_grid(W, settings(symmetric=False), torch.float16)
+    grid = fit_grid(W, torch.float16, symmetric=False)
     Q = grid.quantize(W)
     assert torch.equal(grid.quantize(grid.dequantize(Q)), Q)
 
@@ -48,34 +50,34 @@ def test_search_never_loses_to_minmax_in_its_own_error(bits, symmetric):
     W = random_weights(16, 64)
     errors = {}
     for search in ("minmax", "mse"):
-        grid = fit_grid(W, settings(bits=bits, symmetric=symmetric, scale_search=search), torch.float32)
+        grid = fit_grid(W, torch.float32, search=search, bits=bits, symmetric=symmetric)
         errors[search] = (grid.dequantize(grid.quantize(W)) - W).abs().pow(2.4).reshape(16, 4, 16).sum(-1)
     assert bool((errors["mse"] <= errors["minmax"]).all())
     assert float(errors["mse"].sum()) < 0.97 * float(errors["minmax"].sum())
 
 
 def test_scales_are_exact_in_their_stored_dtype():
-    grid = fit_grid(random_weights(4, 32), settings(), torch.bfloat16)
+    grid = fit_grid(random_weights(4, 32), torch.bfloat16)
     assert torch.equal(grid.scale, grid.scale.to(torch.bfloat16).float())
 
 
 def test_zero_group_stays_zero_and_finite():
     W = random_weights(2, 32)
     W[:, :16] = 0
-    grid = fit_grid(W, settings(scale_search="mse"), torch.float16)
+    grid = fit_grid(W, torch.float16, search="mse")
     assert bool(torch.isfinite(grid.scale).all())
     assert not grid.dequantize(grid.quantize(W))[:, :16].any()
 
 
 def test_weights_too_large_for_the_stored_dtype_are_refused():
-    grid = fit_grid(random_weights(2, 16) * 1e7, settings(), torch.float16)
+    grid = fit_grid(random_weights(2, 16) * 1e7, torch.float16)
     with pytest.raises(NumericalError, match="layer x: a scale is not finite"):
         require_finite_scales(grid, ["layer x"])
 
 
 def test_group_size_that_divides_nothing_names_sizes_that_do():
     with pytest.raises(ConfigError, match="group_size 128 does not divide a layer of 576.*32, 64, 96, 192"):
-        Quantization(group_size=128).columns_per_group(576)
+        LayerScheme(group_size=128).columns_per_group(576)
 
 
 def test_against_naive_float64_rounding():
@@ -91,13 +93,13 @@ def test_against_naive_float64_rounding():
 @pytest.mark.parametrize("symmetric", [True, False])
 def test_hessian_search_against_trying_every_shrink_in_float64(symmetric):
     W, cost = random_weights(64, 32), torch.rand(32, generator=torch.Generator().manual_seed(3)) ** 4
-    own = settings(scale_search="hessian", bits=3, symmetric=symmetric)
 
     def error(grid):
         squared = (grid.dequantize(grid.quantize(W)) - W).double().square() * cost.double()
         return squared.reshape(64, 2, 16).sum(-1)
 
-    found, best = error(fit_grid(W, own, torch.float32, cost)), torch.full((64, 2), torch.inf, dtype=torch.float64)
+    searched = error(fit_grid(W, torch.float32, cost, "hessian", bits=3, symmetric=symmetric))
+    best = torch.full((64, 2), torch.inf, dtype=torch.float64)
     for i in range(37):
         low, high = (getattr(W.reshape(64, 2, 16), end)(-1) * (1 - 0.02 * i) for end in ("amin", "amax"))
         low, high = low.clamp(max=0), high.clamp(min=0)
@@ -106,9 +108,9 @@ def test_hessian_search_against_trying_every_shrink_in_float64(symmetric):
         zero = torch.zeros_like(scale) if symmetric else (-4 - low / scale).round().clamp(-4, 3)
         tried = error(Grid(scale, zero, 3, 16, symmetric))
         # In steps of 6 %, then 2 % to either side of the best.
-        assert i % 3 or bool((found <= tried * (1 + 1e-5)).all())
+        assert i % 3 or bool((searched <= tried * (1 + 1e-5)).all())
         best = torch.minimum(best, tried)
-    assert float(found.sum()) < 1.01 * float(best.sum())
+    assert float(searched.sum()) < 1.01 * float(best.sum())
 
 
 @pytest.mark.parametrize("bits", [2, 3, 4])
@@ -116,8 +118,7 @@ def test_signed_scales_reach_further_on_the_longer_side(bits):
     W = random_weights(64, 32)
     errors = {}
     for signed in (False, True):
-        own = settings(scale_search="hessian", bits=bits, signed_scales=signed)
-        grid = fit_grid(W, own, torch.float16, torch.ones(32))
+        grid = fit_grid(W, torch.float16, torch.ones(32), "hessian", signed, bits=bits)
         errors[signed] = (grid.dequantize(grid.quantize(W)) - W).square().reshape(64, 2, 16).sum(-1)
         assert bool((grid.scale < 0).any()) == signed
     # The last step of the search is taken on one side alone.
@@ -131,6 +132,6 @@ def test_hessian_search_spends_its_precision_where_columns_cost_most():
     cost[:4] = 1.0
     errors = {}
     for search in ("mse", "hessian"):
-        grid = fit_grid(W, settings(scale_search=search, bits=2), torch.float32, cost)
+        grid = fit_grid(W, torch.float32, cost, search, bits=2)
         errors[search] = float((grid.dequantize(grid.quantize(W)) - W)[:, :4].square().sum())
     assert errors["hessian"] < 0.8 * errors["mse"]

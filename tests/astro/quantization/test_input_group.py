@@ -1,4 +1,4 @@
-"""A group of linear layers: stacking, tiling, what is recorded."""
+"""An input group of linear layers: stacking, tiling, what is recorded."""
 
 import pytest
 import torch
@@ -7,7 +7,8 @@ from astro.config import Quantization, Regularizer
 from astro.errors import NumericalError
 from astro.linalg import tiling
 from astro.linalg.symmetric import layer_error
-from astro.quantization.input_group import quantize_groups
+from astro.quantization.input_group import quantize_input_groups
+from astro.quantization.row_solver import Recipe
 from tests.support.models import correlated_inputs, random_weights
 
 NONE, ASTRO = Regularizer(name="none"), Regularizer(beta=1e-3)
@@ -15,7 +16,10 @@ NONE, ASTRO = Regularizer(name="none"), Regularizer(beta=1e-3)
 
 def run(weights, H, regularization=ASTRO, **changes):
     settings = Quantization(**{"group_size": 16, "bits": 3, **changes})
-    quantized, (record,) = quantize_groups([dict(weights)], H[None], [100], settings, regularization, torch.float16)
+    recipe = Recipe(settings, regularization, torch.float16)
+    quantized, (record,) = quantize_input_groups(
+        [dict(weights)], H[None], [100], settings.scheme("a", H.shape[-1]), recipe
+    )
     return quantized, record
 
 

@@ -5,7 +5,7 @@ import dataclasses
 import pytest
 import torch
 
-from astro.config import Quantization
+from astro.config import LayerScheme, SolverSettings
 from astro.linalg import bf16_matmul
 from astro.linalg.cholesky import factorize
 from astro.quantization import refine as refine_module
@@ -35,9 +35,9 @@ def problem(rows=12, columns=64, seed=0, **changes):
     X = correlated_inputs(3 * columns, columns, seed)
     H = (X.T @ X / len(X)).float()
     W = random_weights(rows, columns, seed + 1)
-    settings = Quantization(**{"group_size": 16, "bits": 3, **changes})
+    scheme = LayerScheme(**{"group_size": 16, "bits": 3, **changes})
     factor = factorize(H, activation_order(H), DAMPING, 1.0, ["x"])
-    grid = fit_grid(W, settings, torch.float16, factor.cost)
+    grid = fit_grid(W, scheme, SolverSettings(), torch.float16, factor.cost)
     return W, H, solve(W, factor, grid), grid
 
 
@@ -215,7 +215,7 @@ def test_columns_whose_inputs_are_nearly_silent_keep_their_weights(size):
     X[:, 5] *= size
     H, W = (X.T @ X / 300).float(), random_weights(32, 64)
     factor = factorize(H, activation_order(H), DAMPING, 1.0, ["x"])
-    grid = fit_grid(W, Quantization(group_size=16), torch.float16, factor.cost)
+    grid = fit_grid(W, LayerScheme(group_size=16), SolverSettings(), torch.float16, factor.cost)
     Q, refined = run(W, (before := solve(W, factor, grid)), grid, H, 4)
     errors = [(g.dequantize(q) - W)[:, 5].norm() for q, g in ((before, grid), (Q, refined))]
     assert float(errors[1]) < 1.5 * float(errors[0])

@@ -4,13 +4,21 @@ import pytest
 import torch
 
 from astro.calibration.hessian import DriftAccumulator
-from astro.config import Quantization, Regularizer
+from astro.config import LayerScheme, Quantization, Regularizer, SolverSettings
 from astro.errors import NumericalError
 from astro.linalg import tiling
 from astro.linalg.symmetric import layer_error
 from astro.quantization import beta_search
 from astro.quantization.regularizer import regularize
-from astro.quantization.row_solver import compensate, measure_width, prepare_groups, quantize_rows, sampled, solve_rows
+from astro.quantization.row_solver import (
+    Recipe,
+    compensate,
+    measure_width,
+    prepare_input_groups,
+    quantize_rows,
+    sample_rows,
+    solve_rows,
+)
 from tests.support.models import correlated_inputs, random_weights
 
 NONE = Regularizer(name="none")
@@ -19,7 +27,8 @@ NONE = Regularizer(name="none")
 def prepared(W, H, regularization=NONE, drift=None, **changes):
     settings = Quantization(**{"group_size": 16, "bits": 3, **changes})
     drift = drift[None] if drift is not None else None
-    group = prepare_groups(["a"], W[None], H[None], settings, regularization, torch.float16, drift)
+    recipe = Recipe(settings, regularization, torch.float16)
+    group = prepare_input_groups(["a"], W[None], H[None], settings.scheme("a", W.shape[-1]), recipe, drift)
     return beta_search.search(group, W[None]) if regularization.is_searched else group
 
 
@@ -142,25 +151,26 @@ def test_measured_widths_fall_and_leave_the_group_alone():
 
 
 @pytest.mark.parametrize("solver", ["admm", "pgd"])
-def test_candidates_weighed_together_are_those_weighed_alone(solver):
+def test_candidates_tried_together_are_those_tried_alone(solver):
     """Three groups, each with a drift: a tile of the sample, against one candidate of one group after the other."""
-    settings, regularization = Quantization(group_size=16, bits=3), Regularizer(solver=solver, iterations=6)
+    scheme = LayerScheme(group_size=16, bits=3)
+    recipe = Recipe(SolverSettings(), Regularizer(solver=solver, iterations=6), torch.float16)
     W = torch.stack([random_weights(128, 64, seed + 1) for seed in range(3)])
     seen = [drifted(seed) for seed in range(3)]
     H = torch.stack([(X.T @ X / len(X)).float() for _, X, _ in seen])
     drift = torch.stack([drift for _, _, drift in seen])
     names = ["a", "b", "c"]
-    together = prepare_groups(names, W, H, settings, regularization, torch.float16, drift)
-    errors = beta_search.weigh(together, W, slice(3, 9))
+    together = prepare_input_groups(names, W, H, scheme, recipe, drift)
+    errors = beta_search.try_betas(together, W, slice(3, 9))
     assert errors.shape == (3, 5, 6)
-    for i, name in enumerate(names):
-        own = slice(i, i + 1)
-        alone = prepare_groups([name], W[own], H[own], settings, regularization, torch.float16, drift[own])
-        rows = compensate(alone, sampled(W[own])[:, 3:9])
+    for k_group, name in enumerate(names):
+        i = slice(k_group, k_group + 1)
+        alone = prepare_input_groups([name], W[i], H[i], scheme, recipe, drift[i])
+        rows = compensate(alone, sample_rows(W[i])[:, 3:9])
         for k, strength in enumerate((0.0, 3e-5, 1e-4, 3e-4, 1e-3)):
             Q, grid = quantize_rows(alone, regularize(rows, alone.problem, strength))
-            expected = layer_error(rows, grid.dequantize(Q), H[own])[0]
-            torch.testing.assert_close(errors[i, k], expected, rtol=1e-2, atol=0)
+            expected = layer_error(rows, grid.dequantize(Q), H[i])[0]
+            torch.testing.assert_close(errors[k_group, k], expected, rtol=1e-2, atol=0)
 
 
 def test_drift_that_is_not_finite_is_an_error():

@@ -117,8 +117,8 @@ def test_wrong_configs_are_explained(write, text, message):
 def test_overrides_apply_in_their_order(write):
     text = MINIMAL + "quantization: {overrides: {'*.down': {bits: 8}, 'm.0.*': {bits: 3, symmetric: false}}}"
     settings = load_config(write(text)).quantization
-    found = {name: settings.for_layer(name) for name in ("m.0.down", "m.1.down", "m.1.up")}
-    assert {name: (own.bits, own.symmetric) for name, own in found.items()} == {
+    schemes = {name: settings.scheme(name, 128) for name in ("m.0.down", "m.1.down", "m.1.up")}
+    assert {name: (scheme.bits, scheme.symmetric) for name, scheme in schemes.items()} == {
         "m.0.down": (3, False), "m.1.down": (8, True), "m.1.up": (4, True),
     }  # fmt: skip
 
@@ -128,8 +128,18 @@ def test_width_that_is_set_is_not_touched_by_the_budget(write):
         "execution: {rounds: 2}\nquantization: {bits: auto, average_bits: 3.5, overrides: {'*.down': {bits: 8}}}"
     )
     settings = load_config(write(text)).quantization
-    assert settings.for_layer("a.up").bits == "auto"
-    assert [settings.for_layer(name, 2).bits for name in ("a.up", "a.down")] == [2, 8]
+    assert [settings.bits_of(name) for name in ("a.up", "a.down")] == ["auto", 8]
+    assert [settings.scheme(name, 128, chosen_bits=2).bits for name in ("a.up", "a.down")] == [2, 8]
+    assert [scheme.bits for scheme in settings.possible_schemes("a.up", 128)] == [2, 3, 4, 8]
+    with pytest.raises(ConfigError, match="bits: auto: no width was chosen for a.up"):
+        settings.scheme("a.up", 128)
+
+
+@pytest.mark.parametrize(("policy", "group_size"), [("fail", 128), ("per-channel", -1), ("keep", 128)])
+def test_indivisible_layers_have_the_scheme_that_their_policy_says(write, policy, group_size):
+    settings = load_config(write(MINIMAL + f"quantization: {{indivisible: {policy}}}")).quantization
+    assert [settings.is_indivisible("m.up", columns) for columns in (96, 256)] == [True, False]
+    assert [settings.scheme("m.up", columns).group_size for columns in (96, 256)] == [group_size, 128]
 
 
 def test_folder_in_place_of_a_file(tmp_path):

@@ -1,5 +1,6 @@
 """The width budget: a knapsack against an exhaustive search."""
 
+import dataclasses
 import itertools
 import random
 
@@ -7,7 +8,8 @@ import pytest
 
 from astro.config import Override, Quantization
 from astro.errors import ConfigError
-from astro.quantization.bit_allocation import Choice, allocate, provisional_width, read_choices
+from astro.quantization.bit_allocation import Choice, allocate, choices_of, provisional_width
+from astro.quantization.layer_record import LayerRecord
 
 
 def choices(seed, count=5, widths=(2, 3, 4, 8)):
@@ -58,9 +60,13 @@ def test_width_that_does_not_help_is_skipped():
 
 def test_measured_records_become_choices():
     settings = Quantization(bits="auto", average_bits=3.0, overrides={"*.o": Override(bits=8)})
-    layer = {"rows": 10, "columns": 20, "relative_error": 0.5, "width_errors": {"2": 0.4, "4": 0.1}}
-    found = read_choices([{"name": "a.q+a.k", **layer}, {"name": "a.o", **layer}], settings)
-    assert found == [Choice("a.q+a.k", 200, {2: 0.4, 4: 0.1}), Choice("a.o", 200, {8: 0.5})]
+    layer = LayerRecord(
+        name="a.q+a.k", bits=3, rows=10, columns=20, group_size=4, num_tokens=1, routed_tokens=1, fallback="",
+        relative_error=0.5, beta=0.0, beta_gain=0.0, width_errors={2: 0.4, 4: 0.1}, group_maximum_ratio=1.0,
+        damping=0.01, factorizations=1, seconds={},
+    )  # fmt: skip
+    layers = [layer, dataclasses.replace(layer, name="a.o")]
+    assert choices_of(layers, settings) == [Choice("a.q+a.k", 200, {2: 0.4, 4: 0.1}), Choice("a.o", 200, {8: 0.5})]
 
 
 @pytest.mark.parametrize(("average", "expected"), [(2.0, 2), (3.4, 3), (3.5, 3), (5.9, 4), (7.0, 8)])
