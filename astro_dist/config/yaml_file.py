@@ -28,7 +28,7 @@ _KINDS = {
 
 
 class _Strict(yaml.SafeLoader):
-    """A loader of plain YAML that refuses a key that stands twice in one mapping, where the last would win in silence."""
+    """A loader of plain YAML that refuses a key that stands twice in a mapping: else the last would win in silence."""
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
         """Make the mapping of a node.

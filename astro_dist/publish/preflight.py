@@ -180,9 +180,7 @@ def _require_scope(account: _Account, repository: str, rights: tuple[str, ...], 
         )
 
 
-def _require_fit(
-    info: huggingface_hub.ModelInfo, private: bool, weights: Collection[str], place: str
-) -> None:
+def _require_fit(info: huggingface_hub.ModelInfo, private: bool, weights: Collection[str], place: str) -> None:
     """Require that what the repository holds already does not make something else of the model."""
     if private and not info.private:
         raise ConfigError(

@@ -10,6 +10,7 @@ import shlex
 import time
 from collections.abc import Collection, Sequence
 from pathlib import Path
+
 import huggingface_hub
 
 from astro.errors import AstroError, ConfigError, DamagedError, RunError
@@ -129,8 +130,8 @@ class Publication:
         wrong = different(writer.listing(commit.sha), files, folder)
         if wrong:
             raise RunError(
-                f"{writer.repository}@{commit.sha[:12]}: the commit was made, but {len(wrong)} files in it are not those "
-                f"of {folder}, the first is {wrong[0]}; look at the repository"
+                f"{writer.repository}@{commit.sha[:12]}: the commit was made, but {len(wrong)} files in it are not "
+                f"those of {folder}, the first is {wrong[0]}; look at the repository"
             )
         published = PublishedModel(
             repository=writer.repository,

@@ -32,9 +32,7 @@ class PlaceUploads:
 
     def to_json(self) -> dict[str, Any]:
         """Return the uploads as a JSON object."""
-        files = {
-            name: {"size_bytes": file.size_bytes, "sha256": file.sha256} for name, file in self.files.items()
-        }
+        files = {name: {"size_bytes": file.size_bytes, "sha256": file.sha256} for name, file in self.files.items()}
         return {"files": files, "committed": self.published.to_json() if self.published else None}
 
     @classmethod

@@ -58,7 +58,7 @@ def as_tensors(chunks: Sequence[Chunk]) -> dict[str, torch.Tensor]:
 
 
 def is_file(source: str) -> bool:
-    """Tell whether a calibration source names a file; otherwise it names the text that ships with Python, or nothing."""
+    """Tell whether a calibration source names a file; if not, it names the text that ships with Python, or nothing."""
     return Path(source).suffix in _SUFFIXES
 
 
