@@ -81,9 +81,8 @@ def failure_of(error: Exception) -> HubFailure:
         status = cause.response.status_code
         reason, asked_s = without_secrets(cause.server_message or str(cause)), asked_wait_s(cause.response.headers)
         if not str(cause.response.url).startswith(huggingface_hub.constants.ENDPOINT):
-            return HubFailure(
-                None, f"the store behind the Hub answers {status}: {reason}", True, asked_s
-            )  # expired link
+            # A link that has expired: the Hub gives a new one.
+            return HubFailure(None, f"the store behind the Hub answers {status}: {reason}", True, asked_s)
         return HubFailure(status, reason, status in PASSING, asked_s)
     if isinstance(cause, hub_errors.OfflineModeIsEnabled):
         return HubFailure(None, "the Hub is not asked: HF_HUB_OFFLINE is set", passes=False)
