@@ -83,9 +83,9 @@ def plan(
     ] = None,
     as_json: _Json = False,
 ) -> None:
-    """Tell what a run will need, from the headers alone: units, bytes, memory, disk, time. No weight is read.
+    """Tell what a run will need, from the headers alone: units, bytes, memory, disk, time.
 
-    Refuses what `quantize` would refuse, the calibration text too where it is on this machine. Blocks of one size that
+    Reads no weight and begins no run. Refuses what `quantize` would refuse, the calibration text too where it is on this machine. Blocks of one size that
     follow each other share a row.
     """
     from astro_dist.config.yaml_file import load_config
@@ -173,7 +173,7 @@ def verify(
     against: Annotated[str | None, typer.Option(help="The source it was made from: also each layer's error.")] = None,
     as_json: _Json = False,
 ) -> None:
-    """Re-read what was written: every tensor present, shapes, finite scales, index and config agree."""
+    """Read a written model again: every tensor is there, shapes fit, scales are finite, index and config agree."""
     from astro_dist.export.verify import verify_model
     from astro_dist.report.command_output import verification_lines
 

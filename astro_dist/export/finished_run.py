@@ -22,7 +22,7 @@ __all__ = ["FinishedRun"]
 
 @dataclasses.dataclass(frozen=True)
 class FinishedRun:
-    """A finished run is what its directory alone tells.
+    """A finished run is described by its directory alone.
 
     Attributes:
         run: Run directory.

@@ -38,7 +38,7 @@ T = TypeVar("T")
 
 
 class HubWriter:
-    """A writer uploads files to one repository and makes commits there.
+    """A Hub writer uploads files to one repository and makes commits there.
 
     Attributes:
         repository: ORG/NAME of the repository.
@@ -69,15 +69,15 @@ class HubWriter:
         """Make a request that may be repeated, until it works.
 
         Args:
-            purpose: What the request is for ("making the branch x"), for the messages.
-            call: Makes the request.
-            attempts: The number of attempts after which to give up.
+            purpose: Purpose of the request ("making the branch x"), for the messages.
+            call: Function that makes the request.
+            attempts: Number of attempts after which to give up.
 
         Returns:
             The answer of `call`.
 
         Raises:
-            HubError: The request cannot work, or has failed too often.
+            HubError: The request cannot work, or failed at every attempt.
         """
 
         def attempt() -> T:
@@ -101,8 +101,8 @@ class HubWriter:
         """Make the error of a request that failed.
 
         Args:
-            purpose: What the request was for, for the message.
-            failure: How the last attempt failed.
+            purpose: Purpose of the request, for the message.
+            failure: Failure of the last attempt.
             attempts: Number of attempts that were made.
         """
         often = f" (tried {attempts} times)" if attempts > 1 else ""

@@ -56,7 +56,7 @@ class _Account:
 
     @property
     def namespaces(self) -> tuple[str, ...]:
-        """The user and their organizations."""
+        """Return the names of the user and of their organizations."""
         return (self.name, *self.roles)
 
     def granted_on(self, *names: str) -> tuple[str, ...]:

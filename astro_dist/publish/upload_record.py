@@ -20,7 +20,7 @@ __all__ = ["PlaceUploads", "UploadRecord", "read_uploads"]
 
 @dataclasses.dataclass(frozen=True)
 class PlaceUploads:
-    """The uploads to one place, which is a repository and a revision of it.
+    """Uploads go to one place each, which is a repository and a revision of it.
 
     Attributes:
         files: Files that were uploaded, by name.
@@ -62,7 +62,7 @@ def read_uploads(path: Path) -> dict[str, PlaceUploads]:
 
 
 class UploadRecord:
-    """The record of the uploads to one place. Several threads may share it."""
+    """An upload record notes the uploads to one place. Several threads may share it."""
 
     def __init__(self, path: Path, place: str) -> None:
         """Prepare the record; nothing is read or written yet.

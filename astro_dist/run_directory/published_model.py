@@ -1,4 +1,4 @@
-"""Record where on the Hub the model of a run is; the summary, the journal and the record of uploads all say so."""
+"""Say where on the Hub the model of a run is, for the summary, the journal and the record of uploads."""
 
 import dataclasses
 from collections.abc import Mapping

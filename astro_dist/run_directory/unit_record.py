@@ -23,7 +23,7 @@ __all__ = [
 
 @dataclasses.dataclass(frozen=True)
 class FileRecord:
-    """A file as it was written.
+    """A file record describes a file as it was written.
 
     Attributes:
         name: Path of the file: under the run directory in a unit's record, under the model's folder in its inventory.

@@ -41,7 +41,7 @@ class Chunk:
 
 @dataclasses.dataclass(frozen=True)
 class TokenChunks:
-    """The token chunks are all chunks of a run, calibration first.
+    """Token chunks are the whole text of a run, calibration first.
 
     Attributes:
         chunks: Chunks in the order in which they pass through the model.

@@ -21,7 +21,7 @@ limits how often it is asked."""
 
 @dataclasses.dataclass(frozen=True)
 class HubFiles:
-    """The files of a repository of the Hugging Face Hub at one commit.
+    """Hub files belong to a repository of the Hugging Face Hub at one commit.
 
     Attributes:
         repository: ORG/NAME of the repository.

@@ -20,7 +20,7 @@ _FRONT_MATTER = re.compile(r"\A\s*---\r?\n(.*?)\r?\n---[ \t]*(?:\r?\n|\Z)", re.D
 
 @dataclasses.dataclass(frozen=True)
 class BaseModel:
-    """A base model is what was quantized, as its source describes it.
+    """A base model is what a run quantizes, as its source describes it.
 
     Attributes:
         name: ORG/NAME on the Hub; None where neither source nor configuration tells.

@@ -21,7 +21,7 @@ _MODEL_SUFFIXES = (".safetensors", ".json", ".txt", ".model", ".jinja", ".tiktok
 
 @dataclasses.dataclass(frozen=True)
 class ObjectFiles:
-    """The files of a folder in an object store, or in any file system that pyarrow or fsspec opens.
+    """Object files lie in a folder of an object store, or in any file system that pyarrow or fsspec opens.
 
     Attributes:
         url: URL of the folder, such as s3://bucket/folder, with pyarrow's options behind a `?`.

@@ -27,7 +27,7 @@ _REPOSITORY, _OTHER = re.compile(r"\w[\w.-]*/\w[\w.-]*"), re.compile(r"[^\w.-]+"
 
 @dataclasses.dataclass(frozen=True)
 class Source:
-    """A source is a checkpoint that was found.
+    """A source says where the files of a checkpoint are.
 
     Attributes:
         store: Store of all files of the checkpoint.

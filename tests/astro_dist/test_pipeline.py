@@ -448,7 +448,7 @@ def test_journal_with_a_line_that_was_cut_short_is_read(run_config, tmp_path):
     (tmp_path / "run" / "summary.json").unlink()
     with (tmp_path / "run" / "journal.jsonl").open("a") as journal:
         journal.write('{"time": 1.0, "event": "fin')
-    assert pipeline.quantize(run_config()).retries == []
+    assert pipeline.quantize(run_config()).retries == ()
 
 
 def test_damaged_record_is_redone(run_config, tmp_path):
