@@ -1,27 +1,22 @@
-"""The command line. Exit code 0 done, 1 the run failed, 2 the input was wrong and nothing was started."""
+"""Run the commands. Exit code 0 means done, 1 that the run failed, 2 that the input was wrong and nothing was started.
+
+Each command parses its options, calls one function and prints what that returns. Most functions import torch, which
+takes seconds that `--help` need not wait for; so each command imports what it calls.
+"""
 
 import dataclasses
-import itertools
 import json
 import sys
 import traceback
-from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import Annotated, Any
 
 import typer
 from rich.console import Console
-from rich.filesize import decimal
-from rich.table import Table
 
 import astro
 from astro.errors import AstroError, InputError
-from astro_dist.console import in_words, show_log
-
-if TYPE_CHECKING:  # they import torch: seconds that `--help` need not wait for
-    from astro.quantization.layer_record import Fallbacks
-    from astro_dist.config.schema import RunConfig
-    from astro_dist.planning.units import BlockUnit
+from astro_dist.console import show_log
 
 __all__ = ["app", "main"]
 
@@ -68,93 +63,53 @@ def quantize(config: _ConfigPath, assignments: _Assignments = None, as_json: _Js
     from astro_dist.config.yaml_file import load_config
 
     settings = load_config(config, assignments)
-    from astro_dist import pipeline  # imports torch: seconds that neither `--help` nor a wrong key need wait for
+    from astro_dist import pipeline  # a wrong key need not wait for torch either
+    from astro_dist.report.command_output import summary_lines
 
-    content = pipeline.quantize(settings)
+    summary = pipeline.quantize(settings)
     if as_json:
-        _print_json(content)
-        return
-    from astro_dist.run_directory.summary import Summary
-
-    summary = Summary.from_json(content)
-    original, quantized = summary.perplexity.original, summary.perplexity.quantized
-    if original is not None and quantized is not None:
-        _say(f"Hold-out perplexity {original:.3f} → {quantized:.3f} ({settings.calibration.source})")
-    share = summary.bytes_written / summary.bytes_read
-    _say(f"{decimal(summary.bytes_written)} written, {share:.0%} of the source")
-    _say_fallbacks(summary.fallbacks)
-    for note in summary.notes:
-        _say(f"note: {note}")
-    _say(f"Done in {summary.wall_s:.0f} s: {summary.model}")
-    if summary.publish is not None:
-        _say(_published(summary.publish))
+        _print_json(summary.to_json())
     else:
-        root = settings.output.dir
-        _say(
-            f"Next: astro-dist verify {root}/model; astro-dist report {root}; astro-dist publish {root} --repo ORG/NAME"
-        )
+        _say(*summary_lines(summary, settings))
 
 
 @app.command()
 def plan(
     config: _ConfigPath,
     assignments: _Assignments = None,
-    workers: Annotated[int | None, typer.Option(min=1, help="To plan for; as configured, or 1.")] = None,
+    workers: Annotated[int | None, typer.Option(min=1, help="Workers to plan for; as configured, or 1.")] = None,
     device: Annotated[
         str | None, typer.Option(help="cpu (this machine, measured), or a GPU: h100, a100, ...", show_default="cpu")
     ] = None,
     as_json: _Json = False,
 ) -> None:
-    """What a run will need, from the headers alone: units, bytes, memory, disk, time. No weight is read, no run begun.
+    """Tell what a run will need, from the headers alone: units, bytes, memory, disk, time.
 
-    Refuses what `quantize` would refuse, the calibration text too where it is on this machine. Blocks of one size that
+    Reads no weight and begins no run. Refuses what `quantize` would refuse, the calibration text too where it is on this machine. Blocks of one size that
     follow each other share a row.
     """
     from astro_dist.config.yaml_file import load_config
 
     settings = load_config(config, assignments)
     from astro_dist.planning.validate import forecast, prepare, require_text
+    from astro_dist.report.command_output import forecast_lines, plan_table, settings_line
 
     prepared = prepare(settings)
     require_text(prepared)
-    units, needed = prepared.plan, forecast(prepared, workers, device)
+    needed = forecast(prepared, workers, device)
     if as_json:
-        _print_json(
-            {
-                **units.summary(),
-                "needed": dataclasses.asdict(needed),
-                "notes": list(prepared.notes),
-            }
-        )
+        content = {"needed": dataclasses.asdict(needed), "notes": list(prepared.notes)}
+        _print_json({**prepared.plan.summary(), **content})
         return
-    table = Table("unit", "layers each", "read each", "written each", "file")
-    for unit in units.copies:
-        table.add_row(unit.name, "-", decimal(unit.read_bytes), decimal(unit.read_bytes), unit.file)
-    for (layers, read_bytes, written_bytes), equal in itertools.groupby(units.blocks, _size):
-        blocks = list(equal)
-        ends = blocks if len(blocks) == 1 else (blocks[0], blocks[-1])
-        names, files = " to ".join(block.name for block in ends), " to ".join(block.file for block in ends)
-        table.add_row(names, str(layers), decimal(read_bytes), decimal(written_bytes), files)
-    _say(_main_settings(settings))
-    Console().print(table)
-    _say(
-        f"{units.weights / 1e6:.1f} million weights quantized; "
-        f"{decimal(units.read_bytes)} read, {decimal(units.written_bytes)} written"
-    )
-    _say(
-        f"with {needed.workers} worker(s) on {needed.device}: about {in_words(needed.wall_s)}; "
-        f"{needed.device_hours:.2f} device-hours, {needed.efficiency:.0%} of that at work; a worker needs "
-        f"{decimal(int(needed.worker_bytes))} of memory, the run directory {decimal(int(needed.disk_bytes))} of disk; "
-        f"workers read and write {decimal(int(needed.moved_bytes))}"
-    )
-    for note in prepared.notes:
-        _say(f"note: {note}")
+    _say(settings_line(settings))
+    Console().print(plan_table(prepared.plan))
+    _say(*forecast_lines(prepared.plan, needed), *(f"note: {note}" for note in prepared.notes))
 
 
 @app.command()
 def submit(
     config: _ConfigPath,
-    address: Annotated[str, typer.Option(help="Of the job server, e.g. http://127.0.0.1:8265.")],
+    address: Annotated[str, typer.Option(help="Address of the job server, e.g. http://127.0.0.1:8265.")],
     assignments: _Assignments = None,
     follow: Annotated[bool, typer.Option(help="Show the job's log until it ends, and end with its exit code.")] = True,
 ) -> None:
@@ -172,37 +127,15 @@ def status(
     run: Annotated[Path, typer.Argument(help="Run directory (output.dir).")],
     as_json: _Json = False,
 ) -> None:
-    """What is done, in flight and left of a run; retries, fallbacks, time left."""
+    """Tell what of a run is done, in flight and left; retries, fallbacks, time left."""
+    from astro_dist.report.command_output import status_lines
     from astro_dist.report.status import read_status
 
     now = read_status(run)
     if as_json:
         _print_json(now.to_json())
-        return
-    time_left = f", about {in_words(now.seconds_left)} left" if now.seconds_left is not None else ""
-    up = "" if now.state == "complete" else f"; {now.workers} workers up"
-    _say(
-        f"{now.state}{', but damaged' if now.damaged else ''}: {now.blocks.done} of {now.blocks.total} blocks, "
-        f"{now.units.done} of {now.units.total} units done{time_left}{up}"
-    )
-    if now.damaged:
-        first, more = ", ".join(now.damaged[:3]), len(now.damaged) - 3
-        _say(
-            f"damaged: {first}{f' and {more} more' if more > 0 else ''} (gone, or of another size than was written, or "
-            "a record that cannot be read); `quantize` of the same version makes them anew"
-        )
-    for doing in now.in_flight:
-        _say(f"in flight: {doing.unit} on worker {doing.worker} for {doing.seconds} s")
-    for retry in now.retries:
-        _say(f"retried: {retry.unit}, {retry.method} on worker {retry.worker} ({retry.kind}): {retry.cause}")
-    for mended in now.mended:
-        _say(f"found damaged: {mended.unit}: {mended.reason}")
-    for failure in now.upload_failures:
-        _say(f"upload failed: {failure.cause}")
-    for place in now.publish:
-        made = f"published as commit {place.commit[:12]}" if place.commit else "not published yet"
-        _say(f"{place.place}: holds {place.files} of {place.total} files, {made}")
-    _say_fallbacks(now.fallbacks)
+    else:
+        _say(*status_lines(now))
 
 
 @app.command()
@@ -217,12 +150,13 @@ def publish(
     """Upload a finished run to the Hub, or go on with that. Sends what is missing and makes one commit."""
     from astro_dist.config.yaml_file import make_target
     from astro_dist.publish.publication import publish_run
+    from astro_dist.report.command_output import publication_line
 
-    entry = publish_run(run, make_target(repo, not public, revision, pull_request))
+    published = publish_run(run, make_target(repo, not public, revision, pull_request))
     if as_json:
-        _print_json(entry)
+        _print_json(published.to_json())
     else:
-        _say(_published(entry))
+        _say(publication_line(published))
 
 
 @app.command()
@@ -239,24 +173,19 @@ def verify(
     against: Annotated[str | None, typer.Option(help="The source it was made from: also each layer's error.")] = None,
     as_json: _Json = False,
 ) -> None:
-    """Re-read what was written: every tensor present, shapes, finite scales, index and config agree."""
+    """Read a written model again: every tensor is there, shapes fit, scales are finite, index and config agree."""
     from astro_dist.export.verify import verify_model
+    from astro_dist.report.command_output import verification_lines
 
-    report = verify_model(model, against)
+    verification = verify_model(model, against)
     if as_json:
-        _print_json(report)
-        return
-    if errors := report["relative_weight_errors"]:
-        _say(f"‖ŵ − w‖ / ‖w‖ of each layer, w of {against}; 0.1 to 0.2 is usual at 4 bits:")
-        for name, error in errors.items():
-            _say(f"{name}: {error:.5f}")
-        _say(f"mean {sum(errors.values()) / len(errors):.5f}, largest {max(errors.values()):.5f}")
-    compared = ", every file has the SHA-256 that it was written with" if report["checksums_compared"] else ""
-    _say(f"{report['linears']} packed layers and {report['tensors']} tensors are sound{compared}")
+        _print_json(verification.to_json())
+    else:
+        _say(*verification_lines(verification, against))
 
 
 def main() -> None:
-    """Run a command: errors become one readable paragraph and an exit code."""
+    """Run a command and turn its errors into one readable paragraph and an exit code."""
     show_log()
     try:
         code = app(standalone_mode=False)
@@ -278,23 +207,6 @@ def main() -> None:
     sys.exit(code or 0)
 
 
-def _size(block: "BlockUnit") -> tuple[int, int, int]:
-    return len(block.linears), block.read_bytes, block.written_bytes
-
-
-def _main_settings(config: "RunConfig") -> str:
-    q, calibration, execution = config.quantization, config.calibration, config.execution
-    bits = f"{q.average_bits:g} bits on average" if q.bits == "auto" else f"{q.bits} bits"
-    return (
-        f"{config.model.source}: {bits}, group size {q.group_size}, format {q.format}; mode {execution.mode}, "
-        f"{execution.rounds} round(s); calibration {calibration.samples} × {calibration.sequence_length} tokens"
-    )
-
-
-def _published(entry: Mapping[str, Any]) -> str:
-    return f"Published: {entry['url']}, commit {entry['commit'][:12]}, {entry['files']} files"
-
-
 def _explain(message: str) -> None:
     if _shows_tracebacks:
         traceback.print_exc()
@@ -302,17 +214,11 @@ def _explain(message: str) -> None:
     typer.echo(f"error: {' '.join(message.split())}", err=True)
 
 
-def _say(text: str) -> None:
-    # Names of files and layers may hold what rich takes for markup.
-    Console().print(text, markup=False, highlight=False, soft_wrap=True)
+def _say(*lines: str) -> None:
+    for line in lines:
+        # Names of files and layers may hold what rich takes for markup.
+        Console().print(line, markup=False, highlight=False, soft_wrap=True)
 
 
 def _print_json(content: dict[str, Any]) -> None:
     typer.echo(json.dumps(content))
-
-
-def _say_fallbacks(fallbacks: "Fallbacks") -> None:
-    for layer in fallbacks.damping_raised:
-        _say(f"fallback: the damping of {layer} had to be raised")
-    for policy, layers in fallbacks.experts.items():
-        _say(f"fallback: {policy} for {len(layers)} layers of experts that too few tokens reached, e.g. {layers[0]}")

@@ -1,10 +1,10 @@
-"""A whole run: validate, plan, execute, assemble, summarize, publish."""
+"""Do a whole run: validate, plan, execute, assemble, summarize, publish."""
 
 import contextlib
 import dataclasses
 import logging
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -50,21 +50,53 @@ __all__ = ["quantize"]
 _log = logging.getLogger("astro_dist")
 
 _CALL_PATIENCE_S = 600.0
+"""Seconds that any call may take, however little work it is."""
 _SLACK = 20.0
+"""Factor between the time that a slow device would need and the time that a call may take."""
 _SLOWEST_CORE, _SLOWEST_GPU = 5e9, 1e12
-"""Operations a second below which no device in use is."""
+"""Operations a second of a CPU core and of a GPU that are slower than any device in use."""
 _CRAWL = 5e6
-"""Bytes a second below which no shared folder in use is."""
+"""Bytes a second of a shared folder that is slower than any in use."""
 
 
-def quantize(config: RunConfig) -> dict[str, Any]:
+@dataclasses.dataclass(frozen=True)
+class _Job:
+    """A run that may begin or go on.
+
+    Attributes:
+        prepared: The run, after all checks.
+        run: Run directory.
+        fingerprint: SHA-256 of the source, hex.
+        chunks: Chunks of the calibration text.
+    """
+
+    prepared: Prepared
+    run: RunDirectory
+    fingerprint: str
+    chunks: Sequence[Chunk]
+
+    @property
+    def config(self) -> RunConfig:
+        """Return the configuration of the run."""
+        return self.prepared.config
+
+    def schedule(self) -> Schedule:
+        """Make the schedule from what the run directory holds."""
+        return make_schedule(self.config, self.prepared.plan, self.run, self.chunks)
+
+    def card(self) -> str:
+        """Write the card of the finished run."""
+        return str(FinishedRun.open(self.run.root).card(self.config.publish.repo))
+
+
+def quantize(config: RunConfig) -> Summary:
     """Do a run, or go on with it, and publish it where the configuration says so.
 
     Args:
         config: Configuration of the run.
 
     Returns:
-        The figures of the run as the JSON object that summary.json holds; see `Summary`.
+        The figures of the run, as summary.json holds them.
 
     Raises:
         InputError: Something the user gave is wrong; nothing was started.
@@ -98,64 +130,59 @@ def quantize(config: RunConfig) -> dict[str, Any]:
     with run.locked():
         if not begun:
             begin_run(run, config, identity, as_tensors(chunks.chunks))
-        summary = _run(prepared, run, fingerprint, chunks.chunks, publication, begin)
-        return (publication.finish() if publication else summary).to_json()
+        summary = _run(_Job(prepared, run, fingerprint, chunks.chunks), publication, begin)
+        return publication.finish() if publication else summary
 
 
-def _run(
-    prepared: Prepared,
-    run: RunDirectory,
-    fingerprint: str,
-    chunks: Sequence[Chunk],
-    publication: Publication | None,
-    begin: float,
-) -> Summary:
+def _run(job: _Job, publication: Publication | None, begin: float) -> Summary:
+    """Do what is not finished of a run; `begin` is when the session began, on the performance counter."""
+    prepared, run = job.prepared, job.run
     known = len(run.journal.of_kind(Damaged))
-    schedule = make_schedule(prepared.config, prepared.plan, run, chunks)
+    schedule = job.schedule()
     whole = schedule.complete and is_whole(run, all_shards(run))
     for event in run.journal.of_kind(Damaged)[known:]:
         _log.warning("damaged: %s: %s", event.unit, event.reason)
     resumed = len(schedule.finished)
-    workers: dict[int, dict[str, Any]] = {}
+    workers: Mapping[int, Mapping[str, Any]] = {}
     if whole:
         _log.info("%s: this run was finished already; nothing was done, and the figures are those of then", run.root)
         run.drop_leftovers()
-        return _renamed(prepared, run)
+        return _renamed(job)
     folder = prepared.source.folder
     if prepared.source.is_remote:
         folder = keep_side_files(run, folder)
     if not schedule.complete:
-        executor = _make_executor(prepared.config)
+        executor = _make_executor(job.config)
         uploads = publication.in_background() if publication else None
         with uploads or contextlib.nullcontext():  # an upload that is going on holds no worker
             try:
-                workers = _execute(prepared, folder, run, fingerprint, chunks, schedule, executor, uploads)
+                workers = _execute(job, folder, schedule, executor, uploads)
             finally:
                 executor.close()
-    settle_widths(run, prepared.config.quantization, len(prepared.plan.blocks), schedule.finished)
-    names = assemble(folder, prepared.plan, run, prepared.config)
+    settle_widths(run, job.config.quantization, len(prepared.plan.blocks), schedule.finished)
+    names = assemble(folder, prepared.plan, run, job.config)
     session = Session(workers, time.perf_counter() - begin, resumed)
-    summary = summarize(prepared.plan, run, prepared.config.quantization, prepared.notes, prepared.base, session)
+    summary = summarize(prepared.plan, run, job.config.quantization, prepared.notes, prepared.base, session)
     write_json(run.summary, summary.to_json())
-    card = FinishedRun.open(run.root).card(prepared.config.publish.repo)
-    seal(run, all_shards(run), names, str(card))
+    seal(run, all_shards(run), names, job.card())
     run.drop_leftovers()
     return summary
 
 
-def _renamed(prepared: Prepared, run: RunDirectory) -> Summary:
-    """The summary of a finished run. What the card calls the base model may have been corrected since."""
+def _renamed(job: _Job) -> Summary:
+    """Read the summary of a finished run, and correct it and the card where the base model has another name now."""
+    base, run = job.prepared.base, job.run
     summary = read_summary(run.summary)
-    if summary.base_model != prepared.base:
-        summary = dataclasses.replace(summary, base_model=prepared.base)
+    if summary.base_model != base:
+        summary = dataclasses.replace(summary, base_model=base)
         write_json(run.summary, summary.to_json())
-        replace_card(run, str(FinishedRun.open(run.root).card(prepared.config.publish.repo)))
-        _log.info("its card names %s now", prepared.base.name or "no base model")
+        replace_card(run, job.card())
+        _log.info("its card names %s now", base.name or "no base model")
     return summary
 
 
 def _refuse_relative_paths(config: RunConfig) -> None:
-    """On a cluster a relative path means another folder on every node."""
+    """Refuse relative paths on a cluster, where they mean another folder on every node."""
     if config.execution.executor == "ray" and config.execution.cluster_address is not None:
         require_absolute_paths(config)
 
@@ -170,24 +197,17 @@ def _make_executor(config: RunConfig) -> Executor:
 
 
 def _execute(
-    prepared: Prepared,
-    folder: Path,
-    run: RunDirectory,
-    fingerprint: str,
-    chunks: Sequence[Chunk],
-    schedule: Schedule,
-    executor: Executor,
-    uploads: BackgroundUpload | None,
-) -> dict[int, dict[str, Any]]:
-    """Do every unit that is not finished; what the workers say of themselves at the end."""
-    config, plan, execution = prepared.config, prepared.plan, prepared.config.execution
+    job: _Job, folder: Path, schedule: Schedule, executor: Executor, uploads: BackgroundUpload | None
+) -> Mapping[int, Mapping[str, Any]]:
+    """Do every unit that is not finished, and return how the workers describe themselves at the end, by number."""
+    config, plan, run = job.config, job.prepared.plan, job.run
     device = "cuda" if executor.has_gpus else "cpu"
-    dtype = compute_dtype(config, plan, prepared.checkpoint, device)
+    dtype = compute_dtype(config, plan, job.prepared.checkpoint, device)
     _refuse_other_arithmetic(run, dtype, device)
-    cost = CostModel(plan, config, {chunk.name: chunk.tokens.size for chunk in chunks}, dtype.itemsize, device)
+    cost = CostModel(plan, config, {chunk.name: chunk.tokens.size for chunk in job.chunks}, dtype.itemsize, device)
     if not schedule.finished:
         require_room(cost.disk_bytes(executor.num_workers), run.root)
-    spec = _worker_spec(prepared, folder, run, fingerprint, chunks, dtype, device, cost)
+    spec = _worker_spec(job, folder, dtype, device, cost.worker_bytes())
     blocks = len(plan.blocks) * run.rounds
     run.journal.note(
         "started", finished_units=len(schedule.finished), units=len(schedule.units), blocks=blocks,
@@ -204,8 +224,8 @@ def _execute(
             uploads.offer(now.finished)
 
     driver = Driver(
-        executor, run, lambda: make_schedule(config, plan, run, chunks), display, FailureHistory(execution.max_retries),
-        _deadlines(config, cost, device), execution.worker_timeout_s, on_finished,
+        executor, run, job.schedule, display, FailureHistory(config.execution.max_retries),
+        _deadlines(config, cost, device), config.execution.worker_timeout_s, on_finished,
     )  # fmt: skip
     executor.start(spec)
     with display:
@@ -215,25 +235,16 @@ def _execute(
     return executor.describe()
 
 
-def _worker_spec(
-    prepared: Prepared,
-    folder: Path,
-    run: RunDirectory,
-    fingerprint: str,
-    chunks: Sequence[Chunk],
-    dtype: torch.dtype,
-    device: str,
-    cost: CostModel,
-) -> WorkerSpec:
-    config = prepared.config
+def _worker_spec(job: _Job, folder: Path, dtype: torch.dtype, device: str, needed_bytes: int) -> WorkerSpec:
+    config = job.config
     return WorkerSpec(
-        checkpoint=prepared.checkpoint,
+        checkpoint=job.prepared.checkpoint,
         folder=folder,
-        fingerprint=fingerprint,
+        fingerprint=job.fingerprint,
         trust_remote_code=config.model.trust_remote_code,
-        run=run,
-        plan=prepared.plan,
-        chunks=tuple(chunk.name for chunk in chunks),
+        run=job.run,
+        plan=job.prepared.plan,
+        chunks=tuple(chunk.name for chunk in job.chunks),
         shares=config.execution.hessian_shares,
         quantization=config.quantization,
         regularization=config.regularizer,
@@ -242,12 +253,12 @@ def _worker_spec(
         device=device,
         threads=config.execution.threads_per_worker,
         compiles=config.execution.compiles(device),
-        needed_bytes=cost.worker_bytes(),
+        needed_bytes=needed_bytes,
     )
 
 
 def _deadlines(config: RunConfig, cost: CostModel, device: str) -> Callable[[Call], float]:
-    """After how many seconds a call is taken to hang: many times what a slow device would need."""
+    """Return a function that gives the seconds after which a call is taken to hang, many times what it should need."""
     timeout_s = config.execution.call_timeout_s
     rate = _SLOWEST_GPU if device == "cuda" else _SLOWEST_CORE * config.execution.threads_per_worker
 
@@ -259,7 +270,7 @@ def _deadlines(config: RunConfig, cost: CostModel, device: str) -> Callable[[Cal
 
 
 def _refuse_other_arithmetic(run: RunDirectory, dtype: torch.dtype, device: str) -> None:
-    """What was begun in one dtype on one kind of device would become a mixture."""
+    """Refuse to go on in another dtype or on another kind of device: the result would become a mixture."""
     record = run.finished(EMBED)
     if record is None:
         return

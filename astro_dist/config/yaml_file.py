@@ -1,4 +1,4 @@
-"""The file of a run: one YAML file is one whole run. A key that is not known is an error that names its path."""
+"""Read the YAML file that describes one whole run. A key that is not known is an error that names its path."""
 
 import copy
 import dataclasses
@@ -18,44 +18,44 @@ from astro_dist.config.schema import PublishConfig, RunConfig
 __all__ = ["load_config", "make_target"]
 
 _MARKER = re.compile(r"int|float|bool|str|literal\[.*\]")
-"""What pydantic puts into a path for the branch of a union that it tried."""
+"""Pattern of what pydantic puts into a path for the branch of a union that it tried."""
 _UNKNOWN = ("extra_forbidden", "unexpected_keyword_argument")
 _KINDS = {
     "int": "a whole number", "float": "a number", "bool": "true or false", "string": "text",
     "tuple": "a list", "dict": "a mapping", "model": "a mapping", "dataclass": "a mapping", "path": "a path",
 }  # fmt: skip
-"""Kinds of values by the beginning of pydantic's names for what is wrong with one."""
+"""Kinds of values, by the beginning of pydantic's names of errors."""
 
 
 class _Strict(yaml.SafeLoader):
-    """YAML as it is, but for a key that stands twice in one mapping: the last would win in silence."""
+    """A loader of plain YAML that refuses a key that stands twice in a mapping: else the last would win in silence."""
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
-        """The mapping of a node.
+        """Make the mapping of a node.
 
         Raises:
-            ConstructorError: a key stands in it twice.
+            ConstructorError: A key stands in the mapping twice.
         """
-        found: list[Any] = []
+        keys: list[Any] = []
         for key_node, _ in node.value:
             key = self.construct_object(key_node, deep=True)
-            if key in found:
+            if key in keys:
                 raise yaml.constructor.ConstructorError(
                     problem=f"the key {key!r} is there twice", problem_mark=key_node.start_mark
                 )
-            found.append(key)
+            keys.append(key)
         return super().construct_mapping(node, deep)
 
 
 def load_config(path: Path, assignments: list[str] | None = None) -> RunConfig:
-    """Read a YAML file, apply `key.path=value` assignments, validate.
+    """Read a YAML file, apply assignments to it and validate it.
 
     Args:
-        path: of the YAML file.
-        assignments: each `section.key=value`, the value read as YAML.
+        path: Path of the YAML file.
+        assignments: Assignments of the form `section.key=value`, where the value is read as YAML.
 
     Raises:
-        ConfigError: naming every key that is unknown or wrong.
+        ConfigError: The file cannot be read, or some keys are unknown or wrong; the message names all of them.
     """
     try:
         with path.open(encoding="utf-8") as file:
@@ -68,55 +68,61 @@ def load_config(path: Path, assignments: list[str] | None = None) -> RunConfig:
         raise ConfigError(f"{path}: cannot be read as YAML: {error}") from error
     if not isinstance(content, dict):
         raise ConfigError(f"{path}: expected a mapping of sections (model, quantization, ...), got {content!r:.80}")
-    alone = copy.deepcopy(content)
+    without_assignments = copy.deepcopy(content)
     for assignment in assignments or []:
         _assign(content, assignment)
     try:
-        found = _complaints(content)
+        complaints = _complaints(content)
     except RecursionError as error:
         raise ConfigError(
             f"{path}: holds something that contains itself: an alias (*) inside its anchor (&)"
         ) from error
-    if found:
-        in_file = _complaints(alone)
+    if complaints:
+        of_file = _complaints(without_assignments)
         assigned = ", ".join(assignment.partition("=")[0] for assignment in assignments or [])
-        told = {
-            str(path): [one for one in found if one in in_file],
-            f"{path} with --set {assigned}": [one for one in found if one not in in_file],
+        by_origin = {
+            str(path): [complaint for complaint in complaints if complaint in of_file],
+            f"{path} with --set {assigned}": [complaint for complaint in complaints if complaint not in of_file],
         }
-        raise ConfigError("; ".join(f"{where}: {'; '.join(own)}" for where, own in told.items() if own))
+        raise ConfigError("; ".join(f"{origin}: {'; '.join(texts)}" for origin, texts in by_origin.items() if texts))
     return RunConfig.model_validate(content)
 
 
 def make_target(repo: str, private: bool, revision: str | None, pull_request: bool) -> PublishConfig:
-    """A place to publish to, as a command line gives it.
+    """Make the section `publish` of a configuration from the options of a command line.
+
+    Args:
+        repo: ORG/NAME of the repository on the Hub.
+        private: Whether a new repository is private.
+        revision: Branch to commit to; None means main.
+        pull_request: Whether to open a pull request.
 
     Raises:
-        ConfigError: it is none.
+        ConfigError: The options are wrong, or contradict each other.
     """
     try:
         return PublishConfig(repo=repo, private=private, revision=revision, pull_request=pull_request)
     except ValidationError as error:
-        raise ConfigError("; ".join(f"publish.{found}" for found in _explain(error))) from error
+        raise ConfigError("; ".join(f"publish.{complaint}" for complaint in _explain(error))) from error
 
 
 def _complaints(content: dict[str, Any]) -> list[str]:
-    """Everything that is wrong with a configuration."""
+    """List everything that is wrong with a configuration."""
     booleans = dict(_stray_booleans(content))
-    found = [
-        f"{key}: expected a number, got {told} (YAML reads yes, no, on and off so)" for key, told in booleans.items()
+    complaints = [
+        f"{key}: expected a number, got {value} (YAML reads yes, no, on and off so)" for key, value in booleans.items()
     ]
     try:
         RunConfig.model_validate(content)
     except ValidationError as error:
-        found += [one for one in _explain(error) if one.partition(":")[0] not in booleans]
-    return found
+        complaints += [text for text in _explain(error) if text.partition(":")[0] not in booleans]
+    return complaints
 
 
 def _stray_booleans(
     value: Any, location: tuple[int | str, ...] = (), in_list: bool = False
 ) -> Iterator[tuple[str, str]]:
-    """Keys with true and false where a number is wanted, which pydantic would take for 1 and 0."""
+    """Find the keys with true or false where a number is expected; pydantic would take them for 1 and 0."""
     if isinstance(value, dict):
         for name, inner in value.items():
             yield from _stray_booleans(inner, (*location, str(name)))
@@ -151,7 +157,7 @@ def _assign(content: dict[str, Any], assignment: str) -> None:
 
 
 def _explain(error: ValidationError) -> list[str]:
-    """A complaint for each key, though several kinds of values may have been tried on it."""
+    """Make one complaint for each key, although pydantic may have tried several kinds of values on it."""
     by_key: dict[str, list[Any]] = {}
     for item in error.errors():
         path = [str(part) for part in item["loc"]]
@@ -168,8 +174,8 @@ def _complaint(key: str, items: list[Any]) -> str:
         return f"unknown key {key}{_suggest(first['loc'])}"
     kinds = list(dict.fromkeys(_expected(item) for item in items))
     if all(kinds):
-        given = "nothing" if first["input"] is None else f"{first['input']!r:.80}"
-        return f"{key}: expected {' or '.join(filter(None, kinds))}, got {given}"
+        value = "nothing" if first["input"] is None else f"{first['input']!r:.80}"
+        return f"{key}: expected {' or '.join(filter(None, kinds))}, got {value}"
     if first["type"] == "missing":
         return f"{key}: missing"
     messages = "; ".join(
@@ -182,7 +188,7 @@ def _complaint(key: str, items: list[Any]) -> str:
 
 
 def _expected(item: Any) -> str | None:
-    """What kind of value was wanted, where that is what is wrong."""
+    """Return the kind of value that was expected; None where something else is wrong."""
     if item["type"] == "literal_error":
         return str(item["ctx"]["expected"])
     kind, _, fault = item["type"].rpartition("_")
@@ -196,7 +202,7 @@ def _suggest(location: tuple[int | str, ...]) -> str:
 
 
 def _kind(location: tuple[int | str, ...]) -> Any:
-    """The type of what stands there."""
+    """Return the type of the value at a location."""
     kind: Any = RunConfig
     for part in location:
         kind = typing.get_args(kind)[1] if typing.get_origin(kind) is dict else _keys(kind).get(str(part))
@@ -204,7 +210,7 @@ def _kind(location: tuple[int | str, ...]) -> Any:
 
 
 def _keys(kind: Any) -> dict[str, Any]:
-    """Keys of a section with their types."""
+    """Return the keys of a section with their types."""
     if dataclasses.is_dataclass(kind):
         return {field.name: typing.get_type_hints(kind)[field.name] for field in dataclasses.fields(kind)}
     return {name: field.annotation for name, field in getattr(kind, "model_fields", {}).items()}

@@ -1,1 +1,1 @@
-"""The finished model: assembled, listed, described, verified."""
+"""Assemble the finished model, list its files, describe it and verify it."""

@@ -1,7 +1,8 @@
-"""A finished run as its directory tells it: configuration, figures, records; and the card that follows from them."""
+"""Read a finished run from its directory: configuration, figures and records, and the card that follows from them."""
 
 import dataclasses
 from pathlib import Path, PurePath
+from typing import Self
 
 import huggingface_hub
 
@@ -21,7 +22,7 @@ __all__ = ["FinishedRun"]
 
 @dataclasses.dataclass(frozen=True)
 class FinishedRun:
-    """What there is to say of a run, from its directory alone.
+    """A finished run is described by its directory alone.
 
     Attributes:
         run: Run directory.
@@ -36,7 +37,7 @@ class FinishedRun:
     summary: Summary
 
     @classmethod
-    def open(cls, root: Path) -> "FinishedRun":
+    def open(cls, root: Path) -> Self:
         """Read a run directory.
 
         Args:
@@ -54,20 +55,20 @@ class FinishedRun:
 
     @property
     def base(self) -> BaseModel:
-        """What was quantized."""
+        """Return the description of the model that was quantized."""
         return self.summary.base_model
 
     @property
     def title(self) -> str:
-        """Title of the commit, the same whenever this run is published."""
+        """Return the title of the commit, which is the same whenever this run is published."""
         name = PurePath(self.base.name or self.config.model.source).name
         return f"{name}, {self.summary.average_bits:.3g} bits (astro-dist {self.identity.version})"
 
     def card(self, repository: str | None) -> huggingface_hub.ModelCard:
-        """The model's card.
+        """Write the model's card.
 
         Args:
-            repository: ORG/NAME that the model goes to, if any.
+            repository: ORG/NAME of the repository that the model goes to; None where there is none.
         """
         last = self.config.execution.rounds - 1
         places = ((unit, block_of_unit(unit)) for unit in self.run.recorded_units())

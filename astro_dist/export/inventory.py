@@ -1,9 +1,7 @@
-"""What a finished model consists of: every file with its size and SHA-256, written last, when the model is whole."""
+"""List the files of a finished model, each with its size and SHA-256. The list is written last: the model is whole."""
 
-import dataclasses
 from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import Any, Self
 
 from astro.errors import ConfigError, DamagedError
 from astro.storage.atomic import sha256_of, write_json, write_text
@@ -13,7 +11,6 @@ from astro_dist.run_directory.unit_record import FileRecord
 
 __all__ = [
     "CARD_NAME",
-    "ModelFile",
     "all_shards",
     "damaged_files",
     "describe",
@@ -26,47 +23,20 @@ __all__ = [
 ]
 
 CARD_NAME = "README.md"
+"""Name of the card's file, as the Hub wants it."""
 
 
-@dataclasses.dataclass(frozen=True)
-class ModelFile:
-    """A file of the model as it was written.
-
-    Attributes:
-        name: Name of the file in the model's folder.
-        size_bytes: Size of the file in bytes.
-        sha256: SHA-256 of the file's bytes, hex.
-    """
-
-    name: str
-    size_bytes: int
-    sha256: str
-
-    def to_json(self) -> dict[str, Any]:
-        """The entry as a JSON object."""
-        return dataclasses.asdict(self)
-
-    @classmethod
-    def from_json(cls, content: Mapping[str, Any]) -> Self:
-        """Read back what `to_json` gave.
-
-        Args:
-            content: JSON object with every field.
-        """
-        return cls(str(content["name"]), int(content["size_bytes"]), str(content["sha256"]))
-
-
-def describe(path: Path) -> ModelFile:
+def describe(path: Path) -> FileRecord:
     """Describe a file as it is now.
 
     Args:
         path: Path of the file.
     """
-    return ModelFile(path.name, path.stat().st_size, sha256_of(path))
+    return FileRecord(path.name, path.stat().st_size, sha256_of(path))
 
 
-def shards_of(run: RunDirectory, unit: str) -> list[ModelFile]:
-    """The final files of the model that a finished unit wrote; a unit of an earlier round wrote none.
+def shards_of(run: RunDirectory, unit: str) -> list[FileRecord]:
+    """List the files of the model that a finished unit wrote; a unit of an earlier round wrote none.
 
     Args:
         run: Run directory.
@@ -78,8 +48,8 @@ def shards_of(run: RunDirectory, unit: str) -> list[ModelFile]:
     return _shards(run.files(unit))
 
 
-def all_shards(run: RunDirectory) -> dict[str, ModelFile]:
-    """Every shard of the model by name, as the records have them that can be read.
+def all_shards(run: RunDirectory) -> dict[str, FileRecord]:
+    """Return every shard of the model by name, as far as the records of its units can be read.
 
     Args:
         run: Run directory.
@@ -87,20 +57,20 @@ def all_shards(run: RunDirectory) -> dict[str, ModelFile]:
     return {file.name: file for record in run.readable_records() for file in _shards(record.files)}
 
 
-def write_inventory(run: RunDirectory, names: Iterable[str], known: Mapping[str, ModelFile]) -> None:
-    """Write the inventory of the model: it is whole.
+def write_inventory(run: RunDirectory, names: Iterable[str], known: Mapping[str, FileRecord]) -> None:
+    """Write the inventory, which says that the model is whole.
 
     Args:
         run: Run directory.
         names: Names of all files of the model.
-        known: Files by name that need not be read again, because a record describes them.
+        known: Files that need not be read again, because a record describes them, by name.
     """
     files = [known.get(name) or describe(run.model / name) for name in sorted(names)]
     write_json(run.inventory, {"files": [file.to_json() for file in files]})
 
 
-def seal(run: RunDirectory, shards: Mapping[str, ModelFile], names: Iterable[str], card: str) -> None:
-    """Write the card, then the inventory: the model is whole.
+def seal(run: RunDirectory, shards: Mapping[str, FileRecord], names: Iterable[str], card: str) -> None:
+    """Write the card and then the inventory, which says that the model is whole.
 
     Args:
         run: Run directory.
@@ -113,7 +83,7 @@ def seal(run: RunDirectory, shards: Mapping[str, ModelFile], names: Iterable[str
 
 
 def replace_card(run: RunDirectory, card: str) -> None:
-    """Give a finished model another card.
+    """Replace the card of a finished model.
 
     Args:
         run: Run directory.
@@ -126,12 +96,12 @@ def replace_card(run: RunDirectory, card: str) -> None:
     seal(run, {file.name: file for file in read_inventory(run) if file.name != CARD_NAME}, (), card)
 
 
-def is_whole(run: RunDirectory, shards: Mapping[str, ModelFile]) -> bool:
-    """Whether everything beside the shards is there as it was written, the figures of the run among it.
+def is_whole(run: RunDirectory, shards: Mapping[str, FileRecord]) -> bool:
+    """Tell whether the figures of the run and all files beside the shards are as they were written.
 
     Args:
         run: Run directory.
-        shards: Shards of the model by name, which need not be looked at.
+        shards: Shards of the model by name, which are not looked at.
     """
     if not (run.summary.is_file() and run.inventory.is_file()):
         return False
@@ -146,7 +116,7 @@ def is_whole(run: RunDirectory, shards: Mapping[str, ModelFile]) -> bool:
 
 
 def damaged_files(run: RunDirectory) -> list[str]:
-    """Names of the files of the finished model that are gone or of another size than was written.
+    """List the names of the files of the finished model that are gone, or of another size than was written.
 
     Args:
         run: Run directory.
@@ -161,8 +131,8 @@ def damaged_files(run: RunDirectory) -> list[str]:
     ]
 
 
-def read_inventory(run: RunDirectory) -> list[ModelFile]:
-    """Read which files the finished model consists of.
+def read_inventory(run: RunDirectory) -> list[FileRecord]:
+    """Read which files the finished model consists of, sorted by name.
 
     Args:
         run: Run directory.
@@ -177,11 +147,11 @@ def read_inventory(run: RunDirectory) -> list[ModelFile]:
         )
     content = read_own_json(run.inventory)
     try:
-        return [ModelFile.from_json(file) for file in content["files"]]
+        return [FileRecord.from_json(file) for file in content["files"]]
     except (KeyError, TypeError, ValueError) as error:
         raise DamagedError(run.inventory, f"it is incomplete ({error!r})") from error
 
 
-def _shards(files: Iterable[FileRecord]) -> list[ModelFile]:
+def _shards(files: Iterable[FileRecord]) -> list[FileRecord]:
     paths = ((Path(file.name), file) for file in files)
-    return [ModelFile(path.name, file.size_bytes, file.sha256) for path, file in paths if path.parent == Path("model")]
+    return [FileRecord(path.name, file.size_bytes, file.sha256) for path, file in paths if path.parent == Path("model")]

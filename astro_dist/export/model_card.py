@@ -1,4 +1,4 @@
-"""The card of a finished model: metadata that the Hub reads, and what was done, from the run's records alone."""
+"""Write the card of a finished model: metadata for the Hub, and what was done, from the run's records alone."""
 
 import dataclasses
 import statistics
@@ -46,13 +46,13 @@ _TEMPLATES = jinja2.Environment(
 def metadata(
     config: RunConfig, base: BaseModel, widths: Collection[int], repository: str | None
 ) -> huggingface_hub.ModelCardData:
-    """What the Hub reads of a card.
+    """Make the metadata of a card, which is what the Hub reads.
 
     Args:
         config: Configuration of the run.
-        base: What was quantized.
-        widths: Widths of quantized layers in bits; those that are possible, where a run is yet to choose.
-        repository: ORG/NAME that the model goes to, if any.
+        base: Description of the model that is quantized.
+        widths: Widths of the quantized layers in bits; all possible ones where the run has not chosen yet.
+        repository: ORG/NAME of the repository that the model goes to; None where there is none.
     """
     regularizer, quantization = config.regularizer.name, config.quantization
     methods = [quantization.method, *([regularizer] if regularizer != "none" else [])]
@@ -78,11 +78,11 @@ def metadata(
 
 
 def planned_card(config: RunConfig, base: BaseModel) -> huggingface_hub.ModelCard:
-    """The metadata that the card of a run will have, as far as it is known before.
+    """Make a card with the metadata that a run will have, as far as it is known before the run.
 
     Args:
         config: Configuration of the run.
-        base: What is quantized.
+        base: Description of the model that is quantized.
     """
     q = config.quantization
     data = metadata(config, base, q.bit_choices if q.bits == "auto" else {q.bits}, config.publish.repo)
@@ -98,8 +98,8 @@ def model_card(
         config: Configuration of the run.
         identity: Version, commit and hashes of the run.
         summary: Figures of the run.
-        blocks: Figures of the blocks of its last round.
-        repository: ORG/NAME that the model goes to, if any.
+        blocks: Figures of the blocks of the last round.
+        repository: ORG/NAME of the repository that the model goes to; None where there is none.
     """
     base = summary.base_model
     layers = [layer for block in blocks for layer in block.layers]
@@ -157,7 +157,7 @@ class _KindFigures:
 
 
 def _by_kind(layers: Sequence[LayerRecord]) -> list[_KindFigures]:
-    """One row for each kind of layer: layers that share an input were solved together."""
+    """Make one row for each kind of layer; layers that share an input were solved together."""
     kinds: dict[str, list[LayerRecord]] = {}
     for layer in layers:
         kinds.setdefault(layer.kind, []).append(layer)
@@ -179,7 +179,7 @@ def _figures(name: str, layers: Sequence[LayerRecord]) -> _KindFigures:
 
 
 def _method(config: RunConfig, summary: Summary) -> list[tuple[str, str]]:
-    """The settings that matter, as rows of a table."""
+    """List the settings that matter, as rows of a table."""
     q, regularizer, execution = config.quantization, config.regularizer, config.execution
     columns = "a whole row" if q.group_size == -1 else f"{q.group_size} input columns"
     grid = "symmetric" if q.symmetric else "asymmetric"
@@ -200,12 +200,12 @@ def _method(config: RunConfig, summary: Summary) -> list[tuple[str, str]]:
 
 
 def _are_served(widths: Collection[int]) -> bool:
-    """Whether servers have kernels for all of these widths."""
+    """Tell whether servers have kernels for all of these widths."""
     return set(widths) <= set(_SERVED_BITS)
 
 
 def _without_places(config: RunConfig) -> dict[str, Any]:
-    """The resolved configuration without what is a matter of the place where it ran."""
+    """Return the resolved configuration without what depends on the place where it ran."""
     plain = config.plain()
     del plain["publish"], plain["model"]["cache_dir"], plain["execution"]["ray_address"]
     for section, key in (("model", "source"), ("calibration", "source"), ("output", "dir")):
@@ -219,5 +219,5 @@ def _linked(text: str, target: str | None) -> str:
 
 
 def _cell(text: str) -> str:
-    """Text of a cell of a table, whose columns the sign | would divide."""
+    """Escape the text of a table's cell, which the sign | would end."""
     return text.replace("|", "\\|")

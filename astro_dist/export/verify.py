@@ -1,6 +1,7 @@
-"""Re-read a written model and compare it with what its own config promises and its loaders ask for."""
+"""Read a written model again and compare it with what its own config promises and its loaders ask for."""
 
-from collections.abc import Iterable
+import dataclasses
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -15,16 +16,46 @@ from astro.model.skeleton import Skeleton
 from astro.storage.atomic import read_json
 from astro.storage.checkpoint import Checkpoint, require_finite
 from astro_dist.config.schema import ModelConfig
-from astro_dist.export.inventory import ModelFile, describe, read_inventory
+from astro_dist.export.inventory import describe, read_inventory
 from astro_dist.run_directory.identity import read_identity
 from astro_dist.run_directory.layout import RunLayout
 from astro_dist.run_directory.records import RunDirectory
+from astro_dist.run_directory.unit_record import FileRecord
 from astro_dist.source.resolve import Source, resolve_source
 
-__all__ = ["verify_model"]
+__all__ = ["Verification", "verify_model"]
 
 
-def verify_model(model: Path | str, against: Path | str | None = None) -> dict[str, Any]:
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Verification:
+    """A verification tells what was checked of a model that is sound.
+
+    Attributes:
+        model: Folder or repository of the model.
+        num_linears: Number of packed layers.
+        num_tensors: Number of tensors.
+        checksums_compared: Whether every file was compared with the SHA-256 that the run recorded.
+        relative_weight_errors: ‖Ŵ − W‖_F / ‖W‖_F of each layer by name; empty where no source was given.
+    """
+
+    model: str
+    num_linears: int
+    num_tensors: int
+    checksums_compared: bool
+    relative_weight_errors: Mapping[str, float]
+
+    def to_json(self) -> dict[str, Any]:
+        """Return the verification as a JSON object."""
+        return {
+            "model": self.model,
+            "linears": self.num_linears,
+            "tensors": self.num_tensors,
+            "checksums_compared": self.checksums_compared,
+            "relative_weight_errors": dict(self.relative_weight_errors),
+        }
+
+
+def verify_model(model: Path | str, against: Path | str | None = None) -> Verification:
     """Check a quantized model.
 
     Every parameter of the model's transformers class has its tensor, or is a linear layer with all of its packed
@@ -32,14 +63,14 @@ def verify_model(model: Path | str, against: Path | str | None = None) -> dict[s
     every file has the SHA-256 that it was written with.
 
     Args:
-        model: folder of a quantized model, or ORG/NAME[@REVISION] of one on the Hub, which is read by ranges.
-        against: its source, as `model.source` names it; then each layer's ‖Ŵ − W‖_F / ‖W‖_F is measured too.
+        model: Folder of a quantized model, or ORG/NAME[@REVISION] of one on the Hub, which is read by ranges.
+        against: Source of the model, as `model.source` names it, to measure each layer's error too; None for no error.
 
     Returns:
-        Counts, and the errors by layer.
+        What was checked.
 
     Raises:
-        CheckpointError: naming the first thing that is wrong.
+        CheckpointError: Something is wrong with the model; the message names the first such thing.
     """
     opened = _resolve(str(model))
     root = opened.folder.resolve().parent
@@ -47,23 +78,18 @@ def verify_model(model: Path | str, against: Path | str | None = None) -> dict[s
     is_of_run = not opened.is_remote and layout.identity.is_file() and opened.folder.resolve() == layout.model
     if is_of_run:
         _require_as_written(root)
-    checkpoint, folder = Checkpoint.open(opened.store), opened.folder
+    checkpoint = Checkpoint.open(opened.store)
     require_finite(checkpoint)
-    skeleton = Skeleton(folder, torch.float32)
+    skeleton = Skeleton(opened.folder, torch.float32)
     source = Checkpoint.open(resolve_source(ModelConfig(source=str(against))).store) if against else None
-    path = folder / "config.json"
-    config = read_json(path, "a checkpoint folder must hold it").get("quantization_config")
-    packed = LAYOUTS.get(str(config.get("quant_method"))) if isinstance(config, dict) else None
-    if config is None:
-        raise CheckpointError(f"{path}: has no quantization_config, so this is no quantized model")
-    if packed is None:
-        raise CheckpointError(f"{path}: its quantization_config is of no layout known here: {config!r:.80}")
-    mark = f".{packed.MARK}"
+    path = opened.folder / "config.json"
+    packing, config = _read_packing(path)
+    mark = f".{packing.MARK}"
     stems = {key.removesuffix(mark) for key in checkpoint.entries if key.endswith(mark)}
     layers, unpacked = _layers(checkpoint, skeleton, stems)
     try:
-        settings = packed.read_schemes(config, [layer.name for layer in layers])
-        missing = [name for name in unpacked if not packed.is_ignored(config, name)]
+        schemes = packing.read_schemes(config, [layer.name for layer in layers])
+        missing = [name for name in unpacked if not packing.is_ignored(config, name)]
     except InputError as error:
         raise CheckpointError(f"{path}: {error}") from error
     except (KeyError, TypeError, ValueError, AttributeError) as error:
@@ -73,27 +99,74 @@ def verify_model(model: Path | str, against: Path | str | None = None) -> dict[s
             f"{checkpoint.store}: {missing[0]} is neither packed nor in the config's ignore list; loaders would "
             "look for its packed tensors"
         )
-    originals = _originals(source, skeleton) if source else {}
+    original = _OriginalModel(source, skeleton) if source else None
     errors = {}
-    held: dict[str, torch.Tensor] = {}  # the source's tensor that the last layer was part of
     for layer in layers:
-        W_hat = _check_linear(checkpoint, packed, layer, settings[layer.name])
-        if source:
-            errors[layer.stem] = _weight_error(source, originals.get(layer.stem), layer.stem, W_hat, held)
-    return {
-        "model": str(opened.store),
-        "linears": len(layers),
-        "tensors": len(checkpoint.entries),
-        "checksums_compared": is_of_run,
-        "relative_weight_errors": errors,
-    }
+        W_hat = _check_linear(checkpoint, packing, layer, schemes[layer.name])
+        if original:
+            errors[layer.stem] = original.error_of(layer.stem, W_hat)
+    return Verification(
+        model=str(opened.store),
+        num_linears=len(layers),
+        num_tensors=len(checkpoint.entries),
+        checksums_compared=is_of_run,
+        relative_weight_errors=errors,
+    )
+
+
+class _OriginalModel:
+    """The source of a model, whose layers are read one after the other.
+
+    Experts may be stacked in one tensor of the source, so the tensor that was read last stays in memory.
+    """
+
+    def __init__(self, checkpoint: Checkpoint, skeleton: Skeleton) -> None:
+        """Find the linear layers of the source by the names under which they are packed.
+
+        Raises:
+            CheckpointError: The checkpoint is not the source of this model.
+        """
+        self._checkpoint = checkpoint
+        try:
+            self._layers = {layer.stem: layer for layer in _linear_layers(checkpoint, skeleton)}
+        except CheckpointError as error:
+            raise CheckpointError(f"{checkpoint.store}: {error}; it is not the source of this model") from error
+        self._last_tensor: dict[str, torch.Tensor] = {}
+
+    def error_of(self, stem: str, W_hat: torch.Tensor) -> float:
+        """Return ‖Ŵ − W‖_F / ‖W‖_F of a layer whose quantized weights [R, C] are given."""
+        store, layer = self._checkpoint.store, self._layers.get(stem)
+        if layer is None:
+            raise CheckpointError(f"{store}: has no tensor for {stem}; it is not the source of this model")
+        if layer.key not in self._last_tensor:
+            self._last_tensor.clear()  # before the next one is read, so that only one is in memory
+            self._last_tensor |= self._checkpoint.read([layer.key])
+        W = layer.stored(self._last_tensor[layer.key]).float()
+        if W.shape != W_hat.shape:
+            raise CheckpointError(f"{store}: {layer.key} is {list(W.shape)}, the quantized layer {list(W_hat.shape)}")
+        return float(torch.linalg.vector_norm(W_hat - W) / torch.linalg.vector_norm(W).clamp(min=1e-30))
+
+
+def _read_packing(path: Path) -> tuple[Layout, dict[str, Any]]:
+    """Read the layout of a model and its quantization_config from its config.json.
+
+    Raises:
+        CheckpointError: The model is not quantized, or in a layout that is not known.
+    """
+    config = read_json(path, "a checkpoint folder must hold it").get("quantization_config")
+    packing = LAYOUTS.get(str(config.get("quant_method"))) if isinstance(config, dict) else None
+    if config is None:
+        raise CheckpointError(f"{path}: has no quantization_config, so this is no quantized model")
+    if packing is None:
+        raise CheckpointError(f"{path}: its quantization_config is of no layout known here: {config!r:.80}")
+    return packing, config
 
 
 def _require_as_written(root: Path) -> None:
     """Compare every file of a run's model with what the run wrote.
 
     Raises:
-        CheckpointError: the run is not finished, or a file is not as it was written.
+        CheckpointError: The run is not finished, or a file is not as it was written.
     """
     run = RunDirectory(root, read_identity(root).key)
     folder = run.model
@@ -109,7 +182,7 @@ def _require_as_written(root: Path) -> None:
         )
 
 
-def _is_there(path: Path, file: ModelFile) -> bool:
+def _is_there(path: Path, file: FileRecord) -> bool:
     return path.is_file() and path.stat().st_size == file.size_bytes and describe(path) == file
 
 
@@ -121,10 +194,10 @@ def _resolve(model: str) -> Source:
 
 
 def _layers(checkpoint: Checkpoint, skeleton: Skeleton, stems: set[str]) -> tuple[list[LinearLayer], list[str]]:
-    """The packed layers, and the names of linear layers that are not.
+    """Return the packed layers, and the names of the linear layers that are not packed.
 
     Raises:
-        CheckpointError: the model and the tensors do not fit each other.
+        CheckpointError: The model and the tensors do not fit each other.
     """
     for stem in sorted(stems):
         if f"{stem}.weight" in checkpoint.entries:
@@ -136,16 +209,16 @@ def _layers(checkpoint: Checkpoint, skeleton: Skeleton, stems: set[str]) -> tupl
             raise CheckpointError(f"{checkpoint.store}: {key} should be {list(expected)}, got {list(shape)}")
     weights = [f"{stem}.weight" for stem in stems]
     skeleton.require_covered({target for target, _ in (*loose.values(), *map(skeleton.target_of, weights))})
-    found = _found(checkpoint, skeleton, [*loose, *weights])
-    layers = [layer for layer in found if layer.stem in stems]
+    linears = _linear_layers(checkpoint, skeleton, [*loose, *weights])
+    layers = [layer for layer in linears if layer.stem in stems]
     packed = {layer.name for layer in layers}
     modules = (name for name, module in skeleton.model.named_modules() if isinstance(module, nn.Linear))
-    names = dict.fromkeys((*modules, *(layer.name for layer in found)))
+    names = dict.fromkeys((*modules, *(layer.name for layer in linears)))
     return layers, [name for name in names if name not in packed]
 
 
-def _found(checkpoint: Checkpoint, skeleton: Skeleton, keys: Iterable[str] | None = None) -> list[LinearLayer]:
-    """The linear layers that some tensors of a checkpoint, or all, are the weights of."""
+def _linear_layers(checkpoint: Checkpoint, skeleton: Skeleton, keys: Iterable[str] | None = None) -> list[LinearLayer]:
+    """Find the linear layers whose weights are among some tensors of a checkpoint, or among all of them."""
     by_block: dict[int | None, list[str]] = {}
     for key in checkpoint.entries if keys is None else keys:
         by_block.setdefault(skeleton.block_of(skeleton.target_of(key)[0]), []).append(key)
@@ -162,24 +235,16 @@ def _found(checkpoint: Checkpoint, skeleton: Skeleton, keys: Iterable[str] | Non
     return layers
 
 
-def _originals(source: Checkpoint, skeleton: Skeleton) -> dict[str, LinearLayer]:
-    """The linear layers of the source by the names under which they are packed."""
-    try:
-        return {layer.stem: layer for layer in _found(source, skeleton)}
-    except CheckpointError as error:
-        raise CheckpointError(f"{source.store}: {error}; it is not the source of this model") from error
-
-
 def _is_packed(key: str, stems: set[str]) -> bool:
     stem, _, suffix = key.rpartition(".")
     return stem in stems and suffix not in ("weight", "bias")
 
 
-def _check_linear(checkpoint: Checkpoint, packed: Layout, layer: LinearLayer, settings: LayerScheme) -> torch.Tensor:
-    """The weights of a packed layer."""
-    wanted = [f"{layer.stem}.{suffix}" for suffix in packed.suffixes(settings)]
-    tensors = checkpoint.read(name for name in wanted if name in checkpoint.entries)
-    linear = packed.unpack_linear(layer.stem, tensors, settings)
+def _check_linear(checkpoint: Checkpoint, packing: Layout, layer: LinearLayer, scheme: LayerScheme) -> torch.Tensor:
+    """Unpack a layer, check its shape and its scales, and return its weights [R, C]."""
+    names = [f"{layer.stem}.{suffix}" for suffix in packing.suffixes(scheme)]
+    tensors = checkpoint.read(name for name in names if name in checkpoint.entries)
+    linear = packing.unpack_linear(layer.stem, tensors, scheme)
     shape = (layer.rows, layer.columns)
     if tuple(linear.Q.shape) != shape:
         raise CheckpointError(
@@ -188,19 +253,3 @@ def _check_linear(checkpoint: Checkpoint, packed: Layout, layer: LinearLayer, se
     if not bool((linear.grid.scale != 0).all()):
         raise CheckpointError(f"{checkpoint.store}: {layer.stem} has scales that are zero")
     return linear.dequantize()
-
-
-def _weight_error(
-    source: Checkpoint, original: LinearLayer | None, stem: str, W_hat: torch.Tensor, held: dict[str, torch.Tensor]
-) -> float:
-    if original is None:
-        raise CheckpointError(f"{source.store}: has no tensor for {stem}; it is not the source of this model")
-    if original.key not in held:
-        held.clear()
-        held |= source.read([original.key])
-    W = original.stored(held[original.key]).float()
-    if W.shape != W_hat.shape:
-        raise CheckpointError(
-            f"{source.store}: {original.key} is {list(W.shape)}, the quantized layer {list(W_hat.shape)}"
-        )
-    return float(torch.linalg.vector_norm(W_hat - W) / torch.linalg.vector_norm(W).clamp(min=1e-30))

@@ -1,1 +1,1 @@
-"""The upload to the Hugging Face Hub."""
+"""Publish a finished model on the Hugging Face Hub."""

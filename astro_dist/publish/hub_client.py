@@ -1,9 +1,9 @@
-"""One repository of the Hugging Face Hub as it is written to, by huggingface_hub's own client.
+"""Write to one repository of the Hugging Face Hub, by huggingface_hub's own client.
 
-What the client does itself: it asks the Hub whether a file goes to Xet or LFS, cuts it into parts, streams them from
-disk, and repeats a request for a part five times when the answer is 408, 429, 500, 502, 503 or 504 or the connection
-fails. Here every request is repeated on top of that; for the one commit, whether it happened is looked up first.
-The token is the client's own affair; nothing here holds it.
+The client itself asks the Hub whether a file goes to Xet or LFS, cuts it into parts and streams them from disk. It
+repeats a request for a part five times when the answer is 408, 429, 500, 502, 503 or 504 or the connection fails.
+This module repeats every request on top of that; before it repeats the one commit, it looks up whether that happened.
+Only the client reads the token; nothing here holds it.
 """
 
 import dataclasses
@@ -21,7 +21,7 @@ from huggingface_hub.lfs import UploadInfo, post_lfs_batch_info
 from astro.errors import AstroError, DamagedError
 from astro_dist.config.schema import PublishConfig
 from astro_dist.console import say
-from astro_dist.export.inventory import ModelFile
+from astro_dist.run_directory.unit_record import FileRecord
 from astro_dist.source.backoff import Backoff
 from astro_dist.source.hub_errors import HubError, HubFailure, failure_of
 
@@ -30,21 +30,27 @@ __all__ = ["HubWriter", "different"]
 _ATTEMPTS = 6
 _BACKOFF = Backoff(first_s=2.0, longest_s=60.0)
 _TIMEOUT_S = 600.0
-"""Without a byte in either direction: assembling a large upload's parts takes a store minutes."""
+"""Seconds without a byte in either direction: a store takes minutes to assemble the parts of a large upload."""
 _BATCH = 256
-"""Files that the Hub takes in one question."""
+"""Number of files that the Hub can be asked about in one request."""
 
 T = TypeVar("T")
 
 
 class HubWriter:
-    """Uploads files and makes commits."""
+    """A Hub writer uploads files to one repository and makes commits there.
+
+    Attributes:
+        repository: ORG/NAME of the repository.
+        target: Section of the configuration that says where to publish.
+        api: Client of huggingface_hub.
+    """
 
     def __init__(self, target: PublishConfig) -> None:
-        """Nothing is asked yet.
+        """Prepare the client; nothing is asked yet.
 
         Args:
-            target: where to; its `repo` is given.
+            target: Section of the configuration that says where to publish; its `repo` is set.
         """
         self.repository = str(target.repo)
         self.target = target
@@ -56,22 +62,22 @@ class HubWriter:
 
     @property
     def branch(self) -> str:
-        """That is committed to, or against which a pull request is made."""
+        """Return the branch that is committed to, or against which a pull request is made."""
         return self.target.revision or "main"
 
     def patiently(self, purpose: str, call: Callable[[], T], attempts: int = _ATTEMPTS) -> T:
         """Make a request that may be repeated, until it works.
 
         Args:
-            purpose: What the request is for ("making the branch x"), for the messages.
-            call: Makes the request.
-            attempts: The number of attempts after which to give up.
+            purpose: Purpose of the request ("making the branch x"), for the messages.
+            call: Function that makes the request.
+            attempts: Number of attempts after which to give up.
 
         Returns:
             The answer of `call`.
 
         Raises:
-            HubError: The request cannot work, or has failed too often.
+            HubError: The request cannot work, or failed at every attempt.
         """
 
         def attempt() -> T:
@@ -91,22 +97,28 @@ class HubWriter:
         except Exception as error:  # of huggingface_hub, its HTTP library and hf_xet
             raise self.error(purpose, failure_of(error), retrying.statistics["attempt_number"]) from error
 
-    def error(self, doing: str, failure: HubFailure, attempts: int = 1) -> HubError:
-        """What to raise for a request that failed."""
-        often = f" (tried {attempts} times)" if attempts > 1 else ""
-        return HubError(f"{self.repository}: {doing}: {failure}{often}", failure)
-
-    def upload(self, files: Sequence[ModelFile], folder: Path, attempts: int = _ATTEMPTS) -> None:
-        """Upload what of these is no small text; the repository does not change.
+    def error(self, purpose: str, failure: HubFailure, attempts: int = 1) -> HubError:
+        """Make the error of a request that failed.
 
         Args:
-            files: as they were written.
-            folder: where they are.
-            attempts: at most.
+            purpose: Purpose of the request, for the message.
+            failure: Failure of the last attempt.
+            attempts: Number of attempts that were made.
+        """
+        often = f" (tried {attempts} times)" if attempts > 1 else ""
+        return HubError(f"{self.repository}: {purpose}: {failure}{often}", failure)
+
+    def upload(self, files: Sequence[FileRecord], folder: Path, attempts: int = _ATTEMPTS) -> None:
+        """Upload all of these files that the Hub does not keep as plain text; the repository does not change yet.
+
+        Args:
+            files: Files as they were written.
+            folder: Folder of the files.
+            attempts: Number of attempts after which to give up.
 
         Raises:
-            DamagedError: a file is not as it was written.
-            HubError: the Hub does not take them.
+            DamagedError: A file is not as it was written.
+            HubError: The Hub does not take the files.
         """
         additions = [self._addition(file, folder) for file in files]
         names = files[0].name if len(files) == 1 else f"{len(files)} files"
@@ -119,8 +131,8 @@ class HubWriter:
             attempts,
         )  # fmt: skip
 
-    def missing(self, files: Sequence[ModelFile]) -> list[ModelFile]:
-        """Those files of which the Hub says that it does not hold this SHA-256 in this size. They can be sent again."""
+    def missing(self, files: Sequence[FileRecord]) -> list[FileRecord]:
+        """Return the files of which the Hub does not hold this SHA-256 in this size, ready to be sent again."""
         absent: set[str] = set()
         for start in range(0, len(files), _BATCH):
             infos = [
@@ -134,7 +146,7 @@ class HubWriter:
         return missing
 
     def head(self, revision: str | None = None) -> str:
-        """The commit that a revision is at; the branch where none is given."""
+        """Return the newest commit of a revision, or of the branch where `revision` is None."""
         info = self.patiently(
             "asking for its newest commit",
             lambda: self.api.model_info(self.repository, revision=revision or self.branch),
@@ -142,7 +154,7 @@ class HubWriter:
         return str(info.sha)
 
     def listing(self, revision: str) -> dict[str, RepoFile]:
-        """Every file of the repository at a revision, by path."""
+        """List every file of the repository at a revision, by path."""
         entries = self.patiently(
             f"listing {revision[:12]}",
             lambda: list(self.api.list_repo_tree(self.repository, recursive=True, revision=revision)),
@@ -150,23 +162,25 @@ class HubWriter:
         return {entry.path: entry for entry in entries if isinstance(entry, RepoFile)}
 
     def pull_requests(self, title: str) -> list[str]:
-        """Revisions of the open pull requests of a title."""
-        found = self.patiently(
+        """List the revisions of the open pull requests that have a title."""
+        requests = self.patiently(
             "listing its pull requests",
             lambda: list(
                 self.api.get_repo_discussions(self.repository, discussion_type="pull_request", discussion_status="open")
             ),
         )
-        return [f"refs/pr/{request.num}" for request in found if request.title == title]
+        return [f"refs/pr/{request.num}" for request in requests if request.title == title]
 
-    def commit(self, files: Sequence[ModelFile], folder: Path, parent: str, title: str) -> huggingface_hub.CommitInfo:
-        """Make one commit of all files, once. Whatever this raises, the commit may have been made nevertheless.
+    def commit(self, files: Sequence[FileRecord], folder: Path, parent: str, title: str) -> huggingface_hub.CommitInfo:
+        """Make one commit of all files, without another attempt.
+
+        The commit may have been made although this raises an error.
 
         Args:
-            files: all of the model.
-            folder: where they are.
-            parent: commit that the branch must be at.
-            title: of the commit.
+            files: All files of the model.
+            folder: Folder of the files.
+            parent: Commit that the branch must be at.
+            title: Title of the commit.
         """
         huggingface_hub.get_session().timeout = _TIMEOUT_S
         return self.api.create_commit(
@@ -175,13 +189,13 @@ class HubWriter:
         )  # fmt: skip
 
     def _absent(self, infos: Iterable[UploadInfo]) -> set[str]:
-        wanted, errors = post_lfs_batch_info(infos, token=None, repo_type="model", repo_id=self.repository)[:2]
+        answers, errors = post_lfs_batch_info(infos, token=None, repo_type="model", repo_id=self.repository)[:2]
         if errors:
             raise RuntimeError(f"LFS batch API: {errors[0]['error']['message']}")
-        return {answer["oid"] for answer in wanted if answer.get("actions")}
+        return {answer["oid"] for answer in answers if answer.get("actions")}
 
-    def _addition(self, file: ModelFile, folder: Path) -> huggingface_hub.CommitOperationAdd:
-        """A file to upload, its bytes held against its record; one that was uploaded already is not read again."""
+    def _addition(self, file: FileRecord, folder: Path) -> huggingface_hub.CommitOperationAdd:
+        """Compare a file with its record and prepare its upload; a file that was uploaded already is not read again."""
         known = self._additions.get(file.name)
         if known is not None and known.upload_info.sha256.hex() == file.sha256:
             return known
@@ -195,13 +209,13 @@ class HubWriter:
         return addition
 
 
-def different(listing: Mapping[str, RepoFile], files: Iterable[ModelFile], folder: Path) -> list[str]:
-    """Names of files that a repository does not hold as they are here.
+def different(listing: Mapping[str, RepoFile], files: Iterable[FileRecord], folder: Path) -> list[str]:
+    """List the names of the files that a repository does not hold as they are here.
 
     Args:
-        listing: of the repository.
-        files: of the model.
-        folder: where they are.
+        listing: Files of the repository, by path.
+        files: Files of the model.
+        folder: Folder of the model's files.
     """
     return [file.name for file in files if not _is_same(listing.get(file.name), file, folder)]
 
@@ -212,7 +226,7 @@ def _asked_wait_s(error: Exception) -> float | None:
     return failure.wait_s if failure is not None and failure.passes else None
 
 
-def _is_same(there: RepoFile | None, file: ModelFile, folder: Path) -> bool:
+def _is_same(there: RepoFile | None, file: FileRecord, folder: Path) -> bool:
     if there is None or there.size != file.size_bytes:
         return False
     if there.lfs is not None:

@@ -1,9 +1,9 @@
-"""What is checked at the Hub before any worker starts: token, rights, names, what the repository holds."""
+"""Check at the Hub, before any worker starts, the token, its rights, the names and what the repository holds."""
 
 import dataclasses
 import re
 from collections.abc import Collection, Mapping
-from typing import Any
+from typing import Any, Self
 
 import huggingface_hub
 from huggingface_hub import errors as hub_errors
@@ -23,35 +23,85 @@ _WRITING = ("write", "admin", "contributor", "god")
 
 @dataclasses.dataclass(frozen=True)
 class Ready:
-    """A repository that can be written to.
+    """A repository is ready when it can be written to.
 
     Attributes:
-        head: commit that its branch is at.
-        notes: what the user should know.
+        head: Newest commit of the branch.
+        notes: Sentences that the user should read.
     """
 
     head: str
     notes: tuple[str, ...]
 
 
+@dataclasses.dataclass(frozen=True)
+class _Account:
+    """Who the token belongs to and what it may do, as far as the Hub says.
+
+    Attributes:
+        name: Name of the user.
+        roles: Role of the user in each of their organizations, by name; None where the Hub does not say.
+        token_name: Name of the token.
+        token_role: Role of the token; None where the Hub does not say.
+        granted: Rights of a fine-grained token everywhere.
+        scopes: Users, organizations or repositories, each with the rights of a fine-grained token there.
+    """
+
+    name: str
+    roles: Mapping[str, str | None]
+    token_name: str
+    token_role: str | None
+    granted: tuple[str, ...]
+    scopes: tuple[tuple[str | None, tuple[str, ...]], ...]
+
+    @property
+    def namespaces(self) -> tuple[str, ...]:
+        """Return the names of the user and of their organizations."""
+        return (self.name, *self.roles)
+
+    def granted_on(self, *names: str) -> tuple[str, ...]:
+        """Return the rights of a fine-grained token everywhere and on what has one of these names."""
+        return (*self.granted, *(right for name, rights in self.scopes if name in names for right in rights))
+
+    @classmethod
+    def from_json(cls, content: Mapping[str, Any]) -> Self:
+        """Read the answer of the Hub's whoami."""
+        token = content.get("auth", {}).get("accessToken", {})
+        fine_grained = token.get("fineGrained") or {}
+        return cls(
+            name=content["name"],
+            roles={organization["name"]: organization.get("roleInOrg") for organization in content.get("orgs", ())},
+            token_name=token.get("displayName", ""),
+            token_role=token.get("role"),
+            granted=tuple(fine_grained.get("global", ())),
+            scopes=tuple(
+                (scope.get("entity", {}).get("name"), tuple(scope.get("permissions", ())))
+                for scope in fine_grained.get("scoped", ())
+            ),
+        )
+
+
 def preflight(writer: HubWriter, weights: Collection[str], base: BaseModel, card: huggingface_hub.ModelCard) -> Ready:
-    """Find out whether the model can be published, and make the repository and the branch where they are not there.
+    """Find out whether the model can be published, and make the repository and the branch where they do not exist.
 
     Args:
-        writer: of the repository.
-        weights: names of the shards that there will be.
-        base: what is quantized.
-        card: whose metadata the Hub shall check.
+        writer: Writer of the repository.
+        weights: Names of the shards that the model will have.
+        base: Description of the model that is quantized.
+        card: Card whose metadata the Hub checks.
+
+    Returns:
+        The state of the repository.
 
     Raises:
-        ConfigError: it cannot, and why.
-        RunError: it cannot now: the Hub is not reached, or does not answer as it should.
+        ConfigError: The model cannot be published there.
+        RunError: The model cannot be published now: the Hub cannot be reached, or does not answer as it should.
     """
     target, place = writer.target, f"publish.repo {writer.repository}"
     try:
         validate_repo_id(writer.repository)
         _require_token(place)
-        account = writer.patiently("asking who the token belongs to", writer.api.whoami)
+        account = _Account.from_json(writer.patiently("asking who the token belongs to", writer.api.whoami))
         _require_rights(account, writer.repository, target.pull_request, place)
         if not target.pull_request:
             writer.patiently(
@@ -79,9 +129,10 @@ def preflight(writer: HubWriter, weights: Collection[str], base: BaseModel, card
         raise ConfigError(f"publish.repo {error}") from error
     except hub_errors.HFValidationError as error:
         raise ConfigError(f"{place}: {error}") from error
-    seen = "private" if info.private else "public"
-    told = f"the result goes to {writer.repository} ({seen}), {_where(writer)}, with the token of {account['name']}"
-    return Ready(str(info.sha), (told, *base.notes(bool(info.private))))
+    visibility = "private" if info.private else "public"
+    destination = f"{writer.repository} ({visibility}), {_where(writer)}"
+    note = f"the result goes to {destination}, with the token of {account.name}"
+    return Ready(str(info.sha), (note, *base.notes(bool(info.private))))
 
 
 def _where(writer: HubWriter) -> str:
@@ -99,34 +150,29 @@ def _require_token(place: str) -> None:
         raise ConfigError(f"{place}: the token (HF_TOKEN) holds a space or a character that no token has")
 
 
-def _require_rights(account: Mapping[str, Any], repository: str, as_pull_request: bool, place: str) -> None:
-    """As far as the Hub says: what it does not say, it refuses later."""
+def _require_rights(account: _Account, repository: str, as_pull_request: bool, place: str) -> None:
+    """Require the right to write, as far as the Hub says who has it; what it does not say, it refuses later."""
     namespace = repository.partition("/")[0]
-    roles = {org["name"]: org.get("roleInOrg") for org in account.get("orgs", ())}
-    if not as_pull_request and namespace not in (account["name"], *roles):
-        own = ", ".join((account["name"], *roles))
+    if not as_pull_request and namespace not in account.namespaces:
         raise ConfigError(
-            f"{place}: the token belongs to {account['name']}, who is no member of {namespace}; it has {own}"
+            f"{place}: the token belongs to {account.name}, who is no member of {namespace}; it has "
+            f"{', '.join(account.namespaces)}"
         )
-    if not as_pull_request and roles.get(namespace) == "read":
-        raise ConfigError(f"{place}: {account['name']} may only read in {namespace}; ask for the role of a contributor")
-    token = account.get("auth", {}).get("accessToken", {})
-    role = token.get("role")
+    if not as_pull_request and account.roles.get(namespace) == "read":
+        raise ConfigError(f"{place}: {account.name} may only read in {namespace}; ask for the role of a contributor")
+    role = account.token_role
     if role == "fineGrained":
-        rights = ("repo", "discussion") if as_pull_request else ("repo",)
-        _require_scope(token.get("fineGrained", {}), repository, rights, place)
+        _require_scope(account, repository, ("repo", "discussion") if as_pull_request else ("repo",), place)
     elif role is not None and role not in _WRITING:
         raise ConfigError(
-            f"{place}: the token {token.get('displayName', '')!r} may only {role}; make one that may write at "
+            f"{place}: the token {account.token_name!r} may only {role}; make one that may write at "
             "https://huggingface.co/settings/tokens"
         )
 
 
-def _require_scope(told: Mapping[str, Any], repository: str, rights: tuple[str, ...], place: str) -> None:
-    namespace, granted = repository.partition("/")[0], list(told.get("global", ()))
-    for scope in told.get("scoped", ()):
-        if scope.get("entity", {}).get("name") in (namespace, repository):
-            granted += scope.get("permissions", ())
+def _require_scope(account: _Account, repository: str, rights: tuple[str, ...], place: str) -> None:
+    namespace = repository.partition("/")[0]
+    granted = account.granted_on(namespace, repository)
     if not any(right.startswith(rights) and right.endswith("write") for right in granted):
         raise ConfigError(
             f"{place}: the fine-grained token grants no write access to repositories of {namespace}; add it at "
@@ -134,8 +180,8 @@ def _require_scope(told: Mapping[str, Any], repository: str, rights: tuple[str, 
         )
 
 
-def _require_fit(info: Any, private: bool, weights: Collection[str], place: str) -> None:
-    """The repository as it is must not make something else of the model."""
+def _require_fit(info: huggingface_hub.ModelInfo, private: bool, weights: Collection[str], place: str) -> None:
+    """Require that what the repository holds already does not make something else of the model."""
     if private and not info.private:
         raise ConfigError(
             f"{place}: it is there already and everyone can see it, but publish.private is true; set it to false "
@@ -153,7 +199,7 @@ def _require_fit(info: Any, private: bool, weights: Collection[str], place: str)
 
 
 def _require_writeable(writer: HubWriter) -> None:
-    """The question that comes before every upload; it changes nothing, and asks for the right to write."""
+    """Ask the question that precedes every upload: it changes nothing, and the Hub answers only who may write."""
     probe = huggingface_hub.CommitOperationAdd(path_in_repo="README.md", path_or_fileobj=b"#\n")
     writer.patiently(
         "asking whether it may be written to",

@@ -125,7 +125,7 @@ def _figures(run: RunDirectory) -> list[Row]:
     ]
     if summary.publish is not None:
         place = summary.publish
-        rows.append(("published", f"{place['url']}, commit {place['commit']}, {place['files']} files"))
+        rows.append(("published", f"{place.url}, commit {place.commit}, {place.num_files} files"))
     return [*rows, *(("note", note) for note in summary.notes)]
 
 

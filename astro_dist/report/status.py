@@ -189,8 +189,8 @@ def _published(run: RunDirectory) -> tuple[Place, ...]:
     except DamagedError:
         total = len(all_shards(run))
     return tuple(
-        Place(name, len(held["files"]), total, held["committed"]["commit"] if held["committed"] else None)
-        for name, held in read_uploads(run.uploads).items()
+        Place(name, len(uploads.files), total, uploads.published.commit if uploads.published else None)
+        for name, uploads in read_uploads(run.uploads).items()
     )
 
 

@@ -8,6 +8,7 @@ from typing import Any, Self
 from astro.errors import DamagedError
 from astro.quantization.layer_record import Fallbacks
 from astro_dist.run_directory.journal import Damaged, Failed
+from astro_dist.run_directory.published_model import PublishedModel
 from astro_dist.run_directory.records import read_own_json
 from astro_dist.source.model_info import BaseModel
 
@@ -77,7 +78,7 @@ class Summary:
         model: Folder of the result.
         python: Version of Python.
         base_model: What was quantized.
-        publish: Where the model was published, as the publication notes it; None where it was not.
+        publish: Where the model was published; None where it was not.
     """
 
     perplexity: Perplexity
@@ -99,13 +100,12 @@ class Summary:
     model: str
     python: str
     base_model: BaseModel
-    publish: Mapping[str, Any] | None = None
+    publish: PublishedModel | None = None
 
     def to_json(self) -> dict[str, Any]:
         """The summary as the JSON object of its file."""
         plain = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
-        if plain["publish"] is None:
-            del plain["publish"]
+        publish = plain.pop("publish")
         return {
             **plain,
             "perplexity": dataclasses.asdict(self.perplexity),
@@ -115,7 +115,8 @@ class Summary:
             "mended": [unit.to_json() for unit in self.mended],
             "notes": list(self.notes),
             "units": dataclasses.asdict(self.units),
-            "base_model": self.base_model.plain(),
+            "base_model": self.base_model.to_json(),
+            **({"publish": publish.to_json()} if publish is not None else {}),
         }
 
     @classmethod
@@ -134,8 +135,8 @@ class Summary:
             "mended": tuple(map(Damaged.from_json, content["mended"])),
             "notes": tuple(content["notes"]),
             "units": UnitCounts(**content["units"]),
-            "base_model": BaseModel.of(content["base_model"]),
-            "publish": content.get("publish"),
+            "base_model": BaseModel.from_json(content["base_model"]),
+            "publish": PublishedModel.from_json(content["publish"]) if content.get("publish") else None,
         }
         return cls(**{name: read[name] if name in read else content[name] for name in fields})
 

@@ -23,10 +23,10 @@ __all__ = [
 
 @dataclasses.dataclass(frozen=True)
 class FileRecord:
-    """A file as a unit wrote it.
+    """A file record describes a file as it was written.
 
     Attributes:
-        name: Path of the file under the run directory.
+        name: Path of the file: under the run directory in a unit's record, under the model's folder in its inventory.
         size_bytes: Size of the file in bytes.
         sha256: SHA-256 of the file's bytes, hex.
     """

@@ -1,1 +1,1 @@
-"""Where checkpoints and calibration text come from."""
+"""Find and read checkpoints and calibration text."""

@@ -1,4 +1,4 @@
-"""Text to fixed chunks of token sequences: the same text, tokenizer and settings give the same tokens."""
+"""Turn text into fixed chunks of token sequences: the same text, tokenizer and settings give the same tokens."""
 
 import dataclasses
 import hashlib
@@ -20,18 +20,19 @@ __all__ = ["Chunk", "TokenChunks", "as_tensors", "chunk_tokens", "is_file", "rea
 Tokens = npt.NDArray[np.int64]
 _SUFFIXES = (".txt", ".parquet")
 _HOLDOUT_EVERY = 4
-"""Every fourth document is held out."""
+"""Distance between documents that are held out: every fourth one is."""
 _CHARACTERS_PER_TOKEN_WANTED = 64
-"""A larger text is sampled by document before it is tokenized: some ten times what is needed to choose from."""
+"""Characters for each needed token above which a text is sampled by document before it is tokenized. That leaves some
+ten times the tokens that are needed."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Chunk:
-    """Sequences that travel together.
+    """A chunk is a batch of sequences that pass through the model together.
 
     Attributes:
-        name: `c0000`, `c0001`, ... for calibration, `h0000`, ... for held-out text.
-        tokens: int64 [B, T].
+        name: Name of the chunk: `c0000`, `c0001`, ... for calibration, `h0000`, ... for held-out text.
+        tokens: Tokens of B sequences of length T, int64 [B, T].
     """
 
     name: str
@@ -40,11 +41,11 @@ class Chunk:
 
 @dataclasses.dataclass(frozen=True)
 class TokenChunks:
-    """Every chunk of a run, calibration first.
+    """Token chunks are the whole text of a run, calibration first.
 
     Attributes:
-        chunks: in the order in which they travel.
-        sha256: of all tokens, hex.
+        chunks: Chunks in the order in which they pass through the model.
+        sha256: SHA-256 of all names and tokens, hex.
     """
 
     chunks: tuple[Chunk, ...]
@@ -52,20 +53,23 @@ class TokenChunks:
 
 
 def as_tensors(chunks: Sequence[Chunk]) -> dict[str, torch.Tensor]:
-    """Tokens of each chunk by name, int64 [B, T]."""
+    """Return the tokens of each chunk by name, int64 [B, T]."""
     return {chunk.name: torch.from_numpy(chunk.tokens) for chunk in chunks}
 
 
 def is_file(source: str) -> bool:
-    """Whether a calibration source names a file; else it is a text that ships with Python, or is none."""
+    """Tell whether a calibration source names a file; if not, it names the text that ships with Python, or nothing."""
     return Path(source).suffix in _SUFFIXES
 
 
 def read_documents(config: CalibrationConfig) -> list[str]:
-    """The documents of a calibration source.
+    """Read the documents of a calibration source.
+
+    Args:
+        config: Section of the configuration that names the source.
 
     Raises:
-        ConfigError: the source is unknown, cannot be read, or holds no text.
+        ConfigError: The source is unknown, cannot be read, or holds no text.
     """
     if config.source == "python-docs":
         from pydoc_data import topics  # 465,000 characters that ship with CPython; not needed otherwise
@@ -80,18 +84,18 @@ def read_documents(config: CalibrationConfig) -> list[str]:
 
 
 def tokenize(documents: Sequence[str], tokenizer: Any, config: CalibrationConfig) -> TokenChunks:
-    """Cut documents into sequences, every fourth document held out, and take as many as asked for.
+    """Cut documents into sequences, hold out every fourth document, and take as many sequences as are asked for.
 
     A single document is split at three quarters of its length instead. Sequences begin with the tokenizer's BOS token
     where the tokenizer itself puts one.
 
     Args:
-        documents: texts.
-        tokenizer: of the model, as transformers loads it.
-        config: how many sequences of which length, and the seed that chooses them.
+        documents: Texts.
+        tokenizer: Tokenizer of the model, as transformers loads it.
+        config: Section of the configuration with the number and length of the sequences and the seed that chooses them.
 
     Raises:
-        ConfigError: the text is too short.
+        ConfigError: The text is too short.
     """
     if len(documents) == 1:
         cut = len(documents[0]) * (_HOLDOUT_EVERY - 1) // _HOLDOUT_EVERY
@@ -113,7 +117,7 @@ def tokenize(documents: Sequence[str], tokenizer: Any, config: CalibrationConfig
 
 
 def chunk_tokens(config: CalibrationConfig) -> dict[str, int]:
-    """Tokens of each chunk that a configuration asks for, by name, no text read."""
+    """Return the number of tokens of each chunk that a configuration asks for, by name, without reading any text."""
     sizes = {}
     for kind, count in (("c", config.samples), ("h", config.holdout_samples)):
         for number, start in enumerate(range(0, count, config.chunk_samples)):
@@ -140,10 +144,10 @@ def _read_column(path: Path, column: str) -> list[str]:
     names = pyarrow.parquet.read_schema(path).names
     if column not in names:
         raise ValueError(f"it has no column {column!r}, only {', '.join(names)}; see calibration.text_column")
-    found = pyarrow.parquet.read_table(path, columns=[column])[column]
-    if not (pyarrow.types.is_string(found.type) or pyarrow.types.is_large_string(found.type)):
-        raise ValueError(f"column {column!r} holds {found.type}, expected text; see calibration.text_column")
-    return [text for text in found.to_pylist() if text]
+    texts = pyarrow.parquet.read_table(path, columns=[column])[column]
+    if not (pyarrow.types.is_string(texts.type) or pyarrow.types.is_large_string(texts.type)):
+        raise ValueError(f"column {column!r} holds {texts.type}, expected text; see calibration.text_column")
+    return [text for text in texts.to_pylist() if text]
 
 
 def _sequences(documents: Sequence[str], tokenizer: Any, config: CalibrationConfig, count: int, option: str) -> Tokens:
@@ -168,7 +172,7 @@ def _sequences(documents: Sequence[str], tokenizer: Any, config: CalibrationConf
 
 
 def _enough(documents: list[str], num_tokens: int, seed: int) -> list[str]:
-    """Documents to tokenize: all, or of a large text a random part that is much more than needed."""
+    """Choose the documents to tokenize: all, or a random part of a large text, still much more than is needed."""
     limit = _CHARACTERS_PER_TOKEN_WANTED * num_tokens
     if len(documents) < 2 or sum(map(len, documents)) <= limit:
         return documents

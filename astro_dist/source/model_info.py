@@ -1,9 +1,9 @@
-"""What a source says of itself, for the card of what becomes of it: name on the Hub, license, gating, languages."""
+"""Read what a source says about itself, for the card of the result: name on the Hub, license, gating, languages."""
 
 import dataclasses
 import re
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, Self
 
 import yaml
 
@@ -20,17 +20,17 @@ _FRONT_MATTER = re.compile(r"\A\s*---\r?\n(.*?)\r?\n---[ \t]*(?:\r?\n|\Z)", re.D
 
 @dataclasses.dataclass(frozen=True)
 class BaseModel:
-    """The model that is quantized.
+    """A base model is what a run quantizes, as its source describes it.
 
     Attributes:
         name: ORG/NAME on the Hub; None where neither source nor configuration tells.
-        commit: of a Hub repository that it was read from.
-        license: the Hub's short name of it, `unknown` where the source tells none.
-        license_name: of a license that has no short name.
-        license_link: to its text.
-        gated: whether access to it has to be asked for.
-        language: codes of what it speaks.
-        remark: what else a reader of the card must know of it; a sentence, or empty.
+        commit: Commit of the Hub repository that the model was read from; None for any other source.
+        license: The Hub's short name of the license; `unknown` where the source tells none.
+        license_name: Name of a license that has no short name.
+        license_link: Link to the text of the license.
+        gated: Whether access to the model has to be asked for.
+        language: Codes of the languages that the model speaks.
+        remark: What else a reader of the card must know; a sentence, or empty.
     """
 
     name: str | None = None
@@ -42,20 +42,27 @@ class BaseModel:
     language: tuple[str, ...] = ()
     remark: str = ""
 
-    def plain(self) -> dict[str, Any]:
-        """As JSON types; see `of`."""
+    def to_json(self) -> dict[str, Any]:
+        """Return the description as a JSON object."""
         return {**dataclasses.asdict(self), "language": list(self.language)}
 
     @classmethod
-    def of(cls, plain: Mapping[str, Any]) -> "BaseModel":
-        """From JSON types."""
-        return cls(**{**plain, "language": tuple(plain["language"])})
-
-    def notes(self, private: bool) -> list[str]:
-        """What who publishes a model made of it should know.
+    def from_json(cls, content: Mapping[str, Any]) -> Self:
+        """Read back what `to_json` returned.
 
         Args:
-            private: whether only its owners will see the result.
+            content: JSON object with every field.
+        """
+        return cls(**{**content, "language": tuple(content["language"])})
+
+    def notes(self, private: bool) -> list[str]:
+        """List what the user should know before they publish a model that was made of this one.
+
+        Args:
+            private: Whether only its owners will see the result.
+
+        Returns:
+            Sentences for the user.
         """
         name, notes = self.name or "the source", []
         if self.license == "unknown":
@@ -82,47 +89,47 @@ _DEMO = BaseModel(
 
 
 def read_base_model(source: Source, model: ModelConfig) -> BaseModel:
-    """What the card at a source and the Hub say.
+    """Read what the card at a source says about the model, and what the Hub says.
 
     Args:
-        source: of the run.
-        model: section of the configuration that names it.
+        source: Source of the run.
+        model: Section of the configuration that names the source.
 
     Raises:
-        CheckpointError: its card is there and cannot be read.
+        CheckpointError: The source has a card that cannot be read.
     """
     if model.source.startswith("demo:"):
         return _DEMO
     sizes = source.store.sizes()
-    told = _front_matter(source) if 0 < sizes.get(_CARD, 0) <= _MAX_CARD_BYTES else {}
+    card = _front_matter(source) if 0 < sizes.get(_CARD, 0) <= _MAX_CARD_BYTES else {}
     license_file = next((name for name in sorted(sizes) if name.startswith("LICENSE")), None)
-    license_id = _text(told.get("license")) or ("other" if license_file else "unknown")
-    named = license_id == "other"
+    license_id = _text(card.get("license")) or ("other" if license_file else "unknown")
+    has_no_short_name = license_id == "other"
     return BaseModel(
         name=model.name or (model.source if source.commit else None),
         commit=source.commit,
         license=license_id,
-        license_name=_text(told.get("license_name")) or ("base-model-license" if named else None),
-        license_link=_text(told.get("license_link")) or (license_file if named else None),
+        license_name=_text(card.get("license_name")) or ("base-model-license" if has_no_short_name else None),
+        license_link=_text(card.get("license_link")) or (license_file if has_no_short_name else None),
         gated=bool(getattr(getattr(source.store, "files", None), "gated", False)),
-        language=_texts(told.get("language")),
+        language=_texts(card.get("language")),
     )
 
 
 def _front_matter(source: Source) -> dict[str, Any]:
-    """The metadata block of the source's card; empty where it holds none that can be read."""
+    """Read the metadata block of the source's card; empty where the card has none that can be read."""
     content = bytearray(source.store.sizes()[_CARD])
     source.store.fill([Range(_CARD, 0, memoryview(content))])
-    found = _FRONT_MATTER.match(content.decode("utf-8", errors="replace"))
+    match = _FRONT_MATTER.match(content.decode("utf-8", errors="replace"))
     try:
-        told = yaml.safe_load(found[1]) if found else {}
+        metadata = yaml.safe_load(match[1]) if match else {}
     except yaml.YAMLError:
         return {}
-    return told if isinstance(told, dict) else {}
+    return metadata if isinstance(metadata, dict) else {}
 
 
 def _text(value: Any) -> str | None:
-    """Cards name several licenses as a list; the first is what the Hub shows."""
+    """Return a text, or the first of several: cards may list licenses, and the Hub shows the first."""
     texts = _texts(value)
     return texts[0] if texts else None
 

@@ -1,4 +1,4 @@
-"""Pieces of remote files on local disk, shared by the workers of a node, never more than a bound."""
+"""Keep pieces of remote files on local disk, shared by the workers of a node and limited in size."""
 
 import contextlib
 import fcntl
@@ -16,37 +16,43 @@ _CHECKSUM_BYTES = 4
 
 
 def cache_folder() -> Path:
-    """Where this machine keeps what can be had again."""
+    """Return the folder where this machine keeps what can be fetched again."""
     return Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "astro-dist"
 
 
 class RangeCache:
-    """Files of a folder by key; those not used for longest go first.
+    """A range cache keeps each piece as a file of a folder and deletes the pieces that were not used for longest.
 
-    A piece that two workers want at once is fetched once. What cannot be kept, because it is too large or the disk
-    refuses, is handed on all the same: a cache saves traffic, nothing depends on it.
+    A piece that two workers want at once is fetched once. A piece that cannot be kept, because it is too large or the
+    disk refuses, is returned all the same: the cache saves traffic, and nothing depends on it.
     """
 
     def __init__(self, folder: Path, max_bytes: int) -> None:
+        """Prepare the cache; nothing is read or written yet.
+
+        Args:
+            folder: Folder of the cache, which need not exist yet.
+            max_bytes: Size that all pieces together never exceed, in bytes.
+        """
         self._folder = folder
         self._max_bytes = max_bytes
 
     def get(self, key: str, length: int, fetch: Callable[[], bytes]) -> bytes:
-        """A piece, from the cache or from where it comes from.
+        """Return a piece from the cache, or fetch it and keep it.
 
         Args:
-            key: tells it from every other piece.
-            length: bytes.
-            fetch: gets it.
+            key: Text that tells the piece from every other one.
+            length: Size of the piece in bytes.
+            fetch: Function that fetches the piece.
         """
         name = hashlib.sha256(key.encode()).hexdigest()[:40]
         try:
             with self._locked(f"{int(name[:8], 16) % _LOCKS:04d}"):
-                kept = self._read(name, length)
-                if kept is None:
-                    kept = fetch()
-                    self._keep(name, kept)
-                return kept
+                piece = self._read(name, length)
+                if piece is None:
+                    piece = fetch()
+                    self._keep(name, piece)
+                return piece
         except _NoCache:
             return fetch()
 
@@ -61,7 +67,7 @@ class RangeCache:
         return piece if len(piece) == length and checksum == _checksum(piece) else None
 
     def _keep(self, name: str, piece: bytes) -> None:
-        """Write a piece, after room was made for it."""
+        """Make room for a piece and write it."""
         needed = len(piece) + _CHECKSUM_BYTES
         partial = self._folder / f".{uuid.uuid4().hex}.part"
         with contextlib.suppress(OSError, _NoCache), self._locked("room"):
@@ -97,7 +103,7 @@ class RangeCache:
 
 
 class _NoCache(Exception):
-    """The folder cannot be used."""
+    """The folder of the cache cannot be used."""
 
 
 def _checksum(piece: bytes) -> bytes:

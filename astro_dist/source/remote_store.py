@@ -1,8 +1,8 @@
-"""Checkpoints behind a network, read by byte ranges.
+"""Read checkpoints over a network by byte ranges.
 
-A tensor is fetched in pieces, several at a time, each tried again when the connection fails; a bounded cache on local
-disk keeps them for the other workers of the node. Neither credentials nor connections are part of a store: every
-machine finds its own (HF_TOKEN or `hf auth login`; the environment of the object store).
+A tensor is fetched in pieces, several at a time, and each piece is tried again when the connection fails. A cache of
+limited size on local disk keeps the pieces for the other workers of the node. A store holds neither credentials nor
+connections: every machine finds its own (HF_TOKEN or `hf auth login`; the environment of the object store).
 """
 
 import dataclasses
@@ -23,11 +23,15 @@ __all__ = ["Passing", "RemoteFiles", "RemoteStore", "without_query"]
 _PIECE_BYTES = 1 << 24
 _PARALLEL = 8
 _BACKOFF = Backoff(first_s=0.5, longest_s=30.0, patience_s=600.0)
-"""Bytes of which nothing comes are asked for again during ten minutes."""
+"""Waits between requests for the same bytes; after ten minutes without any byte they are given up."""
 
 
 class Passing(Exception):
-    """A failure that may not happen again; how long the server asks to wait."""
+    """A request failed and may work later.
+
+    Attributes:
+        wait_s: Seconds that the server asks to wait; 0 where it asks for nothing.
+    """
 
     def __init__(self, reason: str, wait_s: float = 0.0) -> None:
         super().__init__(reason)
@@ -35,32 +39,37 @@ class Passing(Exception):
 
 
 class RemoteFiles(Protocol):
-    """Files behind a network."""
+    """Remote files are read over a network."""
 
     @property
     def revision(self) -> str:
-        """What tells this state of the files from every other."""
+        """Return the text that tells this state of the files from every other."""
 
     def sizes(self) -> Mapping[str, int]:
-        """Bytes of every file by name."""
+        """Return the size in bytes of every file, by name."""
 
     def fetch(self, file: str, start: int, length: int) -> bytes:
-        """Some bytes of a file, at most as many as asked for.
+        """Fetch some bytes of a file, at most as many as asked for.
+
+        Args:
+            file: Name of the file.
+            start: Offset of the first byte.
+            length: Number of bytes.
 
         Raises:
-            Passing: it may work if it is tried again.
-            CheckpointError: it will not.
+            Passing: The same request may work later.
+            CheckpointError: The same request cannot work later.
         """
 
 
 @dataclasses.dataclass(frozen=True)
 class RemoteStore:
-    """A store in front of remote files.
+    """A remote store reads remote files through a cache on local disk.
 
     Attributes:
-        files: what is read.
-        cache_dir: on each machine; None is the user's own cache there.
-        cache_bytes: that the cache may hold; 0 is none.
+        files: Files that are read.
+        cache_dir: Folder of the cache on each machine; None means the cache folder of the user there.
+        cache_bytes: Largest size of the cache in bytes; 0 means no cache.
     """
 
     files: RemoteFiles
@@ -72,19 +81,26 @@ class RemoteStore:
 
     @property
     def revision(self) -> str:
-        """Of the files."""
+        """Return the revision of the files."""
         return self.files.revision
 
     def sizes(self) -> Mapping[str, int]:
-        """Bytes of every file by name."""
+        """Return the size in bytes of every file, by name."""
         return self.files.sizes()
 
     def fill(self, ranges: Sequence[Range]) -> None:
-        """Read byte ranges, in pieces that are the same whichever tensors are asked for together."""
+        """Read byte ranges in pieces, whose bounds do not depend on which tensors are read together.
+
+        Args:
+            ranges: Ranges of bytes, each with the memory that it is read into.
+
+        Raises:
+            CheckpointError: Some bytes cannot be fetched.
+        """
         pieces = [
-            dataclasses.replace(wanted, start=wanted.start + offset, view=wanted.view[offset : offset + _PIECE_BYTES])
-            for wanted in ranges
-            for offset in range(0, len(wanted.view), _PIECE_BYTES)
+            dataclasses.replace(whole, start=whole.start + offset, view=whole.view[offset : offset + _PIECE_BYTES])
+            for whole in ranges
+            for offset in range(0, len(whole.view), _PIECE_BYTES)
         ]
         if len(pieces) == 1:
             self._fill_piece(pieces[0])
@@ -101,7 +117,7 @@ class RemoteStore:
         piece.view[:] = cache.get(key, length, fetch) if length else b""
 
     def _fetch(self, file: str, start: int, length: int) -> bytes:
-        """Return bytes of a file, however many requests that takes; what has come is kept between them."""
+        """Return bytes of a file by as many requests as that takes; what arrived is not asked for again."""
         content = b""
         while len(content) < length:
             content += self._next_bytes(file, start + len(content), length - len(content))
@@ -133,5 +149,5 @@ class RemoteStore:
 
 
 def without_query(text: str) -> str:
-    """A message without what stands behind a `?` in URLs: signatures of links that are as good as a password."""
+    """Remove what follows a `?` in the URLs of a message: a signature there is as good as a password."""
     return re.sub(r"\?[^\s'\"]+", "?...", text)

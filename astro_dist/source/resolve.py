@@ -1,4 +1,4 @@
-"""Where a model comes from: a folder, a Hub repository, an object store, a demo."""
+"""Find the source of a model: a folder, a Hub repository, an object store or a demo."""
 
 import dataclasses
 import fnmatch
@@ -20,19 +20,19 @@ SIDE_FILES = (
     "*.tiktoken", "spiece.model", "*.spm", "preprocessor_config.json", "processor_config.json",
     "LICENSE*", "NOTICE*", "USE_POLICY*",
 )  # fmt: skip
-"""What belongs to a model beside shards, index and config.json."""
+"""Names, or patterns of names, of what belongs to a model beside shards, index and config.json."""
 _MAX_SIDE_FILE_BYTES = 256_000_000
 _REPOSITORY, _OTHER = re.compile(r"\w[\w.-]*/\w[\w.-]*"), re.compile(r"[^\w.-]+")
 
 
 @dataclasses.dataclass(frozen=True)
 class Source:
-    """A checkpoint.
+    """A source says where the files of a checkpoint are.
 
     Attributes:
-        store: all of its files.
-        folder: with config.json, tokenizer and code on this machine: of a folder itself, else a copy.
-        commit: of a Hub repository, else None.
+        store: Store of all files of the checkpoint.
+        folder: Folder on this machine with config.json, tokenizer and code: the checkpoint itself, or a copy of these.
+        commit: Commit of the Hub repository; None for any other source.
     """
 
     store: Store
@@ -41,24 +41,25 @@ class Source:
 
     @property
     def is_remote(self) -> bool:
-        """Whether the weights are not files of this machine."""
+        """Tell whether the weights are no files of this machine."""
         return not isinstance(self.store, FolderStore)
 
 
 def resolve_source(model: ModelConfig, commit: str | None = None) -> Source:
-    """Find what `model.source` names. Of something remote, config.json and its like are fetched; no weight is.
+    """Find what `model.source` names. From a remote source only config.json and the like are fetched, no weights.
 
     Args:
-        model: section of the configuration.
-        commit: of a Hub repository that a run was begun with; `model.revision` is not looked up again.
+        model: Section of the configuration that names the source.
+        commit: Commit of the Hub repository that the run was begun with, which is then used instead of
+            `model.revision`; None for a new run.
 
     Raises:
-        InputError: it does not exist, or cannot be reached.
+        InputError: The source does not exist, or cannot be reached.
     """
     name = model.source
     if model.cache_dir is not None and not model.cache_dir.expanduser().is_absolute():
         raise ConfigError(f"model.cache_dir: {model.cache_dir} is relative, which is another folder in every process")
-    own_cache = model.cache_dir.expanduser() if model.cache_dir is not None else None
+    cache_dir = model.cache_dir.expanduser() if model.cache_dir is not None else None
     folder = Path(name).expanduser().absolute()
     is_repository = bool(_REPOSITORY.fullmatch(name)) and not folder.exists()
     if model.revision is not None and not is_repository:
@@ -72,8 +73,8 @@ def resolve_source(model: ModelConfig, commit: str | None = None) -> Source:
     from astro_dist.source.remote_store import RemoteStore
 
     files = open_hub(name, commit or model.revision or "main") if is_repository else open_url(name)
-    store = RemoteStore(files, own_cache, int(model.cache_gb * 1e9))
-    side_files = (own_cache or cache_folder()) / "side" / f"{_OTHER.sub('-', str(files))}-{files.revision[:16]}"
+    store = RemoteStore(files, cache_dir, int(model.cache_gb * 1e9))
+    side_files = (cache_dir or cache_folder()) / "side" / f"{_OTHER.sub('-', str(files))}-{files.revision[:16]}"
     _fetch_side_files(store, side_files, model.trust_remote_code)
     return Source(store, side_files, files.revision if is_repository else None)
 

@@ -52,6 +52,6 @@ def test_compiled_runs_of_one_worker_and_two_come_to_the_same_bytes(run_config, 
         for compiles, workers in ((False, 1), (True, 1), (True, 2))
     )  # fmt: skip
     assert compiled.is_enabled()
-    assert files_of(Path(alone["model"])) == files_of(Path(together["model"]))
+    assert files_of(Path(alone.model)) == files_of(Path(together.model))
     # A last bit may fall the other way, and with it a weight that lies between two points of its grid.
-    assert alone["mean_relative_error"] == pytest.approx(plain["mean_relative_error"], rel=1e-3)
+    assert alone.mean_relative_error == pytest.approx(plain.mean_relative_error, rel=1e-3)

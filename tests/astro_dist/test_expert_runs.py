@@ -37,7 +37,7 @@ def experts_config(run_config, tmp_path):
 
 
 def layers_of(summary):
-    records = (Path(summary["model"]).parent / "records").glob("*block*.json")
+    records = (Path(summary.model).parent / "records").glob("*block*.json")
     return [layer for record in records for layer in json.loads(record.read_text())["result"].get("layers", [])]
 
 
@@ -48,9 +48,9 @@ def test_number_of_workers_does_not_change_a_byte(experts_config, tmp_path, name
         folder = str(tmp_path / f"run{workers}")
         config = experts_config(name, execution__workers=workers, output__dir=folder, **RUNS[name])
         summary = pipeline.quantize(config)
-        results.append(files_of(Path(summary["model"])))
+        results.append(files_of(Path(summary.model)))
     assert results[0] == results[1] == results[2]
-    verify_model(Path(summary["model"]), tmp_path / name)
+    verify_model(Path(summary.model), tmp_path / name)
     assert any(layer["fallback"] == "all-tokens" for layer in layers_of(summary))
 
 
@@ -60,7 +60,7 @@ def test_policies_are_counted(experts_config, mode, policy):
     summary = pipeline.quantize(experts_config("mixtral", policy=policy, execution__mode=mode))
     used = Counter(layer["fallback"] for layer in layers_of(summary))
     assert 0 < used[policy] < 16
-    assert len(summary["fallbacks"]["experts"][policy]) == used[policy]
+    assert len(summary.fallbacks.experts[policy]) == used[policy]
     rounded = [layer for layer in layers_of(summary) if layer["fallback"] == "rtn"]
     assert all(layer["beta"] == 0 and layer["num_tokens"] == 0 for layer in rounded)
 
@@ -73,7 +73,7 @@ def test_starved_expert_ends_the_run_where_that_is_asked(experts_config, mode):
 
 
 def test_fused_experts_are_written_one_by_one_with_their_biases(experts_config, tmp_path):
-    model = Path(pipeline.quantize(experts_config("gpt-oss"))["model"])
+    model = Path(pipeline.quantize(experts_config("gpt-oss")).model)
     index = json.loads((model / "model.safetensors.index.json").read_text())["weight_map"]
     experts = "model.layers.1.mlp.experts"
     assert f"{experts}.gate_up_proj" not in index
@@ -87,9 +87,9 @@ def test_fused_experts_are_written_one_by_one_with_their_biases(experts_config, 
 
 def test_gates_stay_as_they_are_and_servers_are_told(experts_config):
     summary = pipeline.quantize(experts_config("mixtral"))
-    ignore = json.loads((Path(summary["model"]) / "config.json").read_text())["quantization_config"]["ignore"]
+    ignore = json.loads((Path(summary.model) / "config.json").read_text())["quantization_config"]["ignore"]
     assert {"model.layers.0.mlp.gate", "model.layers.0.block_sparse_moe.gate", "lm_head"} <= set(ignore)
-    assert any("gates, or no linear layers, stay as they are" in note for note in summary["notes"])
+    assert any("gates, or no linear layers, stay as they are" in note for note in summary.notes)
 
 
 def test_fused_tensor_is_not_quantized_in_parts(experts_config):
@@ -100,7 +100,7 @@ def test_fused_tensor_is_not_quantized_in_parts(experts_config):
 def test_experts_can_be_left_as_they_are(experts_config):
     summary = pipeline.quantize(experts_config("mixtral", quantization__ignore=["*.experts.*"]))
     assert len(layers_of(summary)) == 4
-    verify_model(Path(summary["model"]))
+    verify_model(Path(summary.model))
 
 
 def test_experts_of_a_layer_get_one_width(experts_config):
@@ -115,8 +115,8 @@ def test_experts_of_a_layer_get_one_width(experts_config):
             widths.setdefault(layer["name"].split(".experts.")[0], set()).add(layer["bits"])
     assert len(widths) == 2
     assert all(len(found) == 1 for found in widths.values())
-    assert summary["average_bits"] <= 3.5
-    assert not any("experts" in note and "differ" in note for note in summary["notes"])
+    assert summary.average_bits <= 3.5
+    assert not any("experts" in note and "differ" in note for note in summary.notes)
 
 
 def test_what_readers_make_of_experts_is_told(experts_config):
@@ -137,8 +137,8 @@ def test_layers_of_odd_widths_have_a_policy(run_config, tmp_path, policy):
     summary = pipeline.quantize(run_config(**changes, quantization__indivisible=policy))
     found = {layer["group_size"] for layer in layers_of(summary)}
     assert found == ({16, 72} if policy == "per-channel" else {16})
-    assert any("layers whose input is no multiple of the group size" in note for note in summary["notes"])
-    verify_model(Path(summary["model"]))
+    assert any("layers whose input is no multiple of the group size" in note for note in summary.notes)
+    verify_model(Path(summary.model))
 
 
 def test_width_of_some_layers_of_experts_is_refused_before_a_budget_is_measured(experts_config):

@@ -36,7 +36,7 @@ MODES = {
 
 
 def model_of(summary):
-    return Path(summary["model"])
+    return Path(summary.model)
 
 
 def config_of(folder):
@@ -137,15 +137,15 @@ def test_perplexity_of_the_last_round_is_that_of_what_was_written(run_config, tm
     summary = pipeline.quantize(run_config(**MODES[mode]))
     model = transformers.AutoModelForCausalLM.from_pretrained(model_of(summary), dtype=torch.float32)
     tokens = load_file(tmp_path / "run" / "tokens.safetensors")["h0000"]
-    assert perplexity(model, tokens) == pytest.approx(summary["perplexity"]["quantized"], rel=1e-5)
-    assert summary["rounds"][-1]["perplexity"] == summary["perplexity"]["quantized"]
-    assert len(summary["rounds"]) == (3 if mode == "rounds" else 1)
+    assert perplexity(model, tokens) == pytest.approx(summary.perplexity.quantized, rel=1e-5)
+    assert summary.rounds[-1].perplexity == summary.perplexity.quantized
+    assert len(summary.rounds) == (3 if mode == "rounds" else 1)
 
 
 def test_first_round_is_the_run_of_one_round_and_later_ones_differ(run_config, tmp_path, monkeypatch):
     one = pipeline.quantize(run_config(output__dir=str(tmp_path / "one"), quantization__bits=3))
     two = pipeline.quantize(run_config(execution__rounds=2, quantization__bits=3))
-    assert two["rounds"][0]["perplexity"] == pytest.approx(one["perplexity"]["quantized"], rel=1e-9)
+    assert two.rounds[0].perplexity == pytest.approx(one.perplexity.quantized, rel=1e-9)
     assert files_of(model_of(one)) != files_of(model_of(two))
 
 
@@ -168,7 +168,7 @@ def test_compensation_lowers_the_loss_of_the_tiny_model_at_two_bits(run_config, 
 
 def test_budget_is_spent_and_not_exceeded(run_config, tmp_path):
     summary = pipeline.quantize(run_config(**MODES["budget"]))
-    assert 3.0 < summary["average_bits"] <= 3.5
+    assert 3.0 < summary.average_bits <= 3.5
     widths = json.loads((tmp_path / "run" / "allocation.json").read_text())
     assert len(widths) == 21
     for i in range(3):
@@ -190,7 +190,7 @@ def test_overrides_of_other_widths_are_written_noted_and_load(run_config):
     summary = pipeline.quantize(run_config(quantization__overrides=overrides))
     groups = config_of(model_of(summary))["config_groups"].values()
     assert sorted((g["weights"]["num_bits"], len(g["targets"])) for g in groups) == [(3, 3), (4, 15), (8, 3)]
-    assert any("q_proj" in note and "vLLM fuses them" in note for note in summary["notes"])
+    assert any("q_proj" in note and "vLLM fuses them" in note for note in summary.notes)
     _, info = transformers.AutoModelForCausalLM.from_pretrained(model_of(summary), output_loading_info=True)
     assert not any(info.values())
 
@@ -230,7 +230,7 @@ def test_error_in_a_tile_is_a_failed_run_that_keeps_what_is_finished(run_config,
         with pytest.raises(RunError, match="disk gone"):
             pipeline.quantize(run_config(**MODES["sequential"]))
     assert (tmp_path / "run" / "records" / "round-0-block-0000.json").is_file()
-    assert pipeline.quantize(run_config(**MODES["sequential"]))["resumed_units"] >= 2
+    assert pipeline.quantize(run_config(**MODES["sequential"])).resumed_units >= 2
 
 
 @pytest.mark.parametrize(
@@ -269,7 +269,7 @@ def test_part_of_a_solve_that_was_damaged_is_made_again(run_config, tmp_path, mo
     monkeypatch.setattr(Worker, "do", damaging)
     summary = pipeline.quantize(run_config(execution__workers=5, **MODES[mode]))
     assert files_of(model_of(summary)) == expected
-    assert [retry["kind"] for retry in summary["retries"]] == ["damaged"]
+    assert [retry.kind for retry in summary.retries] == ["damaged"]
     assert not list((tmp_path / "run").glob("activations"))
 
 
@@ -290,5 +290,5 @@ def test_sample_that_is_damaged_when_some_have_chosen_from_it(run_config, tmp_pa
 
     monkeypatch.setattr(SplitSolver, "_sample_errors", sample_errors)
     summary = pipeline.quantize(run_config(execution__workers=4, **changes))
-    assert {retry["kind"] for retry in summary["retries"]} == {"damaged"}
+    assert {retry.kind for retry in summary.retries} == {"damaged"}
     assert files_of(model_of(summary)) == files_of(model_of(whole))

@@ -29,6 +29,7 @@ from astro_dist.export.verify import verify_model
 from astro_dist.planning.validate import prepare
 from astro_dist.report.status import read_status
 from astro_dist.run_directory import beginning
+from astro_dist.run_directory.summary import Perplexity
 from astro_dist.worker.worker import Worker
 from tests.support.models import LLAMA, files_of, write_checkpoint
 
@@ -36,7 +37,7 @@ from tests.support.models import LLAMA, files_of, write_checkpoint
 def model_of(summary):
     from pathlib import Path
 
-    return Path(summary["model"])
+    return Path(summary.model)
 
 
 @torch.no_grad()
@@ -55,9 +56,9 @@ def test_transformers_loads_what_was_written_and_agrees(run_config, llama, tmp_p
     )
     assert not any(info.values()), info
     tokens = load_file(tmp_path / "run" / "tokens.safetensors")["h0000"]
-    assert perplexity(model, tokens) == pytest.approx(summary["perplexity"]["quantized"], rel=1e-5)
+    assert perplexity(model, tokens) == pytest.approx(summary.perplexity.quantized, rel=1e-5)
     original = transformers.AutoModelForCausalLM.from_pretrained(llama, dtype=torch.float32)
-    assert perplexity(original, tokens) == pytest.approx(summary["perplexity"]["original"], rel=1e-5)
+    assert perplexity(original, tokens) == pytest.approx(summary.perplexity.original, rel=1e-5)
 
 
 def test_result_is_a_whole_checkpoint(run_config, llama, tmp_path):
@@ -92,7 +93,7 @@ def test_number_of_workers_does_not_change_a_byte(run_config, tmp_path):
 def test_asymmetric_and_rounded_runs_end_with_a_sound_model(run_config, tmp_path):
     for name, changes in {"a": {"quantization__symmetric": False}, "r": {"quantization__method": "rtn"}}.items():
         summary = pipeline.quantize(run_config(output__dir=str(tmp_path / name), **changes))
-        assert summary["perplexity"]["quantized"] == pytest.approx(summary["perplexity"]["original"], rel=0.05)
+        assert summary.perplexity.quantized == pytest.approx(summary.perplexity.original, rel=0.05)
         verify_model(model_of(summary))
 
 
@@ -117,13 +118,13 @@ def test_ignored_layers_are_copied_and_listed(run_config, llama):
 def test_result_that_is_ruined_is_spoken_of(run_config, monkeypatch, times, noted):
     found = iter([10.0, times * 10.0])
     monkeypatch.setattr("astro_dist.report.summary._perplexity", lambda result: next(found))
-    notes = pipeline.quantize(run_config())["notes"]
+    notes = pipeline.quantize(run_config()).notes
     assert len([note for note in notes if f"the hold-out perplexity is {times} times the original's" in note]) == noted
 
 
 def test_run_without_held_out_text_has_no_perplexity(run_config):
     summary = pipeline.quantize(run_config(calibration__holdout_samples=0))
-    assert summary["perplexity"] == {"original": None, "quantized": None}
+    assert summary.perplexity == Perplexity(original=None, quantized=None)
 
 
 class _Interrupted(BaseException):
@@ -186,7 +187,7 @@ def test_tensors_the_model_does_not_have_are_copied_and_said(run_config, llama):
     content = json.loads((llama / "config.json").read_text())
     (llama / "config.json").write_text(json.dumps({**content, "num_hidden_layers": 2}))
     summary = pipeline.quantize(run_config())
-    assert any("9 tensors that LlamaForCausalLM does not have" in note for note in summary["notes"])
+    assert any("9 tensors that LlamaForCausalLM does not have" in note for note in summary.notes)
     assert "model.layers.2.mlp.up_proj.weight" in Checkpoint.open(model_of(summary)).entries
 
 
@@ -220,8 +221,8 @@ def test_damaged_shard_is_redone_and_noted(run_config, tmp_path, caplog):
     shard.write_bytes(b"x" + shard.read_bytes()[1:])
     summary = pipeline.quantize(run_config())
     assert files_of(folder) == expected
-    for mended in (summary["mended"], read_status(tmp_path / "run").to_json()["mended"]):
-        assert [(line["unit"], line["reason"].partition(" ")[0]) for line in mended] == [
+    for mended in (summary.mended, read_status(tmp_path / "run").mended):
+        assert [(event.unit, event.reason.partition(" ")[0]) for event in mended] == [
             ("round-0-block-0001", f"model/{shard.name}")
         ]
     assert f"damaged: round-0-block-0001: model/{shard.name} is missing or differs" in caplog.text
@@ -238,7 +239,7 @@ def test_run_that_came_to_nothing_makes_room_for_another(run_config, tmp_path, m
     assert (tmp_path / "run" / "run.json").is_file()
     summary = pipeline.quantize(run_config(quantization__bits=3))
     assert "bits: 3" in (tmp_path / "run" / "config.yaml").read_text()
-    assert summary["resumed_units"] == 0
+    assert summary.resumed_units == 0
 
 
 def test_output_folder_that_holds_another_run_is_refused(run_config, tmp_path):
@@ -280,14 +281,14 @@ def test_raised_damping_is_reported(run_config, monkeypatch):
 
     monkeypatch.setattr(row_solver, "factorize", stubborn)
     summary = pipeline.quantize(run_config())
-    assert len(summary["fallbacks"]["damping_raised"]) == 12
+    assert len(summary.fallbacks.damping_raised) == 12
 
 
 def test_verify_accepts_the_result_and_measures_it(run_config, llama):
     folder = model_of(pipeline.quantize(run_config()))
     report = verify_model(folder, llama)
-    assert report["linears"] == 21
-    assert all(0 < error < 0.5 for error in report["relative_weight_errors"].values())
+    assert report.num_linears == 21
+    assert all(0 < error < 0.5 for error in report.relative_weight_errors.values())
 
 
 def test_file_that_was_damaged_on_its_way_is_made_again_and_reported(run_config, tmp_path, monkeypatch):
@@ -305,9 +306,9 @@ def test_file_that_was_damaged_on_its_way_is_made_again_and_reported(run_config,
     monkeypatch.setattr(Worker, "forward", damaging)
     summary = pipeline.quantize(run_config(execution__workers=2))
     assert files_of(tmp_path / "run" / "model") == files_of(tmp_path / "whole" / "model")
-    (retry,) = summary["retries"]
-    assert retry["kind"] == "damaged"
-    assert f"{harm}: its checksum is wrong" in retry["cause"]
+    (retry,) = summary.retries
+    assert retry.kind == "damaged"
+    assert f"{harm}: its checksum is wrong" in retry.cause
 
 
 def test_full_disk_that_is_freed_delays_the_run(run_config, tmp_path, monkeypatch):
@@ -321,7 +322,7 @@ def test_full_disk_that_is_freed_delays_the_run(run_config, tmp_path, monkeypatc
 
     monkeypatch.setattr(Worker, "solve_block", solve)
     summary = pipeline.quantize(run_config())
-    assert [retry["kind"] for retry in summary["retries"]] == ["storage", "storage"]
+    assert [retry.kind for retry in summary.retries] == ["storage", "storage"]
 
 
 def test_error_that_comes_back_ends_the_run_with_its_unit_and_the_same_command_goes_on(run_config, monkeypatch):
@@ -331,7 +332,7 @@ def test_error_that_comes_back_ends_the_run_with_its_unit_and_the_same_command_g
             RunError, match="block-0000, solve block on worker 2: KeyError: 'layer'. Attempt 3 of 3 .*max_retries: 2"
         ):
             pipeline.quantize(run_config(execution__max_retries=2))
-    assert len(pipeline.quantize(run_config())["retries"]) == 3
+    assert len(pipeline.quantize(run_config()).retries) == 3
 
 
 def test_numerical_error_is_not_tried_again(run_config, monkeypatch):
@@ -354,7 +355,7 @@ def test_node_that_is_not_fit_does_not_end_a_run_that_others_go_on_with(run_conf
     real, events = LocalExecutor.wait, iter([None, Failed(99, RunError("does not see the run directory"), lost=False)])
     monkeypatch.setattr(LocalExecutor, "wait", lambda self, timeout: next(events, None) or real(self, timeout))
     summary = pipeline.quantize(run_config())
-    assert [(retry["unit"], retry["worker"]) for retry in summary["retries"]] == [("start", 99)]
+    assert [(retry.unit, retry.worker) for retry in summary.retries] == [("start", 99)]
 
 
 def test_unit_whose_worker_died_after_its_record_is_not_done_again(run_config, monkeypatch):
@@ -380,7 +381,7 @@ def test_unit_whose_worker_died_after_its_record_is_not_done_again(run_config, m
     monkeypatch.setattr(LocalExecutor, "wait", wait)
     summary = pipeline.quantize(run_config())
     assert done == [0, 1, 2]
-    assert [retry["kind"] for retry in summary["retries"]] == ["lost"]
+    assert [retry.kind for retry in summary.retries] == ["lost"]
 
 
 def test_read_that_fails_on_one_worker_destroys_nothing(run_config, tmp_path, monkeypatch):
@@ -398,7 +399,7 @@ def test_read_that_fails_on_one_worker_destroys_nothing(run_config, tmp_path, mo
     monkeypatch.setattr(Worker, "solve_block", lambda self, call: solved.append(call.block) or solve(self, call))
     summary = pipeline.quantize(run_config())
     assert solved == [0, 1, 2]
-    assert [retry["kind"] for retry in summary["retries"]] == ["raised"]
+    assert [retry.kind for retry in summary.retries] == ["raised"]
 
 
 def test_shard_that_is_damaged_after_it_was_written_is_found_in_the_same_run(run_config, tmp_path, monkeypatch):
@@ -418,7 +419,7 @@ def test_shard_that_is_damaged_after_it_was_written_is_found_in_the_same_run(run
     monkeypatch.setattr(Worker, "solve_block", solve)
     summary = pipeline.quantize(run_config())
     assert files_of(tmp_path / "run" / "model") == files_of(tmp_path / "whole" / "model")
-    assert [retry["kind"] for retry in summary["retries"]] == ["damaged"]
+    assert [retry.kind for retry in summary.retries] == ["damaged"]
 
 
 def test_gptq_layout_holds_the_weights_that_compressed_tensors_holds(run_config, tmp_path):
@@ -430,7 +431,7 @@ def test_gptq_layout_holds_the_weights_that_compressed_tensors_holds(run_config,
         folder = tmp_path / name
         summary = pipeline.quantize(run_config(quantization__format=name, output__dir=str(folder), **changes))
         report = verify_model(folder / "model", tmp_path / "llama")
-        found[name] = (report["linears"], report["relative_weight_errors"], summary["perplexity"])
+        found[name] = (report.num_linears, report.relative_weight_errors, summary.perplexity)
     assert found["gptq"] == found["compressed-tensors"]
     assert found["gptq"][0] == 3 * 6
 
@@ -447,7 +448,7 @@ def test_journal_with_a_line_that_was_cut_short_is_read(run_config, tmp_path):
     (tmp_path / "run" / "summary.json").unlink()
     with (tmp_path / "run" / "journal.jsonl").open("a") as journal:
         journal.write('{"time": 1.0, "event": "fin')
-    assert pipeline.quantize(run_config())["retries"] == []
+    assert pipeline.quantize(run_config()).retries == ()
 
 
 def test_damaged_record_is_redone(run_config, tmp_path):

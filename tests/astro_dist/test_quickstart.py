@@ -1,6 +1,5 @@
 """The README's main job on a real model: its result loads in plain transformers and says what our own weights say."""
 
-import json
 import os
 import subprocess
 import sys
@@ -13,8 +12,10 @@ from safetensors.torch import load_file
 
 from astro.config import LayerScheme
 from astro.formats import compressed_tensors
+from astro.quantization.layer_record import Fallbacks
 from astro.storage.checkpoint import Checkpoint
 from astro_dist.export.verify import verify_model
+from astro_dist.run_directory.summary import read_summary
 from astro_dist.source.demo import resolve_demo
 
 pytestmark = [pytest.mark.slow, pytest.mark.ray, pytest.mark.timeout(1200)]
@@ -51,10 +52,10 @@ def test_source_is_sharded(run):
 
 
 def test_perplexities_are_sane(run):
-    summary = json.loads((run / "summary.json").read_text())
-    original, quantized = summary["perplexity"]["original"], summary["perplexity"]["quantized"]
+    summary = read_summary(run / "summary.json")
+    original, quantized = summary.perplexity.original, summary.perplexity.quantized
     assert original < quantized < 1.15 * original
-    assert summary["fallbacks"] == {"damping_raised": [], "experts": {}}
+    assert summary.fallbacks == Fallbacks()
 
 
 def test_plain_transformers_loads_it_and_agrees_with_our_dequantized_weights(run):
@@ -79,6 +80,6 @@ def test_it_generates_text(run):
 
 def test_verify_accepts_it(run):
     report = verify_model(run / "model", resolve_demo("demo:smollm2-135m"))
-    assert report["linears"] == 210
+    assert report.num_linears == 210
     # GPTQ trades error of the weights for error of the outputs; weights that are wrong differ by 1 and more
-    assert max(report["relative_weight_errors"].values()) < 0.5
+    assert max(report.relative_weight_errors.values()) < 0.5

@@ -149,7 +149,7 @@ def examine(name: str, scratch: Path) -> Examined:
         "output": {"dir": str(scratch / "run")},
     }
     summary = pipeline.quantize(RunConfig.model_validate(config))
-    folder = Path(summary["model"])
+    folder = Path(summary.model)
     layers = write_dequantized(source, folder, scratch / "dequantized")
     ours, _ = logits_of(scratch / "dequantized", IDS)
     reloaded, difference = False, None
@@ -157,5 +157,5 @@ def examine(name: str, scratch: Path) -> Examined:
     with contextlib.suppress(*([Exception] if name in UNREADABLE else [])):
         theirs, reloaded = logits_of(folder, IDS)
         difference = float((theirs - ours).abs().max() / ours.abs().max())
-    perplexity = summary["perplexity"]
-    return Examined(streamed, layers, reloaded, difference, (perplexity["original"], perplexity["quantized"]))
+    perplexity = summary.perplexity
+    return Examined(streamed, layers, reloaded, difference, (perplexity.original, perplexity.quantized))

@@ -59,7 +59,7 @@ def test_local_and_ray_with_one_two_and_three_workers_write_the_same_bytes(clust
         config = run_config(execution__executor="ray", execution__workers=workers, output__dir=str(folder))
         summary = pipeline.quantize(config)
         assert files_of(folder / "model") == expected
-        assert len(summary["peak_rss_bytes"]) == workers + 1
+        assert len(summary.peak_rss_bytes) == workers + 1
 
 
 @pytest.mark.parametrize("mode", [{"execution__mode": "sequential"}, {"execution__rounds": 2}], ids=str)
@@ -98,8 +98,8 @@ def test_worker_that_is_killed_is_replaced_and_the_bytes_are_the_same(cluster, r
     monkeypatch.setattr(Worker, "solve_block", killed_once)
     summary = pipeline.quantize(run_config(execution__executor="ray", execution__workers=2))
     assert files_of(tmp_path / "run" / "model") == files_of(tmp_path / "whole" / "model")
-    (retry,) = summary["retries"]
-    assert (retry["unit"], retry["method"], retry["kind"]) == ("round-0-block-0001", "solve block", "lost")
+    (retry,) = summary.retries
+    assert (retry.unit, retry.method, retry.kind) == ("round-0-block-0001", "solve block", "lost")
 
 
 def test_worker_that_hangs_is_given_up_and_past_the_retries_the_error_names_the_unit(cluster, run_config, monkeypatch):
@@ -130,7 +130,7 @@ def test_more_workers_than_the_cluster_has_wait_for_room(cluster, run_config, wa
     wait_for_all(missing=1)
     summary = pipeline.quantize(run_config(execution__executor="ray", execution__workers=4))
     # Which three find room is up to Ray.
-    assert len(summary["peak_rss_bytes"].keys() & {"worker-0", "worker-1", "worker-2", "worker-3"}) == 3
+    assert len(summary.peak_rss_bytes.keys() & {"worker-0", "worker-1", "worker-2", "worker-3"}) == 3
 
 
 def test_cluster_without_room_for_a_worker(cluster):

@@ -123,8 +123,8 @@ def test_card_of_other_runs(run_config, tmp_path, changes, title, expected):
 def test_base_model_of_a_finished_run_can_be_corrected(run_config):
     first = pipeline.quantize(run_config())
     again = pipeline.quantize(run_config(model__name="org/right"))
-    assert (first["base_model"]["name"], again["base_model"]["name"]) == (None, "org/right")
-    folder = Path(again["model"])
+    assert (first.base_model.name, again.base_model.name) == (None, "org/right")
+    folder = Path(again.model)
     assert "base_model: org/right" in (folder / "README.md").read_text()
     inventory = json.loads((folder.parent / "model.json").read_text())["files"]
     assert {file["name"]: file["sha256"] for file in inventory} == {p.name: sha256_of(p) for p in folder.iterdir()}

@@ -17,7 +17,7 @@ from astro_dist.export.verify import verify_model
 @pytest.fixture
 def run_model(run_config):
     """In its run directory, whose checksums are compared."""
-    return Path(pipeline.quantize(run_config(calibration__holdout_samples=0))["model"])
+    return Path(pipeline.quantize(run_config(calibration__holdout_samples=0)).model)
 
 
 @pytest.fixture
@@ -65,7 +65,7 @@ def test_damage_is_found(model, key, change, message):
 
 
 def test_checksums_of_a_run_are_compared(run_model):
-    assert verify_model(run_model)["checksums_compared"]
+    assert verify_model(run_model).checksums_compared
     path = run_model / "model-00002-of-00004.safetensors"
     content = bytearray(path.read_bytes())
     content[len(content) // 2] ^= 1
@@ -79,10 +79,10 @@ def test_checksums_of_a_run_are_compared(run_model):
 
 def test_checksums_are_those_of_the_folder_that_is_meant(run_model, tmp_path):
     (tmp_path / "link").symlink_to(run_model)
-    assert verify_model(tmp_path / "link")["checksums_compared"]
+    assert verify_model(tmp_path / "link").checksums_compared
     shutil.copytree(run_model, run_model.parent / "edited")
     (run_model.parent / "edited" / "README.md").write_text("mine")
-    assert not verify_model(run_model.parent / "edited")["checksums_compared"]
+    assert not verify_model(run_model.parent / "edited").checksums_compared
 
 
 def test_model_of_a_run_that_is_not_finished(run_model):
@@ -92,7 +92,7 @@ def test_model_of_a_run_that_is_not_finished(run_model):
 
 
 def test_model_that_lost_a_shard(model):
-    assert not verify_model(model)["checksums_compared"]
+    assert not verify_model(model).checksums_compared
     next(model.glob("*.safetensors")).unlink()
     with pytest.raises(CheckpointError, match="is missing; fetch it again$"):
         verify_model(model)

@@ -32,7 +32,7 @@ def test_shards_go_up_while_later_blocks_are_solved(online_hub, run_config, tmp_
     assert events.index(("uploaded", "model-00002-of-00004.safetensors")) < events.index(
         ("finished", "round-0-block-0002")
     )
-    assert summary["publish"]["repository"] == "org/model"
+    assert summary.publish.repository == "org/model"
     assert len(online_hub.commits) == 1
     assert published(online_hub, "org/model") == files_of(tmp_path / "run" / "model", with_card=True)
 
@@ -58,7 +58,7 @@ def test_upload_that_fails_does_not_stop_the_run(online_hub, run_config, tmp_pat
     assert len(failures) > 1, "it was not tried again"
     assert online_hub.commits == []
     online_hub.write_faults.clear()
-    assert pipeline.quantize(run_config(publish__repo="org/model"))["publish"]["files"] == 10
+    assert pipeline.quantize(run_config(publish__repo="org/model")).publish.num_files == 10
     assert published(online_hub, "org/model") == files_of(tmp_path / "run" / "model", with_card=True)
 
 

@@ -76,7 +76,7 @@ def test_run_that_could_not_be_published_does_not_start(online_hub, run_config, 
 
 def test_fine_grained_token_for_the_very_repository(online_hub, finished):
     online_hub.account["auth"] = fine_grained("org/model", "repo.content.read", "repo.write")
-    assert publish_run(finished, PublishConfig(repo="org/model"))["files"] == 10
+    assert publish_run(finished, PublishConfig(repo="org/model")).num_files == 10
 
 
 def test_license_that_the_hub_does_not_know_is_refused_before_the_run(online_hub, run_config, llama, tmp_path):

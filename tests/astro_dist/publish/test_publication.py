@@ -1,5 +1,6 @@
 """A finished run on its way to a Hub on loopback: one commit or none, whatever happens; what is there is as here."""
 
+import dataclasses
 import json
 import os
 import random
@@ -20,7 +21,7 @@ from astro_dist.config.schema import PublishConfig
 from astro_dist.export.finished_run import FinishedRun
 from astro_dist.export.inventory import read_inventory, write_inventory
 from astro_dist.export.verify import verify_model
-from astro_dist.publish import publication, upload_record
+from astro_dist.publish import publication
 from astro_dist.publish.publication import publish_run
 from astro_dist.report.status import read_status
 from tests.support.hub import TOKEN
@@ -46,8 +47,8 @@ def test_model_goes_to_a_private_repository_in_one_commit(online_hub, finished):
     assert published(online_hub, "org/model") == files_of(finished / "model", with_card=True)
     assert online_hub.private == {"org/model"}
     assert [commit[:2] for commit in online_hub.commits] == [("org/model", "main")]
-    assert entry["commit"] == online_hub.folder("org/model", "main")[0]
-    assert json.loads((finished / "summary.json").read_text())["publish"] == entry
+    assert entry.commit == online_hub.folder("org/model", "main")[0]
+    assert json.loads((finished / "summary.json").read_text())["publish"] == entry.to_json()
 
 
 @pytest.mark.parametrize("fault", FAULTS, ids=lambda fault: fault.label)
@@ -82,7 +83,7 @@ def test_waits_grow_until_it_is_enough(online_hub, finished):
 def test_repeated_it_sends_nothing_and_commits_nothing(online_hub, finished):
     first = publish_run(finished, TARGET)
     sent = online_hub.uploaded
-    assert publish_run(finished, TARGET)["commit"] == first["commit"]
+    assert publish_run(finished, TARGET).commit == first.commit
     assert (online_hub.uploaded, len(online_hub.commits)) == (sent, 1)
 
 
@@ -151,7 +152,7 @@ def test_file_that_is_gone_is_told_before_the_hub_is_asked(online_hub, finished)
 
 def test_model_of_thirty_files(online_hub, finished):
     grow(finished, 30)
-    assert publish_run(finished, TARGET)["files"] == 30
+    assert publish_run(finished, TARGET).num_files == 30
     assert published(online_hub, "org/model") == files_of(finished / "model", with_card=True)
     assert len(online_hub.commits) == 1
 
@@ -194,7 +195,7 @@ def both(*runs):
 
     def one(run):
         try:
-            ended.append(publish_run(run, TARGET)["commit"])
+            ended.append(publish_run(run, TARGET).commit)
         except AstroError as error:
             ended.append(str(error))
 
@@ -251,7 +252,7 @@ def test_pull_request_is_opened_once(online_hub, finished, tmp_path, meets):
     online_hub.write_faults["commit"] = meets
     for _ in range(2):
         entry = publish_run(finished, PublishConfig(repo="them/model", pull_request=True))
-        assert entry["revision"] == "refs/pr/1"
+        assert entry.revision == "refs/pr/1"
     assert online_hub.requests == [("them/model", "llama, 4 bits (astro-dist 0.5.0)")]
     assert published(online_hub, "them/model", "refs/pr/1") == files_of(finished / "model", with_card=True)
     assert published(online_hub, "them/model") == {}
@@ -269,10 +270,10 @@ def test_finished_run_goes_to_a_second_place_too(online_hub, finished):
 
 def test_published_model_is_verified_by_ranges(online_hub, finished, first_run, monkeypatch, tmp_path):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
-    commit = publish_run(finished, TARGET)["commit"]
+    commit = publish_run(finished, TARGET).commit
     there = verify_model(f"org/model@{commit}", first_run.parent / "llama")
     here = verify_model(finished / "model", first_run.parent / "llama")
-    assert there == {**here, "model": f"org/model@{commit[:12]}", "checksums_compared": False}
+    assert there == dataclasses.replace(here, model=f"org/model@{commit[:12]}", checksums_compared=False)
 
 
 def test_token_is_nowhere(online_hub, finished, capsys, monkeypatch):
@@ -299,16 +300,10 @@ def test_status_tells_what_the_hub_holds_and_what_it_refuses(online_hub, finishe
     status = read_status(finished).to_json()
     assert list(status["publish"]) == [{"place": "org/model@main", "files": 2, "total": 10, "commit": None}]
     assert "the Hub answers 403" in status["upload_failures"][0]["cause"]
-    commit = publish_run(finished, TARGET)["commit"]
+    commit = publish_run(finished, TARGET).commit
     status = read_status(finished).to_json()
     assert list(status["publish"]) == [{"place": "org/model@main", "files": 10, "total": 10, "commit": commit}]
     assert status["upload_failures"] == []
-
-
-def test_record_that_is_damaged_counts_as_empty(tmp_path):
-    path = tmp_path / "uploads.json"
-    path.write_text("{")
-    assert upload_record.read_uploads(path) == {}
 
 
 def test_run_that_is_not_finished(online_hub, finished):

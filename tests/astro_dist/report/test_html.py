@@ -24,7 +24,7 @@ def test_report_of_a_finished_run(run_config, tmp_path, monkeypatch):
     summary = pipeline.quantize(run_config(execution__rounds=2))
     page = write_report(tmp_path / "run").read_text()
     assert "<h1>run: complete</h1>" in page
-    for perplexity in (summary["perplexity"]["original"], *(round_["perplexity"] for round_ in summary["rounds"])):
+    for perplexity in (summary.perplexity.original, *(figures.perplexity for figures in summary.rounds)):
         assert f"{perplexity:.3f}" in page
     assert "<script>" not in page
     assert "RuntimeError: &lt;script&gt;alert(1)&lt;/script&gt;" in page
@@ -34,7 +34,7 @@ def test_report_of_a_finished_run(run_config, tmp_path, monkeypatch):
     table = pyarrow.parquet.read_table(tmp_path / "run" / "report" / "layers.parquet").to_pylist()
     assert len(table) == 2 * 3 * 4
     last = [row for row in table if row["round"] == 1]
-    assert sum(row["relative_error"] for row in last) / len(last) == pytest.approx(summary["mean_relative_error"])
+    assert sum(row["relative_error"] for row in last) / len(last) == pytest.approx(summary.mean_relative_error)
 
 
 def test_report_of_a_run_that_stopped_early(run_config, tmp_path, monkeypatch):

@@ -83,6 +83,6 @@ def test_run_whose_own_file_was_damaged_mends_it(run_config, tmp_path, name, cap
     first = pipeline.quantize(run_config())
     path = tmp_path / "run" / name
     path.write_text("{")
-    assert pipeline.quantize(run_config())["perplexity"] == first["perplexity"]
+    assert pipeline.quantize(run_config()).perplexity == first.perplexity
     assert "damaged: " in caplog.text
     assert json.loads(path.read_text()) != {}

@@ -60,7 +60,7 @@ def test_run_from_the_hub_writes_the_bytes_of_a_local_run_and_fetches_each_tenso
     assert len(fetched) == len(set(fetched)), "a piece was fetched twice"
     heads = sum(stop - start + 1 for file, (start, stop) in fetched if start == 0)
     assert sum(stop - start + 1 for _, (start, stop) in fetched) - heads <= shards
-    assert summary["bytes_read"] > 0
+    assert summary.bytes_read > 0
 
 
 @pytest.mark.parametrize("mode", ["blocks", "sequential"])

@@ -1,0 +1,180 @@
+"""Put into words what a command found, for a person at a terminal."""
+
+import itertools
+from typing import TYPE_CHECKING
+
+from rich.filesize import decimal
+from rich.table import Table
+
+from astro_dist.console import in_words
+
+if TYPE_CHECKING:  # some of them import torch or transformers, which the command at hand may not need
+    from astro.quantization.layer_record import Fallbacks
+    from astro_dist.config.schema import RunConfig
+    from astro_dist.export.verify import Verification
+    from astro_dist.planning.estimate import Estimate
+    from astro_dist.planning.units import BlockUnit, Plan
+    from astro_dist.report.status import Status
+    from astro_dist.run_directory.published_model import PublishedModel
+    from astro_dist.run_directory.summary import Summary
+
+__all__ = [
+    "forecast_lines",
+    "plan_table",
+    "publication_line",
+    "settings_line",
+    "status_lines",
+    "summary_lines",
+    "verification_lines",
+]
+
+_NAMED_FILES = 3
+"""Number of damaged files that are named."""
+
+
+def summary_lines(summary: "Summary", config: "RunConfig") -> list[str]:
+    """Describe a finished run.
+
+    Args:
+        summary: Figures of the run.
+        config: Configuration of the run.
+    """
+    lines = []
+    original, quantized = summary.perplexity.original, summary.perplexity.quantized
+    if original is not None and quantized is not None:
+        lines.append(f"Hold-out perplexity {original:.3f} → {quantized:.3f} ({config.calibration.source})")
+    share = summary.bytes_written / summary.bytes_read
+    root = config.output.dir
+    return [
+        *lines,
+        f"{decimal(summary.bytes_written)} written, {share:.0%} of the source",
+        *_fallback_lines(summary.fallbacks),
+        *(f"note: {note}" for note in summary.notes),
+        f"Done in {summary.wall_s:.0f} s: {summary.model}",
+        publication_line(summary.publish)
+        if summary.publish is not None
+        else f"Next: astro-dist verify {root}/model; astro-dist report {root}; "
+        f"astro-dist publish {root} --repo ORG/NAME",
+    ]
+
+
+def settings_line(config: "RunConfig") -> str:
+    """Describe the main settings of a run.
+
+    Args:
+        config: Configuration of the run.
+    """
+    q, calibration, execution = config.quantization, config.calibration, config.execution
+    bits = f"{q.average_bits:g} bits on average" if q.bits == "auto" else f"{q.bits} bits"
+    return (
+        f"{config.model.source}: {bits}, group size {q.group_size}, format {q.format}; mode {execution.mode}, "
+        f"{execution.rounds} round(s); calibration {calibration.samples} × {calibration.sequence_length} tokens"
+    )
+
+
+def plan_table(plan: "Plan") -> Table:
+    """Make the table of a run's units. Blocks of one size that follow each other share a row.
+
+    Args:
+        plan: Units of the run.
+    """
+    table = Table("unit", "layers each", "read each", "written each", "file")
+    for unit in plan.copies:
+        table.add_row(unit.name, "-", decimal(unit.read_bytes), decimal(unit.read_bytes), unit.file)
+    for (layers, read_bytes, written_bytes), equal in itertools.groupby(plan.blocks, _size):
+        blocks = list(equal)
+        ends = blocks if len(blocks) == 1 else (blocks[0], blocks[-1])
+        names, files = " to ".join(block.name for block in ends), " to ".join(block.file for block in ends)
+        table.add_row(names, str(layers), decimal(read_bytes), decimal(written_bytes), files)
+    return table
+
+
+def forecast_lines(plan: "Plan", needed: "Estimate") -> list[str]:
+    """Describe what a run will need.
+
+    Args:
+        plan: Units of the run.
+        needed: Estimate of what the run needs.
+    """
+    return [
+        f"{plan.weights / 1e6:.1f} million weights quantized; "
+        f"{decimal(plan.read_bytes)} read, {decimal(plan.written_bytes)} written",
+        f"with {needed.workers} worker(s) on {needed.device}: about {in_words(needed.wall_s)}; "
+        f"{needed.device_hours:.2f} device-hours, {needed.efficiency:.0%} of that at work; a worker needs "
+        f"{decimal(int(needed.worker_bytes))} of memory, the run directory {decimal(int(needed.disk_bytes))} of disk; "
+        f"workers read and write {decimal(int(needed.moved_bytes))}",
+    ]
+
+
+def status_lines(status: "Status") -> list[str]:
+    """Describe how far a run is.
+
+    Args:
+        status: State of the run.
+    """
+    time_left = f", about {in_words(status.seconds_left)} left" if status.seconds_left is not None else ""
+    workers = "" if status.state == "complete" else f"; {status.workers} workers up"
+    lines = [
+        f"{status.state}{', but damaged' if status.damaged else ''}: {status.blocks.done} of {status.blocks.total} "
+        f"blocks, {status.units.done} of {status.units.total} units done{time_left}{workers}"
+    ]
+    if status.damaged:
+        first, more = ", ".join(status.damaged[:_NAMED_FILES]), len(status.damaged) - _NAMED_FILES
+        lines.append(
+            f"damaged: {first}{f' and {more} more' if more > 0 else ''} (gone, or of another size than was written, or "
+            "a record that cannot be read); `quantize` of the same version makes them anew"
+        )
+    for unit in status.in_flight:
+        lines.append(f"in flight: {unit.unit} on worker {unit.worker} for {unit.seconds} s")
+    for retry in status.retries:
+        lines.append(f"retried: {retry.unit}, {retry.method} on worker {retry.worker} ({retry.kind}): {retry.cause}")
+    for mended in status.mended:
+        lines.append(f"found damaged: {mended.unit}: {mended.reason}")
+    for failure in status.upload_failures:
+        lines.append(f"upload failed: {failure.cause}")
+    for place in status.publish:
+        commit = f"published as commit {place.commit[:12]}" if place.commit else "not published yet"
+        lines.append(f"{place.place}: holds {place.files} of {place.total} files, {commit}")
+    return [*lines, *_fallback_lines(status.fallbacks)]
+
+
+def publication_line(published: "PublishedModel") -> str:
+    """Describe where a model was published.
+
+    Args:
+        published: Where the model is.
+    """
+    return f"Published: {published.url}, commit {published.commit[:12]}, {published.num_files} files"
+
+
+def verification_lines(verification: "Verification", against: str | None) -> list[str]:
+    """Describe what was checked of a model.
+
+    Args:
+        verification: What was checked.
+        against: Source that each layer was compared with; None where there was none.
+    """
+    lines = []
+    if errors := verification.relative_weight_errors:
+        lines = [
+            f"‖ŵ − w‖ / ‖w‖ of each layer, w of {against}; 0.1 to 0.2 is usual at 4 bits:",
+            *(f"{name}: {error:.5f}" for name, error in errors.items()),
+            f"mean {sum(errors.values()) / len(errors):.5f}, largest {max(errors.values()):.5f}",
+        ]
+    compared = ", every file has the SHA-256 that it was written with" if verification.checksums_compared else ""
+    tensors = f"{verification.num_tensors} tensors"
+    return [*lines, f"{verification.num_linears} packed layers and {tensors} are sound{compared}"]
+
+
+def _fallback_lines(fallbacks: "Fallbacks") -> list[str]:
+    return [
+        *(f"fallback: the damping of {layer} had to be raised" for layer in fallbacks.damping_raised),
+        *(
+            f"fallback: {policy} for {len(layers)} layers of experts that too few tokens reached, e.g. {layers[0]}"
+            for policy, layers in fallbacks.experts.items()
+        ),
+    ]
+
+
+def _size(block: "BlockUnit") -> tuple[int, int, int]:
+    return len(block.linears), block.read_bytes, block.written_bytes
