@@ -40,8 +40,9 @@ from astro_dist.run_directory.records import RunDirectory
 from astro_dist.run_directory.resume import make_schedule
 from astro_dist.run_directory.summary import Summary, read_summary
 from astro_dist.run_directory.unit_record import EmbedResult
-from astro_dist.schedule.calls import Call, Schedule
+from astro_dist.schedule.calls import Call
 from astro_dist.schedule.names import EMBED, is_block_unit
+from astro_dist.schedule.schedule import Schedule
 from astro_dist.source.calibration_text import Chunk, as_tensors
 from astro_dist.worker.spec import WorkerSpec
 

@@ -14,7 +14,8 @@ from astro_dist.report.progress import ProgressDisplay
 from astro_dist.run_directory.journal import Journal
 from astro_dist.run_directory.records import RunDirectory
 from astro_dist.run_directory.unit_record import UnitRecord
-from astro_dist.schedule.calls import Call, FinishingCall, ForwardChunk, Result, Schedule, assign
+from astro_dist.schedule.calls import Call, FinishingCall, ForwardChunk, Result
+from astro_dist.schedule.schedule import Schedule, assign
 
 __all__ = ["Driver"]
 

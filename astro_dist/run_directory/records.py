@@ -18,8 +18,8 @@ from astro_dist.run_directory import lock
 from astro_dist.run_directory.journal import Journal
 from astro_dist.run_directory.layout import RunLayout
 from astro_dist.run_directory.unit_record import BlockResult, FileRecord, UnitRecord, UnitResult
-from astro_dist.schedule.calls import Spent, SpentInputs, SpentParts, SpentShard, SpentShares
 from astro_dist.schedule.names import any_share, block_of_unit, block_unit
+from astro_dist.schedule.spent import Spent, SpentInputs, SpentParts, SpentShard, SpentShares
 
 __all__ = ["RunDirectory", "read_own_json"]
 

@@ -6,7 +6,6 @@ from astro_dist.config.schema import RunConfig
 from astro_dist.planning.units import Plan
 from astro_dist.run_directory.beginning import mend_tokens
 from astro_dist.run_directory.records import RunDirectory
-from astro_dist.schedule.calls import Schedule
 from astro_dist.schedule.factory import schedule_of
 from astro_dist.schedule.names import (
     EMBED,
@@ -17,6 +16,7 @@ from astro_dist.schedule.names import (
     stream_names,
     unit_names,
 )
+from astro_dist.schedule.schedule import RunShape, Schedule, StartingPoint
 from astro_dist.source.calibration_text import Chunk, as_tensors
 
 __all__ = ["make_schedule"]
@@ -47,7 +47,7 @@ def make_schedule(config: RunConfig, plan: Plan, run: RunDirectory, chunks: Sequ
     if not calls_there and any(unit not in finished for unit in units):
         finished.discard(EMBED)
     written = None if sequential else {unit for unit in finished if run.has_files(unit)}
-    return schedule_of(config, len(plan.blocks), len(plan.copies), names, finished, present, written)
+    return schedule_of(config, RunShape(blocks, copies, names), StartingPoint(finished, present, written))
 
 
 def _finished(run: RunDirectory, units: Sequence[str]) -> set[str]:
