@@ -16,9 +16,8 @@ from astro.storage.atomic import write_json
 from astro.storage.checkpoint import require_finite
 from astro_dist.config.cluster_paths import require_absolute_paths
 from astro_dist.config.schema import RunConfig, run_key
-from astro_dist.execution.driver import Driver
+from astro_dist.execution.driver import Driver, Limits
 from astro_dist.execution.executor import Executor
-from astro_dist.execution.failure import FailureHistory
 from astro_dist.execution.local_executor import LocalExecutor
 from astro_dist.export.assemble import assemble
 from astro_dist.export.finished_run import FinishedRun
@@ -205,8 +204,9 @@ def _execute(
             uploads.offer(now.finished)
 
     driver = Driver(
-        executor, run, lambda: make_schedule(config, plan, run, chunks), display, FailureHistory(execution.max_retries),
-        _deadlines(config, cost, device), execution.worker_timeout_s, on_finished,
+        executor, run, display,
+        Limits(execution.max_retries, _deadlines(config, cost, device), execution.worker_timeout_s),
+        lambda: make_schedule(config, plan, run, chunks), on_finished,
     )  # fmt: skip
     executor.start(spec)
     with display:
