@@ -44,7 +44,7 @@ class RunLayout:
 
     @property
     def source(self) -> Path:
-        """Return the path of the folder with the small files of a remote model, which are copied so that every node sees them."""
+        """Return the path of the folder where every node finds the small files of a remote model."""
         return self.root / "source"
 
     @property
@@ -89,7 +89,7 @@ class RunLayout:
 
     @property
     def leftovers(self) -> tuple[Path, Path]:
-        """Return the folders with inputs of blocks and with shards of earlier rounds, which a complete run does not need."""
+        """Return the folders that a complete run does not need: inputs of blocks, and shards of earlier rounds."""
         return self.root / "activations", self.root / "rounds"
 
     def record(self, unit: str) -> Path:
@@ -101,7 +101,7 @@ class RunLayout:
         return self.records / f"{unit}.json"
 
     def shard(self, round_index: int, file: str) -> Path:
-        """Return the path of the shard that a block becomes in a round. The shards of the last round are files of the model.
+        """Return the path of a shard that a round writes. The shards of the last round are files of the model.
 
         Args:
             round_index: Index of the round.
@@ -110,7 +110,7 @@ class RunLayout:
         return (self.model if round_index == self.rounds - 1 else self.root / "rounds" / str(round_index)) / file
 
     def inputs(self, stream: str, block: int) -> Path:
-        """Return the path of the folder with the inputs of a block. All streams have the same inputs of the first block.
+        """Return the path of the folder with the inputs of a block. All streams share those of the first block.
 
         Args:
             stream: Name of the stream.
