@@ -16,9 +16,8 @@ from astro.storage.atomic import write_json
 from astro.storage.checkpoint import require_finite
 from astro_dist.config.cluster_paths import require_absolute_paths
 from astro_dist.config.schema import RunConfig, run_key
-from astro_dist.execution.driver import Driver
+from astro_dist.execution.driver import Driver, Limits
 from astro_dist.execution.executor import Executor
-from astro_dist.execution.failure import FailureHistory
 from astro_dist.execution.local_executor import LocalExecutor
 from astro_dist.export.assemble import assemble
 from astro_dist.export.finished_run import FinishedRun
@@ -40,8 +39,9 @@ from astro_dist.run_directory.records import RunDirectory
 from astro_dist.run_directory.resume import make_schedule
 from astro_dist.run_directory.summary import Summary, read_summary
 from astro_dist.run_directory.unit_record import EmbedResult
-from astro_dist.schedule.calls import Call, Schedule
+from astro_dist.schedule.calls import Call
 from astro_dist.schedule.names import EMBED, is_block_unit
+from astro_dist.schedule.schedule import Schedule
 from astro_dist.source.calibration_text import Chunk, as_tensors
 from astro_dist.worker.spec import WorkerSpec
 
@@ -224,8 +224,9 @@ def _execute(
             uploads.offer(now.finished)
 
     driver = Driver(
-        executor, run, job.schedule, display, FailureHistory(config.execution.max_retries),
-        _deadlines(config, cost, device), config.execution.worker_timeout_s, on_finished,
+        executor, run, display,
+        Limits(config.execution.max_retries, _deadlines(config, cost, device), config.execution.worker_timeout_s),
+        job.schedule, on_finished,
     )  # fmt: skip
     executor.start(spec)
     with display:

@@ -1,1 +1,1 @@
-"""Workers and the driver that hands them calls."""
+"""The execution of a run: workers, and the driver that gives calls to them."""

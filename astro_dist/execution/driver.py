@@ -1,4 +1,4 @@
-"""The driver's loop: hands calls to whichever worker is free, and outlives whatever they come to."""
+"""The driver's loop: it gives calls to workers that are free, and goes on when calls fail."""
 
 import contextlib
 import dataclasses
@@ -14,11 +14,27 @@ from astro_dist.report.progress import ProgressDisplay
 from astro_dist.run_directory.journal import Journal
 from astro_dist.run_directory.records import RunDirectory
 from astro_dist.run_directory.unit_record import UnitRecord
-from astro_dist.schedule.calls import Call, FinishingCall, ForwardChunk, Result, Schedule, assign
+from astro_dist.schedule.calls import Call, FinishingCall, ForwardChunk, Result
+from astro_dist.schedule.schedule import Schedule, assign
 
-__all__ = ["Driver"]
+__all__ = ["Driver", "Limits"]
 
 _TICK_S = 1.0
+
+
+@dataclasses.dataclass(frozen=True)
+class Limits:
+    """Says how many failures and how much time a run allows.
+
+    Attributes:
+        max_retries: Number of times that a call, or a whole block that one worker holds, is tried again.
+        call_timeout_s: Function that returns after how many seconds a call counts as hung.
+        worker_timeout_s: Seconds without any worker after which the run fails.
+    """
+
+    max_retries: int
+    call_timeout_s: Callable[[Call], float]
+    worker_timeout_s: float
 
 
 @dataclasses.dataclass(frozen=True)
@@ -26,8 +42,8 @@ class _Running:
     """A call that a worker is at.
 
     Attributes:
-        call: The call.
-        since: When it began, or began to be counted anew, on the monotonic clock.
+        call: Call that the worker is at.
+        since: Time on the monotonic clock from which the call's deadline is counted, in seconds.
     """
 
     call: Call
@@ -39,9 +55,9 @@ class _Trouble:
     """What went wrong since a worker last joined or brought a result.
 
     Attributes:
-        first: The first failure and its error; None where there was none.
-        is_stale: Whether the state of the run is to be read anew, once no call is running.
-        was_stuck: Whether it was read anew because nothing could be handed out, and nothing was done since.
+        first: First failure and its error; None where there was none.
+        is_stale: Whether the state of the run is to be read again from its directory, once no call is running.
+        was_stuck: Whether it was read again because no call could be given out, and no call has returned since.
     """
 
     first: tuple[Failure, Exception] | None = None
@@ -50,18 +66,18 @@ class _Trouble:
 
 
 class _Notes:
-    """What is written to the journal; what a full disk refuses is kept for later."""
+    """Writes notes to the journal. Those that a full disk refuses are kept and written later."""
 
     def __init__(self, journal: Journal) -> None:
         self._journal = journal
         self._unwritten: list[tuple[str, dict[str, Any]]] = []
 
     def add(self, event: str, **details: Any) -> None:
-        """Keep a note until it is written."""
+        """Keep a note, with the time of now, until it is written."""
         self._unwritten.append((event, {"time": round(time.time(), 3), **details}))
 
     def write(self) -> None:
-        """Write what is not written yet, the oldest first.
+        """Write the notes that are not written yet, the oldest first.
 
         Raises:
             StorageError: The file system refused.
@@ -75,40 +91,35 @@ class _Notes:
 class Driver:
     """Runs a schedule to its end, on the workers of an executor.
 
-    A failed call goes back to the schedule and is done by another worker, as often as the history of failures allows.
-    After a file of the run was found damaged, the state of the run is read anew from the run directory, as it is when
-    a run goes on.
+    A failed call goes back to the schedule, and another worker does it, as often as the limits allow. When a file of
+    the run is found damaged, the state of the run is read again from the run directory, as when a run goes on.
     """
 
     def __init__(
         self,
         executor: Executor,
         run: RunDirectory,
-        plan_anew: Callable[[], Schedule],
         display: ProgressDisplay,
-        history: FailureHistory,
-        deadline_s: Callable[[Call], float],
-        worker_timeout_s: float,
+        limits: Limits,
+        plan_anew: Callable[[], Schedule],
         on_finished: Callable[[Schedule], None],
     ) -> None:
         """Prepare to run; nothing is started.
 
         Args:
-            executor: The executor, whose workers were started.
-            run: The run directory.
-            plan_anew: Makes the schedule from what the run directory holds.
-            display: What a person sees.
-            history: Counts failures and says what is to be done about them.
-            deadline_s: Gives the seconds after which a call is taken to hang.
-            worker_timeout_s: Seconds without any worker after which the run fails.
-            on_finished: Is called at the beginning and after each unit, before more is handed out.
+            executor: Executor that brings up the workers.
+            run: Run directory.
+            display: Display that shows a person how the run goes.
+            limits: Failures and time that the run allows.
+            plan_anew: Function that makes the schedule from the files of the run directory.
+            on_finished: Function that is called at the beginning and after each unit, before more calls are given out.
         """
-        self._executor, self._run, self._display, self._history = executor, run, display, history
-        self._plan_anew, self._deadline_s, self._on_finished = plan_anew, deadline_s, on_finished
-        self._worker_timeout_s = worker_timeout_s
+        self._executor, self._run, self._display, self._limits = executor, run, display, limits
+        self._plan_anew, self._on_finished = plan_anew, on_finished
+        self._history = FailureHistory(limits.max_retries)
         self._running: dict[int, _Running] = {}
         self._begun: set[str] = set()
-        self._patience = Patience(worker_timeout_s)
+        self._patience = Patience(limits.worker_timeout_s)
         self._trouble = _Trouble()
         self._notes = _Notes(run.journal)
         self._joined = False
@@ -117,7 +128,7 @@ class Driver:
         """Do every unit that is not finished.
 
         Args:
-            schedule: The schedule, as it is at the beginning.
+            schedule: Schedule of the run, as it is at the beginning.
 
         Raises:
             AstroError: A unit failed too often, or there is no worker left. What is finished is kept.
@@ -129,7 +140,7 @@ class Driver:
                 self._on_finished(schedule)
             self._hand_out(schedule)
             event = self._executor.wait(_TICK_S)
-            while event is not None:  # everything that is there, before anything is said to be late
+            while event is not None:  # take all that has happened before any call counts as late
                 self._take(schedule, event)
                 event = self._executor.wait(0.0)
             self._end_overdue(schedule)
@@ -150,7 +161,7 @@ class Driver:
                 self._note("began", unit=call.unit, worker=worker)
 
     def _take(self, schedule: Schedule, event: Event) -> None:
-        self._patience.saw_call()  # of a worker in this very process the call took its time until now
+        self._patience.saw_call()  # a worker in this very process has just taken the time of its call
         if isinstance(event, Joined):
             self._joined, self._trouble.first = True, None
             self._display.joined(event.worker)
@@ -162,10 +173,10 @@ class Driver:
 
     def _take_result(self, schedule: Schedule, worker: int, call: Call, result: Result) -> None:
         self._trouble.first, self._trouble.was_stuck = None, False
-        known = call.unit in schedule.finished
+        was_finished = call.unit in schedule.finished
         for spent in schedule.done(worker, call, result):
             self._run.drop(spent)
-        finished = call.unit in schedule.finished and not known
+        finished = call.unit in schedule.finished and not was_finished
         self._display.ended(worker, call, schedule.finished if finished else None)
         if isinstance(call, ForwardChunk):
             self._note("passed", chunk=call.chunk, block=call.block, stream=call.stream, seconds=result)
@@ -180,7 +191,7 @@ class Driver:
         running = self._running.pop(worker, None)
         self._display.left(worker)
         if isinstance(error, DamagedError) and self._run.is_sound(error.path):
-            kind = "raised"  # that worker could not read what is there: nothing is to be made again
+            kind = "raised"  # only that worker could not read the file: nothing is to be made again
         unit, verb = (running.call.unit, running.call.verb) if running else ("start", "prepare")
         failure = Failure(unit, verb, worker, kind, _one_line(error))
         self._note("failed", **dataclasses.asdict(failure))
@@ -192,11 +203,10 @@ class Driver:
             self._judge_call(schedule, running.call, failure, error)
 
     def _judge_start(self, event: Failed, kind: Kind) -> None:
-        """Go on without a worker that could not start: one node that is not fit does not end a run of others.
+        """Go on without a worker that could not start: a node that is not fit does not end a run on other nodes.
 
         Raises:
-            AstroError: The very first workers do not find what the driver sees, or there is none left and none will
-                come: nothing will get better.
+            AstroError: A worker could not start and none ever has, or no worker is left and none will come.
         """
         is_hopeless = isinstance(event.error, AstroError) and kind != "lost" and not self._joined
         is_last = not event.replaced and not self._running and not self._executor.idle()
@@ -206,15 +216,17 @@ class Driver:
         failure, first = self._trouble.first
         if first is event.error and isinstance(first, AstroError):
             raise first
-        later = "" if first is event.error else f". The worker in its place could not start: {_one_line(event.error)}"
-        raise RunError(f"{_of(failure)}{later}") from first
+        addition = (
+            "" if first is event.error else f". The worker in its place could not start: {_one_line(event.error)}"
+        )
+        raise RunError(f"{_of(failure)}{addition}") from first
 
     def _judge_call(self, schedule: Schedule, call: Call, failure: Failure, error: Exception) -> None:
         """Give a call that came to nothing back to the schedule, as often as the history of failures allows."""
         unit, worker, kind = failure.unit, failure.worker, failure.kind
         may_be_finished = isinstance(call, FinishingCall) and kind in ("lost", "overdue")
         record = self._run.finished(unit) if may_be_finished else None
-        if record is not None:  # it was lost after its last word was on disk
+        if record is not None:  # the worker was lost after it had written the record
             self._take_result(schedule, worker, call, record)
             return
         self._begun.discard(unit)
@@ -230,8 +242,8 @@ class Driver:
     def _end_overdue(self, schedule: Schedule) -> None:
         now, stood_still = time.monotonic(), self._patience.stood_still()
         for worker, running in list(self._running.items()):
-            limit = self._deadline_s(running.call)
-            if stood_still:  # not the fault of the calls: begin to count anew
+            limit = self._limits.call_timeout_s(running.call)
+            if stood_still:  # this is not the fault of the calls: their time is counted anew
                 self._running[worker] = dataclasses.replace(running, since=now)
             elif now - running.since > limit and self._executor.enforces_deadlines:
                 self._executor.discard(worker)
@@ -243,7 +255,7 @@ class Driver:
             self._patience.saw_worker()
             return
         left = self._patience.worker_wait_s()
-        if self._patience.shall_tell():
+        if self._patience.is_report_due():
             self._display.say(
                 f"no worker is up; waits {left:.0f} s more for the cluster to have room, see `ray status`"
             )
@@ -251,9 +263,9 @@ class Driver:
             first = self._trouble.first
             begin = f" It began with {_of(first[0])}." if first else ""
             raise RunError(
-                f"no worker was up for {self._worker_timeout_s:.0f} s (execution.worker_timeout_s); the cluster is "
-                f"down, or another job holds its CPUs or GPUs (see `ray status`).{begin} What is finished is kept; run "
-                "the same command to go on"
+                f"no worker was up for {self._limits.worker_timeout_s:.0f} s (execution.worker_timeout_s); the cluster "
+                f"is down, or another job holds its CPUs or GPUs (see `ray status`).{begin} What is finished is kept; "
+                "run the same command to go on"
             ) from (first[1] if first else None)
 
     def _require_progress(self) -> None:

@@ -1,4 +1,4 @@
-"""What is done about a call that came to nothing: pure, from the history of failures alone."""
+"""What is done about a call that came to nothing, which depends on the history of failures alone."""
 
 import dataclasses
 from collections import Counter
@@ -11,7 +11,7 @@ __all__ = ["Failure", "FailureHistory", "Kind", "kind_of"]
 
 Kind = Literal["lost", "overdue", "raised", "storage", "damaged"]
 _FINAL = (NumericalError, ConfigError, UnsupportedError)
-"""The arithmetic is the same wherever it is done again: so are these."""
+"""Errors that every worker would raise again, because the arithmetic is the same everywhere."""
 _KEPT = "What is finished is kept"
 _STORAGE_WAIT_S = 15.0
 _STORAGE_WAIT_GROWTH = 4.0
@@ -26,15 +26,16 @@ _ADVICE = {
 
 @dataclasses.dataclass(frozen=True)
 class Failure:
-    """One call that came to nothing.
+    """Describes a call that came to nothing.
 
     Attributes:
-        unit: it belongs to.
-        method: What the worker was to do, see `verb` of the calls.
-        worker: number.
-        kind: `lost`, its worker or node died or was cut off; `overdue`, it took longer than its deadline; `raised`, an
-            error; `storage`, the run directory could not be written; `damaged`, a file of the run is not as written.
-        cause: one line.
+        unit: Name of the unit that the call belongs to.
+        method: Description of the call, which is the `verb` of its class.
+        worker: Number of the worker.
+        kind: Way in which the call failed. `lost`: its worker or node died or was cut off. `overdue`: it took longer
+            than its deadline. `raised`: it raised an error. `storage`: the run directory could not be written.
+            `damaged`: a file of the run is not as it was written.
+        cause: Reason, in one line.
     """
 
     unit: str
@@ -45,7 +46,12 @@ class Failure:
 
 
 def kind_of(error: Exception, lost: bool) -> Kind:
-    """Which kind of failure an error of a call is; `lost` where the worker went with it."""
+    """Return the kind of failure that an error of a call is.
+
+    Args:
+        error: Error that the call raised, or that says how its worker was lost.
+        lost: Whether the worker itself died or was cut off.
+    """
     if lost:
         return "lost"
     if isinstance(error, StorageError):
@@ -54,13 +60,18 @@ def kind_of(error: Exception, lost: bool) -> Kind:
 
 
 class FailureHistory:
-    """Counts failures, and says when it is enough.
+    """Counts failures, and decides when there were too many.
 
-    What is counted is what would fail again: a call, or a whole block that one worker has in hand. A node with eight
-    workers may go, and each of its calls has failed once. A file that is found damaged counts for itself.
+    Failures are counted for what would fail again: for each call, or for a whole block that one worker holds. So when
+    a node with eight workers dies, each of their calls has failed once. A damaged file has a count of its own.
     """
 
     def __init__(self, max_retries: int) -> None:
+        """Begin without any failure.
+
+        Args:
+            max_retries: Number of times that the same call, block or file may fail before the run fails.
+        """
         self._max_retries = max_retries
         self._attempts: Counter[Call | str] = Counter()
 
@@ -68,16 +79,16 @@ class FailureHistory:
         """Take note of a failure.
 
         Args:
-            failure: that happened.
-            call: that failed.
-            error: of the call.
+            failure: Failure that happened.
+            call: Call that failed.
+            error: Error of the call.
 
         Returns:
-            Seconds to wait before anything is tried again: a full disk wants time, all else none.
+            Seconds to wait before any call is given out: a full disk needs time, other failures need none.
 
         Raises:
-            AstroError: the error itself where trying again cannot help.
-            RunError: it failed more often than is allowed, with the last cause.
+            AstroError: Trying again cannot help; this is the error of the call.
+            RunError: The call, block or file failed more often than is allowed; the message has the last cause.
         """
         if isinstance(error, _FINAL):
             raise _kept(error) from error
@@ -97,5 +108,5 @@ class FailureHistory:
 
 
 def _kept(error: AstroError) -> AstroError:
-    # Found too late to be a matter of nothing having been started.
+    # Wrong input promises that nothing was started; that is not true any more, so it becomes a failed run.
     return error if isinstance(error, NumericalError) else RunError(f"{error}. {_KEPT}")

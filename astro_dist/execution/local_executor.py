@@ -1,4 +1,4 @@
-"""The executor that has all its workers in this process."""
+"""The executor whose workers are all in this process."""
 
 from collections import deque
 from typing import Any
@@ -15,16 +15,22 @@ __all__ = ["LocalExecutor"]
 
 
 class LocalExecutor:
-    """Workers in this process, called in turn: for tests and debugging, and the reference for every other executor."""
+    """Runs workers in this process, one call after the other. It is the reference for every other executor.
+
+    Attributes:
+        num_workers: Number of workers.
+        has_gpus: Whether the workers compute on the GPU of this machine.
+        enforces_deadlines: Whether it can end a call that is running, which it cannot.
+    """
 
     enforces_deadlines = False
 
     def __init__(self, num_workers: int, on_gpu: bool = False) -> None:
-        """Prepare to have workers; none is built.
+        """Prepare to run workers; none is built.
 
         Args:
             num_workers: Number of workers.
-            on_gpu: Whether they compute on the GPU of this machine.
+            on_gpu: Whether the workers compute on the GPU of this machine.
 
         Raises:
             ConfigError: A GPU is asked for, but torch can use none here.
@@ -42,22 +48,22 @@ class LocalExecutor:
         self._next = 0
 
     def start(self, spec: WorkerSpec) -> None:
-        """Build the workers."""
+        """Build the workers; see `Executor`."""
         self._spec = spec
         for _ in range(self.num_workers):
             self._add(self._build())
 
     def idle(self) -> list[int]:
-        """Workers that have nothing to do."""
+        """Return the numbers of the workers that have nothing to do."""
         return [worker for worker in self._workers if worker not in self._busy]
 
     def submit(self, worker: int, call: Call) -> None:
-        """Note a call; it runs when it is waited for."""
+        """Take note of a call, which runs when it is waited for; see `Executor`."""
         self._busy.add(worker)
         self._events.append((worker, call))
 
     def wait(self, timeout_s: float) -> Event | None:
-        """Run the oldest call, if no worker has joined since."""
+        """Return the oldest event, or run the oldest call if that is older; see `Executor`."""
         event = self._events.popleft() if self._events else None
         if not isinstance(event, tuple):
             return event
@@ -71,23 +77,23 @@ class LocalExecutor:
         return Returned(worker, result)
 
     def discard(self, worker: int) -> None:
-        """Forget a worker and what it was to do, and build another. One that cannot be built is told as failed."""
+        """Drop a worker and build another one, or note `Failed` if it cannot be built; see `Executor`."""
         del self._workers[worker]
         self._busy.discard(worker)
         try:
-            built = self._build()
+            replacement = self._build()
         except Exception as error:  # whatever it is, it must not hide why the first worker is gone
             self._events.append(Failed(self._next, error, lost=False, replaced=False))
             self._next += 1
         else:
-            self._add(built)
+            self._add(replacement)
 
     def describe(self) -> dict[int, dict[str, Any]]:
-        """What each worker says of itself."""
+        """Ask each worker where it runs and how much memory it used; see `Executor`."""
         return {number: worker.describe() for number, worker in self._workers.items()}
 
     def close(self) -> None:
-        """Forget the workers."""
+        """Drop the workers."""
         self._workers.clear()
         self._events.clear()
 

@@ -1,20 +1,22 @@
-"""How long the driver waits for what, before it does something about it."""
+"""The driver's patience: how long it waits before it does something about a standstill."""
 
 import time
 
 __all__ = ["Patience"]
 
 _STALL_S = 30.0
-_TELL_S = 30.0
+"""Seconds between two looks after which the driver itself must have hung."""
+_REPORT_S = 30.0
+"""Seconds after which a person is told again that there is no worker."""
 _STUCK_S = 120.0
-"""Without anything to hand out although workers are free: the state of the run is read anew."""
+"""Seconds without a call, although workers are free, after which the state of the run is read again."""
 
 
 class Patience:
-    """The driver's clock: since when it has had no worker, made no call, or not looked around at all.
+    """Measures since when the driver has had no worker, made no call, or not looked at all.
 
     Attributes:
-        stuck_s: Seconds without a call, although workers are free, after which the schedule is taken to be stuck.
+        stuck_s: Seconds without a call, although workers are free, after which the schedule counts as stuck.
     """
 
     def __init__(self, worker_timeout_s: float) -> None:
@@ -25,45 +27,49 @@ class Patience:
         """
         self._worker_timeout_s = worker_timeout_s
         self.stuck_s = _STUCK_S
-        self._last_worker = self._last_told = self._last_look = self._last_call = time.monotonic()
+        self._last_worker = self._last_report = self._last_look = self._last_call = time.monotonic()
         self._not_before = 0.0
 
     def postpone(self, seconds: float) -> None:
-        """Let nothing be tried again for some time."""
+        """Let no call be given out for some time.
+
+        Args:
+            seconds: Length of that time.
+        """
         self._not_before = max(self._not_before, time.monotonic() + seconds)
 
     @property
     def postpones(self) -> bool:
-        """Whether nothing is to be handed out yet."""
+        """Tell whether no call is to be given out yet."""
         return time.monotonic() < self._not_before
 
     def saw_call(self) -> None:
-        """Take note that a call was made, has come back, or cannot be expected now."""
+        """Take note that a call was given out or has returned, or that none can be expected now."""
         self._last_call = time.monotonic()
 
     def saw_worker(self) -> None:
         """Take note that a worker is up."""
-        self._last_worker = self._last_told = time.monotonic()
+        self._last_worker = self._last_report = time.monotonic()
 
     def stood_still(self) -> bool:
-        """Whether the driver itself hung since it was last asked, perhaps on a file system that hung for all."""
+        """Tell whether the driver itself hung since the last look, perhaps on a file system that hung for all."""
         now = time.monotonic()
         before, self._last_look = self._last_look, now
         return now - before > _STALL_S
 
     def worker_wait_s(self) -> float:
-        """Seconds for which a worker is still waited for; less than 0 once it has taken too long."""
+        """Return for how many more seconds a worker is waited for; negative once it has taken too long."""
         return self._worker_timeout_s - (time.monotonic() - self._last_worker)
 
-    def shall_tell(self) -> bool:
-        """Whether it is time to say, again, what is waited for."""
+    def is_report_due(self) -> bool:
+        """Tell whether a person is to be told, again, what is waited for. It counts as done then."""
         now = time.monotonic()
-        if now - self._last_told <= _TELL_S:
+        if now - self._last_report <= _REPORT_S:
             return False
-        self._last_told = now
+        self._last_report = now
         return True
 
     @property
     def is_stuck(self) -> bool:
-        """Whether no call was made for too long."""
+        """Tell whether no call was made for too long."""
         return time.monotonic() - self._last_call > self.stuck_s

@@ -1,4 +1,4 @@
-"""Workers as Ray actors."""
+"""The executor whose workers are Ray actors."""
 
 import contextlib
 import dataclasses
@@ -20,18 +20,25 @@ from astro_dist.worker.worker import Worker
 __all__ = ["RayExecutor"]
 
 _LOOK_AROUND_S = 5.0
-"""How often nodes that have joined the cluster are looked for."""
+"""Seconds between two looks for nodes that have joined the cluster."""
 _START_AGAIN_S = 60.0
+"""Seconds between the failed start of a worker and the start of the one in its place."""
 _DESCRIBE_TIMEOUT_S = 30.0
 _START_TIMEOUT_S = 900.0
-"""For a worker to open the source, from when its process is up."""
+"""Seconds in which a worker must have opened the source, counted from when its process is up."""
 _OBJECT_STORE_BYTES = 100_000_000
-"""Of a private cluster: large arrays travel as files, so next to nothing lies in the object store."""
+"""Size of a private cluster's object store, which is hardly used: large arrays travel as files."""
 
 
 @dataclasses.dataclass(frozen=True)
 class _Pending:
-    """What an actor was asked for: to be `placed`, to `start`, or to do a `call`; and when."""
+    """Something that an actor was asked for and has not answered yet.
+
+    Attributes:
+        worker: Number of the worker.
+        kind: What was asked for: that the actor is `placed`, that it has done its `start`, or a `call`.
+        since: Time on the monotonic clock at which it was asked for, in seconds.
+    """
 
     worker: int
     kind: Literal["placed", "start", "call"]
@@ -39,14 +46,16 @@ class _Pending:
 
 
 class RayExecutor:
-    """One single-threaded actor a GPU, or for each `threads_per_worker` CPUs where there is none.
+    """Runs one single-threaded actor for each GPU, or for each `threads_per_worker` CPUs where there is no GPU.
 
-    An actor that died is never revived behind the driver's back, because it lost its open block; a new one is asked
-    for in its place, and waits for room where its node is gone. With `workers: auto` nodes that join are used too.
+    Ray must not restart an actor that died, because the actor has lost its open block and the driver has to know. A
+    new actor is asked for in its place, and waits for room if the node is gone. With `workers: auto`, nodes that join
+    are used too.
 
     Attributes:
-        num_workers: actors that were asked for at the start.
-        has_gpus: whether the workers have GPUs.
+        num_workers: Number of actors that are asked for at the start.
+        has_gpus: Whether the workers have GPUs.
+        enforces_deadlines: Whether it can end a call that is running, which it can.
     """
 
     enforces_deadlines = True
@@ -54,8 +63,11 @@ class RayExecutor:
     def __init__(self, config: ExecutionConfig) -> None:
         """Connect to the cluster that the configuration names, or start a private one.
 
+        Args:
+            config: Configuration of workers and cluster.
+
         Raises:
-            RunError: no cluster can be reached.
+            RunError: The cluster cannot be reached or started, or it has no room for a single worker.
             ConfigError: GPUs are asked for, but this machine has none.
         """
         self._config = config
@@ -87,10 +99,10 @@ class RayExecutor:
             )
 
     def start(self, spec: WorkerSpec) -> None:
-        """Ask for the actors, spread over the nodes in mode `blocks` and close together in mode `sequential`."""
+        """Ask for the actors, spread over the nodes in mode `blocks`, else close together; see `Executor`."""
         self._spec = spec
-        # No runtime environment: with one Ray would not take the processes that it has started already. It sets
-        # OMP_NUM_THREADS to `num_cpus` itself, and the worker sets its threads.
+        # There is no runtime environment: with one, Ray would not use the processes that it has started already. Ray
+        # sets OMP_NUM_THREADS to `num_cpus` itself, and the worker sets its number of threads.
         self._remote = ray.remote(Worker).options(
             num_cpus=spec.threads,
             num_gpus=1 if self.has_gpus else 0,
@@ -102,16 +114,16 @@ class RayExecutor:
             self._add()
 
     def idle(self) -> list[int]:
-        """Actors that are up and have nothing to do."""
+        """Return the numbers of the actors that are up and have nothing to do."""
         return sorted(self._idle)
 
     def submit(self, worker: int, call: Call) -> None:
-        """Let an actor begin a call."""
+        """Let an actor begin a call; see `Executor`."""
         self._idle.discard(worker)
         self._calls[self._actors[worker].do.remote(call)] = _Pending(worker, "call")
 
     def wait(self, timeout_s: float) -> Event | None:
-        """Block until something happens; None where nothing did for so long."""
+        """Block until something happens to an actor; see `Executor`."""
         self._look_around()
         if not self._calls:
             time.sleep(timeout_s)
@@ -136,21 +148,24 @@ class RayExecutor:
         return Joined(worker) if starting else Returned(worker, result)
 
     def discard(self, worker: int) -> None:
-        """Kill an actor, wherever it is, and ask for another."""
+        """Kill an actor, wherever it is, and ask for another one; see `Executor`."""
         self._remove(worker)
         self._add()
 
     def describe(self) -> dict[int, dict[str, Any]]:
-        """What each idle worker says of itself; one that dies meanwhile says nothing."""
-        asked = {worker: self._actors[worker].describe.remote() for worker in self.idle()}
-        told = {}
-        for worker, reference in asked.items():
+        """Ask each idle worker where it runs and how much memory it used; see `Executor`.
+
+        A worker that dies meanwhile is left out.
+        """
+        references = {worker: self._actors[worker].describe.remote() for worker in self.idle()}
+        descriptions = {}
+        for worker, reference in references.items():
             with contextlib.suppress(RayError):
-                told[worker] = ray.get(reference, timeout=_DESCRIBE_TIMEOUT_S)
-        return told
+                descriptions[worker] = ray.get(reference, timeout=_DESCRIBE_TIMEOUT_S)
+        return descriptions
 
     def close(self) -> None:
-        """End the actors, and the cluster where it is a private one."""
+        """End the actors, and the cluster if it is a private one."""
         for actor in self._actors.values():
             ray.kill(actor)
         self._actors, self._calls = {}, {}
@@ -168,7 +183,7 @@ class RayExecutor:
         self._calls[self._actors[worker].is_up.remote()] = _Pending(worker, "placed")
 
     def _give_up_start(self) -> Event | None:
-        """End a worker that hangs before it ever joined: its node may not reach the source."""
+        """End a worker that hangs at its start, perhaps because its node does not reach the source."""
         due = time.monotonic() - _START_TIMEOUT_S
         late = next((call for call in self._calls.values() if call.kind == "start" and call.since < due), None)
         if late is None:
@@ -177,7 +192,7 @@ class RayExecutor:
         return Failed(late.worker, RunError(f"did not open the source within {_START_TIMEOUT_S:.0f} s"), lost=True)
 
     def _replace(self, worker: int, starting: bool) -> None:
-        """Ask for another; where one could not start, the next cannot either for a while."""
+        """Ask for another actor. Where one could not start, another one cannot either, so that waits for a while."""
         self._remove(worker)
         if starting:
             self._postponed.append(time.monotonic() + _START_AGAIN_S)
@@ -185,16 +200,16 @@ class RayExecutor:
             self._add()
 
     def _places(self) -> int:
-        """Workers that the nodes have room for, were they all ours."""
-        found = 0
+        """Number of workers that the nodes have room for while nothing else runs on them."""
+        total = 0
         for node in ray.nodes():
             resources = node["Resources"] if node["Alive"] else {}
             places = int(resources.get("CPU", 0)) // self._config.threads_per_worker
-            found += min(places, int(resources.get("GPU", 0))) if self.has_gpus else places
-        return found
+            total += min(places, int(resources.get("GPU", 0))) if self.has_gpus else places
+        return total
 
     def _look_around(self) -> None:
-        """Try again what could not start, and use nodes that have joined."""
+        """Start again what could not start, and use nodes that have joined."""
         now = time.monotonic()
         due = [moment for moment in self._postponed if moment <= now]
         self._postponed = [moment for moment in self._postponed if moment > now]
@@ -227,11 +242,11 @@ def _connect(config: ExecutionConfig) -> None:
 
 
 def _cause(error: RayTaskError) -> Exception:
-    """What the call raised."""
+    """The error that the call raised."""
     return error.cause if isinstance(error.cause, Exception) else RunError(" ".join(str(error).split()))
 
 
 def _explain(error: RayError) -> RunError:
-    """How a worker was lost. The first line of what Ray says tells which process ended and how."""
+    """An error that says how a worker was lost. The first line of Ray's message says which process ended, and how."""
     first = next(iter(str(error).strip().splitlines()), type(error).__name__)
     return RunError(f"the worker died ({first})" if isinstance(error, RayActorError) else first)

@@ -20,26 +20,29 @@ from astro_dist.config.schema import RunConfig
 __all__ = ["submit"]
 
 _FAILED = 1
+"""Exit code of a run that failed."""
 _AGAIN_S = 2.0
+"""Seconds between two questions whether the job has ended."""
 _UNREACHABLE_S = 600.0
+"""Seconds without any answer of the job server after which the job is not followed any more."""
 _CONFIG = "run.yaml"
 
 
 def submit(config: RunConfig, address: str, say: Callable[[str], Any], follow: bool = True) -> int:
     """Submit a run as a job.
 
-    A folder with the code of this package and the resolved configuration travels to the cluster, so that it runs what
-    was asked for; libraries must be installed there. No token and no variable of this machine travels.
+    A folder with the code of this package and the resolved configuration travels to the cluster. Libraries must be
+    installed there. No token and no environment variable of this machine travels.
 
     Args:
-        config: The configuration of the run; its paths are those of the cluster.
-        address: The URL of the job server, e.g. http://127.0.0.1:8265.
-        say: Shows the user a line.
+        config: Configuration of the run, whose paths are those of the cluster.
+        address: URL of the job server, for example http://127.0.0.1:8265.
+        say: Function that shows the user a line.
         follow: Whether to show the job's log and wait for its end.
 
     Returns:
-        The exit code of the job (0 done, 1 failed, 2 wrong input, 130 interrupted), or 0 when it is not followed to its
-        end.
+        Exit code of the job: 0 done, 1 failed, 2 wrong input, 130 interrupted. It is 0 for a job that is not followed
+        to its end.
 
     Raises:
         ConfigError: The address is not the URL of a job server, or a path of the configuration is relative.
@@ -47,7 +50,7 @@ def submit(config: RunConfig, address: str, say: Callable[[str], Any], follow: b
     """
     if not address.startswith(("http://", "https://")):
         raise ConfigError(f"--address {address}: expected the job server's, e.g. http://127.0.0.1:8265")
-    require_absolute_paths(config)  # whichever executor: the job's working folder is deleted with it
+    require_absolute_paths(config)  # for any executor, because the job's working folder is deleted with the job
     with tempfile.TemporaryDirectory(prefix="astro-dist-") as folder:
         _fill(Path(folder), config)
         try:
@@ -72,17 +75,17 @@ def submit(config: RunConfig, address: str, say: Callable[[str], Any], follow: b
 
 
 def _fill(folder: Path, config: RunConfig) -> None:
-    """Copy what travels into a folder."""
+    """Copy everything that travels into a folder."""
     for package in (astro, astro_dist):
         origin = Path(str(package.__file__)).parent
         shutil.copytree(origin, folder / origin.name, ignore=shutil.ignore_patterns("__pycache__"))
-    # Which version this is, is read from beside the packages.
+    # The version is read from the pyproject.toml that stands beside the packages.
     (folder / "pyproject.toml").write_text(f'[project]\nname = "astro-dist"\nversion = "{astro.__version__}"\n')
     (folder / _CONFIG).write_text(config.to_yaml(), encoding="utf-8")
 
 
 def _follow(client: JobSubmissionClient, job: str, say: Callable[[str], Any]) -> int:
-    """Show the log until the job ends, over however many connections that takes, and return the exit code."""
+    """Show the log until the job ends, connecting again as often as needed, and return the exit code."""
     shown, unreachable_since = 0, None
     while True:
         try:
@@ -90,7 +93,7 @@ def _follow(client: JobSubmissionClient, job: str, say: Callable[[str], Any]) ->
             shown = asyncio.run(_tail(client, job, say, shown))
             info = client.get_job_info(job)
             unreachable_since = None
-        except Exception as error:  # of sockets, HTTP and Ray alike: the tunnel is down, the job is not
+        except Exception as error:  # sockets, HTTP and Ray raise their own when only the tunnel is down
             unreachable_since = unreachable_since or time.monotonic()
             if time.monotonic() - unreachable_since > _UNREACHABLE_S:
                 raise RunError(

@@ -15,6 +15,7 @@ from astro_dist.planning.simulate import simulate
 from astro_dist.planning.units import Plan
 from astro_dist.schedule.calls import Call
 from astro_dist.schedule.factory import schedule_of
+from astro_dist.schedule.schedule import RunShape
 from astro_dist.source.calibration_text import chunk_tokens
 
 __all__ = ["Estimate", "estimate", "require_room"]
@@ -69,7 +70,7 @@ def estimate(config: RunConfig, plan: Plan, dtype: torch.dtype, workers: int, de
         moved[0] += work.moved_bytes
         return work.seconds(device, half)
 
-    schedule = schedule_of(config, len(plan.blocks), len(plan.copies), list(tokens))
+    schedule = schedule_of(config, RunShape(len(plan.blocks), len(plan.copies), list(tokens)))
     simulated = simulate(schedule, workers, seconds, cost.result)
     return Estimate(
         workers=workers,

@@ -4,7 +4,8 @@ import dataclasses
 import heapq
 from collections.abc import Callable
 
-from astro_dist.schedule.calls import Call, Result, Schedule, assign
+from astro_dist.schedule.calls import Call, Result
+from astro_dist.schedule.schedule import Schedule, assign
 
 __all__ = ["Simulated", "simulate"]
 

@@ -1,1 +1,1 @@
-"""What a person is told of a run: progress, status, summary, report."""
+"""The reports of a run for people: progress, status, summary and an HTML page."""

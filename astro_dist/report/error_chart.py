@@ -1,4 +1,4 @@
-"""The chart of a report: relative layer error over blocks, a line for each kind of layer."""
+"""The chart of a report, which draws relative layer errors over blocks, one line for each kind of layer."""
 
 import dataclasses
 from collections.abc import Mapping, Sequence
@@ -15,13 +15,13 @@ _LEGEND_COLUMNS = 4
 
 @dataclasses.dataclass(frozen=True)
 class Label:
-    """A text in the chart.
+    """Places a text in the chart.
 
     Attributes:
-        x: Left end of the text.
-        y: Line on which the text stands.
+        x: Coordinate of the text's left end.
+        y: Coordinate of the line on which the text stands, counted from the top.
         text: The text itself.
-        colour: Colour of the text.
+        colour: Colour of the text, as SVG writes it.
     """
 
     x: int
@@ -32,11 +32,11 @@ class Label:
 
 @dataclasses.dataclass(frozen=True)
 class Line:
-    """The line of a kind of layer.
+    """Draws the line of one kind of layer.
 
     Attributes:
-        points: Coordinates as SVG has them.
-        colour: Colour of the line.
+        points: Coordinates of the points, as SVG writes them.
+        colour: Colour of the line, as SVG writes it.
     """
 
     points: str
@@ -45,11 +45,16 @@ class Line:
 
 @dataclasses.dataclass(frozen=True)
 class Chart:
-    """What the chart consists of, in the units of its drawing.
+    """Holds everything that the chart consists of. All coordinates are in the units of the drawing.
 
     Attributes:
-        labels: Texts: the ends of both axes, and the legend.
+        labels: Texts at the ends of both axes, and of the legend.
         lines: Lines in the order of the legend.
+        width: Width of the drawing.
+        height: Height of the drawing.
+        left: Coordinate of the left end of the horizontal axis.
+        right: Coordinate of the right end of the horizontal axis.
+        bottom: Coordinate of the horizontal axis, counted from the top.
     """
 
     labels: tuple[Label, ...]
@@ -62,10 +67,10 @@ class Chart:
 
 
 def error_chart(blocks: Mapping[int, Sequence[LayerRecord]]) -> Chart:
-    """Draw the relative errors of a round. Of several experts of a block that are one kind, the mean is drawn.
+    """Draw the relative errors of a round. Where a block has several layers of a kind, it draws their mean.
 
     Args:
-        blocks: Records of each block by its index; at least one.
+        blocks: Records of layers by index of the block; there is at least one.
     """
     kinds: dict[str, dict[int, list[float]]] = {}
     for index, layers in blocks.items():

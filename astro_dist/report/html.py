@@ -1,4 +1,4 @@
-"""A run as one HTML page and one table, from its records alone: while it goes on or after."""
+"""The report of a run as one HTML page and one table. It is made from records alone, so a run may still go on."""
 
 import dataclasses
 from collections.abc import Sequence
@@ -23,7 +23,7 @@ from astro_dist.run_directory.summary import Summary, read_summary
 __all__ = ["write_report"]
 
 _WORST = 10
-"""Layers with the largest errors that the page names."""
+"""The number of layers with the largest errors that the page names."""
 _TEMPLATES = jinja2.Environment(
     loader=jinja2.PackageLoader("astro_dist", "report"),
     autoescape=True,
@@ -33,6 +33,7 @@ _TEMPLATES = jinja2.Environment(
 )
 
 Row = tuple[str, ...]
+"""The cells of a row of a table on the page."""
 
 
 def write_report(root: Path) -> Path:
@@ -42,7 +43,7 @@ def write_report(root: Path) -> Path:
         root: Folder of the run directory.
 
     Returns:
-        Path of the page.
+        The path of the page.
 
     Raises:
         ConfigError: The folder holds no run.
@@ -74,7 +75,7 @@ def write_report(root: Path) -> Path:
 
 
 def _row(round_index: int, block: int, layer: LayerRecord) -> dict[str, Any]:
-    """Layers that were solved together, as a row of the table."""
+    """A row of the table, for layers that were solved together."""
     plain = dataclasses.asdict(layer)
     del plain["width_errors"]
     return {"round": round_index, "block": block, **plain, "seconds": sum(layer.seconds.values())}
@@ -95,7 +96,7 @@ def _worst(layers: Sequence[LayerRecord]) -> list[Row]:
 
 
 def _failure(event: Event) -> Row | None:
-    """What failed or was found damaged, as a row; None for other events."""
+    """A row for what failed or was found damaged; None for other events."""
     if isinstance(event, Failed):
         return event.unit, event.kind, event.cause
     if isinstance(event, Damaged):
@@ -106,7 +107,7 @@ def _failure(event: Event) -> Row | None:
 
 
 def _figures(run: RunDirectory) -> list[Row]:
-    """What a finished run says of itself; nothing before, or where that cannot be read."""
+    """Rows with the figures of a finished run; none while it is not finished, or where the summary cannot be read."""
     try:
         summary = read_summary(run.summary)
     except DamagedError:

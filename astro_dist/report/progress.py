@@ -1,4 +1,4 @@
-"""What a person sees of a run: a live display on a terminal, plain lines in a log. Always on stderr."""
+"""The display of a run: live on a terminal, plain lines in a log, and always on stderr."""
 
 import time
 from collections.abc import Collection
@@ -50,9 +50,17 @@ _PHASES: dict[type[Call], str] = {
 
 
 class ProgressDisplay:
-    """Units and blocks done, what each worker does, time left."""
+    """Shows how many blocks are done, what each worker does, and how much time is left."""
 
     def __init__(self, total: int, finished: int, num_blocks: int, blocks_done: int) -> None:
+        """Prepare the display; nothing is shown yet.
+
+        Args:
+            total: Number of all units of the run.
+            finished: Number of units that are finished already.
+            num_blocks: Number of blocks to quantize, over all rounds.
+            blocks_done: Number of blocks that are quantized already.
+        """
         self._console = Console(stderr=True)
         self._begin, self._before = time.monotonic(), finished
         self._total, self._finished = total, finished
@@ -83,20 +91,39 @@ class ProgressDisplay:
             self._live.stop()
 
     def joined(self, worker: int) -> None:
-        """A worker is up."""
+        """Show that a worker is up.
+
+        Args:
+            worker: Number of the worker.
+        """
         self._rows[worker] = self._phases.add_task(f"worker {worker}", phase="idle")
 
     def left(self, worker: int) -> None:
-        """A worker is gone."""
+        """Show that a worker is gone.
+
+        Args:
+            worker: Number of the worker.
+        """
         if worker in self._rows:
             self._phases.remove_task(self._rows.pop(worker))
 
     def started(self, worker: int, call: Call) -> None:
-        """A worker began a call."""
+        """Show that a worker began a call.
+
+        Args:
+            worker: Number of the worker.
+            call: Call that it began.
+        """
         self._show(worker, f"{call.unit}: {_PHASES[type(call)]}{_detail(call)}")
 
     def ended(self, worker: int, call: Call, finished: Collection[str] | None) -> None:
-        """A worker's call returned; all finished units where it finished one."""
+        """Show that a call of a worker returned.
+
+        Args:
+            worker: Number of the worker.
+            call: Call that returned.
+            finished: Names of all finished units, if the call finished a unit; else None.
+        """
         self._show(worker, "idle")
         if finished is None:
             return
@@ -107,7 +134,11 @@ class ProgressDisplay:
             self.say(f"{call.unit} done by worker {worker}; {self._blocks_done} of {self._num_blocks} blocks, {left}")
 
     def say(self, text: str) -> None:
-        """One line that stays."""
+        """Print a line that stays.
+
+        Args:
+            text: Content of the line.
+        """
         say(text, self._console)
 
     def _show(self, worker: int, phase: str) -> None:
@@ -121,7 +152,7 @@ class ProgressDisplay:
 
 
 def _detail(call: Call) -> str:
-    """Which of many calls of its kind a call is."""
+    """What tells a call from others of its kind: the chunk, or a number."""
     match call:
         case Forward(chunk=detail) | ForwardChunk(chunk=detail):
             return f" {detail}"

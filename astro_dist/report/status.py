@@ -1,4 +1,4 @@
-"""What a run directory says of its run, while it goes on or after."""
+"""The status of a run, as its directory tells it while the run goes on or afterwards."""
 
 import dataclasses
 import time
@@ -33,11 +33,11 @@ __all__ = ["InFlight", "Place", "Progress", "Status", "read_status"]
 
 @dataclasses.dataclass(frozen=True)
 class Progress:
-    """How far something is.
+    """Says how much of something is done.
 
     Attributes:
-        done: Number of what is finished.
-        total: Number of all there is.
+        done: Number of units or blocks that are finished.
+        total: Number of all units or blocks.
     """
 
     done: int
@@ -46,12 +46,12 @@ class Progress:
 
 @dataclasses.dataclass(frozen=True)
 class InFlight:
-    """A unit that a worker is at.
+    """Says which unit a worker is at.
 
     Attributes:
         unit: Name of the unit.
         worker: Number of the worker.
-        seconds: Whole seconds since it began.
+        seconds: Time since the unit was begun, in whole seconds.
     """
 
     unit: str
@@ -61,13 +61,13 @@ class InFlight:
 
 @dataclasses.dataclass(frozen=True)
 class Place:
-    """What a place on the Hub holds.
+    """Says what a place on the Hub holds of the model.
 
     Attributes:
-        place: Repository and revision.
+        place: Name of the repository and the revision.
         files: Number of files that are there.
-        total: Number of files that the model has; while the run goes on, those of finished units.
-        commit: Hash of the commit that published the model; None before.
+        total: Number of files that the model has. While the run goes on, only shards of finished units count.
+        commit: Hash of the commit that published the model; None before that.
     """
 
     place: str
@@ -78,22 +78,22 @@ class Place:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Status:
-    """What is done, in flight and left.
+    """Says what of a run is done, in flight and left.
 
     Attributes:
-        state: running, stopped or complete.
-        damaged: Records that cannot be read, by their path in the run directory, and files of a complete model that
-            are gone or of another size; what is in the files is not read.
-        units: Units that are done.
-        blocks: Blocks that are done, over all rounds.
+        state: State of the run: "running", "stopped" or "complete".
+        damaged: Paths of records that cannot be read, and names of files of a complete model that are gone or have
+            another size. The content of those files is not checked.
+        units: Number of units that are done, and of all.
+        blocks: Number of blocks that are quantized, and of all, over all rounds.
         workers: Number of workers that are up.
         in_flight: Units that workers are at.
-        retries: Calls that failed and were, or are to be, done again.
-        mended: Units that were found damaged, to be redone.
-        fallbacks: Layers whose result is less than what was asked for.
-        publish: What each place on the Hub holds.
+        retries: Failures of calls, which were done again or are to be.
+        mended: Units that were found damaged, and are done again.
+        fallbacks: Layers that could not be quantized just as the configuration asks.
+        publish: Places on the Hub, and what they hold.
         upload_failures: Failures since the last upload that worked.
-        seconds_left: Time left; None where nothing was finished yet in this session, or none goes on.
+        seconds_left: Time left, in seconds; None where the run does not go on, or this session has finished no unit.
     """
 
     state: str
@@ -110,7 +110,7 @@ class Status:
     seconds_left: float | None
 
     def to_json(self) -> dict[str, Any]:
-        """The status as a JSON object."""
+        """Return the status as a JSON object."""
         return {
             **dataclasses.asdict(self),
             "retries": [event.to_json() for event in self.retries],
@@ -121,7 +121,7 @@ class Status:
 
 
 def read_status(root: Path) -> Status:
-    """Read what is done, in flight and left.
+    """Read what of a run is done, in flight and left.
 
     Args:
         root: Folder of the run directory.
@@ -159,7 +159,7 @@ def read_status(root: Path) -> Status:
 
 
 def _damage(run: RunDirectory) -> list[str]:
-    """Files of a complete model that are gone or of another size, or the list of them where that cannot be read."""
+    """The files of a complete model that are gone or of another size, or the list of files if that cannot be read."""
     try:
         return damaged_files(run)
     except DamagedError:
@@ -167,7 +167,7 @@ def _damage(run: RunDirectory) -> list[str]:
 
 
 def _at_work(session: Sequence[Event]) -> tuple[int, tuple[InFlight, ...]]:
-    """The number of workers that are up, and what they do, by the journal of a session."""
+    """The number of workers that are up, and what they do, as the events of a session tell it."""
     workers: set[int] = set()
     doing: dict[str, InFlight] = {}
     for event in session:
@@ -183,7 +183,7 @@ def _at_work(session: Sequence[Event]) -> tuple[int, tuple[InFlight, ...]]:
 
 
 def _published(run: RunDirectory) -> tuple[Place, ...]:
-    """What each place holds of the files that there are: as far as units are finished, while the run goes on."""
+    """What each place on the Hub holds of the model's files, or of the shards so far while the run goes on."""
     try:
         total = len(read_inventory(run)) if run.inventory.is_file() else len(all_shards(run))
     except DamagedError:

@@ -1,4 +1,4 @@
-"""The figures of a finished run, from its records."""
+"""The making of a run's summary from its records."""
 
 import dataclasses
 import math
@@ -24,17 +24,17 @@ from astro_dist.source.model_info import BaseModel
 __all__ = ["Session", "summarize"]
 
 _RUINED = 2.0
-"""A result of this many times the original's perplexity or more is spoken of."""
+"""The ratio of the result's perplexity to the original's from which on the summary has a note about it."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Session:
-    """What only the driver knows of the session that finished a run.
+    """Holds what only the driver knows about the session that finished a run.
 
     Attributes:
-        workers: What each worker says of itself, by number.
-        wall_s: Seconds from its start to its end.
-        resumed: Number of units that were finished before it.
+        workers: Answers of the workers to `Executor.describe`, by number of the worker.
+        wall_s: Length of the session, in seconds.
+        resumed: Number of units that were finished before the session.
     """
 
     workers: Mapping[int, Mapping[str, Any]]
@@ -45,22 +45,25 @@ class Session:
 def summarize(
     plan: Plan, run: RunDirectory, quantization: Quantization, notes: Sequence[str], base: BaseModel, session: Session
 ) -> Summary:
-    """Put together the figures of the whole run; wall time and peak memory are those of this session.
+    """Put together the figures of the whole run. Wall time and peak memory are those of this session.
 
     Args:
-        plan: Units of the run, all of them finished.
+        plan: Plan of the run, whose units are all finished.
         run: Run directory.
-        quantization: Settings of the run.
-        notes: What the user was told before it started.
-        base: What was quantized.
-        session: The session that finished the run.
+        quantization: Settings of the quantization.
+        notes: Notes that the user has read before the run started.
+        base: Model that was quantized.
+        session: Session that finished the run.
+
+    Returns:
+        The summary.
 
     Raises:
         DamagedError: A record cannot be read.
     """
     schemes = {name: (scheme,) for name, scheme in final_schemes(quantization, plan, run).items()}
     final = LAYOUTS[quantization.format].server_notes(schemes, plan.ignore)
-    told = [*notes, *(note for note in final if note not in notes)]
+    all_notes = [*notes, *(note for note in final if note not in notes)]
     rounds = [[run.read(block_unit(r, unit.index), BlockResult) for unit in plan.blocks] for r in range(run.rounds)]
     layers = [[layer for block in blocks for layer in block.layers] for blocks in rounds]
     last = layers[-1]
@@ -86,7 +89,7 @@ def summarize(
         fallbacks=Fallbacks.of(last),
         retries=tuple(run.journal.of_kind(Failed)),
         mended=last_of_each_unit(run.journal.of_kind(Damaged)),
-        notes=(*told, *_ruin(original, results[-1])),
+        notes=(*all_notes, *_ruin(original, results[-1])),
         units=UnitCounts(len(plan.blocks), len(plan.copies)),
         model=str(run.model),
         python=platform.python_version(),
@@ -99,7 +102,7 @@ def _mean_error(layers: Sequence[LayerRecord]) -> float:
 
 
 def _ruin(original: float | None, quantized: float | None) -> list[str]:
-    """What to say of a result that is hardly a language model any more."""
+    """A note about a result that is hardly a language model any more; none for other results."""
     if original is None or quantized is None or quantized < _RUINED * original:
         return []
     return [
@@ -109,7 +112,7 @@ def _ruin(original: float | None, quantized: float | None) -> list[str]:
 
 
 def _phases(run: RunDirectory, rounds: Sequence[Sequence[BlockResult]]) -> dict[str, float]:
-    """Seconds of all workers and rounds together, by phase."""
+    """The time of all workers and rounds together by phase, in seconds."""
     phases: dict[str, float] = {}
     passed = sum(event.seconds for event in run.journal.of_kind(Passed))
     if passed:
@@ -120,7 +123,7 @@ def _phases(run: RunDirectory, rounds: Sequence[Sequence[BlockResult]]) -> dict[
 
 
 def _seconds(run: RunDirectory, rounds: Sequence[Sequence[BlockResult]]) -> Iterable[Mapping[str, float]]:
-    """Seconds by phase of every unit that measures them."""
+    """The time by phase of every unit that measures it, in seconds."""
     yield from (block.seconds for blocks in rounds for block in blocks)
     for index in range(len(rounds[0])):
         evaluated = run.read_if_there(evaluate_unit(index), EvaluationResult)
@@ -129,5 +132,5 @@ def _seconds(run: RunDirectory, rounds: Sequence[Sequence[BlockResult]]) -> Iter
 
 
 def _perplexity(loss: LossResult | None) -> float | None:
-    # e^700 is the largest that a float holds, and no more of a language model than infinity
+    # e^700 is near the largest float, and a model of such a perplexity is as bad as one of infinite perplexity.
     return math.exp(min(loss.negative_log_likelihood / loss.tokens, 700)) if loss else None

@@ -1,1 +1,1 @@
-"""What must survive: the files of a run and their records."""
+"""The run directory: the files of a run that must survive, and their records."""

@@ -1,4 +1,4 @@
-"""How a folder becomes a run's directory, and how a run knows its own again."""
+"""The beginning of a run: how a folder becomes its run directory, and how the run recognizes it later."""
 
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -18,25 +18,25 @@ __all__ = ["begin", "is_begun", "keep_side_files", "mend_tokens"]
 
 
 def is_begun(run: RunDirectory, identity: Identity) -> bool:
-    """Whether this run was begun here before. A run that came to nothing, be it another, counts for nothing.
+    """Tell whether this run was begun here before. A run that ended before its first unit does not count.
 
     Args:
         run: Run directory, which need not be there yet.
-        identity: Identity of the run.
+        identity: Identity of this run.
 
     Raises:
         ConfigError: The directory holds another run, or files that belong to no run.
     """
-    # What a run writes before its first unit, it may leave behind when it ends there.
+    # A run that ends before its first unit may leave these files behind.
     before = (run.identity, run.config, run.journal_file, run.tokens)
     names = {path.name for path in before} | {lock.NAME}
     paths = list(run.root.iterdir()) if run.root.is_dir() else []
     others = [path for path in paths if path.name not in names and path.suffix != PARTIAL_SUFFIX]
     if run.identity.is_file() and others:
-        there = read_identity(run.root)
-        if not identity.is_same_run(there):
+        begun = read_identity(run.root)
+        if not identity.is_same_run(begun):
             raise ConfigError(
-                f"{run.root}: holds another run ({identity.difference(there)}); "
+                f"{run.root}: holds another run ({identity.difference(begun)}); "
                 "choose another output.dir, or remove this one if it is not wanted. Only the version that began a "
                 "run can go on with it; a finished one can be verified and published by any"
             )
@@ -47,10 +47,10 @@ def is_begun(run: RunDirectory, identity: Identity) -> bool:
 
 
 def begin(run: RunDirectory, config: RunConfig, identity: Identity, tokens: "dict[str, torch.Tensor]") -> None:
-    """Make a folder the directory of a run; its mark comes last.
+    """Make a folder the directory of a run. The file with the identity is written last.
 
     Args:
-        run: Run directory, which is there and locked.
+        run: Run directory, which exists and is locked.
         config: Configuration of the run.
         identity: Identity of the run.
         tokens: Tokens of every chunk by name, int64 [B, T].
@@ -61,14 +61,14 @@ def begin(run: RunDirectory, config: RunConfig, identity: Identity, tokens: "dic
 
 
 def keep_side_files(run: RunDirectory, folder: Path) -> Path:
-    """Copy a remote source's small files to where every node sees them.
+    """Copy the small files of a remote source to the run directory, where every node sees them.
 
     Args:
         run: Run directory.
-        folder: Folder of the files on this machine.
+        folder: Folder of the files, on this machine.
 
     Returns:
-        Folder of the copies.
+        The folder of the copies.
     """
     for path in folder.iterdir():
         if path.is_file() and not path.name.endswith(PARTIAL_SUFFIX):
@@ -77,7 +77,7 @@ def keep_side_files(run: RunDirectory, folder: Path) -> Path:
 
 
 def mend_tokens(run: RunDirectory, tokens: "dict[str, torch.Tensor]") -> None:
-    """Write the tokens again where their file is missing or damaged. They are part of the run's identity.
+    """Write the tokens again if their file is missing or damaged. They are part of the run's identity.
 
     Args:
         run: Run directory.

@@ -1,4 +1,4 @@
-"""run.json, the mark of a run directory: which run it holds."""
+"""The identity of a run, which is the content of run.json."""
 
 import dataclasses
 from collections.abc import Mapping
@@ -14,16 +14,17 @@ __all__ = ["Identity", "begun_commit", "read_identity"]
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Identity:
-    """What tells a run from all others.
+    """Tells a run from all others.
 
     Attributes:
-        key: Hash of everything that can change a byte of the result; every record carries it.
+        key: Hash of everything that can change a byte of the result. Every record has it.
         source_sha256: Fingerprint of the source checkpoint.
-        tokens_sha256: SHA-256 of the calibration tokens, those held out among them.
+        tokens_sha256: SHA-256 of all tokens, to calibrate on and held out.
         version: Version of this project that began the run.
         arithmetic: Settings of the configuration that can change a byte of the result.
         commit: Commit of the Hub repository that the source was read from; None for other sources.
-        asked: Repository and revision as the configuration names them; None for other sources.
+        asked: Repository and revision as the configuration names them, under "source" and "revision"; None for other
+            sources.
     """
 
     key: str
@@ -35,13 +36,13 @@ class Identity:
     asked: Mapping[str, Any] | None = None
 
     def to_json(self) -> dict[str, Any]:
-        """The identity as the JSON object of run.json."""
+        """Return the identity as the JSON object of run.json."""
         plain = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
         return {name: value for name, value in plain.items() if value is not None}
 
     @classmethod
     def from_json(cls, content: Mapping[str, Any]) -> Self:
-        """Read back what `to_json` gave; what is not there stays empty.
+        """Read back what `to_json` returned. Fields that are missing become empty.
 
         Args:
             content: JSON object with at least the key.
@@ -51,25 +52,25 @@ class Identity:
         return cls(**texts, arithmetic=arithmetic, commit=content.get("commit"), asked=content.get("asked"))
 
     def is_same_run(self, other: "Identity") -> bool:
-        """Whether two identities are of one run: by the key, and by the tokens, which do not follow from it.
+        """Tell whether two identities are of the same run. The key does not cover the tokens, so both are compared.
 
         Args:
             other: Identity to compare with.
         """
         return (self.key, self.tokens_sha256) == (other.key, other.tokens_sha256)
 
-    def difference(self, there: "Identity") -> str:
-        """What tells this run from the run that a folder holds, in words.
+    def difference(self, other: "Identity") -> str:
+        """Say in words what differs between this run and the run that a folder holds.
 
         Args:
-            there: Identity of the run in the folder.
+            other: Identity of the run in the folder.
         """
-        here, plain = self.to_json(), there.to_json()
+        here, there = self.to_json(), other.to_json()
         ours = _flatten({name: value for name, value in here.items() if name != "key"})
-        theirs = _flatten({name: plain.get(name) for name in here if name != "key"})
+        theirs = _flatten({name: there.get(name) for name in here if name != "key"})
         changed = [name for name in sorted({*theirs, *ours}) if theirs.get(name) != ours.get(name)]
         if len(changed) > 1 and any(name.startswith("arithmetic.calibration.") for name in changed):
-            changed = [name for name in changed if name != "tokens_sha256"]  # which follows from those
+            changed = [name for name in changed if name != "tokens_sha256"]  # the tokens follow from those settings
         shown = [
             f"{name.removeprefix('arithmetic.')}: {theirs.get(name)} there, {ours.get(name)} here" for name in changed
         ]
@@ -77,35 +78,38 @@ class Identity:
 
 
 def read_identity(root: Path) -> Identity:
-    """Read which run a folder holds.
+    """Read the identity of the run that a folder holds.
 
     Args:
         root: Folder of the run directory.
 
     Raises:
-        ConfigError: The folder holds no run.
+        ConfigError: The folder holds no run, or its run.json cannot be read.
     """
-    mark = RunLayout(root).identity
-    if not mark.is_file():
-        raise ConfigError(f"{root}: holds no {mark.name}, so it is no run directory, or its run has not begun yet")
+    path = RunLayout(root).identity
+    if not path.is_file():
+        raise ConfigError(f"{root}: holds no {path.name}, so it is no run directory, or its run has not begun yet")
     try:
-        content = read_own_json(mark)
+        content = read_own_json(path)
     except DamagedError as error:
         raise ConfigError(f"{error}; so it is not known which run this directory holds") from error
     if "key" not in content:
-        raise ConfigError(f"{mark}: names no run (it has no key); is {root} a run directory?")
+        raise ConfigError(f"{path}: names no run (it has no key); is {root} a run directory?")
     return Identity.from_json(content)
 
 
 def begun_commit(root: Path, asked: Mapping[str, Any]) -> str | None:
-    """The commit of a Hub repository that the run in a folder was begun with.
+    """Return the commit of the Hub repository with which the run in a folder was begun.
 
     Args:
         root: Folder of the run directory.
-        asked: Repository and revision of the configuration; there is no commit where the run asked for others.
+        asked: Repository and revision that the configuration names; see `Identity.asked`.
+
+    Returns:
+        The commit; None where no run was begun, or where it asked for another repository or revision.
 
     Raises:
-        ConfigError: The folder's mark cannot be read.
+        ConfigError: The run.json of the folder cannot be read.
     """
     if not RunLayout(root).identity.is_file():
         return None
@@ -114,6 +118,7 @@ def begun_commit(root: Path, asked: Mapping[str, Any]) -> str | None:
 
 
 def _flatten(content: Any, prefix: str = "") -> dict[str, Any]:
+    """The leaves of nested mappings, by the names on the way to them joined with dots."""
     if not isinstance(content, Mapping):
         return {prefix.rstrip("."): content}
     return {name: leaf for key, value in content.items() for name, leaf in _flatten(value, f"{prefix}{key}.").items()}

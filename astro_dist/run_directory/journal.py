@@ -1,14 +1,15 @@
-"""The journal of a run: what happened when, one JSON object a line, only ever appended to."""
+"""The journal of a run, which says what happened when. Each line is a JSON object; lines are only ever appended."""
 
 import dataclasses
 import json
 import os
 import time
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 from pathlib import Path
-from typing import Any, ClassVar, Self, TypeVar
+from typing import Any, ClassVar, TypeVar
 
 from astro.errors import StorageError
+from astro_dist.run_directory.plain_record import PlainRecord
 
 __all__ = [
     "Began",
@@ -30,34 +31,27 @@ __all__ = [
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Event:
-    """Something that happened and is read back. What else its line says is for people.
+class Event(PlainRecord):
+    """Says that something happened. Each kind of event that is read back is a subclass, and `NAME` its name.
+
+    A line of the journal may say more than the event's fields; that is for people.
 
     Attributes:
-        time: Seconds since 1970.
+        time: Time at which it happened, in seconds since 1970.
     """
 
     NAME: ClassVar[str]
     time: float
 
     def to_json(self) -> dict[str, Any]:
-        """The event as the JSON object of its line."""
-        fields = dataclasses.asdict(self)
+        """Return the event as the JSON object of its line."""
+        fields = super().to_json()
         return {"time": fields.pop("time"), "event": self.NAME, **fields}
-
-    @classmethod
-    def from_json(cls, content: Mapping[str, Any]) -> Self:
-        """Read back what `to_json` gave.
-
-        Args:
-            content: JSON object of the line, with every field.
-        """
-        return cls(**{field.name: content[field.name] for field in dataclasses.fields(cls)})
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Opened(Event):
-    """A driver began to work on the run: a session."""
+    """A driver began to work on the run, which begins a session."""
 
     NAME: ClassVar[str] = "opened"
 
@@ -68,7 +62,7 @@ class Started(Event):
 
     Attributes:
         units: Number of all units of the run.
-        blocks: Number of blocks over all rounds.
+        blocks: Number of blocks to quantize, over all rounds.
     """
 
     NAME: ClassVar[str] = "started"
@@ -120,10 +114,10 @@ class Failed(Event):
 
     Attributes:
         unit: Name of the unit that the call belongs to.
-        method: What the worker was to do.
+        method: Description of what the worker was to do.
         worker: Number of the worker.
-        kind: How the call failed.
-        cause: Why, in one line.
+        kind: Way in which the call failed; see `Failure`.
+        cause: Reason, in one line.
     """
 
     NAME: ClassVar[str] = "failed"
@@ -136,11 +130,11 @@ class Failed(Event):
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Damaged(Event):
-    """A finished unit was found damaged, to be redone.
+    """A finished unit was found damaged, and is done again.
 
     Attributes:
         unit: Name of the unit.
-        reason: What is wrong, and with which file.
+        reason: Name of the file, and what is wrong with it.
     """
 
     NAME: ClassVar[str] = "damaged"
@@ -150,10 +144,10 @@ class Damaged(Event):
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Passed(Event):
-    """A chunk went through a block apart from the block's own unit.
+    """A chunk passed through a block outside the unit of that block.
 
     Attributes:
-        seconds: Time that it took.
+        seconds: Time that it took, in seconds.
     """
 
     NAME: ClassVar[str] = "passed"
@@ -173,7 +167,7 @@ class UploadFailed(Event):
 
     Attributes:
         unit: Name of the unit.
-        cause: Why.
+        cause: Reason, in words.
     """
 
     NAME: ClassVar[str] = "upload_failed"
@@ -193,28 +187,25 @@ class PublishFailed(Event):
     """The finished model could not be published.
 
     Attributes:
-        cause: Why.
+        cause: Reason, in words.
     """
 
     NAME: ClassVar[str] = "publish_failed"
     cause: str
 
 
-_KINDS: tuple[type[Event], ...] = (
-    Opened, Started, Joined, Began, Finished, Failed, Damaged, Passed, Uploaded, UploadFailed, Published, PublishFailed,
-)  # fmt: skip
-_BY_NAME = {kind.NAME: kind for kind in _KINDS}
+_BY_NAME: dict[str, type[Event]] = {kind.NAME: kind for kind in Event.__subclasses__()}
 
 Kind = TypeVar("Kind", bound=Event)
-OfUnit = TypeVar("OfUnit", Damaged, Failed)
+UnitEvent = TypeVar("UnitEvent", Damaged, Failed)
 
 
 @dataclasses.dataclass(frozen=True)
 class Journal:
-    """A file of lines.
+    """Appends lines to the file of a journal, and reads events from it.
 
     Attributes:
-        path: File of the journal, which need not be there yet.
+        path: Path of the file, which need not be there yet.
     """
 
     path: Path
@@ -224,7 +215,7 @@ class Journal:
 
         Args:
             event: Name of the event.
-            details: What else the line shall say, as JSON types.
+            details: Further content of the line, as JSON types.
 
         Raises:
             StorageError: The file system refused.
@@ -234,37 +225,40 @@ class Journal:
             with self.path.open("ab+") as journal:
                 end = journal.seek(0, os.SEEK_END)
                 journal.seek(max(end - 1, 0))
-                # A line that was cut short stays a line of its own.
+                # After a line that was cut short, begin a new one.
                 begin = b"" if journal.read(1) in (b"", b"\n") else b"\n"
                 journal.write(begin + line.encode() + b"\n")
         except OSError as error:
             raise StorageError(f"{self.path}: cannot be written: {error}. What is finished is kept") from error
 
     def events(self) -> list[Event]:
-        """What was noted and is known, oldest first."""
+        """Return the events of all kinds that are known here, the oldest first."""
         text = self.path.read_text(encoding="utf-8", errors="replace") if self.path.is_file() else ""
         return [event for event in map(_parse, text.splitlines()) if event is not None]
 
     def of_kind(self, kind: type[Kind]) -> list[Kind]:
-        """What was noted of one kind of event, oldest first.
+        """Return the events of one kind, the oldest first.
 
         Args:
-            kind: Class of the event.
+            kind: Class of the events.
         """
         return [event for event in self.events() if isinstance(event, kind)]
 
 
-def last_of_each_unit(events: Iterable[OfUnit]) -> tuple[OfUnit, ...]:
-    """The newest event of every unit, the oldest unit first: what was noted of a unit in every session counts once.
+def last_of_each_unit(events: Iterable[UnitEvent]) -> tuple[UnitEvent, ...]:
+    """Return the newest event of every unit. What is noted of a unit again in every session counts once.
 
     Args:
-        events: Events, oldest first.
+        events: Events, the oldest first.
+
+    Returns:
+        One event for each unit, in the order in which the units first occur.
     """
     return tuple({event.unit: event for event in events}.values())
 
 
 def _parse(line: str) -> Event | None:
-    """A line; None where a process was killed, or a disk full, in the middle of it."""
+    """The event of a line; None if its kind is unknown, or if a killed process or a full disk cut the line short."""
     try:
         content = json.loads(line)
         kind = _BY_NAME.get(content["event"])

@@ -1,4 +1,4 @@
-"""The layout of a run directory: where each file of a run lies. Nothing is read or written here.
+"""The layout of a run directory: where each file of a run lies. This module reads and writes nothing.
 
 config.yaml    the resolved configuration        records/       one record a finished unit
 run.json       identity of the run               activations/   only what unfinished blocks need
@@ -29,71 +29,71 @@ class RunLayout:
 
     @property
     def config(self) -> Path:
-        """File of the resolved configuration."""
+        """Return the path of the resolved configuration."""
         return self.root / "config.yaml"
 
     @property
     def identity(self) -> Path:
-        """File that says which run the directory holds."""
+        """Return the path of the file that says which run the directory holds."""
         return self.root / "run.json"
 
     @property
     def model(self) -> Path:
-        """Folder of the result."""
+        """Return the path of the folder of the finished model."""
         return self.root / "model"
 
     @property
     def source(self) -> Path:
-        """Folder of a remote model's small files, copied so that every node sees them."""
+        """Return the path of the folder where every node finds the small files of a remote model."""
         return self.root / "source"
 
     @property
     def records(self) -> Path:
-        """Folder of the records of finished units."""
+        """Return the path of the folder of the records."""
         return self.root / "records"
 
     @property
     def tokens(self) -> Path:
-        """File of every chunk's tokens."""
+        """Return the path of the file with the tokens of every chunk."""
         return self.root / "tokens.safetensors"
 
     @property
     def summary(self) -> Path:
-        """File of the figures of the finished run."""
+        """Return the path of the summary of the finished run."""
         return self.root / "summary.json"
 
     @property
     def inventory(self) -> Path:
-        """File that lists every file of the finished model."""
+        """Return the path of the file that lists every file of the finished model."""
         return self.root / "model.json"
 
     @property
     def uploads(self) -> Path:
-        """File that says what the Hub holds of the model."""
+        """Return the path of the file that says what the Hub holds of the model."""
         return self.root / "uploads.json"
 
     @property
     def journal_file(self) -> Path:
-        """File of what happened when."""
+        """Return the path of the journal."""
         return self.root / "journal.jsonl"
 
     @property
     def allocation(self) -> Path:
-        """File of the width of every layer, where the run chose them."""
+        """Return the path of the file with the width of every layer, which a run with `bits: auto` has."""
         return self.root / "allocation.json"
 
     @property
     def report(self) -> Path:
-        """Folder of the report for people."""
+        """Return the path of the folder of the report for people."""
         return self.root / "report"
 
     @property
     def leftovers(self) -> tuple[Path, Path]:
-        """Folders that a complete run does not need any more: inputs of blocks, and shards of earlier rounds."""
+        """Return the folders that a complete run does not need: inputs of blocks, and shards of earlier rounds."""
         return self.root / "activations", self.root / "rounds"
 
     def record(self, unit: str) -> Path:
-        """The file of a unit's record.
+        """Return the path of the record of a unit.
 
         Args:
             unit: Name of the unit.
@@ -101,7 +101,7 @@ class RunLayout:
         return self.records / f"{unit}.json"
 
     def shard(self, round_index: int, file: str) -> Path:
-        """The shard that a block becomes in a round; the shards of the last round are the model's own files.
+        """Return the path of a shard that a round writes. The shards of the last round are files of the model.
 
         Args:
             round_index: Index of the round.
@@ -110,39 +110,39 @@ class RunLayout:
         return (self.model if round_index == self.rounds - 1 else self.root / "rounds" / str(round_index)) / file
 
     def inputs(self, stream: str, block: int) -> Path:
-        """The folder of a block's input chunks; before the first block all streams are the same.
+        """Return the path of the folder with the inputs of a block. All streams share those of the first block.
 
         Args:
-            stream: Name of the model that the hidden states pass through.
+            stream: Name of the stream.
             block: Index of the block.
         """
         return self.root / "activations" / (stream if block else "embedded") / f"{block:04d}"
 
     def hidden(self, stream: str, block: int, chunk: str) -> Path:
-        """The file of one chunk's hidden states before a block.
+        """Return the path of the hidden states of one chunk before a block.
 
         Args:
-            stream: Name of the model that the hidden states pass through.
+            stream: Name of the stream.
             block: Index of the block.
             chunk: Name of the chunk.
         """
         return self.inputs(stream, block) / f"{chunk}.safetensors"
 
     def partial(self, round_index: int, block: int, name: str) -> Path:
-        """The file of a part of a block's solve that workers hand each other.
+        """Return the path of a file that workers hand each other while they solve a block.
 
         Args:
             round_index: Index of the round.
             block: Index of the block.
-            name: Name of the part.
+            name: Name of the file without its suffix; see `part_file`.
         """
         return self.root / "activations" / "parts" / f"{round_index}-{block:04d}" / f"{name}.safetensors"
 
     def calls(self, batch: int, length: int) -> Path:
-        """The file of every block's arguments for chunks of one shape.
+        """Return the path of the file with the arguments of every block for chunks of one shape.
 
         Args:
             batch: Number of sequences in a chunk.
-            length: Tokens in a sequence.
+            length: Number of tokens in a sequence.
         """
         return self.root / "activations" / f"calls-{batch}x{length}.safetensors"

@@ -1,7 +1,7 @@
-"""The records of a run: what is finished is a file in the run directory, its record written last.
+"""The run directory with its records. A unit is finished once its record is written, after all of its files.
 
-While a run goes on, a file of its own directory that is missing or damaged is no wrong input: it is told, and what made
-it is done again.
+A file of the run directory that is missing or damaged is not wrong input: the journal says so, and the unit that wrote
+the file is done again.
 """
 
 import contextlib
@@ -18,8 +18,8 @@ from astro_dist.run_directory import lock
 from astro_dist.run_directory.journal import Journal
 from astro_dist.run_directory.layout import RunLayout
 from astro_dist.run_directory.unit_record import BlockResult, FileRecord, UnitRecord, UnitResult
-from astro_dist.schedule.calls import Spent, SpentInputs, SpentParts, SpentShard, SpentShares
 from astro_dist.schedule.names import any_share, block_of_unit, block_unit
+from astro_dist.schedule.spent import Spent, SpentInputs, SpentParts, SpentShard, SpentShares
 
 __all__ = ["RunDirectory", "read_own_json"]
 
@@ -30,10 +30,10 @@ def read_own_json(path: Path) -> dict[str, Any]:
     """Read a JSON object that the run itself wrote.
 
     Args:
-        path: File in the run directory.
+        path: Path of the file, in the run directory.
 
     Raises:
-        DamagedError: The file is missing, is no JSON, or holds no object.
+        DamagedError: The file is missing, or is not a JSON object.
     """
     if not path.is_file():
         raise DamagedError(path, "is missing")
@@ -45,33 +45,40 @@ def read_own_json(path: Path) -> dict[str, Any]:
 
 @dataclasses.dataclass(frozen=True)
 class RunDirectory(RunLayout):
-    """Paths and records of one run.
+    """Knows the paths of one run, and reads, checks and writes its records.
 
     Attributes:
-        key: Identity of the run; every record carries it.
+        key: Key of the run, which every record has; see `Identity`.
     """
 
     key: str
 
     @property
     def journal(self) -> Journal:
-        """The journal: what happened when."""
+        """Return the journal, which says what happened when."""
         return Journal(self.journal_file)
 
     def present(self, stream: str) -> dict[int, set[str]]:
-        """The chunks that are there as input of each block.
+        """List the chunks that are there as input of each block.
 
-        Folders are listed: asking for a file that another machine is yet to write would make a network file system
-        remember that it is missing.
+        It lists folders, because a network file system that is asked for a file that another machine has still to
+        write would remember that the file is missing.
 
         Args:
-            stream: Name of the model that the hidden states pass through.
+            stream: Name of the stream.
+
+        Returns:
+            The names of the chunks by index of the block.
         """
         folders = [*self.inputs(stream, 1).parent.glob("[0-9]*"), self.inputs(stream, 0)]
         return {int(folder.name): {path.stem for path in folder.glob("*.safetensors")} for folder in folders}
 
     def drop(self, spent: Spent) -> None:
-        """Delete what nothing needs any more. Inputs of the first block serve every stream and stay."""
+        """Delete files that nothing needs any more. Inputs of the first block stay, because they serve every stream.
+
+        Args:
+            spent: Files to delete.
+        """
         match spent:
             case SpentInputs(block, stream) if block:
                 shutil.rmtree(self.inputs(stream, block), ignore_errors=True)
@@ -84,7 +91,7 @@ class RunDirectory(RunLayout):
                 self.drop_files(block_unit(round_index, block))
 
     def drop_files(self, unit: str) -> None:
-        """Delete the files of a finished unit, as far as its record can be read; `drop_leftovers` takes the others.
+        """Delete the files of a finished unit. Where its record cannot be read, `drop_leftovers` deletes them later.
 
         Args:
             unit: Name of the unit.
@@ -94,7 +101,7 @@ class RunDirectory(RunLayout):
                 (self.root / file.name).unlink(missing_ok=True)
 
     def drop_leftovers(self) -> None:
-        """Delete all inputs and what earlier rounds left: the run is complete."""
+        """Delete all inputs of blocks and all shards of earlier rounds, once the run is complete."""
         for folder in self.leftovers:
             shutil.rmtree(folder, ignore_errors=True)
 
@@ -103,30 +110,29 @@ class RunDirectory(RunLayout):
 
         Args:
             unit: Name of the unit.
-            files: Paths that the unit wrote, inside the run directory.
+            files: Paths of the files that the unit wrote, in the run directory.
             result: Figures of the unit.
 
         Returns:
             The record.
         """
-        described = (
-            FileRecord(str(path.relative_to(self.root)), path.stat().st_size, sha256_of(path)) for path in files
-        )
-        record = UnitRecord(unit, self.key, tuple(described), result)
+        entries = (FileRecord(str(path.relative_to(self.root)), path.stat().st_size, sha256_of(path)) for path in files)
+        record = UnitRecord(unit, self.key, tuple(entries), result)
         write_json(self.record(unit), record.to_json())
         return record
 
     def finished(self, unit: str, superseded: bool = False) -> UnitRecord | None:
-        """The record of a unit, if the unit is finished and every file is as it was written.
-
-        Damage goes to the journal: the unit is then redone.
+        """Read the record of a unit, and check the unit's files. Damage is noted in the journal.
 
         Args:
             unit: Name of the unit.
-            superseded: Whether its files may be gone, because what needed them is finished.
+            superseded: Whether files of the unit may be gone, because everything that needed them is finished.
+
+        Returns:
+            The record; None where the unit is not finished or a file is not as it was written, so it has to be done.
 
         Raises:
-            ConfigError: The record is of another run.
+            ConfigError: The record belongs to another run.
         """
         if not self.record(unit).is_file():
             return None
@@ -152,22 +158,22 @@ class RunDirectory(RunLayout):
             unit: Name of the unit.
 
         Raises:
-            DamagedError: The record or a file is missing, or not as it was written.
+            DamagedError: The record or a file is missing, or is not as it was written.
         """
         for file in self.files(unit):
             if not self._is_intact(file):
                 raise DamagedError(self.root / file.name, "is missing, or its SHA-256 is not that of its record")
 
     def is_sound(self, path: Path) -> bool:
-        """Whether a file of the run that could not be read elsewhere is as it was written.
+        """Tell whether a file of the run, which a worker could not read, is as it was written.
 
         Args:
-            path: File in the run directory. Records of other units that are damaged say nothing of it.
+            path: Path of the file, in the run directory.
         """
         name = str(path.relative_to(self.root))
-        described = [file for record in self.readable_records() for file in record.files if file.name == name]
-        if described:
-            return self._is_intact(described[0])
+        entries = [file for record in self.readable_records() for file in record.files if file.name == name]
+        if entries:
+            return self._is_intact(entries[0])
         try:
             if path.parent == self.records:
                 self.read_record(path.stem)
@@ -186,7 +192,7 @@ class RunDirectory(RunLayout):
             unit: Name of the unit.
 
         Raises:
-            DamagedError: The record is missing, or not as it was written.
+            DamagedError: The record is missing, or is not as it was written.
         """
         path = self.record(unit)
         content = read_own_json(path)
@@ -204,7 +210,7 @@ class RunDirectory(RunLayout):
             kind: Class of the figures.
 
         Raises:
-            DamagedError: The record is missing, not as it was written, or holds other figures.
+            DamagedError: The record is missing, is not as it was written, or holds other figures.
         """
         result = self.read_record(unit).result
         if not isinstance(result, kind):
@@ -227,17 +233,17 @@ class RunDirectory(RunLayout):
         return self.read(unit, kind) if self.record(unit).is_file() else None
 
     def recorded_units(self) -> list[str]:
-        """Names of all units that have a record, whether it can be read or not."""
+        """Return the names of all units that have a record, whether it can be read or not."""
         return sorted(path.stem for path in self.records.glob("*.json"))
 
     def readable_records(self) -> Iterator[UnitRecord]:
-        """Every record that is as it was written."""
+        """Yield every record that is as it was written."""
         for unit in self.recorded_units():
             with contextlib.suppress(DamagedError):
                 yield self.read_record(unit)
 
     def blocks(self) -> dict[tuple[int, int], BlockResult]:
-        """Figures of every finished block by round and index of the block, as far as their records can be read."""
+        """Return the figures of every block whose record can be read, by round and index of the block."""
         results: dict[tuple[int, int], BlockResult] = {}
         for record in self.readable_records():
             place = block_of_unit(record.unit)
@@ -246,21 +252,21 @@ class RunDirectory(RunLayout):
         return dict(sorted(results.items()))
 
     def files(self, unit: str) -> tuple[FileRecord, ...]:
-        """The files that a finished unit wrote.
+        """Return the files that a finished unit wrote.
 
         Args:
             unit: Name of the unit.
 
         Raises:
-            DamagedError: The record is missing, or not as it was written.
+            DamagedError: The record is missing, or is not as it was written.
         """
         return self.read_record(unit).files
 
     def has_files(self, unit: str) -> bool:
-        """Whether everything that a finished unit wrote is still there.
+        """Tell whether every file that a finished unit wrote is still there. It is not if the record cannot be read.
 
         Args:
-            unit: Name of the unit; a record that cannot be read counts as files that are gone.
+            unit: Name of the unit.
         """
         try:
             return all((self.root / file.name).exists() for file in self.files(unit))
@@ -269,13 +275,13 @@ class RunDirectory(RunLayout):
 
     @contextlib.contextmanager
     def locked(self) -> Iterator[None]:
-        """Keep other drivers out for a while, and sweep up what a dead one left half written.
+        """Keep other drivers out for a while, and delete files that a dead one left half written.
 
         Raises:
             ConfigError: The folder cannot be made or written.
-            RunError: Another driver is at work here, or the file system fails.
+            RunError: Another driver works on the run, or the file system fails.
         """
-        with lock.held(self.root):
+        with lock.hold(self.root):
             self._sweep()
             self.journal.note("opened")
             try:
@@ -284,11 +290,11 @@ class RunDirectory(RunLayout):
                 self._sweep()
 
     def is_locked(self) -> bool:
-        """Whether a driver is at work here."""
+        """Tell whether a driver works on the run."""
         return lock.is_held(self.root)
 
     def _sweep(self) -> None:
-        """Delete what was left half written."""
+        """Delete files that were left half written."""
         for partial in self.root.rglob(f".*{PARTIAL_SUFFIX}"):
             partial.unlink(missing_ok=True)
 

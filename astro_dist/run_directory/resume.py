@@ -1,4 +1,4 @@
-"""The schedule of a run, from what its directory holds: nothing at the beginning, or what is finished already."""
+"""How a run goes on: its schedule is made from what the run directory holds, which is nothing at the beginning."""
 
 from collections.abc import Sequence
 
@@ -6,7 +6,6 @@ from astro_dist.config.schema import RunConfig
 from astro_dist.planning.units import Plan
 from astro_dist.run_directory.beginning import mend_tokens
 from astro_dist.run_directory.records import RunDirectory
-from astro_dist.schedule.calls import Schedule
 from astro_dist.schedule.factory import schedule_of
 from astro_dist.schedule.names import (
     EMBED,
@@ -17,22 +16,26 @@ from astro_dist.schedule.names import (
     stream_names,
     unit_names,
 )
+from astro_dist.schedule.schedule import RunShape, Schedule, StartingPoint
 from astro_dist.source.calibration_text import Chunk, as_tensors
 
 __all__ = ["make_schedule"]
 
 
 def make_schedule(config: RunConfig, plan: Plan, run: RunDirectory, chunks: Sequence[Chunk]) -> Schedule:
-    """Read every record, check every file against its checksum, and go on from there.
+    """Make the schedule of a run. Every record is read, and every file is checked against its checksum.
 
     Args:
         config: Configuration of the run.
-        plan: Every unit of the run.
+        plan: Plan of the run.
         run: Run directory.
-        chunks: Chunks of the calibration text in the order in which they travel.
+        chunks: Chunks of the calibration text, in the order in which they travel.
+
+    Returns:
+        The schedule, which begins where the run stopped.
 
     Raises:
-        ConfigError: A record is of another run.
+        ConfigError: A record belongs to another run.
     """
     mend_tokens(run, as_tensors(chunks))
     names, blocks, copies = [chunk.name for chunk in chunks], len(plan.blocks), len(plan.copies)
@@ -47,11 +50,11 @@ def make_schedule(config: RunConfig, plan: Plan, run: RunDirectory, chunks: Sequ
     if not calls_there and any(unit not in finished for unit in units):
         finished.discard(EMBED)
     written = None if sequential else {unit for unit in finished if run.has_files(unit)}
-    return schedule_of(config, len(plan.blocks), len(plan.copies), names, finished, present, written)
+    return schedule_of(config, RunShape(blocks, copies, names), StartingPoint(finished, present, written))
 
 
 def _finished(run: RunDirectory, units: Sequence[str]) -> set[str]:
-    """Units whose records hold. Later rounds come first: they tell which shards of earlier ones may be gone."""
+    """The units whose records hold. Later rounds are checked first, because the shards that they used may be gone."""
     finished: set[str] = set()
     for unit in reversed(units):
         place = block_of_unit(unit)

@@ -1,4 +1,4 @@
-"""summary.json: the figures of a finished run."""
+"""The summary of a finished run, which is the content of summary.json."""
 
 import dataclasses
 from collections.abc import Mapping
@@ -17,11 +17,11 @@ __all__ = ["Perplexity", "RoundFigures", "Summary", "UnitCounts", "read_summary"
 
 @dataclasses.dataclass(frozen=True)
 class Perplexity:
-    """Perplexity on the held-out text; None where the run has no such text.
+    """Holds perplexities on the held-out text.
 
     Attributes:
-        original: Perplexity of the original model.
-        quantized: Perplexity of the result.
+        original: Perplexity of the original model; None where the run has no held-out text.
+        quantized: Perplexity of the result; None where the run has no held-out text.
     """
 
     original: float | None
@@ -30,7 +30,7 @@ class Perplexity:
 
 @dataclasses.dataclass(frozen=True)
 class RoundFigures:
-    """What one round came to.
+    """Holds the figures of one round.
 
     Attributes:
         perplexity: Perplexity of the round's result; None where the run has no held-out text.
@@ -43,7 +43,7 @@ class RoundFigures:
 
 @dataclasses.dataclass(frozen=True)
 class UnitCounts:
-    """How many units there were.
+    """Says how many units a run had.
 
     Attributes:
         blocks: Number of blocks of the model.
@@ -56,29 +56,29 @@ class UnitCounts:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Summary:
-    """Figures of a whole run; wall time and peak memory are those of its last session.
+    """Holds the figures of a whole run. Wall time and peak memory are those of its last session.
 
     Attributes:
         perplexity: Perplexity of the original and of the result.
-        rounds: What each round came to.
+        rounds: Figures of each round.
         mean_relative_error: Mean relative error of the last round's layers.
-        average_bits: Bits a quantized weight, scales not counted.
-        betas: Number of layers solved together that took each strength of the regularization.
-        wall_s: Seconds of the last session.
+        average_bits: Mean number of bits of a quantized weight, without scales.
+        betas: Number of records of layers by the strength β of the regularization that they took.
+        wall_s: Length of the last session, in seconds.
         resumed_units: Number of units that were finished before the last session.
-        phases_s: Seconds of all workers together, by phase.
-        peak_rss_bytes: Most memory that the driver and each worker ever held.
-        bytes_read: Size of the source in bytes.
-        bytes_written: Size of the result in bytes.
-        fallbacks: Layers of the last round whose result is less than what was asked for.
+        phases_s: Time of all workers together by phase, in seconds.
+        peak_rss_bytes: Largest resident memory of the driver and of each worker, in bytes.
+        bytes_read: Size of the source, in bytes.
+        bytes_written: Size of the result, in bytes.
+        fallbacks: Layers of the last round that could not be quantized just as the configuration asks.
         retries: Calls that failed and were done again.
         mended: Units that were found damaged and done again.
-        notes: What the user should know of the result.
-        units: How many units there were.
+        notes: Sentences that the user should know about the result.
+        units: Numbers of units.
         model: Folder of the result.
         python: Version of Python.
-        base_model: What was quantized.
-        publish: Where the model was published; None where it was not.
+        base_model: Model that was quantized.
+        publish: Place where the model was published; None where it was not.
     """
 
     perplexity: Perplexity
@@ -103,7 +103,7 @@ class Summary:
     publish: PublishedModel | None = None
 
     def to_json(self) -> dict[str, Any]:
-        """The summary as the JSON object of its file."""
+        """Return the summary as the JSON object of its file."""
         plain = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
         publish = plain.pop("publish")
         return {
@@ -121,10 +121,10 @@ class Summary:
 
     @classmethod
     def from_json(cls, content: Mapping[str, Any]) -> Self:
-        """Read back what `to_json` gave.
+        """Read back what `to_json` returned.
 
         Args:
-            content: JSON object with every field; that of `publish` may be missing.
+            content: JSON object with every field; only `publish` may be missing.
         """
         fields = (field.name for field in dataclasses.fields(cls))
         read: dict[str, Any] = {
@@ -142,13 +142,13 @@ class Summary:
 
 
 def read_summary(path: Path) -> Summary:
-    """Read the figures of a finished run.
+    """Read the summary of a finished run.
 
     Args:
-        path: File of the summary.
+        path: Path of the file.
 
     Raises:
-        DamagedError: The file is missing, or not as it was written.
+        DamagedError: The file is missing, or is not as it was written.
     """
     content = read_own_json(path)
     try:

@@ -1,4 +1,4 @@
-"""What is recorded of a finished unit: the files that it wrote, and its figures."""
+"""The record of a finished unit: the files that it wrote, and its figures."""
 
 import dataclasses
 import hashlib
@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from typing import Any, ClassVar, Self
 
 from astro.quantization.layer_record import LayerRecord
+from astro_dist.run_directory.plain_record import PlainRecord
 
 __all__ = [
     "BlockResult",
@@ -36,12 +37,12 @@ class FileRecord:
     sha256: str
 
     def to_json(self) -> dict[str, Any]:
-        """The entry as a JSON object."""
+        """Return the entry as a JSON object."""
         return dataclasses.asdict(self)
 
     @classmethod
     def from_json(cls, content: Mapping[str, Any]) -> Self:
-        """Read back what `to_json` gave.
+        """Read back what `to_json` returned.
 
         Args:
             content: JSON object with every field.
@@ -50,30 +51,12 @@ class FileRecord:
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class _Plain:
-    """A result whose fields are JSON types already. Fields that a newer version may have added are passed over."""
-
-    def to_json(self) -> dict[str, Any]:
-        """The result as a JSON object."""
-        return dataclasses.asdict(self)
-
-    @classmethod
-    def from_json(cls, content: Mapping[str, Any]) -> Self:
-        """Read back what `to_json` gave.
-
-        Args:
-            content: JSON object with every field.
-        """
-        return cls(**{field.name: content[field.name] for field in dataclasses.fields(cls)})
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class EmbedResult(_Plain):
-    """Figures of the unit that makes the hidden states before the first block.
+class EmbedResult(PlainRecord):
+    """Holds the figures of the unit that makes the hidden states before the first block.
 
     Attributes:
-        compute_dtype: Dtype of forward passes, as torch names it.
-        device: Kind of device that computed: "cpu" or "cuda".
+        compute_dtype: Dtype of forward passes, as torch names it, such as "torch.bfloat16".
+        device: Kind of device that computed, "cpu" or "cuda".
     """
 
     MARK: ClassVar[str] = "compute_dtype"
@@ -82,11 +65,11 @@ class EmbedResult(_Plain):
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class CopyResult(_Plain):
-    """Figures of a unit that copies tensors as they are.
+class CopyResult(PlainRecord):
+    """Holds the figures of a unit that copies tensors as they are.
 
     Attributes:
-        bytes_read: Size of the tensors in bytes.
+        bytes_read: Size of the tensors, in bytes.
     """
 
     MARK: ClassVar[str] = "bytes_read"
@@ -95,16 +78,16 @@ class CopyResult(_Plain):
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class BlockResult:
-    """Figures of a unit that quantizes a block.
+    """Holds the figures of a unit that quantizes a block.
 
     Attributes:
-        layers: One record for layers that were solved together.
-        seconds: Time by phase.
+        layers: Records of the block's layers, one for all layers that were solved together.
+        seconds: Time by phase, in seconds.
         host: Name of the machine that wrote the block.
         device: Name of the GPU, or the kind of CPU.
         torch: Version of torch.
-        peak_rss_bytes: Most memory that the worker's process ever held.
-        peak_device_bytes: Most memory that it ever held on the GPU; 0 without one.
+        peak_rss_bytes: Largest resident memory that the worker's process ever had, in bytes.
+        peak_device_bytes: Largest memory that the process ever had on the GPU, in bytes; 0 without a GPU.
     """
 
     MARK: ClassVar[str] = "layers"
@@ -117,13 +100,13 @@ class BlockResult:
     peak_device_bytes: int
 
     def to_json(self) -> dict[str, Any]:
-        """The result as a JSON object."""
+        """Return the result as a JSON object."""
         plain = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
         return {**plain, "layers": [layer.to_json() for layer in self.layers], "seconds": dict(self.seconds)}
 
     @classmethod
     def from_json(cls, content: Mapping[str, Any]) -> Self:
-        """Read back what `to_json` gave.
+        """Read back what `to_json` returned.
 
         Args:
             content: JSON object with every field.
@@ -133,11 +116,11 @@ class BlockResult:
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class LossResult(_Plain):
-    """Figures of a unit that measures the loss on the held-out text.
+class LossResult(PlainRecord):
+    """Holds the figures of a unit that measures the loss on the held-out text.
 
     Attributes:
-        negative_log_likelihood: Sum over all tokens, in nats.
+        negative_log_likelihood: Negative log-likelihood of all tokens together, in nats.
         tokens: Number of tokens that were predicted.
     """
 
@@ -147,11 +130,11 @@ class LossResult(_Plain):
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class EvaluationResult(_Plain):
-    """Figures of a unit that takes the held-out chunks through a block of the result.
+class EvaluationResult(PlainRecord):
+    """Holds the figures of a unit that takes the held-out chunks through a block of the result.
 
     Attributes:
-        seconds: Time by phase.
+        seconds: Time by phase, in seconds.
     """
 
     MARK: ClassVar[str] = "seconds"
@@ -160,16 +143,16 @@ class EvaluationResult(_Plain):
 
 UnitResult = EmbedResult | CopyResult | BlockResult | LossResult | EvaluationResult
 _KINDS: tuple[type[UnitResult], ...] = (EmbedResult, CopyResult, BlockResult, LossResult, EvaluationResult)
-"""In the order in which they are looked for: a block's result has seconds too."""
+"""The kinds of results. `MARK` tells the first from the others that fits: a block's result has seconds too."""
 
 
 @dataclasses.dataclass(frozen=True)
 class UnitRecord:
-    """The record of a finished unit.
+    """Records that a unit is finished.
 
     Attributes:
         unit: Name of the unit.
-        key: Identity of the run that the unit belongs to.
+        key: Key of the run that the unit belongs to; see `Identity`.
         files: Files that the unit wrote.
         result: Figures of the unit.
     """
@@ -181,11 +164,11 @@ class UnitRecord:
 
     @property
     def seconds(self) -> Mapping[str, float]:
-        """Time by phase; empty for a unit whose time is not measured."""
+        """Return the time by phase, in seconds. It is empty for a unit whose time is not measured."""
         return self.result.seconds if isinstance(self.result, BlockResult | EvaluationResult) else {}
 
     def to_json(self) -> dict[str, Any]:
-        """The record as the JSON object of its file, with its own checksum."""
+        """Return the record as the JSON object of its file, with its checksum."""
         content = {
             "unit": self.unit,
             "key": self.key,
@@ -196,15 +179,15 @@ class UnitRecord:
 
     @classmethod
     def from_json(cls, content: Mapping[str, Any]) -> Self:
-        """Read back what `to_json` gave.
+        """Read back what `to_json` returned.
 
         Args:
             content: JSON object of the record's file.
 
         Raises:
-            ValueError: The checksum is not that of the content, or the figures are of no unit that is known.
+            ValueError: The checksum does not fit the content, or the figures are of no known kind of unit.
             KeyError: A field is missing.
-            TypeError: A field is of another kind.
+            TypeError: A field has another type.
         """
         if content["checksum"] != checksum_of(content):
             raise ValueError("its checksum is wrong")
@@ -217,13 +200,13 @@ class UnitRecord:
 
 
 def checksum_of(content: Mapping[str, Any]) -> str:
-    """The checksum of a record, over everything but itself.
+    """Compute the checksum of a record over everything but the checksum.
 
     Args:
         content: JSON object of the record, with or without its checksum.
 
     Returns:
-        SHA-256, hex.
+        The SHA-256, in hex.
     """
     plain = {name: value for name, value in content.items() if name != "checksum"}
     return hashlib.sha256(json.dumps(plain, sort_keys=True).encode()).hexdigest()

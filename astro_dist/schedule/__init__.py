@@ -1,1 +1,1 @@
-"""Who does what next: pure state machines that load no torch."""
+"""The schedules, which decide who does what next. They are pure state machines and load no torch."""

@@ -1,4 +1,4 @@
-"""What mode `blocks` knows of one block in one round. Pure, as all of the schedule."""
+"""The state of one block in one round, in mode `blocks`."""
 
 import dataclasses
 import enum
@@ -10,26 +10,26 @@ __all__ = ["RoundBlock", "State"]
 
 
 class State(enum.Enum):
-    """Where a block is on its way through a round; `BlockSchedule` draws what leads from one to the next."""
+    """Says how far a block is in a round. `BlockSchedule` draws what leads from one state to the next."""
 
-    WAITING = "nobody has it in hand"
+    WAITING = "no worker has it open"
     OPENING = "a worker reads it"
     FEEDING = "a worker passes chunks through it, and solves or closes it after the last one"
-    SPLIT = "no worker has it in hand: its parts are open to all"
+    SPLIT = "no worker has it open, and any worker may take one of its parts"
     FINISHED = "its unit is finished"
 
 
 @dataclasses.dataclass
 class RoundBlock:
-    """One block in one round, or in the pass behind the last round that evaluates the result.
+    """Follows one block through one round, or through the pass after the last round, which evaluates the result.
 
     Attributes:
-        round_index: Index of the round; of the pass behind the last round, the number of rounds.
+        round_index: Index of the round; the number of rounds for the pass after the last round.
         block: Index of the block.
-        evaluates: Whether held-out chunks are measured on it, instead of it being quantized.
-        state: Where it is on its way.
-        next_chunk: Number of chunks that have passed it while its worker holds it.
-        parts: The calls by which workers solve it; None unless it is split.
+        evaluates: Whether the block is only evaluated, not quantized.
+        state: State of the block.
+        next_chunk: Number of chunks that have passed the block since its worker opened it.
+        parts: Calls by which workers solve the block; None unless it is split.
     """
 
     round_index: int
@@ -41,19 +41,24 @@ class RoundBlock:
 
     @property
     def place(self) -> tuple[int, int]:
-        """The round and the block; a block before another one comes first."""
+        """Return the round and the block. Pairs sort in the order in which blocks begin."""
         return self.round_index, self.block
 
     @property
     def opening(self) -> OpenBlock:
-        """The call that it begins with."""
+        """Return the call that the block begins with."""
         return OpenBlock(self.round_index, self.block, self.evaluates)
 
     @property
     def unit(self) -> str:
-        """The name of its unit."""
+        """Return the name of the block's unit."""
         return self.opening.unit
 
     def move(self, state: State, parts: PendingCalls | None = None) -> None:
-        """Take it from one state to another, where feeding begins anew."""
+        """Take the block to another state. Chunks that have passed it do not count any more.
+
+        Args:
+            state: State that the block is in from now on.
+            parts: Calls that are to be made, where the block is split.
+        """
         self.state, self.next_chunk, self.parts = state, 0, parts

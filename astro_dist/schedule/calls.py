@@ -1,8 +1,7 @@
-"""The calls that a schedule hands to workers, one class each, and what a schedule is.
+"""The calls that a schedule gives out, one class each. A call is what one worker does at a time.
 
-A schedule is pure: it is told what was finished and answers what a free worker shall do. A call is what one worker does
-at a time; several calls make up a unit of the run. Round 0 calibrates on the stream `original`, round r on the stream
-`round-(r−1)`; behind the last round only the held-out chunks travel, for the perplexity of the result.
+Several calls make up a unit of the run. Round 0 calibrates on the stream `original`, and round r on the stream
+`round-(r−1)`. After the last round only the held-out chunks travel, for the perplexity of the result.
 
     mode blocks      OpenBlock, Forward …, SolveBlock                       a block that one worker holds and solves
                      OpenBlock, Forward …, SplitBlock, parts …, WriteBlock  a block that it splits for others to help
@@ -13,8 +12,8 @@ at a time; several calls make up a unit of the run. Round 0 calibrates on the st
 """
 
 import dataclasses
-from collections.abc import Collection, Iterable, Iterator, Mapping
-from typing import ClassVar, Protocol
+from collections.abc import Iterable
+from typing import ClassVar
 
 from astro_dist.schedule.names import EMBED, block_unit, copy_index, copy_unit, evaluate_unit, head_unit
 
@@ -34,25 +33,14 @@ __all__ = [
     "MergeHessians",
     "OpenBlock",
     "PartCall",
-    "Present",
     "Result",
-    "Schedule",
     "SolveBlock",
     "SolveRows",
-    "Spent",
-    "SpentInputs",
-    "SpentParts",
-    "SpentShard",
-    "SpentShares",
     "SplitBlock",
     "TryBetas",
     "WriteBlock",
-    "assign",
     "copy_calls",
 ]
-
-Present = Mapping[str, Mapping[int, Collection[str]]]
-"""The chunks that are there as input of each block, by stream."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -63,7 +51,7 @@ class Embed:
 
     @property
     def unit(self) -> str:
-        """The unit that the call belongs to."""
+        """Return the name of the unit that the call belongs to."""
         return EMBED
 
 
@@ -80,7 +68,7 @@ class CopyTensors:
 
     @property
     def unit(self) -> str:
-        """The unit that the call belongs to."""
+        """Return the name of the unit that the call belongs to."""
         return copy_unit(self.index)
 
 
@@ -97,19 +85,19 @@ class EvaluateLoss:
 
     @property
     def unit(self) -> str:
-        """The unit that the call belongs to."""
+        """Return the name of the unit that the call belongs to."""
         return head_unit(self.stream)
 
 
 @dataclasses.dataclass(frozen=True)
 class ForwardChunk:
-    """Pass one chunk through a block that is not quantized at the same time, and keep the output.
+    """Pass one chunk through a block that is not being quantized, and keep the output.
 
     Attributes:
         stream: Name of the stream that the chunk travels in.
         block: Index of the block.
         chunk: Name of the chunk.
-        unit: The unit that the call belongs to: the one that made, or would have made, the output in the first place.
+        unit: Name of the unit that the call belongs to: the unit that makes the output where nothing is lost.
     """
 
     stream: str
@@ -121,7 +109,7 @@ class ForwardChunk:
 
 @dataclasses.dataclass(frozen=True)
 class _RoundCall:
-    """A call for a block in a round.
+    """The call concerns one block in one round.
 
     Attributes:
         round_index: Index of the round.
@@ -133,23 +121,23 @@ class _RoundCall:
 
     @property
     def place(self) -> tuple[int, int]:
-        """The round and the block."""
+        """Return the round and the block."""
         return self.round_index, self.block
 
     @property
     def unit(self) -> str:
-        """The unit that the call belongs to."""
+        """Return the name of the unit that the call belongs to."""
         return block_unit(self.round_index, self.block)
 
 
 @dataclasses.dataclass(frozen=True)
 class OpenBlock(_RoundCall):
-    """Read the block that a worker will feed.
+    """Read a block, which the worker then feeds with chunks.
 
     Attributes:
-        round_index: Index of the round; of the pass behind the last round, the number of rounds.
+        round_index: Index of the round; the number of rounds for the pass after the last round.
         block: Index of the block.
-        evaluates: Whether the block is one of the result, which held-out chunks pass through to be measured on.
+        evaluates: Whether the block is one of the result, which only held-out chunks pass through.
     """
 
     evaluates: bool = False
@@ -157,7 +145,7 @@ class OpenBlock(_RoundCall):
 
     @property
     def unit(self) -> str:
-        """The unit that the call belongs to."""
+        """Return the name of the unit that the call belongs to."""
         return evaluate_unit(self.block) if self.evaluates else block_unit(*self.place)
 
 
@@ -166,10 +154,10 @@ class Forward(_RoundCall):
     """Pass one chunk through the block that a worker has opened.
 
     Attributes:
-        round_index: Index of the round; of the pass behind the last round, the number of rounds.
+        round_index: Index of the round; the number of rounds for the pass after the last round.
         block: Index of the block.
         chunk: Name of the chunk.
-        evaluates: Whether the block is one of the result, see `OpenBlock`.
+        evaluates: Whether the block is one of the result; see `OpenBlock`.
     """
 
     chunk: str
@@ -178,7 +166,7 @@ class Forward(_RoundCall):
 
     @property
     def unit(self) -> str:
-        """The unit that the call belongs to."""
+        """Return the name of the unit that the call belongs to."""
         return evaluate_unit(self.block) if self.evaluates else block_unit(*self.place)
 
 
@@ -191,7 +179,10 @@ class SolveBlock(_RoundCall):
 
 @dataclasses.dataclass(frozen=True)
 class SplitBlock(_RoundCall):
-    """Hand the Hessians of the open block on, so that several workers can solve it. Returns `BlockParts`."""
+    """Write the Hessians of the open block to files, so that several workers can solve it.
+
+    The call returns `BlockParts`.
+    """
 
     verb: ClassVar[str] = "split block"
 
@@ -204,13 +195,15 @@ class FinishEvaluation(_RoundCall):
 
     @property
     def unit(self) -> str:
-        """The unit that the call belongs to."""
+        """Return the name of the unit that the call belongs to."""
         return evaluate_unit(self.block)
 
 
 @dataclasses.dataclass(frozen=True)
 class AccumulateHessians:
-    """Sum the Hessians of one stage of a block over one share of the calibration chunks. Returns `BlockParts`.
+    """Sum the Hessians of one stage of a block over one share of the calibration chunks.
+
+    The call returns `BlockParts`.
 
     Attributes:
         block: Index of the block.
@@ -225,7 +218,7 @@ class AccumulateHessians:
 
     @property
     def unit(self) -> str:
-        """The unit that the call belongs to."""
+        """Return the name of the unit that the call belongs to."""
         return block_unit(0, self.block)
 
 
@@ -236,7 +229,7 @@ class MergeHessians(_RoundCall):
     Attributes:
         round_index: Index of the round.
         block: Index of the block.
-        batch: Index of the batch: input groups that are solved side by side.
+        batch: Index of the batch. A batch consists of input groups that are solved side by side.
     """
 
     batch: int
@@ -283,22 +276,22 @@ class WriteBlock(_RoundCall):
 
 
 HeldCall = OpenBlock | Forward | SolveBlock | SplitBlock | FinishEvaluation
-"""The calls of a block that one worker has in hand from the first to the last."""
+"""The calls for a block that one worker keeps in its memory from the first of them to the last."""
 PartCall = MergeHessians | TryBetas | SolveRows
 """The calls by which several workers solve a block."""
 FinishingCall = Embed | CopyTensors | SolveBlock | WriteBlock | FinishEvaluation | EvaluateLoss
-"""The calls that finish a unit: its record is the last thing that they write, and what they return."""
+"""The calls that finish a unit. Each of them writes the record of its unit last, and returns that record."""
 Call = HeldCall | PartCall | FinishingCall | AccumulateHessians | ForwardChunk
-"""Whatever a worker can be asked to do."""
+"""Everything that a worker can be asked to do."""
 
 
 @dataclasses.dataclass(frozen=True)
 class BatchParts:
-    """The calls that a batch takes once its Hessians are merged.
+    """Says how many calls a batch takes once its Hessians are merged.
 
     Attributes:
         batch: Index of the batch.
-        sample_tiles: Number of `TryBetas` calls; all of them are done before the first tile is solved.
+        sample_tiles: Number of `TryBetas` calls. All of them return before the first tile is solved.
         tiles: Number of `SolveRows` calls.
     """
 
@@ -309,10 +302,10 @@ class BatchParts:
 
 @dataclasses.dataclass(frozen=True)
 class BlockParts:
-    """What `SplitBlock` and `AccumulateHessians` return: how the block is cut for the calls that follow.
+    """Says how a block is cut for the calls that follow. `SplitBlock` and `AccumulateHessians` return it.
 
     Attributes:
-        batches: The batches, of the whole block or of the stage that was asked for, the most urgent first.
+        batches: Batches of the whole block, or of the stage that the call was for, the most urgent first.
         num_stages: Number of stages of the block; 0 where nothing of it is quantized.
     """
 
@@ -321,140 +314,14 @@ class BlockParts:
 
 
 Result = object
-"""What a call returns. A schedule reads `BlockParts` alone; the driver knows the records of units, and seconds."""
-
-
-@dataclasses.dataclass(frozen=True)
-class SpentInputs:
-    """The inputs of a block in a stream.
-
-    Attributes:
-        block: Index of the block.
-        stream: Name of the stream.
-    """
-
-    block: int
-    stream: str
-
-
-@dataclasses.dataclass(frozen=True)
-class SpentShard:
-    """The shard of a block that an earlier round wrote.
-
-    Attributes:
-        round_index: Index of that round.
-        block: Index of the block.
-    """
-
-    round_index: int
-    block: int
-
-
-@dataclasses.dataclass(frozen=True)
-class SpentShares:
-    """The shares of the Hessians of a batch, in mode `sequential`.
-
-    Attributes:
-        block: Index of the block.
-        batch: Index of the batch.
-    """
-
-    block: int
-    batch: int
-
-
-@dataclasses.dataclass(frozen=True)
-class SpentParts:
-    """Everything that workers handed each other to solve a block.
-
-    Attributes:
-        round_index: Index of the round.
-        block: Index of the block.
-    """
-
-    round_index: int
-    block: int
-
-
-Spent = SpentInputs | SpentShard | SpentShares | SpentParts
-"""Files that no unfinished unit needs any more. Only the driver deletes: a worker that was given up for dead may still
-be at work on what another has taken over."""
-
-
-class Schedule(Protocol):
-    """The state of a run, and who does what next.
-
-    Attributes:
-        finished: Names of the units that are finished.
-    """
-
-    finished: set[str]
-
-    @property
-    def complete(self) -> bool:
-        """Whether every unit is finished."""
-
-    @property
-    def units(self) -> list[str]:
-        """The name of every unit."""
-
-    def next_call(self, worker: int, idle: int = 0) -> Call | None:
-        """Say what a free worker shall do now.
-
-        Args:
-            worker: Number of the worker.
-            idle: Number of other workers that have nothing to do.
-
-        Returns:
-            The call, which the schedule takes to be made; None where the worker must wait for another one.
-        """
-
-    def done(self, worker: int, call: Call, result: Result) -> list[Spent]:
-        """Take note that a call returned.
-
-        Args:
-            worker: Number of the worker.
-            call: The call.
-            result: What it returned.
-
-        Returns:
-            What is not needed any more.
-        """
-
-    def failed(self, worker: int, call: Call) -> None:
-        """Take note that a call came to nothing, and that the worker has lost what it held."""
-
-    def holds(self, worker: int) -> bool:
-        """Tell whether a worker has something in hand that only it can go on with.
-
-        What a worker with empty hands cannot get, no other such worker can.
-        """
-
-
-def assign(schedule: Schedule, workers: Iterable[int]) -> Iterator[tuple[int, Call]]:
-    """Say what each of some free workers shall do now.
-
-    Args:
-        schedule: The state of the run.
-        workers: Numbers of the free workers.
-
-    Yields:
-        A worker and its call; workers that must wait are left out.
-    """
-    idle = 0
-    for worker in sorted(workers, key=lambda worker: (schedule.holds(worker), worker)):
-        holds = schedule.holds(worker)
-        if idle and not holds:
-            idle += 1
-            continue
-        call = schedule.next_call(worker, idle)
-        if call is not None:
-            yield worker, call
-        elif not holds:
-            idle += 1
+"""What a call returns. A schedule reads only `BlockParts`; the driver also reads the records of units, and seconds."""
 
 
 def copy_calls(units: Iterable[str]) -> list[CopyTensors]:
-    """Pick the units that copy tensors from some units; the calls that do them."""
+    """Return a call for each of some units that copies tensors.
+
+    Args:
+        units: Names of units, of any kind.
+    """
     indices = [copy_index(unit) for unit in units]
     return [CopyTensors(index) for index in indices if index is not None]

@@ -54,75 +54,75 @@ _ROUND_STREAM = re.compile(r"round-(\d+)")
 
 
 def chunk_name(number: int, held_out: bool) -> str:
-    """The name of a chunk of the calibration text; one that is held out is only measured on."""
+    """Return the name of a chunk of the calibration text. A chunk that is held out is only measured on."""
     return f"{'h' if held_out else 'c'}{number:04d}"
 
 
 def is_held_out(chunk: str) -> bool:
-    """Whether a chunk is only measured on, never calibrated on: its name begins with `h`."""
+    """Tell whether a chunk is only measured on, never calibrated on: its name begins with `h`."""
     return chunk.startswith("h")
 
 
 def round_stream(round_index: int) -> str:
-    """The stream through what a round wrote."""
+    """Return the name of the stream through what a round wrote."""
     return f"round-{round_index}"
 
 
 def round_of_stream(stream: str) -> int | None:
-    """The round that wrote the model which a stream passes through; None for the stream through the source."""
+    """Return the round that wrote the model which a stream passes through; None for the stream through the source."""
     matched = _ROUND_STREAM.fullmatch(stream)
     return int(matched[1]) if matched else None
 
 
 def stream_names(rounds: int) -> list[str]:
-    """The streams of a run, in the order in which they arise."""
+    """Return the names of the streams of a run, in the order in which they arise."""
     return [ORIGINAL, *(round_stream(r) for r in range(rounds))]
 
 
 def copy_unit(index: int) -> str:
-    """The unit that copies tensors from outside the blocks."""
+    """Return the name of the unit that copies tensors from outside the blocks."""
     return f"copy-{index:04d}"
 
 
 def copy_index(unit: str) -> int | None:
-    """The index of a unit that copies tensors; None for any other unit."""
+    """Return the index of a unit that copies tensors; None for any other unit."""
     matched = _COPY_UNIT.fullmatch(unit)
     return int(matched[1]) if matched else None
 
 
 def block_name(block: int) -> str:
-    """The short name of a block, whatever is done to it."""
+    """Return the short name of a block, whatever is done to it."""
     return f"block-{block:04d}"
 
 
 def block_unit(round_index: int, block: int) -> str:
-    """The unit that quantizes a block in a round."""
+    """Return the name of the unit that quantizes a block in a round."""
     return f"{round_stream(round_index)}-{block_name(block)}"
 
 
 def block_of_unit(unit: str) -> tuple[int, int] | None:
-    """The round and the block of a unit that quantizes a block; None for any other unit."""
+    """Return the round and the block of a unit that quantizes a block; None for any other unit."""
     matched = _BLOCK_UNIT.fullmatch(unit)
     return (int(matched[1]), int(matched[2])) if matched else None
 
 
 def is_block_unit(unit: str) -> bool:
-    """Whether a unit quantizes a block."""
+    """Tell whether a unit quantizes a block."""
     return block_of_unit(unit) is not None
 
 
 def evaluate_unit(block: int) -> str:
-    """The unit that takes the held-out chunks through a block of the result."""
+    """Return the name of the unit that takes the held-out chunks through a block of the result."""
     return f"evaluate-{block:04d}"
 
 
 def head_unit(stream: str) -> str:
-    """The unit that measures the loss at the end of a stream."""
+    """Return the name of the unit that measures the loss at the end of a stream."""
     return f"head-{stream}"
 
 
 def unit_names(num_blocks: int, num_copies: int, rounds: int, evaluated: bool) -> list[str]:
-    """Every unit of a run in mode `blocks`."""
+    """Return the name of every unit of a run in mode `blocks`."""
     copies = [copy_unit(i) for i in range(num_copies)]
     blocks = [block_unit(r, b) for r in range(rounds) for b in range(num_blocks)]
     chain = [evaluate_unit(b) for b in range(num_blocks)] + [head_unit(stream) for stream in stream_names(rounds)]
@@ -130,33 +130,33 @@ def unit_names(num_blocks: int, num_copies: int, rounds: int, evaluated: bool) -
 
 
 def sequential_units(num_blocks: int, num_copies: int, evaluated: bool) -> list[str]:
-    """Every unit of a run in mode `sequential`."""
+    """Return the name of every unit of a run in mode `sequential`."""
     copies, blocks = [copy_unit(i) for i in range(num_copies)], [block_unit(0, b) for b in range(num_blocks)]
     return [EMBED, *copies, *blocks, *([head_unit(stream) for stream in STREAMS] if evaluated else [])]
 
 
 def share_part(share: int) -> str:
-    """The part that holds what one share of the calibration chunks adds to a batch's Hessians."""
+    """Return the name of the part that holds what one share of the calibration chunks adds to a batch's Hessians."""
     return f"share-{share}"
 
 
 def sample_part(tile: int) -> str:
-    """The part that holds the errors of one tile of a batch's sampled rows under every β."""
+    """Return the name of the part that holds the errors of one tile of a batch's sampled rows under every β."""
     return f"sample-{tile}"
 
 
 def tile_part(tile: int) -> str:
-    """The part that holds one solved tile of a batch's rows."""
+    """Return the name of the part that holds one solved tile of a batch's rows."""
     return f"tile-{tile}"
 
 
 def part_file(batch: int, part: str) -> str:
-    """The name of the file of a part of a batch, without its suffix."""
+    """Return the name of the file of a part of a batch, without its suffix."""
     return f"{batch}-{part}"
 
 
 def any_share(batch: int) -> str:
-    """The pattern of the names of the files of all shares of a batch."""
+    """Return the pattern of the names of the files of all shares of a batch."""
     return part_file(batch, "share-*")
 
 

@@ -1,6 +1,6 @@
 """The calls by which several workers solve a block: for each batch a merge, then tiles of its sample, then of its rows.
 
-A batch is input groups that are solved side by side. Pure, as all of the schedule.
+A batch consists of input groups that are solved side by side.
 """
 
 from collections.abc import Callable, Iterable
@@ -11,19 +11,19 @@ __all__ = ["PendingCalls"]
 
 
 class PendingCalls:
-    """What is still to be called for some batches of a block.
+    """Keeps track of the calls that some batches of a block still take.
 
     Attributes:
-        left: The calls that can be made or are being made, the oldest first.
+        left: Calls that can be made or are being made, the oldest first. Only the keys count.
         unmerged: Number of batches whose Hessians are not merged.
     """
 
     def __init__(self, place: tuple[int, int], batches: Iterable[BatchParts]) -> None:
-        """Begin with a merge for each batch.
+        """Begin with a call that merges, for each batch.
 
         Args:
-            place: Round and block.
-            batches: Number of calls that each batch takes after its merge.
+            place: Index of the round, and of the block.
+            batches: Numbers of calls that each batch takes after its merge.
         """
         self._place = place
         self._later = {parts.batch: self._phases(parts) for parts in batches}
@@ -33,11 +33,15 @@ class PendingCalls:
 
     @property
     def batches(self) -> list[int]:
-        """The index of every batch."""
+        """Return the index of every batch."""
         return list(self._later)
 
     def done(self, call: PartCall) -> None:
-        """Take note that a call returned; where it was the last of its kind, the batch's next ones can be made."""
+        """Take note that a call returned. Where it was the last of its phase, the calls of the next phase can be made.
+
+        Args:
+            call: Call that returned; one of `left`.
+        """
         del self.left[call]
         self.unmerged -= isinstance(call, MergeHessians)
         self._running[call.batch] -= 1
@@ -47,7 +51,7 @@ class PendingCalls:
             self.left |= dict.fromkeys(calls)
 
     def _phases(self, parts: BatchParts) -> list[list[PartCall]]:
-        """The calls of a batch after its merge; all of a phase are done before the next begins."""
+        """The calls of a batch after its merge, by phase. All calls of a phase return before the next phase begins."""
         kinds: list[tuple[Callable[[int, int, int, int], PartCall], int]] = [
             (TryBetas, parts.sample_tiles),
             (SolveRows, parts.tiles),

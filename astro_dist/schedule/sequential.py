@@ -1,13 +1,10 @@
-"""Mode `sequential`: all workers serve one block, and the next is calibrated on what it wrote.
+"""The schedule of mode `sequential`: all workers serve one block, and the next is calibrated on its quantized form.
 
-A block is solved in stages: one group of layers that share an input, or such groups of all experts. For each stage:
-shares of the calibration chunks give partial Hessians, in any order; for each group one worker sums them and decides
-what holds for all rows; where β is searched, tiles of the sampled rows are weighed; then tiles of all rows are solved.
-At the end one worker writes the shard, and every chunk goes on through the block as it was written. Pure, as every
-schedule.
+A block is solved in stages. A stage consists of one input group, which are layers that read the same input, or of
+several input groups side by side, such as those of all experts.
 """
 
-from collections.abc import Collection, Sequence
+from collections.abc import Sequence
 
 from astro.linalg.tiling import cut
 from astro_dist.schedule.calls import (
@@ -18,13 +15,8 @@ from astro_dist.schedule.calls import (
     EvaluateLoss,
     ForwardChunk,
     MergeHessians,
-    Present,
     Result,
     SolveRows,
-    Spent,
-    SpentInputs,
-    SpentParts,
-    SpentShares,
     TryBetas,
     WriteBlock,
     copy_calls,
@@ -40,6 +32,8 @@ from astro_dist.schedule.names import (
     sequential_units,
 )
 from astro_dist.schedule.pending_calls import PendingCalls
+from astro_dist.schedule.schedule import NOTHING_DONE, RunShape, StartingPoint
+from astro_dist.schedule.spent import Spent, SpentInputs, SpentParts, SpentShares
 
 __all__ = ["SequentialSchedule", "shares"]
 
@@ -47,55 +41,67 @@ _RESULT = round_stream(0)
 
 
 def shares(chunks: Sequence[str], count: int) -> list[list[str]]:
-    """Calibration chunks in `count` contiguous shares, as even as can be; fewer where there are fewer chunks."""
+    """Cut the calibration chunks into contiguous shares of sizes that differ by one at most.
+
+    Args:
+        chunks: Names of the chunks in the order in which they travel. Those that are held out are left out.
+        count: Number of shares; there are fewer where there are fewer chunks.
+
+    Returns:
+        Names of the chunks of each share.
+    """
     calibration = [chunk for chunk in chunks if not is_held_out(chunk)]
     return [calibration[part] for part in cut(len(calibration), count)]
 
 
 class SequentialSchedule:
-    """The state of a run in mode `sequential`.
+    """Holds the state of a run in mode `sequential`, and decides what each worker does next.
 
-    The calls of a block, in the order in which they return. What is not finished of a block is begun anew when a run
-    goes on.
+    The diagram shows the path of one block through its stages, as `next_call` gives out the calls:
 
-        AccumulateHessians ──▶ MergeHessians ──▶ TryBetas ──▶ SolveRows ──▶ WriteBlock ──▶ ForwardChunk
-        once for a share       once for a        where β is   once for a    once for the   once for a chunk,
-           ▲                   batch             searched     tile          block          to the next block
-           └──────────────── next stage ─────────────────────────┘
+        ┌──────────────────── for each stage of the block ────────────────────┐
+        AccumulateHessians ──▶ MergeHessians ──▶ TryBetas ───────▶ SolveRows ───▶ WriteBlock ──▶ ForwardChunk
+        one for each share     one for each      one for each      one for       one for the   one for each
+        of the chunks          batch of the      tile of the       each tile     block         chunk, whose output
+                               stage             batch's sample,   of the                      is the input of the
+                                                 if β is searched  batch's rows                next block
+
+    A share is accumulated as soon as all of its chunks are there. MergeHessians waits for all shares of the stage. From
+    there to SolveRows each batch goes its own way: it waits until its own calls of one kind have returned before the
+    next kind begins. The next stage waits for all batches of the stage before, and WriteBlock for the last stage. Of a
+    block that is not finished nothing is kept when a run goes on: it begins again with its first stage.
+
+    Attributes:
+        units: Names of all units of the run.
+        finished: Names of the units that are finished.
     """
 
     def __init__(
         self,
-        num_blocks: int,
-        num_copies: int,
-        chunks: Sequence[str],
+        shape: RunShape,
         num_shares: int,
-        finished: Collection[str],
-        present: Present,
+        start: StartingPoint = NOTHING_DONE,
         compensated: bool = False,
     ) -> None:
         """Begin a run, or go on with it.
 
         Args:
-            num_blocks: Number of blocks of the model.
-            num_copies: Number of units of copied tensors.
-            chunks: Names of the chunks in the order in which they travel.
+            shape: Size of the run.
             num_shares: Number of shares that the calibration chunks are cut into.
-            finished: Names of the units that are finished, their files in place.
-            present: The chunks that are there as input of each block.
+            start: What of the run is done already. The files of all finished units are there.
             compensated: Whether the calibration chunks pass through the source's blocks too.
         """
-        self._num_blocks = num_blocks
+        self._num_blocks = shape.num_blocks
         self._compensated = compensated
-        self._chunks = list(chunks)
-        self._held_out = [name for name in chunks if is_held_out(name)]
-        self._shares = shares(chunks, num_shares)
-        self.units = sequential_units(num_blocks, num_copies, bool(self._held_out))
-        self.finished = set(finished) & set(self.units)
+        self._chunks = list(shape.chunks)
+        self._held_out = [name for name in shape.chunks if is_held_out(name)]
+        self._shares = shares(shape.chunks, num_shares)
+        self.units = sequential_units(shape.num_blocks, shape.num_copies, bool(self._held_out))
+        self.finished = set(start.finished) & set(self.units)
         self._ready = {
-            (stream, block): set(present.get(stream, {}).get(block, ()))
+            (stream, block): set(start.present.get(stream, {}).get(block, ()))
             for stream in STREAMS
-            for block in range(num_blocks + 1)
+            for block in range(shape.num_blocks + 1)
         }
         self._before_current = 0
         self._reopen()
@@ -107,11 +113,11 @@ class SequentialSchedule:
 
     @property
     def complete(self) -> bool:
-        """Whether every unit is finished."""
+        """Tell whether every unit is finished."""
         return len(self.finished) == len(self.units)
 
     def next_call(self, worker: int, idle: int = 0) -> Call | None:
-        """Say what a free worker shall do now; see `Schedule`."""
+        """Decide what a free worker does now; see `Schedule`."""
         for call in self._candidates():
             if call not in self._taken:
                 self._taken.add(call)
@@ -139,15 +145,15 @@ class SequentialSchedule:
         return self._spent(call)
 
     def holds(self, worker: int) -> bool:
-        """Whether a worker has something in hand that only it can go on with: never in this mode."""
+        """Tell whether a worker has a block open, which none has in this mode; see `Schedule`."""
         return False
 
     def failed(self, worker: int, call: Call) -> None:
-        """Take note that a call came to nothing; no worker holds anything from one call to the next."""
+        """Take note that a call came to nothing; see `Schedule`. The worker has lost nothing else."""
         self._taken.discard(call)
 
     def _spent(self, call: Call) -> list[Spent]:
-        """What nothing needs any more once a call has returned."""
+        """The files that nothing needs any more once a call has returned."""
         match call:
             case MergeHessians():
                 return self._spent_shares(call)
@@ -166,16 +172,17 @@ class SequentialSchedule:
         return self._before_current
 
     def _candidates(self) -> list[Call]:
-        """Calls whose inputs are there, the most urgent first."""
+        """The calls that can begin, because their inputs are there, the most urgent first."""
         copying = copy_calls(unit for unit in self.units if unit not in self.finished)
         if EMBED not in self.finished:
             return [Embed(), *copying]
-        behind, side = (self._passes(stream) for stream in (_RESULT, ORIGINAL))
-        # The head may be among what was copied.
-        return [*behind, *self._quantize(self._current, bool(behind or side)), *side, *copying, *self._losses()]
+        through_result, through_source = (self._passes(stream) for stream in (_RESULT, ORIGINAL))
+        # The tensors of the head may be among those that are copied.
+        quantizing = self._quantize(self._current, bool(through_result or through_source))
+        return [*through_result, *quantizing, *through_source, *copying, *self._losses()]
 
     def _passes(self, stream: str) -> list[ForwardChunk]:
-        """Chunks that shall go through the next block on their way, each from the furthest it has come."""
+        """A call for each chunk that is to pass its next block, from the furthest block whose input of it is there."""
         calls = []
         goals = {held_out: self._goals(stream, held_out) for held_out in (False, True)}
         for chunk in self._chunks:
@@ -186,28 +193,28 @@ class SequentialSchedule:
         return calls
 
     def _goals(self, stream: str, held_out: bool) -> list[int]:
-        """Blocks whose inputs are wanted, the most urgent first: the current one's, then how far the way is open."""
+        """The blocks whose inputs are wanted, the most urgent first: the current one, and the furthest in reach."""
         target = self._target(stream, held_out)
         return [self._current, target] if target > self._current and not held_out else [target]
 
     def _target(self, stream: str, held_out: bool) -> int:
-        """The block that chunks are wanted at, as far as their way is open; 0 where they are not wanted any more."""
+        """The furthest block that chunks are wanted at and can reach now; 0 where they are not wanted any more."""
         current = self._current
         if held_out:
             wanted = self._num_blocks if head_unit(stream) not in self.finished else 0
         else:
             calibrates = current < self._num_blocks and (stream == _RESULT or self._compensated)
             wanted = self._num_blocks - 1 if calibrates else 0
-        # The result's blocks are there up to the current one. The source's could all be passed at once, but what is
-        # kept for each block costs space.
+        # The blocks of the result are there up to the current one. Those of the source could all be passed at once, but
+        # the inputs of each block take space.
         return min(wanted, current if stream == _RESULT else current + 1)
 
     def _place(self, stream: str, chunk: str, target: int) -> int | None:
         """The furthest block up to the target whose input of a chunk is there."""
         return next((b for b in range(target, -1, -1) if chunk in self._ready[stream, b]), None)
 
-    def _quantize(self, block: int, chunks_behind: bool) -> list[Call]:
-        """For each stage shares, a decision, its parts; then the shard of the block that is next."""
+    def _quantize(self, block: int, chunks_on_their_way: bool) -> list[Call]:
+        """The calls that can be made for a block: those of its first unsolved stage, or the one that writes it."""
         if block == self._num_blocks:
             return []
         ready = self._ready[_RESULT, block]
@@ -220,16 +227,16 @@ class SequentialSchedule:
             left = self._solving[block, stage].left if (block, stage) in self._solving else None
             if left:
                 return list(left)
-        # Writing the shard drops the inputs of the block before, which chunks on their way may still need.
-        return [] if chunks_behind else [WriteBlock(0, block)]
+        # Writing the shard spends the inputs of the block before, which chunks on their way may still need.
+        return [] if chunks_on_their_way else [WriteBlock(0, block)]
 
     def _spent_shares(self, call: MergeHessians) -> list[Spent]:
-        """Once all batches of a stage are merged nothing needs its shares any more; experts may need each other's."""
+        """The shares of a stage, once all of its batches are merged: an expert may need the shares of another one."""
         solving = self._by_batch[call.block, call.batch]
         return [] if solving.unmerged else [SpentShares(call.block, batch) for batch in solving.batches]
 
     def _losses(self) -> list[EvaluateLoss]:
-        """The streams whose held-out chunks have all come to their end."""
+        """A call for each stream whose held-out chunks have all passed the last block."""
         ended = [stream for stream in STREAMS if self._held_out and self._passed_through(stream)]
         return [EvaluateLoss(stream) for stream in ended if head_unit(stream) not in self.finished]
 
@@ -237,7 +244,7 @@ class SequentialSchedule:
         return self._ready[stream, self._num_blocks].issuperset(self._held_out)
 
     def _reopen(self) -> None:
-        """Begin again with the embeddings where a chunk that is still wanted is nowhere on its way."""
+        """Let the embeddings be made again where a chunk is still wanted and none of its hidden states are there."""
         for stream in STREAMS:
             for chunk in self._chunks:
                 for goal in self._goals(stream, is_held_out(chunk)):

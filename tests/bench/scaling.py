@@ -40,6 +40,7 @@ from astro_dist.schedule.calls import (
 )
 from astro_dist.schedule.factory import schedule_of
 from astro_dist.schedule.names import copy_index, is_held_out
+from astro_dist.schedule.schedule import RunShape
 from astro_dist.source.calibration_text import chunk_tokens
 
 WORKERS = [1, 2, 4, 8, 16, 32, 64, 128, 256, 512]
@@ -122,7 +123,7 @@ def table(name: str, device_name: str, gigabits: float) -> None:
         cost = CostModel(plan, config, tokens, 2, "cuda")
         walls, efficiencies, alone = [], [], 0.0
         for workers in WORKERS:
-            schedule = schedule_of(config, len(plan.blocks), len(plan.copies), list(tokens))
+            schedule = schedule_of(config, RunShape(len(plan.blocks), len(plan.copies), list(tokens)))
             found = simulate(
                 schedule, workers, lambda call, cost=cost: cost.work(call).seconds(device, True), cost.result
             )
@@ -186,7 +187,8 @@ def measured(run: Path, workers: list[int]) -> None:
         (), (), 0, 0, 0, 0, (),
     )  # fmt: skip
     for count in workers:
-        found = simulate(schedule_of(config, len(plan.blocks), len(plan.copies), list(tokens)), count, seconds, result)
+        schedule = schedule_of(config, RunShape(len(plan.blocks), len(plan.copies), list(tokens)))
+        found = simulate(schedule, count, seconds, result)
         print(f"{count} workers: simulated {found.wall_s:.0f} s, {found.efficiency(count):.0%} at work")
     print(f"the run itself: {max(line['time'] for line in lines) - min(began.values()):.0f} s after its first call")
 

@@ -116,7 +116,7 @@ def measure(name: str, source: Path, mode: str, folder: Path, cache_share: float
             done = subprocess.run(command, stdout=subprocess.PIPE, env=environment, cwd=ROOT, check=True)
     finally:
         hub.close()
-    kinds = asked_by_kind(hub.asked, checkpoint)
+    kinds = asked_by_kind(hub.file_requests, checkpoint)
     total = sum(path.stat().st_size for path in source.glob("*.safetensors"))
     print(
         f"| {name}, {total / 1e6:.0f} MB | {mode} | {kinds.total() / total:.3f} | {kinds['head'] / total:.3f} | "

@@ -1,4 +1,4 @@
-"""Tiny random models of the architectures that are tested, dense and mixtures of experts, and what is tested."""
+"""Tiny random models of the architectures that are tested, dense and mixtures of experts, and their test."""
 
 import contextlib
 import dataclasses
@@ -46,7 +46,7 @@ DENSE: dict[str, Any] = {
     "falcon": transformers.FalconConfig(**_COMMON, alibi=False),
     "bloom": transformers.BloomConfig(vocab_size=260, hidden_size=64, n_layer=2, n_head=4),
 }
-"""By short name. Widths are 64 or 128, or 16 a head."""
+"""The configurations of dense models, by short name. Widths are 64 or 128, or 16 for each head."""
 
 EXPERTS: dict[str, Any] = {
     "mixtral": transformers.MixtralConfig(**_WIDE, num_local_experts=4, num_experts_per_tok=2),
@@ -74,27 +74,27 @@ EXPERTS: dict[str, Any] = {
         layer_types=["linear_attention", "full_attention"],
     ),
 }  # fmt: skip
-"""By short name: four experts, each of two in eight or so tokens."""
+"""The configurations of mixtures of experts, by short name. There are four experts."""
 
 UNREADABLE = {
     "gpt2": "Conv1D",
     "falcon": "its linear layers multiply by `weight` themselves",
     "gpt-oss": "experts fused in the source",
 }
-"""What transformers has no reader of packed weights for: they are stored as linear layers, one by one, as vLLM asks."""
+"""Models whose packed weights transformers cannot read, with the reason. They are stored as vLLM reads them."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Examined:
-    """What was found about an architecture.
+    """Holds the results of the test of an architecture.
 
     Attributes:
-        streamed: largest difference of logits, streamed block by block against the whole model.
-        layers: packed in the result.
-        reloaded: whether transformers finds a tensor for all of its parameters in the result, and uses all tensors.
-        difference: largest difference of logits, the result as transformers reads it against its own class on our
-            dequantized weights, over the largest logit; None where transformers cannot read it.
-        perplexities: original and quantized.
+        streamed: Largest difference of logits between the model streamed block by block and the whole model.
+        layers: Number of layers that are packed in the result.
+        reloaded: Whether transformers finds a tensor for all of its parameters in the result, and uses all tensors.
+        difference: Largest difference of logits between the result as transformers reads it and the dequantized
+            weights, over the largest logit; None where transformers cannot read the result.
+        perplexities: Perplexity of the original and of the result.
     """
 
     streamed: float
@@ -106,7 +106,7 @@ class Examined:
 
 @torch.no_grad()
 def streamed_logits(folder: Path, ids: torch.Tensor, scratch: Path) -> torch.Tensor:
-    """Logits with never more than one block loaded."""
+    """Compute logits with at most one block in memory."""
     cpu = torch.device("cpu")
     checkpoint, skeleton = Checkpoint.open(folder), Skeleton(folder, torch.float32)
     blocks = [keys_of(skeleton, checkpoint, i) for i in range(len(skeleton.blocks))]
@@ -128,7 +128,7 @@ def streamed_logits(folder: Path, ids: torch.Tensor, scratch: Path) -> torch.Ten
 
 @torch.no_grad()
 def logits_of(folder: Path, ids: torch.Tensor) -> tuple[torch.Tensor, bool]:
-    """Logits of the whole model as transformers loads it, and whether the folder's tensors are all it wants."""
+    """Compute logits of the model as transformers loads it, and tell whether its tensors are all that it wants."""
     model, info = transformers.AutoModelForCausalLM.from_pretrained(
         folder, dtype=torch.float32, experts_implementation="eager", output_loading_info=True
     )
@@ -136,7 +136,7 @@ def logits_of(folder: Path, ids: torch.Tensor) -> tuple[torch.Tensor, bool]:
 
 
 def examine(name: str, scratch: Path) -> Examined:
-    """Write a tiny model, quantize it, read it again."""
+    """Write a tiny model, quantize it, and read it again."""
     source = write_checkpoint(scratch / "source", {**DENSE, **EXPERTS}[name])
     expected, _ = logits_of(source, IDS)
     streamed = float((streamed_logits(source, IDS, scratch) - expected).abs().max())
@@ -153,7 +153,7 @@ def examine(name: str, scratch: Path) -> Examined:
     layers = write_dequantized(source, folder, scratch / "dequantized")
     ours, _ = logits_of(scratch / "dequantized", IDS)
     reloaded, difference = False, None
-    # What transformers cannot read it raises an error for, or says that tensors are missing.
+    # Where transformers cannot read the result, it raises an error or says that tensors are missing.
     with contextlib.suppress(*([Exception] if name in UNREADABLE else [])):
         theirs, reloaded = logits_of(folder, IDS)
         difference = float((theirs - ours).abs().max() / ours.abs().max())

@@ -1,4 +1,4 @@
-"""What our own reader makes of a quantized model, as a plain checkpoint in the layout of its source."""
+"""The weights of a quantized model, as our reader unpacks them, in a plain checkpoint like that of the source."""
 
 import shutil
 from pathlib import Path
@@ -16,12 +16,12 @@ __all__ = ["keys_of", "write_dequantized"]
 
 
 def keys_of(skeleton: Skeleton, checkpoint: Checkpoint, index: int) -> list[str]:
-    """Checkpoint tensors of a block."""
+    """Return the names of the checkpoint's tensors that belong to a block."""
     return [key for key in checkpoint.entries if skeleton.block_of(skeleton.target_of(key)[0]) == index]
 
 
 def write_dequantized(source: Path, quantized: Path, target: Path) -> int:
-    """Write the source in float32 with the quantized layers' weights in it; the number of layers."""
+    """Write the source in float32 with the weights of the quantized layers in it, and return the number of layers."""
     checkpoint, result, skeleton = Checkpoint.open(source), Checkpoint.open(quantized), Skeleton(source, torch.float32)
     layers: list[LinearLayer] = []
     for index in range(len(skeleton.blocks)):

@@ -1,4 +1,4 @@
-"""What tests share that publish to a Hub on loopback."""
+"""A token and a clock for tests that publish to a Hub on loopback."""
 
 import time
 import types
@@ -9,5 +9,5 @@ TOKEN = "hf_" + "s3cr3t" * 5
 
 
 def clock(waits):
-    """A clock that notes instead of waiting."""
+    """Return a clock that appends to a list how long it should wait, and does not wait."""
     return types.SimpleNamespace(sleep=waits.append, time=time.time, perf_counter=time.perf_counter)

@@ -1,4 +1,4 @@
-"""A server that speaks as much of the Hub's protocol as clients of it use, on loopback, with faults on demand."""
+"""A server on loopback that speaks the part of the Hub's protocol that its clients use, with faults on demand."""
 
 import hashlib
 import json
@@ -7,38 +7,45 @@ import shutil
 import tempfile
 import threading
 import time
-from collections import Counter, defaultdict
+from collections import defaultdict
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 from tests.support.hub_writing import Writing
 
 LARGE = 1000
-"""Bytes from which a file is behind a redirect, as files in LFS are."""
+"""The size in bytes from which on a file is behind a redirect, as files in LFS are."""
 
 
 class HubServer:
-    """Repositories whose commits are folders.
+    """Serves repositories whose commits are folders.
 
     Attributes:
-        repositories: folder of each commit by name of the repository, the newest last.
-        refs: commit of each branch and pull request that was made, by repository.
-        lfs: SHA-256 of each file of a commit that is in LFS, by commit.
-        private: names of repositories that only their owners see; `readonly`: that nobody may write to.
-        gated: names of repositories that refuse whom they have not admitted; `asks_for_access`: that admit who asks.
-        account: what `whoami` answers.
-        commits: repository, revision and title of each commit that was made through the server.
-        requests: pull requests: repository, title.
-        faults: what the next requests for files meet, one each: a status, `cut` or `slow`.
-        write_faults: what the next requests of a kind meet, one each; see `hub_writing`.
-        asked_kinds: how many requests of each kind there were.
-        chunk_bytes: of a part of an upload; `bytes_per_s`: that are taken in.
-        uploaded: bytes of parts that were taken; `objects`: folder of what is held, by SHA-256.
-        ranges: whether they are sent; `shift`: by how many bytes they are wrong.
-        served: bytes of file contents that were sent.
-        asked: path and range of each request for file contents.
-        resolved: names of files that the Hub was asked for the place of.
-        tokens: seen in requests to the Hub, and in those to the store behind redirects.
+        root: Folder for everything that the server keeps.
+        objects: Folder of the objects of LFS, whose names are their SHA-256.
+        repositories: Folders of the commits of each repository, by name of the repository and hash of the commit.
+        refs: Hash of the commit of each branch and pull request, by repository and name of the branch.
+        lfs: SHA-256 of each file that is in LFS, by hash of the commit and name of the file.
+        private: Names of repositories that only their owners see.
+        readonly: Names of repositories that nobody may write to.
+        gated: Names of repositories that refuse users whom they have not admitted.
+        asks_for_access: Names of repositories that admit every user who asks.
+        account: Answer to `whoami`.
+        commits: Repository, revision and title of each commit that was made through the server.
+        requests: Repository and title of each pull request.
+        faults: Faults of the next requests for files, one for each request: a status, "cut" or "slow".
+        write_faults: Faults of the next requests of each kind, one for each request; see `hub_writing`.
+        chunk_bytes: Size of a part of an upload, in bytes.
+        bytes_per_s: Rate at which parts are taken in; None for no limit.
+        uploaded: Size of all parts that were taken in, in bytes.
+        parts: Content of each part that was taken in, by object and number of the part.
+        ranges: Whether the server honours requests for a range of a file.
+        shift: Number of bytes by which every range that is sent is wrong.
+        served: Size of all file contents that were sent, in bytes.
+        file_requests: Name and range of each request for the content of a file.
+        resolved: Names of the files whose place the Hub was asked for.
+        tokens: Tokens in requests to the "hub", and in those to the "store" behind redirects.
+        lock: Lock of everything above.
     """
 
     def __init__(self):
@@ -49,9 +56,9 @@ class HubServer:
         self.private, self.readonly, self.gated, self.asks_for_access, self.faults = set(), set(), set(), set(), []
         self.account = {"name": "me", "orgs": [{"name": "org", "roleInOrg": "write"}], "auth": {}}
         self.commits, self.requests, self.write_faults = [], [], defaultdict(list)
-        self.asked_kinds, self.chunk_bytes, self.bytes_per_s, self.uploaded = Counter(), 16_000, None, 0
+        self.chunk_bytes, self.bytes_per_s, self.uploaded = 16_000, None, 0
         self.parts = {}
-        self.served, self.asked, self.tokens = 0, [], {"hub": set(), "store": set()}
+        self.served, self.file_requests, self.tokens = 0, [], {"hub": set(), "store": set()}
         self.resolved = []
         self.ranges, self.shift = True, 0
         self.lock = threading.RLock()
@@ -65,7 +72,7 @@ class HubServer:
         return f"http://127.0.0.1:{self._server.server_port}"
 
     def publish(self, repository, folder):
-        """Move `main` to a new commit that is a folder; its hash."""
+        """Move `main` to a new commit that is a folder, and return the hash of the commit."""
         commits = self.repositories.setdefault(repository, {})
         commit = hashlib.sha1(f"{repository}{len(commits)}".encode()).hexdigest()
         commits[commit] = folder
@@ -73,7 +80,7 @@ class HubServer:
         return commit
 
     def folder(self, repository, revision):
-        """Commit and folder of a revision; None where there is none."""
+        """Return the hash and the folder of a revision's commit; None where there is no such revision."""
         commits = self.repositories[repository]
         commit = self.refs[repository].get(revision, revision)
         return (commit, commits[commit]) if commit in commits else None
@@ -105,14 +112,14 @@ def _handler(hub):
                 return
             hub.tokens["hub" if api or resolve else "store"].add(self.headers.get("Authorization"))
             if api:
-                self.tell(api[1], (api[2] or "main").replace("%2F", "/"))
+                self.send_info(api[1], (api[2] or "main").replace("%2F", "/"))
             elif resolve:
                 self.resolve(*resolve.groups())
             else:
                 self.send_file(Path(path.removeprefix("/store")))
 
         def find(self, repository, revision):
-            """Commit and folder; None where the request was refused."""
+            """Return the hash and the folder of a revision's commit; None where the request was refused."""
             if repository in hub.gated:
                 self.refuse(403, "GatedRepo", f"Access to model {repository} is restricted.")
             elif repository not in hub.repositories:
@@ -126,22 +133,22 @@ def _handler(hub):
         def refuse(self, status, code, message):
             self.answer(status, {}, {"X-Error-Code": code, "X-Error-Message": message})
 
-        def tell(self, repository, revision):
+        def send_info(self, repository, revision):
             if self.meets_fault("info"):
                 return
-            found = self.find(repository, revision)
-            if found:
-                commit, folder = found
+            location = self.find(repository, revision)
+            if location:
+                commit, folder = location
                 siblings = [{"rfilename": path.name, "size": path.stat().st_size} for path in sorted(folder.iterdir())]
-                told = {"private": repository in hub.private, "gated": repository in hub.asks_for_access and "auto"}
-                self.answer(200, {"id": repository, "sha": commit, "siblings": siblings, **told})
+                access = {"private": repository in hub.private, "gated": repository in hub.asks_for_access and "auto"}
+                self.answer(200, {"id": repository, "sha": commit, "siblings": siblings, **access})
 
         def resolve(self, repository, revision, file):
-            found = self.find(repository, revision)
-            if not found:
+            location = self.find(repository, revision)
+            if not location:
                 return
             hub.resolved.append(file)
-            path = found[1] / file
+            path = location[1] / file
             if not path.is_file():
                 self.answer(404, {}, {"X-Error-Code": "EntryNotFound"})
             elif path.stat().st_size >= LARGE:
@@ -151,18 +158,18 @@ def _handler(hub):
 
         def send_file(self, path):
             content = path.read_bytes()
-            asked = re.fullmatch(r"bytes=(\d+)-(\d+)", self.headers.get("Range", ""))
+            requested = re.fullmatch(r"bytes=(\d+)-(\d+)", self.headers.get("Range", ""))
             with hub.lock:
                 fault = hub.faults.pop(0) if hub.faults else None
-                hub.asked.append((path.name, asked and tuple(map(int, asked.groups()))))
+                hub.file_requests.append((path.name, requested and tuple(map(int, requested.groups()))))
             if isinstance(fault, int):
                 self.answer(fault, {}, {"Retry-After": "0"})
                 return
             if fault == "slow":
                 time.sleep(0.3)
             status, headers = 200, {}
-            if asked and hub.ranges:
-                start, last = map(int, asked.groups())
+            if requested and hub.ranges:
+                start, last = map(int, requested.groups())
                 start, last = start - hub.shift, last - hub.shift
                 headers = {"Content-Range": f"bytes {start}-{last}/{len(content)}"}
                 status, content = 206, content[start : last + 1]

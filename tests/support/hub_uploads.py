@@ -6,30 +6,30 @@ import time
 
 
 class Uploads:
-    """A part of the request handler."""
+    """Answers the requests that upload objects. It is a part of the request handler."""
 
     def batch(self, body, repository):
         hub, objects = self.server_hub, []
-        for asked in json.loads(body)["objects"]:
-            held = hub.objects / asked["oid"]
-            if held.is_file() and held.stat().st_size == asked["size"]:
-                objects.append(asked)
+        for entry in json.loads(body)["objects"]:
+            path = hub.objects / entry["oid"]
+            if path.is_file() and path.stat().st_size == entry["size"]:
+                objects.append(entry)
                 continue
             store = hub.address.replace("127.0.0.1", "localhost")
-            upload = {"href": f"{store}/parts/{asked['oid']}/1"}
-            if asked["size"] > hub.chunk_bytes:
-                count = -(-asked["size"] // hub.chunk_bytes)
-                links = {str(part): f"{store}/parts/{asked['oid']}/{part}?sig=s3cr3t" for part in range(1, count + 1)}
+            upload = {"href": f"{store}/parts/{entry['oid']}/1"}
+            if entry["size"] > hub.chunk_bytes:
+                count = -(-entry["size"] // hub.chunk_bytes)
+                links = {str(part): f"{store}/parts/{entry['oid']}/{part}?sig=s3cr3t" for part in range(1, count + 1)}
                 header = {"chunk_size": str(hub.chunk_bytes), **links}
-                upload = {"href": f"{hub.address}/complete/{asked['oid']}", "header": header}
+                upload = {"href": f"{hub.address}/complete/{entry['oid']}", "header": header}
             verify = {"href": f"{hub.address}/verify/{repository}"}
-            objects.append({**asked, "actions": {"upload": upload, "verify": verify}})
+            objects.append({**entry, "actions": {"upload": upload, "verify": verify}})
         return {"transfer": "multipart", "objects": objects}
 
     def put(self, body, oid, part):
         hub = self.server_hub
         if hub.bytes_per_s:
-            hub.lock.release()  # a slow line holds nobody else up
+            hub.lock.release()  # others do not wait for a slow line
             time.sleep(len(body) / hub.bytes_per_s)
             hub.lock.acquire()
         hub.uploaded += len(body)
@@ -47,7 +47,7 @@ class Uploads:
         return {}
 
     def keep(self, oid, parts):
-        """Hold an object, if it is what it is called."""
+        """Store an object if its SHA-256 is its name, and tell whether it is."""
         content = b"".join(parts)
         if hashlib.sha256(content).hexdigest() != oid:
             return False
@@ -55,7 +55,7 @@ class Uploads:
         return True
 
     def verify(self, body, repository):
-        asked = json.loads(body)
-        held = self.server_hub.objects / asked["oid"]
-        sound = held.is_file() and held.stat().st_size == asked["size"]
-        return (200, {}) if sound else (404, {"error": "no such object"})
+        entry = json.loads(body)
+        path = self.server_hub.objects / entry["oid"]
+        is_stored = path.is_file() and path.stat().st_size == entry["size"]
+        return (200, {}) if is_stored else (404, {"error": "no such object"})

@@ -1,7 +1,8 @@
-"""The half of the Hub's protocol that changes repositories: who may, commits, branches, the card's check.
+"""The half of the Hub's protocol that changes repositories: permissions, commits, branches, the check of the card.
 
-A fault of `HubServer.write_faults[kind]` is a status, `(status, headers)`, `cut` (the connection ends in the middle of
-what is sent), or `("after", fault)` where the request is done and its answer lost. None lets one request pass.
+A fault in `HubServer.write_faults[kind]` is a status, `(status, headers)`, or "cut", where the connection ends in the
+middle of the request. With `("after", fault)` the request is done, and only its answer is lost. None lets one request
+pass.
 """
 
 import base64
@@ -17,7 +18,7 @@ from tests.support.hub_uploads import Uploads
 
 LFS_NAMES = re.compile(r".*\.(safetensors|model|bin)")
 REGULAR_AT_MOST = 200_000
-"""Bytes above which a file goes to LFS whatever its name."""
+"""The size in bytes above which a file goes to LFS whatever its name is."""
 STATUS_TEXT = {413: "Payload too large", 409: "Conflict", 403: "Forbidden", 401: "Invalid credentials"}
 
 ROUTES = [
@@ -37,7 +38,7 @@ ROUTES = [
 
 
 class Writing(Uploads):
-    """A part of the request handler."""
+    """Answers the requests that change repositories. It is a part of the request handler."""
 
     def do_POST(self):
         if not self.wants_to_write(self.path.partition("?")[0]):
@@ -47,11 +48,11 @@ class Writing(Uploads):
     do_PUT = do_POST
 
     def wants_to_write(self, path):
-        """Do what the path is for; False where it is for none of these."""
+        """Answer a request that changes repositories, and tell whether it was one."""
         for kind, method, pattern in ROUTES:
-            found = re.fullmatch(pattern, path) if method == self.command else None
-            if found:
-                groups = {name: urllib.parse.unquote(value) for name, value in found.groupdict().items()}
+            match = re.fullmatch(pattern, path) if method == self.command else None
+            if match:
+                groups = {name: urllib.parse.unquote(value) for name, value in match.groupdict().items()}
                 self.serve(kind, groups)
                 return True
         return False
@@ -83,10 +84,9 @@ class Writing(Uploads):
                 self.answer(200, answer)
 
     def meets_fault(self, kind):
-        """Answer with the next fault of a kind; whether there was one that hinders the request."""
+        """Answer with the next fault of a kind, and tell whether there was one that hinders the request."""
         hub = self.server_hub
         with hub.lock:
-            hub.asked_kinds[kind] += 1
             fault = hub.write_faults[kind].pop(0) if hub.write_faults[kind] else None
         self.lost = fault[1] if isinstance(fault, tuple) and fault[0] == "after" else None
         if fault is None or self.lost:
@@ -105,7 +105,7 @@ class Writing(Uploads):
         self.connection.shutdown(2)
 
     def body(self):
-        """What was sent, in either way of saying how much it is."""
+        """Return what was sent, whether its length was announced or it comes in chunks."""
         if self.headers.get("Transfer-Encoding") != "chunked":
             return self.rfile.read(int(self.headers.get("Content-Length", 0)))
         content = b""
@@ -124,8 +124,8 @@ class Writing(Uploads):
         return self.server_hub.account
 
     def create(self, body):
-        hub, asked = self.server_hub, json.loads(body)
-        name = f"{asked['organization'] or hub.account['name']}/{asked['name']}"
+        hub, wish = self.server_hub, json.loads(body)
+        name = f"{wish['organization'] or hub.account['name']}/{wish['name']}"
         answer = {"url": f"{hub.address}/{name}", "name": name}
         if name in hub.repositories:
             return 409, {**answer, "error": "You already created this model repo"}
@@ -133,33 +133,34 @@ class Writing(Uploads):
         first.mkdir()
         (first / ".gitattributes").write_text("*.safetensors filter=lfs diff=lfs merge=lfs -text\n")
         hub.publish(name, first)
-        if asked.get("visibility") == "private" or asked.get("private"):
+        if wish.get("visibility") == "private" or wish.get("private"):
             hub.private.add(name)
         return answer
 
     def validate(self, body):
-        found = re.match(r"---\n(.*?)\n---", json.loads(body)["content"], re.DOTALL)
-        told = yaml.safe_load(found[1]) if found else {}
+        match = re.match(r"---\n(.*?)\n---", json.loads(body)["content"], re.DOTALL)
+        metadata = yaml.safe_load(match[1]) if match else {}
         errors = []
-        if not re.fullmatch(r"[a-z0-9.-]+", str(told.get("license", ""))):
+        if not re.fullmatch(r"[a-z0-9.-]+", str(metadata.get("license", ""))):
             errors.append('"license" must be one of the known ones')
-        if told.get("license") == "other" and not (told.get("license_name") and told.get("license_link")):
+        if metadata.get("license") == "other" and not (metadata.get("license_name") and metadata.get("license_link")):
             errors.append('"license_name" and "license_link" are wanted with "other"')
-        bases = told.get("base_model", [])
+        bases = metadata.get("base_model", [])
         if not all(re.fullmatch(r"[\w.-]+/[\w.-]+", base) for base in ([bases] if isinstance(bases, str) else bases)):
             errors.append('"base_model" must be ids of models')
-        if not isinstance(told.get("tags", []), list):
+        if not isinstance(metadata.get("tags", []), list):
             errors.append('"tags" must be an array')
-        if told.get("base_model_relation", "quantized") not in ("quantized", "finetune", "adapter", "merge"):
+        if metadata.get("base_model_relation", "quantized") not in ("quantized", "finetune", "adapter", "merge"):
             errors.append('"base_model_relation" is unknown')
         return (400 if errors else 200), {"errors": [{"message": text} for text in errors], "warnings": []}
 
     def preupload(self, body, repository, revision):
-        found = self.server_hub.folder(repository, revision)
-        if found is None:
+        location = self.server_hub.folder(repository, revision)
+        if location is None:
             return 404, {"error": f"Invalid rev id: {revision}"}
-        lfs = self.server_hub.lfs.get(found[0], {})
-        return {"files": [_mode(file, found[1], lfs) for file in json.loads(body)["files"]]}
+        commit, folder = location
+        lfs = self.server_hub.lfs.get(commit, {})
+        return {"files": [_mode(file, folder, lfs) for file in json.loads(body)["files"]]}
 
     def branch(self, body, repository, revision):
         refs = self.server_hub.refs[repository]
@@ -169,15 +170,16 @@ class Writing(Uploads):
         return {}
 
     def tree(self, body, repository, revision):
-        found = self.server_hub.folder(repository, revision)
-        if found is None:
+        location = self.server_hub.folder(repository, revision)
+        if location is None:
             return 404, {"error": f"Invalid rev id: {revision}"}
-        lfs = self.server_hub.lfs.get(found[0], {})
-        return [_entry(path, lfs.get(path.name)) for path in sorted(found[1].iterdir())]
+        commit, folder = location
+        lfs = self.server_hub.lfs.get(commit, {})
+        return [_entry(path, lfs.get(path.name)) for path in sorted(folder.iterdir())]
 
     def requests(self, body, repository):
         hub = self.server_hub
-        found = [
+        discussions = [
             {
                 "title": title, "num": number, "author": {"name": "me"}, "createdAt": "2026-01-01T00:00:00.000Z",
                 "status": "open", "repo": {"name": repository, "type": "model"}, "isPullRequest": True,
@@ -185,7 +187,7 @@ class Writing(Uploads):
             for number, (name, title) in enumerate(hub.requests, 1)
             if name == repository
         ]  # fmt: skip
-        return {"count": len(found), "start": 0, "discussions": found}
+        return {"count": len(discussions), "start": 0, "discussions": discussions}
 
     def commit(self, body, repository, revision):
         hub = self.server_hub
@@ -199,20 +201,20 @@ class Writing(Uploads):
             os.link(path, after / path.name)
         lfs = dict(hub.lfs.get(parent, {}))
         for operation in operations:
-            asked, target = operation["value"], after / operation["value"]["path"]
+            entry, target = operation["value"], after / operation["value"]["path"]
             target.unlink(missing_ok=True)
-            lfs.pop(asked["path"], None)
+            lfs.pop(entry["path"], None)
             if operation["key"] == "file":
-                target.write_bytes(base64.b64decode(asked["content"]))
-            elif not (hub.objects / asked["oid"]).is_file():
-                return 400, {"error": f"LFS object {asked['oid']} is not there"}
+                target.write_bytes(base64.b64decode(entry["content"]))
+            elif not (hub.objects / entry["oid"]).is_file():
+                return 400, {"error": f"LFS object {entry['oid']} is not there"}
             else:
-                lfs[asked["path"]] = asked["oid"]
-                os.link(hub.objects / asked["oid"], target)
-        return self.made(repository, revision, after, lfs, header["value"]["summary"])
+                lfs[entry["path"]] = entry["oid"]
+                os.link(hub.objects / entry["oid"], target)
+        return self.publish_commit(repository, revision, after, lfs, header["value"]["summary"])
 
-    def made(self, repository, revision, folder, lfs, title):
-        """A commit becomes visible."""
+    def publish_commit(self, repository, revision, folder, lfs, title):
+        """Make a commit visible, and return the answer that names it."""
         hub = self.server_hub
         commit = hashlib.sha1(f"{folder}".encode()).hexdigest()
         hub.repositories[repository][commit], hub.lfs[commit] = folder, lfs

@@ -1,4 +1,4 @@
-"""Small real things for tests: correlated inputs, tiny checkpoints written by transformers itself, a byte tokenizer."""
+"""Inputs and models for tests: correlated tokens, random weights, tiny checkpoints that transformers writes."""
 
 from pathlib import Path
 from typing import Any
@@ -18,7 +18,7 @@ LLAMA = {
 
 
 def correlated_inputs(num_tokens: int, num_columns: int, seed: int = 0) -> torch.Tensor:
-    """Tokens whose columns are correlated and of very different sizes, as activations are: float64 [T, C]."""
+    """Return tokens whose columns are correlated and of very different sizes, as activations are: float64 [T, C]."""
     generator = torch.Generator().manual_seed(seed)
     mix = torch.randn(num_columns, num_columns, generator=generator, dtype=torch.float64)
     size = torch.rand(num_columns, generator=generator, dtype=torch.float64) ** 4 + 0.02
@@ -26,18 +26,21 @@ def correlated_inputs(num_tokens: int, num_columns: int, seed: int = 0) -> torch
 
 
 def random_weights(rows: int, columns: int, seed: int = 1) -> torch.Tensor:
-    """Heavy-tailed weights, float32 [R, C]."""
+    """Return heavy-tailed weights, float32 [R, C]."""
     generator = torch.Generator().manual_seed(seed)
     return torch.randn(rows, columns, generator=generator) * torch.rand(rows, columns, generator=generator)
 
 
 def files_of(folder: Path, with_card: bool = False) -> dict[str, str]:
-    """SHA-256 of every file of a folder, by name; of a model's card, which tells hardware and seconds, if asked."""
+    """Return the SHA-256 of every file of a folder by name.
+
+    A model's card is left out unless it is asked for, because it tells hardware and seconds.
+    """
     return {path.name: sha256_of(path) for path in sorted(folder.iterdir()) if with_card or path.name != "README.md"}
 
 
 def byte_tokenizer() -> Any:
-    """A tokenizer with one token a byte."""
+    """Return a tokenizer that makes one token of each byte."""
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
     vocabulary = {symbol: i for i, symbol in enumerate(alphabet)} | {"<s>": 256, "</s>": 257}
     tokenizer = Tokenizer(models.BPE(vocab=vocabulary, merges=[]))
@@ -47,7 +50,7 @@ def byte_tokenizer() -> Any:
 
 
 def write_checkpoint(folder: Path, config: Any, dtype: torch.dtype = torch.float32, shard: str = "60KB") -> Path:
-    """A random model of a transformers config, in several shards, with a tokenizer."""
+    """Write a random model of a transformers config, in several shards and with a tokenizer, and return its folder."""
     torch.manual_seed(0)
     model = transformers.AutoModelForCausalLM.from_config(config).to(dtype)
     for name, parameter in model.named_parameters():

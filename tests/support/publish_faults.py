@@ -1,4 +1,7 @@
-"""What can happen to an upload, for the tests and the benchmark: what the Hub does to a request, what that comes to."""
+"""Faults of the Hub that an upload may meet, each with the end that the command must come to.
+
+The tests and the bench of publishing share them.
+"""
 
 import dataclasses
 
@@ -7,14 +10,14 @@ from astro.storage.atomic import sha256_of
 
 @dataclasses.dataclass(frozen=True)
 class Fault:
-    """Something that happens.
+    """Describes a fault, and what the command does about it.
 
     Attributes:
-        label: what it is.
-        kind: of request that meets it, see `tests/hub_writing.py`.
-        meets: what the next requests of that kind meet.
-        code: of the command's end: 0 done, 1 failed, 2 refused before anything was sent.
-        message: in the error.
+        label: Description of the fault.
+        kind: Kind of request that meets it; see `ROUTES` in `hub_writing`.
+        meets: Faults of the next requests of that kind; see `hub_writing`.
+        code: Exit code of the command: 0 done, 1 failed, 2 refused before anything was sent.
+        message: Text that the error contains.
     """
 
     label: str
@@ -54,6 +57,6 @@ FAULTS = [
 
 
 def published(hub, repository, revision="main"):
-    """SHA-256 of every file of a repository by name, as the server holds them; without those that the Hub makes."""
+    """Return the SHA-256 of every file of a repository by name, without the files that the Hub itself makes."""
     _, folder = hub.folder(repository, revision)
     return {path.name: sha256_of(path) for path in sorted(folder.iterdir()) if path.name != ".gitattributes"}

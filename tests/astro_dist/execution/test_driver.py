@@ -8,9 +8,8 @@ import pytest
 
 from astro.errors import RunError
 from astro_dist import pipeline
-from astro_dist.execution.driver import Driver
+from astro_dist.execution.driver import Driver, Limits
 from astro_dist.execution.executor import Failed, Joined, Returned
-from astro_dist.execution.failure import FailureHistory
 from astro_dist.run_directory.unit_record import CopyResult, UnitRecord
 from astro_dist.schedule.calls import CopyTensors
 from astro_dist.worker.worker import Worker
@@ -64,9 +63,8 @@ def drive(executor, calls=(), worker_timeout_s=60.0):
         return Schedule(calls)
 
     run = SimpleNamespace(journal=SimpleNamespace(note=lambda event, **_: notes.append(event)))
-    driver = Driver(
-        executor, run, plan_anew, MagicMock(), FailureHistory(3), lambda call: 60.0, worker_timeout_s, lambda now: None
-    )
+    limits = Limits(3, lambda call: 60.0, worker_timeout_s)
+    driver = Driver(executor, run, MagicMock(), limits, plan_anew, lambda now: None)
     driver.run(Schedule(calls))
     return notes
 

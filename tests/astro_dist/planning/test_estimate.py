@@ -14,6 +14,7 @@ from astro_dist.planning.simulate import simulate
 from astro_dist.planning.validate import forecast, prepare
 from astro_dist.schedule.calls import Embed, EvaluateLoss, Forward
 from astro_dist.schedule.factory import schedule_of
+from astro_dist.schedule.schedule import RunShape
 from astro_dist.source.calibration_text import chunk_tokens
 from astro_dist.worker.block_runner import require_memory
 
@@ -29,7 +30,9 @@ def every_call(prepared, workers=1):
     calls = []
     tokens = chunk_tokens(prepared.config.calibration)
     cost = CostModel(prepared.plan, prepared.config, tokens, 4, "cpu")
-    schedule = schedule_of(prepared.config, len(prepared.plan.blocks), len(prepared.plan.copies), list(tokens))
+    schedule = schedule_of(
+        prepared.config, RunShape(len(prepared.plan.blocks), len(prepared.plan.copies), list(tokens))
+    )
     simulate(schedule, workers, lambda call: calls.append(call) or 1.0, cost.result)
     return calls, cost
 

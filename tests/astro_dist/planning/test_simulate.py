@@ -6,6 +6,7 @@ from astro_dist.planning.cost import CostModel
 from astro_dist.planning.simulate import simulate
 from astro_dist.planning.validate import prepare
 from astro_dist.schedule.factory import schedule_of
+from astro_dist.schedule.schedule import RunShape
 from astro_dist.source.calibration_text import chunk_tokens
 
 
@@ -17,7 +18,7 @@ def simulated(run_config):
     cost = CostModel(plan, config, tokens, 4, "cpu")
 
     def run(workers, seconds=lambda call: 1.0):
-        schedule = schedule_of(config, len(plan.blocks), len(plan.copies), list(tokens))
+        schedule = schedule_of(config, RunShape(len(plan.blocks), len(plan.copies), list(tokens)))
         return simulate(schedule, workers, seconds, cost.result)
 
     return run

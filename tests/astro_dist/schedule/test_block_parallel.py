@@ -19,14 +19,14 @@ from astro_dist.schedule.calls import (
     OpenBlock,
     SolveBlock,
     SolveRows,
-    SpentInputs,
     SplitBlock,
     TryBetas,
     WriteBlock,
-    assign,
 )
 from astro_dist.schedule.names import unit_names
+from astro_dist.schedule.schedule import NOTHING_DONE, RunShape, StartingPoint, assign
 from astro_dist.schedule.sequential import SequentialSchedule
+from astro_dist.schedule.spent import SpentInputs
 
 CHUNKS = ["c0000", "c0001", "h0000", "h0001"]
 HELD_OUT = CHUNKS[2:]
@@ -88,16 +88,16 @@ def simulate_with_losses(num_workers, seed, schedule, losses):
 @pytest.mark.parametrize("seed", range(25))
 def test_whichever_workers_are_lost_every_unit_is_finished(num_workers, seed):
     for rounds in (1, 3):
-        schedule = BlockSchedule(BLOCKS, 2, CHUNKS, [], {}, rounds)
+        schedule = BlockSchedule(RunShape(BLOCKS, 2, CHUNKS), rounds=rounds)
         simulate_with_losses(num_workers, seed, schedule, losses=12)
         assert schedule.finished == set(schedule.units)
-    schedule = SequentialSchedule(BLOCKS, 2, CHUNKS, 2, [], {}, seed % 2 == 0)
+    schedule = SequentialSchedule(RunShape(BLOCKS, 2, CHUNKS), 2, compensated=seed % 2 == 0)
     simulate_with_losses(num_workers, seed, schedule, losses=12)
     assert schedule.finished == set(schedule.units)
 
 
 def test_worker_that_waits_for_two_lost_blocks_takes_the_first_of_them():
-    schedule = BlockSchedule(3, 0, CHUNKS, [], {})
+    schedule = BlockSchedule(RunShape(3, 0, CHUNKS))
     schedule.done(0, schedule.next_call(0), {})
     for worker in (0, 1, 2):
         schedule.done(worker, schedule.next_call(worker), None)
@@ -107,7 +107,7 @@ def test_worker_that_waits_for_two_lost_blocks_takes_the_first_of_them():
 
 
 def test_worker_that_waits_for_a_block_in_nobodys_hands_takes_it():
-    schedule = BlockSchedule(3, 0, CHUNKS, [], {})
+    schedule = BlockSchedule(RunShape(3, 0, CHUNKS))
     schedule.done(0, schedule.next_call(0), {})
     for worker in (0, 1, 2):
         schedule.done(worker, schedule.next_call(worker), None)
@@ -119,7 +119,7 @@ def test_worker_that_waits_for_a_block_in_nobodys_hands_takes_it():
 
 
 def test_what_is_spent_is_named_once_and_is_not_used_after():
-    schedule, spent = BlockSchedule(BLOCKS, 2, CHUNKS, [], {}, 2), []
+    schedule, spent = BlockSchedule(RunShape(BLOCKS, 2, CHUNKS), rounds=2), []
     while not schedule.complete:
         call = schedule.next_call(0)
         if isinstance(call, Forward):
@@ -128,8 +128,8 @@ def test_what_is_spent_is_named_once_and_is_not_used_after():
     assert len(spent) == len(set(spent)) == 3 * (BLOCKS + 1) + BLOCKS + 2 * BLOCKS
 
 
-def blocks(num_workers, seed, rounds=1, chunks=CHUNKS, finished=(), present=None, **options):
-    return simulate(num_workers, seed, BlockSchedule(BLOCKS, 2, chunks, finished, present or {}, rounds, **options))
+def blocks(num_workers, seed, rounds=1, chunks=CHUNKS, start=NOTHING_DONE, **options):
+    return simulate(num_workers, seed, BlockSchedule(RunShape(BLOCKS, 2, chunks), start, rounds, **options))
 
 
 @pytest.mark.parametrize("num_workers", [1, 2, 3, 16])
@@ -198,7 +198,7 @@ def test_workers_that_have_nothing_to_do_solve_a_block_with_its_worker(seed):
 
 
 def test_loss_of_a_part_of_a_solve_costs_that_part_alone():
-    schedule = BlockSchedule(1, 0, ["c0000"], ["embed"], {"original": {0: ["c0000"]}})
+    schedule = BlockSchedule(RunShape(1, 0, ["c0000"]), StartingPoint(["embed"], {"original": {0: ["c0000"]}}))
     for _ in range(2):
         schedule.done(0, schedule.next_call(0), None)
     splitting = schedule.next_call(0, 1)
@@ -211,7 +211,7 @@ def test_loss_of_a_part_of_a_solve_costs_that_part_alone():
 
 
 def test_block_that_was_lost_before_it_was_split_begins_anew():
-    schedule = BlockSchedule(1, 0, ["c0000"], ["embed"], {"original": {0: ["c0000"]}})
+    schedule = BlockSchedule(RunShape(1, 0, ["c0000"]), StartingPoint(["embed"], {"original": {0: ["c0000"]}}))
     first = schedule.next_call(0)
     schedule.done(0, first, None)
     schedule.done(0, schedule.next_call(0), None)
@@ -230,7 +230,7 @@ def test_held_out_chunks_pass_through_the_result_without_waiting_for_each_other(
 
 def test_worker_waits_for_one_block_of_the_result_at_most():
     finished = [*unit_names(3, 0, 1, True)[:4], "head-original"]
-    schedule = BlockSchedule(3, 0, CHUNKS, finished, {"round-0": {0: HELD_OUT}})
+    schedule = BlockSchedule(RunShape(3, 0, CHUNKS), StartingPoint(finished, {"round-0": {0: HELD_OUT}}))
     assert [schedule.next_call(worker) for worker in range(3)] == [
         OpenBlock(1, 0, evaluates=True), OpenBlock(1, 1, evaluates=True), None
     ]  # fmt: skip
@@ -251,7 +251,7 @@ def test_without_held_out_text_nothing_is_evaluated():
 
 
 def test_second_worker_opens_the_next_block_while_the_first_is_fed():
-    schedule = BlockSchedule(3, 0, CHUNKS, [], {})
+    schedule = BlockSchedule(RunShape(3, 0, CHUNKS))
     schedule.done(0, schedule.next_call(0), {})
     assert [schedule.next_call(w) for w in (0, 1, 2)] == [OpenBlock(0, block) for block in range(3)]
 
@@ -266,23 +266,23 @@ def there(*indices, chunks=CHUNKS):
 
 def test_finished_units_are_not_done_again():
     finished = ["embed", "copy-0000", "round-0-block-0000", "round-0-block-0001", "evaluate-0000"]
-    log = blocks(2, 0, finished=finished, present={"original": there(2), "round-0": there(1, chunks=HELD_OUT)})
+    log = blocks(2, 0, start=StartingPoint(finished, {"original": there(2), "round-0": there(1, chunks=HELD_OUT)}))
     assert not {call.unit for _, call in log} & set(finished)
 
 
 def test_lost_outputs_of_finished_blocks_are_passed_on_again_and_nothing_is_solved_again():
     finished = ["embed", "round-0-block-0000", "round-0-block-0001", "evaluate-0000", "evaluate-0001"]
     ours = {"round-0": there(2, chunks=HELD_OUT)}
-    log = blocks(1, 0, finished=finished, present={"original": {0: CHUNKS, 1: CHUNKS, 2: CHUNKS[:1]}, **ours})
+    log = blocks(1, 0, start=StartingPoint(finished, {"original": {0: CHUNKS, 1: CHUNKS, 2: CHUNKS[:1]}, **ours}))
     assert passes(log) == [("original", 1, chunk) for chunk in CHUNKS[1:]]
-    log = blocks(3, 0, finished=finished, present={"original": {2: CHUNKS[:1]}, **ours})
+    log = blocks(3, 0, start=StartingPoint(finished, {"original": {2: CHUNKS[:1]}, **ours}))
     assert next(call for _, call in log if not isinstance(call, CopyTensors)) == Embed()
     assert sorted(passes(log)) == [("original", block, chunk) for block in (0, 1) for chunk in CHUNKS[1:]]
     assert sorted(call.place for call in quantized([call for _, call in log], 0)) == [(0, block) for block in (2, 3, 4)]
 
 
 def test_lost_chunks_on_their_way_through_the_result_are_made_again():
-    log = blocks(1, 0, finished=unit_names(5, 2, 1, True)[:-2], present={"original": there(5)})
+    log = blocks(1, 0, start=StartingPoint(unit_names(5, 2, 1, True)[:-2], {"original": there(5)}))
     assert passes(log) == [("round-0", block, chunk) for block in range(5) for chunk in HELD_OUT]
     assert not any(isinstance(call, SolveBlock | WriteBlock | FinishEvaluation) for _, call in log)
 
@@ -291,7 +291,7 @@ def test_shard_of_an_earlier_round_that_is_gone_is_made_again():
     finished = ["embed", *(f"round-0-block-{b:04d}" for b in range(BLOCKS))]
     written = [unit for unit in finished if unit != "round-0-block-0002"]
     present = {"original": there(0, BLOCKS), "round-0": there(0)}
-    log = blocks(1, 0, 2, finished=finished, present=present, written=written)
+    log = blocks(1, 0, 2, start=StartingPoint(finished, present, written))
     solved = [call.place for _, call in log if isinstance(call, SolveBlock)]
     assert [place for place in solved if place[0] == 0] == [(0, 2)]
     assert passes(log) == [("original", block, chunk) for block in (0, 1) for chunk in CHUNKS]

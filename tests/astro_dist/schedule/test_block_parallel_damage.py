@@ -14,12 +14,11 @@ from astro_dist.schedule.calls import (
     ForwardChunk,
     OpenBlock,
     SolveBlock,
-    SpentInputs,
-    SpentShard,
     WriteBlock,
-    assign,
 )
 from astro_dist.schedule.names import block_of_unit, block_unit, is_held_out, stream_names, unit_names
+from astro_dist.schedule.schedule import RunShape, StartingPoint, assign
+from astro_dist.schedule.spent import SpentInputs, SpentShard
 from tests.astro_dist.schedule.test_block_parallel import result
 
 CHUNKS = ["c0000", "c0001", "h0000", "h0001"]
@@ -80,7 +79,7 @@ class Disk:
                 written |= {unit} if not place or unit in shards else set()
         self.finished = set(finished)
         present = {s: {b: set(self.inputs[s, b]) for b in range(BLOCKS + 1)} for s in self.streams}
-        return BlockSchedule(BLOCKS, 1, CHUNKS, finished, present, rounds, written)
+        return BlockSchedule(RunShape(BLOCKS, 1, CHUNKS), StartingPoint(finished, present, written), rounds)
 
     def lose_something(self, dice):
         places = sorted((s, b, c) for (s, b), chunks in self.inputs.items() for c in chunks if b)

@@ -15,6 +15,7 @@ from astro_dist.schedule.calls import (
     WriteBlock,
 )
 from astro_dist.schedule.names import sequential_units
+from astro_dist.schedule.schedule import RunShape, StartingPoint
 from astro_dist.schedule.sequential import SequentialSchedule, shares
 from tests.astro_dist.schedule.test_block_parallel import simulate
 
@@ -23,7 +24,7 @@ BLOCKS = 4
 
 
 def run(num_workers, seed, finished=(), present=None, chunks=CHUNKS, compensated=False):
-    schedule = SequentialSchedule(BLOCKS, 2, chunks, 2, finished, present or {}, compensated)
+    schedule = SequentialSchedule(RunShape(BLOCKS, 2, chunks), 2, StartingPoint(finished, present or {}), compensated)
     return simulate(num_workers, seed, schedule)
 
 

@@ -56,7 +56,7 @@ def test_run_from_the_hub_writes_the_bytes_of_a_local_run_and_fetches_each_tenso
     summary = pipeline.quantize(remote_config(execution__workers=2))
     assert files_of(tmp_path / "run" / "model") == expected
     shards = sum(path.stat().st_size for path in llama.glob("*.safetensors"))
-    fetched = [(file, asked) for file, asked in hub.asked if file.endswith(".safetensors")]
+    fetched = [(file, asked) for file, asked in hub.file_requests if file.endswith(".safetensors")]
     assert len(fetched) == len(set(fetched)), "a piece was fetched twice"
     heads = sum(stop - start + 1 for file, (start, stop) in fetched if start == 0)
     assert sum(stop - start + 1 for _, (start, stop) in fetched) - heads <= shards
@@ -67,9 +67,11 @@ def test_run_from_the_hub_writes_the_bytes_of_a_local_run_and_fetches_each_tenso
 def test_what_lies_outside_the_blocks_is_fetched_once(hub, remote_config, monkeypatch, mode):
     """Without any cache: the perplexities are measured with what was copied."""
     asked, real = [], Worker.evaluate_loss
-    monkeypatch.setattr(Worker, "evaluate_loss", lambda self, call: asked.append(len(hub.asked)) or real(self, call))
+    monkeypatch.setattr(
+        Worker, "evaluate_loss", lambda self, call: asked.append(len(hub.file_requests)) or real(self, call)
+    )
     pipeline.quantize(remote_config(model__cache_gb=0.0, execution__mode=mode))
-    assert asked == [len(hub.asked)] * 2
+    assert asked == [len(hub.file_requests)] * 2
 
 
 def test_token_is_used_at_the_hub_and_nowhere_else(hub, remote_config, tmp_path):

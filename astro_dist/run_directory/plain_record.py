@@ -1,0 +1,28 @@
+"""Records whose fields are JSON types already."""
+
+import dataclasses
+from collections.abc import Mapping
+from typing import Any, Self
+
+__all__ = ["PlainRecord"]
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class PlainRecord:
+    """Writes its fields to JSON as they are, and reads them back."""
+
+    def to_json(self) -> dict[str, Any]:
+        """Return the record as a JSON object."""
+        return dataclasses.asdict(self)
+
+    @classmethod
+    def from_json(cls, content: Mapping[str, Any]) -> Self:
+        """Read back what `to_json` returned. Fields that a newer version may have added are ignored.
+
+        Args:
+            content: JSON object with every field.
+
+        Raises:
+            KeyError: A field is missing.
+        """
+        return cls(**{field.name: content[field.name] for field in dataclasses.fields(cls)})
