@@ -15,7 +15,10 @@ from pydantic import ValidationError
 from astro.errors import ConfigError
 from astro_dist.config.schema import PublishConfig, RunConfig
 
-__all__ = ["load_config", "make_target"]
+__all__ = ["load_config", "load_recorded_config", "make_target"]
+
+_FORMER_KEYS = {"odd_widths": "indivisible"}
+"""Names in the section `quantization` that version 0.5.0 wrote otherwise, and their names now."""
 
 _MARKER = re.compile(r"int|float|bool|str|literal\[.*\]")
 """Pattern of what pydantic puts into a path for the branch of a union that it tried."""
@@ -57,17 +60,7 @@ def load_config(path: Path, assignments: list[str] | None = None) -> RunConfig:
     Raises:
         ConfigError: The file cannot be read, or some keys are unknown or wrong; the message names all of them.
     """
-    try:
-        with path.open(encoding="utf-8") as file:
-            content = yaml.load(file, _Strict)  # a safe loader
-    except FileNotFoundError as error:
-        raise ConfigError(f"{path}: no such configuration file") from error
-    except IsADirectoryError as error:
-        raise ConfigError(f"{path}: is a folder, expected the YAML file of a run") from error
-    except (OSError, ValueError, yaml.YAMLError) as error:
-        raise ConfigError(f"{path}: cannot be read as YAML: {error}") from error
-    if not isinstance(content, dict):
-        raise ConfigError(f"{path}: expected a mapping of sections (model, quantization, ...), got {content!r:.80}")
+    content = _read_mapping(path)
     without_assignments = copy.deepcopy(content)
     for assignment in assignments or []:
         _assign(content, assignment)
@@ -88,6 +81,25 @@ def load_config(path: Path, assignments: list[str] | None = None) -> RunConfig:
     return RunConfig.model_validate(content)
 
 
+def load_recorded_config(path: Path) -> RunConfig:
+    """Read the configuration that a run keeps beside its result; an earlier version may have written it.
+
+    Args:
+        path: Path of config.yaml in the run directory.
+
+    Raises:
+        ConfigError: The file cannot be read, or is no configuration of a run.
+    """
+    content = _read_mapping(path)
+    section = content.get("quantization")
+    if isinstance(section, dict):
+        content["quantization"] = {_FORMER_KEYS.get(key, key): value for key, value in section.items()}
+    try:
+        return RunConfig.model_validate(content)
+    except ValidationError as error:
+        raise ConfigError(f"{path}: {'; '.join(_explain(error))}") from error
+
+
 def make_target(repo: str, private: bool, revision: str | None, pull_request: bool) -> PublishConfig:
     """Make the section `publish` of a configuration from the options of a command line.
 
@@ -104,6 +116,22 @@ def make_target(repo: str, private: bool, revision: str | None, pull_request: bo
         return PublishConfig(repo=repo, private=private, revision=revision, pull_request=pull_request)
     except ValidationError as error:
         raise ConfigError("; ".join(f"publish.{complaint}" for complaint in _explain(error))) from error
+
+
+def _read_mapping(path: Path) -> dict[str, Any]:
+    """Read a YAML file that holds a mapping of sections."""
+    try:
+        with path.open(encoding="utf-8") as file:
+            content = yaml.load(file, _Strict)  # a safe loader
+    except FileNotFoundError as error:
+        raise ConfigError(f"{path}: no such configuration file") from error
+    except IsADirectoryError as error:
+        raise ConfigError(f"{path}: is a folder, expected the YAML file of a run") from error
+    except (OSError, ValueError, yaml.YAMLError) as error:
+        raise ConfigError(f"{path}: cannot be read as YAML: {error}") from error
+    if not isinstance(content, dict):
+        raise ConfigError(f"{path}: expected a mapping of sections (model, quantization, ...), got {content!r:.80}")
+    return content
 
 
 def _complaints(content: dict[str, Any]) -> list[str]:
@@ -198,6 +226,8 @@ def _expected(item: Any) -> str | None:
 def _suggest(location: tuple[int | str, ...]) -> str:
     names = list(_keys(_kind(location[:-1])))
     close = difflib.get_close_matches(str(location[-1]), names, n=1)
+    if location[0] == "quantization" and location[-1] in _FORMER_KEYS:
+        return f" (it is called {_FORMER_KEYS[str(location[-1])]} now)"
     return f" (did you mean {close[0]}?)" if close else f"; known here: {', '.join(names)}"
 
 

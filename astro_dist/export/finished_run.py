@@ -8,7 +8,7 @@ import huggingface_hub
 
 from astro.errors import ConfigError
 from astro_dist.config.schema import RunConfig
-from astro_dist.config.yaml_file import load_config
+from astro_dist.config.yaml_file import load_recorded_config
 from astro_dist.export.model_card import model_card
 from astro_dist.run_directory.identity import Identity, read_identity
 from astro_dist.run_directory.records import RunDirectory
@@ -47,7 +47,7 @@ class FinishedRun:
             ConfigError: The folder holds no run, or a run that is not finished.
             DamagedError: The figures of the run cannot be read.
         """
-        identity, config = read_identity(root), load_config(root / "config.yaml")
+        identity, config = read_identity(root), load_recorded_config(root / "config.yaml")
         run = RunDirectory(root, identity.key, rounds=config.execution.rounds)
         if not run.summary.is_file():
             raise ConfigError(f"{root}: its run is not finished; `astro-dist quantize` goes on with it")

@@ -6,7 +6,7 @@ import pytest
 
 from astro.errors import ConfigError
 from astro_dist.config.schema import RunConfig, run_key
-from astro_dist.config.yaml_file import load_config
+from astro_dist.config.yaml_file import load_config, load_recorded_config
 
 MINIMAL_KEYS = RunConfig.model_validate({"model": {"source": "x"}, "output": {"dir": "r"}}).plain()
 ROOT = Path(__file__).parents[3]
@@ -38,6 +38,7 @@ def test_resolved_config_reads_back_the_same(write):
     [
         (MINIMAL + "quantization: {bit: 3}", r"unknown key quantization.bit \(did you mean bits\?\)"),
         (MINIMAL + "regularizer: {gamma: 3}", "unknown key regularizer.gamma; known here: name, beta"),
+        (MINIMAL + "quantization: {odd_widths: keep}", r"key quantization.odd_widths \(it is called indivisible now\)"),
         (MINIMAL + "excution: {}", r"unknown key excution \(did you mean execution\?\)"),
         (MINIMAL + "quantization: {bits: 5}", "quantization.bits: expected 2, 3, 4 or 8, got 5"),
         (
@@ -112,6 +113,13 @@ def test_resolved_config_reads_back_the_same(write):
 def test_wrong_configs_are_explained(write, text, message):
     with pytest.raises(ConfigError, match=message):
         load_config(write(text))
+
+
+def test_configs_that_a_finished_run_of_an_earlier_version_holds_are_read(write):
+    path = write(MINIMAL + "quantization: {odd_widths: keep, bits: 3}")
+    assert load_recorded_config(path).quantization.indivisible == "keep"
+    with pytest.raises(ConfigError, match=r"c.yaml: unknown key quantization.bit "):
+        load_recorded_config(write(MINIMAL + "quantization: {bit: 3}"))
 
 
 def test_overrides_apply_in_their_order(write):
