@@ -85,8 +85,8 @@ def plan(
 ) -> None:
     """Tell what a run will need, from the headers alone: units, bytes, memory, disk, time.
 
-    Reads no weight and begins no run. Refuses what `quantize` would refuse, the calibration text too where it is on this machine. Blocks of one size that
-    follow each other share a row.
+    Reads no weight and begins no run. Refuses what `quantize` would refuse, the calibration text too where it is on
+    this machine. Blocks of one size that follow each other share a row.
     """
     from astro_dist.config.yaml_file import load_config
 
