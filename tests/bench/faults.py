@@ -5,7 +5,7 @@
 It starts a head and three nodes of one or two CPUs (127.0.0.2 to .5). It quantizes a small random model undisturbed in
 one process, and then once for each fault, and compares every byte of the results. As root it tries two more faults: a
 small file system of the run directory that fills up and is freed, and a network cable of a node that is pulled and put
-back. It prints the table of cluster/README.md, in Markdown.
+back. It prints Markdown. cluster/README.md lists what a run may lose.
 """
 
 import argparse
