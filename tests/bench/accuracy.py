@@ -1,10 +1,11 @@
-"""Hold-out perplexity of every method, and of other tools, on one model and text: the README's tables.
+"""Hold-out perplexity of every method, and of other tools, on one model and text: section Accuracy of README.md here.
 
     python tests/bench/accuracy.py MODEL TEXT.parquet --out DIR --grids 4:64 3:64 4:-1 2:32 \
         --peer llm-compressor=/venvs/llm-compressor/bin/python --peer gptqmodel=/venvs/gptqmodel/bin/python
 
-Runs the command line once a row and grid, one after the other; other tools run `peers.py` in their own environments on
-the very same tokens. What is finished in DIR is not repeated. Prints Markdown: perplexity, then seconds.
+It runs the command line once for each row and grid, one after the other. Other tools run `peers.py` in environments of
+their own, on the same tokens. Runs that are finished in DIR are not repeated. It prints two tables in Markdown, of
+perplexity and of seconds.
 """
 
 import argparse
@@ -38,7 +39,7 @@ METHODS = {
 
 
 def our_run(options: argparse.Namespace, name: str, grid: str, changes: list[str]) -> dict:
-    """One run of the command line; perplexity and seconds."""
+    """Run the command line once, and return perplexity and seconds."""
     bits, group_size = grid.split(":")
     out = options.out / f"{name.replace(' ', '-')}-{grid.replace(':', 'g')}"
     assignments = [
@@ -56,21 +57,21 @@ def our_run(options: argparse.Namespace, name: str, grid: str, changes: list[str
 
 
 def peer_run(options: argparse.Namespace, tool: str, python: str, grid: str, tokens: Path) -> dict:
-    """One run of another tool; perplexity and seconds."""
-    kept = options.out / f"{tool}-{grid.replace(':', 'g')}.json"
-    if not kept.exists():
+    """Run another tool once, and return perplexity and seconds."""
+    path = options.out / f"{tool}-{grid.replace(':', 'g')}.json"
+    if not path.exists():
         bits, group_size = grid.split(":")
         script = str(Path(__file__).with_name("peers.py"))
         job = ["--bits", bits, "--group-size", group_size, *options.peer_argument]
         command = [python, script, tool, str(options.model), str(tokens), *job]
         done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True)
-        kept.write_text(done.stdout.splitlines()[-1])
-    found = json.loads(kept.read_text())
-    return {"quantized": found["perplexity"], "wall_s": found["wall_s"]}
+        path.write_text(done.stdout.splitlines()[-1])
+    result = json.loads(path.read_text())
+    return {"quantized": result["perplexity"], "wall_s": result["wall_s"]}
 
 
 def main() -> None:
-    """Run what is missing, print the tables."""
+    """Run what is missing, and print the tables."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("model", type=Path)
     parser.add_argument("text", type=Path)

@@ -1,6 +1,8 @@
-"""Every architecture that is tested, as a table: python tests/bench/architectures.py [NAME ...]
+"""A table of every architecture that is tested.
 
-For each a tiny random checkpoint, written by transformers itself, is streamed, quantized and read again.
+    python tests/bench/architectures.py [NAME ...]
+
+For each of them transformers writes a tiny random checkpoint, which is streamed, quantized and read again.
 """
 
 import argparse
@@ -24,10 +26,10 @@ def main() -> None:
     print("|---|---|---|---|---|")
     for name in parser.parse_args().names:
         with tempfile.TemporaryDirectory() as scratch:
-            found = examine(name, Path(scratch))
-        difference = "" if found.difference is None else f"{found.difference:.1e}"
-        reloaded = f"no: {UNREADABLE[name]}" if name in UNREADABLE else "yes" if found.reloaded else "incomplete"
-        print(f"| {name} | {found.streamed:g} | {found.layers} | {reloaded} | {difference} |", flush=True)
+            result = examine(name, Path(scratch))
+        difference = "" if result.difference is None else f"{result.difference:.1e}"
+        reloaded = f"no: {UNREADABLE[name]}" if name in UNREADABLE else "yes" if result.reloaded else "incomplete"
+        print(f"| {name} | {result.streamed:g} | {result.layers} | {reloaded} | {difference} |", flush=True)
 
 
 if __name__ == "__main__":

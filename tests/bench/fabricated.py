@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from accuracy import PLAIN
-from measured_run import PHASES, kept, our_run, peer_runs
+from measured_run import PHASES, measured_once, our_run, peer_runs
 
 _WORDS = 4096
 BASE = {"hidden": 512, "intermediate": 1536, "layers": 2, "samples": 16}
@@ -19,11 +19,11 @@ WIDE = {"hidden": 4096, "intermediate": 14336, "layers": 1, "samples": 32}
 
 
 def fabricated(out: Path, hidden: int, intermediate: int, layers: int) -> Path:
-    """A checkpoint of random weights whose inputs are correlated, and a text of its words; made once."""
+    """Make a checkpoint of random weights whose inputs are correlated, and a text of its words, unless it is there."""
     folder = out / f"source-{hidden}-{intermediate}-{layers}"
     if not (folder / "words.txt").exists():
         folder.mkdir(parents=True, exist_ok=True)
-        # Apart: a process begins with the peak of the one that starts it.
+        # Another process makes it, because a run would begin with the memory peak of the process that starts it.
         arguments = (folder, hidden, intermediate, layers)
         maker = multiprocessing.get_context("spawn").Process(target=_fabricate, args=arguments)
         maker.start()
@@ -56,7 +56,7 @@ def _fabricate(folder: Path, hidden: int, intermediate: int, layers: int) -> Non
 
 
 def fabricated_run(options: argparse.Namespace, out: Path, shape: Mapping[str, int], changes: Sequence[str]) -> dict:
-    """One run on a fabricated model, in one process."""
+    """Run the command line on a fabricated model, in one process, and return what was measured."""
     sizes = {**BASE, **shape}
     source = fabricated(options.out, sizes["hidden"], sizes["intermediate"], sizes["layers"])
     return our_run(out, [*_fabricated_settings(options, source, sizes["samples"]), *changes])
@@ -73,7 +73,7 @@ def _fabricated_settings(options: argparse.Namespace, source: Path, samples: int
 
 
 def floor_operations(options: argparse.Namespace, shape: Mapping[str, int]) -> float:
-    """Operations that a run on a fabricated model needs at least."""
+    """Count the operations that a run on a fabricated model needs at least."""
     from floor import configured, count, shape_of
 
     sizes = {**BASE, **shape}
@@ -83,42 +83,42 @@ def floor_operations(options: argparse.Namespace, shape: Mapping[str, int]) -> f
 
 
 def growth(options: argparse.Namespace) -> None:
-    """Tokens, width and depth, one at a time."""
+    """Print how time grows with tokens, width and depth, one at a time."""
     results: dict[str, list[dict]] = {}
     for turn in range(options.turns):
         for number, (name, shape) in enumerate(GROWTH.items()):
             out = options.out / f"growth-{number}-turn-{turn}"
             measure = lambda out=out, shape=shape: fabricated_run(options, out, shape, [])  # noqa: E731
-            results.setdefault(name, []).append(kept(out.with_suffix(".json"), measure))
+            results.setdefault(name, []).append(measured_once(out.with_suffix(".json"), measure))
     base = floor_operations(options, {})
     print("| | seconds at work | times the base | least operations, times the base | peak GB |\n|---|---|---|---|---|")
-    for name, own in results.items():
+    for name, runs in results.items():
         ratio = statistics.median(
-            one["work_s"] / other["work_s"] for one, other in zip(own, results["base"], strict=True)
+            one["work_s"] / other["work_s"] for one, other in zip(runs, results["base"], strict=True)
         )
-        seconds, peak = statistics.median(one["work_s"] for one in own), max(one["peak_bytes"] for one in own)
+        seconds, peak = statistics.median(one["work_s"] for one in runs), max(one["peak_bytes"] for one in runs)
         least = floor_operations(options, GROWTH[name]) / base
         print(f"| {name} | {seconds:.1f} | {ratio:.2f} | {least:.2f} | {peak / 1e9:.2f} |")
 
 
 def wide(options: argparse.Namespace) -> None:
-    """One wide block, with β searched and as plain GPTQ; the other tools' whole time beside."""
+    """Print the time of one wide block, with β searched and as plain GPTQ, beside the time of other tools."""
     ways = {"auto": [], "plain GPTQ": PLAIN}
     results: dict[str, list[dict]] = {}
     for turn in range(options.turns):
         for name, changes in ways.items():
             out = options.out / f"wide-{name.replace(' ', '-')}-turn-{turn}"
             measure = lambda out=out, changes=changes: fabricated_run(options, out, WIDE, changes)  # noqa: E731
-            results.setdefault(name, []).append(kept(out.with_suffix(".json"), measure))
+            results.setdefault(name, []).append(measured_once(out.with_suffix(".json"), measure))
         source = fabricated(options.out, WIDE["hidden"], WIDE["intermediate"], WIDE["layers"])
         tokens = options.out / f"wide-auto-turn-{turn}" / "tokens.safetensors"
-        for tool, found in peer_runs(options, source, tokens, options.out, f"wide-{turn}").items():
-            results.setdefault(tool, []).append(found)
+        for tool, result in peer_runs(options, source, tokens, options.out, f"wide-{turn}").items():
+            results.setdefault(tool, []).append(result)
     print("| | " + " | ".join((*PHASES, "at work", "all", "peak GB")) + " |\n" + "|---" * (len(PHASES) + 4) + "|")
-    for name, own in results.items():
+    for name, runs in results.items():
         cells = [""] * (len(PHASES) + 1)
-        if "phases_s" in own[0]:
-            parts = [{**dict.fromkeys(PHASES, 0.0), **one["phases_s"], "at work": one["work_s"]} for one in own]
+        if "phases_s" in runs[0]:
+            parts = [{**dict.fromkeys(PHASES, 0.0), **one["phases_s"], "at work": one["work_s"]} for one in runs]
             cells = [f"{statistics.median(one[part] for one in parts):.1f}" for part in (*PHASES, "at work")]
-        last = (statistics.median(one["wall_s"] for one in own), max(one["peak_bytes"] for one in own) / 1e9)
+        last = (statistics.median(one["wall_s"] for one in runs), max(one["peak_bytes"] for one in runs) / 1e9)
         print(f"| {name} | " + " | ".join((*cells, *(f"{value:.1f}" for value in last))) + " |")

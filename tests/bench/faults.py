@@ -1,11 +1,11 @@
-"""Everything that a run may lose, lost for real on a Ray cluster of several nodes on this machine: the README's table.
+"""Everything that a run may lose, lost for real on a Ray cluster of several nodes on this machine.
 
     python tests/bench/faults.py --out DIR [--only NAME ...]
 
-Starts a head and three nodes of one CPU each (127.0.0.2 to .5), quantizes a small random model once undisturbed in one
-process, and then once for each fault, and compares every byte of the result. As root, two more rows: a run directory
-on a small file system that fills up and is freed, and a node in a network namespace whose cable is pulled and put back.
-Prints Markdown.
+It starts a head and three nodes of one or two CPUs (127.0.0.2 to .5). It quantizes a small random model undisturbed in
+one process, and then once for each fault, and compares every byte of the results. As root it tries two more faults: a
+small file system of the run directory that fills up and is freed, and a network cable of a node that is pulled and put
+back. It prints Markdown. cluster/README.md lists what a run may lose.
 """
 
 import argparse
@@ -48,7 +48,7 @@ QUIET = {
 
 
 class Cluster:
-    """A head without CPUs and nodes of one or two, each a process of ours."""
+    """Runs a head without CPUs, and nodes of one or two CPUs, each as a process of this script."""
 
     def __init__(self, folder: Path, prefix: Callable[[str], list[str]] = lambda name: [], head: str = HEAD) -> None:
         self.folder, self.head, self._prefix = folder, head, prefix
@@ -70,7 +70,7 @@ class Cluster:
         time.sleep(6)
 
     def start_node(self, name: str, address: str) -> None:
-        """Two workers on w1, so that a node takes more than one with it; one on every other."""
+        """Start a node. It has room for one worker, but w1 for two, so that it takes both with it."""
         cpus = 2 if name == "w1" else 1
         self._start(name, [f"--address={self.head}:{PORT}", f"--node-ip-address={address}", f"--num-cpus={cpus}"])
 
@@ -84,16 +84,16 @@ class Cluster:
             )
 
     def processes(self, name: str) -> list[int]:
-        """A node's process and all of its descendants."""
+        """List the ids of a node's process and of all of its descendants."""
         listing = subprocess.run(["ps", "-eo", "pid=,ppid="], capture_output=True, text=True).stdout
         children: dict[int, list[int]] = {}
         for line in listing.splitlines():
             pid, parent = map(int, line.split())
             children.setdefault(parent, []).append(pid)
-        found = [self.nodes[name].pid]
-        for pid in found:
-            found += children.get(pid, [])
-        return found
+        pids = [self.nodes[name].pid]
+        for pid in pids:
+            pids += children.get(pid, [])
+        return pids
 
     def signal(self, name: str, number: int) -> None:
         for pid in self.processes(name):
@@ -110,7 +110,7 @@ class Cluster:
 
 @dataclasses.dataclass
 class Job:
-    """One run of the command line against a cluster."""
+    """Describes a run of the command line on a cluster, and follows it."""
 
     cluster: Cluster
     config: Path
@@ -140,7 +140,7 @@ class Job:
             time.sleep(0.05)
 
     def wait_for_workers(self, number: int) -> None:
-        """Until so many workers are up and have something to do."""
+        """Wait until so many workers are up and have something to do."""
         end = time.monotonic() + 120
         while sum(line["event"] == "joined" for line in self.journal()) < number and time.monotonic() < end:
             time.sleep(0.05)
@@ -162,13 +162,13 @@ def write_config(out: Path, name: str, model: Path, samples: int = 24, **executi
 
 
 def hashes(folder: Path) -> dict[str, str]:
-    """Of every file but the card, which tells hardware and seconds."""
+    """Compute the SHA-256 of every file but the card, which tells hardware and seconds."""
     files = (path for path in sorted(folder.glob("*")) if path.name != "README.md")
     return {path.name: hashlib.sha256(path.read_bytes()).hexdigest() for path in files}
 
 
 def worker_fault(phase: str, call: int, action: str) -> Callable[[Job], str]:
-    """One call of one worker goes wrong."""
+    """Return a fault in which one call of one worker goes wrong."""
 
     def happen(job: Job) -> str:
         plan = job.cluster.fault
@@ -195,7 +195,7 @@ def node_killed(job: Job) -> str:
 
 
 def node_frozen(job: Job) -> str:
-    """No process of the node does anything for so long that the node is declared dead; then all go on."""
+    """Freeze all processes of a node until the node is declared dead, and then let them go on."""
     driver = job.start()
     job.wait_for_workers(4)
     job.cluster.signal("w1", signal.SIGSTOP)
@@ -229,7 +229,7 @@ def driver_killed(job: Job) -> str:
 
 
 def cable_pulled(job: Job) -> str:
-    """A node loses its network for so long that it is declared dead; then the network is back."""
+    """Take the network from a node until the node is declared dead, and then give it back."""
     driver = job.start()
     job.wait_for_workers(3)
     subprocess.run(["ip", "-n", namespace("w1"), "link", "set", "eth0", "down"], check=True)
@@ -243,39 +243,39 @@ def namespace(name: str) -> str:
 
 
 class Network:
-    """A network namespace for each node, joined by a bridge in another one."""
+    """Makes a network namespace for each node, and joins them by a bridge in another one."""
 
     def __init__(self, names: list[str]) -> None:
         self._all = [namespace(name) for name in ("switch", *names)]
         self.addresses = {name: f"10.77.0.{number + 11}" for number, name in enumerate(names)}
 
     def __enter__(self) -> "Network":
-        for own in self._all:
-            self._ip("netns", "add", own)
+        for space in self._all:
+            self._ip("netns", "add", space)
         switch = self._all[0]
         self._ip("-n", switch, "link", "add", "br0", "type", "bridge")
         self._ip("-n", switch, "addr", "add", "10.77.0.1/24", "dev", "br0")
         self._ip("-n", switch, "link", "set", "br0", "up")
         for name, address in self.addresses.items():
-            own, port = namespace(name), f"to-{name}"
-            self._ip("link", "add", port, "netns", switch, "type", "veth", "peer", "name", "eth0", "netns", own)
+            space, port = namespace(name), f"to-{name}"
+            self._ip("link", "add", port, "netns", switch, "type", "veth", "peer", "name", "eth0", "netns", space)
             self._ip("-n", switch, "link", "set", port, "master", "br0", "up")
-            self._ip("-n", own, "link", "set", "lo", "up")
-            self._ip("-n", own, "addr", "add", f"{address}/24", "dev", "eth0")
-            self._ip("-n", own, "link", "set", "eth0", "up")
-            self._ip("-n", own, "route", "add", "default", "via", "10.77.0.1")
+            self._ip("-n", space, "link", "set", "lo", "up")
+            self._ip("-n", space, "addr", "add", f"{address}/24", "dev", "eth0")
+            self._ip("-n", space, "link", "set", "eth0", "up")
+            self._ip("-n", space, "route", "add", "default", "via", "10.77.0.1")
         return self
 
     def __exit__(self, *_: object) -> None:
-        for own in self._all:
-            subprocess.run(["ip", "netns", "del", own], check=False)
+        for space in self._all:
+            subprocess.run(["ip", "netns", "del", space], check=False)
 
     def _ip(self, *arguments: str) -> None:
         subprocess.run(["ip", *arguments], check=True)
 
 
 def disk_full(job: Job) -> str:
-    """On a file system of 16 MB that something else fills up, and frees after a while."""
+    """Run on a file system of 16 MB that something else fills up, and frees after a while."""
     job.run.mkdir()
     subprocess.run(["mount", "-t", "tmpfs", "-o", "size=16m", "tmpfs", str(job.run)], check=True)
     driver = job.start()
@@ -322,7 +322,7 @@ FAULTS: dict[str, tuple[str, Callable[[Job], str], dict]] = {
 
 
 def main() -> None:
-    """Run every fault, print the table."""
+    """Run every fault, and print the table."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--only", nargs="+", default=list(FAULTS), choices=list(FAULTS), metavar="NAME")
@@ -335,7 +335,7 @@ def main() -> None:
     expected: dict[tuple, dict[str, str]] = {}
 
     def undisturbed(mode: str = "blocks", samples: int = 24, **_: object) -> dict[str, str]:
-        """The bytes of a run in one process that nothing happens to."""
+        """Return the hashes of a run in one process that nothing happens to."""
         if (mode, samples) not in expected:
             config, run = write_config(
                 out, f"whole-{mode}-{samples}", model, samples, executor="local", workers=1, mode=mode

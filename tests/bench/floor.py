@@ -1,15 +1,16 @@
-"""The least time that a run can take: operations that must be done over the machine's rate, bytes over its bandwidth.
+"""The least time of a run: operations that it must do over the machine's rate, and bytes over its bandwidth.
 
     python tests/bench/floor.py MODEL [--set calibration.samples=32 --set quantization.group_size=64 ...] [--threads 2]
     python tests/bench/floor.py MODEL --device h100 --workers 8
     python tests/bench/floor.py --run RUN
 
-MODEL is a folder with a config.json; weights need not be there. RUN is the directory of a finished run, whose phases
-stand beside the floor. What is counted is what the method asks for, however the code does it: a symmetric product is
-half a product, causal attention half the square, one factorization serves the regularizer and GPTQ, an elementwise
-step is a few operations an element in one pass. Of a phase the larger of both times counts, as if computing and moving
-overlapped; elementwise operations go at the rate of products, every file lies in memory, and nothing waits: no program
-reaches it. Refinement is counted with all of its passes. Prints Markdown.
+MODEL is a folder with a config.json; it needs no weights. RUN is the directory of a finished run, whose phases are
+shown beside the least times. The script counts what the method asks for, however the code does it. A symmetric product
+is half a product, and causal attention half the square. One factorization serves the regularizer and GPTQ. An
+elementwise step is a few operations for each element, in one pass. Refinement has all of its passes.
+
+No program can reach these times: computing and moving overlap, so that the longer of both counts for a phase;
+elementwise operations are as fast as products; every file lies in memory; and nothing waits. The output is Markdown.
 """
 
 import argparse
@@ -40,17 +41,22 @@ from astro_dist.planning.units import Plan, make_plan
 
 _DTYPES = {"bfloat16": ("BF16", 2), "float16": ("F16", 2), "float32": ("F32", 4)}
 _PROX_OPERATIONS = 20
-"""An element of the proximal map: four Newton steps of a subtraction, a clamp, a comparison and a sum; the clip."""
+"""The operations for an element of the proximal map: four Newton steps of four operations, and the clip."""
 _CANDIDATE_OPERATIONS = 7
-"""An element for each scale that is tried: divide, round, clamp, multiply, subtract, square, sum with its weight."""
+"""The operations for an element and each scale that is tried: divide, round, clamp, multiply, subtract, square, sum."""
 _ROUNDING_OPERATIONS = 6
 _COPY_BYTES = 1 << 28
 
 
 @dataclasses.dataclass(frozen=True)
 class Need:
-    """What must be done: operations in the compute dtype, operations in float32, bytes between memory and processor,
-    operations on factors that may be rounded to bfloat16.
+    """Says how much must be done.
+
+    Attributes:
+        compute: Number of operations in the compute dtype.
+        exact: Number of operations in float32.
+        moved_bytes: Number of bytes that move between memory and processor.
+        rounded: Number of operations on factors that may be rounded to bfloat16.
     """
 
     compute: float = 0.0
@@ -60,7 +66,7 @@ class Need:
 
     @property
     def operations(self) -> float:
-        """All of them."""
+        """Return the number of all operations."""
         return self.compute + self.exact + self.rounded
 
     def __add__(self, other: "Need") -> "Need":
@@ -72,8 +78,14 @@ class Need:
 
 @dataclasses.dataclass(frozen=True)
 class Machine:
-    """All workers together: operations a second in the compute dtype, in float32, and in bfloat16 where that is faster;
-    bytes a second of its memory.
+    """Says how fast all workers are together.
+
+    Attributes:
+        name: Description of the machine.
+        compute: Operations per second in the compute dtype.
+        exact: Operations per second in float32.
+        rounded: Operations per second in bfloat16, or in float32 if that is faster.
+        bandwidth: Bytes per second from and to memory.
     """
 
     name: str
@@ -83,26 +95,26 @@ class Machine:
     bandwidth: float
 
     def seconds(self, need: Need) -> float:
-        """The least time."""
+        """Return the least time for what must be done, in seconds."""
         computing = need.compute / self.compute + need.exact / self.exact + need.rounded / self.rounded
         return max(computing, need.moved_bytes / self.bandwidth)
 
 
 @dataclasses.dataclass(frozen=True)
 class Shape:
-    """What the counts need of a model and of its calibration.
+    """Describes a model and its calibration, as far as the counts need it.
 
     Attributes:
-        blocks: the groups of layers of each block.
-        attention: width of all heads together; queries and keys are as wide as values.
-        hidden: width of the hidden states.
-        vocabulary: tokens that the model knows.
-        tokens: for calibration.
-        held_out: tokens that perplexity is measured on.
-        length: tokens a sequence.
-        itemsize: bytes of an element in the compute dtype.
-        read_bytes: of the source.
-        written_bytes: of the result.
+        blocks: Input groups of each block.
+        attention: Width of all heads together. Queries and keys are as wide as values.
+        hidden: Width of the hidden states.
+        vocabulary: Number of tokens that the model knows.
+        tokens: Number of tokens to calibrate on.
+        held_out: Number of tokens that perplexity is measured on.
+        length: Number of tokens in a sequence.
+        itemsize: Size of an element in the compute dtype, in bytes.
+        read_bytes: Size of the source, in bytes.
+        written_bytes: Size of the result, in bytes.
     """
 
     blocks: Sequence[Sequence[PredictedInputGroup]]
@@ -120,13 +132,13 @@ class Shape:
 def forward_operations(
     groups: Sequence[PredictedInputGroup], attention: int, tokens: int, length: int, causal: bool
 ) -> float:
-    """Of a block: its linear layers, queries times keys and weights times values."""
+    """Count the operations of a block: its linear layers, queries times keys, and weights times values."""
     linear = 2.0 * sum(group.reach * group.rows * group.columns for group in groups)
     return tokens * (linear + 4.0 * attention * ((length + 1) / 2 if causal else length))
 
 
 def solve_needs(columns: int, rows: float, settings: Quantization, regularization: Regularizer) -> dict[str, Need]:
-    """Of some rows whose group is factored, by phase; the regularization of β = 0 is left out by who asks."""
+    """Count by phase what some rows of a factored group need. The caller leaves out the regularization of β = 0."""
     weights, product = rows * columns, 2.0 * rows * columns**2
     square, read, written = 4.0 * columns**2, 4.0 * weights, 5.0 * weights
     steps = regularization.steps if regularization.name != "none" else 0
@@ -149,7 +161,7 @@ def solve_needs(columns: int, rows: float, settings: Quantization, regularizatio
 
 
 def group_needs(group: PredictedInputGroup, settings: Quantization, regularization: Regularizer) -> dict[str, Need]:
-    """Of a group of layers once its Hessian is there, by phase."""
+    """Count by phase what an input group needs once its Hessian is there."""
     columns, gptq = group.columns, settings.method == "gptq"
     needs = solve_needs(columns, group.rows, settings, regularization)
     needs["factor"] = Need(exact=columns**3 / 3.0, moved_bytes=8.0 * columns**2) * gptq
@@ -163,12 +175,12 @@ def group_needs(group: PredictedInputGroup, settings: Quantization, regularizati
 
 
 def count(shape: Shape, config: RunConfig, regularized: float = 1.0) -> dict[str, Need]:
-    """What a run must do, by phase.
+    """Count by phase what a run must do.
 
     Args:
-        shape: of the model and its calibration.
-        config: of the run.
-        regularized: share of the weights for which a β other than 0 is chosen.
+        shape: Shape of the model and of its calibration.
+        config: Configuration of the run.
+        regularized: Share of the weights for which a β other than 0 is chosen.
     """
     settings, sequential = config.quantization, config.execution.mode == "sequential"
     compensated = sequential and settings.compensates
@@ -205,7 +217,7 @@ def count(shape: Shape, config: RunConfig, regularized: float = 1.0) -> dict[str
 
 
 def plan_of(folder: Path, quantization: Quantization) -> tuple[Plan, Skeleton]:
-    """Plan and skeleton of a folder, from its headers, or where it has no weights from its config.json alone."""
+    """Return plan and skeleton of a folder, from its headers, or from its config.json alone if it has no weights."""
     dtype = json.loads((folder / "config.json").read_text()).get("dtype", "bfloat16")
     skeleton = Skeleton(folder, getattr(torch, dtype))
     if any(folder.glob("*.safetensors")):
@@ -219,13 +231,13 @@ def plan_of(folder: Path, quantization: Quantization) -> tuple[Plan, Skeleton]:
 
 
 def shape_of(folder: Path, config: RunConfig, itemsize: int) -> Shape:
-    """Shape of a model folder under a configuration, `itemsize` the bytes of an element in the compute dtype."""
+    """Return the shape of a model folder under a configuration. `itemsize` is that of the compute dtype, in bytes."""
     plan, skeleton = plan_of(folder, config.quantization)
-    own, calibration = skeleton.model.config.get_text_config(), config.calibration
-    heads = own.num_attention_heads
+    model, calibration = skeleton.model.config.get_text_config(), config.calibration
+    heads = model.num_attention_heads
     return Shape(
         blocks=[predicted_input_groups(unit.linears, plan.expert_share) for unit in plan.blocks],
-        attention=heads * (getattr(own, "head_dim", None) or plan.hidden_size // heads),
+        attention=heads * (getattr(model, "head_dim", None) or plan.hidden_size // heads),
         hidden=plan.hidden_size,
         vocabulary=plan.vocab_size,
         tokens=calibration.samples * calibration.sequence_length,
@@ -238,16 +250,16 @@ def shape_of(folder: Path, config: RunConfig, itemsize: int) -> Shape:
 
 
 def this_machine(threads: int, half: bool) -> Machine:
-    """The best of three measurements of the CPU at hand; what runs beside it makes it look slower."""
-    found = [measure(threads, size=2048) for _ in range(3)]
-    exact = max(device.float32 for device in found)
-    rounded = max(exact, *(device.bfloat16 for device in found))
+    """Measure this CPU three times, and return the best. What else runs at the time makes it look slower."""
+    devices = [measure(threads, size=2048) for _ in range(3)]
+    exact = max(device.float32 for device in devices)
+    rounded = max(exact, *(device.bfloat16 for device in devices))
     compute = rounded if half else exact
     return Machine(f"this CPU, {threads} threads", compute, exact, rounded, max(bandwidth(threads) for _ in range(3)))
 
 
 def bandwidth(threads: int) -> float:
-    """Bytes a second that are read and written, of a copy larger than any cache."""
+    """Measure how many bytes per second a copy reads and writes that is larger than any cache."""
     before = torch.get_num_threads()
     torch.set_num_threads(threads)
     try:
@@ -261,8 +273,9 @@ def bandwidth(threads: int) -> float:
 
 
 def some_gpus(name: str, workers: int, half: bool) -> Machine:
-    """Several GPUs of a kind at what large products reach of their data sheet; float32 without TF32, or as three of
-    bfloat16.
+    """Return several GPUs of a kind, at the rates of large products.
+
+    Float32 is as fast as without TF32, or as three products of bfloat16 if that is faster.
     """
     device = DEVICES[name]
     rounded = max(device.bfloat16, device.float32)
@@ -272,7 +285,7 @@ def some_gpus(name: str, workers: int, half: bool) -> Machine:
 
 
 def measured_phases(run: Path, summary: Mapping) -> tuple[dict[str, float], int]:
-    """Wall seconds of a run's phases, as if all workers were always at work, and the number of its workers."""
+    """Return seconds of a run's phases, divided by the number of its workers, and that number."""
     workers = len(summary["peak_rss_bytes"]) - 1
     phases = dict(summary["phases_s"])
     lines = [json.loads(line) for line in (run / "journal.jsonl").read_text().splitlines()]
@@ -288,12 +301,15 @@ def measured_phases(run: Path, summary: Mapping) -> tuple[dict[str, float], int]
 
 
 def print_table(needs: Mapping[str, Need], machine: Machine, measured: Mapping[str, float]) -> None:
-    """Print phases, the longest floor first, then what is only measured, then the sum."""
+    """Print phases, the longest least time first, then those that are only measured, then the sum."""
     floors = {phase: machine.seconds(need) for phase, need in needs.items() if need != Need()}
     print(f"{machine.name}: {machine.compute / 1e9:.0f} GFLOP/s in the compute dtype, {machine.exact / 1e9:.0f} in "
           f"float32, {machine.rounded / 1e9:.0f} on rounded factors, {machine.bandwidth / 1e9:.0f} GB/s\n")  # fmt: skip
     print("| phase | operations | GB moved | floor s | measured s | ratio |\n|---|---|---|---|---|---|")
-    for phase in [*sorted(floors, key=lambda phase: -floors[phase]), *(own for own in measured if own not in floors)]:
+    for phase in [
+        *sorted(floors, key=lambda phase: -floors[phase]),
+        *(phase for phase in measured if phase not in floors),
+    ]:
         need, floor = needs.get(phase, Need()), floors.get(phase, 0.0)
         print(_row(phase, need.operations, need.moved_bytes, floor, measured.get(phase)))
     total = sum(needs.values(), Need())
@@ -302,13 +318,13 @@ def print_table(needs: Mapping[str, Need], machine: Machine, measured: Mapping[s
 
 
 def _row(phase: str, operations: float, moved_bytes: float, floor: float, measured: float | None) -> str:
-    seen = "" if measured is None else f"{measured:.2f}"
+    cell = "" if measured is None else f"{measured:.2f}"
     ratio = f"{measured / floor:.1f}" if measured is not None and floor > 0 else ""
-    return f"| {phase} | {operations:.2e} | {moved_bytes / 1e9:.2f} | {floor:.2f} | {seen} | {ratio} |"
+    return f"| {phase} | {operations:.2e} | {moved_bytes / 1e9:.2f} | {floor:.2f} | {cell} | {ratio} |"
 
 
 def configured(path: Path | None, model: Path | None, assignments: Sequence[str]) -> RunConfig:
-    """A run's configuration, or the defaults for a model, changed."""
+    """Return the configuration of a run, or the defaults for a model, with some changes."""
     with tempfile.TemporaryDirectory() as scratch:
         defaults = Path(scratch) / "config.json"  # JSON is YAML
         defaults.write_text(json.dumps({"model": {"source": str(model)}, "output": {"dir": scratch}}))
@@ -316,7 +332,7 @@ def configured(path: Path | None, model: Path | None, assignments: Sequence[str]
 
 
 def itemsize_of(run: Path | None, device: str | None, dtype: str) -> int:
-    """Bytes of an element in the compute dtype: what a run used, else what it would; CPUs take float32 for float16."""
+    """Return the size of an element in bytes, in the dtype that a run used or would use. CPUs do not take float16."""
     if run is not None:
         lines = [json.loads(line) for line in (run / "journal.jsonl").read_text().splitlines()]
         dtype = next(line["compute_dtype"] for line in lines if line["event"] == "started").removeprefix("torch.")
@@ -326,7 +342,7 @@ def itemsize_of(run: Path | None, device: str | None, dtype: str) -> int:
 
 
 def main() -> None:
-    """Count, measure the machine, print."""
+    """Count, measure the machine, and print."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("model", type=Path, nargs="?", help="folder with config.json")
     parser.add_argument("--run", type=Path, help="directory of a finished run; its model is the configured one")
@@ -350,7 +366,7 @@ def main() -> None:
     half = shape.itemsize == 2
     gpus = options.device and some_gpus(options.device, options.workers, half)
     print_table(count(shape, config, regularized), gpus or this_machine(options.threads, half), measured)
-    steps = (1 + config.quantization.refine_passes) * sum(group.columns for own in shape.blocks for group in own)
+    steps = (1 + config.quantization.refine_passes) * sum(group.columns for groups in shape.blocks for group in groups)
     print(f"\nIn solve and refinement {steps / len(shape.blocks):,.0f} columns a block follow one another.")
 
 

@@ -1,14 +1,16 @@
-"""What the solve of a block asks of a GPU's queue: kernel launches and host syncs by phase, and by line.
+"""How many kernels the solve of a block launches on a GPU, and how often the host waits, by phase and by line.
 
     python tests/bench/launches.py [--shapes 70B] [--plain]
 
-Runs the arithmetic of one group of layers on the CPU with few rows, at three widths, and counts the operators that are
-dispatched: one that only makes a view, or memory, launches nothing. What grows with the columns is found from two
-widths and checked at the third; rows do not matter within a tile, and tiles are those of a GPU. A sync is an operator
-that makes the host wait for a value. What a GPU's worker compiles counts as the kernels that torch makes of it for a
-CPU: one each, two of a panel of refinement; `--plain` counts it uncompiled. Every refinement pass is done. The block's
-own forward is not counted, nor the copies to files, nor what inverts a matrix, some 1,400 operators at the widest.
-Prints Markdown.
+It runs the arithmetic of one input group on the CPU, with few rows and at three widths, and counts the operators that
+are dispatched. An operator that only makes a view, or memory, launches nothing. How counts grow with the columns
+follows from two widths and is checked at the third. Rows do not matter within a tile, and tiles are those of a GPU. A
+sync is an operator that makes the host wait for a value.
+
+Code that a GPU's worker compiles counts as the kernels that torch makes of it for a CPU: two for a panel of refinement,
+else one. `--plain` counts it uncompiled. Every pass of refinement is done. Not counted are the forward of the block,
+the copies to files, and the inversion of a matrix, which takes some 1,400 operators at the widest. The output is
+Markdown.
 """
 
 import argparse
@@ -39,7 +41,7 @@ from astro_dist.planning.devices import DEVICES
 ROOT = Path(__file__).parents[2]
 WIDTHS = (256, 512, 768)
 ROWS = 128
-"""One tile on a CPU, and one of the sample."""
+"""The number of rows of a tile on a CPU, and of a tile of the sample."""
 SHAPES = {
     "8B": {"q, k, v": (6144, 4096), "o": (4096, 4096), "gate, up": (28672, 4096), "down": (4096, 14336)},
     "70B": {"q, k, v": (10240, 8192), "o": (8192, 8192), "gate, up": (57344, 8192), "down": (8192, 28672)},
@@ -54,7 +56,7 @@ _SOLVE = {
     "regularize": "regularize", "fit_grid": "grid", "require_finite_scales": "grid", "solve": "gptq",
     "refine": "refine", "compensate": "compensate",
 }  # fmt: skip
-"""Phases of a solve by the functions that `solve_rows` calls; all else it calls are figures."""
+"""The phases of a solve by the functions that `solve_rows` calls. Everything else that it calls computes figures."""
 _PHASES = {
     "try_betas": "beta", "choose": "choose", "add_": "hessian", "finish_": "prepare", "prepare_input_groups": "prepare",
     "merge_rows": "merge and pack", "pack_linear": "merge and pack",
@@ -63,15 +65,16 @@ TIMES = {
     "hessian": "chunk", "beta": "sample tile", "prepare": "group", "choose": "group", "merge and pack": "group",
     "other": "group",
 }  # fmt: skip
-"""What a phase is done once for; those of a solve for every tile."""
+"""What a phase is done once for. The phases of a solve are done once for every tile."""
 
 
 class Launches(TorchDispatchMode):
-    """Counts operators by phase and line of ours.
+    """Counts operators by phase and by line of our code.
 
     Attributes:
-        launches: all that start a kernel.
-        syncs: that make the host wait.
+        launches: Number of operators that start a kernel.
+        syncs: Number of operators that make the host wait.
+        inside_kernel: Whether the code that runs counts as a single kernel already.
     """
 
     def __init__(self) -> None:
@@ -93,7 +96,7 @@ class Launches(TorchDispatchMode):
 
 @contextmanager
 def as_on_a_gpu(counter: Launches) -> Iterator[None]:
-    """Take products of halves, which are a kernel each there."""
+    """Compute as on a GPU, where a product of two bfloat16 factors is a single kernel."""
     multiply = as_kernels(counter, bf16_matmul.product, 1)
     with (
         mock.patch.object(bf16_matmul, "_is_faster", return_value=True),
@@ -107,7 +110,7 @@ def as_on_a_gpu(counter: Launches) -> Iterator[None]:
 
 @contextmanager
 def counted_kernels(counter: Launches) -> Iterator[None]:
-    """Count what is compiled by its kernels."""
+    """Count compiled code by its kernels."""
     with ExitStack() as patched:
         patched.enter_context(mock.patch.object(compiled, "is_enabled", return_value=True))
         for module, name, kernels in _COMPILED:
@@ -117,7 +120,7 @@ def counted_kernels(counter: Launches) -> Iterator[None]:
 
 
 def as_kernels(counter: Launches, function: Callable, kernels: int) -> Callable:
-    """The function, counted as so many launches."""
+    """Return a function that does the same and counts as so many launches."""
 
     def call(*args):
         counter.launches[_key()] += kernels
@@ -131,7 +134,7 @@ def as_kernels(counter: Launches, function: Callable, kernels: int) -> Callable:
 
 
 class HostCopies(TorchFunctionMode):
-    """Counts copies of whole tensors to the host, which a CPU does without an operator, among the syncs."""
+    """Counts copies of whole tensors to the host as syncs. On a CPU they are no operators."""
 
     def __init__(self, counter: Launches) -> None:
         super().__init__()
@@ -144,13 +147,13 @@ class HostCopies(TorchFunctionMode):
 
 
 def _key() -> tuple[str, str]:
-    """Phase and line of what is called now."""
+    """The phase and the line of the operator that is called now."""
     frames = _frames()
     return _phase([function for _, function in frames]), frames[0][0]
 
 
 def _phase(functions: list[str]) -> str:
-    """Of an operator by the functions of ours that it was called in, the innermost first."""
+    """The phase of an operator by the functions of ours that it was called in, the innermost first."""
     if "weigh" not in functions and "solve_rows" in functions:
         called = reversed(functions[: functions.index("solve_rows")])  # the outermost first
         return next((_SOLVE[name] for name in called if name in _SOLVE), "figures")
@@ -162,23 +165,23 @@ def _is_mask(index: object) -> bool:
 
 
 def _frames() -> list[tuple[str, str]]:
-    """Line and function of every frame of ours, the innermost first."""
-    found, frame, folder = [], sys._getframe(1), str(ROOT / "astro") + "/"
+    """The line and the function of every frame of ours, the innermost first."""
+    frames, frame, folder = [], sys._getframe(1), str(ROOT / "astro") + "/"
     while frame is not None:
         name = frame.f_code.co_filename
         if name.startswith(folder):
-            found.append((f"{name.removeprefix(folder)}:{frame.f_lineno}", frame.f_code.co_name))
+            frames.append((f"{name.removeprefix(folder)}:{frame.f_lineno}", frame.f_code.co_name))
         frame = frame.f_back  # type: ignore[assignment]
-    return found or [("elsewhere", "")]
+    return frames or [("elsewhere", "")]
 
 
 def run_group(columns: int, settings: Quantization, plain: bool) -> Launches:
-    """Everything that is done for a group of layers, with one chunk, one tile and one tile of the sample."""
+    """Count what is done for an input group, with one chunk, one tile and one tile of the sample."""
     generator = torch.Generator().manual_seed(0)
     W = torch.randn(ROWS, columns, generator=generator) * 0.02
     X = torch.randn(2 * columns, columns, generator=generator) * torch.rand(columns, generator=generator)
     layout, counters = LAYOUTS["compressed-tensors"], []
-    # The search may find 0 best, and nothing to regularize then: what follows it is counted with a β that is given.
+    # The search may choose β = 0, where nothing is regularized: what follows the search is counted with a fixed β.
     for settings_of_beta in (Regularizer(), Regularizer(beta=1e-4)):
         sums = HessianAccumulator(columns, torch.device("cpu"))
         counter = Launches()
@@ -191,15 +194,15 @@ def run_group(columns: int, settings: Quantization, plain: bool) -> Launches:
             layers, _ = quantize_block({"layer": W}, [["layer"]], [known], schemes, recipe)
             layout.pack_linear("layer", layers["layer"], torch.bfloat16)
         counters.append(counter)
-    searched, given = counters
+    searched, fixed = counters
     for which in ("launches", "syncs"):
         search = {key: n for key, n in getattr(searched, which).items() if key[0] in ("beta", "choose")}
-        getattr(given, which).update(search)
-    return given
+        getattr(fixed, which).update(search)
+    return fixed
 
 
 def by_phase(counts: Counter) -> Counter:
-    """Over all lines."""
+    """Add up counts over all lines."""
     total: Counter = Counter()
     for (phase, _), number in counts.items():
         total[phase] += number
@@ -207,7 +210,7 @@ def by_phase(counts: Counter) -> Counter:
 
 
 class Lines:
-    """Counts that grow with the columns, each as a constant and a slope."""
+    """Holds counts that grow with the columns, each as a constant and a slope."""
 
     def __init__(self, narrow: Counter, wide: Counter, widest: Counter) -> None:
         step, self.slopes, self.fixed = WIDTHS[1] - WIDTHS[0], {}, {}
@@ -219,19 +222,19 @@ class Lines:
             assert abs(expected - widest[key]) <= 1, f"{key} does not grow evenly: {expected} and {widest[key]}"
 
     def at(self, key: object, columns: int) -> float:
-        """The count for some width."""
+        """Return the count for some width."""
         return self.fixed.get(key, 0.0) + self.slopes.get(key, 0.0) * columns
 
 
 def times(phase: str, rows: int, columns: int, chunks: int) -> int:
-    """How often a phase is done for a group of layers."""
+    """Return how often a phase is done for an input group."""
     of = TIMES.get(phase, "tile")
     tiles = {"tile": row_tiles, "sample tile": beta_search.sample_tiles}.get(of)
     return len(tiles(rows, columns, "cuda")) if tiles else chunks if of == "chunk" else 1
 
 
 def main() -> None:
-    """Count, extrapolate, print."""
+    """Count, extrapolate, and print."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--shapes", default="70B", choices=list(SHAPES))
     parser.add_argument("--chunks", type=int, default=64, help="of calibration text")
@@ -241,7 +244,9 @@ def main() -> None:
     torch.set_num_threads(1)
     settings = Quantization(group_size=options.group_size, refine_tolerance=0.0)
     counters = [run_group(columns, settings, options.plain) for columns in WIDTHS]
-    launches, syncs = (Lines(*(by_phase(getattr(own, which)) for own in counters)) for which in ("launches", "syncs"))
+    launches, syncs = (
+        Lines(*(by_phase(getattr(counter, which)) for counter in counters)) for which in ("launches", "syncs")
+    )
     groups = SHAPES[options.shapes]
     print(f"A block of {options.shapes}, group {options.group_size}, {settings.refine_passes} refinement passes, "
           f"{options.chunks} chunks\n")  # fmt: skip
@@ -257,14 +262,14 @@ def main() -> None:
         print(f"| {phase} | {TIMES.get(phase, 'tile')} | {launches.fixed[phase]:.0f} | {launches.slopes[phase]:.2f} | "
               f"{syncs.at(phase, WIDTHS[0]):.0f} | {whole[0]:,.0f} | {whole[1]:,.0f} |")  # fmt: skip
     print(f"| sum | | | | | {sums[0]:,.0f} | {sums[1]:,.0f} |\n")
-    print_lines("syncs", Lines(*(own.syncs for own in counters)), WIDTHS[0], 1.0)
-    print_lines("launches a column", Lines(*(own.launches for own in counters)), None, _LEAST_SHOWN)
+    print_lines("syncs", Lines(*(counter.syncs for counter in counters)), WIDTHS[0], 1.0)
+    print_lines("launches a column", Lines(*(counter.launches for counter in counters)), None, _LEAST_SHOWN)
     step_s = DEVICES["h100"].step_s
     print(f"At {step_s * 1e6:g} µs a launch, as `plan` takes it: {sums[0] * step_s:.1f} s a block.")
 
 
 def print_lines(title: str, lines: Lines, columns: int | None, least: float) -> None:
-    """Print the lines of most counts, at some width or for each column; the search of β goes through the same lines."""
+    """Print the lines with the highest counts, at some width or for each column. They include the search of β."""
     print(f"| phase | line | {title} |\n|---|---|---|")
     counts = lines.slopes if columns is None else {key: lines.at(key, columns) for key in lines.fixed}
     for (phase, line), number in sorted(counts.items(), key=lambda item: -item[1]):

@@ -1,10 +1,11 @@
-"""What each part of the solve gives: layer error on tokens it never saw, and seconds, over some blocks of a model.
+"""What each part of the solve gains: its seconds, and layer errors on held-out tokens, over some blocks of a model.
 
     python tests/bench/layers.py MODEL RUN/tokens.safetensors --bits 3 --group-size 64 --blocks 5 17 27
 
-Hessians come from the source model's own activations: chunks `c*` calibrate, chunks `h*` judge. Prints Markdown: the
-geometric mean over all groups of the held-out layer error, the first row being 1; seconds of all groups together. Then
-what β auto did to the layer error of whole groups on the calibration tokens, against β = 0, at its worst and best.
+Hessians come from the activations of the source model: the chunks `c*` calibrate, and the errors are those under the
+Hessians of the chunks `h*`. It prints Markdown. The first table has the geometric mean of the held-out layer error over
+all input groups, relative to the first row, and the seconds of all of them together. Then follows how `beta: auto`
+changed the layer error of whole groups on the calibration tokens, relative to β = 0, at worst and at best.
 """
 
 import argparse
@@ -44,7 +45,7 @@ PAIRS = [
 
 @torch.no_grad()
 def hessians(model: torch.nn.Module, tokens: dict, firsts: list[str], kind: str) -> dict:
-    """Mean of xxᵀ for the input of some layers, from chunks whose name begins with `kind`."""
+    """Compute the mean of xxᵀ for the inputs of some layers, from chunks whose names begin with `kind`."""
     sums = {n: HessianAccumulator(model.get_submodule(n).in_features, torch.device("cpu")) for n in firsts}
     handles = [
         model.get_submodule(n).register_forward_pre_hook(lambda _, args, total=total: total.add_(args[0]))
@@ -59,7 +60,7 @@ def hessians(model: torch.nn.Module, tokens: dict, firsts: list[str], kind: str)
 
 
 def held_out_error(members: dict, weights: dict, H: torch.Tensor) -> float:
-    """Relative layer error under another Hessian."""
+    """Compute the relative layer error under the Hessian of held-out tokens."""
     error = sum(float(layer_error(weights[n].float(), members[n].dequantize(), H).sum()) for n in weights)
     return error / sum(float(layer_error(W.float(), torch.zeros_like(W.float()), H).sum()) for W in weights.values())
 

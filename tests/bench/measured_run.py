@@ -1,4 +1,4 @@
-"""One run of the command line, or of another tool: seconds, phases, the memory of all of its processes."""
+"""Runs of the command line and of other tools, with their seconds, phases, and the memory of all processes."""
 
 import argparse
 import functools
@@ -14,14 +14,14 @@ from pathlib import Path
 
 PHASES = ("read", "forward", "hessian", "factor", "beta", "regularize", "grid", "gptq", "refine", "compensate", "write")
 _LOOK_S = 1.0
-"""Between two looks. The system walks all pages of a process for one, which costs that process time."""
+"""The seconds between two looks. For a look the system walks all pages of a process, which costs that process time."""
 
 
 class TreeMemory(threading.Thread):
-    """Watches a process and all that it starts; pages that several of them share count once.
+    """Watches the memory of a process and of all processes that it starts. Pages that they share count once.
 
     Attributes:
-        peak_bytes: the most that was seen.
+        peak_bytes: Largest memory so far, in bytes.
     """
 
     def __init__(self, pid: int) -> None:
@@ -29,19 +29,19 @@ class TreeMemory(threading.Thread):
         self.peak_bytes, self._pid, self._done = 0, pid, threading.Event()
 
     def run(self) -> None:
-        """Look, until told to end."""
+        """Look again and again, until `finish` is called."""
         while not self._done.wait(_LOOK_S):
-            self.peak_bytes = max(self.peak_bytes, sum(_own_bytes(pid) for pid in _tree(self._pid)))
+            self.peak_bytes = max(self.peak_bytes, sum(_memory_bytes(pid) for pid in _tree(self._pid)))
 
     def finish(self) -> int:
-        """End; the peak."""
+        """Stop looking, and return the peak in bytes."""
         self._done.set()
         self.join()
         return self.peak_bytes
 
 
 def _tree(root: int) -> list[int]:
-    """A process and its descendants."""
+    """The ids of a process and of its descendants."""
     children: dict[int, list[int]] = {}
     for path in Path("/proc").glob("[0-9]*/stat"):
         try:
@@ -49,13 +49,13 @@ def _tree(root: int) -> list[int]:
         except (OSError, ProcessLookupError):  # ended meanwhile
             continue
         children.setdefault(parent, []).append(int(path.parent.name))
-    found = [root]
-    for pid in found:  # grows while it is walked
-        found += children.get(pid, [])
-    return found
+    pids = [root]
+    for pid in pids:  # the list grows while the loop goes through it
+        pids += children.get(pid, [])
+    return pids
 
 
-def _own_bytes(pid: int) -> int:
+def _memory_bytes(pid: int) -> int:
     try:
         lines = Path(f"/proc/{pid}/smaps_rollup").read_text().splitlines()
     except (OSError, ProcessLookupError):
@@ -64,7 +64,7 @@ def _own_bytes(pid: int) -> int:
 
 
 def our_run(out: Path, assignments: Sequence[str]) -> dict:
-    """One run of the command line into a fresh folder: seconds and memory of the whole command, phases."""
+    """Run the command line into a fresh folder, and return seconds and memory of the whole command, and phases."""
     shutil.rmtree(out, ignore_errors=True)  # a run that was interrupted would go on, and look faster
     config = out.parent / "empty.yaml"
     config.write_text("{}")
@@ -83,21 +83,21 @@ def our_run(out: Path, assignments: Sequence[str]) -> dict:
     return {"wall_s": seconds, "peak_bytes": peak, "phases_s": phases, "work_s": sum(phases.values())}
 
 
-def kept(path: Path, measure: Callable[[], dict]) -> dict:
-    """A result that is there already, or is measured now."""
+def measured_once(path: Path, measure: Callable[[], dict]) -> dict:
+    """Return a result from its file, which is measured and written first if it is not there."""
     if not path.exists():
         path.write_text(json.dumps(measure()))
     return json.loads(path.read_text())
 
 
 def peer_runs(options: argparse.Namespace, model: Path, tokens: Path, out: Path, turn: str) -> dict[str, dict]:
-    """One run of every other tool asked for: seconds and memory of quantizing, perplexity where tokens are held out."""
-    found = {}
+    """Run every other tool once, and return seconds and memory of quantizing, and the perplexity of held-out tokens."""
+    results = {}
     for tool, _, python in (peer.partition("=") for peer in options.peer):
         path = out / f"{tool}-{turn}.json"
         measure = functools.partial(_peer_run, options, tool, python, model, tokens, path)
-        found[tool] = kept(path, measure)
-    return found
+        results[tool] = measured_once(path, measure)
+    return results
 
 
 def _peer_run(options: argparse.Namespace, tool: str, python: str, model: Path, tokens: Path, path: Path) -> dict:
@@ -105,7 +105,7 @@ def _peer_run(options: argparse.Namespace, tool: str, python: str, model: Path, 
     environment = os.environ | {"OMP_NUM_THREADS": threads, "GPTQMODEL_CPU_WORKERS": threads}
     job = [str(model), str(tokens), "--bits", str(options.bits), "--group-size", str(options.group_size)]
     command = [python, str(Path(__file__).resolve().with_name("peers.py")), tool, *job]
-    own = {"env": environment, "cwd": path.parent}  # some write logs where they are
+    place = {"env": environment, "cwd": path.parent}  # some tools write logs into the folder that they run in
     with path.with_suffix(".log").open("w") as errors:
-        done = subprocess.run(command, stdout=subprocess.PIPE, stderr=errors, text=True, check=True, **own)  # type: ignore[call-overload]
+        done = subprocess.run(command, stdout=subprocess.PIPE, stderr=errors, text=True, check=True, **place)  # type: ignore[call-overload]
     return json.loads(done.stdout.splitlines()[-1])

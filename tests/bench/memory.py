@@ -1,11 +1,11 @@
-"""Peak resident memory of driver and workers on fabricated checkpoints of random weights, beside what `plan` foretells.
+"""Peak resident memory of driver and workers on checkpoints of random weights, beside what `plan` foretells.
 
     python tests/bench/memory.py --folder DIR --shapes tinyllama --layers 22 --workers 2
     python tests/bench/memory.py --folder DIR --layers 2
 
-bfloat16, eight shards; 22 layers of TinyLlama's shape are 2.2 GB. Without `--shapes` all of them. `--light` takes a
-large checkpoint through in minutes: one layer a block is quantized, the rest copied, which is all the same to the
-driver. Prints Markdown.
+The checkpoints are in bfloat16 and have eight shards; 22 layers of TinyLlama's shape are 2.2 GB. Without `--shapes` it
+takes all shapes. With `--light` a large checkpoint takes minutes: one layer of each block is quantized and the others
+are copied, which makes no difference to the driver. The output is Markdown.
 """
 
 import argparse
@@ -32,7 +32,10 @@ EXPERTS, CHOSEN = 64, 4
 
 
 def fabricate(folder: Path, sizes: tuple[int, int, int, int, int], layers: int, experts: bool = False) -> None:
-    """Write a checkpoint of sizes as in `SHAPES` shard by shard, never whole in memory; `experts` of that width."""
+    """Write a checkpoint of sizes as in `SHAPES` shard by shard, so that it is never whole in memory.
+
+    With `experts`, the intermediate size is that of each expert.
+    """
     import torch
     import transformers
     from safetensors.torch import save_file
@@ -75,13 +78,13 @@ def fabricate(folder: Path, sizes: tuple[int, int, int, int, int], layers: int, 
 
 
 def astro_dist(*arguments: str) -> dict:
-    """What a command prints as JSON."""
+    """Run a command, and return what it prints as JSON."""
     command = [sys.executable, "-m", "astro_dist", *arguments, "--json"]
     return json.loads(subprocess.run(command, stdout=subprocess.PIPE, check=True).stdout)
 
 
 def main() -> None:
-    """Fabricate, plan, quantize, print the peaks."""
+    """Fabricate, plan, quantize, and print the peaks."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--folder", type=Path, required=True)
     parser.add_argument("--shapes", nargs="+", default=list(SHAPES), choices=list(SHAPES))

@@ -1,10 +1,10 @@
-"""The same job by another tool, inside that tool's own environment: quantize, then perplexity in float32.
+"""The same job by another tool, inside the environment of that tool: it quantizes, then measures perplexity.
 
     PEER_ENVIRONMENT/bin/python tests/bench/peers.py llm-compressor MODEL TOKENS.safetensors --bits 4 --group-size 64
 
-TOKENS is the `tokens.safetensors` of one of our runs: its chunks `c*` calibrate, `h*` are measured on. Only torch,
-transformers and safetensors are imported beside the tool itself. Prints one JSON object as the last line; time and peak
-memory are those of quantizing alone.
+TOKENS is the `tokens.safetensors` of one of our runs. The tool calibrates on its chunks `c*`, and perplexity is
+measured on its chunks `h*`, in float32. Only torch, transformers and safetensors are imported beside the tool itself.
+The last line of the output is a JSON object. Its time and peak memory are those of quantizing alone.
 """
 
 import argparse
@@ -21,7 +21,7 @@ from safetensors.torch import load_file
 
 
 def llm_compressor(model_folder: Path, sequences: torch.Tensor, bits: int, group_size: int) -> dict:
-    """GPTQModifier with static order (its default) and the MSE observer, its best setting."""
+    """Quantize by GPTQModifier with static order, which is its default, and the MSE observer, its best setting."""
     from datasets import Dataset
     from llmcompressor import oneshot
     from llmcompressor.modifiers.gptq import GPTQModifier
@@ -42,7 +42,7 @@ def llm_compressor(model_folder: Path, sequences: torch.Tensor, bits: int, group
 
 
 def gptqmodel(model_folder: Path, sequences: torch.Tensor, bits: int, group_size: int) -> dict:
-    """GPTQ with its MSE search; everything else as it comes (activation order within groups)."""
+    """Quantize by GPTQModel with its MSE search and else its defaults, such as activation order within groups."""
     from gptqmodel import BACKEND, GPTQModel, QuantizeConfig
 
     # Its activation order within groups is for groups alone; per channel any order is as good to read.
@@ -59,7 +59,10 @@ def gptqmodel(model_folder: Path, sequences: torch.Tensor, bits: int, group_size
 
 
 def auto_round(model_folder: Path, sequences: torch.Tensor, bits: int, group_size: int, iters: int) -> dict:
-    """AutoRound (SignSGD), `iters` steps a block; 200 is its default, 50 its own `light` recipe with lr 5e-3."""
+    """Quantize by AutoRound with `iters` steps for each block.
+
+    Its default is 200, and 50 with a learning rate of 5e-3 is its `light` recipe.
+    """
     from auto_round import AutoRound
 
     model = transformers.AutoModelForCausalLM.from_pretrained(model_folder, dtype=torch.float32)
@@ -74,18 +77,18 @@ def auto_round(model_folder: Path, sequences: torch.Tensor, bits: int, group_siz
 
 
 def batches(sequences: torch.Tensor) -> list[dict]:
-    """Calibration sequences as AutoRound takes them."""
+    """Return calibration sequences in the form that AutoRound takes."""
     return [{"input_ids": row[None], "attention_mask": torch.ones_like(row[None])} for row in sequences]
 
 
 def is_quantized(name: str, module: torch.nn.Module) -> bool:
-    """Whether a module is a linear layer of a block."""
+    """Tell whether a module is a linear layer of a block."""
     return hasattr(module, "weight") and module.weight.ndim == 2 and ".layers." in name  # type: ignore[return-value]
 
 
 @torch.no_grad()
 def perplexity(model_folder: Path, weights: dict, sequences: torch.Tensor) -> float:
-    """Of a fresh float32 model with these weights put in."""
+    """Measure the perplexity of the float32 model with some of its weights replaced."""
     model = transformers.AutoModelForCausalLM.from_pretrained(model_folder, dtype=torch.float32)
     linears = {n: m for n, m in model.named_modules() if isinstance(m, torch.nn.Linear) and is_quantized(n, m)}
     assert not weights or weights.keys() == linears.keys(), set(weights) ^ set(linears)
@@ -97,7 +100,7 @@ def perplexity(model_folder: Path, weights: dict, sequences: torch.Tensor) -> fl
 
 @torch.no_grad()
 def perplexity_of(model: torch.nn.Module, sequences: torch.Tensor) -> float:
-    """Of a model on held-out sequences."""
+    """Measure the perplexity of a model on held-out sequences."""
     total = 0.0
     for row in sequences:
         logits = model(row[None]).logits[0, :-1].float()
@@ -106,7 +109,7 @@ def perplexity_of(model: torch.nn.Module, sequences: torch.Tensor) -> float:
 
 
 def main() -> None:
-    """Quantize, measure, print."""
+    """Quantize, measure, and print."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("tool", choices=["llm-compressor", "gptqmodel", "auto-round", "none"])
     parser.add_argument("model", type=Path)

@@ -1,12 +1,12 @@
-"""What may happen to an upload, and what uploading adds to a run: the README's figures of publishing.
+"""What may happen to an upload, and what uploading adds to the time of a run.
 
     python tests/bench/publish.py faults --folder DIR
     python tests/bench/publish.py overlap --folder DIR [--repeats 3] [--layers 30]
 
-`faults` lets everything in `tests/publish_faults.py` happen to `astro-dist publish`, in a process of its own with the
-client as it is installed, against the tests' Hub server on loopback. `overlap` quantizes a fabricated checkpoint with
-two Ray workers, without publishing and with it, in turns; the server takes in as many bytes a second as the run without
-publishing finished, from its first shard to its last. Both print Markdown.
+`faults` lets every fault in `tests/support/publish_faults.py` happen to `astro-dist publish`, which runs in a process
+of its own with the client as it is installed, and takes the tests' server on loopback for the Hub. `overlap` quantizes
+a fabricated checkpoint with two Ray workers, in turns without publishing and with it. The server takes in as many bytes
+per second as the run without publishing wrote, from its first shard to its last. Both print Markdown.
 """
 
 import argparse
@@ -42,25 +42,25 @@ SIZES = (768, 2048, 12, 6, 3000)
 
 
 def environment(hub: HubServer) -> dict[str, str]:
-    """In which a command takes the server for the Hub."""
-    own = {"HF_ENDPOINT": hub.address, "HF_HUB_OFFLINE": "0", "HF_HUB_DISABLE_XET": "1", "HF_TOKEN": "hf_bench"}
-    return {**os.environ, **own}
+    """Return an environment in which a command takes the server for the Hub."""
+    settings = {"HF_ENDPOINT": hub.address, "HF_HUB_OFFLINE": "0", "HF_HUB_DISABLE_XET": "1", "HF_TOKEN": "hf_bench"}
+    return {**os.environ, **settings}
 
 
 def begin(run: Path, hub: HubServer) -> subprocess.Popen:
-    """`astro-dist publish`, started."""
+    """Start `astro-dist publish`."""
     command = [sys.executable, "-m", "astro_dist", "publish", str(run), "--repo", "org/model"]
     return subprocess.Popen(command, env=environment(hub), cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)
 
 
 def end(process: subprocess.Popen) -> int:
-    """Exit code of a command."""
+    """Wait for the end of a command, and return its exit code."""
     process.communicate()
     return process.returncode
 
 
 def finished_run(folder: Path) -> Path:
-    """A run of a tiny model, its result grown to `FILES` files."""
+    """Make a run of a tiny model, and let its result grow to `FILES` files."""
     source = write_checkpoint(folder / "llama", transformers.LlamaConfig(**LLAMA))
     config = {
         "model": {"source": str(source), "name": "org/llama"}, "quantization": {"group_size": 32},
@@ -78,18 +78,18 @@ def finished_run(folder: Path) -> Path:
 
 
 def row(label: str, codes: list[int], commits: list[int], equal: bool) -> None:
-    """One line of the table, as soon as it is known."""
+    """Print one line of the table."""
     ends, made = " then ".join(map(str, codes)), " then ".join(map(str, commits))
     print(f"| {label} | {ends} | {made} | {'yes' if equal else '**no**'} |", flush=True)
 
 
 def is_equal(hub: HubServer, run: Path) -> bool:
-    """Whether the server holds the model's files and no others."""
+    """Tell whether the server has the files of the model and no others."""
     return published(hub, "org/model") == files_of(run / "model", with_card=True)
 
 
 def try_fault(fault, run: Path) -> None:
-    """Let one fault happen; where the command failed, the same command once more."""
+    """Let one fault happen, and run the command once more if it failed."""
     hub = HubServer()
     hub.write_faults[fault.kind] = list(fault.meets)
     codes, commits = [end(begin(run, hub))], [len(hub.commits)]
@@ -102,7 +102,7 @@ def try_fault(fault, run: Path) -> None:
 
 
 def try_kill(run: Path) -> None:
-    """kill -9 when ten shards are at the Hub and the next is on its way."""
+    """Kill the command when ten shards are at the Hub and the next is on its way."""
     hub = HubServer()
     hub.bytes_per_s = 200_000
     process = begin(run, hub)
@@ -122,7 +122,7 @@ def try_kill(run: Path) -> None:
 
 
 def try_two(label: str, run: Path, other: Path) -> None:
-    """Two publishers, of which neither is done when the other begins."""
+    """Run two publishers at the same time."""
     hub = HubServer()
     hub.bytes_per_s = 100_000
     both = [begin(run, hub), begin(other, hub)]
@@ -146,7 +146,7 @@ def faults(folder: Path, only: str) -> None:
 
 
 def try_publishers(original: Path, folder: Path) -> None:
-    """Both pairs of them."""
+    """Try two publishers of one model, and of two models."""
     one, two, three = (shutil.copytree(original, folder / name) for name in ("one", "two", "three"))
     try_two("two publishers of one model at once", one, two)
     (three / "model" / "model-x000.safetensors").write_bytes(os.urandom(40_000))
@@ -156,7 +156,7 @@ def try_publishers(original: Path, folder: Path) -> None:
 
 
 def quantize(source: Path, run: Path, hub: HubServer | None) -> tuple[float, dict]:
-    """Seconds of a whole command, and its summary."""
+    """Run the command line, and return its seconds and its summary."""
     shutil.rmtree(run, ignore_errors=True)
     settings = [*QUICK, f"model.source={source}", f"output.dir={run}"] + (["publish.repo=org/model"] if hub else [])
     empty = run.parent / "empty.yaml"
@@ -164,14 +164,14 @@ def quantize(source: Path, run: Path, hub: HubServer | None) -> tuple[float, dic
     command = [sys.executable, "-m", "astro_dist", "quantize", str(empty), "--json"]
     command += [part for setting in settings for part in ("--set", setting)]
     since = time.perf_counter()
-    own = environment(hub) if hub else None
+    variables = environment(hub) if hub else None
     with (run.parent / ("publishing.log" if hub else "alone.log")).open("w") as log:
-        done = subprocess.run(command, stdout=subprocess.PIPE, stderr=log, env=own, cwd=ROOT, check=True)
+        done = subprocess.run(command, stdout=subprocess.PIPE, stderr=log, env=variables, cwd=ROOT, check=True)
     return time.perf_counter() - since, json.loads(done.stdout)
 
 
 def pace(run: Path) -> float:
-    """Bytes a second of finished shards, from the first to the last."""
+    """Return how many bytes of shards a run finished per second, from the first shard to the last."""
     lines = [json.loads(line) for line in (run / "journal.jsonl").read_text().splitlines()]
     ends = sorted(
         line["time"] for line in lines if line["event"] == "finished" and line["unit"].startswith("round-0-block")
@@ -216,7 +216,7 @@ def overlap(folder: Path, repeats: int, layers: int) -> None:
 
 
 def main() -> None:
-    """Parse, measure, print."""
+    """Parse, measure, and print."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("what", choices=["faults", "overlap"])
     parser.add_argument("--folder", type=Path, required=True)

@@ -1,9 +1,10 @@
-"""What the regularization alone costs: perplexity of regularized but unquantized weights, at the β that a run chose.
+"""What the regularization alone costs: the perplexity of weights that are regularized and not quantized.
 
     python tests/bench/regularized.py RUN
 
-RUN is the directory of a finished run in mode `blocks` with one round, its source a local folder. The paper reports at
-most 0.02 of 3.3 to 5.5 (arXiv 2602.07596, Table 2).
+RUN is the directory of a finished run in mode `blocks` with one round, whose source is a local folder. Each layer is
+regularized with the β that the run chose for it. The paper reports a loss of at most 0.02, at perplexities of 3.3 to
+5.5 (arXiv 2602.07596, Table 2).
 """
 
 import argparse
@@ -27,14 +28,14 @@ from astro.quantization.regularizer import mean_group_maximum, prepare, regulari
 
 @torch.no_grad()
 def regularize_model(model: torch.nn.Module, layers: list[dict], tokens: dict, settings: dict) -> None:
-    """Replace every layer's weights by their regularized form, from the source model's own inputs."""
+    """Replace the weights of every layer by their regularized form, which inputs of the source model decide."""
     firsts = {layer["name"].split("+")[0]: layer for layer in layers}
     sums = hessians(model, tokens, list(firsts), "c")
     for name, layer in firsts.items():
         modules = [model.get_submodule(member) for member in layer["name"].split("+")]
         W, H = torch.cat([module.weight.float() for module in modules]), sums.pop(name)
-        own = Regularizer(**{**settings, "beta": layer["beta"]})
-        problem = prepare(H, mean_group_maximum(W, layer["group_size"]), own, layer["group_size"], [name])
+        regularizer = Regularizer(**{**settings, "beta": layer["beta"]})
+        problem = prepare(H, mean_group_maximum(W, layer["group_size"]), regularizer, layer["group_size"], [name])
         parts = regularize(W, problem, layer["beta"]).split([len(module.weight) for module in modules])
         for module, part in zip(modules, parts, strict=True):
             module.weight.copy_(part)

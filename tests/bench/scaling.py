@@ -1,11 +1,11 @@
-"""How a run scales: the run's own schedule in simulated time, 1 to 512 workers, both modes, four large models.
+"""How a run scales: its schedule in simulated time, with 1 to 512 workers, in both modes, on four large models.
 
     python tests/bench/scaling.py [--device h100] [--models 8B 70B ...]
     python tests/bench/scaling.py --measured RUN --workers 1 2
 
-The first prints Markdown: wall time and efficiency by number of workers, and what limits. The second checks the
-simulator: call times are taken from the journal and records of a real run instead, and its wall time is simulated for
-some numbers of workers, to be held against real runs.
+The first command prints wall time and efficiency by number of workers, and what takes most of the time, in Markdown.
+The second checks the simulator. It takes the times of calls from the journal and the records of a real run, and
+simulates its wall time for some numbers of workers, which can be compared with real runs.
 """
 
 import argparse
@@ -52,7 +52,7 @@ CONFIG = {
 
 
 def dense(hidden: int, intermediate: int, kv: int) -> list[tuple[str, int, int]]:
-    """Name, rows and columns of the linear layers of a Llama block."""
+    """Return name, rows and columns of each linear layer of a Llama block."""
     attention = [
         ("self_attn.q_proj", hidden, hidden),
         ("self_attn.k_proj", kv, hidden),
@@ -63,7 +63,7 @@ def dense(hidden: int, intermediate: int, kv: int) -> list[tuple[str, int, int]]
 
 
 def deepseek(block: int) -> list[tuple[str, int, int]]:
-    """Of a block of DeepSeek-V3: 256 routed experts behind three dense blocks."""
+    """Return the same for a block of DeepSeek-V3, which has 256 routed experts after three dense blocks."""
     layers = [
         ("self_attn.q_a_proj", 1536, 7168), ("self_attn.q_b_proj", 24576, 1536), ("self_attn.kv_a_proj", 576, 7168),
         ("self_attn.kv_b_proj", 32768, 512), ("self_attn.o_proj", 7168, 16384),
@@ -88,7 +88,7 @@ MODELS = {
 
 
 def make_plan(name: str) -> Plan:
-    """A plan as headers of such a model would give."""
+    """Return the plan that the headers of such a model would give."""
     num_blocks, hidden, vocabulary, layers = MODELS[name]
     blocks = []
     for index in range(num_blocks):
@@ -102,17 +102,17 @@ def make_plan(name: str) -> Plan:
 
 
 def linear(name: str, rows: int, columns: int) -> LinearLayer:
-    """A layer, of an expert where its name says so."""
-    found = re.search(r"(.+\.experts)\.(\d+)\.(.+)", name)
+    """Return a layer, which belongs to an expert if its name says so."""
+    match = re.search(r"(.+\.experts)\.(\d+)\.(.+)", name)
     plain = LinearLayer.plain(name, f"{name}.weight", rows, columns)
-    if found is None:
+    if match is None:
         return plain
-    parameter = f"{found[1]}.{'down_proj' if found[3] == 'down_proj' else 'gate_up_proj'}"
-    return dataclasses.replace(plain, parameter=parameter, expert=int(found[2]))
+    parameter = f"{match[1]}.{'down_proj' if match[3] == 'down_proj' else 'gate_up_proj'}"
+    return dataclasses.replace(plain, parameter=parameter, expert=int(match[2]))
 
 
 def table(name: str, device_name: str, gigabits: float) -> None:
-    """Print one model's table."""
+    """Print the table of one model."""
     plan, device = make_plan(name), dataclasses.replace(DEVICES[device_name], storage=gigabits / 8 * 1e9)
     print(f"\n{name} on {device_name}, 128 × 2048 tokens, {gigabits:g} Gbit/s a worker\n")
     print("| mode | | " + " | ".join(map(str, WORKERS)) + " |\n" + "|---" * (len(WORKERS) + 2) + "|")
@@ -124,23 +124,23 @@ def table(name: str, device_name: str, gigabits: float) -> None:
         walls, efficiencies, alone = [], [], 0.0
         for workers in WORKERS:
             schedule = schedule_of(config, RunShape(len(plan.blocks), len(plan.copies), list(tokens)))
-            found = simulate(
+            simulated = simulate(
                 schedule, workers, lambda call, cost=cost: cost.work(call).seconds(device, True), cost.result
             )
-            walls.append(f"{found.wall_s / 60:.1f}")
-            alone = alone or found.wall_s
-            efficiencies.append(f"{alone / workers / found.wall_s:.0%}")
-        most = sorted(found.by_verb.items(), key=lambda item: -item[1])[:3]
+            walls.append(f"{simulated.wall_s / 60:.1f}")
+            alone = alone or simulated.wall_s
+            efficiencies.append(f"{alone / workers / simulated.wall_s:.0%}")
+        most = sorted(simulated.by_verb.items(), key=lambda item: -item[1])[:3]
         print(f"| {mode} | minutes | " + " | ".join(walls) + " |")
         print("| | efficiency | " + " | ".join(efficiencies) + " |")
         print(
-            f"most time ({mode}): " + ", ".join(f"{method} {s / found.busy_s:.0%}" for method, s in most),
+            f"most time ({mode}): " + ", ".join(f"{method} {s / simulated.busy_s:.0%}" for method, s in most),
             file=sys.stderr,
         )
 
 
 def measured(run: Path, workers: list[int]) -> None:
-    """Simulate a run of mode `blocks` with its own call times."""
+    """Simulate a run of mode `blocks` with the times of its calls."""
     config = load_config(run / "config.yaml")
     lines = [json.loads(line) for line in (run / "journal.jsonl").read_text().splitlines()]
     began = {line["unit"]: line["time"] for line in lines if line["event"] == "began"}
@@ -164,18 +164,18 @@ def measured(run: Path, workers: list[int]) -> None:
             case SplitBlock() | WriteBlock():
                 return phases["write"]
             case MergeHessians() | TryBetas() | SolveRows():
-                own = records[call.unit]["layers"][call.batch]["seconds"]
-                apart = {MergeHessians: own.get("factor", 0.0), TryBetas: own.get("beta", 0.0)}
-                return apart.get(type(call), sum(own.values()) - sum(apart.values()))
+                phase_seconds = records[call.unit]["layers"][call.batch]["seconds"]
+                apart = {MergeHessians: phase_seconds.get("factor", 0.0), TryBetas: phase_seconds.get("beta", 0.0)}
+                return apart.get(type(call), sum(phase_seconds.values()) - sum(apart.values()))
             case OpenBlock():
                 return phases["read"]
             case Forward(chunk=chunk):
-                own = 0.0 if is_held_out(chunk) else phases["hessian"] * tokens[chunk] / calibration
-                return phases["forward"] * tokens[chunk] / total + own
+                hessian = 0.0 if is_held_out(chunk) else phases["hessian"] * tokens[chunk] / calibration
+                return phases["forward"] * tokens[chunk] / total + hessian
         return sum(value for name, value in phases.items() if name not in ("read", "forward", "hessian"))
 
     def result(call: Call) -> Result:
-        """Each input group is a batch, whose sample and rows are one tile each."""
+        """Return a batch for each input group, whose sample and rows are one tile each."""
         if not isinstance(call, SplitBlock):
             return None
         return BlockParts(tuple(BatchParts(batch, 1, 1) for batch in range(len(records[call.unit]["layers"]))))
@@ -188,8 +188,8 @@ def measured(run: Path, workers: list[int]) -> None:
     )  # fmt: skip
     for count in workers:
         schedule = schedule_of(config, RunShape(len(plan.blocks), len(plan.copies), list(tokens)))
-        found = simulate(schedule, count, seconds, result)
-        print(f"{count} workers: simulated {found.wall_s:.0f} s, {found.efficiency(count):.0%} at work")
+        simulated = simulate(schedule, count, seconds, result)
+        print(f"{count} workers: simulated {simulated.wall_s:.0f} s, {simulated.efficiency(count):.0%} at work")
     print(f"the run itself: {max(line['time'] for line in lines) - min(began.values()):.0f} s after its first call")
 
 

@@ -1,11 +1,11 @@
-"""What a run reads from a Hub over the network, and what its cache takes on disk, with two Ray workers on this machine.
+"""What a run reads from a Hub, and what its cache takes on disk, with two Ray workers on this machine.
 
     python tests/bench/sources.py --folder DIR [--model SMOLLM2] [--only blocks ...] [--cache-share 1.1]
 
-The tests' Hub server on loopback serves a fabricated checkpoint of 16 blocks with the proportions of a 70B, and
-SMOLLM2 where it is given, to `astro-dist quantize`; the cache may hold a quarter of a checkpoint. Counted are the
-bytes that are asked of the weights' files (index, headers, tensors), and the cache's folder is measured every 20 ms.
-Prints Markdown; 1.00 is every byte of the checkpoint asked for once.
+The tests' Hub server on loopback serves a fabricated checkpoint of 16 blocks with the proportions of a 70B, and SMOLLM2
+if it is given, to `astro-dist quantize`. The cache may take a quarter of a checkpoint. The script counts the bytes that
+are asked of the files with weights (index, headers, tensors), and measures the folder of the cache every 20 ms. It
+prints Markdown, where 1.00 means that every byte of the checkpoint was asked for once.
 """
 
 import argparse
@@ -44,7 +44,7 @@ QUICK = [
 
 
 class Watched:
-    """The largest size that a folder's files ever had together, looked at again and again while this is open."""
+    """Watches the size of a folder's files while it is open, and keeps the largest."""
 
     def __init__(self, folder: Path) -> None:
         self.folder, self.largest_bytes = folder, 0
@@ -70,13 +70,13 @@ class Watched:
             self.largest_bytes = max(self.largest_bytes, size)
 
 
-def asked_by_kind(asked: list, checkpoint: Checkpoint) -> Counter:
-    """Bytes of weights' files that were asked for: heads of shards and the index, tensors of blocks, all others."""
+def requested_bytes(requests: list, checkpoint: Checkpoint) -> Counter:
+    """Count the bytes of weights' files that were asked for: heads of shards and the index, blocks, and all others."""
     files: dict[str, list] = {}
     for entry in sorted(checkpoint.entries.values(), key=lambda entry: entry.start):
         files.setdefault(entry.file, []).append(entry)
     kinds: Counter = Counter()
-    for file, span in asked:
+    for file, span in requests:
         if file == INDEX_NAME:
             kinds["head"] += span[1] - span[0] + 1
         elif file in files:
@@ -86,12 +86,12 @@ def asked_by_kind(asked: list, checkpoint: Checkpoint) -> Counter:
 
 
 def kind_of(name: str) -> str:
-    """Of a tensor by its name."""
+    """Return the kind of a tensor by its name."""
     return "block" if ".layers." in name else "outside"
 
 
 def measure(name: str, source: Path, mode: str, folder: Path, cache_share: float) -> None:
-    """One run; prints its row."""
+    """Run the command line once, and print its row."""
     run, cache = folder / "run", folder / "cache"
     for path in (run, cache):
         shutil.rmtree(path, ignore_errors=True)
@@ -116,7 +116,7 @@ def measure(name: str, source: Path, mode: str, folder: Path, cache_share: float
             done = subprocess.run(command, stdout=subprocess.PIPE, env=environment, cwd=ROOT, check=True)
     finally:
         hub.close()
-    kinds = asked_by_kind(hub.file_requests, checkpoint)
+    kinds = requested_bytes(hub.file_requests, checkpoint)
     total = sum(path.stat().st_size for path in source.glob("*.safetensors"))
     print(
         f"| {name}, {total / 1e6:.0f} MB | {mode} | {kinds.total() / total:.3f} | {kinds['head'] / total:.3f} | "
@@ -127,7 +127,7 @@ def measure(name: str, source: Path, mode: str, folder: Path, cache_share: float
 
 
 def main() -> None:
-    """Fabricate, quantize in every mode, print."""
+    """Fabricate a checkpoint, quantize in every mode, and print."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--folder", type=Path, required=True)
     parser.add_argument("--model", type=Path, help="folder with SmolLM2-135M")

@@ -5,11 +5,13 @@
     python tests/bench/speed.py growth --out DIR
     python tests/bench/speed.py wide --out DIR [--peer ...]
 
-`peers`: the command line and other tools (`peers.py`, in their own environments) quantize one model from the same
-tokens with as many threads, one after the other, in turn. Nothing is held out, so that all do the same; perplexity is
-measured afterwards, by the same code for all. `growth` and `wide` fabricate models of random weights with correlated
-inputs and run in one process. A machine is never quiet: ratios are taken within a turn, and of these the median. What
-is finished in DIR is not repeated. Prints Markdown.
+With `peers`, the command line and other tools quantize one model from the same tokens with the same number of threads,
+in turns, one after the other. Other tools run `peers.py` in environments of their own. Nothing is held out, so that all
+of them do the same. Perplexity is measured afterwards, by the same code for all. `growth` and `wide` fabricate models
+of random weights with correlated inputs, and run in one process.
+
+Because a machine is never quiet, ratios are taken within a turn, and the median over turns counts. Runs that are
+finished in DIR are not repeated. The output is Markdown.
 """
 
 import argparse
@@ -25,13 +27,13 @@ sys.path.insert(0, str(Path(__file__).parents[2]))
 
 from accuracy import PLAIN, SEQUENTIAL
 from fabricated import growth, wide
-from measured_run import PHASES, kept, our_run, peer_runs
+from measured_run import PHASES, measured_once, our_run, peer_runs
 
 OURS = {"ours, blocks": [], "ours, blocks, plain GPTQ": PLAIN, "ours, sequential": SEQUENTIAL}
 
 
 def write_tokens(options: argparse.Namespace, path: Path) -> None:
-    """The tokens that all calibrate on, and those that all are measured on."""
+    """Write the tokens that all calibrate on, and those that all are measured on."""
     import transformers
     from safetensors.torch import save_file
 
@@ -47,21 +49,21 @@ def write_tokens(options: argparse.Namespace, path: Path) -> None:
 
 
 def our_perplexity(options: argparse.Namespace, run: Path, tokens: Path) -> float:
-    """Of a result as our reader unpacks it, in plain transformers; the calibration tokens were the common ones."""
+    """Measure the perplexity of our result in plain transformers, and check that its tokens were the common ones."""
     import torch
     from peers import perplexity
     from safetensors.torch import load_file
 
     from tests.support.dequantized import write_dequantized
 
-    common, own = load_file(tokens), load_file(run / "tokens.safetensors")
-    assert all(torch.equal(common[name], own[name]) for name in own), f"{run} took other tokens"
+    common, ours = load_file(tokens), load_file(run / "tokens.safetensors")
+    assert all(torch.equal(common[name], ours[name]) for name in ours), f"{run} took other tokens"
     write_dequantized(options.model, run / "model", run / "dequantized")
     return perplexity(run / "dequantized", {}, torch.cat([common[n] for n in sorted(common) if n[0] == "h"]))
 
 
 def compare(options: argparse.Namespace) -> None:
-    """All tools in turn; a table of medians, and one of our phases."""
+    """Run all tools in turns, and print a table of medians and one of our phases."""
     tokens = options.out / "tokens.safetensors"
     if not tokens.exists():
         write_tokens(options, tokens)
@@ -76,38 +78,38 @@ def compare(options: argparse.Namespace) -> None:
         for name in options.ours:
             run = options.out / f"{name.replace(', ', '-').replace(' ', '-')}-{turn}"
             job, path = (run, [*assignments, *OURS[name]]), run.with_suffix(".json")
-            found = kept(path, lambda job=job: our_run(*job))
-            if "perplexity" not in found:
-                found["perplexity"] = our_perplexity(options, run, tokens)
-                path.write_text(json.dumps(found))
-            results.setdefault(name, []).append(found)
-        for tool, found in peer_runs(options, options.model, tokens, options.out, str(turn)).items():
-            results.setdefault(tool, []).append(found)
+            result = measured_once(path, lambda job=job: our_run(*job))
+            if "perplexity" not in result:
+                result["perplexity"] = our_perplexity(options, run, tokens)
+                path.write_text(json.dumps(result))
+            results.setdefault(name, []).append(result)
+        for tool, result in peer_runs(options, options.model, tokens, options.out, str(turn)).items():
+            results.setdefault(tool, []).append(result)
     print_comparison(results, options)
 
 
 def print_comparison(results: Mapping[str, list[dict]], options: argparse.Namespace) -> None:
-    """Print the medians over turns, the ratios taken within a turn."""
+    """Print the medians over turns. Ratios are taken within a turn."""
     first = next(iter(results.values()))
     print(f"{options.bits} bits, group {options.group_size}, {options.samples} × {options.sequence_length} tokens, "
           f"{options.threads} threads, {options.turns} turns\n")  # fmt: skip
     print("| | seconds | times the first row | least to most | peak GB | perplexity |\n|---|---|---|---|---|---|")
-    for name, own in results.items():
-        ratios = [one["wall_s"] / other["wall_s"] for one, other in zip(own, first, strict=True)]
+    for name, runs in results.items():
+        ratios = [one["wall_s"] / other["wall_s"] for one, other in zip(runs, first, strict=True)]
         seconds, peak, perplexity = (
-            statistics.median(one[figure] for one in own) for figure in ("wall_s", "peak_bytes", "perplexity")
+            statistics.median(one[figure] for one in runs) for figure in ("wall_s", "peak_bytes", "perplexity")
         )
         ratio = f"{statistics.median(ratios):.2f} | {min(ratios):.2f} to {max(ratios):.2f}"
         print(f"| {name} | {seconds:.1f} | {ratio} | {peak / 1e9:.2f} | {perplexity:.2f} |")
-    ours = {name: own for name, own in results.items() if "phases_s" in own[0]}
+    ours = {name: runs for name, runs in results.items() if "phases_s" in runs[0]}
     print("\n| seconds of all workers | " + " | ".join(PHASES) + " |\n" + "|---" * (len(PHASES) + 1) + "|")
-    for name, own in ours.items():
-        cells = [statistics.median(one["phases_s"].get(phase, 0.0) for one in own) for phase in PHASES]
+    for name, runs in ours.items():
+        cells = [statistics.median(one["phases_s"].get(phase, 0.0) for one in runs) for phase in PHASES]
         print(f"| {name} | " + " | ".join(f"{seconds:.1f}" for seconds in cells) + " |")
 
 
 def main() -> None:
-    """Measure what is missing, print."""
+    """Measure what is missing, and print."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     modes = parser.add_subparsers(required=True)
     for name, action in (("peers", compare), ("growth", growth), ("wide", wide)):

@@ -1,4 +1,4 @@
-"""The counts of `tests/bench/floor.py`, held against torch's own count and against a walk through the columns."""
+"""The counts of `tests/bench/floor.py` are those of torch, and of a walk through the columns."""
 
 import shutil
 
@@ -33,8 +33,8 @@ def test_causal_attention_counts_the_pairs_that_are_not_masked():
 
 def test_solve_counts_every_column_against_those_before_it():
     settings = Quantization(scale_search="minmax", refine_passes=0)
-    found = solve_needs(256, 8, settings, Regularizer(name="none"))["gptq"].exact
-    assert found == pytest.approx(sum(2 * 8 * i for i in range(256)), rel=0.05)
+    operations = solve_needs(256, 8, settings, Regularizer(name="none"))["gptq"].exact
+    assert operations == pytest.approx(sum(2 * 8 * i for i in range(256)), rel=0.05)
 
 
 def test_hessians_count_half_of_a_symmetric_product(llama, run_config):

@@ -119,13 +119,13 @@ def test_hub_that_does_not_hold_what_it_took(online_hub, finished, monkeypatch):
 
 def test_commit_that_holds_other_bytes_is_found(online_hub, finished, monkeypatch):
     handler = online_hub._server.RequestHandlerClass
-    real = handler.made
+    real = handler.publish_commit
 
-    def made(self, repository, revision, folder, lfs, title):
+    def publish_commit(self, repository, revision, folder, lfs, title):
         (folder / "config.json").write_text("{}")
         return real(self, repository, revision, folder, lfs, title)
 
-    monkeypatch.setattr(handler, "made", made)
+    monkeypatch.setattr(handler, "publish_commit", publish_commit)
     with pytest.raises(
         RunError, match="the commit was made, but 1 files in it are not those .* the first is config.json"
     ):
