@@ -15,9 +15,10 @@ from astro.quantization.bit_allocation import require_affordable
 from astro.storage.atomic import read_json
 from astro.storage.checkpoint import Checkpoint
 from astro_dist.config.schema import RunConfig
+from astro_dist.planning.checkpoint_plan import make_plan
 from astro_dist.planning.devices import DEVICES, measure, memory_shortage
 from astro_dist.planning.estimate import Estimate, estimate
-from astro_dist.planning.units import Plan, make_plan
+from astro_dist.planning.units import Plan
 from astro_dist.source.calibration_text import TokenChunks, is_file, read_documents, tokenize
 from astro_dist.source.model_info import BaseModel, read_base_model
 from astro_dist.source.resolve import Source, resolve_source
@@ -97,16 +98,16 @@ def prepare(config: RunConfig, commit: str | None = None) -> Prepared:
             f"{len(plan.unknown)} tensors that {type(skeleton.model).__name__} does not have are copied as they are, "
             f"the first is {plan.unknown[0]}"
         )
-    if plan.odd:
+    if plan.indivisible:
         notes.append(
-            f"{len(plan.odd)} layers whose input is no multiple of the group size: "
+            f"{len(plan.indivisible)} layers whose input is no multiple of the group size: "
             f"{'kept as they are' if config.quantization.indivisible == 'keep' else 'per channel'}, the first is "
-            f"{plan.odd[0]}"
+            f"{plan.indivisible[0]}"
         )
-    if plan.others:
+    if plan.other_matrices:
         notes.append(
-            f"{len(plan.others)} matrices that are gates, or no linear layers, stay as they are, the first is "
-            f"{plan.others[0]}"
+            f"{len(plan.other_matrices)} matrices that are gates, or no linear layers, stay as they are, the first is "
+            f"{plan.other_matrices[0]}"
         )
     if not _has_text(config):
         notes.append(f"calibration.source {config.calibration.source} is not there: `quantize` will refuse")
