@@ -90,11 +90,7 @@ class CostModel:
         self._all_tokens = config.experts.policy == "all-tokens"
 
     def work(self, call: Call) -> Work:
-        """Count what a call does, but for attention's products of queries with keys.
-
-        Args:
-            call: The call.
-        """
+        """Count what a call does, but for attention's products of queries with keys."""
         plan = self._plan
         match call:
             case Embed():
@@ -109,11 +105,7 @@ class CostModel:
         return self._block_work(call, plan.blocks[call.block])
 
     def result(self, call: Call) -> Result:
-        """Return what a schedule reads from the result of a call.
-
-        Args:
-            call: The call.
-        """
+        """Return what a schedule reads from the result of a call."""
         match call:
             case SplitBlock():
                 batches = self._batches(self._plan.blocks[call.block])
@@ -127,7 +119,10 @@ class CostModel:
         return None
 
     def worker_bytes(self) -> int:
-        """Return the peak memory of a CPU worker in bytes, at its largest block; of a GPU an upper bound."""
+        """Return the peak memory of a CPU worker in bytes, at its largest block.
+
+        What a worker takes of a GPU is less by the libraries.
+        """
         blocks = max(self._block_bytes(unit) for unit in self._plan.blocks)
         # Embeddings and head as they are stored, where that is not how they are used; the logits of one sequence.
         stored = sum(unit.read_bytes for unit in self._plan.copies) / max(self._plan.outside_weights, 1)
@@ -170,7 +165,7 @@ class CostModel:
         solving = max((self._solving_bytes(batch) for batch in batches), default=0.0)
         widest = max([self._plan.hidden_size, *(batch.columns for batch in batches)])
         tokens = max(self._tokens.values())
-        inputs = (3 * self._itemsize + 4) * (2 if self._compensated else 1)  # of both streams, and their drift
+        inputs = (3 * self._itemsize + 4) * (2 if self._compensated else 1)  # inputs in both streams, and their drift
         forwarding = tokens * (_STATES * self._plan.hidden_size * self._itemsize + widest * inputs)
         # Quantized layers wait as bytes until the shard is written.
         phase = max(forwarding, solving + weights)

@@ -46,19 +46,11 @@ class SolveCost:
         self._column_steps = _COMPILED_STEPS if is_compiled else _COLUMN_STEPS
 
     def tiles(self, batch: PredictedInputGroup) -> list[slice]:
-        """Return the tiles of all rows.
-
-        Args:
-            batch: The batch.
-        """
+        """Return the tiles of all rows."""
         return row_tiles(batch.rows, batch.columns, self._device_type, copies=batch.count)
 
     def sample_tiles(self, batch: PredictedInputGroup) -> list[slice]:
-        """Return the tiles of the sampled rows; none where β is not searched.
-
-        Args:
-            batch: The batch.
-        """
+        """Return the tiles of the sampled rows; none where β is not searched."""
         tiles = sample_tiles(batch.rows, batch.columns, self._device_type, batch.count)
         return tiles if self._regularization.is_searched else []
 
@@ -74,11 +66,7 @@ class SolveCost:
         return self.prepare(batch) + searched + all_rows + self.measure_widths(batch, round_index)
 
     def prepare(self, batch: PredictedInputGroup) -> Work:
-        """Count what all rows share: the Cholesky factor of GPTQ, C³/3 operations, and the inverse of ADMM, C³.
-
-        Args:
-            batch: The batch.
-        """
+        """Count what all rows share: the Cholesky factor of GPTQ, C³/3 operations, and the inverse of ADMM, C³."""
         inverted = bool(self._iterations) and self._regularization.solver == "admm"
         return Work(exact=(self._is_factored / 3.0 + inverted) * batch.square * batch.columns)
 

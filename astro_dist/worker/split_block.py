@@ -112,35 +112,19 @@ class BlockInParts:
             self.batches += [[input_groups[i] for i in batch] for batch in together]
 
     def columns(self, batch: int) -> int:
-        """Return the width of the inputs of a batch.
-
-        Args:
-            batch: Index of the batch.
-        """
+        """Return the width of the inputs of a batch."""
         return self.unit.by_name[self.batches[batch][0][0]].columns
 
     def parts(self, batch: int) -> BatchParts:
-        """Count the calls that a batch takes once its Hessians are merged.
-
-        Args:
-            batch: Index of the batch.
-        """
+        """Count the calls that a batch takes once its Hessians are merged."""
         return BatchParts(batch, len(self.sample_tiles(batch)), len(self.tiles(batch)))
 
     def tiles(self, batch: int) -> list[Tile]:
-        """Cut all rows of a batch into tiles.
-
-        Args:
-            batch: Index of the batch.
-        """
+        """Cut all rows of a batch into tiles."""
         return self._cut(batch, row_tiles)
 
     def sample_tiles(self, batch: int) -> list[Tile]:
-        """Cut the sampled rows of a batch into tiles; there are none where β is not searched.
-
-        Args:
-            batch: Index of the batch.
-        """
+        """Cut the sampled rows of a batch into tiles; there are none where β is not searched."""
         return self._cut(batch, beta_search.sample_tiles) if self._spec.regularization.is_searched else []
 
     def solved(self, batch: int) -> tuple[dict[str, QuantizedLinear], list[LayerRecord]]:

@@ -78,9 +78,6 @@ class SplitSolver:
     def accumulate_hessians(self, call: AccumulateHessians) -> BlockParts:
         """Sum the Hessians of a stage's batches over one share of the calibration chunks.
 
-        Args:
-            call: The call.
-
         Returns:
             The parts of the stage's batches.
         """
@@ -117,11 +114,7 @@ class SplitSolver:
         return BlockParts(tuple(map(block.parts, widest)))
 
     def do(self, call: PartCall) -> None:
-        """Do one of the calls by which several workers solve a block.
-
-        Args:
-            call: The call.
-        """
+        """Do one of the calls by which several workers solve a block."""
         match call:
             case MergeHessians():
                 self.merge_hessians(call)
@@ -131,11 +124,7 @@ class SplitSolver:
                 self.solve_rows(call)
 
     def merge_hessians(self, call: MergeHessians) -> None:
-        """Add up the shares of a batch where there are any, see that it can be solved, and measure widths.
-
-        Args:
-            call: The call.
-        """
+        """Add up the shares of a batch where there are any, see that it can be solved, and measure widths."""
         block, batch = self._turn_to(call.place), call.batch
         statistics = self._shares.merge(block, batch)
         errors: dict[str, dict[int, float]] = {}
@@ -150,11 +139,7 @@ class SplitSolver:
         block.save(batch, DECISION, {}, {"width_errors": errors, "seconds": seconds})
 
     def try_betas(self, call: TryBetas) -> None:
-        """Try every β on one tile of a batch's sampled rows.
-
-        Args:
-            call: The call.
-        """
+        """Try every β on one tile of a batch's sampled rows."""
         block = self._turn_to(call.place)
         tile = block.sample_tiles(call.batch)[call.tile]
         prepared = self._prepared_for(block, call.batch, tile)
@@ -163,11 +148,7 @@ class SplitSolver:
         block.save(call.batch, sample_part(call.tile), {"errors": errors}, note)
 
     def solve_rows(self, call: SolveRows) -> None:
-        """Solve one tile of a batch's rows.
-
-        Args:
-            call: The call.
-        """
+        """Solve one tile of a batch's rows."""
         block = self._turn_to(call.place)
         tile = block.tiles(call.batch)[call.tile]
         prepared = self._prepared_for(block, call.batch, tile)
@@ -186,9 +167,6 @@ class SplitSolver:
 
     def put_together(self, call: WriteBlock) -> tuple[dict[str, QuantizedLinear], list[LayerRecord], dict[str, float]]:
         """Put a block's solved tiles together.
-
-        Args:
-            call: The call.
 
         Returns:
             Every layer by name, the records of the input groups, and the time by phase that all but the tiles took.
