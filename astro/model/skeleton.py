@@ -100,7 +100,7 @@ class Skeleton:
 
         Returns:
             The linear layers in the model's order, and the model's names of all other matrices, which stay as they
-            are: routers and other gates are among them.
+            are. Routers and other gates are among these.
 
         Raises:
             UnsupportedError: Experts are held in a layout that is not known.

@@ -26,48 +26,48 @@ _LEAST_GAIN = 2e-3
 """Share of the layer error that a β must save on the sample, beyond one standard error, to be used."""
 
 
-def sample_tiles(num_rows: int, num_columns: int, device_type: str, num_groups: int = 1) -> list[slice]:
+def sample_tiles(num_rows: int, num_columns: int, device_type: str, num_input_groups: int = 1) -> list[slice]:
     """Cut the sampled rows of input groups side by side into tiles, each solved under all candidates at once.
 
     Args:
         num_rows: Rows of all members of an input group together.
         num_columns: Number of their inputs.
         device_type: "cpu" or "cuda".
-        num_groups: Number of input groups side by side.
+        num_input_groups: Number of input groups side by side.
     """
-    return row_tiles(num_sample_rows(num_rows), num_columns, device_type, copies=num_groups * NUM_CANDIDATES)
+    return row_tiles(num_sample_rows(num_rows), num_columns, device_type, copies=num_input_groups * NUM_CANDIDATES)
 
 
-def try_betas(groups: InputGroups, W: torch.Tensor, tile: slice) -> torch.Tensor:
+def try_betas(input_groups: InputGroups, W: torch.Tensor, tile: slice) -> torch.Tensor:
     """Measure the layer error of some sampled rows under every candidate, 0 first.
 
     Args:
-        groups: The input groups, prepared from all rows, their β open.
+        input_groups: The input groups, prepared from all rows, their β open.
         W: Weights of all members of each, float32 [B, R, C].
         tile: The tile of the sampled rows.
 
     Returns:
         The errors ‖(ŵ − w)X‖², float32 [B, K, rows of the tile].
     """
-    assert groups.problem is not None
-    rows = compensate(groups, sample_rows(W)[:, tile])
+    assert input_groups.problem is not None
+    rows = compensate(input_groups, sample_rows(W)[:, tile])
     # With another clock: what the search spends on grids and GPTQ is the search's.
-    timed_apart = dataclasses.replace(groups, seconds={})
-    with timed(groups.seconds, "beta"):
+    timed_apart = dataclasses.replace(input_groups, seconds={})
+    with timed(input_groups.seconds, "beta"):
         # All candidates are regularized and quantized as rows over each other.
         copies = rows.repeat(1, NUM_CANDIDATES, 1)
         betas = torch.tensor(_BETAS, device=rows.device).repeat_interleave(rows.shape[1]).unsqueeze(0)
-        regularized = regularizer.regularize(copies[:, rows.shape[1] :], groups.problem, betas)
+        regularized = regularizer.regularize(copies[:, rows.shape[1] :], input_groups.problem, betas)
         Q, grid = quantize_rows(timed_apart, torch.cat([rows, regularized], dim=1))
-        error = layer_error(copies, grid.dequantize(Q), groups.H)
+        error = layer_error(copies, grid.dequantize(Q), input_groups.H)
     return error.reshape(len(error), NUM_CANDIDATES, -1)
 
 
-def choose(groups: InputGroups, errors: torch.Tensor) -> InputGroups:
+def choose(input_groups: InputGroups, errors: torch.Tensor) -> InputGroups:
     """Settle on the β that surely saves most of the sampled rows' error; on 0 where none does.
 
     Args:
-        groups: The input groups, prepared from all rows, their β open.
+        input_groups: The input groups, prepared from all rows, their β open.
         errors: Errors of all sampled rows under every candidate, in their order, float32 [B, K, S].
     """
     plain = errors[:, :1].sum(-1).clamp(min=torch.finfo(torch.float32).tiny)
@@ -76,20 +76,20 @@ def choose(groups: InputGroups, errors: torch.Tensor) -> InputGroups:
     # The sample's own noise is taken off, so that a β is not chosen for a few lucky rows.
     sure = gains - saved.std(-1, correction=0) * errors.shape[-1] ** 0.5 / plain
     best = sure.argmax(-1, keepdim=True)
-    is_gain = (sure.gather(-1, best) >= _LEAST_GAIN) & ~groups.lacks_statistics.unsqueeze(-1)
+    is_gain = (sure.gather(-1, best) >= _LEAST_GAIN) & ~input_groups.lacks_statistics.unsqueeze(-1)
     candidates = torch.tensor(_BETAS, dtype=torch.float64, device=errors.device)
     beta = torch.where(is_gain, candidates[best], 0.0).squeeze(-1)
     gain = torch.where(is_gain, gains.gather(-1, best), 0.0).double().squeeze(-1)
-    problem = groups.problem if bool(is_gain.any()) else None
-    return dataclasses.replace(groups, beta=beta, beta_gain=gain, problem=problem)
+    problem = input_groups.problem if bool(is_gain.any()) else None
+    return dataclasses.replace(input_groups, beta=beta, beta_gain=gain, problem=problem)
 
 
-def search(groups: InputGroups, W: torch.Tensor) -> InputGroups:
+def search(input_groups: InputGroups, W: torch.Tensor) -> InputGroups:
     """Try every β on all tiles of the sample, and settle on one.
 
     Args:
-        groups: The input groups, prepared from all rows, their β open.
+        input_groups: The input groups, prepared from all rows, their β open.
         W: Weights of all members of each, float32 [B, R, C].
     """
     tiles = sample_tiles(W.shape[1], W.shape[2], W.device.type, len(W))
-    return choose(groups, torch.cat([try_betas(groups, W, tile) for tile in tiles], dim=-1))
+    return choose(input_groups, torch.cat([try_betas(input_groups, W, tile) for tile in tiles], dim=-1))

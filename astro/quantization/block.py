@@ -44,11 +44,11 @@ def quantize_block(
     device_type = next(iter(weights.values())).device.type if weights else "cpu"
     remaining = iter(statistics)
     for batch in side_by_side(input_groups, shapes, schemes, device_type):
-        known = list(itertools.islice(remaining, len(batch)))
-        H, tokens = stacked([inputs.H for inputs in known]), [inputs.num_tokens for inputs in known]
-        lacking = [inputs.fallback == "rtn" for inputs in known]
-        counted = [(inputs.routed_tokens, inputs.fallback) for inputs in known]
-        del known  # a wide layer's matrices are gigabytes
+        of_batch = list(itertools.islice(remaining, len(batch)))
+        H, tokens = stacked([inputs.H for inputs in of_batch]), [inputs.num_tokens for inputs in of_batch]
+        lacking = [inputs.fallback == "rtn" for inputs in of_batch]
+        counted = [(inputs.routed_tokens, inputs.fallback) for inputs in of_batch]
+        del of_batch  # a wide layer's matrices are gigabytes
         for scheme, stacks in apart([input_groups[i] for i in batch], schemes):
             layers = [{name: weights[name] for name in members} for members in stacks]
             solved, solved_records = quantize_input_groups(layers, H, tokens, scheme, recipe, widths, lacking)

@@ -30,20 +30,21 @@ from typing import NamedTuple
 
 import torch
 
+from astro.config import SolverSettings
 from astro.linalg import compiled
 from astro.linalg.batching import add_product_
 from astro.linalg.bf16_matmul import operand, product
 from astro.linalg.panels import Panels, settle_apart
 from astro.linalg.symmetric import squared_error
-from astro.quantization.grid import Grid, grouped
+from astro.quantization.grid import QuantizedLinear, grouped
 
 __all__ = ["refine"]
 
 _SPAN = 256
-"""Columns between two products with all columns, at most, or a whole group. Part of the arithmetic."""
+"""Columns between two products with all columns, at most, or a whole group. It is part of the arithmetic."""
 _BLOCK = 128
-"""Columns, of one group, between two products with the rest of a span. At least half of it: where a span holds several
-groups each of them is one block then."""
+"""Columns of one group between two products with the rest of a span. It is at least half of a span: where a span holds
+several groups, each of them is one block then."""
 _CAUTION = 1 - 1e-4
 """Share of the way to a parabola's minimum that is gone, so that rounding in float32 never takes a loss for a
 gain: an integer only moves past the middle of two grid points."""
@@ -51,30 +52,27 @@ gain: an integer only moves past the middle of two grid points."""
 
 def refine(
     W: torch.Tensor,
-    Q: torch.Tensor,
-    grid: Grid,
+    quantized: QuantizedLinear,
     H: torch.Tensor,
     damping: torch.Tensor,
-    passes: int,
-    tolerance: float,
+    settings: SolverSettings,
     scale_dtype: torch.dtype,
-) -> tuple[torch.Tensor, Grid, torch.Tensor]:
+) -> tuple[QuantizedLinear, torch.Tensor]:
     """Lower the layer error of quantized rows by passes over their scales and integers.
 
     Args:
         W: Original weights, float32 [B, R, C], or [R, C].
-        Q: Integers to begin with, int8 [B, R, C].
-        grid: Scale and zero point of each group; zero points stay.
+        quantized: Rows as GPTQ left them, [B, R, C]. Their integers and scales change, their zero points stay.
         H: Undamped Hessians, float32 [B, C, C].
-        damping: The damping λ of each Hessian, float32 [B].
-        passes: The most passes that are made.
-        tolerance: A pass that lowers the error of no layer's rows by a larger share is the last.
+        damping: Damping λ of each Hessian, float32 [B].
+        settings: Settings that say how many passes are made at most, and which gain is too small for another pass.
         scale_dtype: Dtype in which scales are stored; every new scale is exact in it.
 
     Returns:
-        The integers int8 [B, R, C], their grid, and the layer error of each row, float32 [B, R]. In the damped layer
-        error, as float32 has it, no row is worse than it was.
+        The refined rows, and the layer error of each, float32 [B, R]. In the damped layer error, as float32 has it, no
+        row is worse than it was.
     """
+    Q, grid = quantized.Q, quantized.grid
     zero = grid.zero.mT.contiguous()
     state = _State(
         V=(grouped(Q.float(), grid.group_size) - grid.zero.unsqueeze(-1)).flatten(-2).mT.contiguous(),
@@ -88,17 +86,17 @@ def refine(
         scale_dtype=scale_dtype,
     )
     before, damped_before = state.errors()
-    for _ in range(passes):
+    for _ in range(settings.refine_passes):
         gain, error = state.sweep()
-        if not bool((gain >= tolerance * error).any()):
+        if not bool((gain >= settings.refine_tolerance * error).any()):
             break
     after, damped_after = state.errors()
     is_better = damped_after < damped_before
     rows = is_better.unsqueeze(-1)
     moved = (grouped(state.V.mT, grid.group_size) + grid.zero.unsqueeze(-1)).flatten(-2).to(torch.int8)
     scale = torch.where(rows, state.scale.mT, grid.scale).contiguous()
-    error = torch.where(is_better, after, before)
-    return torch.where(rows, moved, Q), dataclasses.replace(grid, scale=scale), error
+    refined = QuantizedLinear(torch.where(rows, moved, Q), dataclasses.replace(grid, scale=scale))
+    return refined, torch.where(is_better, after, before)
 
 
 @dataclasses.dataclass
@@ -113,8 +111,8 @@ class _State:
         low: The least V of each group, [B, G, R].
         high: The greatest V of each group, [B, G, R].
         H: The undamped Hessians, [B, C, C].
-        damping: Their damping λ, [B, 1, 1].
-        group_size: Columns a group.
+        damping: Damping λ of each Hessian, [B, 1, 1].
+        group_size: Number of columns in a group.
         scale_dtype: Dtype in which scales are stored.
         diagonal: The diagonal of H + λI, [B, C, 1].
         H_operand: H as `product` takes it.

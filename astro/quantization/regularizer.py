@@ -1,14 +1,14 @@
 """Astro: activation-guided structured regularization (arXiv 2602.07596), and MagR (arXiv 2406.00800) as its ablation.
 
-Replaces W by a float W̃ of the same shape whose group maxima are smaller where the activations are large.
-Per row (eq. 12):
+It replaces W by a float W̃ of the same shape whose group maxima are smaller where the activations are large. Each row of
+W̃ minimizes (eq. 12)
 
     J(w) = ½ (w − w₀) H (w − w₀)ᵀ + β Σ_k α_k ‖w^(k)‖_∞,      H scaled to a largest eigenvalue of 1,
 
-for groups k of g contiguous columns. Shapes: R rows, C columns, G = C/g groups, B layers side by side.
-Two solvers: the published proximal gradient, and ADMM, which comes close to the minimum in a few iterations. ADMM's
-products may round their factors to bfloat16 (`astro.linalg.bf16_matmul`): what they give is a step from W, small beside
-it.
+where w₀ is the original row and k runs over groups of g contiguous columns. There are two solvers: the published
+proximal gradient, and ADMM, which comes close to the minimum in a few iterations. The products of ADMM may round their
+factors to bfloat16 (`astro.linalg.bf16_matmul`), because what they give is a step from W that is small beside W.
+Shapes: R rows, C columns, G = C/g groups, B layers side by side.
 """
 
 import dataclasses
@@ -37,24 +37,32 @@ __all__ = [
 ]
 
 PROX_PASSES = 45
-"""Elementwise operations of the proximal map on all of its elements, for groups of 64 to 128."""
-
+"""Number of elementwise operations that the proximal map applies to each element, for groups of 64 to 128 columns."""
 _NEWTON_STEPS = 5
-"""At least; wide groups take more, one for each doubling. Residuals are then below 1e-5 of τ (tested)."""
+"""The fewest steps of Newton's method; wide groups take more, one for each doubling. Residuals are then below 1e-5 of τ
+(tested)."""
 _POWER_STEPS = 50
+"""Steps of the power iteration."""
 
 
 def group_activations(H: torch.Tensor, group_size: int) -> torch.Tensor:
-    """Guidance α (eq. 11): each group's activation norm over the mean of all groups, float32 [B, G].
+    """Return the guidance α (eq. 11): the activation norm of each group over the mean of all groups.
 
-    ‖X^(k)‖_F² is the sum of H's diagonal over the group, so that H is all that is needed, at any scale.
+    ‖X^(k)‖_F² is the sum of the diagonal of H over the group, so that only H is needed.
+
+    Args:
+        H: Undamped Hessians at any scale, float32 [B, C, C], or [C, C].
+        group_size: Number of columns in a group.
+
+    Returns:
+        The guidance, float32 [B, G], or [G].
     """
     norm = grouped(H.diagonal(dim1=-2, dim2=-1).clamp(min=0), group_size).sum(-1).sqrt()
     return norm / norm.mean(-1, keepdim=True)
 
 
 def largest_eigenvalue(H: torch.Tensor) -> torch.Tensor:
-    """Largest eigenvalues of positive semidefinite matrices [B, C, C] by power iteration, [B] on their device."""
+    """Return the largest eigenvalues [B] of positive semidefinite matrices [B, C, C], found by power iteration."""
     v = H.diagonal(dim1=-2, dim2=-1).unsqueeze(-1)
     tiny = torch.finfo(H.dtype).tiny
     for _ in range(_POWER_STEPS):
@@ -64,23 +72,23 @@ def largest_eigenvalue(H: torch.Tensor) -> torch.Tensor:
 
 
 def mean_group_maximum(W: torch.Tensor, group_size: int) -> torch.Tensor:
-    """Mean over rows and groups of the group's largest |w|: the unit of a relative β, [B]."""
+    """Return the mean over rows and groups of a group's largest |w|, [B] of W [B, R, C]: the unit of a relative β."""
     return grouped(W, group_size).abs().amax(-1).mean((-2, -1))
 
 
 def prox(V: torch.Tensor, tau: torch.Tensor, group_size: int) -> torch.Tensor:
-    """Proximal map of τ_k‖·‖_∞ on each group (eq. 14-15): v − τ P₁(v/τ).
+    """Apply the proximal map of τ_k‖·‖_∞ to each group (eq. 14-15): v − τ P₁(v/τ).
 
-    By Moreau it clips the group at the level θ with Σ_i (|v_i| − θ)₊ = τ, and is zero where ‖v‖₁ <= τ. θ is found by
-    Newton's method; no sort.
+    By Moreau's identity the map clips the group at the level θ with Σ_i (|v_i| − θ)₊ = τ, and is zero where ‖v‖₁ <= τ.
+    Newton's method finds θ without a sort.
 
     Args:
-        V: float32 [B, R, C], or [R, C].
-        tau: thresholds >= 0, float32 [B, 1, G], or [B, R, G] where each row has its own.
-        group_size: columns a group.
+        V: Points, float32 [B, R, C], or [R, C].
+        tau: Thresholds, at least 0, float32 [B, 1, G], or [B, R, G] where each row has its own.
+        group_size: Number of columns in a group.
 
     Returns:
-        float32 [B, R, C].
+        The mapped points, float32 [B, R, C], or [R, C].
     """
     tau = tau.expand(*V.shape[:-1], -1)
     result = torch.empty_like(V)
@@ -90,13 +98,13 @@ def prox(V: torch.Tensor, tau: torch.Tensor, group_size: int) -> torch.Tensor:
 
 
 def _clipped(V: torch.Tensor, tau: torch.Tensor, group_size: int) -> torch.Tensor:
-    """The proximal map for thresholds of every row, [B, R, G]."""
+    """Return the proximal map for thresholds of every row, [B, R, G]."""
     A = grouped(V, group_size).abs()
-    # Both lie left of θ, from where Newton's method on a convex falling function never overshoots.
+    # Both bounds lie left of θ, from where Newton's method on a convex falling function never overshoots.
     theta = torch.maximum(A.amax(-1) - tau, (A.sum(-1) - tau) / group_size).clamp_(min=0)
     for _ in range(max(_NEWTON_STEPS, group_size.bit_length())):
         excess = (A - theta.unsqueeze(-1)).clamp_(min=0)
-        count = excess.sign().sum(-1).clamp_(min=1)  # of floats, exact: a comparison's bytes take three times as long
+        count = excess.sign().sum(-1).clamp_(min=1)  # floats count exactly, in a third of the time of bools
         theta = theta + (excess.sum(-1) - tau) / count
     level = theta.clamp_(min=0).unsqueeze(-1)
     return torch.clamp(grouped(V, group_size), -level, level).flatten(-2)
@@ -107,11 +115,11 @@ class Problem:
     """The regularization of layers, prepared once for all of their rows and every β.
 
     Attributes:
-        settings: which regularizer and which solver.
-        group_size: columns a group.
-        guidance: α_k in units in which β is given, float32 [B, G].
-        operator: [B, C, C], H/λ_max in float32 for proximal gradient; ρ(H/λ_max + ρI)⁻¹ for ADMM, in bfloat16 where
-            the device is faster with it.
+        settings: The regularizer and its solver.
+        group_size: Number of columns in a group.
+        guidance: Guidance α_k in the unit of β, float32 [B, G].
+        operator: What a step of the solver multiplies by, [B, C, C]: H/λ_max in float32 for the proximal gradient, and
+            ρ(H/λ_max + ρI)⁻¹ for ADMM, in bfloat16 where the device is faster with it.
     """
 
     settings: Regularizer
@@ -123,14 +131,17 @@ class Problem:
 def prepare(
     H: torch.Tensor, unit: torch.Tensor, settings: Regularizer, group_size: int, names: Sequence[str]
 ) -> Problem:
-    """Compute what every row of a layer shares.
+    """Compute what all rows of a layer share.
 
     Args:
-        H: undamped Hessians, float32 [B, C, C], or [C, C].
-        unit: mean group maximum of each whole layer [B], used where β is relative.
-        settings: which regularizer and which solver.
-        group_size: columns a group.
-        names: of the layers, for messages.
+        H: Undamped Hessians, float32 [B, C, C], or [C, C].
+        unit: Mean group maximum of each whole layer, float32 [B], which is used where β is relative.
+        settings: The regularizer and its solver.
+        group_size: Number of columns in a group.
+        names: Names of the layers, for messages.
+
+    Returns:
+        The problem of the layers.
 
     Raises:
         NumericalError: H is zero, or H/λ_max + ρI is not positive definite.
@@ -154,16 +165,16 @@ def prepare(
 
 
 def regularize(W: torch.Tensor, problem: Problem, beta: torch.Tensor | float) -> torch.Tensor:
-    """W̃ for some rows of each layer. Rows are independent.
+    """Regularize some rows of each layer. Rows are independent.
 
     Args:
-        W: original weights, float32 [B, R, C], or [R, C].
-        problem: prepared for the layers.
-        beta: strength of the penalty, one for all, or of rows [B, R], or of layers [B, 1]. Where it is 0 weights stay
-            as they are.
+        W: Original weights, float32 [B, R, C], or [R, C].
+        problem: The problem that was prepared for the layers.
+        beta: Strength of the penalty: one for all rows, one for each row [B, R], or one for each layer [B, 1]. Where it
+            is 0 weights stay as they are.
 
     Returns:
-        float32 [B, R, C].
+        The regularized weights W̃, float32 [B, R, C], or [R, C].
     """
     if isinstance(beta, torch.Tensor):
         assert beta.ndim == W.ndim - 1, f"beta {list(beta.shape)} for weights {list(W.shape)}"

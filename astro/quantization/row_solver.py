@@ -16,7 +16,7 @@ from astro.config import LayerScheme, Regularizer, SolverSettings
 from astro.linalg.cholesky import Factor, factorize
 from astro.linalg.symmetric import layer_error
 from astro.quantization import gptq, regularizer
-from astro.quantization.grid import Grid, fit_grid, grouped, require_finite_scales
+from astro.quantization.grid import Grid, QuantizedLinear, fit_grid, grouped, require_finite_scales
 from astro.quantization.refine import refine
 from astro.quantization.regularizer import Problem, mean_group_maximum
 from astro.timing import timed
@@ -200,11 +200,11 @@ def prepare_input_groups(
     return dataclasses.replace(input_groups, problem=problem, beta=beta)
 
 
-def quantize_rows(groups: InputGroups, target: torch.Tensor) -> tuple[torch.Tensor, Grid]:
+def quantize_rows(input_groups: InputGroups, target: torch.Tensor) -> tuple[torch.Tensor, Grid]:
     """Fit the grid to some rows and solve them, no more.
 
     Args:
-        groups: The input groups, prepared from all rows.
+        input_groups: The input groups, prepared from all rows.
         target: Weights of some rows of each, regularized where they are to be, float32 [B, R, C].
 
     Returns:
@@ -213,50 +213,51 @@ def quantize_rows(groups: InputGroups, target: torch.Tensor) -> tuple[torch.Tens
     Raises:
         NumericalError: A scale overflows the dtype in which it is stored.
     """
-    with timed(groups.seconds, "grid"):
-        cost = groups.factor.cost if groups.factor else groups.H.diagonal(dim1=-2, dim2=-1)
-        grid = fit_grid(target, groups.scheme, groups.recipe.solver, groups.recipe.scale_dtype, cost)
-        require_finite_scales(grid, groups.names)
-    if groups.factor is None:
+    with timed(input_groups.seconds, "grid"):
+        cost = input_groups.factor.cost if input_groups.factor else input_groups.H.diagonal(dim1=-2, dim2=-1)
+        grid = fit_grid(target, input_groups.scheme, input_groups.recipe.solver, input_groups.recipe.scale_dtype, cost)
+        require_finite_scales(grid, input_groups.names)
+    if input_groups.factor is None:
         return grid.quantize(target), grid
-    with timed(groups.seconds, "gptq"):
-        return gptq.solve(target, groups.factor, grid), grid
+    with timed(input_groups.seconds, "gptq"):
+        return gptq.solve(target, input_groups.factor, grid), grid
 
 
-def solve_rows(groups: InputGroups, W: torch.Tensor) -> SolvedRows:
+def solve_rows(input_groups: InputGroups, W: torch.Tensor) -> SolvedRows:
     """Regularize, quantize and refine some rows.
 
     Args:
-        groups: The input groups, prepared from all rows, their β known.
+        input_groups: The input groups, prepared from all rows, their β known.
         W: Original weights of some rows of each, float32 [B, R, C]. Errors are those of their compensated form.
 
     Raises:
         NumericalError: A scale overflows the dtype in which it is stored.
     """
-    settings, seconds = groups.recipe.solver, groups.seconds
-    target = W = compensate(groups, W)
-    if groups.problem is not None:
-        assert groups.beta is not None
+    settings, seconds = input_groups.recipe.solver, input_groups.seconds
+    target = W = compensate(input_groups, W)
+    if input_groups.problem is not None:
+        assert input_groups.beta is not None
         with timed(seconds, "regularize"):
-            target = regularizer.regularize(W, groups.problem, groups.beta.unsqueeze(-1))
-    Q, grid = quantize_rows(groups, target)
-    if groups.factor is not None and settings.refine_passes:
+            target = regularizer.regularize(W, input_groups.problem, input_groups.beta.unsqueeze(-1))
+    Q, grid = quantize_rows(input_groups, target)
+    if input_groups.factor is not None and settings.refine_passes:
         with timed(seconds, "refine"):
-            damping = groups.factor.damping.float() * groups.H.diagonal(dim1=-2, dim2=-1).mean(-1)
-            passes, tolerance = settings.refine_passes, settings.refine_tolerance
-            Q, grid, error = refine(W, Q, grid, groups.H, damping, passes, tolerance, groups.recipe.scale_dtype)
+            damping = input_groups.factor.damping.float() * input_groups.H.diagonal(dim1=-2, dim2=-1).mean(-1)
+            quantized = QuantizedLinear(Q, grid)
+            refined, error = refine(W, quantized, input_groups.H, damping, settings, input_groups.recipe.scale_dtype)
+            Q, grid = refined.Q, refined.grid
     else:
-        error = layer_error(W, grid.dequantize(Q), groups.H)
+        error = layer_error(W, grid.dequantize(Q), input_groups.H)
     figures = Figures(
         error=error,
-        energy=layer_error(W, torch.zeros_like(W), groups.H),
+        energy=layer_error(W, torch.zeros_like(W), input_groups.H),
         maximum_before=grouped(W, grid.group_size).abs().amax(-1).mean(-1),
         maximum_after=grouped(target, grid.group_size).abs().amax(-1).mean(-1),
     )
     return SolvedRows(Q, grid, figures)
 
 
-def compensate(groups: InputGroups, W: torch.Tensor) -> torch.Tensor:
+def compensate(input_groups: InputGroups, W: torch.Tensor) -> torch.Tensor:
     """Return the weights that bring a layer's outputs back towards those of the source model.
 
     With x_s = x + d the inputs in the source model, W* minimizes ‖W (x + γ d) − W* x‖² + λ‖W* − W‖² over the tokens:
@@ -264,30 +265,30 @@ def compensate(groups: InputGroups, W: torch.Tensor) -> torch.Tensor:
         W* = W + γ W (Σ d xᵀ) (H + λI)⁻¹
 
     Args:
-        groups: The input groups, prepared from all rows.
+        input_groups: The input groups, prepared from all rows.
         W: Original weights of some rows of each, float32 [B, R, C].
 
     Source: quantization error propagation, arXiv 2504.09629; asymmetric calibration, arXiv 2504.02692.
     """
-    if groups.drift is None or groups.factor is None:
+    if input_groups.drift is None or input_groups.factor is None:
         return W
-    with timed(groups.seconds, "compensate"):
-        return W + groups.factor.solve(W @ groups.drift)
+    with timed(input_groups.seconds, "compensate"):
+        return W + input_groups.factor.solve(W @ input_groups.drift)
 
 
-def measure_width(groups: InputGroups, W: torch.Tensor, bits: int) -> list[float]:
+def measure_width(input_groups: InputGroups, W: torch.Tensor, bits: int) -> list[float]:
     """Measure the relative layer error of each input group at some width, on sampled rows.
 
     Nothing is regularized: the best β of one width is not that of another.
 
     Args:
-        groups: The input groups, prepared with any width.
+        input_groups: The input groups, prepared with any width.
         W: Weights of all members of each, float32 [B, R, C].
         bits: The width.
     """
-    scheme = dataclasses.replace(groups.scheme, bits=bits)
-    measured = dataclasses.replace(groups, scheme=scheme, problem=None, seconds={})
-    with timed(groups.seconds, "widths"):
+    scheme = dataclasses.replace(input_groups.scheme, bits=bits)
+    measured = dataclasses.replace(input_groups, scheme=scheme, problem=None, seconds={})
+    with timed(input_groups.seconds, "widths"):
         figures = solve_rows(measured, sample_rows(W)).figures
     errors: list[float] = (figures.error.sum(-1) / figures.energy.sum(-1).clamp(min=_TINY)).tolist()
     return errors

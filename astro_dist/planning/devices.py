@@ -13,10 +13,8 @@ __all__ = ["DEVICES", "Device", "measure", "memory_shortage"]
 
 _ACHIEVED = 0.6
 """Share of the makers' peak that large matrix products reach."""
-
-
-_GROUP = 128
-"""Columns a group, where the regularizer's proximal map is timed."""
+_GROUP_SIZE = 128
+"""Number of columns in a group, where the regularizer's proximal map is timed."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -48,7 +46,7 @@ def _gpu(name: str, float32: float, bfloat16: float, gigabytes_s: float, gigabyt
     return Device(name, *rates, 8e-6, gigabytes * 10**9, 1e9)
 
 
-DEVICES = {
+DEVICES: dict[str, Device] = {
     device.name: device
     for device in (
         _gpu("a100-40", 19.5, 312, 1555, 40),
@@ -99,11 +97,11 @@ def measure(threads: int, size: int = 1024, seconds: float = 0.1) -> Device:
     torch.set_num_threads(threads)
     try:
         A = torch.randn(size, size)
-        B, tau = A.bfloat16(), torch.ones(size // _GROUP)
+        B, tau = A.bfloat16(), torch.ones(size // _GROUP_SIZE)
         float32 = 2.0 * size**3 / _time(lambda: A @ A, seconds)
         bfloat16 = 2.0 * size**3 / _time(lambda: B @ B, seconds)
         tile = A[: size // 2]
-        elements = PROX_PASSES * tile.numel() / _time(lambda: prox(tile, tau, _GROUP), seconds)
+        elements = PROX_PASSES * tile.numel() / _time(lambda: prox(tile, tau, _GROUP_SIZE), seconds)
         step_s = _time(lambda: torch.addcmul(A[0], A[1], A[2]), seconds)
     finally:
         torch.set_num_threads(before)

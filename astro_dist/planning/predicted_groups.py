@@ -13,6 +13,7 @@ from astro.model.linear_layer import LinearLayer
 __all__ = ["PredictedInputGroup", "predicted_input_groups", "stages_of", "together"]
 
 _ATTENTION_OUTPUTS = ("o_proj", "out_proj", "dense", "wo", "c_proj")
+"""Last names of the layer that multiplies the output of attention."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -54,45 +55,45 @@ def predicted_input_groups(linears: Iterable[LinearLayer], expert_share: float) 
     Returns:
         The input groups, in the order of their first layers.
     """
-    groups: dict[tuple[str, int | None, int, bool], PredictedInputGroup] = {}
+    input_groups: dict[tuple[str, int | None, int, bool], PredictedInputGroup] = {}
     for linear in linears:
         module, _, suffix = linear.name.rpartition(".")
         stage = linear.name if linear.expert is None else linear.parameter
         key = (module, linear.expert, linear.columns, suffix in _ATTENTION_OUTPUTS)
         reach = 1.0 if linear.expert is None else expert_share
-        group = groups.get(key, PredictedInputGroup(0, linear.columns, reach, stage))
-        groups[key] = dataclasses.replace(group, rows=group.rows + linear.rows)
-    return list(groups.values())
+        input_group = input_groups.get(key, PredictedInputGroup(0, linear.columns, reach, stage))
+        input_groups[key] = dataclasses.replace(input_group, rows=input_group.rows + linear.rows)
+    return list(input_groups.values())
 
 
-def together(groups: Sequence[PredictedInputGroup], device_type: str) -> list[PredictedInputGroup]:
+def together(input_groups: Sequence[PredictedInputGroup], device_type: str) -> list[PredictedInputGroup]:
     """Put input groups of equal stage and shape side by side, as they are solved.
 
     Args:
-        groups: Input groups of a block.
+        input_groups: Input groups of a block.
         device_type: Type of the device, "cpu" or "cuda".
 
     Returns:
         The input groups that are solved together, each with its count.
     """
     batched = []
-    for stage in stages_of(groups):
-        shapes = [(groups[i].reach, groups[i].rows, groups[i].columns) for i in stage]
+    for stage in stages_of(input_groups):
+        shapes = [(input_groups[i].reach, input_groups[i].rows, input_groups[i].columns) for i in stage]
         for batch in batches(shapes, device_type):
-            batched.append(dataclasses.replace(groups[stage[batch.start]], count=len(batch)))
+            batched.append(dataclasses.replace(input_groups[stage[batch.start]], count=len(batch)))
     return batched
 
 
-def stages_of(groups: Sequence[PredictedInputGroup]) -> list[list[int]]:
+def stages_of(input_groups: Sequence[PredictedInputGroup]) -> list[list[int]]:
     """Find the input groups whose turn comes together: a single one, or those of all experts.
 
     Args:
-        groups: Input groups of a block.
+        input_groups: Input groups of a block.
 
     Returns:
         The indices of the input groups of each stage, in order.
     """
     stages: dict[str, list[int]] = {}
-    for index, group in enumerate(groups):
-        stages.setdefault(group.stage, []).append(index)
+    for index, input_group in enumerate(input_groups):
+        stages.setdefault(input_group.stage, []).append(index)
     return list(stages.values())

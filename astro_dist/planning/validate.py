@@ -2,22 +2,26 @@
 
 import dataclasses
 import math
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
 import torch
 import transformers
 
+from astro.config import LayerScheme
 from astro.errors import CheckpointError, ConfigError, UnsupportedError
 from astro.formats import LAYOUTS
+from astro.model.linear_layer import LinearLayer
 from astro.model.skeleton import Skeleton
 from astro.process import configure_process
 from astro.quantization.bit_allocation import require_affordable
 from astro.storage.atomic import read_json
 from astro.storage.checkpoint import Checkpoint
 from astro_dist.config.schema import RunConfig
+from astro_dist.planning.checkpoint_plan import make_plan
 from astro_dist.planning.devices import DEVICES, measure, memory_shortage
 from astro_dist.planning.estimate import Estimate, estimate
-from astro_dist.planning.units import Plan, make_plan
+from astro_dist.planning.units import Plan
 from astro_dist.source.calibration_text import TokenChunks, is_file, read_documents, tokenize
 from astro_dist.source.model_info import BaseModel, read_base_model
 from astro_dist.source.resolve import Source, resolve_source
@@ -78,36 +82,13 @@ def prepare(config: RunConfig, commit: str | None = None) -> Prepared:
     if config.quantization.bits == "auto":
         require_affordable(config.quantization, {name: c.rows * c.columns for name, c in linears.items()})
     schemes = {name: config.quantization.possible_schemes(name, c.columns) for name, c in linears.items()}
+    _require_storable(config, linears, schemes)
     layout = LAYOUTS[config.quantization.format]
-    for linear in linears.values():
-        possible = schemes[linear.name]
-        reason = next(filter(None, (layout.refusal(linear.rows, linear.columns, scheme) for scheme in possible)), None)
-        if reason:
-            is_open = " (bits: auto may choose them)" if len(possible) > 1 else ""
-            raise UnsupportedError(
-                f"{linear.name}: {reason}{is_open}, as format {config.quantization.format} wants; use "
-                "compressed-tensors, or name the layer in quantization.ignore"
-            )
     notes = [
         *layout.server_notes(schemes, plan.ignore),
         *layout.reader_notes(linears.values()),
+        *_plan_notes(config, plan, type(skeleton.model).__name__),
     ]
-    if plan.unknown:
-        notes.append(
-            f"{len(plan.unknown)} tensors that {type(skeleton.model).__name__} does not have are copied as they are, "
-            f"the first is {plan.unknown[0]}"
-        )
-    if plan.odd:
-        notes.append(
-            f"{len(plan.odd)} layers whose input is no multiple of the group size: "
-            f"{'kept as they are' if config.quantization.indivisible == 'keep' else 'per channel'}, the first is "
-            f"{plan.odd[0]}"
-        )
-    if plan.others:
-        notes.append(
-            f"{len(plan.others)} matrices that are gates, or no linear layers, stay as they are, the first is "
-            f"{plan.others[0]}"
-        )
     if not _has_text(config):
         notes.append(f"calibration.source {config.calibration.source} is not there: `quantize` will refuse")
     base = read_base_model(source, config.model)
@@ -205,6 +186,42 @@ def compute_dtype(config: RunConfig, plan: Plan, checkpoint: Checkpoint, device:
     stored = checkpoint.entries[key].float_dtype or torch.float32
     # CPUs have no float16 arithmetic worth the name: float32 is exact for such weights, and faster.
     return torch.float32 if stored == torch.float16 and device == "cpu" else stored
+
+
+def _require_storable(
+    config: RunConfig, linears: Mapping[str, LinearLayer], schemes: Mapping[str, Sequence[LayerScheme]]
+) -> None:
+    """Refuse a layer that the format cannot store with one of the schemes that it may get."""
+    layout = LAYOUTS[config.quantization.format]
+    for linear in linears.values():
+        possible = schemes[linear.name]
+        reason = next(filter(None, (layout.refusal(linear.rows, linear.columns, scheme) for scheme in possible)), None)
+        if reason:
+            is_open = " (bits: auto may choose them)" if len(possible) > 1 else ""
+            raise UnsupportedError(
+                f"{linear.name}: {reason}{is_open}, as format {config.quantization.format} wants; use "
+                "compressed-tensors, or name the layer in quantization.ignore"
+            )
+
+
+def _plan_notes(config: RunConfig, plan: Plan, class_name: str) -> Iterator[str]:
+    """Say what is copied or rounded otherwise than a user may expect."""
+    if plan.unknown:
+        yield (
+            f"{len(plan.unknown)} tensors that {class_name} does not have are copied as they are, "
+            f"the first is {plan.unknown[0]}"
+        )
+    if plan.indivisible:
+        yield (
+            f"{len(plan.indivisible)} layers whose input is no multiple of the group size: "
+            f"{'kept as they are' if config.quantization.indivisible == 'keep' else 'per channel'}, the first is "
+            f"{plan.indivisible[0]}"
+        )
+    if plan.other_matrices:
+        yield (
+            f"{len(plan.other_matrices)} matrices that are gates, or no linear layers, stay as they are, the first is "
+            f"{plan.other_matrices[0]}"
+        )
 
 
 def _has_text(config: RunConfig) -> bool:

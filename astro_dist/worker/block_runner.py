@@ -1,4 +1,4 @@
-"""What a worker works on: one block of one model on its device, and the hidden states that pass through it."""
+"""The block that a worker holds on its device, and the hidden states that pass through it."""
 
 import os
 import platform
@@ -32,20 +32,24 @@ __all__ = ["BlockRunner"]
 
 
 class BlockRunner:
-    """Holds at most one block, of the source or of what a round wrote.
+    """Loads blocks and runs them; it holds at most one, of the source or of what a round wrote.
 
     Attributes:
-        spec: of the worker.
-        device: where the block is.
-        checkpoint: the source.
-        skeleton: the model, on meta but for what is loaded.
+        spec: What the worker was built from.
+        device: Device on which the block is.
+        checkpoint: Checkpoint of the source.
+        skeleton: The model, on the meta device but for what is loaded.
     """
 
     def __init__(self, spec: WorkerSpec) -> None:
         """Open the source.
 
+        Args:
+            spec: What the worker was built from.
+
         Raises:
-            RunError: this machine does not see the run directory, or sees another source than the driver.
+            RunError: This machine does not see the run directory, sees another source than the driver, or has too
+                little memory.
         """
         self.spec = spec
         self.device = torch.device(spec.device)
@@ -58,7 +62,7 @@ class BlockRunner:
         if store.revision is None and Checkpoint.open(store).fingerprint() != spec.fingerprint:
             raise RunError(f"{platform.node()}: {store} is not the checkpoint that the driver sees under this path")
         self.skeleton = Skeleton(spec.folder, spec.compute_dtype, spec.trust_remote_code)
-        self._ahead = Prefetch()
+        self._prefetch = Prefetch()
         self._tokens: dict[str, torch.Tensor] | None = None
         self._loaded: tuple[str, int] | None = None
         self._layers: tuple[int, BlockLayers] | None = None
@@ -66,18 +70,22 @@ class BlockRunner:
 
     @property
     def held_out(self) -> list[str]:
-        """Chunks that are only measured on."""
+        """The names of the chunks that are only measured on."""
         return [chunk for chunk in self.spec.chunks if is_held_out(chunk)]
 
     def load(self, stream: str, index: int) -> BlockUnit:
         """Bring a block onto the device, if it is not there already.
 
         Args:
-            stream: `original` for the source's weights, `round-r` for what that round wrote.
-            index: of the block.
+            stream: Stream of the model: `original` for the source, `round-r` for what that round wrote.
+            index: Index of the block.
+
+        Returns:
+            The unit of the block.
 
         Raises:
-            CheckpointError: a tensor is missing, or holds NaN or Inf.
+            CheckpointError: A tensor is missing, or holds NaN or Inf.
+            DamagedError: The shard of the round is missing, or not as it was written.
         """
         unit = self.spec.plan.blocks[index]
         if self._loaded == (stream, index):
@@ -89,7 +97,7 @@ class BlockRunner:
         self.skeleton.require_filled(block, unit.name)
         self._loaded = (stream, index)
         for name, parameter in block.named_parameters():
-            # NaN passes through minimum and maximum; nothing of a parameter's size is made.
+            # NaN passes through minimum and maximum, which need no memory of the parameter's size.
             if parameter.numel() and not bool(torch.isfinite(torch.stack(torch.aminmax(parameter.detach()))).all()):
                 origin = str(self.checkpoint.store) if stream == ORIGINAL else f"the shard of {stream}"
                 raise CheckpointError(f"{origin}: {name} of {unit.name} holds NaN or Inf")
@@ -97,7 +105,7 @@ class BlockRunner:
 
     def close(self) -> None:
         """Take the block off the device."""
-        self._ahead.forget()
+        self._prefetch.forget()
         if self._loaded is not None:
             self.skeleton.blocks[self._loaded[1]].to("meta")
             self._loaded = None
@@ -106,7 +114,11 @@ class BlockRunner:
 
     @contextmanager
     def outside_loaded(self, with_block: BlockUnit | None = None) -> Iterator[None]:
-        """Embeddings, norm and head, and one block where wanted, on the device for a while."""
+        """Hold embeddings, norm and head on the device while the body of a `with` statement runs.
+
+        Args:
+            with_block: Block of the source that is loaded with them, if any.
+        """
         self.close()
         skeleton = self.skeleton
         tensors = self._read_outside() | self.checkpoint.read(with_block.keys if with_block else ())
@@ -120,13 +132,25 @@ class BlockRunner:
             return_freed_memory()
 
     def layers(self, unit: BlockUnit) -> BlockLayers:
-        """The layers of a block that are quantized, where they lie in the loaded block."""
+        """Return the layers of a block that are quantized, as they lie in the model.
+
+        Args:
+            unit: Unit of the block.
+        """
         if self._layers is None or self._layers[0] != unit.index:
             self._layers = (unit.index, BlockLayers(self.skeleton.model, unit.linears))
         return self._layers[1]
 
     def weights(self, unit: BlockUnit, names: Iterable[str]) -> dict[str, torch.Tensor]:
-        """Original weights of some of a block's layers by name, exact: the loaded ones where those are."""
+        """Return the exact original weights of some of a block's layers by name, on the device.
+
+        The loaded weights are taken if the block is loaded and its dtype holds the stored weights exactly. Otherwise
+        they are read.
+
+        Args:
+            unit: Unit of the block.
+            names: Names of the layers.
+        """
         linears = [unit.by_name[name] for name in names]
         exact = torch.promote_types(self._stored_dtype(unit), self.spec.compute_dtype) == self.spec.compute_dtype
         if self._loaded == (ORIGINAL, unit.index) and exact:
@@ -141,11 +165,11 @@ class BlockRunner:
         Scales are stored in the layout's dtype, or, where it has none, in that of the block's weights in the source.
 
         Args:
-            unit: The block.
+            unit: Unit of the block.
         """
         spec = self.spec
-        fixed: torch.dtype | None = LAYOUTS[spec.quantization.format].SCALE_DTYPE
-        scale_dtype = fixed if fixed is not None else self._stored_dtype(unit)
+        layout_dtype: torch.dtype | None = LAYOUTS[spec.quantization.format].SCALE_DTYPE
+        scale_dtype = layout_dtype if layout_dtype is not None else self._stored_dtype(unit)
         return Recipe(spec.quantization, spec.regularization, scale_dtype)
 
     def _stored_dtype(self, unit: BlockUnit) -> torch.dtype:
@@ -154,12 +178,25 @@ class BlockRunner:
         return dtypes[0] or self.spec.compute_dtype if dtypes else self.spec.compute_dtype
 
     def widths(self, round_index: int) -> tuple[int, ...]:
-        """Widths that a round measures besides: the first, where a budget is to be spent."""
+        """Return the widths that a round measures besides: only the first measures, if there is a width budget.
+
+        Args:
+            round_index: Index of the round.
+        """
         quantization = self.spec.quantization
         return quantization.bit_choices if quantization.bits == "auto" and round_index == 0 else ()
 
     def write_block(self, unit: BlockUnit, round_index: int, quantized: dict[str, QuantizedLinear]) -> Path:
-        """Write a block's shard: packed layers, and every other tensor as it was."""
+        """Write a block's shard: packed layers, and every other tensor as it was.
+
+        Args:
+            unit: Unit of the block.
+            round_index: Index of the round.
+            quantized: Every quantized layer by name.
+
+        Returns:
+            The path of the shard.
+        """
         layout, kept = LAYOUTS[self.spec.quantization.format], self.checkpoint.read(kept_keys(unit.linears, unit.keys))
         tensors = pack_block(layout, unit.linears, quantized, kept, self.recipe(unit).scale_dtype)
         path = self.spec.run.shard(round_index, unit.file)
@@ -167,50 +204,80 @@ class BlockRunner:
         return path
 
     def forward_chunk(self, stream: str, index: int, chunk: str) -> None:
-        """One chunk through the block of a stream; the output is handed on."""
+        """Pass one chunk through the block of a stream, and keep the output as the input of the next block.
+
+        Args:
+            stream: Name of the stream.
+            index: Index of the block.
+            chunk: Name of the chunk.
+        """
         self.load(stream, index)
         self.save_hidden(stream, index + 1, chunk, self.forward(index, self.hidden(stream, index, chunk)))
 
     def forward(self, index: int, hidden: torch.Tensor) -> torch.Tensor:
-        """The loaded block's output for input hidden states [B, T, H]."""
+        """Return the output of the loaded block, [B, T, H].
+
+        Args:
+            index: Index of the block.
+            hidden: Hidden states before the block, [B, T, H].
+        """
         shape = (index, hidden.shape[0], hidden.shape[1])
         if shape not in self._calls:
             self._calls[shape], _ = load_call(self.spec.run.calls(*shape[1:]), index, self.device)
         return forward(self.skeleton.blocks[index], hidden, self._calls[shape])
 
     def repeats(self, stream: str, index: int) -> list[Callable[[], torch.Tensor]]:
-        """For every calibration chunk a forward through the loaded block, whose output is not handed on."""
+        """Return a forward of the loaded block for every calibration chunk, whose output is not kept.
+
+        Args:
+            stream: Stream whose hidden states are the input.
+            index: Index of the block.
+        """
         chunks = [chunk for chunk in self.spec.chunks if not is_held_out(chunk)]
         return [lambda chunk=chunk: self.forward(index, self.hidden(stream, index, chunk)) for chunk in chunks]  # type: ignore[misc]
 
     def input_ids(self, chunk: str) -> torch.Tensor:
-        """A chunk's tokens, int64 [B, T]."""
+        """Return the tokens of a chunk, int64 [B, T].
+
+        Args:
+            chunk: Name of the chunk.
+        """
         if self._tokens is None:
             self._tokens, _ = load_part(self.spec.run.tokens)
         return self._tokens[chunk].to(self.device)
 
     def hidden(self, stream: str, index: int, chunk: str, then: tuple[str, str] | None = None) -> torch.Tensor:
-        """A chunk's hidden states before a block, [B, T, H].
+        """Return the hidden states of a chunk before a block, [B, T, H].
 
         Args:
-            stream: that the chunk is in.
-            index: of the block.
-            chunk: its name.
-            then: stream and name of the chunk that will be wanted next, which is read meanwhile.
+            stream: Stream in which the chunk travels.
+            index: Index of the block.
+            chunk: Name of the chunk.
+            then: Stream and name of the chunk that will be wanted next before the same block, which is read meanwhile.
+
+        Raises:
+            DamagedError: The file is missing, or not as it was written.
         """
-        hidden = self._ahead.take(self.spec.run.hidden(stream, index, chunk))["hidden"]
+        hidden = self._prefetch.take(self.spec.run.hidden(stream, index, chunk))["hidden"]
         if then is not None:
-            self._ahead.expect(self.spec.run.hidden(then[0], index, then[1]))
+            self._prefetch.expect(self.spec.run.hidden(then[0], index, then[1]))
         return hidden.to(self.device)
 
     def save_hidden(self, stream: str, index: int, chunk: str, hidden: torch.Tensor) -> None:
-        """Keep a chunk's hidden states before a block. What is there stays: other hardware may round differently."""
+        """Write the hidden states of a chunk before a block, unless they are there: other hardware may round otherwise.
+
+        Args:
+            stream: Stream in which the chunk travels.
+            index: Index of the block.
+            chunk: Name of the chunk.
+            hidden: Hidden states, [B, T, H].
+        """
         path = self.spec.run.hidden(stream, index, chunk)
         if not path.exists():
             save_part(path, {"hidden": hidden})
 
     def _read_outside(self) -> dict[str, torch.Tensor]:
-        """Embeddings, norm and head; where the source is far away, from what was copied of it already."""
+        """Read embeddings, norm and head; of a remote source from what was copied of it already."""
         wanted, tensors = set(self.spec.plan.outside), dict[str, torch.Tensor]()
         for unit in self.spec.plan.copies:
             is_near = isinstance(self.checkpoint.store, FolderStore)
@@ -233,8 +300,12 @@ class BlockRunner:
 def require_memory(needed_bytes: int, device: torch.device) -> None:
     """Refuse a device that is too small, before anything is loaded.
 
+    Args:
+        needed_bytes: Memory that a worker is expected to need, in bytes.
+        device: The device.
+
     Raises:
-        RunError: naming both sizes.
+        RunError: The device has less memory; the message gives both sizes.
     """
     if device.type == "cuda":
         total = torch.cuda.get_device_properties(device).total_memory

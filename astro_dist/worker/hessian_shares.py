@@ -1,9 +1,10 @@
 """The statistics of a block that several workers solve: shares of the calibration chunks, and what they add up to.
 
-In mode `sequential` the groups of a block come in stages that follow its forward: a stage's inputs already hold the
-errors of the stages before. A share is a fixed part of the chunks; sums are formed in the order of the shares.
+In mode `sequential` the input groups of a block come in stages that follow its forward: the inputs of a stage already
+hold the errors of the stages before. A share is a fixed part of the chunks. Shares are added up in their order.
 """
 
+import dataclasses
 import time
 from collections.abc import Iterable, Mapping, Sequence
 from itertools import zip_longest
@@ -23,39 +24,77 @@ from astro_dist.schedule.sequential import shares
 from astro_dist.worker.block_runner import BlockRunner
 from astro_dist.worker.split_block import BlockInParts
 
-__all__ = ["HessianShares"]
+__all__ = ["BatchStatistics", "HessianShares"]
 
 _RESULT = round_stream(0)
+"""The stream through what the only round of mode `sequential` writes."""
 _Accumulators = tuple[HessianAccumulator, DriftAccumulator | None]
+"""The sums of one input group; its drift only where errors are compensated."""
+
+
+@dataclasses.dataclass(frozen=True)
+class BatchStatistics:
+    """What calibration learned of the inputs of a batch, over all chunks.
+
+    Attributes:
+        H: Mean of xxᵀ of each input group, float32 [B, C, C].
+        drift: Mean of (x_s − x)xᵀ of each input group, float32 [B, C, C]; None where errors are not compensated.
+        fallbacks: Policy that was used for each input group because too few tokens reached it; empty elsewhere.
+    """
+
+    H: torch.Tensor
+    drift: torch.Tensor | None
+    fallbacks: tuple[str, ...]
+
+
+@dataclasses.dataclass(frozen=True)
+class _Substitute:
+    """What the starved experts of a stage share: every token's way through them, or the sums of all experts."""
+
+    block: BlockInParts
+    stage: int
+    source: AllTokens | HessianAccumulator
 
 
 class HessianShares:
-    """Makes shares and adds them up."""
+    """Makes the shares of a block's Hessians, and adds them up."""
 
     def __init__(self, runner: BlockRunner) -> None:
+        """Begin with nothing.
+
+        Args:
+            runner: Runner of the worker's blocks.
+        """
         self._runner = runner
-        self._instead: tuple[BlockInParts, int, AllTokens | HessianAccumulator] | None = None
+        self._substitute: _Substitute | None = None
 
     def forget(self) -> None:
         """Let go of what was gathered for starved experts."""
-        self._instead = None
+        self._substitute = None
 
-    def accumulate(self, block: BlockInParts, stage_index: int, number: int, start: float) -> None:
-        """Partial sums of a stage's batches from one share of the calibration chunks, begun at a time."""
+    def accumulate(self, block: BlockInParts, stage: int, share: int, start: float) -> None:
+        """Sum the Hessians of a stage's batches over one share of the calibration chunks, and write the sums.
+
+        Args:
+            block: The block, laid out and loaded.
+            stage: Index of the stage.
+            share: Index of the share.
+            start: Time at which the work on the share began, as `time.perf_counter` has it.
+        """
         runner = self._runner
-        batches = block.stages[stage_index] if block.stages else []
+        batches = block.stages[stage] if block.stages else []
         sums = {batch: [self._accumulators(operand) for operand in self._operands(block, batch)] for batch in batches}
-        every = {
-            operand: own
+        by_operand = {
+            operand: accumulators
             for batch in batches
-            for operand, own in zip(self._operands(block, batch), sums[batch], strict=True)
+            for operand, accumulators in zip(self._operands(block, batch), sums[batch], strict=True)
         }
         seconds = {"hessian": 0.0, "compensate": 0.0}
-        self._feed(block, stage_index, shares(runner.spec.chunks, runner.spec.shares)[number], every, seconds)
+        self._feed(block, stage, shares(runner.spec.chunks, runner.spec.shares)[share], by_operand, seconds)
         seconds["forward"] = time.perf_counter() - start - sum(seconds.values())
-        every.clear()
+        by_operand.clear()
         for batch in batches:
-            self._save_share(block, batch, number, sums.pop(batch), seconds if batch == batches[0] else {})
+            self._save_share(block, batch, share, sums.pop(batch), seconds if batch == batches[0] else {})
 
     def save_sums(
         self, block: BlockInParts, statistics: Iterable[InputStatistics], seconds: Mapping[str, float]
@@ -63,50 +102,63 @@ class HessianShares:
         """Write the sums of all batches of a block that this worker fed.
 
         Args:
-            block: all of its groups in one runner.
-            statistics: of every group, finished here, in order.
-            seconds: that were spent on the block so far, by phase.
+            block: The block, all of its input groups in one stage.
+            statistics: Statistics of every input group in order, which are finished here.
+            seconds: Time by phase that was spent on the block so far.
         """
         remaining = iter(statistics)
-        for batch, groups in enumerate(block.batches):
-            known = [next(remaining) for _ in groups]
-            _save_sum(block, batch, known, None, {} if batch else seconds)
-            known.clear()
+        for batch, input_groups in enumerate(block.batches):
+            finished = [next(remaining) for _ in input_groups]
+            _save_sum(block, batch, finished, None, {} if batch else seconds)
+            finished.clear()
         exhaust(remaining)
 
-    def of(self, block: BlockInParts, batch: int) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
-        """A batch's sums and their note, as they were given out, or from its shares.
+    def merge(self, block: BlockInParts, batch: int) -> BatchStatistics:
+        """Return the statistics of a batch, added up from its shares where the sums are not written yet.
 
-        Returns:
-            `hessian` [B, C, C], with `drift` of the same shape where errors are compensated; and the note.
+        Args:
+            block: The block.
+            batch: Index of the batch.
+
+        Raises:
+            DamagedError: A part is missing, or not as it was written.
+            NumericalError: Too few tokens reached an expert, and the policy is `fail`.
         """
         if block.is_there(batch, SUM):
             return self.read(block, batch)
         seconds: dict[str, float] = {}
-        known, drifts = [], []
+        finished, drifts = [], []
         merged = self._merged(block, batch, seconds)
         for names, operand in zip(block.batches[batch], self._operands(block, batch), strict=True):
             H, drift = merged.pop(0)
-            known.append(self._statistics(block, batch, names, operand, H))
+            finished.append(self._statistics(block, batch, names, operand, H))
             drifts += [drift.finish_("+".join(names))] if drift is not None else []
-        return _save_sum(block, batch, known, stacked(drifts) if drifts else None, seconds)
+        return _save_sum(block, batch, finished, stacked(drifts) if drifts else None, seconds)
 
-    def read(self, block: BlockInParts, batch: int) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
-        """A batch's sums and their note, as they were written."""
+    def read(self, block: BlockInParts, batch: int) -> BatchStatistics:
+        """Read the statistics of a batch, as they were written.
+
+        Args:
+            block: The block.
+            batch: Index of the batch.
+
+        Raises:
+            DamagedError: The part is missing, or not as it was written.
+        """
         tensors, note = block.load(batch, SUM)
         H = unpacked(tensors["hessian"].to(self._runner.device), block.columns(batch))
-        return {**tensors, "hessian": H}, note
+        return BatchStatistics(H, tensors.get("drift"), tuple(note["fallback"]))
 
     def _feed(
         self,
         block: BlockInParts,
-        stage_index: int,
+        stage: int,
         chunks: Sequence[str],
         sums: Mapping[Operand, _Accumulators],
         seconds: dict[str, float],
     ) -> None:
         """Pass chunks through the block up to a stage, those of the source too where the drift from it is wanted."""
-        layers, quantized = self._runner.layers(block.unit), self._dequantized(block, stage_index)
+        layers, quantized = self._runner.layers(block.unit), self._dequantized(block, stage)
         drifts = [operand for operand, (_, drift) in sums.items() if drift is not None]
         with layers.replaced({} if drifts else quantized):
             for chunk, following in zip_longest(chunks, chunks[1:]):
@@ -114,14 +166,14 @@ class HessianShares:
                 with layers.replaced(quantized if drifts else {}):
                     source = (ORIGINAL, chunk) if drifts else later
                     inputs = self._inputs(block, sums.keys(), (_RESULT, chunk), source)
-                before = self._inputs(block, drifts, (ORIGINAL, chunk), later) if drifts else {}
+                source_inputs = self._inputs(block, drifts, (ORIGINAL, chunk), later) if drifts else {}
                 for operand, X in inputs.items():
                     H, drift = sums[operand]
                     with timed(seconds, "hessian"):
                         H.add_(X)
                     if drift is not None:
                         with timed(seconds, "compensate"):
-                            drift.add_(before[operand], X)
+                            drift.add_(source_inputs[operand], X)
 
     def _inputs(
         self, block: BlockInParts, operands: Iterable[Operand], chunk: tuple[str, str], then: tuple[str, str] | None
@@ -132,14 +184,14 @@ class HessianShares:
         return inputs_of(runner.layers(block.unit), list(operands), lambda: runner.forward(index, hidden))
 
     def _operands(self, block: BlockInParts, batch: int) -> list[Operand]:
-        """The first operand of each group."""
+        """The first operand of each input group."""
         by_name = self._runner.layers(block.unit).by_name
         return [by_name[names[0]] for names in block.batches[batch]]
 
     def _accumulators(self, operand: Operand) -> _Accumulators:
-        """Empty sums for a group; the drift's only where errors are compensated.
+        """Empty sums for an input group.
 
-        Of experts none are: the tokens that reach one are not the same in the source model.
+        Errors of experts are not compensated: the tokens that reach one are not the same in the source model.
         """
         runner = self._runner
         compensated = runner.spec.quantization.compensates and operand.expert is None
@@ -147,25 +199,20 @@ class HessianShares:
         return HessianAccumulator(operand.columns, runner.device, operand.expert is not None), drift
 
     def _save_share(
-        self,
-        block: BlockInParts,
-        batch: int,
-        number: int,
-        sums: Sequence[_Accumulators],
-        seconds: Mapping[str, float],
+        self, block: BlockInParts, batch: int, share: int, sums: Sequence[_Accumulators], seconds: Mapping[str, float]
     ) -> None:
         tensors = {"hessian": stacked([packed(H.partial) for H, _ in sums])}
         drifts = [drift.partial for _, drift in sums if drift is not None]
         tensors |= {"drift": stacked(drifts)} if drifts else {}
         note = {"num_tokens": [H.num_tokens for H, _ in sums], "seconds": seconds}
-        block.save(batch, share_part(number), tensors, note)
+        block.save(batch, share_part(share), tensors, note)
 
     def _merged(self, block: BlockInParts, batch: int, seconds: dict[str, float]) -> list[_Accumulators]:
         """A batch's sums over all shares, in their order; the time that those took is added to `seconds`."""
         runner = self._runner
         merged = [self._accumulators(operand) for operand in self._operands(block, batch)]
-        for number in range(len(shares(runner.spec.chunks, runner.spec.shares))):
-            tensors, note = block.load(batch, share_part(number))
+        for share in range(len(shares(runner.spec.chunks, runner.spec.shares))):
+            tensors, note = block.load(batch, share_part(share))
             add_seconds(seconds, note["seconds"])
             for i, (H, drift) in enumerate(merged):
                 partial = unpacked(tensors["hessian"][i].to(runner.device), block.columns(batch))
@@ -177,41 +224,42 @@ class HessianShares:
     def _statistics(
         self, block: BlockInParts, batch: int, names: Sequence[str], operand: Operand, H: HessianAccumulator
     ) -> InputStatistics:
-        """Of a group whose shares are merged, or what takes their place where too few tokens reached an expert."""
+        """Finish an input group whose shares are merged, or replace its sums if too few tokens reached an expert."""
         runner, experts = self._runner, self._runner.spec.experts
         if not is_starved(operand, H.num_tokens, experts):
             return InputStatistics(tuple(names), H.finish_("+".join(names)), H.num_tokens, H.num_tokens)
-        stage_index = next(i for i, batches in enumerate(block.stages) if batch in batches)
+        stage = next(i for i, batches in enumerate(block.stages) if batch in batches)
         if experts.policy == "all-tokens":
             layers = runner.layers(runner.load(ORIGINAL, block.unit.index))
-            with layers.replaced(self._dequantized(block, stage_index)):
-                again = self._gathered(block, stage_index, operand)
-                sums = again.sums(operand, runner.device) if isinstance(again, AllTokens) else None
+            with layers.replaced(self._dequantized(block, stage)):
+                all_tokens = self._gathered(block, stage, operand)
+                sums = all_tokens.sums(operand, runner.device) if isinstance(all_tokens, AllTokens) else None
                 return starved_statistics(operand, H.num_tokens, experts, sums, runner.device)
-        shared = self._gathered(block, stage_index, operand) if experts.policy == "shared-hessian" else None
+        shared = self._gathered(block, stage, operand) if experts.policy == "shared-hessian" else None
         sums = shared if isinstance(shared, HessianAccumulator) else None
         return starved_statistics(operand, H.num_tokens, experts, sums, runner.device)
 
-    def _gathered(self, block: BlockInParts, stage_index: int, operand: Operand) -> AllTokens | HessianAccumulator:
-        """What the starved experts of a stage share: every token's way through them, or the sums of all experts."""
-        if self._instead is None or self._instead[:2] != (block, stage_index):
-            self._instead = None  # makes room
+    def _gathered(self, block: BlockInParts, stage: int, operand: Operand) -> AllTokens | HessianAccumulator:
+        """What replaces the sums of the starved experts of a stage; it is gathered for the first of them."""
+        substitute = self._substitute
+        if substitute is None or (substitute.block, substitute.stage) != (block, stage):
+            self._substitute = substitute = None  # makes room
             runner = self._runner
+            source: AllTokens | HessianAccumulator
             if runner.spec.experts.policy == "all-tokens":
                 repeats = runner.repeats(_RESULT, block.unit.index)
-                every = AllTokens(runner.layers(block.unit), [operand], repeats)
-                self._instead = (block, stage_index, every)
+                source = AllTokens(runner.layers(block.unit), [operand], repeats)
             else:
-                gathered = HessianAccumulator(operand.columns, runner.device)
-                for other in block.stages[stage_index]:
-                    for H, _ in self._merged(block, other, {}):
-                        gathered.absorb_(H)
-                self._instead = (block, stage_index, gathered)
-        return self._instead[2]
+                source = HessianAccumulator(operand.columns, runner.device)
+                for batch in block.stages[stage]:
+                    for H, _ in self._merged(block, batch, {}):
+                        source.absorb_(H)
+            self._substitute = substitute = _Substitute(block, stage, source)
+        return substitute.source
 
-    def _dequantized(self, block: BlockInParts, stage_index: int) -> dict[str, torch.Tensor]:
+    def _dequantized(self, block: BlockInParts, stage: int) -> dict[str, torch.Tensor]:
         """Weights of the stages before as they were quantized, in the compute dtype."""
-        batches = [batch for before in range(stage_index) for batch in block.stages[before]]
+        batches = [batch for earlier in block.stages[:stage] for batch in earlier]
         dtype, device = self._runner.spec.compute_dtype, self._runner.device
         solved = [block.solved(batch)[0] for batch in batches]
         return {name: layer.dequantize().to(device, dtype) for layers in solved for name, layer in layers.items()}
@@ -220,14 +268,18 @@ class HessianShares:
 def _save_sum(
     block: BlockInParts,
     batch: int,
-    known: Sequence[InputStatistics],
+    statistics: Sequence[InputStatistics],
     drift: torch.Tensor | None,
     seconds: Mapping[str, float],
-) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
-    """Write the sum of a batch; it and its note."""
-    tensors = {"hessian": stacked([own.H for own in known])} | ({"drift": drift} if drift is not None else {})
-    written = {**tensors, "hessian": packed(tensors["hessian"])}
-    counts = {key: [getattr(own, key) for own in known] for key in ("num_tokens", "routed_tokens", "fallback")}
-    note = {**counts, "seconds": seconds}
-    block.save(batch, SUM, written, note)
-    return tensors, note
+) -> BatchStatistics:
+    """Write the statistics of a batch's input groups, and return them side by side."""
+    H = stacked([inputs.H for inputs in statistics])
+    tensors = {"hessian": packed(H)} | ({"drift": drift} if drift is not None else {})
+    note: dict[str, Any] = {
+        "num_tokens": [inputs.num_tokens for inputs in statistics],
+        "routed_tokens": [inputs.routed_tokens for inputs in statistics],
+        "fallback": [inputs.fallback for inputs in statistics],
+        "seconds": seconds,
+    }
+    block.save(batch, SUM, tensors, note)
+    return BatchStatistics(H, drift, tuple(note["fallback"]))

@@ -18,22 +18,22 @@ class WorkerSpec:
     """Everything a worker is built from, and rebuilt from after a failure.
 
     Attributes:
-        checkpoint: the source, as the driver found it.
-        folder: with config.json and code of the source, which every node sees.
-        fingerprint: of the source.
-        trust_remote_code: whether code of the checkpoint may run.
-        run: the run directory.
-        plan: every unit.
-        chunks: chunk names in the order in which they travel.
-        shares: of the calibration chunks, in mode `sequential`.
-        quantization: grid and solver.
-        regularization: what is done to the weights before.
-        experts: what is done about experts that too few tokens reach.
-        compute_dtype: of forwards and activations.
-        device: "cpu" or "cuda".
-        threads: CPU threads.
-        compiles: whether the innermost loops are compiled.
-        needed_bytes: memory that a worker is expected to need.
+        checkpoint: Checkpoint of the source, as the driver opened it.
+        folder: Folder with config.json and code of the source, which every node sees.
+        fingerprint: Fingerprint of the source.
+        trust_remote_code: Whether code of the checkpoint may run.
+        run: Run directory.
+        plan: Units of the run.
+        chunks: Names of the chunks in the order in which they travel.
+        shares: Number of shares of the calibration chunks in mode `sequential`.
+        quantization: Grids and solver.
+        regularization: Settings of what is done to the weights before they are rounded.
+        experts: Policy about experts that too few tokens reach.
+        compute_dtype: Dtype of forward passes and activations.
+        device: Type of the device, "cpu" or "cuda".
+        threads: Number of CPU threads.
+        compiles: Whether the innermost loops are compiled.
+        needed_bytes: Memory that a worker is expected to need, in bytes.
     """
 
     checkpoint: Checkpoint

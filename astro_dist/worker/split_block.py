@@ -1,7 +1,7 @@
-"""A block that several workers solve: how it is cut into parts, and the files in which these are handed on.
+"""A block that several workers solve: how it is cut into parts, and the files in which workers hand each other parts.
 
-Layers that share an input are a group; groups of one shape are solved side by side, as a batch; a tile is some rows of
-a batch. All of it follows from the model and the settings, so that it does not matter who does which.
+Layers that read one input are an input group. Input groups of one shape are solved side by side, as a batch. A tile is
+some rows of a batch. All of this follows from the model and the settings, so that any worker can do any part.
 """
 
 import dataclasses
@@ -35,7 +35,13 @@ __all__ = ["BlockInParts", "Tile"]
 
 @dataclasses.dataclass(frozen=True)
 class Tile:
-    """Some rows of groups side by side: their scheme, the members of each, rows of their stack or of its sample."""
+    """Some rows of input groups side by side.
+
+    Attributes:
+        scheme: Grid of all members.
+        members: Names of the layers of each input group.
+        rows: Rows of the stacked members, or of the sample of these.
+    """
 
     scheme: LayerScheme
     members: tuple[tuple[str, ...], ...]
@@ -43,24 +49,46 @@ class Tile:
 
     @functools.cached_property
     def names(self) -> tuple[str, ...]:
-        """Of the groups."""
+        """The name of each input group: those of its members, joined by '+'."""
         return tuple("+".join(names) for names in self.members)
+
+
+@dataclasses.dataclass(frozen=True)
+class _SolvedTile:
+    """A tile as it was read back.
+
+    Attributes:
+        tile: The tile.
+        rows: Its rows on their grid.
+        outcomes: What was decided for each input group.
+    """
+
+    tile: Tile
+    rows: SolvedRows
+    outcomes: list[InputGroupOutcome]
 
 
 class BlockInParts:
     """One block in one round, as a worker knows it.
 
     Attributes:
-        round_index: of the run.
-        unit: the block.
-        schemes: Scheme of each layer by name.
-        layout: stages of the block's forward, each of groups, each of names of layers that share an input.
-        batches: groups that are solved side by side.
-        stages: indices of the batches of each runner.
+        round_index: Index of the round.
+        unit: Unit of the block.
+        schemes: Grid of each layer by name.
+        layout: Stages of the block's forward. Each is a list of input groups, and each of these a list of the names of
+            its layers.
+        batches: Input groups of each batch.
+        stages: Indices of the batches of each stage.
     """
 
     def __init__(self, spec: WorkerSpec, round_index: int, unit: BlockUnit) -> None:
-        """Know of a block what the plan says: how its layers share inputs is yet to be laid out."""
+        """Know of a block what the plan says. Which layers share an input is yet to be laid out.
+
+        Args:
+            spec: What the worker was built from.
+            round_index: Index of the round.
+            unit: Unit of the block.
+        """
         self._spec = spec
         self.round_index, self.unit = round_index, unit
         self.schemes = layer_schemes(spec.run, spec.quantization, unit, round_index)
@@ -71,91 +99,126 @@ class BlockInParts:
         self._solved: dict[int, tuple[dict[str, QuantizedLinear], list[LayerRecord]]] = {}
 
     def lay_out(self, stages: Sequence[Sequence[Sequence[str]]]) -> None:
-        """Learn which layers share inputs, stage by stage, and form the batches."""
+        """Learn which layers share an input, stage by stage, and form the batches.
+
+        Args:
+            stages: Input groups of each stage, each as the names of its layers.
+        """
         shapes = {linear.name: (linear.rows, linear.columns) for linear in self.unit.linears}
-        self.layout = [[list(names) for names in groups] for groups in stages]
-        for groups in self.layout:
-            together = side_by_side(groups, shapes, self.schemes, self._device_type)
+        self.layout = [[list(names) for names in input_groups] for input_groups in stages]
+        for input_groups in self.layout:
+            together = side_by_side(input_groups, shapes, self.schemes, self._device_type)
             self.stages.append(list(range(len(self.batches), len(self.batches) + len(together))))
-            self.batches += [[groups[i] for i in batch] for batch in together]
+            self.batches += [[input_groups[i] for i in batch] for batch in together]
 
     def columns(self, batch: int) -> int:
-        """Width of the inputs of a batch."""
+        """Return the width of the inputs of a batch."""
         return self.unit.by_name[self.batches[batch][0][0]].columns
 
     def parts(self, batch: int) -> BatchParts:
-        """The calls that a batch takes once its Hessians are merged."""
+        """Count the calls that a batch takes once its Hessians are merged."""
         return BatchParts(batch, len(self.sample_tiles(batch)), len(self.tiles(batch)))
 
     def tiles(self, batch: int) -> list[Tile]:
-        """Of all rows."""
+        """Cut all rows of a batch into tiles."""
         return self._cut(batch, row_tiles)
 
     def sample_tiles(self, batch: int) -> list[Tile]:
-        """Of the sampled rows, where β is searched."""
+        """Cut the sampled rows of a batch into tiles; there are none where β is not searched."""
         return self._cut(batch, beta_search.sample_tiles) if self._spec.regularization.is_searched else []
 
     def solved(self, batch: int) -> tuple[dict[str, QuantizedLinear], list[LayerRecord]]:
-        """Layers and records of a batch whose tiles are all solved."""
+        """Put the tiles of a batch together, all of which are solved.
+
+        Args:
+            batch: Index of the batch.
+
+        Returns:
+            The layers on their grids by name, and the record of each input group.
+
+        Raises:
+            DamagedError: A part is missing, or not as it was written.
+            RunError: Tiles were damped differently, or got different betas.
+        """
         if batch not in self._solved:
-            parts: dict[tuple[str, ...], list[tuple[Tile, SolvedRows, list[InputGroupOutcome]]]] = {}
-            for number, tile in enumerate(self.tiles(batch)):
-                parts.setdefault(tile.names, []).append((tile, *self._read_tile(batch, number, tile.scheme)))
+            by_names: dict[tuple[str, ...], list[_SolvedTile]] = {}
+            for index, tile in enumerate(self.tiles(batch)):
+                by_names.setdefault(tile.names, []).append(self._read_tile(batch, index, tile))
             layers: dict[str, QuantizedLinear] = {}
-            records = []
-            for tiles in parts.values():
-                quantized, own = self._merged(batch, tiles)
-                layers |= quantized
-                records += own
+            records: list[LayerRecord] = []
+            for tiles in by_names.values():
+                merged_layers, merged_records = self._merged(batch, tiles)
+                layers |= merged_layers
+                records += merged_records
             self._solved[batch] = (layers, records)
         return self._solved[batch]
 
     def save(self, batch: int, part: str, tensors: Mapping[str, torch.Tensor], note: Any) -> None:
-        """Write a part of a batch. With what is first fed of the first one goes the layout."""
+        """Write a part of a batch. The first statistics of the first batch carry the layout.
+
+        Args:
+            batch: Index of the batch.
+            part: Name of the part.
+            tensors: Tensors of the part by name.
+            note: What goes with the tensors, as JSON types.
+        """
         if batch == 0 and part in (SUM, share_part(0)):
             note = {**note, "layout": self.layout}
         save_part(self._path(batch, part), tensors, json.dumps(note))
 
     def load(self, batch: int, part: str) -> tuple[dict[str, torch.Tensor], Any]:
-        """Tensors and note of a part of a batch.
+        """Read the tensors and the note of a part of a batch.
+
+        Args:
+            batch: Index of the batch.
+            part: Name of the part.
 
         Raises:
-            DamagedError: it is missing, or not as it was written.
+            DamagedError: The part is missing, or not as it was written.
         """
         tensors, note = load_part(self._path(batch, part))
         return tensors, json.loads(note)
 
     def note(self, batch: int, part: str) -> Any:
-        """The note of a part alone.
+        """Read the note of a part, without its tensors.
+
+        Args:
+            batch: Index of the batch.
+            part: Name of the part.
 
         Raises:
-            DamagedError: it is missing, or not as it was written.
+            DamagedError: The part is missing, or not as it was written.
         """
         return json.loads(read_part_note(self._path(batch, part)))
 
     def is_there(self, batch: int, part: str) -> bool:
-        """Lists the folder, as `RunDirectory.present` does, because another machine may be yet to write the file."""
+        """Say whether a part was written.
+
+        The folder is listed, as `RunDirectory.present` does, because another machine may be yet to write the file.
+
+        Args:
+            batch: Index of the batch.
+            part: Name of the part.
+        """
         path = self._path(batch, part)
         return path in path.parent.glob("*")
 
     def _cut(self, batch: int, tiles: Callable[[int, int, str, int], list[slice]]) -> list[Tile]:
-        cut = []
+        cut: list[Tile] = []
         for scheme, stacks in apart(self.batches[batch], self.schemes):
             shapes = [self.unit.by_name[name] for name in stacks[0]]
             rows, members = sum(linear.rows for linear in shapes), tuple(tuple(names) for names in stacks)
-            own = tiles(rows, shapes[0].columns, self._device_type, len(stacks))
-            cut += [Tile(scheme, members, part) for part in own]
+            parts = tiles(rows, shapes[0].columns, self._device_type, len(stacks))
+            cut += [Tile(scheme, members, part) for part in parts]
         return cut
 
-    def _merged(
-        self, batch: int, tiles: Sequence[tuple[Tile, SolvedRows, list[InputGroupOutcome]]]
-    ) -> tuple[dict[str, QuantizedLinear], list[LayerRecord]]:
-        tile, counts = tiles[0][0], self.note(batch, SUM)
+    def _merged(self, batch: int, tiles: Sequence[_SolvedTile]) -> tuple[dict[str, QuantizedLinear], list[LayerRecord]]:
+        """Layers and records of some input groups of a batch, from all of their tiles."""
+        tile, counts = tiles[0].tile, self.note(batch, SUM)
         rows = [[(name, self.unit.by_name[name].rows) for name in names] for names in tile.members]
-        by_group = zip(*(outcomes for _, _, outcomes in tiles), strict=True)
-        outcomes = [_agreed(name, own) for name, own in zip(tile.names, by_group, strict=True)]
-        solved = [solved for _, solved, _ in tiles]
-        layers, records = merge_rows(rows, solved, outcomes, counts["num_tokens"])
+        by_input_group = zip(*(solved.outcomes for solved in tiles), strict=True)
+        outcomes = [_agreed(name, of_tiles) for name, of_tiles in zip(tile.names, by_input_group, strict=True)]
+        layers, records = merge_rows(rows, [solved.rows for solved in tiles], outcomes, counts["num_tokens"])
         measured = self.note(batch, DECISION)["width_errors"]
         for i, record in enumerate(records):
             errors = {int(bits): error for bits, error in measured[record.name].items()}
@@ -163,22 +226,28 @@ class BlockInParts:
             records[i] = dataclasses.replace(record, width_errors=errors, **counted)
         return layers, records
 
-    def _read_tile(self, batch: int, number: int, scheme: LayerScheme) -> tuple[SolvedRows, list[InputGroupOutcome]]:
-        tensors, note = self.load(batch, tile_part(number))
+    def _read_tile(self, batch: int, index: int, tile: Tile) -> _SolvedTile:
+        tensors, note = self.load(batch, tile_part(index))
+        scheme = tile.scheme
         group_size = scheme.columns_per_group(tensors["Q"].shape[-1])
         grid = Grid(tensors["scale"], tensors["zero"], scheme.bits, group_size, scheme.symmetric)
         figures = Figures(**{field.name: tensors[field.name] for field in dataclasses.fields(Figures)})
-        return SolvedRows(tensors["Q"], grid, figures), [InputGroupOutcome(**outcome) for outcome in note]
+        rows = SolvedRows(tensors["Q"], grid, figures)
+        return _SolvedTile(tile, rows, [InputGroupOutcome(**outcome) for outcome in note])
 
     def _path(self, batch: int, part: str) -> Path:
         return self._spec.run.partial(self.round_index, self.unit.index, part_file(batch, part))
 
 
 def _agreed(name: str, outcomes: Sequence[InputGroupOutcome]) -> InputGroupOutcome:
-    """What was decided for a group, the same in every tile; the seconds of all.
+    """Return what was decided for an input group, the same in every tile, with the seconds of all tiles.
+
+    Args:
+        name: Name of the input group.
+        outcomes: What was decided for it in each tile.
 
     Raises:
-        RunError: tiles were damped differently, as other hardware may do.
+        RunError: Tiles were damped differently, or got different betas, as other hardware may do.
     """
     decided = sorted({(outcome.damping, outcome.beta) for outcome in outcomes})
     if len(decided) > 1:

@@ -1,9 +1,8 @@
 """The worker: a plain class. An executor decides where it lives and hands it one call at a time.
 
-What a worker hands on is a file in the run directory; what it returns is a small record.
+What a worker makes for others is a file in the run directory. What it returns is a small record.
 """
 
-import dataclasses
 import math
 import platform
 import shutil
@@ -18,7 +17,6 @@ from astro.calibration.block_statistics import BlockStatistics
 from astro.calibration.starved_experts import InputStatistics
 from astro.errors import CheckpointError, NumericalError, RunError
 from astro.linalg import compiled
-from astro.model.activations import names_of
 from astro.model.block_call import load_call, record, returns_tuple, save_calls
 from astro.model.perplexity import sequence_losses
 from astro.process import configure_process, keep_freed_memory, peak_rss_bytes
@@ -60,49 +58,41 @@ from astro_dist.schedule.calls import (
 )
 from astro_dist.schedule.names import EMBED, ORIGINAL, block_unit, is_held_out, stream_names
 from astro_dist.worker.block_runner import BlockRunner
+from astro_dist.worker.fed_block import FedBlock
 from astro_dist.worker.spec import WorkerSpec
 from astro_dist.worker.split_solver import SplitSolver
 
 __all__ = ["Worker"]
 
 _PROBE_TOKENS = 8
+"""Tokens of the short forward that shows whether blocks return tuples."""
 _COMPILERS = ("g++", "clang++", "c++")
-
-
-@dataclasses.dataclass
-class _OpenBlock:
-    """A block that is being fed, and what was gathered for it."""
-
-    round_index: int
-    unit: BlockUnit
-    statistics: BlockStatistics
-    seconds: dict[str, float]
-
-    @property
-    def input_groups(self) -> list[list[str]]:
-        """Names of the layers that share an input."""
-        return [names_of(group) for group in self.statistics.input_groups]
-
-    def feeding_seconds(self) -> dict[str, float]:
-        """Time by phase until all chunks have passed; that of the Hessians apart."""
-        hessian_s = self.statistics.seconds
-        return {**self.seconds, "forward": self.seconds["forward"] - hessian_s, "hessian": hessian_s}
+"""C++ compilers, of which torch.compile needs one."""
 
 
 class Worker:
-    """Does units of a run on one device. Holds at most one block."""
+    """Does what a schedule asks for on one device. It holds at most one block."""
 
     def __init__(self, spec: WorkerSpec) -> None:
+        """Begin without the source, see `prepare`.
+
+        Args:
+            spec: What the worker is built from.
+        """
         self._spec = spec
         self._device = torch.device(spec.device)
-        self._open: _OpenBlock | None = None
+        self._fed_block: FedBlock | None = None
 
     def is_up(self) -> bool:
-        """Answers as soon as the worker has a process."""
+        """Answer, which shows that the worker has a process."""
         return True
 
     def prepare(self) -> None:
-        """Open the source; called once before anything else. Apart from the constructor, so that its errors arrive."""
+        """Open the source. It is called once before anything else; errors of a constructor would not arrive.
+
+        Raises:
+            RunError: The machine has no compiler, too little memory, or does not see what the driver sees.
+        """
         configure_process(self._spec.threads)
         keep_freed_memory()
         if self._spec.compiles and not any(map(shutil.which, _COMPILERS)):
@@ -115,7 +105,7 @@ class Worker:
         self._solver = SplitSolver(self._runner)
 
     def describe(self) -> dict[str, Any]:
-        """Where this worker runs and the most memory it ever used."""
+        """Return where this worker runs and the most memory that it ever used, as JSON types."""
         on_gpu = self._device.type == "cuda"
         return {
             "host": platform.node(),
@@ -133,10 +123,10 @@ class Worker:
             call: The call; a file of the run holds whatever else it needs.
 
         Returns:
-            What the schedule reads, see `Result`.
+            What the schedule reads of the result, see `Result`.
 
         Raises:
-            AstroError: The call came to nothing; this worker is not to be used again.
+            AstroError: The call failed. The worker is not to be used again.
         """
         match call:
             case Embed():
@@ -168,9 +158,9 @@ class Worker:
         return None
 
     def embed(self) -> UnitRecord:
-        """Make the hidden states before the first block for every chunk, and what blocks are given besides."""
+        """Make every chunk's hidden states before the first block, and record what else blocks are called with."""
         spec, runner = self._spec, self._runner
-        self._let_go()
+        self._release()
         with runner.outside_loaded(with_block=spec.plan.blocks[0]):
             as_tuple = returns_tuple(runner.skeleton, runner.input_ids(spec.chunks[0])[:1, :_PROBE_TOKENS])
             runner.skeleton.blocks[0].to("meta")
@@ -184,8 +174,12 @@ class Worker:
         return spec.run.finish(EMBED, [], EmbedResult(compute_dtype=str(spec.compute_dtype), device=spec.device))
 
     def copy_tensors(self, call: CopyTensors) -> UnitRecord:
-        """Copy tensors from outside the blocks, as they are, to a shard of the result."""
-        self._let_go()
+        """Copy tensors from outside the blocks, as they are, to a shard of the result.
+
+        Raises:
+            CheckpointError: A tensor holds NaN or Inf.
+        """
+        self._release()
         unit = self._spec.plan.copies[call.index]
         path = self._spec.run.model / unit.file
         tensors = self._runner.checkpoint.read(unit.keys)
@@ -196,18 +190,18 @@ class Worker:
         return self._spec.run.finish(unit.name, [path], CopyResult(bytes_read=unit.read_bytes))
 
     def open_block(self, call: OpenBlock) -> None:
-        """Read the block that chunks will pass: the source's, or, in later rounds, that of the round before."""
+        """Load the block that chunks will pass: the source's, or, in later rounds, that of the round before."""
         start = time.perf_counter()
         runner = self._runner
-        self._let_go()
+        self._release()
         unit = runner.load(stream_names(self._spec.run.rounds)[call.round_index], call.block)
         statistics = BlockStatistics(runner.layers(unit), self._device)
         seconds = {"read": time.perf_counter() - start, "forward": 0.0}
-        self._open = _OpenBlock(call.round_index, unit, statistics, seconds)
+        self._fed_block = FedBlock(call.round_index, unit, statistics, seconds)
 
     def forward(self, call: Forward) -> None:
-        """Pass one chunk through the open block; a calibration chunk adds to the statistics. Keep the output."""
-        opened, start, runner = self._opened(call), time.perf_counter(), self._runner
+        """Pass one chunk through the open block and keep the output; a calibration chunk adds to the statistics."""
+        fed_block, start, runner = self._require_fed_block(call), time.perf_counter(), self._runner
         block, chunk = call.block, call.chunk
         stream = stream_names(self._spec.run.rounds)[call.round_index]
         following = dict(pairwise(self._spec.chunks)).get(chunk)
@@ -215,50 +209,50 @@ class Worker:
         if is_held_out(chunk):
             output = runner.forward(block, hidden)
         else:
-            output = opened.statistics.run(lambda: runner.forward(block, hidden))
+            output = fed_block.statistics.run(lambda: runner.forward(block, hidden))
         if block + 1 < len(self._spec.plan.blocks) or is_held_out(chunk):
             runner.save_hidden(stream, block + 1, chunk, output)
-        opened.seconds["forward"] += time.perf_counter() - start
+        fed_block.seconds["forward"] += time.perf_counter() - start
 
     def solve_block(self, call: SolveBlock) -> UnitRecord:
         """Quantize the open block's original weights and write its shard: in the last round a file of the model."""
-        opened, spec, runner = self._opened(call), self._spec, self._runner
-        unit = opened.unit
+        fed_block, spec, runner = self._require_fed_block(call), self._spec, self._runner
+        unit = fed_block.unit
         schemes = layer_schemes(spec.run, spec.quantization, unit, call.round_index)
         weights, widths = runner.weights(unit, unit.by_name), runner.widths(call.round_index)
-        recipe, known = runner.recipe(unit), self._known(opened)
-        quantized, records = quantize_block(weights, opened.input_groups, known, schemes, recipe, widths)
-        self._open = None
-        finished = self._finish_block(call.round_index, unit, quantized, records, opened.feeding_seconds())
+        statistics, recipe = self._input_statistics(fed_block), runner.recipe(unit)
+        quantized, records = quantize_block(weights, fed_block.input_groups, statistics, schemes, recipe, widths)
+        self._fed_block = None
+        finished = self._finish_block(call.round_index, unit, quantized, records, fed_block.feeding_seconds())
         runner.close()
         return finished
 
     def split_block(self, call: SplitBlock) -> BlockParts:
-        """Hand the open block's Hessians on: workers that have nothing to do help to solve it."""
-        opened = self._opened(call)
-        known, seconds = self._known(opened), opened.feeding_seconds()
-        parts = self._solver.split_block(call.round_index, opened.unit, opened.input_groups, known, seconds)
-        self._open = None
+        """Write the open block's Hessians, so that workers that have nothing to do help to solve it."""
+        fed_block = self._require_fed_block(call)
+        statistics, seconds = self._input_statistics(fed_block), fed_block.feeding_seconds()
+        parts = self._solver.split_block(call.round_index, fed_block.unit, fed_block.input_groups, statistics, seconds)
+        self._fed_block = None
         return parts
 
     def finish_evaluation(self, call: FinishEvaluation) -> UnitRecord:
-        """Close the open block of the result, as it was read back from its shard: all held-out chunks have passed."""
-        opened = self._opened(call)
-        self._open = None
+        """Close a block of the result that was read back from its shard, once all held-out chunks have passed it."""
+        fed_block = self._require_fed_block(call)
+        self._fed_block = None
         self._runner.close()
-        seconds = {"evaluate": sum(opened.seconds.values())}
+        seconds = {"evaluate": sum(fed_block.seconds.values())}
         return self._spec.run.finish(call.unit, [], EvaluationResult(seconds=seconds))
 
     def forward_chunk(self, call: ForwardChunk) -> float:
-        """Pass one chunk through a block of a stream; the seconds that it took."""
+        """Pass one chunk through a block of a stream, and return the seconds that it took."""
         start = time.perf_counter()
-        self._let_go()
+        self._release()
         self._runner.forward_chunk(call.stream, call.block, call.chunk)
         return time.perf_counter() - start
 
     def do_part(self, call: PartCall) -> None:
         """Do one of the calls by which several workers solve a block."""
-        self._open = None
+        self._fed_block = None
         self._solver.do(call)
 
     def write_block(self, call: WriteBlock) -> UnitRecord:
@@ -270,9 +264,13 @@ class Worker:
         return self._finish_block(call.round_index, unit, quantized, records, seconds)
 
     def evaluate_loss(self, call: EvaluateLoss) -> UnitRecord:
-        """Measure the negative log-likelihood of the held-out tokens, from the last block's output of a stream."""
+        """Measure the negative log-likelihood of the held-out tokens, from the last block's output of a stream.
+
+        Raises:
+            NumericalError: The sum is not finite.
+        """
         run, runner, last = self._spec.run, self._runner, len(self._spec.plan.blocks)
-        self._let_go()
+        self._release()
         total, count = 0.0, 0
         with runner.outside_loaded():
             for chunk in runner.held_out:
@@ -287,15 +285,15 @@ class Worker:
             )
         return run.finish(call.unit, [], LossResult(negative_log_likelihood=total, tokens=count))
 
-    def _known(self, opened: _OpenBlock) -> Iterator[InputStatistics]:
-        """The statistics of every group of an open block that all chunks have passed."""
-        stream = stream_names(self._spec.run.rounds)[opened.round_index]
-        repeats = self._runner.repeats(stream, opened.unit.index)
-        return opened.statistics.finish_(self._spec.experts, repeats)
+    def _input_statistics(self, fed_block: FedBlock) -> Iterator[InputStatistics]:
+        """The statistics of every input group of the open block, which all chunks have passed."""
+        stream = stream_names(self._spec.run.rounds)[fed_block.round_index]
+        repeats = self._runner.repeats(stream, fed_block.unit.index)
+        return fed_block.statistics.finish_(self._spec.experts, repeats)
 
-    def _let_go(self) -> None:
-        """Of an open block that the schedule gave up, and of what was helped with: memory is wanted for another."""
-        self._open = None
+    def _release(self) -> None:
+        """Let go of an open block that the schedule gave up, and of what was helped with, to make room for another."""
+        self._fed_block = None
         self._solver.forget()
 
     def _finish_block(
@@ -314,8 +312,8 @@ class Worker:
         result = BlockResult(layers=tuple(records), seconds=seconds, **self.describe())
         return self._spec.run.finish(block_unit(round_index, unit.index), [path], result)
 
-    def _opened(self, call: HeldCall) -> _OpenBlock:
-        opened = self._open
-        if opened is None or (opened.round_index, opened.unit.index) != call.place:
+    def _require_fed_block(self, call: HeldCall) -> FedBlock:
+        fed_block = self._fed_block
+        if fed_block is None or fed_block.place != call.place:
             raise RunError(f"{block_unit(*call.place)} is not open on this worker; it was restarted in between")
-        return opened
+        return fed_block

@@ -35,9 +35,10 @@ from astro.storage.byte_store import FolderStore
 from astro.storage.checkpoint import Checkpoint, TensorEntry
 from astro_dist.config.schema import RunConfig
 from astro_dist.config.yaml_file import load_config
+from astro_dist.planning.checkpoint_plan import make_plan
 from astro_dist.planning.devices import DEVICES, measure
 from astro_dist.planning.predicted_groups import PredictedInputGroup, predicted_input_groups
-from astro_dist.planning.units import Plan, make_plan
+from astro_dist.planning.units import Plan
 
 _DTYPES = {"bfloat16": ("BF16", 2), "float16": ("F16", 2), "float32": ("F32", 4)}
 _PROX_OPERATIONS = 20

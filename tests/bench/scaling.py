@@ -98,7 +98,15 @@ def make_plan(name: str) -> Plan:
     outside = 2 * vocabulary * hidden
     total = sum(linear.rows * linear.columns for unit in blocks for linear in unit.linears)
     copies = tuple(CopyUnit(index, (), "", outside) for index in range(2))
-    return Plan(tuple(blocks), copies, (), (), outside, hidden, vocabulary, total, (), expert_share=8 / 256)
+    return Plan(
+        blocks=tuple(blocks),
+        copies=copies,
+        outside_weights=outside,
+        hidden_size=hidden,
+        vocab_size=vocabulary,
+        weights=total,
+        expert_share=8 / 256,
+    )
 
 
 def linear(name: str, rows: int, columns: int) -> LinearLayer:
@@ -181,13 +189,9 @@ def measured(run: Path, workers: list[int]) -> None:
         return BlockParts(tuple(BatchParts(batch, 1, 1) for batch in range(len(records[call.unit]["layers"]))))
 
     units = [path.stem for path in (run / "records").glob("*.json")]
-    plan = Plan(
-        tuple(BlockUnit(i, (), (), "", 0, 0) for i in range(len(records))),
-        tuple(CopyUnit(i, (), "", 0) for i in range(sum(copy_index(unit) is not None for unit in units))),
-        (), (), 0, 0, 0, 0, (),
-    )  # fmt: skip
+    num_copies = sum(copy_index(unit) is not None for unit in units)
     for count in workers:
-        schedule = schedule_of(config, RunShape(len(plan.blocks), len(plan.copies), list(tokens)))
+        schedule = schedule_of(config, RunShape(len(records), num_copies, list(tokens)))
         simulated = simulate(schedule, count, seconds, result)
         print(f"{count} workers: simulated {simulated.wall_s:.0f} s, {simulated.efficiency(count):.0%} at work")
     print(f"the run itself: {max(line['time'] for line in lines) - min(began.values()):.0f} s after its first call")

@@ -10,7 +10,7 @@ from astro.linalg import bf16_matmul
 from astro.linalg.cholesky import factorize
 from astro.quantization import refine as refine_module
 from astro.quantization.gptq import activation_order, solve
-from astro.quantization.grid import fit_grid
+from astro.quantization.grid import QuantizedLinear, fit_grid
 from astro.quantization.refine import refine
 from tests.support.models import correlated_inputs, random_weights
 
@@ -28,7 +28,12 @@ def ridge(H):
 
 
 def run(W, Q, grid, H, passes, tolerance=0.0, dtype=torch.float16):
-    return refine(W, Q, grid, H, ridge(H), passes, tolerance, dtype)[:2]
+    refined, _ = refine(W, QuantizedLinear(Q, grid), H, ridge(H), settings(passes, tolerance), dtype)
+    return refined.Q, refined.grid
+
+
+def settings(passes, tolerance=0.0):
+    return SolverSettings(refine_passes=passes, refine_tolerance=tolerance)
 
 
 def problem(rows=12, columns=64, seed=0, **changes):
@@ -115,9 +120,9 @@ def test_gain_of_a_pass_is_what_the_error_fell_by(monkeypatch, group_size, colum
 
 def test_error_is_that_of_the_result():
     W, H, Q, grid = problem()
-    Q, grid, found = refine(W, Q, grid, H, ridge(H), 2, 0.0, torch.float16)
-    E = (W - grid.dequantize(Q)).double()
-    torch.testing.assert_close(found, ((E @ H.double()) * E).sum(1).float(), rtol=1e-4, atol=0)
+    refined, errors = refine(W, QuantizedLinear(Q, grid), H, ridge(H), settings(2), torch.float16)
+    E = (W - refined.dequantize()).double()
+    torch.testing.assert_close(errors, ((E @ H.double()) * E).sum(1).float(), rtol=1e-4, atol=0)
 
 
 def test_layers_side_by_side_do_not_meet_when_factors_are_rounded(monkeypatch):
@@ -127,11 +132,11 @@ def test_layers_side_by_side_do_not_meet_when_factors_are_rounded(monkeypatch):
     scale, zero = (torch.stack([getattr(own[3], name) for own in problems]) for name in ("scale", "zero"))
     grid = dataclasses.replace(problems[0][3], scale=scale, zero=zero)
     damping = torch.stack([ridge(own[1]) for own in problems])
-    together, found, _ = refine(W, Q, grid, H, damping, 2, 0.0, torch.float16)
+    together, _ = refine(W, QuantizedLinear(Q, grid), H, damping, settings(2), torch.float16)
     for i, (W, H, Q, grid) in enumerate(problems):
         alone = run(W, Q, grid, H, 2)
-        assert int(together[i].ne(alone[0]).sum()) <= 0.002 * Q.numel()
-        torch.testing.assert_close(found.scale[i], alone[1].scale, rtol=1e-2, atol=0)
+        assert int(together.Q[i].ne(alone[0]).sum()) <= 0.002 * Q.numel()
+        torch.testing.assert_close(together.grid.scale[i], alone[1].scale, rtol=1e-2, atol=0)
 
 
 def naive(W, Q, grid, H, scale_dtype):

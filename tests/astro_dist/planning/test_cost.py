@@ -4,8 +4,9 @@ import dataclasses
 
 import pytest
 
-from astro_dist.planning.cost import CostModel, Work
+from astro_dist.planning.cost import CostModel
 from astro_dist.planning.validate import prepare
+from astro_dist.planning.work import Work
 from astro_dist.schedule.calls import MergeHessians, SolveBlock, SolveRows, TryBetas
 from astro_dist.source.calibration_text import chunk_tokens
 

@@ -8,10 +8,11 @@ import torch
 from astro.errors import ConfigError, RunError
 from astro_dist import pipeline
 from astro_dist.planning import estimate as estimates
-from astro_dist.planning.cost import CostModel, Work
+from astro_dist.planning.cost import CostModel
 from astro_dist.planning.devices import DEVICES, Device
 from astro_dist.planning.simulate import simulate
 from astro_dist.planning.validate import forecast, prepare
+from astro_dist.planning.work import Work
 from astro_dist.schedule.calls import Embed, EvaluateLoss, Forward
 from astro_dist.schedule.factory import schedule_of
 from astro_dist.schedule.schedule import RunShape

@@ -1,0 +1,238 @@
+"""The plan of a run, made from its configuration and the headers of its checkpoint: nothing else is read.
+
+It does not depend on the number of workers.
+"""
+
+import dataclasses
+import math
+from collections.abc import Iterable, Mapping, Sequence
+from fnmatch import fnmatchcase
+
+from torch import nn
+
+from astro.config import Quantization
+from astro.errors import CheckpointError, ConfigError, UnsupportedError
+from astro.formats.bit_packing import words_per_row
+from astro.model.linear_layer import LinearLayer
+from astro.model.skeleton import Skeleton
+from astro.storage.checkpoint import Checkpoint, TensorEntry
+from astro_dist.planning.units import BlockUnit, CopyUnit, Plan
+
+__all__ = ["make_plan"]
+
+_COPY_BYTES = 1 << 30
+"""Size in bytes up to which copied tensors are put into one shard."""
+
+
+@dataclasses.dataclass(frozen=True)
+class _Tensors:
+    """Names of the checkpoint's tensors, by where they belong.
+
+    Attributes:
+        by_block: Tensors of each block, by the block's index.
+        outside: Tensors that the model has outside its blocks.
+        copied: All tensors outside the blocks, those that the model does not have among them.
+        unknown: Tensors that the model does not have, in blocks or outside.
+    """
+
+    by_block: dict[int, list[str]]
+    outside: list[str]
+    copied: list[str]
+    unknown: list[str]
+
+
+@dataclasses.dataclass(frozen=True)
+class _PlannedBlock:
+    """The unit of a block, and what else was learned of its layers.
+
+    Attributes:
+        unit: Unit of the block.
+        layers: Linear layers of the block, quantized or not.
+        other_matrices: Model's names of all other matrices of the block.
+        indivisible: Names of the layers whose input width the group size does not divide, where there is a policy.
+    """
+
+    unit: BlockUnit
+    layers: list[LinearLayer]
+    other_matrices: list[str]
+    indivisible: list[str]
+
+
+def make_plan(checkpoint: Checkpoint, skeleton: Skeleton, quantization: Quantization) -> Plan:
+    """Cut a checkpoint into units.
+
+    Args:
+        checkpoint: Opened checkpoint of the source.
+        skeleton: The model on the meta device.
+        quantization: Settings that say which layers are quantized, and to what.
+
+    Returns:
+        The plan.
+
+    Raises:
+        ConfigError: A group size does not divide a layer, or patterns leave nothing to quantize.
+        UnsupportedError: A block cannot be quantized, or the checkpoint is quantized already.
+        CheckpointError: A block's tensor is missing, or has another shape than in the model.
+    """
+    tensors = _assign(checkpoint, skeleton)
+    copies, blocks = _plan_copies(checkpoint, skeleton, tensors), []
+    for index in range(len(skeleton.blocks)):
+        file = _shard_name(len(copies) + index, len(copies) + len(skeleton.blocks))
+        blocks.append(_plan_block(checkpoint, skeleton, quantization, index, tensors.by_block.get(index, []), file))
+    names = [layer.name for block in blocks for layer in block.layers]
+    _require_matching("quantization.ignore", quantization.ignore, names)
+    _require_matching("quantization.overrides", quantization.overrides, names)
+    quantized = {linear.name: linear for block in blocks for linear in block.unit.linears}
+    if not quantized:
+        raise ConfigError(f"quantization.ignore {list(quantization.ignore)}: leaves no linear layer to quantize")
+    return Plan(
+        blocks=tuple(block.unit for block in blocks),
+        copies=tuple(copies),
+        ignore=tuple(name for name in _linear_modules(skeleton, blocks) if name not in quantized),
+        outside=tuple(tensors.outside),
+        outside_weights=sum(math.prod(checkpoint.entries[key].shape) for key in tensors.outside),
+        hidden_size=skeleton.hidden_size,
+        vocab_size=skeleton.limits()[0],
+        weights=sum(linear.rows * linear.columns for linear in quantized.values()),
+        unknown=tuple(tensors.unknown),
+        other_matrices=tuple(name for block in blocks for name in block.other_matrices),
+        indivisible=tuple(name for block in blocks for name in block.indivisible),
+        expert_share=skeleton.expert_share,
+    )
+
+
+def _assign(checkpoint: Checkpoint, skeleton: Skeleton) -> _Tensors:
+    """Find where each tensor belongs, and refuse those that do not fit the model."""
+    tensors = _Tensors({}, [], [], [])
+    targets: set[str] = set()
+    for key, entry in checkpoint.entries.items():
+        target, converted = skeleton.target_of(key)
+        index = skeleton.block_of(target)
+        if index is not None:
+            tensors.by_block.setdefault(index, []).append(key)
+        else:
+            tensors.copied.append(key)
+        expected = skeleton.shape_of(target)
+        if expected is None:
+            tensors.unknown.append(key)
+            continue
+        targets.add(target)
+        if index is None:
+            tensors.outside.append(key)
+        if not converted and expected != entry.shape:
+            raise CheckpointError(
+                f"{checkpoint.place(key)}: tensor {key} is {list(entry.shape)}, but config.json makes it "
+                f"{list(expected)}; config.json and the shards are of different models"
+            )
+        if entry.float_dtype is None:
+            raise UnsupportedError(
+                f"{checkpoint.place(key)}: tensor {key} is stored as {entry.dtype}: quantized already; "
+                "give the original 16-bit or 32-bit checkpoint"
+            )
+    skeleton.require_covered(targets)
+    return tensors
+
+
+def _plan_copies(checkpoint: Checkpoint, skeleton: Skeleton, tensors: _Tensors) -> list[CopyUnit]:
+    """Cut the copied tensors into units of about the same size."""
+    shards = _cut(checkpoint, tensors.copied)
+    num_shards = len(shards) + len(skeleton.blocks)
+    return [
+        CopyUnit(index, tuple(keys), _shard_name(index, num_shards), checkpoint.size_bytes(keys))
+        for index, keys in enumerate(shards)
+    ]
+
+
+def _plan_block(
+    checkpoint: Checkpoint, skeleton: Skeleton, quantization: Quantization, index: int, keys: list[str], file: str
+) -> _PlannedBlock:
+    """Choose the layers of a block that are quantized."""
+    layers, other_matrices = skeleton.linear_layers(index, keys)
+    linears = [linear for linear in layers if not _matches(linear.name, quantization.ignore)]
+    indivisible: dict[str, LinearLayer] = {}
+    if quantization.indivisible != "fail":
+        indivisible = {c.name: c for c in linears if quantization.is_indivisible(c.name, c.columns)}
+    if quantization.indivisible == "keep":
+        linears = [linear for linear in linears if linear.name not in indivisible]
+    _require_shapes(checkpoint, layers, linears)
+    written = _written_bytes(checkpoint.entries, keys, linears, quantization)
+    unit = BlockUnit(index, tuple(keys), tuple(linears), file, checkpoint.size_bytes(keys), written)
+    return _PlannedBlock(unit, layers, other_matrices, list(indivisible))
+
+
+def _linear_modules(skeleton: Skeleton, blocks: Sequence[_PlannedBlock]) -> list[str]:
+    """Return the names of everything that a reader of the result may take for a linear layer, gates among them."""
+    modules = [name for name, module in skeleton.model.named_modules() if isinstance(module, nn.Linear)]
+    layers = [layer.name for block in blocks for layer in block.layers]
+    others = [name for block in blocks for name in block.other_matrices]
+    gates = [name.removesuffix(".weight") for name in others if name.endswith(".weight")]
+    # Servers know a gate by the name that the file gives it.
+    stored = {skeleton.target_of(key)[0]: key.removesuffix(".weight") for block in blocks for key in block.unit.keys}
+    gates += [stored[name] for name in others if name in stored]
+    return list(dict.fromkeys((*modules, *layers, *gates)))
+
+
+def _matches(name: str, patterns: Iterable[str]) -> bool:
+    return any(fnmatchcase(name, pattern) for pattern in patterns)
+
+
+def _require_matching(option: str, patterns: Iterable[str], names: Sequence[str]) -> None:
+    for pattern in patterns:
+        if not any(fnmatchcase(name, pattern) for name in names):
+            raise ConfigError(f"{option}: {pattern!r} matches no linear layer of the blocks, e.g. {names[-1]}")
+
+
+def _require_shapes(checkpoint: Checkpoint, layers: Iterable[LinearLayer], quantized: Sequence[LinearLayer]) -> None:
+    """Refuse experts of other sizes than the model's, and a fused tensor that would be quantized in parts."""
+    chosen = {linear.name for linear in quantized}
+    fused = {linear.key for linear in quantized}
+    for linear in layers:
+        shape = checkpoint.entries[linear.key].shape
+        if linear.expert is not None and len(shape) == 2 and shape != (linear.rows, linear.columns):
+            raise CheckpointError(
+                f"{checkpoint.place(linear.key)}: tensor {linear.key} is {list(shape)}, but config.json makes it "
+                f"{[linear.rows, linear.columns]}; config.json and the shards are of different models"
+            )
+        if linear.name not in chosen and linear.key in fused:
+            raise ConfigError(
+                f"quantization.ignore: {linear.name} lies in one tensor with layers that are quantized, "
+                f"{linear.key}; ignore all of them or none"
+            )
+
+
+def _cut(checkpoint: Checkpoint, keys: Iterable[str]) -> list[list[str]]:
+    shards: list[list[str]] = []
+    size = _COPY_BYTES
+    for key in keys:
+        size += checkpoint.entries[key].size_bytes
+        if size > _COPY_BYTES:
+            shards.append([])
+            size = checkpoint.entries[key].size_bytes
+        shards[-1].append(key)
+    return shards
+
+
+def _shard_name(index: int, total: int) -> str:
+    return f"model-{index + 1:05d}-of-{total:05d}.safetensors"
+
+
+def _written_bytes(
+    entries: Mapping[str, TensorEntry], keys: Iterable[str], linears: Iterable[LinearLayer], settings: Quantization
+) -> int:
+    """Size of a block's tensors in the result, in bytes, without headers."""
+    replaced = {linear.key for linear in linears}
+    total = sum(entries[key].size_bytes for key in keys if key not in replaced)
+    for linear in linears:
+        scheme = settings.possible_schemes(linear.name, linear.columns)[0]
+        # With a budget the width is only known after the round that measures.
+        is_open = settings.bits_of(linear.name) == "auto"
+        bits = math.ceil(settings.average_bits or 0) if is_open else scheme.bits
+        try:
+            groups = linear.columns // scheme.columns_per_group(linear.columns)
+        except ConfigError as error:
+            raise ConfigError(f"quantization: {linear.name}: {error}") from error
+        entry = entries[linear.key]
+        scale_bytes = linear.rows * groups * (entry.size_bytes // math.prod(entry.shape))
+        zero_bytes = 0 if scheme.symmetric else 4 * groups * words_per_row(linear.rows, bits)
+        total += 4 * linear.rows * words_per_row(linear.columns, bits) + scale_bytes + zero_bytes + 16
+    return total

@@ -1,0 +1,41 @@
+"""A block that a worker feeds with chunks, until it is solved, split or evaluated."""
+
+import dataclasses
+
+from astro.calibration.block_statistics import BlockStatistics
+from astro.model.activations import names_of
+from astro_dist.planning.units import BlockUnit
+
+__all__ = ["FedBlock"]
+
+
+@dataclasses.dataclass(frozen=True)
+class FedBlock:
+    """A block that chunks pass through, and what was gathered for it.
+
+    Attributes:
+        round_index: Index of the round; of the pass behind the last round, the number of rounds.
+        unit: Unit of the block.
+        statistics: Statistics of the layers' inputs, to which every calibration chunk adds.
+        seconds: Time by phase, to which every call adds; `forward` holds the time of the statistics too.
+    """
+
+    round_index: int
+    unit: BlockUnit
+    statistics: BlockStatistics
+    seconds: dict[str, float]
+
+    @property
+    def place(self) -> tuple[int, int]:
+        """The round and the block."""
+        return self.round_index, self.unit.index
+
+    @property
+    def input_groups(self) -> list[list[str]]:
+        """The names of the layers of each input group."""
+        return [names_of(operands) for operands in self.statistics.input_groups]
+
+    def feeding_seconds(self) -> dict[str, float]:
+        """Return the time by phase until all chunks have passed, that of the Hessians apart."""
+        hessian_s = self.statistics.seconds
+        return {**self.seconds, "forward": self.seconds["forward"] - hessian_s, "hessian": hessian_s}
