@@ -283,5 +283,5 @@ def _total_square(batches: Iterable[PredictedInputGroup]) -> float:
 
 
 def _nearest(tiles: list[slice], index: int) -> slice:
-    """Return the tile of an index, or the last: overrides may cut a block into more tiles than the headers let foresee."""
+    """Return the tile of an index, or the last: overrides may cut a block into more tiles than headers let foresee."""
     return tiles[min(index, len(tiles) - 1)]
