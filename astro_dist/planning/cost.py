@@ -39,9 +39,9 @@ from astro_dist.schedule.sequential import shares
 __all__ = ["CostModel"]
 
 _LIBRARIES_BYTES = 430_000_000
-"""Resident memory of a CPU worker before it does anything: Python, torch, transformers, Ray. A process
-that has imported `ray` and `astro_dist.worker.worker` peaks at 390 MB (`astro.process.peak_rss_bytes`); the rest is
-for what an actor of Ray holds besides."""
+"""Resident memory of a CPU worker before it does anything: Python, torch, transformers, Ray. A process that has
+imported `ray` and `astro_dist.worker.worker` peaks at 390 MB (`astro.process.peak_rss_bytes`); the rest is for what an
+actor of Ray holds besides."""
 _STATES = 6
 """Hidden states that a block's forward holds at its peak: the residual, its norm, queries, keys, values and attention's
 output."""
@@ -266,7 +266,7 @@ class CostModel:
         return self._batches_of[unit.index]
 
     def _parts(self, batches: list[PredictedInputGroup], index: int) -> BatchParts:
-        """The calls that a batch takes once its Hessians are merged."""
+        """Count the calls that a batch takes once its Hessians are merged."""
         batch = batches[index]
         return BatchParts(index, len(self._solve.sample_tiles(batch)), len(self._solve.tiles(batch)))
 
@@ -283,5 +283,5 @@ def _total_square(batches: Iterable[PredictedInputGroup]) -> float:
 
 
 def _nearest(tiles: list[slice], index: int) -> slice:
-    """The tile of an index, or the last: overrides may cut a block into more tiles than the headers let foresee."""
+    """Return the tile of an index, or the last: overrides may cut a block into more tiles than headers let foresee."""
     return tiles[min(index, len(tiles) - 1)]

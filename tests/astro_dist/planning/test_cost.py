@@ -6,7 +6,6 @@ import pytest
 
 from astro_dist.planning.cost import CostModel
 from astro_dist.planning.validate import prepare
-from astro_dist.planning.work import Work
 from astro_dist.schedule.calls import MergeHessians, SolveBlock, SolveRows, TryBetas
 from astro_dist.source.calibration_text import chunk_tokens
 
@@ -57,10 +56,6 @@ def test_without_a_regularizer_nothing_is_inverted(run_config, changes):
 
 def test_a_strength_of_zero_costs_no_iteration(run_config):
     assert solved(run_config(regularizer__beta=0.0)) == solved(run_config(regularizer__name="none"))
-
-
-def test_work_adds_up():
-    assert Work(1, 2, 3, 4, 5, 6) + Work(6, 5, 4, 3, 2, 1) == Work(7, 7, 7, 7, 7, 7)
 
 
 def test_tiles_that_headers_did_not_foresee_cost_what_the_last_one_does(run_config):

@@ -12,7 +12,6 @@ from astro_dist.planning.cost import CostModel
 from astro_dist.planning.devices import DEVICES, Device
 from astro_dist.planning.simulate import simulate
 from astro_dist.planning.validate import forecast, prepare
-from astro_dist.planning.work import Work
 from astro_dist.schedule.calls import Embed, EvaluateLoss, Forward
 from astro_dist.schedule.factory import schedule_of
 from astro_dist.schedule.schedule import RunShape
@@ -53,12 +52,6 @@ def test_embed_and_head_move_and_compute_what_lies_outside_the_blocks(prepared):
     outside = 2 * 260 * 64 + 64
     assert cost.work(Embed()).moved_bytes == 4 * (9 * 48 * 64 + outside)
     assert cost.work(EvaluateLoss("original")).compute == 2 * 3 * 48 * outside
-
-
-def test_seconds_add_up():
-    work = Work(compute=8e9, rounded=4e9, exact=1e9, elements=2e9, steps=1e6, moved_bytes=1e8)
-    assert work.seconds(SLOW, half=True) == pytest.approx(2 + 1 + 1 + 1 + 1 + 1)
-    assert work.seconds(SLOW, half=False) == pytest.approx(8 + 1 + 1 + 1 + 1 + 1)
 
 
 @pytest.mark.parametrize("changes", [{}, {"execution__mode": "sequential"}, {"execution__rounds": 2}], ids=str)

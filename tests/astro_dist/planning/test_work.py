@@ -1,0 +1,18 @@
+"""Work is counted apart from devices, and takes time on one."""
+
+import pytest
+
+from astro_dist.planning.devices import Device
+from astro_dist.planning.work import Work
+
+SLOW = Device("slow", 1e9, 4e9, 2e9, 1e-6, 10**9, 1e8)
+
+
+def test_work_adds_up():
+    assert Work(1, 2, 3, 4, 5, 6) + Work(6, 5, 4, 3, 2, 1) == Work(7, 7, 7, 7, 7, 7)
+
+
+def test_seconds_add_up():
+    work = Work(compute=8e9, rounded=4e9, exact=1e9, elements=2e9, steps=1e6, moved_bytes=1e8)
+    assert work.seconds(SLOW, half=True) == pytest.approx(2 + 1 + 1 + 1 + 1 + 1)
+    assert work.seconds(SLOW, half=False) == pytest.approx(8 + 1 + 1 + 1 + 1 + 1)
