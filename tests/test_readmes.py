@@ -90,3 +90,4 @@ def test_every_key_is_explained_with_its_default():
     shown = yaml.safe_load(re.search(r"```yaml\n(.*?)```", text, flags=re.DOTALL)[1])
     config = RunConfig.model_validate({"model": {"source": shown["model"]["source"]}, "output": shown["output"]})
     assert shown == config.plain()
+    assert [list(keys) for keys in shown.values()] == [list(keys) for keys in config.plain().values()]

@@ -58,12 +58,12 @@ class LayerRecord:
         return self.rows * self.columns
 
     def to_json(self) -> dict[str, Any]:
-        """This record as a JSON object; widths become text, as every key of JSON is."""
+        """Return the record as a JSON object; widths become text, as every key of JSON is."""
         return {**dataclasses.asdict(self), "width_errors": {str(b): error for b, error in self.width_errors.items()}}
 
     @classmethod
     def from_json(cls, content: Mapping[str, Any]) -> Self:
-        """Read back what `to_json` gave.
+        """Read back what `to_json` returned.
 
         Args:
             content: JSON object with every field.
@@ -100,13 +100,13 @@ class Fallbacks:
         return cls(tuple(raised), experts)
 
     def to_json(self) -> dict[str, Any]:
-        """The fallbacks as a JSON object."""
+        """Return the fallbacks as a JSON object."""
         experts = {policy: list(names) for policy, names in self.experts.items()}
         return {"damping_raised": list(self.damping_raised), "experts": experts}
 
     @classmethod
     def from_json(cls, content: Mapping[str, Any]) -> Self:
-        """Read back what `to_json` gave.
+        """Read back what `to_json` returned.
 
         Args:
             content: JSON object with every field.

@@ -1,5 +1,6 @@
 """The configuration of one whole run, by sections. The docstring of each key is its reference."""
 
+import dataclasses
 import hashlib
 import json
 import os
@@ -10,7 +11,7 @@ from typing import Any, Literal
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
-from astro.config import Experts, Quantization, Regularizer
+from astro.config import Experts, Quantization, Regularizer, SolverSettings
 
 __all__ = [
     "CalibrationConfig",
@@ -227,7 +228,12 @@ class RunConfig(_Section):
 
     def plain(self) -> dict[str, Any]:
         """Return the configuration as JSON types, with every default written out."""
-        return self.model_dump(mode="json")
+        content = self.model_dump(mode="json")
+        # What is asked for comes before how it is computed; a base class would have its fields first.
+        solver = {field.name for field in dataclasses.fields(SolverSettings)}
+        asked = {key: value for key, value in content["quantization"].items() if key not in solver}
+        content["quantization"] = asked | content["quantization"]
+        return content
 
     def arithmetic(self) -> dict[str, Any]:
         """Return the keys that decide the bytes of the result: all but those that say where a run happens."""

@@ -81,16 +81,19 @@ def load_config(path: Path, assignments: list[str] | None = None) -> RunConfig:
     return RunConfig.model_validate(content)
 
 
-def load_recorded_config(path: Path) -> RunConfig:
+def load_recorded_config(path: Path, assignments: list[str] | None = None) -> RunConfig:
     """Read the configuration that a run keeps beside its result; an earlier version may have written it.
 
     Args:
         path: Path of config.yaml in the run directory.
+        assignments: Assignments of the form `section.key=value`, where the value is read as YAML.
 
     Raises:
         ConfigError: The file cannot be read, or is no configuration of a run.
     """
     content = _read_mapping(path)
+    for assignment in assignments or []:
+        _assign(content, assignment)
     section = content.get("quantization")
     if isinstance(section, dict):
         content["quantization"] = {_FORMER_KEYS.get(key, key): value for key, value in section.items()}

@@ -28,12 +28,12 @@ class Limits:
 
     Attributes:
         max_retries: Number of times that a call, or a whole block that one worker holds, is tried again.
-        call_timeout_s: Function that returns after how many seconds a call counts as hung.
+        deadline_of: Function that returns after how many seconds a call counts as hung.
         worker_timeout_s: Seconds without any worker after which the run fails.
     """
 
     max_retries: int
-    call_timeout_s: Callable[[Call], float]
+    deadline_of: Callable[[Call], float]
     worker_timeout_s: float
 
 
@@ -242,7 +242,7 @@ class Driver:
     def _end_overdue(self, schedule: Schedule) -> None:
         now, stood_still = time.monotonic(), self._patience.stood_still()
         for worker, running in list(self._running.items()):
-            limit = self._limits.call_timeout_s(running.call)
+            limit = self._limits.deadline_of(running.call)
             if stood_still:  # this is not the fault of the calls: their time is counted anew
                 self._running[worker] = dataclasses.replace(running, since=now)
             elif now - running.since > limit and self._executor.enforces_deadlines:

@@ -49,13 +49,14 @@ class _PlannedBlock:
         unit: Unit of the block.
         layers: Linear layers of the block, quantized or not.
         other_matrices: Model's names of all other matrices of the block.
-        indivisible: Names of the layers whose input width the group size does not divide, where there is a policy.
+        indivisible_layers: Names of the layers whose input width the group size does not divide, where there is a
+            policy.
     """
 
     unit: BlockUnit
     layers: list[LinearLayer]
     other_matrices: list[str]
-    indivisible: list[str]
+    indivisible_layers: list[str]
 
 
 def make_plan(checkpoint: Checkpoint, skeleton: Skeleton, quantization: Quantization) -> Plan:
@@ -96,7 +97,7 @@ def make_plan(checkpoint: Checkpoint, skeleton: Skeleton, quantization: Quantiza
         weights=sum(linear.rows * linear.columns for linear in quantized.values()),
         unknown=tuple(tensors.unknown),
         other_matrices=tuple(name for block in blocks for name in block.other_matrices),
-        indivisible=tuple(name for block in blocks for name in block.indivisible),
+        indivisible_layers=tuple(name for block in blocks for name in block.indivisible_layers),
         expert_share=skeleton.expert_share,
     )
 

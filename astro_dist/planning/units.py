@@ -80,8 +80,8 @@ class Plan:
         unknown: Names of the checkpoint tensors that the model's class does not have. They are copied too.
         other_matrices: Model's names of the matrices in blocks that are gates or no linear layers. They stay as they
             are.
-        indivisible: Names of the layers whose input width the group size does not divide, where the configuration says
-            what to do with them.
+        indivisible_layers: Names of the layers whose input width the group size does not divide, where the
+            configuration says what to do with them.
         expert_share: Share of the tokens that reaches an expert, or 1 where there are no experts.
     """
 
@@ -95,7 +95,7 @@ class Plan:
     weights: int
     unknown: tuple[str, ...] = ()
     other_matrices: tuple[str, ...] = ()
-    indivisible: tuple[str, ...] = ()
+    indivisible_layers: tuple[str, ...] = ()
     expert_share: float = 1.0
 
     @property

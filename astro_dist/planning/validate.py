@@ -211,11 +211,11 @@ def _plan_notes(config: RunConfig, plan: Plan, class_name: str) -> Iterator[str]
             f"{len(plan.unknown)} tensors that {class_name} does not have are copied as they are, "
             f"the first is {plan.unknown[0]}"
         )
-    if plan.indivisible:
+    if plan.indivisible_layers:
         yield (
-            f"{len(plan.indivisible)} layers whose input is no multiple of the group size: "
+            f"{len(plan.indivisible_layers)} layers whose input is no multiple of the group size: "
             f"{'kept as they are' if config.quantization.indivisible == 'keep' else 'per channel'}, the first is "
-            f"{plan.indivisible[0]}"
+            f"{plan.indivisible_layers[0]}"
         )
     if plan.other_matrices:
         yield (

@@ -73,10 +73,10 @@ class _Account:
             roles={organization["name"]: organization.get("roleInOrg") for organization in content.get("orgs", ())},
             token_name=token.get("displayName", ""),
             token_role=token.get("role"),
-            granted=tuple(fine_grained.get("global", ())),
+            granted=tuple(fine_grained.get("global") or ()),
             scopes=tuple(
-                (scope.get("entity", {}).get("name"), tuple(scope.get("permissions", ())))
-                for scope in fine_grained.get("scoped", ())
+                ((scope.get("entity") or {}).get("name"), tuple(scope.get("permissions") or ()))
+                for scope in fine_grained.get("scoped") or ()
             ),
         )
 

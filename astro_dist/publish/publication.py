@@ -114,7 +114,7 @@ class Publication:
         return summary
 
     def _write_card(self, finished: FinishedRun) -> None:
-        """Write the card anew where it does not name this repository yet."""
+        """Write the card anew where it is not the one that this version writes for the repository."""
         card = str(finished.card(self._writer.repository))
         path = self._run.model / CARD_NAME
         if not path.is_file() or path.read_bytes() != card.encode():

@@ -51,14 +51,18 @@ def read_uploads(path: Path) -> dict[str, PlaceUploads]:
     """Read what was uploaded to each place.
 
     Args:
-        path: Path of the record. Where it is missing or damaged, nothing counts as uploaded.
+        path: Path of the record. Where it is missing or damaged, nothing counts as uploaded; where a place in it is,
+            nothing counts as uploaded to that place.
 
     Returns:
         The uploads by place, in the order in which the places were first uploaded to.
     """
-    with contextlib.suppress(CheckpointError, KeyError, TypeError, ValueError, AttributeError):
-        return {place: PlaceUploads.from_json(uploads) for place, uploads in read_json(path).items()}
-    return {}
+    places: dict[str, PlaceUploads] = {}
+    with contextlib.suppress(CheckpointError):
+        for place, uploads in read_json(path).items():
+            with contextlib.suppress(KeyError, TypeError, ValueError, AttributeError):
+                places[place] = PlaceUploads.from_json(uploads)
+    return places
 
 
 class UploadRecord:

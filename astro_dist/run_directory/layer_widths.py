@@ -1,7 +1,7 @@
 """Which width every layer gets: from the configuration, or, with `bits: auto`, from measured layer errors.
 
-Round 0 measures what each width would cost each group of layers; a knapsack then spends the average width where it
-saves the most error.
+Round 0 measures what each width would cost each input group; a knapsack then spends the average width where it saves
+the most error.
 """
 
 from collections.abc import Collection, Mapping
@@ -36,7 +36,7 @@ def settle_widths(run: RunDirectory, quantization: Quantization, num_blocks: int
     if all(unit in finished for unit in units):
         layers = [layer for unit in units for layer in run.read(unit, BlockResult).layers]
         widths = allocate(choices_of(layers, quantization), quantization.average_bits or 0.0)
-        write_json(run.allocation, {name: bits for group, bits in widths.items() for name in group.split("+")})
+        write_json(run.allocation, {name: bits for names, bits in widths.items() for name in names.split("+")})
 
 
 def layer_schemes(

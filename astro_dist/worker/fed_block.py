@@ -14,7 +14,7 @@ class FedBlock:
     """A block that chunks pass through, and what was gathered for it.
 
     Attributes:
-        round_index: Index of the round; of the pass behind the last round, the number of rounds.
+        round_index: Index of the round; of the pass after the last round, the number of rounds.
         unit: Unit of the block.
         statistics: Statistics of the layers' inputs, to which every calibration chunk adds.
         seconds: Time by phase, to which every call adds; `forward` holds the time of the statistics too.

@@ -34,7 +34,7 @@ from astro.quantization.row_solver import num_sample_rows
 from astro.storage.byte_store import FolderStore
 from astro.storage.checkpoint import Checkpoint, TensorEntry
 from astro_dist.config.schema import RunConfig
-from astro_dist.config.yaml_file import load_config
+from astro_dist.config.yaml_file import load_recorded_config
 from astro_dist.planning.checkpoint_plan import make_plan
 from astro_dist.planning.devices import DEVICES, measure
 from astro_dist.planning.predicted_groups import PredictedInputGroup, predicted_input_groups
@@ -329,7 +329,7 @@ def configured(path: Path | None, model: Path | None, assignments: Sequence[str]
     with tempfile.TemporaryDirectory() as scratch:
         defaults = Path(scratch) / "config.json"  # JSON is YAML
         defaults.write_text(json.dumps({"model": {"source": str(model)}, "output": {"dir": scratch}}))
-        return load_config(path or defaults, list(assignments))
+        return load_recorded_config(path or defaults, list(assignments))
 
 
 def itemsize_of(run: Path | None, device: str | None, dtype: str) -> int:

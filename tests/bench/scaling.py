@@ -19,7 +19,7 @@ sys.path.insert(0, str(Path(__file__).parents[2]))
 
 from astro.model.linear_layer import LinearLayer
 from astro_dist.config.schema import RunConfig
-from astro_dist.config.yaml_file import load_config
+from astro_dist.config.yaml_file import load_recorded_config
 from astro_dist.planning.cost import CostModel
 from astro_dist.planning.devices import DEVICES
 from astro_dist.planning.simulate import simulate
@@ -149,7 +149,7 @@ def table(name: str, device_name: str, gigabits: float) -> None:
 
 def measured(run: Path, workers: list[int]) -> None:
     """Simulate a run of mode `blocks` with the times of its calls."""
-    config = load_config(run / "config.yaml")
+    config = load_recorded_config(run / "config.yaml")
     lines = [json.loads(line) for line in (run / "journal.jsonl").read_text().splitlines()]
     began = {line["unit"]: line["time"] for line in lines if line["event"] == "began"}
     took = {line["unit"]: line["time"] - began[line["unit"]] for line in lines if line["event"] == "finished"}

@@ -8,6 +8,7 @@ import huggingface_hub
 import pytest
 import yaml
 
+import astro
 from astro.quantization.layer_record import Fallbacks
 from astro.storage.atomic import sha256_of
 from astro_dist import pipeline
@@ -116,7 +117,7 @@ def test_card_of_other_runs(run_config, tmp_path, changes, title, expected):
     pipeline.quantize(run_config(regularizer__name="none", **changes))
     card = FinishedRun.open(tmp_path / "run").card(None)
     assert expected in section(card, title)
-    assert "by astro-dist 0.5.0 (GPTQ), format" in card.text
+    assert f"by astro-dist {astro.__version__} (GPTQ), format" in card.text
     assert "astro" not in card.data.tags
 
 

@@ -15,6 +15,7 @@ from pathlib import Path
 import pytest
 from safetensors.torch import load_file, save_file
 
+import astro
 from astro.errors import AstroError, ConfigError, InputError, RunError
 from astro_dist import cli
 from astro_dist.config.schema import PublishConfig
@@ -253,7 +254,7 @@ def test_pull_request_is_opened_once(online_hub, finished, tmp_path, meets):
     for _ in range(2):
         entry = publish_run(finished, PublishConfig(repo="them/model", pull_request=True))
         assert entry.revision == "refs/pr/1"
-    assert online_hub.requests == [("them/model", "llama, 4 bits (astro-dist 0.5.0)")]
+    assert online_hub.requests == [("them/model", f"llama, 4 bits (astro-dist {astro.__version__})")]
     assert published(online_hub, "them/model", "refs/pr/1") == files_of(finished / "model", with_card=True)
     assert published(online_hub, "them/model") == {}
 

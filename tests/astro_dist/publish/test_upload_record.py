@@ -60,3 +60,9 @@ def test_files_that_are_forgotten_or_differ_are_not_there(path):
 def test_record_that_is_damaged_counts_as_empty(path, content):
     path.write_text(content)
     assert read_uploads(path) == {}
+
+
+def test_a_damaged_place_takes_no_other_with_it(path):
+    path.write_text(json.dumps({"me/broken@main": {"files": {}, "committed": {"repository": "x"}}, **WRITTEN}))
+    UploadRecord(path, "me/third@main").add(OTHER)
+    assert set(read_uploads(path)) == {*WRITTEN, "me/third@main"}
