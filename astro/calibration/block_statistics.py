@@ -11,9 +11,10 @@ import torch
 
 from astro.calibration.hessian import HessianAccumulator
 from astro.calibration.starved_experts import AllTokens, InputStatistics, is_starved, starved_statistics
+from astro.calibration.token_weights import TokenWeights
 from astro.config import Experts
 from astro.errors import NumericalError, UnsupportedError
-from astro.model.activations import BlockLayers, Operand, names_of
+from astro.model.activations import BlockLayers, Operand, is_same_input, names_of
 
 __all__ = ["BlockStatistics", "input_stages", "inputs_of"]
 
@@ -29,14 +30,15 @@ class BlockStatistics:
         seconds: Seconds that the products took.
     """
 
-    def __init__(self, layers: BlockLayers, device: torch.device) -> None:
+    def __init__(self, layers: BlockLayers, device: torch.device, weights: TokenWeights) -> None:
         """Begin with no statistics.
 
         Args:
             layers: The layers of the block, which is loaded.
             device: Device of the sums.
+            weights: How much each token counts.
         """
-        self._layers = layers
+        self._layers, self._weights, self._chunk = layers, weights, ""
         self._device = device
         self._accumulators: list[HessianAccumulator] = []
         self._input_group_of: dict[Operand, int] = {}
@@ -44,12 +46,14 @@ class BlockStatistics:
         self.input_groups: list[list[Operand]] = []
         self.seconds = 0.0
 
-    def run(self, action: Callable[[], torch.Tensor]) -> torch.Tensor:
+    def run(self, action: Callable[[], torch.Tensor], chunk: str) -> torch.Tensor:
         """Run a forward of the block, add the inputs of its layers, and return its result.
 
         Args:
             action: A forward of the block.
+            chunk: Name of the calibration chunk that it is fed with.
         """
+        self._chunk = chunk
         try:
             with self._layers.observed(self._observe):
                 return action()
@@ -74,16 +78,17 @@ class BlockStatistics:
             for group, sums in zip(self.input_groups, accumulators, strict=True)
             if is_starved(group[0], sums.num_tokens, experts)
         ]
-        again = AllTokens(self._layers, starved, repeats) if experts.policy == "all-tokens" else None
+        kind = self._weights.kind
+        again = AllTokens(self._layers, starved, repeats, kind) if experts.policy == "all-tokens" else None
         shared = self._shared(accumulators) if starved and experts.policy == "shared-hessian" else {}
         for group, sums in zip(self.input_groups, accumulators, strict=True):
             names = tuple(names_of(group))
             if group[0] not in starved:
                 H = sums.finish_("+".join(names))
-                yield InputStatistics(names, H, sums.num_tokens, sums.num_tokens)
+                yield InputStatistics(names, H, sums.num_tokens, sums.num_tokens, self._weights.kind_of(group[0]))
             else:
                 instead = again.sums(group[0], self._device) if again else shared.get(group[0].parameter)
-                yield starved_statistics(group[0], sums.num_tokens, experts, instead, self._device)
+                yield starved_statistics(group[0], sums.num_tokens, experts, instead, self._device, kind)
 
     def _shared(self, accumulators: Sequence[HessianAccumulator]) -> dict[str, HessianAccumulator]:
         """Return the sum over all experts of each parameter, by the parameter's name."""
@@ -96,13 +101,13 @@ class BlockStatistics:
 
     def _observe(self, operand: Operand, X: torch.Tensor) -> None:
         last, last_index = self._last if self._last is not None else (None, -1)
-        shares = operand.expert is None and last is not None and _is_same(last, X)
+        shares = operand.expert is None and last is not None and is_same_input(last, X)
         if operand not in self._input_group_of:
             self._open(operand, last_index if shares else None)
         index = self._input_group_of[operand]
         if operand is self.input_groups[index][0]:
             start = time.perf_counter()
-            self._accumulators[index].add_(X)
+            self._accumulators[index].add_(X, self._weights.of(operand, self._chunk, X))
             self.seconds += time.perf_counter() - start
         elif not shares or last_index != index:
             first, other = self.input_groups[index][0].names[0], operand.names[0]
@@ -153,7 +158,7 @@ def input_stages(layers: BlockLayers, action: Callable[[], object]) -> list[list
     last: list[torch.Tensor] = []  # kept alive, so that no other input can take its place in memory
 
     def note(operand: Operand, X: torch.Tensor) -> None:
-        if operand not in seen and operand.expert is None and last and _is_same(last[0], X):
+        if operand not in seen and operand.expert is None and last and is_same_input(last[0], X):
             stages[-1][0].append(operand)
             seen.add(operand)
         elif operand not in seen:
@@ -197,11 +202,6 @@ def inputs_of(
                 f"{operand.names[0]}: reached by some calibration chunks, not by all; use longer sequences"
             )
     return seen
-
-
-def _is_same(X: torch.Tensor, other: torch.Tensor) -> bool:
-    """Tell whether two inputs, which are both alive, are the same memory."""
-    return X.data_ptr() == other.data_ptr() and X.shape == other.shape
 
 
 def _require_reached(operands: Iterable[Operand], reached: Container[Operand]) -> None:

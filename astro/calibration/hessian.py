@@ -1,7 +1,7 @@
 """The Hessian of a layer's squared error: accumulation, damping, factorization.
 
-For Y = X Wᵀ the layer error of a perturbed weight is tr(ΔW H ΔWᵀ) with H = XᵀX.
-Shapes: T tokens, C columns (inputs of the layer).
+For Y = X Wᵀ the layer error of a perturbed weight is tr(ΔW H ΔWᵀ) with H = XᵀX, or, where tokens have weights w_t,
+H = Σ_t w_t x_t x_tᵀ; see `token_weights`. Shapes: T tokens, C columns (inputs of the layer).
 """
 
 import torch
@@ -13,13 +13,14 @@ __all__ = ["DriftAccumulator", "HessianAccumulator"]
 
 
 class HessianAccumulator:
-    """Sums XᵀX over chunks of calibration tokens, in the order in which they are added, in float32.
+    """Sums w_t x_t x_tᵀ over chunks of calibration tokens, in the order in which they are added, in float32.
 
     The product of each chunk is formed first and then added. So sums over shares of the chunks give the same bits
     wherever they were computed, if they are merged in a fixed order. Only tiles on and above the diagonal are computed.
 
     Attributes:
         num_tokens: Number of tokens that were added.
+        total_weight: Sum of their weights, float64 [] on the device.
     """
 
     def __init__(self, num_columns: int, device: torch.device, keep_inputs: bool = False) -> None:
@@ -36,16 +37,26 @@ class HessianAccumulator:
         self._kept: list[torch.Tensor] = []
         self._room = 4 * num_columns**2 if keep_inputs else 0
         self.num_tokens = 0
+        self.total_weight = torch.zeros((), dtype=torch.float64, device=device)
 
-    def add_(self, X: torch.Tensor) -> None:
+    def add_(self, X: torch.Tensor, weights: torch.Tensor | None = None) -> None:
         """Add the inputs of one chunk.
 
         Args:
             X: Inputs of the layer [..., C] in any float dtype; products are formed and added in float32. Where inputs
                 are kept, nothing may write to them any more.
+            weights: Weight of each token, float32 [T] and at least 0; every token has weight 1 where not given.
         """
         X = X.reshape(-1, X.shape[-1])
-        self.num_tokens += X.shape[0]
+        self.num_tokens += len(X)
+        if weights is None:
+            self.total_weight += len(X)
+        else:
+            self.total_weight += weights.sum(dtype=torch.float64)
+            X = _scaled(X, weights.sqrt())
+        self._keep(X)
+
+    def _keep(self, X: torch.Tensor) -> None:
         self._kept.append(X)
         if sum(kept.nbytes for kept in self._kept) > self._room:
             self._fold()
@@ -58,15 +69,17 @@ class HessianAccumulator:
             self._sum = torch.zeros(self._shape, dtype=torch.float32, device=self._device)
         return self._sum
 
-    def merge_(self, partial: torch.Tensor, num_tokens: int) -> None:
+    def merge_(self, partial: torch.Tensor, num_tokens: int, total_weight: float) -> None:
         """Add a sum that was computed elsewhere.
 
         Args:
             partial: The `partial` of another accumulator, on the device of this one.
             num_tokens: Number of tokens in that sum.
+            total_weight: Sum of their weights.
         """
         self.partial.add_(partial)
         self.num_tokens += num_tokens
+        self.total_weight += total_weight
 
     def absorb_(self, other: "HessianAccumulator") -> None:
         """Add all that another accumulator has seen, which stays as it is.
@@ -76,12 +89,13 @@ class HessianAccumulator:
         """
         if other._sum is not None:
             self.partial.add_(other._sum)
-        self.num_tokens += other.num_tokens - sum(len(X) for X in other._kept)
+        self.num_tokens += other.num_tokens
+        self.total_weight += other.total_weight
         for X in other._kept:
-            self.add_(X)
+            self._keep(X)
 
     def finish_(self, name: str) -> torch.Tensor:
-        """Return the mean of xxᵀ over all tokens, symmetric [C, C] float32. The accumulator is empty afterwards.
+        """Return the weighted mean of xxᵀ over all tokens, symmetric [C, C] float32. The accumulator is then empty.
 
         Args:
             name: Name of the layer, for messages.
@@ -98,7 +112,8 @@ class HessianAccumulator:
                 "check the model in this compute dtype (execution.compute_dtype)"
             )
         mirror_(H)
-        return H.div_(self.num_tokens)
+        # Where all inputs are 0 their weights may be 0 too, and so is the sum.
+        return H.div_(torch.where(self.total_weight > 0, self.total_weight, 1.0))
 
     def _fold(self) -> None:
         kept, self._kept = self._kept, []
@@ -107,6 +122,15 @@ class HessianAccumulator:
         for X in (X if _is_multiplied_exactly(X) else X.float() for X in kept):
             for rows in strips(self._sum):  # type: ignore[arg-type]
                 self._sum[rows, rows.start :] += _product(X[:, rows], X[:, rows.start :])  # type: ignore[index]
+
+
+def _scaled(X: torch.Tensor, factors: torch.Tensor) -> torch.Tensor:
+    """Return inputs times a factor for each token: in bfloat16 where the device multiplies that as it is.
+
+    Rounding x to x + δ makes the sum that of other inputs, which is symmetric and positive all the same.
+    """
+    scaled = X.float() * factors.unsqueeze(-1)
+    return scaled.to(X.dtype) if X.dtype == torch.bfloat16 and _is_multiplied_exactly(X) else scaled
 
 
 def _is_multiplied_exactly(X: torch.Tensor) -> bool:
@@ -120,13 +144,13 @@ def _product(X: torch.Tensor, Y: torch.Tensor) -> torch.Tensor:
 
 
 class DriftAccumulator:
-    """Sums (X_s − X)ᵀ X over chunks: how the inputs X of a layer drifted from those of the source model, X_s.
+    """Sums w (x_s − x) xᵀ over chunks: how the inputs x of a layer drifted from those of the source model, x_s.
 
     Order and merging are those of `HessianAccumulator`.
 
     Attributes:
         partial: Sum so far, float32 [C, C].
-        num_tokens: Number of tokens that were added.
+        total_weight: Sum of the weights of the tokens that were added, float64 [] on the device.
     """
 
     def __init__(self, num_columns: int, device: torch.device) -> None:
@@ -137,17 +161,23 @@ class DriftAccumulator:
             device: Device of the sum.
         """
         self.partial = torch.zeros(num_columns, num_columns, dtype=torch.float32, device=device)
-        self.num_tokens = 0
+        self.total_weight = torch.zeros((), dtype=torch.float64, device=device)
 
-    def add_(self, X_source: torch.Tensor, X: torch.Tensor) -> None:
+    def add_(self, X_source: torch.Tensor, X: torch.Tensor, weights: torch.Tensor | None = None) -> None:
         """Add the inputs of one chunk.
 
         Args:
             X_source: Inputs of the layer in the source model [..., C].
             X: Inputs of the layer behind quantized layers, for the same tokens [..., C].
+            weights: Weight of each token, float32 [T] and at least 0; every token has weight 1 where not given.
         """
         X = X.reshape(-1, X.shape[-1])
         D = X_source.reshape(X.shape).float() - X.float()
+        if weights is None:
+            self.total_weight += len(X)
+        else:
+            self.total_weight += weights.sum(dtype=torch.float64)
+            D *= weights.unsqueeze(-1)
         if (
             _is_multiplied_exactly(X) and X.dtype == torch.bfloat16
         ):  # it has the range of float32, and two of them hold a number to 2⁻¹⁷
@@ -156,20 +186,19 @@ class DriftAccumulator:
             self.partial += _product(D.sub_(high).to(X.dtype), X)
         else:
             self.partial += _product(D, X.float())
-        self.num_tokens += X.shape[0]
 
-    def merge_(self, partial: torch.Tensor, num_tokens: int) -> None:
+    def merge_(self, partial: torch.Tensor, total_weight: float) -> None:
         """Add a sum that was computed elsewhere.
 
         Args:
             partial: The `partial` of another accumulator, [C, C] on the device of this one.
-            num_tokens: Number of tokens in that sum.
+            total_weight: Sum of the weights of the tokens in that sum.
         """
         self.partial += partial
-        self.num_tokens += num_tokens
+        self.total_weight += total_weight
 
     def finish_(self, name: str) -> torch.Tensor:
-        """Return the mean over all tokens, [C, C] float32. The accumulator is empty afterwards.
+        """Return the weighted mean over all tokens, [C, C] float32. The accumulator is empty afterwards.
 
         Args:
             name: Name of the layer, for messages.
@@ -183,4 +212,4 @@ class DriftAccumulator:
                 f"{name}: its inputs in the source model hold NaN or Inf; check the model in this compute dtype "
                 "(execution.compute_dtype)"
             )
-        return drift.div_(max(self.num_tokens, 1))
+        return drift.div_(torch.where(self.total_weight > 0, self.total_weight, 1.0))

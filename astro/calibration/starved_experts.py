@@ -11,6 +11,7 @@ import torch
 from torch import nn
 
 from astro.calibration.hessian import HessianAccumulator
+from astro.calibration.token_weights import Kind, norm_weights
 from astro.config import Experts
 from astro.errors import NumericalError
 from astro.model.activations import BlockLayers, Operand
@@ -25,9 +26,10 @@ class InputStatistics:
 
     Attributes:
         names: Names of the layers that read the input.
-        H: Mean of xxᵀ over the tokens, float32 [C, C]; the identity where the layers are to be rounded to nearest.
+        H: Weighted mean of xxᵀ over the tokens, float32 [C, C]; the identity where the layers are to be rounded to nearest.
         num_tokens: Number of tokens that H was made from.
         routed_tokens: Number of calibration tokens that the model itself sends through these layers.
+        token_weights: What the tokens are weighted by.
         fallback: The experts' policy, where too few tokens made it necessary; empty elsewhere.
     """
 
@@ -35,6 +37,7 @@ class InputStatistics:
     H: torch.Tensor
     num_tokens: int
     routed_tokens: int
+    token_weights: Kind
     fallback: str = ""
 
 
@@ -64,6 +67,7 @@ class AllTokens:
         layers: BlockLayers,
         operands: Sequence[Operand],
         repeats: Iterable[Callable[[], object]],
+        token_weights: Kind,
     ) -> None:
         """Run the block once more over the calibration chunks and keep what its experts are called with.
 
@@ -71,8 +75,10 @@ class AllTokens:
             layers: The layers of the block.
             operands: Operands of the experts that `sums` will be asked for.
             repeats: A forward of the block for every calibration chunk.
+            token_weights: What tokens are weighted by elsewhere. Here their norm weighs them, since the loss says
+                nothing of an expert that it does not depend on; with `none` they all count alike.
         """
-        self._layers = layers
+        self._layers, self._weighs = layers, token_weights != "none"
         self._shared: dict[str, HessianAccumulator] = {}
         modules = {layers.module_of(operand): layers.owner_of(operand) for operand in operands}
         self._calls: dict[nn.Module, list[tuple[Any, Any, torch.Tensor]]] = {module: [] for module in modules}
@@ -109,7 +115,8 @@ class AllTokens:
 
         def note(multiplied: Operand, X: torch.Tensor) -> None:
             if multiplied == operand:
-                sums.add_(X)
+                rows = X.reshape(-1, X.shape[-1])
+                sums.add_(rows, norm_weights(rows) if self._weighs else None)
 
         module = self._layers.module_of(operand)
         with self._layers.observed(note):
@@ -137,6 +144,7 @@ def starved_statistics(
     experts: Experts,
     sums: HessianAccumulator | None,
     device: torch.device,
+    token_weights: Kind,
 ) -> InputStatistics:
     """Return what replaces the statistics of an expert that saw too few tokens.
 
@@ -146,6 +154,7 @@ def starved_statistics(
         experts: The policy about such experts.
         sums: Sum over all tokens, or over all experts, as the policy says; None where the policy needs none.
         device: Device of the result.
+        token_weights: What tokens are weighted by elsewhere; an expert's are weighted by their norm, or all alike.
 
     Raises:
         NumericalError: The policy is `fail`.
@@ -158,9 +167,10 @@ def starved_statistics(
         )
     if experts.policy == "rtn":
         H = torch.eye(operand.columns, dtype=torch.float32, device=device)
-        return InputStatistics(operand.names, H, 0, routed_tokens, experts.policy)
+        return InputStatistics(operand.names, H, 0, routed_tokens, "none", experts.policy)
     assert sums is not None
     # A copy is finished, since several experts may share these sums.
     copy = HessianAccumulator(operand.columns, device)
     copy.absorb_(sums)
-    return InputStatistics(operand.names, copy.finish_(name), copy.num_tokens, routed_tokens, experts.policy)
+    kind: Kind = "none" if token_weights == "none" else "norm"
+    return InputStatistics(operand.names, copy.finish_(name), copy.num_tokens, routed_tokens, kind, experts.policy)

@@ -15,7 +15,7 @@ from torch.overrides import TorchFunctionMode
 
 from astro.model.linear_layer import LinearLayer
 
-__all__ = ["BlockLayers", "Operand", "names_of"]
+__all__ = ["BlockLayers", "Operand", "is_same_input", "names_of"]
 
 _OPERANDS = {
     "linear": ((0, "input"), (1, "weight")),
@@ -48,6 +48,18 @@ class Operand:
 
 Note = Callable[[Operand, torch.Tensor], None]
 """A function that is called with an operand and the inputs [..., C] that it is multiplied with."""
+ProductNote = Callable[[Operand, torch.Tensor, torch.Tensor], None]
+"""A function that is called with an operand, its inputs [..., C], and their product [..., R]."""
+
+
+def is_same_input(X: torch.Tensor, other: torch.Tensor) -> bool:
+    """Tell whether two inputs, which are both alive, are the same memory.
+
+    Args:
+        X: Inputs of a layer.
+        other: Inputs of another layer.
+    """
+    return X.data_ptr() == other.data_ptr() and X.shape == other.shape
 
 
 def names_of(operands: Iterable[Operand]) -> list[str]:
@@ -116,6 +128,18 @@ class BlockLayers:
         Args:
             note: The function that is called.
         """
+        return _Observation(self._places(), note)
+
+    def observed_products(self, note: ProductNote) -> "_Observation":
+        """Return a context in which a function sees every operand outside batched experts after each product.
+
+        Args:
+            note: The function that is called.
+        """
+        return _Observation(self._places(), None, note)
+
+    def _places(self) -> dict[tuple[int, int], list[Operand]]:
+        """Return the operands by the place and the dimensions of the weight that they are multiplied with."""
         places: dict[tuple[int, int], list[Operand]] = {}
         for operand in self.operands:
             parameter = self._model.get_parameter(operand.parameter)
@@ -123,7 +147,7 @@ class BlockLayers:
             places[weight.data_ptr(), weight.ndim] = [operand]
             if operand.expert is not None:
                 places.setdefault((parameter.data_ptr(), parameter.ndim), []).append(operand)
-        return _Observation(places, note)
+        return places
 
     @contextlib.contextmanager
     def replaced(self, weights: Mapping[str, torch.Tensor]) -> Iterator[None]:
@@ -155,20 +179,26 @@ class BlockLayers:
 
 
 class _Observation(TorchFunctionMode):
-    def __init__(self, places: Mapping[tuple[int, int], list[Operand]], note: Note) -> None:
+    def __init__(
+        self, places: Mapping[tuple[int, int], list[Operand]], note: Note | None, note_product: ProductNote | None = None
+    ) -> None:
         super().__init__()
-        self._places = places
-        self._note = note
+        self._places, self._note, self._note_product = places, note, note_product
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
         place = _OPERANDS.get(getattr(func, "__name__", ""))
-        if place is not None:
-            X, weight = (args[i] if i < len(args) else kwargs[name] for i, name in place)
-            operands = self._places.get((weight.data_ptr(), weight.ndim), [])
+        if place is None:
+            return func(*args, **kwargs)
+        X, weight = (args[i] if i < len(args) else kwargs[name] for i, name in place)
+        operands = self._places.get((weight.data_ptr(), weight.ndim), [])
+        if self._note is not None:
             if len(operands) == 1:
                 self._note(operands[0], X)
             for operand, rows in zip(operands, X, strict=True) if len(operands) > 1 else ():
                 # A token that was not routed to an expert is a row of zeros.
                 self._note(operand, rows[rows.any(-1)])
-        return func(*args, **kwargs)
+        product = func(*args, **kwargs)
+        if self._note_product is not None and len(operands) == 1:
+            self._note_product(operands[0], X, product)
+        return product

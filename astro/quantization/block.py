@@ -47,14 +47,16 @@ def quantize_block(
         of_batch = list(itertools.islice(remaining, len(batch)))
         H, tokens = stacked([inputs.H for inputs in of_batch]), [inputs.num_tokens for inputs in of_batch]
         lacking = [inputs.fallback == "rtn" for inputs in of_batch]
-        counted = [(inputs.routed_tokens, inputs.fallback) for inputs in of_batch]
+        counted = [(inputs.routed_tokens, inputs.token_weights, inputs.fallback) for inputs in of_batch]
         del of_batch  # a wide layer's matrices are gigabytes
         for scheme, stacks in apart([input_groups[i] for i in batch], schemes):
             layers = [{name: weights[name] for name in members} for members in stacks]
             solved, solved_records = quantize_input_groups(layers, H, tokens, scheme, recipe, widths, lacking)
             quantized |= solved
-            for record, (routed, fallback) in zip(solved_records, counted, strict=True):
-                records.append(dataclasses.replace(record, routed_tokens=routed, fallback=fallback))
+            for record, (routed, kind, fallback) in zip(solved_records, counted, strict=True):
+                records.append(
+                    dataclasses.replace(record, routed_tokens=routed, token_weights=kind, fallback=fallback)
+                )
         del H
     exhaust(remaining)
     return quantized, records

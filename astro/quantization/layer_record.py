@@ -23,8 +23,10 @@ class LayerRecord:
     """Calibration tokens that the model itself sends through these layers; fewer than all for experts."""
     fallback: str
     """The experts' policy where too few tokens were routed to an expert, else empty."""
+    token_weights: str = "none"
+    """What the calibration tokens were weighted by: `loss`, `norm`, or `none` where all count alike."""
     relative_error: float
-    """‖(Ŵ − W)X‖² / ‖WX‖² on the calibration tokens, W the original weights, or where earlier errors are compensated
+    """‖(Ŵ − W)X‖² / ‖WX‖² on the weighted calibration tokens, W the original weights, or where earlier errors are compensated
     the weights that do so."""
     beta: float
     """Strength of the regularization; 0 where none was done."""

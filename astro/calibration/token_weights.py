@@ -1,0 +1,157 @@
+"""How much the errors on each calibration token count in a layer's Hessian.
+
+    H = Σ_t w_t x_t x_tᵀ / Σ_t w_t
+
+Where all tokens count alike, the few with massive activations (the first of a sequence, delimiters) own H, and a layer
+serves all others badly. Two kinds of weights take that away; neither changes formats, inference or parallelism:
+
+    norm    w_t = C / ‖x_t‖²                           every token has the same energy; costs nothing
+    loss    w_t = e_t^½, e_t = mean over z of (∂ℓ/∂z_t)²   z: outputs of all layers that read the input; costs a backward
+
+ℓ is the cross-entropy of the source model on the calibration text's own next tokens. To the first power e_t is the
+diagonal of the Fisher information (GuidedQuant, arXiv 2505.07004); its root measures better.
+Shapes: T tokens, C columns (inputs), R rows (outputs).
+"""
+
+import dataclasses
+from collections.abc import Callable, Mapping
+from typing import Literal
+
+import torch
+
+from astro.errors import UnsupportedError
+from astro.model.activations import BlockLayers, Operand, is_same_input
+
+__all__ = ["Kind", "TokenWeights", "effective_tokens", "loss_weights", "norm_weights", "pass_back"]
+
+Kind = Literal["loss", "norm", "none"]
+"""What tokens are weighted by; `none` lets all count alike."""
+
+_EXPONENT = 0.5
+"""Power of a token's energy that is its weight: measured against 0.35 and 1 at 3 and 4 bits."""
+
+
+@dataclasses.dataclass(frozen=True)
+class TokenWeights:
+    """The weights of all calibration tokens at the layers of one block.
+
+    Attributes:
+        kind: What tokens are weighted by.
+        measured: Weights by the loss, float32 [T], by chunk and by the name of an input group's first layer. Where an
+            input group has none, as experts do, its tokens are weighted by their norm.
+    """
+
+    kind: Kind
+    measured: Mapping[tuple[str, str], torch.Tensor] = dataclasses.field(default_factory=dict)
+
+    def kind_of(self, operand: Operand) -> Kind:
+        """Return what the tokens of an input group are weighted by.
+
+        Args:
+            operand: First operand of the input group.
+        """
+        lacks = self.kind == "loss" and all(name != operand.names[0] for _, name in self.measured)
+        return "norm" if lacks else self.kind
+
+    def of(self, operand: Operand, chunk: str, X: torch.Tensor) -> torch.Tensor | None:
+        """Return the weights of one chunk's tokens, float32 [T]; None where all count alike.
+
+        Args:
+            operand: First operand of the input group.
+            chunk: Name of the chunk.
+            X: Inputs of the operand [..., C].
+        """
+        if self.kind == "none":
+            return None
+        measured = self.measured.get((chunk, operand.names[0])) if self.kind == "loss" else None
+        return measured.to(X.device) if measured is not None else norm_weights(X.reshape(-1, X.shape[-1]))
+
+
+def norm_weights(X: torch.Tensor) -> torch.Tensor:
+    """Return weights that give every token the same energy, float32 [T]; 0 for a token whose inputs are all 0.
+
+    Args:
+        X: Inputs of a layer [T, C] in any float dtype.
+    """
+    energy = X.float().square().mean(-1)
+    return torch.where(energy > 0, energy.reciprocal(), 0.0)
+
+
+def loss_weights(energy: torch.Tensor) -> torch.Tensor | None:
+    """Return the weights that follow from the energy of the loss's gradient, float32 [T], their mean being 1.
+
+    Args:
+        energy: Mean of (∂ℓ/∂z_t)² over the outputs of an input group, for all calibration tokens, float32 [T].
+
+    Returns:
+        The weights; None where they cannot be told: an energy is not finite, or all are 0.
+    """
+    scale = energy.double().mean()
+    if not bool(torch.isfinite(scale)) or not bool(scale > 0):
+        return None
+    weights = (energy.double() / scale).pow(_EXPONENT)
+    return (weights / weights.mean()).float()
+
+
+def effective_tokens(weights: torch.Tensor) -> float:
+    """Return how many tokens of equal weight would say as much: (Σ w)² / Σ w².
+
+    Args:
+        weights: Weights of all tokens [T].
+    """
+    exact = weights.double()
+    return float(exact.sum().square() / exact.square().sum())
+
+
+def pass_back(
+    layers: BlockLayers, action: Callable[[torch.Tensor], torch.Tensor], hidden: torch.Tensor, gradient: torch.Tensor
+) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+    """Take the loss's gradient from the output of a block to its input, and measure it at the layers on the way.
+
+    The block is run once more with gradients to its input alone; no weight gets one. Experts are left out: which of
+    them a token goes to may change once layers are quantized.
+
+    Args:
+        layers: The layers of the block, which is loaded.
+        action: A forward of the block, from hidden states before it to those behind it.
+        hidden: Hidden states before the block, [B, T, H].
+        gradient: Gradient of the loss at the block's output, [B, T, H].
+
+    Returns:
+        The gradient at the block's input, [B, T, H], and for every input group, by the name of its first layer, the
+        mean of the squared gradient over the group's outputs, float32 [B · T].
+
+    Raises:
+        UnsupportedError: The block holds an operation that has no gradient.
+    """
+    sums: dict[str, torch.Tensor] = {}
+    outputs: dict[str, int] = {}
+    last: list[tuple[torch.Tensor, str]] = []
+
+    def note(operand: Operand, X: torch.Tensor, Z: torch.Tensor) -> None:
+        if operand.expert is not None:
+            last.clear()
+            return
+        if not Z.requires_grad:
+            return
+        first = last[0][1] if last and is_same_input(last[0][0], X) else operand.names[0]
+        last[:] = [(X, first)]
+        outputs[first] = outputs.get(first, 0) + Z.shape[-1]
+
+        def add(g: torch.Tensor) -> None:
+            energy = g.reshape(-1, g.shape[-1]).float().square().sum(-1)
+            sums[first] = sums[first] + energy if first in sums else energy
+
+        Z.register_hook(add)  # type: ignore[no-untyped-call]
+
+    try:
+        with torch.enable_grad():
+            start = hidden.detach().requires_grad_(True)
+            with layers.observed_products(note):
+                output = action(start)
+            (gradient_before,) = torch.autograd.grad(output, start, gradient.to(output.dtype))
+    except torch.OutOfMemoryError:
+        raise
+    except (RuntimeError, NotImplementedError) as error:
+        raise UnsupportedError(f"no gradient passes through this block: {str(error).splitlines()[0]:.200}") from error
+    return gradient_before, {name: energy / outputs[name] for name, energy in sums.items()}
