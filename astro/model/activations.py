@@ -180,7 +180,10 @@ class BlockLayers:
 
 class _Observation(TorchFunctionMode):
     def __init__(
-        self, places: Mapping[tuple[int, int], list[Operand]], note: Note | None, note_product: ProductNote | None = None
+        self,
+        places: Mapping[tuple[int, int], list[Operand]],
+        note: Note | None,
+        note_product: ProductNote | None = None,
     ) -> None:
         super().__init__()
         self._places, self._note, self._note_product = places, note, note_product

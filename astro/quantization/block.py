@@ -54,9 +54,7 @@ def quantize_block(
             solved, solved_records = quantize_input_groups(layers, H, tokens, scheme, recipe, widths, lacking)
             quantized |= solved
             for record, (routed, kind, fallback) in zip(solved_records, counted, strict=True):
-                records.append(
-                    dataclasses.replace(record, routed_tokens=routed, token_weights=kind, fallback=fallback)
-                )
+                records.append(dataclasses.replace(record, routed_tokens=routed, token_weights=kind, fallback=fallback))
         del H
     exhaust(remaining)
     return quantized, records

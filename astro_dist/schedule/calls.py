@@ -9,20 +9,32 @@ Several calls make up a unit of the run. Round 0 calibrates on the stream `origi
     mode sequential  AccumulateHessians …, parts …, WriteBlock              stage by stage, by all workers
     parts            MergeHessians, TryBetas …, SolveRows …                 of each batch of a block that is split
     both             Embed, CopyTensors, ForwardChunk, EvaluateLoss
+    token weights    ForwardChunk …, DifferentiateLoss, Backward …, WeighTokens …    before either, by the loss
 """
 
 import dataclasses
 from collections.abc import Iterable
 from typing import ClassVar
 
-from astro_dist.schedule.names import EMBED, block_unit, copy_index, copy_unit, evaluate_unit, head_unit
+from astro_dist.schedule.names import (
+    EMBED,
+    LOSS_GRADIENT,
+    block_unit,
+    copy_index,
+    copy_unit,
+    evaluate_unit,
+    head_unit,
+    weights_unit,
+)
 
 __all__ = [
     "AccumulateHessians",
+    "Backward",
     "BatchParts",
     "BlockParts",
     "Call",
     "CopyTensors",
+    "DifferentiateLoss",
     "Embed",
     "EvaluateLoss",
     "FinishEvaluation",
@@ -38,6 +50,7 @@ __all__ = [
     "SolveRows",
     "SplitBlock",
     "TryBetas",
+    "WeighTokens",
     "WriteBlock",
     "copy_calls",
 ]
@@ -275,13 +288,66 @@ class WriteBlock(_RoundCall):
     verb: ClassVar[str] = "write block"
 
 
+@dataclasses.dataclass(frozen=True)
+class DifferentiateLoss:
+    """Compute the gradient of the loss with respect to the last block's output.
+
+    Attributes:
+        chunks: Names of the calibration chunks.
+    """
+
+    chunks: tuple[str, ...]
+    verb: ClassVar[str] = "differentiate loss"
+
+    @property
+    def unit(self) -> str:
+        """Return the name of the unit that the call belongs to."""
+        return LOSS_GRADIENT
+
+
+@dataclasses.dataclass(frozen=True)
+class Backward:
+    """Take the gradient of one chunk back through a block, and measure it at the block's layers.
+
+    Attributes:
+        block: Index of the block.
+        chunk: Name of the chunk.
+    """
+
+    block: int
+    chunk: str
+    verb: ClassVar[str] = "backward"
+
+    @property
+    def unit(self) -> str:
+        """Return the name of the unit that the call belongs to."""
+        return weights_unit(self.block)
+
+
+@dataclasses.dataclass(frozen=True)
+class WeighTokens:
+    """Turn what all chunks measured at a block's layers into the weights of their tokens.
+
+    Attributes:
+        block: Index of the block.
+    """
+
+    block: int
+    verb: ClassVar[str] = "weigh tokens"
+
+    @property
+    def unit(self) -> str:
+        """Return the name of the unit that the call belongs to."""
+        return weights_unit(self.block)
+
+
 HeldCall = OpenBlock | Forward | SolveBlock | SplitBlock | FinishEvaluation
 """The calls for a block that one worker keeps in its memory from the first of them to the last."""
 PartCall = MergeHessians | TryBetas | SolveRows
 """The calls by which several workers solve a block."""
-FinishingCall = Embed | CopyTensors | SolveBlock | WriteBlock | FinishEvaluation | EvaluateLoss
+FinishingCall = Embed | CopyTensors | SolveBlock | WriteBlock | FinishEvaluation | EvaluateLoss | WeighTokens
 """The calls that finish a unit. Each of them writes the record of its unit last, and returns that record."""
-Call = HeldCall | PartCall | FinishingCall | AccumulateHessians | ForwardChunk
+Call = HeldCall | PartCall | FinishingCall | AccumulateHessians | ForwardChunk | DifferentiateLoss | Backward
 """Everything that a worker can be asked to do."""
 
 

@@ -1,12 +1,15 @@
 """The names of a run: every unit, stream, chunk and hand-over file is written and parsed here and nowhere else.
 
     embed  copy-0000  round-0-block-0003  evaluate-0003  head-original    units
-    original  round-0  round-1                                            streams
+    weights-0003  loss-gradient                                           units, where the loss weighs tokens
+    original  round-0  round-1  gradient  energy                          streams
     c0000  h0000                                                          chunks: calibrated on, and held out
     0-sum  0-share-1  0-decision  0-sample-2  0-tile-3                    parts of a batch that workers hand each other
 
 A *stream* is the hidden states of every chunk on their way through one model: `original` through the source, `round-r`
-through what round r wrote.
+through what round r wrote. Two streams are no hidden states: `gradient` is that of the loss with respect to the hidden
+states of `original`, and `energy` is what it measured at the layers of a block on its way back, kept where the block's
+output is.
 """
 
 import re
@@ -14,6 +17,9 @@ import re
 __all__ = [
     "DECISION",
     "EMBED",
+    "ENERGY",
+    "GRADIENT",
+    "LOSS_GRADIENT",
     "ORIGINAL",
     "STREAMS",
     "SUM",
@@ -37,12 +43,19 @@ __all__ = [
     "stream_names",
     "tile_part",
     "unit_names",
+    "weights_unit",
 ]
 
 EMBED = "embed"
 """The unit that makes the hidden states before the first block."""
 ORIGINAL = "original"
 """The stream through the source."""
+GRADIENT = "gradient"
+"""The stream of the loss's gradient on its way back through the source."""
+ENERGY = "energy"
+"""The stream of what the gradient measured in each block."""
+LOSS_GRADIENT = "loss-gradient"
+"""The unit that the gradient begins with; it leaves no record."""
 SUM = "sum"
 """The part that holds a batch's Hessians, added up over all shares."""
 DECISION = "decision"
@@ -119,6 +132,11 @@ def evaluate_unit(block: int) -> str:
 def head_unit(stream: str) -> str:
     """Return the name of the unit that measures the loss at the end of a stream."""
     return f"head-{stream}"
+
+
+def weights_unit(block: int) -> str:
+    """Return the name of the unit that weighs the calibration tokens for a block, by the loss."""
+    return f"weights-{block:04d}"
 
 
 def unit_names(num_blocks: int, num_copies: int, rounds: int, evaluated: bool) -> list[str]:

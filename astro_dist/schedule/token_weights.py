@@ -1,0 +1,185 @@
+"""The schedule that comes before a run whose calibration tokens are weighted by the loss: it measures the weights."""
+
+from collections.abc import Iterable, Iterator
+
+from astro_dist.schedule.calls import (
+    Backward,
+    Call,
+    DifferentiateLoss,
+    Embed,
+    ForwardChunk,
+    Result,
+    WeighTokens,
+)
+from astro_dist.schedule.names import EMBED, ENERGY, GRADIENT, ORIGINAL, is_held_out, weights_unit
+from astro_dist.schedule.schedule import NOTHING_DONE, RunShape, StartingPoint
+from astro_dist.schedule.spent import Spent, SpentInputs
+
+__all__ = ["TokenWeightSchedule"]
+
+Place = tuple[type[Call], int]
+"""What a worker has loaded, and in which direction chunks pass it: the class of the calls and the index of the block."""
+
+
+class TokenWeightSchedule:
+    """Holds the state of the waves that measure token weights, and decides what each worker does next.
+
+    The calibration chunks pass through the source's blocks; then the gradient of the loss passes back. The inputs of
+    all blocks are kept, because each block is run once more on the way back:
+
+                    Embed       ForwardChunk …               DifferentiateLoss
+        tokens ──────────▶ hidden 0 ───▶ … ───▶ hidden N ─────────────────────▶ gradient N
+                              │                                                    │
+                              ▼              Backward …                            ▼
+                           energy 0 ◀─── gradient 1 ◀─── … energy N−1 ◀────────────┘
+                              │                               │
+                              ▼ WeighTokens                   ▼ WeighTokens
+                           weights 0             …         weights N−1
+
+    For each chunk it asks what the last unfinished block lacks, and goes back to what is there; so a lost file is made
+    again, and nothing else. A worker stays with a block as long as chunks are on their way to it. It moves on where
+    none are, so that the waves pass through as many blocks at a time as there are workers.
+
+    Attributes:
+        units: Names of all units of the waves.
+        finished: Names of the units that are finished.
+    """
+
+    def __init__(self, shape: RunShape, start: StartingPoint = NOTHING_DONE, blocks: Iterable[int] | None = None):
+        """Begin the waves, or go on with them.
+
+        Args:
+            shape: Size of the run.
+            start: What of the run is done already.
+            blocks: Indices of the blocks whose weights are wanted; None for all blocks.
+        """
+        self._num_blocks = shape.num_blocks
+        self._wanted = sorted(range(shape.num_blocks) if blocks is None else blocks)
+        self._chunks = [chunk for chunk in shape.chunks if not is_held_out(chunk)]
+        self.units = [EMBED, *map(weights_unit, self._wanted)] if self._wanted else []
+        self.finished = set(start.finished) & set(self.units)
+
+        def present(stream: str, shift: int = 0) -> list[set[str]]:
+            by_block = start.present.get(stream, {})
+            return [set(by_block.get(block + shift, ())) for block in range(shape.num_blocks + 1)]
+
+        self._hidden, self._gradient = present(ORIGINAL), present(GRADIENT)
+        self._energy = present(ENERGY, shift=1)
+        self._places: dict[int, Place] = {}  # by worker
+        self._taken: set[Call] = set()
+        if any(self._is_lost(chunk) for chunk in self._chunks):
+            self.finished.discard(EMBED)
+
+    @property
+    def complete(self) -> bool:
+        """Tell whether every unit is finished."""
+        return all(weights_unit(block) in self.finished for block in self._wanted)
+
+    def next_call(self, worker: int, idle: int = 0) -> Call | None:
+        """Decide what a free worker does now; see `Schedule`."""
+        calls = [call for call in self._candidates() if call not in self._taken]
+        here = self._places.get(worker)
+        call = next((call for call in calls if _place(call) == here), None)
+        if call is None and (here is None or not self._is_fed(here)):
+            # Where others have nothing to do a block may be taken from them, if there is none that nobody has.
+            busy = {_place(call) for call in self._taken} | {at for at in self._places.values() if self._is_fed(at)}
+            free = [call for call in calls if _place(call) not in busy]
+            nobodys = [call for call in free if _place(call) not in self._places.values()]
+            call = next(iter([*nobodys, *free]), None)
+        if call is not None:
+            if not isinstance(call, WeighTokens):  # for which no block is loaded
+                self._places[worker] = _place(call)
+            self._taken.add(call)
+        return call
+
+    def done(self, worker: int, call: Call, result: Result) -> list[Spent]:
+        """Take note that a call returned; see `Schedule`."""
+        self._taken.discard(call)
+        match call:
+            case Embed():
+                self._hidden[0].update(self._chunks)
+                self.finished.add(EMBED)
+            case ForwardChunk():
+                self._hidden[call.block + 1].add(call.chunk)
+            case DifferentiateLoss():
+                self._gradient[self._num_blocks].update(call.chunks)
+            case Backward():
+                self._energy[call.block].add(call.chunk)
+                self._gradient[call.block].add(call.chunk)
+            case WeighTokens():
+                self.finished.add(call.unit)
+                self._gradient[call.block + 1].clear()
+                last = [SpentInputs(self._num_blocks, ORIGINAL)] if call.block == self._num_blocks - 1 else []
+                return [SpentInputs(call.block + 1, stream) for stream in (GRADIENT, ENERGY)] + last
+        return []
+
+    def failed(self, worker: int, call: Call) -> None:
+        """Take note that a call came to nothing, and that the worker has lost the block that it had loaded."""
+        self._taken.discard(call)
+        self._places.pop(worker, None)
+
+    def holds(self, worker: int) -> bool:
+        """Tell whether a worker waits for chunks that are on their way to the block that it has loaded."""
+        here = self._places.get(worker)
+        return here is not None and self._is_fed(here)
+
+    def _is_fed(self, here: Place) -> bool:
+        """Whether a call brings a chunk nearer to a block: one that is being made, or is a worker's next one."""
+        direction, block = here
+        held = set(self._places.values())
+        calls = [*self._taken, *(call for call in self._candidates() if _place(call) in held)]
+        if direction is ForwardChunk:
+            return any(isinstance(call, ForwardChunk) and call.block < block for call in calls)
+        return direction is Backward and any(
+            (isinstance(call, Backward) and call.block > block) or isinstance(call, DifferentiateLoss) for call in calls
+        )
+
+    def _candidates(self) -> Iterator[Call]:
+        """The calls whose inputs are there, the most urgent first."""
+        if EMBED not in self.finished:
+            yield Embed()
+            return
+        steps = [step for chunk in self._chunks if (step := self._next_step(chunk)) is not None]
+        for block in reversed(self._wanted):
+            is_whole = weights_unit(block) not in self.finished and self._energy[block].issuperset(self._chunks)
+            # Behind it the gradients before the block are dropped, which may be wanted once more for one that is lost.
+            if is_whole and not any(isinstance(step, Backward) and step.block == block for step in steps):
+                yield WeighTokens(block)
+        ends = tuple(step for step in steps if isinstance(step, str))
+        moving = [step for step in steps if not isinstance(step, str)]
+        yield from sorted((step for step in moving if isinstance(step, Backward)), key=lambda step: -step.block)
+        if ends and not any(isinstance(step, ForwardChunk) for step in moving):
+            yield DifferentiateLoss(ends)  # norm and head are loaded once, for all
+        yield from sorted((step for step in moving if isinstance(step, ForwardChunk)), key=lambda step: step.block)
+
+    def _next_step(self, chunk: str) -> Backward | ForwardChunk | str | None:
+        """The next call on the way of a chunk; its name where it has come to the head, None where nothing is left."""
+        block = self._lacking(chunk)
+        if block is None:
+            return None
+        gradient_at = next((g for g in range(block + 1, self._num_blocks + 1) if chunk in self._gradient[g]), None)
+        goal = self._num_blocks if gradient_at is None else gradient_at - 1
+        at = self._furthest(chunk, goal)
+        assert at is not None, "a chunk that is nowhere on its way is embedded anew"
+        if at < goal:
+            return ForwardChunk(ORIGINAL, at, chunk, weights_unit(at))
+        return chunk if gradient_at is None else Backward(goal, chunk)
+
+    def _lacking(self, chunk: str) -> int | None:
+        """The last block whose weights are wanted and that lacks the energies of a chunk."""
+        for block in reversed(self._wanted):
+            if weights_unit(block) not in self.finished and chunk not in self._energy[block]:
+                return block
+        return None
+
+    def _furthest(self, chunk: str, block: int) -> int | None:
+        """The furthest block, at most `block`, whose input of a chunk is there."""
+        return next((b for b in range(block, -1, -1) if chunk in self._hidden[b]), None)
+
+    def _is_lost(self, chunk: str) -> bool:
+        """Whether a chunk that is still wanted is nowhere on its way."""
+        return self._lacking(chunk) is not None and chunk not in self._hidden[0]
+
+
+def _place(call: Call) -> Place:
+    return type(call), getattr(call, "block", -1)
