@@ -5,7 +5,10 @@ import torch
 from astro.model.block_call import run_head
 from astro.model.skeleton import Skeleton
 
-__all__ = ["sequence_losses"]
+__all__ = ["loss_gradient", "sequence_losses"]
+
+_FLOAT16_SCALE = 1024.0
+"""Factor of gradients in float16, whose smallest number is large for them. It cancels out of every weight."""
 
 
 def sequence_losses(skeleton: Skeleton, input_ids: torch.Tensor, hidden: torch.Tensor, as_tuple: bool) -> list[float]:
@@ -26,3 +29,28 @@ def sequence_losses(skeleton: Skeleton, input_ids: torch.Tensor, hidden: torch.T
         logits = run_head(skeleton, ids, hidden[i : i + 1], as_tuple)[0, :-1].float()
         losses.append(float(torch.nn.functional.cross_entropy(logits, ids[0, 1:], reduction="sum")))
     return losses
+
+
+def loss_gradient(
+    skeleton: Skeleton, input_ids: torch.Tensor, hidden: torch.Tensor, as_tuple: bool
+) -> torch.Tensor:
+    """Return the gradient of the loss with respect to the last block's output, [B, T, H].
+
+    The loss is the negative log-likelihood of each next token of the text, summed over all tokens.
+
+    Args:
+        skeleton: The model, everything outside its blocks loaded.
+        input_ids: The tokens of the sequences, int64 [B, T].
+        hidden: The output of the last block for them, [B, T, H].
+        as_tuple: Whether blocks return a tuple.
+    """
+    gradients = []
+    scale = _FLOAT16_SCALE if hidden.dtype == torch.float16 else 1.0
+    for i in range(len(hidden)):  # one sequence at a time bounds the logits
+        ids = input_ids[i : i + 1]
+        with torch.enable_grad():
+            start = hidden[i : i + 1].detach().requires_grad_(True)
+            logits = run_head(skeleton, ids, start, as_tuple)[0, :-1].float()
+            loss = torch.nn.functional.cross_entropy(logits, ids[0, 1:], reduction="sum")
+            gradients += torch.autograd.grad(loss * scale, start)
+    return torch.cat(gradients)

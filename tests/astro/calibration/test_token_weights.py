@@ -1,0 +1,148 @@
+"""Token weights: the Hessians that they make, and the gradient's way back against the whole model's own."""
+
+import pytest
+import torch
+import transformers
+
+from astro.calibration.block_statistics import input_stages
+from astro.calibration.hessian import DriftAccumulator, HessianAccumulator
+from astro.calibration.token_weights import TokenWeights, effective_tokens, loss_weights, norm_weights, pass_back
+from astro.errors import UnsupportedError
+from astro.model.activations import BlockLayers, Operand, names_of
+from astro.model.block_call import forward, record, returns_tuple
+from astro.model.perplexity import loss_gradient
+from astro.model.skeleton import Skeleton
+from astro.storage.checkpoint import Checkpoint
+from tests.support.architectures import DENSE, EXPERTS, IDS
+from tests.support.dequantized import keys_of
+from tests.support.models import correlated_inputs, write_checkpoint
+
+CPU = torch.device("cpu")
+
+
+def weighed(X, weights, pieces):
+    accumulator = HessianAccumulator(X.shape[1], CPU)
+    for part, w in zip(X.chunk(pieces), weights.chunk(pieces), strict=True):
+        accumulator.add_(part, w)
+    return accumulator
+
+
+def test_weighted_hessian_against_naive_float64():
+    X = correlated_inputs(70, 48).float()
+    weights = torch.rand(70, generator=torch.Generator().manual_seed(1)) ** 4
+    H = weighed(X, weights, 3).finish_("layer")
+    expected = (X.double().T * weights.double()) @ X.double() / weights.double().sum()
+    torch.testing.assert_close(H.double(), expected, rtol=1e-4, atol=float(expected.abs().max()) * 1e-5)
+
+
+def test_weighted_shares_merge_to_the_same_bits():
+    X, weights = correlated_inputs(60, 16).float(), torch.rand(60)
+    merged = HessianAccumulator(16, CPU)
+    for part, w in zip(X.chunk(3), weights.chunk(3), strict=True):
+        share = weighed(part, w, 1)
+        merged.merge_(share.partial, share.num_tokens, float(share.total_weight))
+    assert torch.equal(merged.finish_("x"), weighed(X, weights, 3).finish_("x"))
+
+
+def test_weighted_drift_against_naive_float64():
+    X, source = correlated_inputs(40, 12).float(), correlated_inputs(40, 12, seed=1).float()
+    weights = torch.rand(40)
+    drift = DriftAccumulator(12, CPU)
+    for part in range(2):
+        rows = slice(20 * part, 20 * part + 20)
+        drift.add_(source[rows], X[rows], weights[rows])
+    expected = ((source - X).double().T * weights.double()) @ X.double() / weights.double().sum()
+    torch.testing.assert_close(drift.finish_("x").double(), expected, rtol=1e-4, atol=1e-5)
+
+
+def test_norm_gives_every_token_the_same_energy():
+    X = correlated_inputs(30, 16).float() * torch.logspace(-3, 3, 30).unsqueeze(-1)
+    X[4] = 0
+    weights = norm_weights(X)
+    energy = weights * X.square().mean(-1)
+    torch.testing.assert_close(energy, (torch.arange(30) != 4).float())
+    H = weighed(X, weights, 1).finish_("x")
+    assert float(H.trace() * weights.sum()) == pytest.approx(16 * 29, rel=1e-4)
+
+
+def test_inputs_that_are_all_zero_stay_zero():
+    X = torch.zeros(5, 4)
+    assert not weighed(X, norm_weights(X), 1).finish_("x").any()
+
+
+def test_loss_weights_are_the_root_of_the_energy_and_have_the_mean_1():
+    energy = torch.tensor([1.0, 4.0, 16.0, 0.0])
+    weights = loss_weights(energy)
+    torch.testing.assert_close(weights, torch.tensor([1.0, 2.0, 4.0, 0.0]) * 4 / 7)
+    assert effective_tokens(weights) == pytest.approx(49 / 21)
+    torch.testing.assert_close(loss_weights(energy * 1e-30), weights)
+
+
+@pytest.mark.parametrize("energy", [[0.0, 0.0], [1.0, float("nan")], [float("inf"), 1.0]])
+def test_energies_that_say_nothing_give_no_weights(energy):
+    assert loss_weights(torch.tensor(energy)) is None
+
+
+def test_groups_that_were_not_measured_are_weighted_by_their_norm():
+    X = correlated_inputs(6, 8).float()
+    q, expert = Operand(("q",), "q", None, 8), Operand(("e",), "e", 0, 8)
+    weights = TokenWeights("loss", {("c0000", "q"): torch.arange(6.0)})
+    assert [weights.kind_of(operand) for operand in (q, expert)] == ["loss", "norm"]
+    assert torch.equal(weights.of(q, "c0000", X), torch.arange(6.0))
+    assert torch.equal(weights.of(expert, "c0000", X), norm_weights(X))
+    assert TokenWeights("none").of(q, "c0000", X) is None
+
+
+def whole_model(folder, names):
+    """Gradients at the inputs of the blocks, and energies of layers, by the whole model's own backward."""
+    model = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, experts_implementation="eager")
+    energies, outputs = {}, {}
+    for name in names:
+        module = model.get_submodule(name)
+        module.register_forward_hook(lambda m, args, out, name=name: outputs.update({name: out}) or out.retain_grad())
+    logits = model(input_ids=IDS, use_cache=False).logits.float()
+    torch.nn.functional.cross_entropy(logits[:, :-1].flatten(0, 1), IDS[:, 1:].flatten(), reduction="sum").backward()
+    for name, out in outputs.items():
+        energies[name] = out.grad.square().flatten(0, -2)
+    return energies
+
+
+@pytest.mark.parametrize("name", [*DENSE, *EXPERTS])
+def test_gradient_block_by_block_is_that_of_the_whole_model(name, tmp_path):
+    folder = write_checkpoint(tmp_path / name, {**DENSE, **EXPERTS}[name])
+    checkpoint, skeleton = Checkpoint.open(folder), Skeleton(folder, torch.float32)
+    skeleton.load(skeleton.model, checkpoint.read(checkpoint.entries), CPU)
+    skeleton.model.tie_weights()
+    as_tuple = returns_tuple(skeleton, IDS[:1])
+    with torch.no_grad():
+        hidden, calls = record(skeleton, IDS, as_tuple)
+        inputs = [hidden]
+        for block, call in zip(skeleton.blocks, calls, strict=True):
+            inputs.append(forward(block, inputs[-1], call))
+        gradient = loss_gradient(skeleton, IDS, inputs[-1], as_tuple)
+        linears = [
+            skeleton.linear_layers(index, keys_of(skeleton, checkpoint, index))[0]
+            for index in range(len(skeleton.blocks))
+        ]
+        plain = [layer.name for layers in linears for layer in layers if layer.expert is None]
+        with torch.enable_grad():
+            expected = whole_model(folder, plain)
+        for index in reversed(range(len(skeleton.blocks))):
+            layers = BlockLayers(skeleton.model, linears[index])
+            run = lambda X, index=index: forward(skeleton.blocks[index], X, calls[index])  # noqa: E731
+            gradient, energies = pass_back(layers, run, inputs[index], gradient)
+            stages = input_stages(layers, lambda run=run, index=index: run(inputs[index]))
+            groups = [names_of(group) for stage in stages for group in stage if group[0].expert is None]
+            assert set(energies) == {members[0] for members in groups}
+            for members in groups:
+                mean = torch.cat([expected[member] for member in members], dim=-1).mean(-1)
+                torch.testing.assert_close(energies[members[0]], mean, rtol=1e-3, atol=1e-5 * float(mean.max()))
+
+
+def test_a_block_without_gradient_is_said(llama):
+    checkpoint, skeleton = Checkpoint.open(llama), Skeleton(llama, torch.float32)
+    layers = BlockLayers(skeleton.model, skeleton.linear_layers(0, keys_of(skeleton, checkpoint, 0))[0])
+    skeleton.load(skeleton.blocks[0], checkpoint.read(keys_of(skeleton, checkpoint, 0)), CPU)
+    hidden = torch.ones(1, 2, 64)
+    with pytest.raises(UnsupportedError, match="no gradient passes through this block"):
+        pass_back(layers, lambda X: X.detach() * 2, hidden, hidden)
