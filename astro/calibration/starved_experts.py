@@ -26,7 +26,8 @@ class InputStatistics:
 
     Attributes:
         names: Names of the layers that read the input.
-        H: Weighted mean of xxᵀ over the tokens, float32 [C, C]; the identity where the layers are to be rounded to nearest.
+        H: Weighted mean of xxᵀ over the tokens, float32 [C, C]; the identity where the layers are to be rounded to
+            nearest.
         num_tokens: Number of tokens that H was made from.
         routed_tokens: Number of calibration tokens that the model itself sends through these layers.
         token_weights: What the tokens are weighted by.

@@ -5,8 +5,8 @@
 Where all tokens count alike, the few with massive activations (the first of a sequence, delimiters) own H, and a layer
 serves all others badly. Two kinds of weights take that away; neither changes formats, inference or parallelism:
 
-    norm    w_t = C / ‖x_t‖²                           every token has the same energy; costs nothing
-    loss    w_t = e_t^½, e_t = mean over z of (∂ℓ/∂z_t)²   z: outputs of all layers that read the input; costs a backward
+    norm    w_t = C / ‖x_t‖²                       every token has the same energy; costs nothing
+    loss    w_t = e_t^½, e_t = mean of (∂ℓ/∂z_t)²  over the outputs z of all layers that read x; costs a backward
 
 ℓ is the cross-entropy of the source model on the calibration text's own next tokens. To the first power e_t is the
 diagonal of the Fisher information (GuidedQuant, arXiv 2505.07004); its root measures better.

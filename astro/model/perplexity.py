@@ -31,9 +31,7 @@ def sequence_losses(skeleton: Skeleton, input_ids: torch.Tensor, hidden: torch.T
     return losses
 
 
-def loss_gradient(
-    skeleton: Skeleton, input_ids: torch.Tensor, hidden: torch.Tensor, as_tuple: bool
-) -> torch.Tensor:
+def loss_gradient(skeleton: Skeleton, input_ids: torch.Tensor, hidden: torch.Tensor, as_tuple: bool) -> torch.Tensor:
     """Return the gradient of the loss with respect to the last block's output, [B, T, H].
 
     The loss is the negative log-likelihood of each next token of the text, summed over all tokens.

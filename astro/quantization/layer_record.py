@@ -26,8 +26,8 @@ class LayerRecord:
     token_weights: str = "none"
     """What the calibration tokens were weighted by: `loss`, `norm`, or `none` where all count alike."""
     relative_error: float
-    """‖(Ŵ − W)X‖² / ‖WX‖² on the weighted calibration tokens, W the original weights, or where earlier errors are compensated
-    the weights that do so."""
+    """‖(Ŵ − W)X‖² / ‖WX‖² on the weighted calibration tokens, W the original weights, or where earlier errors are
+    compensated the weights that do so."""
     beta: float
     """Strength of the regularization; 0 where none was done."""
     beta_gain: float

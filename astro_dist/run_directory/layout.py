@@ -138,6 +138,14 @@ class RunLayout:
         """
         return self.root / "activations" / "parts" / f"{round_index}-{block:04d}" / f"{name}.safetensors"
 
+    def token_weights(self, block: int) -> Path:
+        """Return the file of the weights that the loss gives the calibration tokens at a block's layers.
+
+        Args:
+            block: Index of the block.
+        """
+        return self.root / "activations" / "token-weights" / f"{block:04d}.safetensors"
+
     def calls(self, batch: int, length: int) -> Path:
         """Return the path of the file with the arguments of every block for chunks of one shape.
 

@@ -9,12 +9,15 @@ from astro_dist.run_directory.records import RunDirectory
 from astro_dist.schedule.factory import schedule_of
 from astro_dist.schedule.names import (
     EMBED,
+    ENERGY,
+    GRADIENT,
     block_of_unit,
     block_unit,
     is_held_out,
     sequential_units,
     stream_names,
     unit_names,
+    weights_unit,
 )
 from astro_dist.schedule.schedule import RunShape, Schedule, StartingPoint
 from astro_dist.source.calibration_text import Chunk, as_tensors
@@ -40,12 +43,14 @@ def make_schedule(config: RunConfig, plan: Plan, run: RunDirectory, chunks: Sequ
     mend_tokens(run, as_tensors(chunks))
     names, blocks, copies = [chunk.name for chunk in chunks], len(plan.blocks), len(plan.copies)
     evaluated = any(is_held_out(name) for name in names)
-    present = {stream: run.present(stream) for stream in stream_names(run.rounds)}
+    present = {stream: run.present(stream) for stream in (*stream_names(run.rounds), GRADIENT, ENERGY)}
     sequential = config.execution.mode == "sequential"
     units = (
         sequential_units(blocks, copies, evaluated) if sequential else unit_names(blocks, copies, run.rounds, evaluated)
     )
     finished = _finished(run, units)
+    if config.calibration.token_weights == "loss" and not finished.issuperset(units):
+        finished |= _finished(run, [weights_unit(block) for block in range(blocks)])
     calls_there = all(run.calls(*chunk.tokens.shape).is_file() for chunk in chunks)
     if not calls_there and any(unit not in finished for unit in units):
         finished.discard(EMBED)

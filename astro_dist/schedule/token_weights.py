@@ -18,7 +18,7 @@ from astro_dist.schedule.spent import Spent, SpentInputs
 __all__ = ["TokenWeightSchedule"]
 
 Place = tuple[type[Call], int]
-"""What a worker has loaded, and in which direction chunks pass it: the class of the calls and the index of the block."""
+"""What a worker has loaded, and in which direction chunks pass: the class of the calls and the index of the block."""
 
 
 class TokenWeightSchedule:
@@ -55,6 +55,7 @@ class TokenWeightSchedule:
         """
         self._num_blocks = shape.num_blocks
         self._wanted = sorted(range(shape.num_blocks) if blocks is None else blocks)
+        self._all_chunks = list(shape.chunks)
         self._chunks = [chunk for chunk in shape.chunks if not is_held_out(chunk)]
         self.units = [EMBED, *map(weights_unit, self._wanted)] if self._wanted else []
         self.finished = set(start.finished) & set(self.units)
@@ -67,6 +68,7 @@ class TokenWeightSchedule:
         self._energy = present(ENERGY, shift=1)
         self._places: dict[int, Place] = {}  # by worker
         self._taken: set[Call] = set()
+        self._known_calls: list[Call] | None = None
         if any(self._is_lost(chunk) for chunk in self._chunks):
             self.finished.discard(EMBED)
 
@@ -75,17 +77,22 @@ class TokenWeightSchedule:
         """Tell whether every unit is finished."""
         return all(weights_unit(block) in self.finished for block in self._wanted)
 
+    @property
+    def inputs(self) -> dict[int, set[str]]:
+        """Return the chunks whose hidden states are there as input of each block."""
+        return {block: set(chunks) for block, chunks in enumerate(self._hidden[: self._num_blocks])}
+
     def next_call(self, worker: int, idle: int = 0) -> Call | None:
         """Decide what a free worker does now; see `Schedule`."""
-        calls = [call for call in self._candidates() if call not in self._taken]
+        calls = [call for call in self._calls() if call not in self._taken]
         here = self._places.get(worker)
         call = next((call for call in calls if _place(call) == here), None)
-        if call is None and (here is None or not self._is_fed(here)):
-            # Where others have nothing to do a block may be taken from them, if there is none that nobody has.
-            busy = {_place(call) for call in self._taken} | {at for at in self._places.values() if self._is_fed(at)}
+        if call is None and calls and not self.holds(worker):
+            places, first, last = set(self._places.values()), *self._fronts()
+            busy = {_place(call) for call in self._taken} | {at for at in places if _is_fed(at, first, last)}
             free = [call for call in calls if _place(call) not in busy]
-            nobodys = [call for call in free if _place(call) not in self._places.values()]
-            call = next(iter([*nobodys, *free]), None)
+            # Where others have nothing to do a block may be taken from them, if there is none that nobody has.
+            call = next((call for call in free if _place(call) not in places), next(iter(free), None))
         if call is not None:
             if not isinstance(call, WeighTokens):  # for which no block is loaded
                 self._places[worker] = _place(call)
@@ -95,9 +102,10 @@ class TokenWeightSchedule:
     def done(self, worker: int, call: Call, result: Result) -> list[Spent]:
         """Take note that a call returned; see `Schedule`."""
         self._taken.discard(call)
+        self._known_calls = None
         match call:
             case Embed():
-                self._hidden[0].update(self._chunks)
+                self._hidden[0].update(self._all_chunks)
                 self.finished.add(EMBED)
             case ForwardChunk():
                 self._hidden[call.block + 1].add(call.chunk)
@@ -121,21 +129,26 @@ class TokenWeightSchedule:
     def holds(self, worker: int) -> bool:
         """Tell whether a worker waits for chunks that are on their way to the block that it has loaded."""
         here = self._places.get(worker)
-        return here is not None and self._is_fed(here)
+        return here is not None and _is_fed(here, *self._fronts())
 
-    def _is_fed(self, here: Place) -> bool:
-        """Whether a call brings a chunk nearer to a block: one that is being made, or is a worker's next one."""
-        direction, block = here
+    def _fronts(self) -> tuple[int, int]:
+        """The first block that a chunk is on its way to, and the last that a gradient is on its way to.
+
+        On their way are those of calls that are being made, and of the next calls of workers' blocks.
+        """
         held = set(self._places.values())
-        calls = [*self._taken, *(call for call in self._candidates() if _place(call) in held)]
-        if direction is ForwardChunk:
-            return any(isinstance(call, ForwardChunk) and call.block < block for call in calls)
-        return direction is Backward and any(
-            (isinstance(call, Backward) and call.block > block) or isinstance(call, DifferentiateLoss) for call in calls
-        )
+        calls = [*self._taken, *(call for call in self._calls() if _place(call) in held)]
+        first = min((call.block for call in calls if isinstance(call, ForwardChunk)), default=self._num_blocks)
+        last = max((call.block for call in calls if isinstance(call, Backward)), default=-1)
+        return first, self._num_blocks if any(isinstance(call, DifferentiateLoss) for call in calls) else last
+
+    def _calls(self) -> list[Call]:
+        """The calls whose inputs are there, the most urgent first, whether they are being made or not."""
+        if self._known_calls is None:
+            self._known_calls = list(self._candidates())
+        return self._known_calls
 
     def _candidates(self) -> Iterator[Call]:
-        """The calls whose inputs are there, the most urgent first."""
         if EMBED not in self.finished:
             yield Embed()
             return
@@ -183,3 +196,9 @@ class TokenWeightSchedule:
 
 def _place(call: Call) -> Place:
     return type(call), getattr(call, "block", -1)
+
+
+def _is_fed(here: Place, first: int, last: int) -> bool:
+    """Whether a chunk, or a gradient, is on its way to a block; see `_fronts`."""
+    direction, block = here
+    return block > first if direction is ForwardChunk else direction is Backward and block < last

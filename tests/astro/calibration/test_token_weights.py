@@ -95,7 +95,9 @@ def test_groups_that_were_not_measured_are_weighted_by_their_norm():
 
 def whole_model(folder, names):
     """Gradients at the inputs of the blocks, and energies of layers, by the whole model's own backward."""
-    model = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, experts_implementation="eager")
+    model = transformers.AutoModelForCausalLM.from_pretrained(
+        folder, dtype=torch.float32, experts_implementation="eager"
+    )
     energies, outputs = {}, {}
     for name in names:
         module = model.get_submodule(name)
