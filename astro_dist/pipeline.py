@@ -250,6 +250,7 @@ def _worker_spec(job: _Job, folder: Path, dtype: torch.dtype, device: str, neede
         quantization=config.quantization,
         regularization=config.regularizer,
         experts=config.experts,
+        token_weights=config.calibration.token_weights,
         compute_dtype=dtype,
         device=device,
         threads=config.execution.threads_per_worker,

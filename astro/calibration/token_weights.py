@@ -142,7 +142,7 @@ def pass_back(
             energy = g.reshape(-1, g.shape[-1]).float().square().sum(-1)
             sums[first] = sums[first] + energy if first in sums else energy
 
-        Z.register_hook(add)  # type: ignore[no-untyped-call]
+        Z.register_hook(add)
 
     try:
         with torch.enable_grad():

@@ -42,7 +42,7 @@ def loss_gradient(skeleton: Skeleton, input_ids: torch.Tensor, hidden: torch.Ten
         hidden: The output of the last block for them, [B, T, H].
         as_tuple: Whether blocks return a tuple.
     """
-    gradients = []
+    gradients: list[torch.Tensor] = []
     scale = _FLOAT16_SCALE if hidden.dtype == torch.float16 else 1.0
     for i in range(len(hidden)):  # one sequence at a time bounds the logits
         ids = input_ids[i : i + 1]

@@ -14,10 +14,12 @@ from astro_dist.planning.units import BlockUnit, Plan
 from astro_dist.planning.work import Work
 from astro_dist.schedule.calls import (
     AccumulateHessians,
+    Backward,
     BatchParts,
     BlockParts,
     Call,
     CopyTensors,
+    DifferentiateLoss,
     Embed,
     EvaluateLoss,
     FinishEvaluation,
@@ -31,6 +33,7 @@ from astro_dist.schedule.calls import (
     SolveRows,
     SplitBlock,
     TryBetas,
+    WeighTokens,
     WriteBlock,
 )
 from astro_dist.schedule.names import is_held_out
@@ -50,6 +53,9 @@ _LOGITS = 3
 _PACKED_BYTES = 2.1
 """Bytes of a Hessian in a file for each of its elements. One half of the matrix is kept in float32, which is 2, and a
 little more for the squares on the diagonal: of 5120 columns 2.1 bytes are kept, in strips of 256 columns."""
+_DIFFERENTIATED = 2.0
+"""Forwards that a forward with gradients to its input alone is worth: one product forth, and one of the same size back
+for each layer."""
 _SQUARES, _TILES = 2.5, 9
 """What a solve holds at its peak: matrices of columns × columns beside the Hessian (the factor, the regularizer's
 operator, one half while either is made), and arrays of a row tile (weights, target, both transposed, errors, integers,
@@ -100,8 +106,12 @@ class CostModel:
                 return Work(compute, moved_bytes=self._activations(self._held_out_chunks))
             case CopyTensors(index):
                 return Work(moved_bytes=2.0 * plan.copies[index].read_bytes)
-            case FinishEvaluation():
+            case FinishEvaluation() | WeighTokens():
                 return Work()
+            case DifferentiateLoss():
+                tokens = sum(self._tokens[chunk] for chunk in call.chunks)
+                moved = 2.0 * self._activations(call.chunks)
+                return Work(_DIFFERENTIATED * 2.0 * tokens * plan.outside_weights, moved_bytes=moved)
         return self._block_work(call, plan.blocks[call.block])
 
     def result(self, call: Call) -> Result:
@@ -190,13 +200,24 @@ class CostModel:
 
     def _block_work(
         self,
-        call: OpenBlock | Forward | ForwardChunk | SolveBlock | SplitBlock | AccumulateHessians | PartCall | WriteBlock,
+        call: OpenBlock
+        | Forward
+        | ForwardChunk
+        | Backward
+        | SolveBlock
+        | SplitBlock
+        | AccumulateHessians
+        | PartCall
+        | WriteBlock,
         unit: BlockUnit,
     ) -> Work:
         """Count what a call for a block does."""
         match call:
             case OpenBlock():
                 return Work(moved_bytes=unit.read_bytes if call.round_index == 0 else unit.written_bytes)
+            case Backward():
+                forwards = _DIFFERENTIATED * self._forward(unit, self._tokens[call.chunk])
+                return Work(forwards, moved_bytes=3.0 * self._activations([call.chunk]))
             case Forward() | ForwardChunk():
                 tokens = self._tokens[call.chunk]
                 passed = Work(self._forward(unit, tokens), moved_bytes=2.0 * self._activations([call.chunk]))

@@ -12,8 +12,10 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextC
 from astro_dist.console import in_words, say
 from astro_dist.schedule.calls import (
     AccumulateHessians,
+    Backward,
     Call,
     CopyTensors,
+    DifferentiateLoss,
     Embed,
     EvaluateLoss,
     FinishEvaluation,
@@ -25,6 +27,7 @@ from astro_dist.schedule.calls import (
     SolveRows,
     SplitBlock,
     TryBetas,
+    WeighTokens,
     WriteBlock,
 )
 from astro_dist.schedule.names import is_block_unit
@@ -46,6 +49,9 @@ _PHASES: dict[type[Call], str] = {
     ForwardChunk: "passing on",
     FinishEvaluation: "evaluating",
     EvaluateLoss: "measuring perplexity",
+    DifferentiateLoss: "differentiating the loss",
+    Backward: "backward",
+    WeighTokens: "weighing tokens",
 }
 
 
@@ -154,7 +160,7 @@ class ProgressDisplay:
 def _detail(call: Call) -> str:
     """What tells a call from others of its kind: the chunk, or a number."""
     match call:
-        case Forward(chunk=detail) | ForwardChunk(chunk=detail):
+        case Forward(chunk=detail) | ForwardChunk(chunk=detail) | Backward(chunk=detail):
             return f" {detail}"
         case AccumulateHessians(share=number) | TryBetas(tile=number) | SolveRows(tile=number):
             return f" {number}"

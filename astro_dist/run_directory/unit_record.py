@@ -18,6 +18,7 @@ __all__ = [
     "LossResult",
     "UnitRecord",
     "UnitResult",
+    "WeightsResult",
     "checksum_of",
 ]
 
@@ -141,8 +142,33 @@ class EvaluationResult(PlainRecord):
     seconds: Mapping[str, float]
 
 
-UnitResult = EmbedResult | CopyResult | BlockResult | LossResult | EvaluationResult
-_KINDS: tuple[type[UnitResult], ...] = (EmbedResult, CopyResult, BlockResult, LossResult, EvaluationResult)
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class WeightsResult(PlainRecord):
+    """Holds the figures of a unit that weighs the calibration tokens for a block, by the loss.
+
+    Attributes:
+        effective_tokens: Number of tokens of equal weight that would say as much, by the name of the first layer of
+            each input group that was measured.
+        reason: Why some or all input groups were not measured, so that their tokens are weighted by their norm; empty
+            where all were.
+        seconds: Time by phase, in seconds.
+    """
+
+    MARK: ClassVar[str] = "effective_tokens"
+    effective_tokens: Mapping[str, float]
+    reason: str
+    seconds: Mapping[str, float]
+
+
+UnitResult = EmbedResult | CopyResult | BlockResult | LossResult | WeightsResult | EvaluationResult
+_KINDS: tuple[type[UnitResult], ...] = (
+    EmbedResult,
+    CopyResult,
+    BlockResult,
+    LossResult,
+    WeightsResult,
+    EvaluationResult,
+)
 """The kinds of results. `MARK` tells the first from the others that fits: a block's result has seconds too."""
 
 
@@ -165,7 +191,7 @@ class UnitRecord:
     @property
     def seconds(self) -> Mapping[str, float]:
         """Return the time by phase, in seconds. It is empty for a unit whose time is not measured."""
-        return self.result.seconds if isinstance(self.result, BlockResult | EvaluationResult) else {}
+        return self.result.seconds if isinstance(self.result, BlockResult | WeightsResult | EvaluationResult) else {}
 
     def to_json(self) -> dict[str, Any]:
         """Return the record as the JSON object of its file, with its checksum."""

@@ -51,6 +51,7 @@ __all__ = [
     "SplitBlock",
     "TryBetas",
     "WeighTokens",
+    "WeighingCall",
     "WriteBlock",
     "copy_calls",
 ]
@@ -345,9 +346,11 @@ HeldCall = OpenBlock | Forward | SolveBlock | SplitBlock | FinishEvaluation
 """The calls for a block that one worker keeps in its memory from the first of them to the last."""
 PartCall = MergeHessians | TryBetas | SolveRows
 """The calls by which several workers solve a block."""
+WeighingCall = DifferentiateLoss | Backward | WeighTokens
+"""The calls that measure token weights by the loss."""
 FinishingCall = Embed | CopyTensors | SolveBlock | WriteBlock | FinishEvaluation | EvaluateLoss | WeighTokens
 """The calls that finish a unit. Each of them writes the record of its unit last, and returns that record."""
-Call = HeldCall | PartCall | FinishingCall | AccumulateHessians | ForwardChunk | DifferentiateLoss | Backward
+Call = HeldCall | PartCall | FinishingCall | AccumulateHessians | ForwardChunk | WeighingCall
 """Everything that a worker can be asked to do."""
 
 

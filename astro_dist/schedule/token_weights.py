@@ -117,8 +117,8 @@ class TokenWeightSchedule:
             case WeighTokens():
                 self.finished.add(call.unit)
                 self._gradient[call.block + 1].clear()
-                last = [SpentInputs(self._num_blocks, ORIGINAL)] if call.block == self._num_blocks - 1 else []
-                return [SpentInputs(call.block + 1, stream) for stream in (GRADIENT, ENERGY)] + last
+                streams = (GRADIENT, ENERGY, *((ORIGINAL,) if call.block == self._num_blocks - 1 else ()))
+                return [SpentInputs(call.block + 1, stream) for stream in streams]
         return []
 
     def failed(self, worker: int, call: Call) -> None:

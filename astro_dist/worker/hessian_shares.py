@@ -23,6 +23,7 @@ from astro_dist.schedule.names import ORIGINAL, SUM, round_stream, share_part
 from astro_dist.schedule.sequential import shares
 from astro_dist.worker.block_runner import BlockRunner
 from astro_dist.worker.split_block import BlockInParts
+from astro_dist.worker.token_weigher import read_token_weights
 
 __all__ = ["BatchStatistics", "HessianShares"]
 
@@ -37,8 +38,9 @@ class BatchStatistics:
     """What calibration learned of the inputs of a batch, over all chunks.
 
     Attributes:
-        H: Mean of xxᵀ of each input group, float32 [B, C, C].
-        drift: Mean of (x_s − x)xᵀ of each input group, float32 [B, C, C]; None where errors are not compensated.
+        H: Weighted mean of xxᵀ of each input group, float32 [B, C, C].
+        drift: Weighted mean of (x_s − x)xᵀ of each input group, float32 [B, C, C]; None where errors are not
+            compensated.
         fallbacks: Policy that was used for each input group because too few tokens reached it; empty elsewhere.
     """
 
@@ -159,6 +161,7 @@ class HessianShares:
     ) -> None:
         """Pass chunks through the block up to a stage, those of the source too where the drift from it is wanted."""
         layers, quantized = self._runner.layers(block.unit), self._dequantized(block, stage)
+        weights = read_token_weights(self._runner, block.unit)
         drifts = [operand for operand, (_, drift) in sums.items() if drift is not None]
         with layers.replaced({} if drifts else quantized):
             for chunk, following in zip_longest(chunks, chunks[1:]):
@@ -170,10 +173,11 @@ class HessianShares:
                 for operand, X in inputs.items():
                     H, drift = sums[operand]
                     with timed(seconds, "hessian"):
-                        H.add_(X)
+                        of_tokens = weights.of(operand, chunk, X)
+                        H.add_(X, of_tokens)
                     if drift is not None:
                         with timed(seconds, "compensate"):
-                            drift.add_(source_inputs[operand], X)
+                            drift.add_(source_inputs[operand], X, of_tokens)
 
     def _inputs(
         self, block: BlockInParts, operands: Iterable[Operand], chunk: tuple[str, str], then: tuple[str, str] | None
@@ -204,7 +208,11 @@ class HessianShares:
         tensors = {"hessian": stacked([packed(H.partial) for H, _ in sums])}
         drifts = [drift.partial for _, drift in sums if drift is not None]
         tensors |= {"drift": stacked(drifts)} if drifts else {}
-        note = {"num_tokens": [H.num_tokens for H, _ in sums], "seconds": seconds}
+        note = {
+            "num_tokens": [H.num_tokens for H, _ in sums],
+            "total_weight": [float(H.total_weight) for H, _ in sums],
+            "seconds": seconds,
+        }
         block.save(batch, share_part(share), tensors, note)
 
     def _merged(self, block: BlockInParts, batch: int, seconds: dict[str, float]) -> list[_Accumulators]:
@@ -216,28 +224,29 @@ class HessianShares:
             add_seconds(seconds, note["seconds"])
             for i, (H, drift) in enumerate(merged):
                 partial = unpacked(tensors["hessian"][i].to(runner.device), block.columns(batch))
-                H.merge_(partial, note["num_tokens"][i])
+                H.merge_(partial, note["num_tokens"][i], note["total_weight"][i])
                 if drift is not None:
-                    drift.merge_(tensors["drift"][i].to(runner.device), note["num_tokens"][i])
+                    drift.merge_(tensors["drift"][i].to(runner.device), note["total_weight"][i])
         return merged
 
     def _statistics(
         self, block: BlockInParts, batch: int, names: Sequence[str], operand: Operand, H: HessianAccumulator
     ) -> InputStatistics:
         """Finish an input group whose shares are merged, or replace its sums if too few tokens reached an expert."""
-        runner, experts = self._runner, self._runner.spec.experts
+        runner, experts, kind = self._runner, self._runner.spec.experts, self._runner.spec.token_weights
         if not is_starved(operand, H.num_tokens, experts):
-            return InputStatistics(tuple(names), H.finish_("+".join(names)), H.num_tokens, H.num_tokens)
+            weighted_by = read_token_weights(runner, block.unit).kind_of(operand)
+            return InputStatistics(tuple(names), H.finish_("+".join(names)), H.num_tokens, H.num_tokens, weighted_by)
         stage = next(i for i, batches in enumerate(block.stages) if batch in batches)
         if experts.policy == "all-tokens":
             layers = runner.layers(runner.load(ORIGINAL, block.unit.index))
             with layers.replaced(self._dequantized(block, stage)):
                 all_tokens = self._gathered(block, stage, operand)
                 sums = all_tokens.sums(operand, runner.device) if isinstance(all_tokens, AllTokens) else None
-                return starved_statistics(operand, H.num_tokens, experts, sums, runner.device)
+                return starved_statistics(operand, H.num_tokens, experts, sums, runner.device, kind)
         shared = self._gathered(block, stage, operand) if experts.policy == "shared-hessian" else None
         sums = shared if isinstance(shared, HessianAccumulator) else None
-        return starved_statistics(operand, H.num_tokens, experts, sums, runner.device)
+        return starved_statistics(operand, H.num_tokens, experts, sums, runner.device, kind)
 
     def _gathered(self, block: BlockInParts, stage: int, operand: Operand) -> AllTokens | HessianAccumulator:
         """What replaces the sums of the starved experts of a stage; it is gathered for the first of them."""
@@ -248,7 +257,7 @@ class HessianShares:
             source: AllTokens | HessianAccumulator
             if runner.spec.experts.policy == "all-tokens":
                 repeats = runner.repeats(_RESULT, block.unit.index)
-                source = AllTokens(runner.layers(block.unit), [operand], repeats)
+                source = AllTokens(runner.layers(block.unit), [operand], repeats, runner.spec.token_weights)
             else:
                 source = HessianAccumulator(operand.columns, runner.device)
                 for batch in block.stages[stage]:
@@ -278,6 +287,7 @@ def _save_sum(
     note: dict[str, Any] = {
         "num_tokens": [inputs.num_tokens for inputs in statistics],
         "routed_tokens": [inputs.routed_tokens for inputs in statistics],
+        "token_weights": [inputs.token_weights for inputs in statistics],
         "fallback": [inputs.fallback for inputs in statistics],
         "seconds": seconds,
     }

@@ -5,6 +5,7 @@ from pathlib import Path
 
 import torch
 
+from astro.calibration.token_weights import Kind
 from astro.config import Experts, Quantization, Regularizer
 from astro.storage.checkpoint import Checkpoint
 from astro_dist.planning.units import Plan
@@ -29,6 +30,7 @@ class WorkerSpec:
         quantization: Grids and solver.
         regularization: Settings of what is done to the weights before they are rounded.
         experts: Policy about experts that too few tokens reach.
+        token_weights: What the calibration tokens are weighted by.
         compute_dtype: Dtype of forward passes and activations.
         device: Type of the device, "cpu" or "cuda".
         threads: Number of CPU threads.
@@ -47,6 +49,7 @@ class WorkerSpec:
     quantization: Quantization
     regularization: Regularizer
     experts: Experts
+    token_weights: Kind
     compute_dtype: torch.dtype
     device: str
     threads: int

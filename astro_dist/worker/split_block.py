@@ -222,7 +222,7 @@ class BlockInParts:
         measured = self.note(batch, DECISION)["width_errors"]
         for i, record in enumerate(records):
             errors = {int(bits): error for bits, error in measured[record.name].items()}
-            counted = {"routed_tokens": counts["routed_tokens"][i], "fallback": counts["fallback"][i]}
+            counted = {key: counts[key][i] for key in ("routed_tokens", "token_weights", "fallback")}
             records[i] = dataclasses.replace(record, width_errors=errors, **counted)
         return layers, records
 

@@ -37,9 +37,11 @@ from astro_dist.run_directory.unit_record import (
 )
 from astro_dist.schedule.calls import (
     AccumulateHessians,
+    Backward,
     BlockParts,
     Call,
     CopyTensors,
+    DifferentiateLoss,
     Embed,
     EvaluateLoss,
     FinishEvaluation,
@@ -54,6 +56,7 @@ from astro_dist.schedule.calls import (
     SolveRows,
     SplitBlock,
     TryBetas,
+    WeighTokens,
     WriteBlock,
 )
 from astro_dist.schedule.names import EMBED, ORIGINAL, block_unit, is_held_out, stream_names
@@ -61,6 +64,7 @@ from astro_dist.worker.block_runner import BlockRunner
 from astro_dist.worker.fed_block import FedBlock
 from astro_dist.worker.spec import WorkerSpec
 from astro_dist.worker.split_solver import SplitSolver
+from astro_dist.worker.token_weigher import TokenWeigher, read_token_weights
 
 __all__ = ["Worker"]
 
@@ -103,6 +107,7 @@ class Worker:
         compiled.enable(self._spec.compiles)
         self._runner = BlockRunner(self._spec)
         self._solver = SplitSolver(self._runner)
+        self._weigher = TokenWeigher(self._runner)
 
     def describe(self) -> dict[str, Any]:
         """Return where this worker runs and the most memory that it ever used, as JSON types."""
@@ -153,6 +158,9 @@ class Worker:
                 return self.write_block(call)
             case EvaluateLoss():
                 return self.evaluate_loss(call)
+            case DifferentiateLoss() | Backward() | WeighTokens():
+                self._release()
+                return self._weigher.do(call)
             case _:
                 assert_never(call)
         return None
@@ -195,7 +203,7 @@ class Worker:
         runner = self._runner
         self._release()
         unit = runner.load(stream_names(self._spec.run.rounds)[call.round_index], call.block)
-        statistics = BlockStatistics(runner.layers(unit), self._device)
+        statistics = BlockStatistics(runner.layers(unit), self._device, read_token_weights(runner, unit))
         seconds = {"read": time.perf_counter() - start, "forward": 0.0}
         self._fed_block = FedBlock(call.round_index, unit, statistics, seconds)
 
@@ -209,7 +217,7 @@ class Worker:
         if is_held_out(chunk):
             output = runner.forward(block, hidden)
         else:
-            output = fed_block.statistics.run(lambda: runner.forward(block, hidden))
+            output = fed_block.statistics.run(lambda: runner.forward(block, hidden), chunk)
         if block + 1 < len(self._spec.plan.blocks) or is_held_out(chunk):
             runner.save_hidden(stream, block + 1, chunk, output)
         fed_block.seconds["forward"] += time.perf_counter() - start

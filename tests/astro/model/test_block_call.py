@@ -5,6 +5,7 @@ import torch
 import transformers
 
 from astro.calibration.block_statistics import BlockStatistics, input_stages, inputs_of
+from astro.calibration.token_weights import TokenWeights
 from astro.config import Experts
 from astro.errors import CheckpointError, NumericalError, UnsupportedError
 from astro.model.activations import BlockLayers
@@ -44,13 +45,13 @@ def test_layers_with_one_input_are_found(llama):
     skeleton.load(skeleton.model, checkpoint.read(checkpoint.entries), CPU)
     hidden, calls = record(skeleton, IDS, returns_tuple(skeleton, IDS[:1]))
     layers = BlockLayers(skeleton.model, linears)
-    statistics = BlockStatistics(layers, CPU)
+    statistics = BlockStatistics(layers, CPU, TokenWeights("none"))
     seen = {}
     module = skeleton.model.get_submodule("model.layers.0.mlp.down_proj")
     handle = module.register_forward_pre_hook(lambda m, a: seen.update(x=a[0]))
     with torch.no_grad():
         for _ in range(2):
-            statistics.run(lambda: forward(skeleton.blocks[0], hidden, calls[0]))
+            statistics.run(lambda: forward(skeleton.blocks[0], hidden, calls[0]), "c0000")
     handle.remove()
     expected = [["q_proj", "k_proj", "v_proj"], ["o_proj"], ["gate_proj", "up_proj"], ["down_proj"]]
     assert short(statistics.input_groups) == expected
@@ -72,7 +73,7 @@ def test_layer_that_no_token_reached_is_an_error(llama):
     skeleton.load(skeleton.blocks[0], checkpoint.read(keys), CPU)
     layers = BlockLayers(skeleton.model, linears[:1])
     with pytest.raises(NumericalError, match="q_proj: no calibration token reached"):
-        list(BlockStatistics(layers, CPU).finish_(Experts(), []))
+        list(BlockStatistics(layers, CPU, TokenWeights("none")).finish_(Experts(), []))
     with pytest.raises(NumericalError, match="q_proj: reached by some calibration chunks, not by all"):
         inputs_of(layers, layers.operands, lambda: IDS)
     with pytest.raises(NumericalError, match="q_proj: no calibration token reached"):

@@ -6,6 +6,7 @@ import transformers
 
 from astro.calibration.block_statistics import BlockStatistics
 from astro.calibration.hessian import HessianAccumulator
+from astro.calibration.token_weights import TokenWeights
 from astro.config import Experts
 from astro.errors import CheckpointError, NumericalError, UnsupportedError
 from astro.model.activations import BlockLayers
@@ -43,9 +44,9 @@ class Opened:
         return forward(self.skeleton.blocks[1], self.hidden, self.calls[1])
 
     def statistics(self, policy=None):
-        statistics = BlockStatistics(self.layers, CPU)
+        statistics = BlockStatistics(self.layers, CPU, TokenWeights("none"))
         for _ in range(2):
-            statistics.run(self.forward)
+            statistics.run(self.forward, "c0000")
         del self.routed[2:]
         return {known.names: known for known in statistics.finish_(policy or Experts(min_tokens=1), [self.forward])}
 

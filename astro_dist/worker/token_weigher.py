@@ -1,0 +1,121 @@
+"""What a worker does to weigh the calibration tokens by the loss, before a run in any mode.
+
+The gradient of the loss passes back through the source's blocks. In each block it leaves the energy of every token at
+every input group, chunk by chunk; once all chunks have passed, these become weights.
+"""
+
+import json
+import time
+
+import torch
+
+from astro.calibration.token_weights import TokenWeights, effective_tokens, loss_weights, pass_back
+from astro.errors import UnsupportedError
+from astro.model.block_call import load_call
+from astro.model.perplexity import loss_gradient
+from astro.storage.checked_tensors import load_part, save_part
+from astro_dist.planning.units import BlockUnit
+from astro_dist.run_directory.unit_record import UnitRecord, WeightsResult
+from astro_dist.schedule.calls import Backward, DifferentiateLoss, WeighingCall, WeighTokens
+from astro_dist.schedule.names import ENERGY, GRADIENT, ORIGINAL, is_held_out
+from astro_dist.worker.block_runner import BlockRunner
+
+__all__ = ["TokenWeigher", "read_token_weights"]
+
+
+class TokenWeigher:
+    """Takes the gradient of the loss back through blocks, and turns what it measured into weights."""
+
+    def __init__(self, runner: BlockRunner) -> None:
+        """Begin with nothing.
+
+        Args:
+            runner: Runner of the worker's blocks.
+        """
+        self._runner = runner
+
+    def do(self, call: WeighingCall) -> UnitRecord | None:
+        """Do one of the calls that measure token weights; a record comes of the last one of a block."""
+        match call:
+            case DifferentiateLoss():
+                return self.differentiate_loss(call)
+            case Backward():
+                return self.backward(call)
+            case WeighTokens():
+                return self.weigh(call)
+
+    def differentiate_loss(self, call: DifferentiateLoss) -> None:
+        """Write the gradient of the loss with respect to the last block's output."""
+        runner, last = self._runner, len(self._runner.spec.plan.blocks)
+        with runner.outside_loaded():
+            for chunk in call.chunks:
+                input_ids = runner.input_ids(chunk)
+                as_tuple = load_call(runner.spec.run.calls(*input_ids.shape), 0, runner.device)[1]
+                hidden = runner.hidden(ORIGINAL, last, chunk)
+                runner.save_hidden(GRADIENT, last, chunk, loss_gradient(runner.skeleton, input_ids, hidden, as_tuple))
+
+    def backward(self, call: Backward) -> None:
+        """Take one chunk's gradient back through a block, and write what it measured there.
+
+        Where no gradient passes through a block, an empty one is handed on; the blocks before it measure nothing.
+        """
+        runner, block, chunk, start = self._runner, call.block, call.chunk, time.perf_counter()
+        gradient = runner.hidden(GRADIENT, block + 1, chunk)
+        energies: dict[str, torch.Tensor] = {}
+        reason = "no gradient passes through a block behind it"
+        if gradient.numel():
+            unit, hidden = runner.load(ORIGINAL, block), runner.hidden(ORIGINAL, block, chunk)
+            reason = ""
+            try:
+                gradient, energies = pass_back(
+                    runner.layers(unit), lambda X: runner.forward(block, X), hidden, gradient
+                )
+            except UnsupportedError as error:
+                gradient, reason = gradient.new_empty(0), str(error)
+        note = json.dumps({"reason": reason, "seconds": time.perf_counter() - start})
+        save_part(runner.spec.run.hidden(ENERGY, block + 1, chunk), energies, note)
+        if block:
+            runner.save_hidden(GRADIENT, block, chunk, gradient)
+
+    def weigh(self, call: WeighTokens) -> UnitRecord:
+        """Write the weights of all tokens at a block's input groups, and the record of that."""
+        run, device = self._runner.spec.run, self._runner.device
+        chunks = [chunk for chunk in self._runner.spec.chunks if not is_held_out(chunk)]
+        parts = {chunk: load_part(run.hidden(ENERGY, call.block + 1, chunk)) for chunk in chunks}
+        notes = [json.loads(note) for _, note in parts.values()]
+        reason = next((note["reason"] for note in notes if note["reason"]), "")
+        weights: dict[str, torch.Tensor] = {}
+        effective: dict[str, float] = {}
+        for name in parts[chunks[0]][0] if not reason else ():
+            energies = [parts[chunk][0][name].to(device) for chunk in chunks]
+            of_tokens = loss_weights(torch.cat(energies))
+            if of_tokens is None:
+                reason = "the gradient is zero or not finite"
+                continue
+            effective[name] = effective_tokens(of_tokens)
+            pieces = of_tokens.split([len(energy) for energy in energies])
+            weights |= {f"{chunk}.{name}": piece for chunk, piece in zip(chunks, pieces, strict=True)}
+        path = run.token_weights(call.block)
+        save_part(path, weights)
+        result = WeightsResult(
+            effective_tokens=effective, reason=reason, seconds={"backward": sum(note["seconds"] for note in notes)}
+        )
+        return run.finish(call.unit, [path], result)
+
+
+def read_token_weights(runner: BlockRunner, unit: BlockUnit) -> TokenWeights:
+    """Return the weights of the calibration tokens at a block's layers, as the configuration asks for them.
+
+    Args:
+        runner: Runner of the worker's blocks.
+        unit: Unit of the block.
+
+    Raises:
+        DamagedError: The file of the weights is missing, or not as it was written.
+    """
+    kind = runner.spec.token_weights
+    if kind != "loss":
+        return TokenWeights(kind)
+    tensors, _ = load_part(runner.spec.run.token_weights(unit.index))
+    names = (name.partition(".") for name in tensors)
+    return TokenWeights(kind, {(chunk, layer): tensors[f"{chunk}.{layer}"] for chunk, _, layer in names})
