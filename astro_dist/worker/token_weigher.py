@@ -16,7 +16,7 @@ from astro.model.perplexity import loss_gradient
 from astro.storage.checked_tensors import load_part, save_part
 from astro_dist.planning.units import BlockUnit
 from astro_dist.run_directory.unit_record import UnitRecord, WeightsResult
-from astro_dist.schedule.calls import Backward, DifferentiateLoss, WeighingCall, WeighTokens
+from astro_dist.schedule.calls import Backward, DifferentiateLoss, WeighTokens
 from astro_dist.schedule.names import ENERGY, GRADIENT, ORIGINAL, is_held_out
 from astro_dist.worker.block_runner import BlockRunner
 
@@ -33,16 +33,6 @@ class TokenWeigher:
             runner: Runner of the worker's blocks.
         """
         self._runner = runner
-
-    def do(self, call: WeighingCall) -> UnitRecord | None:
-        """Do one of the calls that measure token weights; a record comes of the last one of a block."""
-        match call:
-            case DifferentiateLoss():
-                return self.differentiate_loss(call)
-            case Backward():
-                return self.backward(call)
-            case WeighTokens():
-                return self.weigh(call)
 
     def differentiate_loss(self, call: DifferentiateLoss) -> None:
         """Write the gradient of the loss with respect to the last block's output."""

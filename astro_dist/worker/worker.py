@@ -56,6 +56,7 @@ from astro_dist.schedule.calls import (
     SolveRows,
     SplitBlock,
     TryBetas,
+    WeighingCall,
     WeighTokens,
     WriteBlock,
 )
@@ -159,10 +160,21 @@ class Worker:
             case EvaluateLoss():
                 return self.evaluate_loss(call)
             case DifferentiateLoss() | Backward() | WeighTokens():
-                self._release()
-                return self._weigher.do(call)
+                return self.weigh_tokens(call)
             case _:
                 assert_never(call)
+        return None
+
+    def weigh_tokens(self, call: WeighingCall) -> UnitRecord | None:
+        """Do one of the calls that measure token weights; a record comes of the last one of a block."""
+        self._release()
+        match call:
+            case DifferentiateLoss():
+                self._weigher.differentiate_loss(call)
+            case Backward():
+                self._weigher.backward(call)
+            case WeighTokens():
+                return self._weigher.weigh(call)
         return None
 
     def embed(self) -> UnitRecord:
