@@ -21,8 +21,12 @@ from tests.astro_dist.test_pipeline import perplexity
 from tests.support.models import files_of
 
 SEQUENTIAL = {"execution__mode": "sequential", "execution__hessian_shares": 2}
+LOSS = {"calibration__token_weights": "loss"}
 MODES = {
     "blocks": {},
+    "loss": LOSS,
+    "loss, rounds": {**LOSS, "execution__rounds": 2},
+    "loss, sequential": {**LOSS, **SEQUENTIAL},
     "rounds": {"execution__rounds": 3, "quantization__bits": 3},
     "sequential": {**SEQUENTIAL, "quantization__bits": 3},
     "uncompensated": {**SEQUENTIAL, "quantization__compensation": 0.0},
@@ -49,11 +53,12 @@ def test_number_of_workers_does_not_change_a_byte(run_config, tmp_path, monkeypa
     monkeypatch.setattr(Worker, "split_block", lambda self, call: split.append(call) or real(self, call))
     for workers in (1, 2, 5):
         folder = str(tmp_path / f"run{workers}")
-        summary = pipeline.quantize(run_config(execution__workers=workers, output__dir=folder, **MODES[mode]))
+        config = run_config(execution__workers=workers, output__dir=folder, **MODES[mode])
+        summary = pipeline.quantize(config)
         results.append(files_of(model_of(summary)))
         assert workers > 1 or not split
     assert results[0] == results[1] == results[2]
-    assert bool(split) == (mode in ("blocks", "rounds", "budget")), "they solve a block together"
+    assert bool(split) == ("sequential" not in config.execution.mode), "they solve a block together"
     verify_model(model_of(summary))
     assert not (tmp_path / "run1" / "activations").exists()
     assert not (tmp_path / "run1" / "rounds").exists()
@@ -109,6 +114,9 @@ def whole(run_config, tmp_path, mode):
         *(("sequential", calls, 1) for calls in (2, 9, 23)),
         *(("budget", calls, 1) for calls in (9, 35)),
         *(("rounds", calls, 5) for calls in (25, 46)),
+        *(("loss", calls, 1) for calls in (1, 5, 8, 9, 13, 20)),
+        *(("loss", calls, 5) for calls in (6, 15)),
+        *(("loss, sequential", calls, 1) for calls in (11, 30)),
     ],
 )
 def test_interrupted_run_goes_on_and_writes_the_same_bytes(run_config, tmp_path, monkeypatch, mode, calls, workers):
