@@ -1,34 +1,133 @@
-"""The loss that a perplexity is made of: the negative log-likelihood of each token, given those before it."""
+"""What a model predicts of a text: its loss, and how far its predictions are from those of the source model."""
+
+import dataclasses
+from collections.abc import Sequence
 
 import torch
+from torch.nn.functional import cross_entropy, log_softmax
 
 from astro.model.block_call import run_head
 from astro.model.skeleton import Skeleton
 
-__all__ = ["loss_gradient", "sequence_losses"]
+__all__ = [
+    "SequenceFigures",
+    "Significant",
+    "loss_gradient",
+    "mean_per_token",
+    "measure_sequences",
+    "relative_change",
+]
 
 _FLOAT16_SCALE = 1024.0
 """Factor of gradients in float16, whose smallest number is large for them. It cancels out of every weight."""
+_ROWS = 256
+"""Tokens whose distributions are compared at a time, which bounds the memory for them."""
 
 
-def sequence_losses(skeleton: Skeleton, input_ids: torch.Tensor, hidden: torch.Tensor, as_tuple: bool) -> list[float]:
-    """Measure how well a model predicts each of some sequences.
+@dataclasses.dataclass(frozen=True)
+class SequenceFigures:
+    """What a model predicted of one sequence. Every token but the first is predicted from those before it.
+
+    Attributes:
+        tokens: Number of tokens that were predicted.
+        loss: Negative log-likelihood of the tokens in nats, summed.
+        divergence: KL divergence of the model's distribution from the source model's in nats, summed over tokens; 0
+            for the source model itself.
+        agreements: Number of tokens at which both models find the same token most likely.
+    """
+
+    tokens: int
+    loss: float
+    divergence: float
+    agreements: int
+
+
+@dataclasses.dataclass(frozen=True)
+class Significant:
+    """A figure and its standard error.
+
+    Attributes:
+        value: The figure.
+        error: Standard error of the figure over the sequences; None for a single sequence.
+    """
+
+    value: float
+    error: float | None
+
+
+def measure_sequences(
+    skeleton: Skeleton,
+    input_ids: torch.Tensor,
+    hidden: torch.Tensor,
+    as_tuple: bool,
+    source_hidden: torch.Tensor | None = None,
+) -> list[SequenceFigures]:
+    """Measure what a model predicts of some sequences.
 
     Args:
         skeleton: The model, everything outside its blocks loaded.
         input_ids: The tokens of the sequences, int64 [B, T].
         hidden: The output of the last block for them, [B, T, H].
         as_tuple: Whether blocks return a tuple.
-
-    Returns:
-        The negative log-likelihood of each sequence in nats, summed over all of its tokens but the first: T − 1.
+        source_hidden: The same of the source model, [B, T, H]; None where the model is the source.
     """
-    losses = []
+    figures = []
     for i in range(len(hidden)):  # one sequence at a time bounds the logits
         ids = input_ids[i : i + 1]
         logits = run_head(skeleton, ids, hidden[i : i + 1], as_tuple)[0, :-1].float()
-        losses.append(float(torch.nn.functional.cross_entropy(logits, ids[0, 1:], reduction="sum")))
-    return losses
+        loss = float(cross_entropy(logits, ids[0, 1:], reduction="sum"))
+        tokens = len(logits)
+        if source_hidden is None:
+            figures.append(SequenceFigures(tokens, loss, 0.0, tokens))
+            continue
+        source = run_head(skeleton, ids, source_hidden[i : i + 1], as_tuple)[0, :-1]
+        divergence, agreements = _compare(source, logits)
+        figures.append(SequenceFigures(tokens, loss, divergence, agreements))
+    return figures
+
+
+def relative_change(before: Sequence[float], after: Sequence[float], tokens: Sequence[int]) -> Significant:
+    """Return the relative change of a perplexity, with its standard error over the sequences.
+
+    Both models saw the same sequences, so that the error is that of the differences, which is much smaller than that
+    of either perplexity.
+
+    Args:
+        before: Loss of each sequence before, in nats.
+        after: Loss of each sequence after, in nats.
+        tokens: Number of tokens of each sequence.
+    """
+    change = mean_per_token([b - a for a, b in zip(before, after, strict=True)], tokens)
+    factor = float(torch.tensor(change.value, dtype=torch.float64).exp())
+    return Significant(factor - 1, None if change.error is None else change.error * factor)
+
+
+def mean_per_token(sums: Sequence[float], tokens: Sequence[int]) -> Significant:
+    """Return the mean of a figure over all tokens, with its standard error over the sequences.
+
+    Tokens of one sequence are no independent samples, sequences are.
+
+    Args:
+        sums: Sum of the figure over the tokens of each sequence.
+        tokens: Number of tokens of each sequence.
+    """
+    values, counts = torch.tensor(sums, dtype=torch.float64), torch.tensor(tokens, dtype=torch.float64)
+    mean = values.sum() / counts.sum()
+    if len(sums) < 2:
+        return Significant(float(mean), None)
+    # The error of a ratio of two sums, to first order.
+    residuals = (values - mean * counts) / counts.mean()
+    return Significant(float(mean), float(residuals.std(correction=1) / len(sums) ** 0.5))
+
+
+def _compare(source: torch.Tensor, logits: torch.Tensor) -> tuple[float, int]:
+    """Return the sum of KL(source ‖ model) over tokens, and how often both find the same token most likely."""
+    divergence, agreements = torch.zeros((), dtype=torch.float64, device=logits.device), 0
+    for P, Q in zip(source.split(_ROWS), logits.split(_ROWS), strict=True):
+        log_p, log_q = log_softmax(P.float(), -1), log_softmax(Q, -1)
+        divergence += ((log_p - log_q) * log_p.exp()).sum(dtype=torch.float64)
+        agreements += int((P.argmax(-1) == Q.argmax(-1)).sum())
+    return float(divergence), agreements
 
 
 def loss_gradient(skeleton: Skeleton, input_ids: torch.Tensor, hidden: torch.Tensor, as_tuple: bool) -> torch.Tensor:
@@ -49,6 +148,6 @@ def loss_gradient(skeleton: Skeleton, input_ids: torch.Tensor, hidden: torch.Ten
         with torch.enable_grad():
             start = hidden[i : i + 1].detach().requires_grad_(True)
             logits = run_head(skeleton, ids, start, as_tuple)[0, :-1].float()
-            loss = torch.nn.functional.cross_entropy(logits, ids[0, 1:], reduction="sum")
+            loss = cross_entropy(logits, ids[0, 1:], reduction="sum")
             gradients += torch.autograd.grad(loss * scale, start)
     return torch.cat(gradients)

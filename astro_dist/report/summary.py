@@ -1,7 +1,6 @@
 """The making of a run's summary from its records."""
 
 import dataclasses
-import math
 import platform
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
@@ -16,9 +15,9 @@ from astro_dist.export.assemble import final_schemes
 from astro_dist.planning.units import Plan
 from astro_dist.run_directory.journal import Damaged, Failed, Passed, last_of_each_unit
 from astro_dist.run_directory.records import RunDirectory
-from astro_dist.run_directory.summary import Perplexity, RoundFigures, Summary, UnitCounts
-from astro_dist.run_directory.unit_record import BlockResult, EvaluationResult, LossResult
-from astro_dist.schedule.names import block_unit, evaluate_unit, head_unit, stream_names
+from astro_dist.run_directory.summary import Perplexity, RoundFigures, Summary, UnitCounts, perplexity_of
+from astro_dist.run_directory.unit_record import BlockResult, EvaluationResult, LossResult, WeightsResult
+from astro_dist.schedule.names import block_unit, evaluate_unit, head_unit, stream_names, weights_unit
 from astro_dist.source.model_info import BaseModel
 
 __all__ = ["Session", "summarize"]
@@ -67,12 +66,11 @@ def summarize(
     rounds = [[run.read(block_unit(r, unit.index), BlockResult) for unit in plan.blocks] for r in range(run.rounds)]
     layers = [[layer for block in blocks for layer in block.layers] for blocks in rounds]
     last = layers[-1]
-    original, *results = (
-        _perplexity(run.read_if_there(head_unit(stream), LossResult)) for stream in stream_names(run.rounds)
-    )
-    by_round = tuple(map(RoundFigures, results, map(_mean_error, layers)))
+    original, *results = (run.read_if_there(head_unit(stream), LossResult) for stream in stream_names(run.rounds))
+    perplexity = Perplexity.of(original, results[-1])
+    by_round = tuple(map(RoundFigures, map(perplexity_of, results), map(_mean_error, layers)))
     return Summary(
-        perplexity=Perplexity(original, results[-1]),
+        perplexity=perplexity,
         rounds=by_round,
         mean_relative_error=by_round[-1].mean_relative_error,
         average_bits=sum(layer.bits * layer.num_weights for layer in last) / sum(layer.num_weights for layer in last),
@@ -89,7 +87,7 @@ def summarize(
         fallbacks=Fallbacks.of(last),
         retries=tuple(run.journal.of_kind(Failed)),
         mended=last_of_each_unit(run.journal.of_kind(Damaged)),
-        notes=(*all_notes, *_ruin(original, results[-1])),
+        notes=(*all_notes, *_ruin(perplexity)),
         units=UnitCounts(len(plan.blocks), len(plan.copies)),
         model=str(run.model),
         python=platform.python_version(),
@@ -101,8 +99,9 @@ def _mean_error(layers: Sequence[LayerRecord]) -> float:
     return sum(layer.relative_error for layer in layers) / len(layers)
 
 
-def _ruin(original: float | None, quantized: float | None) -> list[str]:
+def _ruin(perplexity: Perplexity) -> list[str]:
     """A note about a result that is hardly a language model any more; none for other results."""
+    original, quantized = perplexity.original, perplexity.quantized
     if original is None or quantized is None or quantized < _RUINED * original:
         return []
     return [
@@ -126,11 +125,8 @@ def _seconds(run: RunDirectory, rounds: Sequence[Sequence[BlockResult]]) -> Iter
     """The time by phase of every unit that measures it, in seconds."""
     yield from (block.seconds for blocks in rounds for block in blocks)
     for index in range(len(rounds[0])):
-        evaluated = run.read_if_there(evaluate_unit(index), EvaluationResult)
-        if evaluated is not None:
-            yield evaluated.seconds
-
-
-def _perplexity(loss: LossResult | None) -> float | None:
-    # e^700 is near the largest float, and a model of such a perplexity is as bad as one of infinite perplexity.
-    return math.exp(min(loss.negative_log_likelihood / loss.tokens, 700)) if loss else None
+        measured = (
+            run.read_if_there(evaluate_unit(index), EvaluationResult),
+            run.read_if_there(weights_unit(index), WeightsResult),
+        )
+        yield from (result.seconds for result in measured if result is not None)

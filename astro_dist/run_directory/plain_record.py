@@ -17,12 +17,17 @@ class PlainRecord:
 
     @classmethod
     def from_json(cls, content: Mapping[str, Any]) -> Self:
-        """Read back what `to_json` returned. Fields that a newer version may have added are ignored.
+        """Read back what `to_json` returned.
+
+        Fields that a newer version may have added are ignored. A field that an older version did not write has its
+        default, if it has one.
 
         Args:
-            content: JSON object with every field.
+            content: JSON object with every field that has no default.
 
         Raises:
             KeyError: A field is missing.
         """
-        return cls(**{field.name: content[field.name] for field in dataclasses.fields(cls)})
+        optional = {field.name for field in dataclasses.fields(cls) if field.default is not dataclasses.MISSING}
+        names = [field.name for field in dataclasses.fields(cls)]
+        return cls(**{name: content[name] for name in names if name in content or name not in optional})

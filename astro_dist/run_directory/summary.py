@@ -1,31 +1,83 @@
 """The summary of a finished run, which is the content of summary.json."""
 
 import dataclasses
+import math
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Self
 
 from astro.errors import DamagedError
+from astro.model.perplexity import mean_per_token, relative_change
 from astro.quantization.layer_record import Fallbacks
 from astro_dist.run_directory.journal import Damaged, Failed
 from astro_dist.run_directory.published_model import PublishedModel
 from astro_dist.run_directory.records import read_own_json
+from astro_dist.run_directory.unit_record import LossResult
 from astro_dist.source.model_info import BaseModel
 
-__all__ = ["Perplexity", "RoundFigures", "Summary", "UnitCounts", "read_summary"]
+__all__ = ["Perplexity", "RoundFigures", "Summary", "UnitCounts", "perplexity_of", "read_summary"]
 
 
 @dataclasses.dataclass(frozen=True)
 class Perplexity:
-    """Holds perplexities on the held-out text.
+    """Holds what was measured on the held-out text; None where the run has none, or version 0.5.0 did not measure it.
+
+    Errors are standard errors over the sequences. Both models saw the same ones.
 
     Attributes:
-        original: Perplexity of the original model; None where the run has no held-out text.
-        quantized: Perplexity of the result; None where the run has no held-out text.
+        original: Perplexity of the original model.
+        quantized: Perplexity of the result.
+        tokens: Number of tokens that were predicted.
+        change: Relative change of the perplexity.
+        change_error: Standard error of the change.
+        divergence: Mean KL divergence of the result's next-token distributions from the original's, in nats a token.
+        divergence_error: Standard error of the divergence.
+        agreement: Share of the tokens at which both models find the same next token most likely.
     """
 
     original: float | None
     quantized: float | None
+    tokens: int | None = None
+    change: float | None = None
+    change_error: float | None = None
+    divergence: float | None = None
+    divergence_error: float | None = None
+    agreement: float | None = None
+
+    @classmethod
+    def of(cls, original: LossResult | None, result: LossResult | None) -> Self:
+        """Compare what both models predicted.
+
+        Args:
+            original: Figures of the original model; None where the run has no held-out text.
+            result: Figures of the result; None where the run has no held-out text.
+        """
+        plain = cls(perplexity_of(original), perplexity_of(result))
+        if original is None or result is None or not original.sequences or not result.sequences:
+            return plain
+        tokens = [sequence.tokens for sequence in result.sequences]
+        before, after = ([sequence.loss for sequence in figures.sequences] for figures in (original, result))
+        change = relative_change(before, after, tokens)
+        divergence = mean_per_token([sequence.divergence for sequence in result.sequences], tokens)
+        return dataclasses.replace(
+            plain,
+            tokens=sum(tokens),
+            change=change.value,
+            change_error=change.error,
+            divergence=divergence.value,
+            divergence_error=divergence.error,
+            agreement=sum(sequence.agreements for sequence in result.sequences) / sum(tokens),
+        )
+
+
+def perplexity_of(loss: LossResult | None) -> float | None:
+    """Return the perplexity of a model; None where there is no held-out text.
+
+    Args:
+        loss: Figures of the model on the held-out text.
+    """
+    # e^700 is near the largest float, and a model of such a perplexity is as bad as one of infinite perplexity.
+    return None if loss is None else math.exp(min(loss.negative_log_likelihood / loss.tokens, 700.0))
 
 
 @dataclasses.dataclass(frozen=True)

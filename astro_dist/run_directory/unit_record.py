@@ -3,9 +3,10 @@
 import dataclasses
 import hashlib
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar, Self
 
+from astro.model.perplexity import SequenceFigures
 from astro.quantization.layer_record import LayerRecord
 from astro_dist.run_directory.plain_record import PlainRecord
 
@@ -123,11 +124,37 @@ class LossResult(PlainRecord):
     Attributes:
         negative_log_likelihood: Negative log-likelihood of all tokens together, in nats.
         tokens: Number of tokens that were predicted.
+        sequences: Figures of each sequence; none in records of version 0.5.0.
     """
 
     MARK: ClassVar[str] = "negative_log_likelihood"
     negative_log_likelihood: float
     tokens: int
+    sequences: tuple[SequenceFigures, ...] = ()
+
+    @classmethod
+    def of(cls, sequences: Sequence[SequenceFigures]) -> Self:
+        """Add up the figures of sequences.
+
+        Args:
+            sequences: Figures of every held-out sequence.
+        """
+        total = sum(sequence.loss for sequence in sequences)
+        return cls(
+            negative_log_likelihood=total,
+            tokens=sum(sequence.tokens for sequence in sequences),
+            sequences=tuple(sequences),
+        )
+
+    @classmethod
+    def from_json(cls, content: Mapping[str, Any]) -> Self:
+        """Read back what `to_json` returned.
+
+        Args:
+            content: JSON object; only `sequences` may be missing.
+        """
+        sequences = (SequenceFigures(**sequence) for sequence in content.get("sequences", ()))
+        return super().from_json({**content, "sequences": tuple(sequences)})
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -23,6 +23,7 @@ from astro_dist.schedule.calls import (
 )
 from astro_dist.schedule.names import (
     EMBED,
+    ORIGINAL,
     block_unit,
     evaluate_unit,
     head_unit,
@@ -238,13 +239,12 @@ class BlockSchedule:
             yield from block.parts.left or [WriteBlock(*block.place)]
 
     def _losses(self) -> list[EvaluateLoss]:
-        """A call for each stream whose held-out chunks have all passed the last block."""
-        ready = []
-        for index, stream in enumerate(self._streams if self._held_out else []):
-            there = self._ready[index, self._num_blocks].issuperset(self._held_out)
-            if there and head_unit(stream) not in self.finished:
-                ready.append(EvaluateLoss(stream))
-        return ready
+        """A call for each stream whose held-out chunks have all passed the last block, as those of the source have."""
+        ended = [self._ready[index, self._num_blocks].issuperset(self._held_out) for index in range(self._rounds + 1)]
+        if not self._held_out or not ended[0]:
+            return []
+        streams = [stream for stream, has_ended in zip(self._streams, ended, strict=True) if has_ended]
+        return [EvaluateLoss(stream) for stream in streams if head_unit(stream) not in self.finished]
 
     def _next_blocks(self) -> list[OpenBlock]:
         """The next block of each round that can begin. Blocks begin in order, so that their inputs are on the way."""
@@ -273,7 +273,7 @@ class BlockSchedule:
         """Take note of a chunk that passed a finished block once more; the last of them spends the block's inputs."""
         self._ready[stream, block + 1].add(chunk)
         self._repeated[stream, block].discard(chunk)
-        if self._repeated[stream, block] or self._consumer(stream, block)[0] not in self.finished:
+        if self._repeated[stream, block] or not self.finished.issuperset(self._consumers(stream, block)[0]):
             return []
         return [SpentInputs(block, self._streams[stream])]
 
@@ -286,7 +286,10 @@ class BlockSchedule:
             case FinishEvaluation():
                 return [SpentInputs(call.block, self._streams[-1])]
             case EvaluateLoss():
-                return [SpentInputs(self._num_blocks, call.stream)]
+                # Every result is compared with the source.
+                compared = all(head_unit(stream) in self.finished for stream in self._streams)
+                streams = [ORIGINAL] * compared + [call.stream] * (call.stream != ORIGINAL)
+                return [SpentInputs(self._num_blocks, stream) for stream in streams]
         return []
 
     def _reopen(self, written: set[str]) -> None:
@@ -300,9 +303,9 @@ class BlockSchedule:
         """
         for stream in reversed(range(self._rounds + 1)):
             for block in reversed(range(self._num_blocks + 1)):
-                unit, inputs = self._consumer(stream, block)
+                units, inputs = self._consumers(stream, block)
                 wanted = set(self._repeated.get((stream, block), ()))
-                if unit in self.units and unit not in self.finished:
+                if any(unit in self.units and unit not in self.finished for unit in units):
                     wanted |= set(inputs)
                 missing = wanted - self._ready[stream, block]
                 if wanted and stream and block < self._num_blocks and block_unit(stream - 1, block) not in written:
@@ -312,13 +315,14 @@ class BlockSchedule:
                 elif missing and self._producer(stream, block) in self.finished:
                     self._repeated[stream, block - 1] = missing
 
-    def _consumer(self, stream: int, block: int) -> tuple[str, list[str]]:
-        """The unit that reads a block's inputs of a stream, and the chunks that it reads."""
+    def _consumers(self, stream: int, block: int) -> tuple[list[str], list[str]]:
+        """The units that read a block's inputs of a stream, and the chunks that they read."""
         if block == self._num_blocks:
-            return head_unit(self._streams[stream]), self._held_out
+            # At the end of the source's stream every result is compared with it.
+            return list(map(head_unit, [self._streams[stream]] if stream else self._streams)), self._held_out
         if stream == self._rounds:
-            return evaluate_unit(block), self._held_out
-        return block_unit(stream, block), self._chunks
+            return [evaluate_unit(block)], self._held_out
+        return [block_unit(stream, block)], self._chunks
 
     def _producer(self, stream: int, block: int) -> str:
         """The unit that makes a block's inputs of a stream."""

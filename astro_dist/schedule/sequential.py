@@ -160,9 +160,14 @@ class SequentialSchedule:
             case WriteBlock(_, block):
                 before = [SpentInputs(block - 1, stream) for stream in STREAMS] if block else []
                 return [SpentParts(0, block), *before]
-            case EvaluateLoss():
-                return [SpentInputs(self._num_blocks, call.stream)]
+            case EvaluateLoss() if self._has_compared:
+                return [SpentInputs(self._num_blocks, stream) for stream in STREAMS]
         return []
+
+    @property
+    def _has_compared(self) -> bool:
+        """Whether the held-out chunks of both streams are done with: the result is compared with the source."""
+        return all(head_unit(stream) in self.finished for stream in STREAMS)
 
     @property
     def _current(self) -> int:
@@ -201,7 +206,7 @@ class SequentialSchedule:
         """The furthest block that chunks are wanted at and can reach now; 0 where they are not wanted any more."""
         current = self._current
         if held_out:
-            wanted = self._num_blocks if head_unit(stream) not in self.finished else 0
+            wanted = 0 if self._has_compared else self._num_blocks
         else:
             calibrates = current < self._num_blocks and (stream == _RESULT or self._compensated)
             wanted = self._num_blocks - 1 if calibrates else 0
@@ -236,8 +241,10 @@ class SequentialSchedule:
         return [] if solving.unmerged else [SpentShares(call.block, batch) for batch in solving.batches]
 
     def _losses(self) -> list[EvaluateLoss]:
-        """A call for each stream whose held-out chunks have all passed the last block."""
-        ended = [stream for stream in STREAMS if self._held_out and self._passed_through(stream)]
+        """A call for each stream whose held-out chunks have all passed the last block, as those of the source have."""
+        if not self._held_out or not self._passed_through(ORIGINAL):
+            return []
+        ended = [stream for stream in STREAMS if self._passed_through(stream)]
         return [EvaluateLoss(stream) for stream in ended if head_unit(stream) not in self.finished]
 
     def _passed_through(self, stream: str) -> bool:

@@ -117,8 +117,7 @@ class TokenWeightSchedule:
             case WeighTokens():
                 self.finished.add(call.unit)
                 self._gradient[call.block + 1].clear()
-                streams = (GRADIENT, ENERGY, *((ORIGINAL,) if call.block == self._num_blocks - 1 else ()))
-                return [SpentInputs(call.block + 1, stream) for stream in streams]
+                return [SpentInputs(call.block + 1, stream) for stream in (GRADIENT, ENERGY)]
         return []
 
     def failed(self, worker: int, call: Call) -> None:

@@ -18,7 +18,7 @@ from astro.calibration.starved_experts import InputStatistics
 from astro.errors import CheckpointError, NumericalError, RunError
 from astro.linalg import compiled
 from astro.model.block_call import load_call, record, returns_tuple, save_calls
-from astro.model.perplexity import sequence_losses
+from astro.model.perplexity import SequenceFigures, measure_sequences
 from astro.process import configure_process, keep_freed_memory, peak_rss_bytes
 from astro.quantization.block import quantize_block
 from astro.quantization.grid import QuantizedLinear
@@ -284,26 +284,28 @@ class Worker:
         return self._finish_block(call.round_index, unit, quantized, records, seconds)
 
     def evaluate_loss(self, call: EvaluateLoss) -> UnitRecord:
-        """Measure the negative log-likelihood of the held-out tokens, from the last block's output of a stream.
+        """Measure what a stream's model predicts of the held-out text, from the last block's output.
+
+        A result is compared with the source model, whose last hidden states are still there.
 
         Raises:
             NumericalError: The sum is not finite.
         """
         run, runner, last = self._spec.run, self._runner, len(self._spec.plan.blocks)
         self._release()
-        total, count = 0.0, 0
+        sequences: list[SequenceFigures] = []
         with runner.outside_loaded():
             for chunk in runner.held_out:
                 hidden, input_ids = runner.hidden(call.stream, last, chunk), runner.input_ids(chunk)
                 as_tuple = load_call(run.calls(*input_ids.shape), 0, self._device)[1]
-                for loss in sequence_losses(runner.skeleton, input_ids, hidden, as_tuple):
-                    total += loss
-                    count += input_ids.shape[1] - 1
+                source = runner.hidden(ORIGINAL, last, chunk) if call.stream != ORIGINAL else None
+                sequences += measure_sequences(runner.skeleton, input_ids, hidden, as_tuple, source)
+        total = sum(sequence.loss for sequence in sequences)
         if not math.isfinite(total):
             raise NumericalError(
                 f"the loss on the held-out text is {total} (stream {call.stream}); a forward pass overflowed"
             )
-        return run.finish(call.unit, [], LossResult(negative_log_likelihood=total, tokens=count))
+        return run.finish(call.unit, [], LossResult.of(sequences))
 
     def _input_statistics(self, fed_block: FedBlock) -> Iterator[InputStatistics]:
         """The statistics of every input group of the open block, which all chunks have passed."""

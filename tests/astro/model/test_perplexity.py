@@ -1,8 +1,12 @@
-"""The loss of a sequence equals a naive sum of log-probabilities."""
+"""Losses, divergences and their errors against naive float64 forms."""
 
+import math
+
+import pytest
 import torch
 
 from astro.model import perplexity
+from astro.model.perplexity import mean_per_token, relative_change
 
 
 def test_losses_equal_a_naive_log_softmax(monkeypatch):
@@ -10,7 +14,50 @@ def test_losses_equal_a_naive_log_softmax(monkeypatch):
     ids = torch.randint(11, (3, 7), generator=generator)
     logits = 3 * torch.randn(3, 7, 11, generator=generator)
     monkeypatch.setattr(perplexity, "run_head", lambda skeleton, ids, hidden, as_tuple: hidden)
-    losses = perplexity.sequence_losses(None, ids, logits, as_tuple=False)
+    losses = [figures.loss for figures in perplexity.measure_sequences(None, ids, logits, as_tuple=False)]
     log_p = logits.double() - logits.double().exp().sum(-1, keepdim=True).log()
     expected = [-sum(float(log_p[i, t, ids[i, t + 1]]) for t in range(6)) for i in range(3)]
     torch.testing.assert_close(torch.tensor(losses), torch.tensor(expected))
+
+
+def test_divergence_from_the_source_equals_a_naive_sum(monkeypatch):
+    generator = torch.Generator().manual_seed(0)
+    ids = torch.randint(11, (2, 600), generator=generator)
+    source = 3 * torch.randn(2, 600, 11, generator=generator)
+    logits = source + torch.randn(2, 600, 11, generator=generator)
+    monkeypatch.setattr(perplexity, "run_head", lambda skeleton, ids, hidden, as_tuple: hidden)
+    figures = perplexity.measure_sequences(None, ids, logits, False, source)
+    P, Q = source.double().softmax(-1), logits.double().softmax(-1)
+    expected = (P * (P / Q).log()).sum(-1)[:, :-1].sum(-1)
+    torch.testing.assert_close(
+        torch.tensor([f.divergence for f in figures], dtype=torch.float64), expected, rtol=1e-5, atol=0
+    )
+    agree = (P.argmax(-1) == Q.argmax(-1))[:, :-1].sum(-1)
+    assert [f.agreements for f in figures] == agree.tolist()
+    (same, _) = perplexity.measure_sequences(None, ids, source, False, source)
+    assert (same.divergence, same.agreements, same.tokens) == (0.0, 599, 599)
+
+
+def test_errors_are_those_of_sequences_and_of_differences():
+    generator = torch.Generator().manual_seed(0)
+    before = 100 + 30 * torch.rand(400, generator=generator, dtype=torch.float64)  # texts differ much
+    after = before + 1 + 0.1 * torch.randn(400, generator=generator, dtype=torch.float64)
+    change = relative_change(before.tolist(), after.tolist(), [50] * 400)
+    assert change.value == pytest.approx(math.expm1(1 / 50), rel=0.02)
+    assert change.error == pytest.approx(0.1 / 50 / 20 * (1 + change.value), rel=0.1)
+
+
+def test_error_of_a_mean_over_sequences_of_different_lengths():
+    generator = torch.Generator().manual_seed(1)
+    means = []
+    for _ in range(300):
+        tokens = torch.randint(10, 90, (40,), generator=generator)
+        sums = 2.0 * tokens + tokens * 0.3 * torch.randn(40, generator=generator)
+        means.append(mean_per_token(sums.tolist(), tokens.tolist()))
+    spread = torch.tensor([mean.value for mean in means]).std()
+    assert float(torch.tensor([mean.error for mean in means]).mean()) == pytest.approx(float(spread), rel=0.15)
+
+
+def test_a_single_sequence_has_no_error():
+    assert mean_per_token([6.0], [3]) == perplexity.Significant(2.0, None)
+    assert relative_change([1.0], [1.0], [5]) == perplexity.Significant(0.0, None)

@@ -230,7 +230,9 @@ def test_held_out_chunks_pass_through_the_result_without_waiting_for_each_other(
 
 def test_worker_waits_for_one_block_of_the_result_at_most():
     finished = [*unit_names(3, 0, 1, True)[:4], "head-original"]
-    schedule = BlockSchedule(RunShape(3, 0, CHUNKS), StartingPoint(finished, {"round-0": {0: HELD_OUT}}))
+    schedule = BlockSchedule(
+        RunShape(3, 0, CHUNKS), StartingPoint(finished, {"round-0": {0: HELD_OUT}, "original": {3: HELD_OUT}})
+    )
     assert [schedule.next_call(worker) for worker in range(3)] == [
         OpenBlock(1, 0, evaluates=True), OpenBlock(1, 1, evaluates=True), None
     ]  # fmt: skip

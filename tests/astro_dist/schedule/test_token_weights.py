@@ -75,7 +75,7 @@ def test_every_call_is_made_once_and_nothing_is_left_but_inputs(workers):
     assert len(made) == len(set(made)) == 1 + 2 * BLOCKS * len(CHUNKS) + 1 + BLOCKS
     kinds = {kind for kind, _, _ in disk.files}
     assert kinds == {ORIGINAL, "weights"}
-    assert {block for kind, block, _ in disk.files if kind == ORIGINAL} == set(range(BLOCKS))
+    assert {block for kind, block, _ in disk.files if kind == ORIGINAL} == set(range(BLOCKS + 1))
 
 
 @pytest.mark.parametrize("workers", [1, 2, 3])
