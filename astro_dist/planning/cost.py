@@ -48,11 +48,14 @@ actor of Ray holds besides."""
 _STATES = 6
 """Hidden states that a block's forward holds at its peak: the residual, its norm, queries, keys, values and attention's
 output."""
-_LOGITS = 3
-"""Float32 copies of one sequence's logits that the loss holds at its peak: logits, their float32 form, the softmax."""
+_LOGITS = 4
+"""Float32 copies of one sequence's logits that are held at the peak: logits and their float32 form, of the result and of
+the source, or the same and their gradients."""
 _PACKED_BYTES = 2.1
 """Bytes of a Hessian in a file for each of its elements. One half of the matrix is kept in float32, which is 2, and a
 little more for the squares on the diagonal: of 5120 columns 2.1 bytes are kept, in strips of 256 columns."""
+_AUTOGRAD = 2.0
+"""Size of what a backward pass keeps of a block, relative to the inputs and outputs of its layers."""
 _DIFFERENTIATED = 2.0
 """Forwards that a forward with gradients to its input alone is worth: one product forth, and one of the same size back
 for each layer."""
@@ -94,6 +97,7 @@ class CostModel:
         self._held_out = sum(n for chunk, n in self._tokens.items() if is_held_out(chunk))
         self._calibration_tokens = sum(self._tokens.values()) - self._held_out
         self._all_tokens = config.experts.policy == "all-tokens"
+        self._weighs_by_loss = config.calibration.token_weights == "loss"
 
     def work(self, call: Call) -> Work:
         """Count what a call does, but for attention's products of queries with keys."""
@@ -144,21 +148,24 @@ class CostModel:
         """Return what the run directory holds at most, in bytes.
 
         It holds the result, an earlier round, the inputs of the blocks in flight, and in mode `sequential` the parts of
-        one block.
+        one block. Where the loss weighs tokens, it holds the calibration inputs of all blocks for a while, and the
+        gradients of those in flight.
 
         Args:
             workers: Number of workers.
         """
         inputs = self._activations(self._tokens)
+        calibration = self._activations(chunk for chunk in self._tokens if not is_held_out(chunk))
+        kept = (len(self._plan.blocks) + workers + 2) * calibration * self._weighs_by_loss
         largest = max(map(self._batches, self._plan.blocks), key=_total_square)
         if not self._sequential:
             written = self._plan.written_bytes * min(self._rounds, 2)
             num_split = min(workers // 2, len(self._plan.blocks))
             squares = num_split * sum(_PACKED_BYTES * batch.square for batch in largest)
-            return int(written + (workers + 2) * self._rounds * inputs + squares)
+            return int(written + kept + (workers + 2) * self._rounds * inputs + squares)
         squares = (_PACKED_BYTES + 4.0 * self._compensated) * (_total_square(largest) + self._widest(largest))
         tiles = sum(1.1 * batch.weights for batch in largest)
-        return int(self._plan.written_bytes + (4 + 3 * self._compensated) * inputs + squares + tiles)
+        return int(self._plan.written_bytes + kept + (4 + 3 * self._compensated) * inputs + squares + tiles)
 
     def _widest(self, batches: list[PredictedInputGroup]) -> float:
         """Elements of all shares of the stage with the largest Hessians."""
@@ -182,6 +189,10 @@ class CostModel:
         parameters: dict[str, float] = {}
         for linear in unit.linears:
             parameters[linear.parameter] = parameters.get(linear.parameter, 0.0) + linear.rows * linear.columns
+        if self._weighs_by_loss:
+            # Autograd keeps the inputs and the outputs of every layer, and about as much between them.
+            kept = sum(batch.reach * batch.count * (batch.rows + batch.columns) for batch in batches)
+            phase = max(phase, _AUTOGRAD * tokens * (kept + _STATES * self._plan.hidden_size) * self._itemsize)
         # As it is stored and as it is used, and again the largest parameter while it is put together from experts.
         loading = unit.read_bytes + 2 * self._itemsize * max(parameters.values(), default=0.0)
         # Layers that are not quantized are there too.

@@ -28,6 +28,9 @@ from astro_dist.source.resolve import Source, resolve_source
 
 __all__ = ["Prepared", "compute_dtype", "forecast", "prepare", "require_text", "tokens_of"]
 
+_ENOUGH_TOKENS = 4
+"""Calibration tokens for each input of the widest layer below which a note says that they are few."""
+
 
 @dataclasses.dataclass(frozen=True)
 class Prepared:
@@ -217,10 +220,26 @@ def _plan_notes(config: RunConfig, plan: Plan, class_name: str) -> Iterator[str]
             f"{'kept as they are' if config.quantization.indivisible == 'keep' else 'per channel'}, the first is "
             f"{plan.indivisible_layers[0]}"
         )
+    yield from _text_notes(config, plan)
+    if config.calibration.token_weights == "loss" and any(c.expert is not None for b in plan.blocks for c in b.linears):
+        yield "tokens are weighted by the loss, but those of experts by their norm"
     if plan.other_matrices:
         yield (
             f"{len(plan.other_matrices)} matrices that are gates, or no linear layers, stay as they are, the first is "
             f"{plan.other_matrices[0]}"
+        )
+
+
+def _text_notes(config: RunConfig, plan: Plan) -> Iterator[str]:
+    """Say whether there is too little calibration text for the widest layer."""
+    linears = [linear for unit in plan.blocks for linear in unit.linears]
+    widest = max(linears, key=lambda linear: linear.columns)
+    tokens = config.calibration.samples * config.calibration.sequence_length
+    if tokens < _ENOUGH_TOKENS * widest.columns and config.quantization.method == "gptq":
+        what = "its Hessian is singular" if tokens < widest.columns else "its Hessian is a rough estimate"
+        yield (
+            f"{tokens} calibration tokens are few for {widest.name}, which has {widest.columns} inputs: {what}; give "
+            f"at least {_ENOUGH_TOKENS * widest.columns} tokens (calibration.samples × sequence_length)"
         )
 
 

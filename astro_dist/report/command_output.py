@@ -42,7 +42,10 @@ def summary_lines(summary: "Summary", config: "RunConfig") -> list[str]:
     lines = []
     original, quantized = summary.perplexity.original, summary.perplexity.quantized
     if original is not None and quantized is not None:
-        lines.append(f"Hold-out perplexity {original:.3f} → {quantized:.3f} ({config.calibration.source})")
+        source, measured = config.calibration.source, summary.perplexity
+        parts = (f"{original:.3f} → {quantized:.3f}", measured.change_in_words, measured.sample_in_words)
+        lines.append(f"Hold-out perplexity {', '.join(filter(None, parts))} ({source})")
+        lines += filter(None, [measured.divergence_in_words])
     share = summary.bytes_written / summary.bytes_read
     root = config.output.dir
     return [

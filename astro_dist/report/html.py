@@ -137,4 +137,6 @@ def _perplexities(summary: Summary) -> list[Row]:
     for number, figures in enumerate(summary.rounds):
         label = "perplexity of the result" if len(summary.rounds) == 1 else f"perplexity of round {number}"
         rows.append((label, f"{figures.perplexity:.3f}"))
-    return rows
+    measured = summary.perplexity
+    parts = (measured.change_in_words, measured.sample_in_words, measured.divergence_in_words)
+    return [*rows, *([("the result beside the original", "; ".join(parts))] if measured.change is not None else [])]

@@ -87,7 +87,7 @@ def summarize(
         fallbacks=Fallbacks.of(last),
         retries=tuple(run.journal.of_kind(Failed)),
         mended=last_of_each_unit(run.journal.of_kind(Damaged)),
-        notes=(*all_notes, *_ruin(perplexity)),
+        notes=(*all_notes, *_unmeasured(run, len(plan.blocks)), *_ruin(perplexity)),
         units=UnitCounts(len(plan.blocks), len(plan.copies)),
         model=str(run.model),
         python=platform.python_version(),
@@ -97,6 +97,18 @@ def summarize(
 
 def _mean_error(layers: Sequence[LayerRecord]) -> float:
     return sum(layer.relative_error for layer in layers) / len(layers)
+
+
+def _unmeasured(run: RunDirectory, num_blocks: int) -> list[str]:
+    """A note about blocks whose tokens the loss could not weigh; none where it could."""
+    results = (run.read_if_there(weights_unit(block), WeightsResult) for block in range(num_blocks))
+    reasons = [result.reason for result in results if result is not None and result.reason]
+    if not reasons:
+        return []
+    return [
+        f"in {len(reasons)} blocks tokens are weighted by their norm, because the loss's gradient could not be "
+        f"measured: {Counter(reasons).most_common(1)[0][0]}"
+    ]
 
 
 def _ruin(perplexity: Perplexity) -> list[str]:

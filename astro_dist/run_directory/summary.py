@@ -18,6 +18,10 @@ from astro_dist.source.model_info import BaseModel
 __all__ = ["Perplexity", "RoundFigures", "Summary", "UnitCounts", "perplexity_of", "read_summary"]
 
 
+_ENOUGH_TOKENS = 1000
+"""Number of held-out tokens below which figures say that they are too few."""
+
+
 @dataclasses.dataclass(frozen=True)
 class Perplexity:
     """Holds what was measured on the held-out text; None where the run has none, or version 0.5.0 did not measure it.
@@ -43,6 +47,29 @@ class Perplexity:
     divergence: float | None = None
     divergence_error: float | None = None
     agreement: float | None = None
+
+    @property
+    def change_in_words(self) -> str:
+        """Say how the perplexity changed, such as "+5.2 % ± 1.1"; empty where it is not known."""
+        if self.change is None:
+            return ""
+        error = "" if self.change_error is None else f" ± {100 * self.change_error:.1f}"
+        return f"{100 * self.change:+.1f} %{error}"
+
+    @property
+    def sample_in_words(self) -> str:
+        """Say how many tokens were predicted, and whether they are too few to judge; empty where it is not known."""
+        if self.tokens is None:
+            return ""
+        return f"{self.tokens:,} tokens{', too few to judge' if self.tokens < _ENOUGH_TOKENS else ''}"
+
+    @property
+    def divergence_in_words(self) -> str:
+        """Say how far the predictions are from the original's; empty where it is not known."""
+        if self.divergence is None or self.agreement is None:
+            return ""
+        error = "" if self.divergence_error is None else f" ± {self.divergence_error:.4f}"
+        return f"KL divergence {self.divergence:.4f}{error} nats a token, same first choice at {self.agreement:.1%}"
 
     @classmethod
     def of(cls, original: LossResult | None, result: LossResult | None) -> Self:

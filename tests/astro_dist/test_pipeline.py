@@ -116,8 +116,8 @@ def test_ignored_layers_are_copied_and_listed(run_config, llama):
 
 @pytest.mark.parametrize(("times", "noted"), [(1.9, 0), (2.1, 1)])
 def test_result_that_is_ruined_is_spoken_of(run_config, monkeypatch, times, noted):
-    found = iter([10.0, times * 10.0])
-    monkeypatch.setattr("astro_dist.report.summary._perplexity", lambda result: next(found))
+    ruined = Perplexity(original=10.0, quantized=times * 10.0)
+    monkeypatch.setattr(Perplexity, "of", lambda original, result: ruined)
     notes = pipeline.quantize(run_config()).notes
     assert len([note for note in notes if f"the hold-out perplexity is {times} times the original's" in note]) == noted
 
