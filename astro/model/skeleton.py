@@ -154,7 +154,7 @@ class Skeleton:
         return (int(match.group(1)) if match and match.groups() else 0), number
 
     def load(self, part: nn.Module, tensors: Mapping[str, torch.Tensor], device: torch.device) -> None:
-        """Fill a part of the model from checkpoint tensors, in place.
+        """Fill a part of the model from checkpoint tensors, in place. None of its parameters asks for a gradient.
 
         Args:
             part: The model or one of its blocks.
@@ -178,6 +178,7 @@ class Skeleton:
                 f"a tensor does not fit {type(self.model).__name__}: {problems[0]:.300}; config.json and the shards "
                 "are of different models"
             )
+        part.requires_grad_(False)
 
     def require_covered(self, targets: Set[str]) -> None:
         """Refuse a checkpoint that leaves a parameter outside the blocks without a tensor.

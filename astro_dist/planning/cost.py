@@ -49,8 +49,8 @@ _STATES = 6
 """Hidden states that a block's forward holds at its peak: the residual, its norm, queries, keys, values and attention's
 output."""
 _LOGITS = 4
-"""Float32 copies of one sequence's logits that are held at the peak: logits and their float32 form, of the result and of
-the source, or the same and their gradients."""
+"""Float32 copies of one sequence's logits that are held at the peak: logits and their float32 form, of the result and
+of the source, or the same and their gradients."""
 _PACKED_BYTES = 2.1
 """Bytes of a Hessian in a file for each of its elements. One half of the matrix is kept in float32, which is 2, and a
 little more for the squares on the diagonal: of 5120 columns 2.1 bytes are kept, in strips of 256 columns."""

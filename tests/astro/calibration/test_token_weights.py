@@ -115,6 +115,7 @@ def test_gradient_block_by_block_is_that_of_the_whole_model(name, tmp_path):
     checkpoint, skeleton = Checkpoint.open(folder), Skeleton(folder, torch.float32)
     skeleton.load(skeleton.model, checkpoint.read(checkpoint.entries), CPU)
     skeleton.model.tie_weights()
+    assert not any(parameter.requires_grad for parameter in skeleton.model.parameters())
     as_tuple = returns_tuple(skeleton, IDS[:1])
     with torch.no_grad():
         hidden, calls = record(skeleton, IDS, as_tuple)
