@@ -8,13 +8,23 @@ import torch
 import transformers
 from safetensors.torch import load_file
 
-from astro.errors import ConfigError, RunError
+from astro.errors import ConfigError, RunError, UnsupportedError
 from astro.storage.checkpoint import Checkpoint
 from astro_dist import pipeline
 from astro_dist.export.verify import verify_model
 from astro_dist.planning.validate import prepare
 from astro_dist.run_directory.records import RunDirectory
-from astro_dist.schedule.calls import MergeHessians, SolveRows, TryBetas, WriteBlock
+from astro_dist.schedule.calls import (
+    Backward,
+    DifferentiateLoss,
+    MergeHessians,
+    OpenBlock,
+    SolveRows,
+    TryBetas,
+    WeighTokens,
+    WriteBlock,
+)
+from astro_dist.worker import token_weigher
 from astro_dist.worker.split_solver import SplitSolver
 from astro_dist.worker.worker import Worker
 from tests.astro_dist.test_pipeline import perplexity
@@ -279,6 +289,53 @@ def test_part_of_a_solve_that_was_damaged_is_made_again(run_config, tmp_path, mo
     assert files_of(model_of(summary)) == expected
     assert [retry.kind for retry in summary.retries] == ["damaged"]
     assert not list((tmp_path / "run").glob("activations"))
+
+
+@pytest.mark.parametrize(
+    ("file", "reader"),
+    [
+        ("original/0001/c0000", Backward),
+        ("original/0003/c0001", DifferentiateLoss),
+        ("gradient/0003/c0000", Backward),
+        ("gradient/0001/c0001", Backward),
+        ("energy/0002/c0001", WeighTokens),
+        ("energy/0001/c0000", WeighTokens),
+        ("token-weights/0001", OpenBlock),
+    ],
+)
+@pytest.mark.parametrize("workers", [1, 3])
+def test_file_of_the_waves_that_was_damaged_is_made_again(run_config, tmp_path, monkeypatch, file, reader, workers):
+    expected = whole(run_config, tmp_path, "loss")
+    path, real = tmp_path / "run" / "activations" / f"{file}.safetensors", Worker.do
+
+    def damaging(self, call):
+        if isinstance(call, reader) and path.exists() and not (tmp_path / "harmed").exists():
+            (tmp_path / "harmed").touch()
+            path.write_bytes(path.read_bytes()[:-1] + b"\xff")
+        return real(self, call)
+
+    monkeypatch.setattr(Worker, "do", damaging)
+    summary = pipeline.quantize(run_config(execution__workers=workers, **MODES["loss"]))
+    assert files_of(model_of(summary)) == expected
+    assert [retry.kind for retry in summary.retries] == ["damaged"]
+
+
+def test_block_without_gradient_is_said_and_its_tokens_are_weighted_by_their_norm(run_config, tmp_path, monkeypatch):
+    real = token_weigher.pass_back
+
+    def failing(layers, action, hidden, gradient):
+        if any(".1." in operand.names[0] for operand in layers.operands):
+            raise UnsupportedError("no gradient passes through this block: derivative for x is not implemented")
+        return real(layers, action, hidden, gradient)
+
+    monkeypatch.setattr(token_weigher, "pass_back", failing)
+    summary = pipeline.quantize(run_config(**MODES["loss"]))
+    assert any("in 2 blocks tokens are weighted by their norm" in note for note in summary.notes)
+    kinds = {
+        place[1]: {layer.token_weights for layer in block.layers}
+        for place, block in RunDirectory(tmp_path / "run", "").blocks().items()
+    }
+    assert kinds == {0: {"norm"}, 1: {"norm"}, 2: {"loss"}}
 
 
 @pytest.mark.parametrize("read", [2, 3, 6])
