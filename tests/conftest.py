@@ -40,7 +40,13 @@ def run_config(llama: Path, tmp_path: Path) -> Callable[..., Any]:
             "model": {"source": str(llama)},
             "quantization": {"group_size": 32},
             "regularizer": {"iterations": 3},
-            "calibration": {"samples": 6, "sequence_length": 48, "chunk_samples": 4, "holdout_samples": 3},
+            "calibration": {
+                "samples": 6,
+                "sequence_length": 48,
+                "chunk_samples": 4,
+                "holdout_samples": 3,
+                "token_weights": "norm",
+            },
             "execution": {"executor": "local", "workers": 1, "device": "cpu"},
             "output": {"dir": str(tmp_path / "run")},
         }

@@ -97,7 +97,7 @@ class CalibrationConfig(_Section):
     """The number of held-out sequences on which the perplexity before and after is measured; 0 measures none."""
     seed: int = Field(0, ge=0)
     """The seed that chooses which sequences of the text are taken."""
-    token_weights: Literal["loss", "norm", "none"] = "norm"
+    token_weights: Literal["loss", "norm", "none"] = "loss"
     """How much each token counts. `loss` measures it: the root of the energy that the loss's gradient has at a layer's
     outputs, which takes one backward pass of the source model. `norm` gives every token the same energy, for free.
     With `none` all tokens count alike, and the few with massive activations own the statistics."""

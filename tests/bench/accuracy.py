@@ -14,20 +14,27 @@ import subprocess
 import sys
 from pathlib import Path
 
-NONE = ["regularizer.name=none"]
+NONE, ALIKE = ["regularizer.name=none"], ["calibration.token_weights=none"]
 PLAIN = [
-    *NONE, "quantization.scale_search=mse", "quantization.signed_scales=false", "quantization.refine_passes=0",
+    *ALIKE, *NONE, "quantization.scale_search=mse", "quantization.signed_scales=false", "quantization.refine_passes=0",
     "quantization.compensation=0",
 ]  # fmt: skip
 # LLaMA-2's published beta of 5e-5 in units of its own mean group maximum, so that it means the same on other models.
-PAPER = [*PLAIN[1:], "regularizer.solver=pgd", "regularizer.iterations=200", "regularizer.beta=8e-4"]
+PAPER = [
+    *(change for change in PLAIN if change not in NONE),
+    "regularizer.solver=pgd",
+    "regularizer.iterations=200",
+    "regularizer.beta=8e-4",
+]
 SEQUENTIAL = ["execution.mode=sequential"]
 METHODS = {
-    "RTN": ["quantization.method=rtn", "quantization.scale_search=minmax", *NONE],
+    "RTN": ["quantization.method=rtn", "quantization.scale_search=minmax", *ALIKE, *NONE],
     "GPTQ": PLAIN,
     "GPTQ, sequential": [*PLAIN, *SEQUENTIAL],
     "MagR + GPTQ (published solver)": ["regularizer.name=magr", *PAPER],
     "Astro + GPTQ (published solver)": ["regularizer.name=astro", *PAPER],
+    "ours, all tokens alike": ALIKE,
+    "ours, tokens by their norm": ["calibration.token_weights=norm"],
     "ours, beta 0": NONE,
     "ours, no refinement": ["quantization.refine_passes=0"],
     "ours": [],
