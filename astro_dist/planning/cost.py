@@ -6,6 +6,8 @@ The layers of a block are solved in batches: input groups of one shape side by s
 from collections.abc import Iterable, Mapping
 from typing import assert_never
 
+import torch
+
 from astro.linalg.tiling import row_tile
 from astro_dist.config.schema import RunConfig
 from astro_dist.planning.predicted_groups import PredictedInputGroup, predicted_input_groups, stages_of, together
@@ -41,10 +43,10 @@ from astro_dist.schedule.sequential import shares
 
 __all__ = ["CostModel"]
 
-_LIBRARIES_BYTES = 430_000_000
+_LIBRARIES_BYTES = 800_000_000 if torch.version.cuda else 430_000_000
 """Resident memory of a CPU worker before it does anything: Python, torch, transformers, Ray. A process that has
-imported `ray` and `astro_dist.worker.worker` peaks at 390 MB (`astro.process.peak_rss_bytes`); the rest is for what an
-actor of Ray holds besides."""
+imported `ray` and `astro_dist.worker.worker` peaks at 390 MB, and at 760 MB where torch is built for CUDA
+(`astro.process.peak_rss_bytes`); the rest is for what an actor of Ray holds besides."""
 _STATES = 6
 """Hidden states that a block's forward holds at its peak: the residual, its norm, queries, keys, values and attention's
 output."""

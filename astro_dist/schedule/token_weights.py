@@ -1,5 +1,6 @@
 """The schedule that comes before a run whose calibration tokens are weighted by the loss: it measures the weights."""
 
+import dataclasses
 from collections.abc import Iterable, Iterator
 
 from astro_dist.schedule.calls import (
@@ -59,6 +60,7 @@ class TokenWeightSchedule:
         self._chunks = [chunk for chunk in shape.chunks if not is_held_out(chunk)]
         self.units = [EMBED, *map(weights_unit, self._wanted)] if self._wanted else []
         self.finished = set(start.finished) & set(self.units)
+        self._open = {block for block in self._wanted if weights_unit(block) not in self.finished}
 
         def present(stream: str, shift: int = 0) -> list[set[str]]:
             by_block = start.present.get(stream, {})
@@ -68,14 +70,15 @@ class TokenWeightSchedule:
         self._energy = present(ENERGY, shift=1)
         self._places: dict[int, Place] = {}  # by worker
         self._taken: set[Call] = set()
-        self._known_calls: list[Call] | None = None
+        self._steps: dict[str, _Step | None] = {}  # by chunk
+        self._open_calls: _OpenCalls | None = None
         if any(self._is_lost(chunk) for chunk in self._chunks):
             self.finished.discard(EMBED)
 
     @property
     def complete(self) -> bool:
         """Tell whether every unit is finished."""
-        return all(weights_unit(block) in self.finished for block in self._wanted)
+        return not self._open
 
     @property
     def inputs(self) -> dict[int, set[str]]:
@@ -84,78 +87,91 @@ class TokenWeightSchedule:
 
     def next_call(self, worker: int, idle: int = 0) -> Call | None:
         """Decide what a free worker does now; see `Schedule`."""
-        calls = [call for call in self._calls() if call not in self._taken]
-        here = self._places.get(worker)
-        call = next((call for call in calls if _place(call) == here), None)
-        if call is None and calls and not self.holds(worker):
-            places, first, last = set(self._places.values()), *self._fronts()
-            busy = {_place(call) for call in self._taken} | {at for at in places if _is_fed(at, first, last)}
-            free = [call for call in calls if _place(call) not in busy]
+        calls, here = self._calls(), self._places.get(worker)
+        place = here if here in calls.free else None
+        if place is None and calls.free and not self.holds(worker):
+            places = set(self._places.values())
+            busy = {_place(call) for call in self._taken} | set(filter(calls.feeds, places))
             # Where others have nothing to do a block may be taken from them, if there is none that nobody has.
-            call = next((call for call in free if _place(call) not in places), next(iter(free), None))
-        if call is not None:
-            if not isinstance(call, WeighTokens):  # for which no block is loaded
-                self._places[worker] = _place(call)
-            self._taken.add(call)
+            left = [place for place in calls.free if place not in busy]
+            place = next((place for place in left if place not in places), next(iter(left), None))
+        if place is None:
+            return None
+        call = calls.free[place]
+        if not isinstance(call, WeighTokens):  # for which no block is loaded
+            self._places[worker] = place
+        self._taken.add(call)
+        self._open_calls = None
         return call
 
     def done(self, worker: int, call: Call, result: Result) -> list[Spent]:
         """Take note that a call returned; see `Schedule`."""
         self._taken.discard(call)
-        self._known_calls = None
+        self._open_calls = None
         match call:
-            case Embed():
-                self._hidden[0].update(self._all_chunks)
-                self.finished.add(EMBED)
             case ForwardChunk():
                 self._hidden[call.block + 1].add(call.chunk)
-            case DifferentiateLoss():
-                self._gradient[self._num_blocks].update(call.chunks)
+                self._steps.pop(call.chunk, None)
+                return []
             case Backward():
                 self._energy[call.block].add(call.chunk)
                 self._gradient[call.block].add(call.chunk)
+                self._steps.pop(call.chunk, None)
+                return []
+            case Embed():
+                self._hidden[0].update(self._all_chunks)
+                self.finished.add(EMBED)
+            case DifferentiateLoss():
+                self._gradient[self._num_blocks].update(call.chunks)
             case WeighTokens():
                 self.finished.add(call.unit)
+                self._open.discard(call.block)
                 self._gradient[call.block + 1].clear()
+                self._steps.clear()
                 return [SpentInputs(call.block + 1, stream) for stream in (GRADIENT, ENERGY)]
+        self._steps.clear()
         return []
 
     def failed(self, worker: int, call: Call) -> None:
         """Take note that a call came to nothing, and that the worker has lost the block that it had loaded."""
         self._taken.discard(call)
         self._places.pop(worker, None)
+        self._open_calls = None
 
     def holds(self, worker: int) -> bool:
         """Tell whether a worker waits for chunks that are on their way to the block that it has loaded."""
         here = self._places.get(worker)
-        return here is not None and _is_fed(here, *self._fronts())
+        return here is not None and self._calls().feeds(here)
 
-    def _fronts(self) -> tuple[int, int]:
-        """The first block that a chunk is on its way to, and the last that a gradient is on its way to.
-
-        On their way are those of calls that are being made, and of the next calls of workers' blocks.
-        """
-        held = set(self._places.values())
-        calls = [*self._taken, *(call for call in self._calls() if _place(call) in held)]
-        first = min((call.block for call in calls if isinstance(call, ForwardChunk)), default=self._num_blocks)
-        last = max((call.block for call in calls if isinstance(call, Backward)), default=-1)
-        return first, self._num_blocks if any(isinstance(call, DifferentiateLoss) for call in calls) else last
-
-    def _calls(self) -> list[Call]:
-        """The calls whose inputs are there, the most urgent first, whether they are being made or not."""
-        if self._known_calls is None:
-            self._known_calls = list(self._candidates())
-        return self._known_calls
+    def _calls(self) -> "_OpenCalls":
+        """The calls that can be made, and what is on its way; until something changes."""
+        if self._open_calls is None:
+            calls, held = list(self._candidates()), set(self._places.values())
+            moving = [*self._taken, *(call for call in calls if _place(call) in held)]
+            first = min((call.block for call in moving if isinstance(call, ForwardChunk)), default=self._num_blocks)
+            last = max((call.block for call in moving if isinstance(call, Backward)), default=-1)
+            if any(isinstance(call, DifferentiateLoss) for call in moving):
+                last = self._num_blocks
+            free: dict[Place, Call] = {}
+            for call in calls:
+                if call not in self._taken:
+                    free.setdefault(_place(call), call)
+            self._open_calls = _OpenCalls(free, first, last)
+        return self._open_calls
 
     def _candidates(self) -> Iterator[Call]:
+        """The calls whose inputs are there, the most urgent first, whether they are being made or not."""
         if EMBED not in self.finished:
             yield Embed()
             return
-        steps = [step for chunk in self._chunks if (step := self._next_step(chunk)) is not None]
-        for block in reversed(self._wanted):
-            is_whole = weights_unit(block) not in self.finished and self._energy[block].issuperset(self._chunks)
-            # Behind it the gradients before the block are dropped, which may be wanted once more for one that is lost.
-            if is_whole and not any(isinstance(step, Backward) and step.block == block for step in steps):
+        for chunk in self._chunks:
+            if chunk not in self._steps:
+                self._steps[chunk] = self._next_step(chunk)
+        steps = [step for chunk in self._chunks if (step := self._steps[chunk]) is not None]
+        backward = {step.block for step in steps if isinstance(step, Backward)}
+        # Behind it the gradients before the block are dropped, which may be wanted once more for one that is lost.
+        for block in sorted(self._open - backward, reverse=True):
+            if self._energy[block].issuperset(self._chunks):
                 yield WeighTokens(block)
         ends = tuple(step for step in steps if isinstance(step, str))
         moving = [step for step in steps if not isinstance(step, str)]
@@ -164,7 +180,7 @@ class TokenWeightSchedule:
             yield DifferentiateLoss(ends)  # norm and head are loaded once, for all
         yield from sorted((step for step in moving if isinstance(step, ForwardChunk)), key=lambda step: step.block)
 
-    def _next_step(self, chunk: str) -> Backward | ForwardChunk | str | None:
+    def _next_step(self, chunk: str) -> "_Step | None":
         """The next call on the way of a chunk; its name where it has come to the head, None where nothing is left."""
         block = self._lacking(chunk)
         if block is None:
@@ -179,10 +195,7 @@ class TokenWeightSchedule:
 
     def _lacking(self, chunk: str) -> int | None:
         """The last block whose weights are wanted and that lacks the energies of a chunk."""
-        for block in reversed(self._wanted):
-            if weights_unit(block) not in self.finished and chunk not in self._energy[block]:
-                return block
-        return None
+        return max((block for block in self._open if chunk not in self._energy[block]), default=None)
 
     def _furthest(self, chunk: str, block: int) -> int | None:
         """The furthest block, at most `block`, whose input of a chunk is there."""
@@ -193,11 +206,29 @@ class TokenWeightSchedule:
         return self._lacking(chunk) is not None and chunk not in self._hidden[0]
 
 
+@dataclasses.dataclass(frozen=True)
+class _OpenCalls:
+    """What can be done now, and what is on its way to blocks.
+
+    Attributes:
+        free: The first call of each place that can be made and is not being made, the most urgent place first.
+        first: The first block that a chunk passes now, or will pass as a worker's next call.
+        last: The last block that a gradient passes now, or will pass as a worker's next call.
+    """
+
+    free: dict[Place, Call]
+    first: int
+    last: int
+
+    def feeds(self, place: Place) -> bool:
+        """Tell whether a chunk, or a gradient, is on its way to a block."""
+        direction, block = place
+        return block > self.first if direction is ForwardChunk else direction is Backward and block < self.last
+
+
+_Step = Backward | ForwardChunk | str
+"""The next call on the way of a chunk, or the chunk's name where it has come to the head."""
+
+
 def _place(call: Call) -> Place:
     return type(call), getattr(call, "block", -1)
-
-
-def _is_fed(here: Place, first: int, last: int) -> bool:
-    """Whether a chunk, or a gradient, is on its way to a block; see `_fronts`."""
-    direction, block = here
-    return block > first if direction is ForwardChunk else direction is Backward and block < last

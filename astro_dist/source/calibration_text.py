@@ -163,8 +163,8 @@ def _sequences(documents: Sequence[str], tokenizer: Any, config: CalibrationConf
         part = "three quarters" if option == "samples" else "a quarter"
         raise ConfigError(
             f"calibration.{option}: {count} sequences of {length} tokens{beside} asked for, but the text of "
-            f"{config.source} gives {available} ({part} of it are for that); use more text, fewer samples or shorter "
-            "sequences"
+            f"{config.source} gives {available} ({part} of it, so much is for that); use more text, fewer samples or "
+            "shorter sequences"
         )
     chosen = sorted(random.Random(config.seed).sample(range(available), count))
     rows = [bos + tokens[i * body : (i + 1) * body] for i in chosen]

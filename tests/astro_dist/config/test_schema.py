@@ -221,11 +221,11 @@ def test_key_that_nobody_has_listed_counts(monkeypatch, path):
     assert key_with(monkeypatch, path, 1) != key_with(monkeypatch, path, 2)
 
 
-def test_keys_that_count_are_those_of_earlier_versions(write):
+def test_keys_that_decide_bytes(write):
     arithmetic = load_config(write(MINIMAL)).arithmetic()
     assert arithmetic.keys() == {"quantization", "regularizer", "experts", "calibration", "execution"}
     assert arithmetic["calibration"].keys() == {
-        "samples", "sequence_length", "chunk_samples", "holdout_samples", "seed",
+        "samples", "sequence_length", "chunk_samples", "holdout_samples", "seed", "token_weights",
     }  # fmt: skip
     assert arithmetic["execution"].keys() == {
         "mode", "rounds", "hessian_shares", "compute_dtype", "threads_per_worker", "compile",
