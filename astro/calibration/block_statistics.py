@@ -14,7 +14,7 @@ from astro.calibration.starved_experts import AllTokens, InputStatistics, is_sta
 from astro.calibration.token_weights import TokenWeights
 from astro.config import Experts
 from astro.errors import NumericalError, UnsupportedError
-from astro.model.activations import BlockLayers, Operand, is_same_input, names_of
+from astro.model.activations import BlockLayers, Inputs, Operand, is_same_input, names_of
 
 __all__ = ["BlockStatistics", "input_stages", "inputs_of"]
 
@@ -99,7 +99,8 @@ class BlockStatistics:
                 shared.setdefault(group[0].parameter, empty).absorb_(sums)
         return shared
 
-    def _observe(self, operand: Operand, X: torch.Tensor) -> None:
+    def _observe(self, operand: Operand, inputs: Inputs) -> None:
+        X = inputs.X
         last, last_index = self._last if self._last is not None else (None, -1)
         shares = operand.expert is None and last is not None and is_same_input(last, X)
         if operand not in self._input_group_of:
@@ -107,7 +108,7 @@ class BlockStatistics:
         index = self._input_group_of[operand]
         if operand is self.input_groups[index][0]:
             start = time.perf_counter()
-            self._accumulators[index].add_(X, self._weights.of(operand, self._chunk, X))
+            self._accumulators[index].add_(X, self._weights.of(operand, self._chunk, inputs))
             self.seconds += time.perf_counter() - start
         elif not shares or last_index != index:
             first, other = self.input_groups[index][0].names[0], operand.names[0]
@@ -157,7 +158,8 @@ def input_stages(layers: BlockLayers, action: Callable[[], object]) -> list[list
     seen: set[Operand] = set()
     last: list[torch.Tensor] = []  # kept alive, so that no other input can take its place in memory
 
-    def note(operand: Operand, X: torch.Tensor) -> None:
+    def note(operand: Operand, inputs: Inputs) -> None:
+        X = inputs.X
         if operand not in seen and operand.expert is None and last and is_same_input(last[0], X):
             stages[-1][0].append(operand)
             seen.add(operand)
@@ -175,8 +177,8 @@ def input_stages(layers: BlockLayers, action: Callable[[], object]) -> list[list
 
 def inputs_of(
     layers: BlockLayers, operands: Collection[Operand], action: Callable[[], object]
-) -> dict[Operand, torch.Tensor]:
-    """Return the inputs [..., C] of some operands in a forward, which ends as soon as all of them are known.
+) -> dict[Operand, Inputs]:
+    """Return the inputs of some operands in a forward, which ends as soon as all of them are known.
 
     Args:
         layers: The layers of the block, which is loaded.
@@ -186,11 +188,11 @@ def inputs_of(
     Raises:
         NumericalError: The forward does not reach an operand outside experts.
     """
-    seen: dict[Operand, torch.Tensor] = {}
+    seen: dict[Operand, Inputs] = {}
 
-    def note(operand: Operand, X: torch.Tensor) -> None:
+    def note(operand: Operand, inputs: Inputs) -> None:
         if operand in operands:
-            seen[operand] = X
+            seen[operand] = inputs
         if len(seen) == len(operands):
             raise _Reached
 

@@ -14,7 +14,7 @@ from astro.calibration.hessian import HessianAccumulator
 from astro.calibration.token_weights import Kind, norm_weights
 from astro.config import Experts
 from astro.errors import NumericalError
-from astro.model.activations import BlockLayers, Operand
+from astro.model.activations import BlockLayers, Inputs, Operand
 from astro.model.experts import call_alone, reads_inputs
 
 __all__ = ["AllTokens", "InputStatistics", "exhaust", "is_starved", "starved_statistics"]
@@ -114,9 +114,9 @@ class AllTokens:
             return self._shared[operand.parameter]
         sums = HessianAccumulator(operand.columns, device)
 
-        def note(multiplied: Operand, X: torch.Tensor) -> None:
+        def note(multiplied: Operand, inputs: Inputs) -> None:
             if multiplied == operand:
-                rows = X.reshape(-1, X.shape[-1])
+                rows = inputs.X.reshape(-1, inputs.X.shape[-1])
                 sums.add_(rows, norm_weights(rows) if self._weighs else None)
 
         module = self._layers.module_of(operand)

@@ -20,9 +20,9 @@ from typing import Literal
 import torch
 
 from astro.errors import UnsupportedError
-from astro.model.activations import BlockLayers, Operand, is_same_input
+from astro.model.activations import BlockLayers, Inputs, Operand, is_same_input
 
-__all__ = ["Kind", "TokenWeights", "effective_tokens", "loss_weights", "norm_weights", "pass_back"]
+__all__ = ["Kind", "TokenWeights", "effective_tokens", "group_key", "loss_weights", "norm_weights", "pass_back"]
 
 Kind = Literal["loss", "norm", "none"]
 """What tokens are weighted by; `none` lets all count alike."""
@@ -37,8 +37,8 @@ class TokenWeights:
 
     Attributes:
         kind: What tokens are weighted by.
-        measured: Weights by the loss, float32 [T], by chunk and by the name of an input group's first layer. Where an
-            input group has none, as experts do, its tokens are weighted by their norm.
+        measured: Weights by the loss, float32 [T], by chunk and `group_key` of an input group. Where an input group
+            has none its tokens are weighted by their norm.
     """
 
     kind: Kind
@@ -50,21 +50,37 @@ class TokenWeights:
         Args:
             operand: First operand of the input group.
         """
-        lacks = self.kind == "loss" and all(name != operand.names[0] for _, name in self.measured)
+        lacks = self.kind == "loss" and all(key != group_key(operand) for _, key in self.measured)
         return "norm" if lacks else self.kind
 
-    def of(self, operand: Operand, chunk: str, X: torch.Tensor) -> torch.Tensor | None:
+    def of(self, operand: Operand, chunk: str, inputs: Inputs) -> torch.Tensor | None:
         """Return the weights of one chunk's tokens, float32 [T]; None where all count alike.
 
         Args:
             operand: First operand of the input group.
             chunk: Name of the chunk.
-            X: Inputs of the operand [..., C].
+            inputs: Inputs of the operand in a forward of that chunk.
         """
         if self.kind == "none":
             return None
-        measured = self.measured.get((chunk, operand.names[0])) if self.kind == "loss" else None
-        return measured.to(X.device) if measured is not None else norm_weights(X.reshape(-1, X.shape[-1]))
+        X, tokens = inputs.X, inputs.tokens
+        measured = self.measured.get((chunk, group_key(operand))) if self.kind == "loss" else None
+        if measured is None or (operand.expert is not None and tokens is None):
+            return norm_weights(X.reshape(-1, X.shape[-1]))
+        measured = measured.to(X.device)
+        return measured if tokens is None else measured[tokens]
+
+
+def group_key(operand: Operand) -> str:
+    """Return what names the weights of an input group: its first layer, or the parameter that holds the experts.
+
+    Which expert a token goes to may change once the layers before it are quantized. So a token has one weight at all
+    experts of a layer.
+
+    Args:
+        operand: First operand of the input group.
+    """
+    return operand.names[0] if operand.expert is None else operand.parameter
 
 
 def norm_weights(X: torch.Tensor) -> torch.Tensor:
@@ -108,8 +124,7 @@ def pass_back(
 ) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
     """Take the loss's gradient from the output of a block to its input, and measure it at the layers on the way.
 
-    The block is run once more with gradients to its input alone; no weight gets one. Experts are left out: which of
-    them a token goes to may change once layers are quantized.
+    The block is run once more with gradients to its input alone; no weight gets one.
 
     Args:
         layers: The layers of the block, which is loaded.
@@ -118,40 +133,61 @@ def pass_back(
         gradient: Gradient of the loss at the block's output, [B, T, H].
 
     Returns:
-        The gradient at the block's input, [B, T, H], and for every input group, by the name of its first layer, the
-        mean of the squared gradient over the group's outputs, float32 [B · T].
+        The gradient at the block's input, [B, T, H], and for every input group, by its `group_key`, the mean of the
+        squared gradient over the group's outputs, float32 [B · T]. Of experts it is the sum over those that a token
+        goes to; experts whose tokens cannot be told are left out.
 
     Raises:
         UnsupportedError: The block holds an operation that has no gradient.
     """
-    sums: dict[str, torch.Tensor] = {}
-    outputs: dict[str, int] = {}
-    last: list[tuple[torch.Tensor, str]] = []
-
-    def note(operand: Operand, X: torch.Tensor, Z: torch.Tensor) -> None:
-        if operand.expert is not None:
-            last.clear()
-            return
-        if not Z.requires_grad:
-            return
-        first = last[0][1] if last and is_same_input(last[0][0], X) else operand.names[0]
-        last[:] = [(X, first)]
-        outputs[first] = outputs.get(first, 0) + Z.shape[-1]
-
-        def add(g: torch.Tensor) -> None:
-            energy = g.reshape(-1, g.shape[-1]).float().square().sum(-1)
-            sums[first] = sums[first] + energy if first in sums else energy
-
-        Z.register_hook(add)
+    num_tokens = hidden.shape[0] * hidden.shape[1]
+    energies = _Energies(torch.zeros(num_tokens, dtype=torch.float32, device=hidden.device))
 
     try:
         with torch.enable_grad():
             start = hidden.detach().requires_grad_(True)
-            with layers.observed_products(note):
+            with layers.observed_products(energies.observe):
                 output = action(start)
             (gradient_before,) = torch.autograd.grad(output, start, gradient.to(output.dtype))
     except torch.OutOfMemoryError:
         raise
     except (RuntimeError, NotImplementedError) as error:
         raise UnsupportedError(f"no gradient passes through this block: {str(error).splitlines()[0]:.200}") from error
-    return gradient_before, {name: energy / outputs[name] for name, energy in sums.items()}
+    return gradient_before, energies.means()
+
+
+class _Energies:
+    """Sums of squared gradients at the outputs of a block's input groups, token by token."""
+
+    def __init__(self, zeros: torch.Tensor) -> None:
+        self._zeros = zeros
+        self._sums: dict[str, torch.Tensor] = {}
+        self._num_outputs: dict[str, int] = {}
+        self._unknown: set[str] = set()
+        self._last: tuple[torch.Tensor, str] | None = None
+
+    def observe(self, operand: Operand, inputs: Inputs, Z: torch.Tensor) -> None:
+        """Take note of a product, and ask autograd for the gradient at it."""
+        key, tokens = group_key(operand), inputs.tokens
+        if operand.expert is None:
+            if self._last is not None and is_same_input(self._last[0], inputs.X):
+                key = self._last[1]
+            self._last = (inputs.X, key)
+        elif tokens is None:
+            self._unknown.add(key)
+        if not Z.requires_grad or key in self._unknown:
+            return
+        # A token is counted at each of its experts, so that their outputs are not added up as layers' are.
+        known = self._num_outputs.get(key, 0)
+        self._num_outputs[key] = Z.shape[-1] + (known if operand.expert is None else 0)
+
+        def add(g: torch.Tensor) -> None:
+            energy = g.reshape(-1, g.shape[-1]).float().square().sum(-1)
+            sums = self._sums.setdefault(key, self._zeros.clone())
+            sums.add_(energy) if tokens is None else sums.index_add_(0, tokens, energy)
+
+        Z.register_hook(add)
+
+    def means(self) -> dict[str, torch.Tensor]:
+        """Return the mean over outputs of every input group whose tokens are all known."""
+        return {key: sums / self._num_outputs[key] for key, sums in self._sums.items() if key not in self._unknown}

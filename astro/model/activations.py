@@ -15,7 +15,7 @@ from torch.overrides import TorchFunctionMode
 
 from astro.model.linear_layer import LinearLayer
 
-__all__ = ["BlockLayers", "Operand", "is_same_input", "names_of"]
+__all__ = ["BlockLayers", "Inputs", "Operand", "is_same_input", "names_of"]
 
 _OPERANDS = {
     "linear": ((0, "input"), (1, "weight")),
@@ -46,10 +46,24 @@ class Operand:
     columns: int
 
 
-Note = Callable[[Operand, torch.Tensor], None]
-"""A function that is called with an operand and the inputs [..., C] that it is multiplied with."""
-ProductNote = Callable[[Operand, torch.Tensor, torch.Tensor], None]
-"""A function that is called with an operand, its inputs [..., C], and their product [..., R]."""
+@dataclasses.dataclass(frozen=True)
+class Inputs:
+    """What an operand is multiplied with.
+
+    Attributes:
+        X: Inputs [..., C].
+        tokens: Which tokens of the forward the inputs of an expert belong to, int64 [T]; None outside experts, whose
+            inputs are all tokens in their order, and where it could not be seen.
+    """
+
+    X: torch.Tensor
+    tokens: torch.Tensor | None = None
+
+
+Note = Callable[[Operand, Inputs], None]
+"""A function that is called with an operand and the inputs that it is multiplied with."""
+ProductNote = Callable[[Operand, Inputs, torch.Tensor], None]
+"""A function that is called with an operand, its inputs, and their product [..., R]."""
 
 
 def is_same_input(X: torch.Tensor, other: torch.Tensor) -> bool:
@@ -187,21 +201,44 @@ class _Observation(TorchFunctionMode):
     ) -> None:
         super().__init__()
         self._places, self._note, self._note_product = places, note, note_product
+        self._gathered: Inputs | None = None
+        self._routed: dict[int, torch.Tensor] = {}  # by expert
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
-        place = _OPERANDS.get(getattr(func, "__name__", ""))
+        name = getattr(func, "__name__", "")
+        place = _OPERANDS.get(name)
         if place is None:
-            return func(*args, **kwargs)
+            result = func(*args, **kwargs)
+            if name == "__getitem__" and _is_row_index(*args):
+                self._gathered = Inputs(result, args[1])
+            return result
         X, weight = (args[i] if i < len(args) else kwargs[name] for i, name in place)
         operands = self._places.get((weight.data_ptr(), weight.ndim), [])
         if self._note is not None:
             if len(operands) == 1:
-                self._note(operands[0], X)
+                self._note(operands[0], self._inputs(operands[0], X))
             for operand, rows in zip(operands, X, strict=True) if len(operands) > 1 else ():
                 # A token that was not routed to an expert is a row of zeros.
-                self._note(operand, rows[rows.any(-1)])
+                tokens = rows.any(-1).nonzero().squeeze(-1)
+                self._note(operand, Inputs(rows[tokens], tokens))
         product = func(*args, **kwargs)
         if self._note_product is not None and len(operands) == 1:
-            self._note_product(operands[0], X, product)
+            self._note_product(operands[0], self._inputs(operands[0], X), product)
         return product
+
+    def _inputs(self, operand: Operand, X: torch.Tensor) -> Inputs:
+        """The inputs of an operand. An expert's rows were picked from all tokens; its later layers keep their order."""
+        if operand.expert is None:
+            return Inputs(X)
+        if self._gathered is not None and is_same_input(self._gathered.X, X):
+            assert self._gathered.tokens is not None
+            self._routed[operand.expert] = self._gathered.tokens
+        tokens = self._routed.get(operand.expert)
+        return Inputs(X, tokens if tokens is not None and len(tokens) == len(X) else None)
+
+
+def _is_row_index(source: Any, index: Any = None, *_: Any) -> bool:
+    """Tell whether rows of a matrix are picked by their numbers."""
+    is_matrix = isinstance(source, torch.Tensor) and source.ndim == 2 and source.is_floating_point()
+    return is_matrix and isinstance(index, torch.Tensor) and index.ndim == 1 and index.dtype == torch.int64

@@ -221,8 +221,6 @@ def _plan_notes(config: RunConfig, plan: Plan, class_name: str) -> Iterator[str]
             f"{plan.indivisible_layers[0]}"
         )
     yield from _text_notes(config, plan)
-    if config.calibration.token_weights == "loss" and any(c.expert is not None for b in plan.blocks for c in b.linears):
-        yield "tokens are weighted by the loss, but those of experts by their norm"
     if plan.other_matrices:
         yield (
             f"{len(plan.other_matrices)} matrices that are gates, or no linear layers, stay as they are, the first is "

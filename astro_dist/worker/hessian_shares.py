@@ -17,7 +17,7 @@ from astro.calibration.hessian import DriftAccumulator, HessianAccumulator
 from astro.calibration.starved_experts import AllTokens, InputStatistics, exhaust, is_starved, starved_statistics
 from astro.linalg.batching import stacked
 from astro.linalg.symmetric import packed, unpacked
-from astro.model.activations import Operand
+from astro.model.activations import Inputs, Operand
 from astro.timing import add_seconds, timed
 from astro_dist.schedule.names import ORIGINAL, SUM, round_stream, share_part
 from astro_dist.schedule.sequential import shares
@@ -170,18 +170,18 @@ class HessianShares:
                     source = (ORIGINAL, chunk) if drifts else later
                     inputs = self._inputs(block, sums.keys(), (_RESULT, chunk), source)
                 source_inputs = self._inputs(block, drifts, (ORIGINAL, chunk), later) if drifts else {}
-                for operand, X in inputs.items():
-                    H, drift = sums[operand]
+                for operand, of_operand in inputs.items():
+                    X, (H, drift) = of_operand.X, sums[operand]
                     with timed(seconds, "hessian"):
-                        of_tokens = weights.of(operand, chunk, X)
+                        of_tokens = weights.of(operand, chunk, of_operand)
                         H.add_(X, of_tokens)
                     if drift is not None:
                         with timed(seconds, "compensate"):
-                            drift.add_(source_inputs[operand], X, of_tokens)
+                            drift.add_(source_inputs[operand].X, X, of_tokens)
 
     def _inputs(
         self, block: BlockInParts, operands: Iterable[Operand], chunk: tuple[str, str], then: tuple[str, str] | None
-    ) -> dict[Operand, torch.Tensor]:
+    ) -> dict[Operand, Inputs]:
         """What operands read of one chunk of a stream, with the weights as they are now; `then` is read meanwhile."""
         runner, index = self._runner, block.unit.index
         hidden = runner.hidden(chunk[0], index, chunk[1], then)

@@ -76,7 +76,15 @@ class TokenWeigher:
         reason = next((note["reason"] for note in notes if note["reason"]), "")
         weights: dict[str, torch.Tensor] = {}
         effective: dict[str, float] = {}
-        for name in parts[chunks[0]][0] if not reason else ():
+        measured = set.intersection(*(set(tensors) for tensors, _ in parts.values()))
+        experts = {
+            linear.parameter
+            for linear in self._runner.spec.plan.blocks[call.block].linears
+            if linear.expert is not None
+        }
+        if not reason and not experts <= measured:
+            reason = "it cannot be seen which tokens its experts are given"
+        for name in sorted(measured):
             energies = [parts[chunk][0][name].to(device) for chunk in chunks]
             of_tokens = loss_weights(torch.cat(energies))
             if of_tokens is None:

@@ -19,9 +19,10 @@ from tests.support.architectures import EXPERTS
 from tests.support.models import LLAMA, files_of, write_checkpoint
 
 RUNS = {
-    "mixtral": {"execution__mode": "blocks"},
-    "gpt-oss": {"execution__rounds": 2},
-    "llama4": {"execution__mode": "sequential", "execution__hessian_shares": 2},
+    "mixtral": {"execution__mode": "blocks", "calibration__token_weights": "loss"},
+    "gpt-oss": {"execution__rounds": 2, "calibration__token_weights": "loss"},
+    "qwen3-moe": {"execution__mode": "sequential", "calibration__token_weights": "loss"},
+    "llama4": {"execution__mode": "sequential", "execution__hessian_shares": 2, "calibration__token_weights": "loss"},
 }
 
 
@@ -51,7 +52,14 @@ def test_number_of_workers_does_not_change_a_byte(experts_config, tmp_path, name
         results.append(files_of(Path(summary.model)))
     assert results[0] == results[1] == results[2]
     verify_model(Path(summary.model), tmp_path / name)
-    assert any(layer["fallback"] == "all-tokens" for layer in layers_of(summary))
+    layers = layers_of(summary)
+    assert any(layer["fallback"] == "all-tokens" for layer in layers)
+    weighted = {(layer["fallback"] != "", ".experts." in layer["name"]): set() for layer in layers}
+    for layer in layers:
+        weighted[layer["fallback"] != "", ".experts." in layer["name"]].add(layer["token_weights"])
+    of_experts = {} if name == "llama4" else {(False, True): {"loss"}}  # all of whose experts saw too few tokens
+    assert weighted == {(True, True): {"norm"}, **of_experts, (False, False): {"loss"}}
+    assert any("which tokens its experts are given" in note for note in summary.notes) == (name == "llama4")
 
 
 @pytest.mark.parametrize("mode", ["blocks", "sequential"])

@@ -8,7 +8,7 @@ from astro.calibration.block_statistics import input_stages
 from astro.calibration.hessian import DriftAccumulator, HessianAccumulator
 from astro.calibration.token_weights import TokenWeights, effective_tokens, loss_weights, norm_weights, pass_back
 from astro.errors import UnsupportedError
-from astro.model.activations import BlockLayers, Operand, names_of
+from astro.model.activations import BlockLayers, Inputs, Operand, names_of
 from astro.model.block_call import forward, record, returns_tuple
 from astro.model.perplexity import loss_gradient
 from astro.model.skeleton import Skeleton
@@ -88,9 +88,14 @@ def test_groups_that_were_not_measured_are_weighted_by_their_norm():
     q, expert = Operand(("q",), "q", None, 8), Operand(("e",), "e", 0, 8)
     weights = TokenWeights("loss", {("c0000", "q"): torch.arange(6.0)})
     assert [weights.kind_of(operand) for operand in (q, expert)] == ["loss", "norm"]
-    assert torch.equal(weights.of(q, "c0000", X), torch.arange(6.0))
-    assert torch.equal(weights.of(expert, "c0000", X), norm_weights(X))
-    assert TokenWeights("none").of(q, "c0000", X) is None
+    assert torch.equal(weights.of(q, "c0000", Inputs(X)), torch.arange(6.0))
+    assert torch.equal(weights.of(expert, "c0000", Inputs(X)), norm_weights(X))
+    assert TokenWeights("none").of(q, "c0000", Inputs(X)) is None
+    routed = TokenWeights("loss", {("c0000", "experts"): torch.arange(10.0)})
+    expert = Operand(("e.3.up",), "experts", 3, 8)
+    tokens = torch.tensor([7, 1, 2, 3, 0, 9])
+    assert torch.equal(routed.of(expert, "c0000", Inputs(X, tokens)), tokens.float())
+    assert torch.equal(routed.of(expert, "c0000", Inputs(X)), norm_weights(X))
 
 
 def whole_model(folder, names):
@@ -136,7 +141,9 @@ def test_gradient_block_by_block_is_that_of_the_whole_model(name, tmp_path):
             gradient, energies = pass_back(layers, run, inputs[index], gradient)
             stages = input_stages(layers, lambda run=run, index=index: run(inputs[index]))
             groups = [names_of(group) for stage in stages for group in stage if group[0].expert is None]
-            assert set(energies) == {members[0] for members in groups}
+            experts = {operand.parameter for operand in layers.operands if operand.expert is not None}
+            assert set(energies) - experts == {members[0] for members in groups}
+            assert bool(experts & set(energies)) == (bool(experts) and name != "llama4")  # whose experts are batched
             for members in groups:
                 mean = torch.cat([expected[member] for member in members], dim=-1).mean(-1)
                 torch.testing.assert_close(energies[members[0]], mean, rtol=1e-3, atol=1e-5 * float(mean.max()))
@@ -149,3 +156,59 @@ def test_a_block_without_gradient_is_said(llama):
     hidden = torch.ones(1, 2, 64)
     with pytest.raises(UnsupportedError, match="no gradient passes through this block"):
         pass_back(layers, lambda X: X.detach() * 2, hidden, hidden)
+
+
+def opened_experts(name, folder, ids):
+    """The second block of a tiny mixture of experts, and its input for some tokens."""
+    write_checkpoint(folder, EXPERTS[name])
+    checkpoint, skeleton = Checkpoint.open(folder), Skeleton(folder, torch.float32)
+    skeleton.load(skeleton.model, checkpoint.read(checkpoint.entries), CPU)
+    hidden, calls = record(skeleton, ids, returns_tuple(skeleton, ids))
+    linears = skeleton.linear_layers(1, keys_of(skeleton, checkpoint, 1))[0]
+    return skeleton, BlockLayers(skeleton.model, linears), hidden, lambda X: forward(skeleton.blocks[1], X, calls[1])
+
+
+@pytest.mark.parametrize("name", [name for name in EXPERTS if name != "llama4"])
+@torch.no_grad()
+def test_energy_at_experts_against_the_gradient_of_their_weights(name, tmp_path):
+    """For a single token it is ‖∂ℓ/∂W‖² / ‖x‖², added up over the token's experts."""
+    skeleton, layers, hidden, run = opened_experts(name, tmp_path / name, IDS[:1, :1])
+    expert = next(operand for operand in layers.operands if operand.expert is not None)
+    gradient = torch.randn(hidden.shape, generator=torch.Generator().manual_seed(0))
+    _, energies = pass_back(layers, run, hidden, gradient)
+    parameter, seen = skeleton.model.get_parameter(expert.parameter), []
+    layers.module_of(expert).register_forward_pre_hook(lambda m, args: seen.append(args[0]))
+    with torch.enable_grad():
+        parameter.requires_grad_(True)
+        run(hidden).backward(gradient)
+    (x,) = seen
+    outputs = parameter[0].numel() // x.shape[-1]
+    expected = parameter.grad.square().sum() / x.square().sum() / outputs
+    torch.testing.assert_close(energies[expert.parameter], expected.reshape(1), rtol=1e-4, atol=0)
+
+
+@pytest.mark.parametrize("name", EXPERTS)
+@torch.no_grad()
+def test_it_is_seen_which_tokens_an_expert_is_given(name, tmp_path):
+    _, layers, hidden, run = opened_experts(name, tmp_path / name, IDS)
+    expert = next(operand for operand in layers.operands if operand.expert is not None)
+    inputs, seen = {}, []
+    layers.module_of(expert).register_forward_pre_hook(
+        lambda m, args: seen.append(args[0].reshape(-1, args[0].shape[-1]))
+    )
+    with layers.observed(lambda operand, given: inputs.update({operand: given})):
+        run(hidden)
+    tokens = {
+        operand.expert: given.tokens for operand, given in inputs.items() if operand.parameter == expert.parameter
+    }
+    for operand, given in inputs.items():
+        if operand.expert is None:
+            assert given.tokens is None
+        elif (
+            operand.parameter == expert.parameter and name != "llama4"
+        ):  # which multiplies inputs by the router's weight
+            assert torch.equal(seen[0][given.tokens], given.X)
+        else:
+            assert torch.equal(given.tokens, tokens[operand.expert])
+            assert len(given.X) == len(given.tokens)
+    assert len(inputs) > 2

@@ -61,7 +61,7 @@ def test_layers_with_one_input_are_found(llama):
         assert [stage[0] for stage in stages] == statistics.input_groups
         (down,) = stages[-1][0]
         inputs = inputs_of(layers, [down], lambda: forward(skeleton.blocks[0], hidden, calls[0]))
-    assert torch.equal(inputs[down], seen["x"])
+    assert torch.equal(inputs[down].X, seen["x"])
     *_, last = statistics.finish_(Experts(), [])
     X = seen["x"].reshape(-1, 128)
     assert (last.num_tokens, last.routed_tokens, last.fallback) == (80, 80, "")
