@@ -119,9 +119,9 @@ class SolverSettings:
     """Most passes of coordinate descent over integers and scales after GPTQ, from 0, which is none, to 100."""
     refine_tolerance: float = 1e-3
     """A pass that lowers the layer error by a smaller share is the last."""
-    compensation: float = 0.25
+    compensation: float | Literal["auto"] = "auto"
     """In mode `sequential`: share of the errors made before a layer that its weights make up for, from 0, which is
-    none, to 1."""
+    none, to 1. `auto` measures for every input group which share of the correction two halves of the text agree on."""
     damping: float = 0.01
     """Share of the mean diagonal that is added to the Hessian's diagonal."""
     max_damping: float = 1.0
@@ -129,7 +129,8 @@ class SolverSettings:
     share the run ends in an error."""
 
     def __post_init__(self) -> None:
-        _require(0 <= self.compensation <= 1, f"compensation: expected 0 to 1, got {self.compensation}")
+        valid_share = self.compensation == "auto" or 0 <= self.compensation <= 1
+        _require(valid_share, f"compensation: expected auto or 0 to 1, got {self.compensation}")
         _require(0 <= self.refine_passes <= 100, f"refine_passes: expected 0 to 100, got {self.refine_passes}")
         _require(
             math.isfinite(self.refine_tolerance) and self.refine_tolerance >= 0,
@@ -143,7 +144,7 @@ class SolverSettings:
     @property
     def compensates(self) -> bool:
         """Whether, in mode `sequential`, layers make up for the errors of those before."""
-        return self.compensation > 0 and self.method == "gptq"
+        return self.compensation != 0 and self.method == "gptq"
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -197,6 +197,17 @@ class DriftAccumulator:
         self.partial += partial
         self.total_weight += total_weight
 
+    def spread_(self, half: "DriftAccumulator") -> torch.Tensor:
+        """Return half of the difference between the means over some tokens and over the others, [C, C] float32.
+
+        Args:
+            half: The sum over some of the tokens, whose memory is taken for the result.
+        """
+        rest = self.partial - half.partial
+        rest_weight = (self.total_weight - half.total_weight).clamp(min=torch.finfo(torch.float64).tiny)
+        mean = half.partial.div_(half.total_weight.clamp(min=torch.finfo(torch.float64).tiny))
+        return mean.sub_(rest.div_(rest_weight)).mul_(0.5)
+
     def finish_(self, name: str) -> torch.Tensor:
         """Return the weighted mean over all tokens, [C, C] float32. The accumulator is empty afterwards.
 

@@ -36,6 +36,8 @@ class LayerRecord:
     """Relative error of the sampled rows at each width that was measured, without regularization."""
     group_maximum_ratio: float
     """Mean group maximum after regularization over before; 1 without a regularizer."""
+    compensation: float = 0.0
+    """Share of the errors made before the layers that their weights make up for; 0 where none is."""
     damping: float
     """Share of the mean diagonal that the Hessian needed; 0 where no factorization was done."""
     factorizations: int

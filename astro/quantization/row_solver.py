@@ -32,6 +32,7 @@ __all__ = [
     "num_sample_rows",
     "prepare_input_groups",
     "quantize_rows",
+    "reproducible_share",
     "sample_rows",
     "solve_rows",
 ]
@@ -173,7 +174,8 @@ def prepare_input_groups(
         H: Mean of xxᵀ over the calibration tokens, float32 [B, C, C].
         scheme: The grid of all members.
         recipe: How they are quantized.
-        drift: Mean of (x_s − x)xᵀ, x_s the same tokens' inputs in the source model, float32 [B, C, C].
+        drift: Mean of (x_s − x)xᵀ, x_s the same tokens' inputs in the source model, float32 [B, C, C]. Where the share
+            that is made up for is measured, it is contained.
         lacks_statistics: Which input groups have no statistics, their H being the identity; if empty, none.
 
     Raises:
@@ -188,7 +190,8 @@ def prepare_input_groups(
             in_order = torch.arange(W.shape[-1], device=H.device).expand(H.shape[:-1])
             order = gptq.activation_order(H) if solver.act_order == "static" else in_order
             factor = factorize(H, order, solver.damping, solver.max_damping, names)
-    drift = None if drift is None or factor is None else drift * solver.compensation
+    if drift is not None:
+        drift = None if factor is None else drift * (1.0 if solver.compensation == "auto" else solver.compensation)
     none = H.new_zeros(len(H), dtype=torch.float64)
     lacking = torch.tensor(list(lacks_statistics) or [False] * len(H), device=H.device)
     input_groups = InputGroups(tuple(names), H, drift, scheme, recipe, factor, None, none, none, lacking, seconds)
@@ -274,6 +277,34 @@ def compensate(input_groups: InputGroups, W: torch.Tensor) -> torch.Tensor:
         return W
     with timed(input_groups.seconds, "compensate"):
         return W + input_groups.factor.solve(W @ input_groups.drift)
+
+
+def reproducible_share(input_groups: InputGroups, W: torch.Tensor, spread: torch.Tensor) -> torch.Tensor:
+    """Return the share γ of the correction ΔW = W (Σ d xᵀ) (H + λI)⁻¹ that two halves of the text agree on.
+
+    With ΔW₁ and ΔW₂ from the halves' drifts D ± Δ alone, products taken under H:
+
+        γ = ⟨ΔW₁, ΔW₂⟩ / ½ (‖ΔW₁‖² + ‖ΔW₂‖²) = (‖ΔW_D‖² − ‖ΔW_Δ‖²) / (‖ΔW_D‖² + ‖ΔW_Δ‖²)
+
+    It is measured on sampled rows, and lies between 0 and 1.
+
+    Args:
+        input_groups: The input groups, prepared with the whole drift.
+        W: Weights of all members of each, float32 [B, R, C].
+        spread: Half of the difference of the halves' drifts, Δ, float32 [B, C, C].
+
+    Returns:
+        The share of each input group, float32 [B].
+    """
+    assert input_groups.drift is not None
+    assert input_groups.factor is not None
+    rows, factor, H = sample_rows(W), input_groups.factor, input_groups.H
+    with timed(input_groups.seconds, "compensate"):
+        common, apart = (
+            layer_error(factor.solve(rows @ drift), torch.zeros_like(rows), H).sum(-1)
+            for drift in (input_groups.drift, spread)
+        )
+    return ((common - apart) / (common + apart).clamp(min=_TINY)).clamp(0, 1)
 
 
 def measure_width(input_groups: InputGroups, W: torch.Tensor, bits: int) -> list[float]:

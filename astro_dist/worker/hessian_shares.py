@@ -41,11 +41,14 @@ class BatchStatistics:
         H: Weighted mean of xxᵀ of each input group, float32 [B, C, C].
         drift: Weighted mean of (x_s − x)xᵀ of each input group, float32 [B, C, C]; None where errors are not
             compensated.
+        spread: Half of the difference between the drifts of the even and the odd shares, float32 [B, C, C]; None where
+            it was not just measured.
         fallbacks: Policy that was used for each input group because too few tokens reached it; empty elsewhere.
     """
 
     H: torch.Tensor
     drift: torch.Tensor | None
+    spread: torch.Tensor | None
     fallbacks: tuple[str, ...]
 
 
@@ -126,16 +129,19 @@ class HessianShares:
             DamagedError: A part is missing, or not as it was written.
             NumericalError: Too few tokens reached an expert, and the policy is `fail`.
         """
-        if block.is_there(batch, SUM):
+        if block.is_there(batch, SUM) and not block.is_there(batch, share_part(0)):
             return self.read(block, batch)
         seconds: dict[str, float] = {}
-        finished, drifts = [], []
+        finished, drifts, spreads = [], [], []
         merged = self._merged(block, batch, seconds)
         for names, operand in zip(block.batches[batch], self._operands(block, batch), strict=True):
-            H, drift = merged.pop(0)
+            H, drift, even = merged.pop(0)
             finished.append(self._statistics(block, batch, names, operand, H))
+            if drift is not None and even is not None:
+                spreads.append(drift.spread_(even))
             drifts += [drift.finish_("+".join(names))] if drift is not None else []
-        return _save_sum(block, batch, finished, stacked(drifts) if drifts else None, seconds)
+        written = _save_sum(block, batch, finished, stacked(drifts) if drifts else None, seconds)
+        return dataclasses.replace(written, spread=stacked(spreads)) if spreads else written
 
     def read(self, block: BlockInParts, batch: int) -> BatchStatistics:
         """Read the statistics of a batch, as they were written.
@@ -149,7 +155,7 @@ class HessianShares:
         """
         tensors, note = block.load(batch, SUM)
         H = unpacked(tensors["hessian"].to(self._runner.device), block.columns(batch))
-        return BatchStatistics(H, tensors.get("drift"), tuple(note["fallback"]))
+        return BatchStatistics(H, tensors.get("drift"), None, tuple(note["fallback"]))
 
     def _feed(
         self,
@@ -215,18 +221,33 @@ class HessianShares:
         }
         block.save(batch, share_part(share), tensors, note)
 
-    def _merged(self, block: BlockInParts, batch: int, seconds: dict[str, float]) -> list[_Accumulators]:
-        """A batch's sums over all shares, in their order; the time that those took is added to `seconds`."""
+    def _merged(
+        self, block: BlockInParts, batch: int, seconds: dict[str, float]
+    ) -> list[tuple[HessianAccumulator, DriftAccumulator | None, DriftAccumulator | None]]:
+        """A batch's sums over all shares, in their order; the time that those took is added to `seconds`.
+
+        The last one of each is the drift over the even shares alone, where the share to make up for is measured.
+        """
         runner = self._runner
-        merged = [self._accumulators(operand) for operand in self._operands(block, batch)]
-        for share in range(len(shares(runner.spec.chunks, runner.spec.shares))):
+        count = len(shares(runner.spec.chunks, runner.spec.shares))
+        halves = runner.spec.quantization.compensation == "auto" and count > 1
+        merged = []
+        for operand in self._operands(block, batch):
+            H, drift = self._accumulators(operand)
+            even = DriftAccumulator(operand.columns, runner.device) if halves and drift is not None else None
+            merged.append((H, drift, even))
+        for share in range(count):
             tensors, note = block.load(batch, share_part(share))
             add_seconds(seconds, note["seconds"])
-            for i, (H, drift) in enumerate(merged):
-                partial = unpacked(tensors["hessian"][i].to(runner.device), block.columns(batch))
-                H.merge_(partial, note["num_tokens"][i], note["total_weight"][i])
-                if drift is not None:
-                    drift.merge_(tensors["drift"][i].to(runner.device), note["total_weight"][i])
+            for i, (H, drift, even) in enumerate(merged):
+                partial, weight = (
+                    unpacked(tensors["hessian"][i].to(runner.device), block.columns(batch)),
+                    note["total_weight"][i],
+                )
+                H.merge_(partial, note["num_tokens"][i], weight)
+                for accumulator in (drift, even if share % 2 == 0 else None):
+                    if accumulator is not None:
+                        accumulator.merge_(tensors["drift"][i].to(runner.device), weight)
         return merged
 
     def _statistics(
@@ -261,7 +282,7 @@ class HessianShares:
             else:
                 source = HessianAccumulator(operand.columns, runner.device)
                 for batch in block.stages[stage]:
-                    for H, _ in self._merged(block, batch, {}):
+                    for H, *_ in self._merged(block, batch, {}):
                         source.absorb_(H)
             self._substitute = substitute = _Substitute(block, stage, source)
         return substitute.source
@@ -292,4 +313,4 @@ def _save_sum(
         "seconds": seconds,
     }
     block.save(batch, SUM, tensors, note)
-    return BatchStatistics(H, drift, tuple(note["fallback"]))
+    return BatchStatistics(H, drift, None, tuple(note["fallback"]))

@@ -219,10 +219,11 @@ class BlockInParts:
         by_input_group = zip(*(solved.outcomes for solved in tiles), strict=True)
         outcomes = [_agreed(name, of_tiles) for name, of_tiles in zip(tile.names, by_input_group, strict=True)]
         layers, records = merge_rows(rows, [solved.rows for solved in tiles], outcomes, counts["num_tokens"])
-        measured = self.note(batch, DECISION)["width_errors"]
+        decision = self.note(batch, DECISION)
         for i, record in enumerate(records):
-            errors = {int(bits): error for bits, error in measured[record.name].items()}
+            errors = {int(bits): error for bits, error in decision["width_errors"][record.name].items()}
             counted = {key: counts[key][i] for key in ("routed_tokens", "token_weights", "fallback")}
+            counted["compensation"] = decision["compensation"].get(record.name, 0.0)
             records[i] = dataclasses.replace(record, width_errors=errors, **counted)
         return layers, records
 

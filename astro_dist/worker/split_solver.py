@@ -19,7 +19,14 @@ from astro.quantization import beta_search
 from astro.quantization.grid import QuantizedLinear
 from astro.quantization.input_group import stack
 from astro.quantization.layer_record import LayerRecord
-from astro.quantization.row_solver import Figures, InputGroups, measure_width, prepare_input_groups, solve_rows
+from astro.quantization.row_solver import (
+    Figures,
+    InputGroups,
+    measure_width,
+    prepare_input_groups,
+    reproducible_share,
+    solve_rows,
+)
 from astro.timing import add_seconds
 from astro_dist.planning.units import BlockUnit
 from astro_dist.schedule.calls import (
@@ -39,6 +46,9 @@ from astro_dist.worker.split_block import BlockInParts, Tile
 
 __all__ = ["SplitSolver"]
 
+_USUAL_COMPENSATION = 0.25
+"""Share of earlier errors to make up for where the text is in one piece, so that no two halves can be compared."""
+
 
 @dataclasses.dataclass(frozen=True)
 class _PreparedGroups:
@@ -48,11 +58,13 @@ class _PreparedGroups:
         names: Name of each input group.
         input_groups: What all of their rows share.
         W: Weights of all members of each, float32 [B, R, C].
+        compensation: Share of earlier errors that each makes up for.
     """
 
     names: tuple[str, ...]
     input_groups: InputGroups
     W: torch.Tensor
+    compensation: tuple[float, ...] = ()
 
 
 class SplitSolver:
@@ -128,15 +140,20 @@ class SplitSolver:
         block, batch = self._turn_to(call.place), call.batch
         statistics = self._shares.merge(block, batch)
         errors: dict[str, dict[int, float]] = {}
+        compensation: dict[str, float] = {}
         seconds: dict[str, float] = {}
         for tile in {tile.names: tile for tile in block.tiles(batch)}.values():
             prepared = self._prepare_(block, tile, statistics)
+            prepared = self._compensate_(prepared, self._shares_to_make_up_for(prepared, statistics))
+            if prepared.input_groups.drift is not None:
+                compensation |= dict(zip(tile.names, prepared.compensation, strict=True))
             widths = self._runner.widths(call.round_index)
             measured = {bits: measure_width(prepared.input_groups, prepared.W, bits) for bits in widths}
             for i, name in enumerate(tile.names):
                 errors[name] = {bits: of_width[i] for bits, of_width in measured.items()}
             add_seconds(seconds, prepared.input_groups.spent_())
-        block.save(batch, DECISION, {}, {"width_errors": errors, "seconds": seconds})
+        decision = {"width_errors": errors, "compensation": compensation, "seconds": seconds}
+        block.save(batch, DECISION, {}, decision)
 
     def try_betas(self, call: TryBetas) -> None:
         """Try every β on one tile of a batch's sampled rows."""
@@ -209,7 +226,9 @@ class SplitSolver:
     def _prepared_for(self, block: BlockInParts, batch: int, tile: Tile) -> _PreparedGroups:
         """The input groups of a tile, as the call before left them, or prepared from their statistics."""
         if self._prepared is None or self._prepared.names != tile.names:
-            return self._prepare_(block, tile, self._shares.read(block, batch))
+            prepared = self._prepare_(block, tile, self._shares.read(block, batch))
+            decided = block.note(batch, DECISION)["compensation"]
+            return self._compensate_(prepared, tuple(decided.get(name, 0.0) for name in tile.names))
         return self._prepared
 
     def _prepare_(self, block: BlockInParts, tile: Tile, statistics: BatchStatistics) -> _PreparedGroups:
@@ -223,6 +242,26 @@ class SplitSolver:
         recipe, lacking = runner.recipe(block.unit), [fallback == "rtn" for fallback in statistics.fallbacks]
         input_groups = prepare_input_groups(tile.names, W, H, tile.scheme, recipe, drift, lacking)
         self._prepared = _PreparedGroups(tile.names, input_groups, W)
+        return self._prepared
+
+    def _shares_to_make_up_for(self, prepared: _PreparedGroups, statistics: BatchStatistics) -> tuple[float, ...]:
+        """The share of earlier errors that each input group makes up for: as configured, or as two halves agree."""
+        asked, input_groups = self._runner.spec.quantization.compensation, prepared.input_groups
+        if input_groups.drift is None or asked != "auto":
+            share = 0.0 if input_groups.drift is None or asked == "auto" else asked
+            return (share,) * len(prepared.names)
+        if statistics.spread is None:
+            return (_USUAL_COMPENSATION,) * len(prepared.names)
+        spread = statistics.spread.to(self._runner.device)
+        return tuple(reproducible_share(input_groups, prepared.W, spread).tolist())
+
+    def _compensate_(self, prepared: _PreparedGroups, compensation: tuple[float, ...]) -> _PreparedGroups:
+        """Let input groups make up for shares of earlier errors, and keep them so."""
+        input_groups = prepared.input_groups
+        if input_groups.drift is not None and self._runner.spec.quantization.compensation == "auto":
+            share = torch.tensor(compensation, device=input_groups.drift.device)[:, None, None]
+            input_groups = dataclasses.replace(input_groups, drift=input_groups.drift * share)
+        self._prepared = dataclasses.replace(prepared, input_groups=input_groups, compensation=compensation)
         return self._prepared
 
     def _sample_errors(self, block: BlockInParts, batch: int, tile: Tile) -> torch.Tensor:

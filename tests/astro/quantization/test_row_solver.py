@@ -16,6 +16,7 @@ from astro.quantization.row_solver import (
     measure_width,
     prepare_input_groups,
     quantize_rows,
+    reproducible_share,
     sample_rows,
     solve_rows,
 )
@@ -178,3 +179,27 @@ def test_drift_that_is_not_finite_is_an_error():
     drift.add_(torch.full((2, 4), float("inf")), torch.ones(2, 4))
     with pytest.raises(NumericalError, match="a: its inputs in the source model hold NaN or Inf"):
         drift.finish_("a")
+
+
+@pytest.mark.parametrize(("noise", "low", "high"), [(0.0, 0.999, 1.0), (20.0, 0.2, 0.8), (2000.0, 0.0, 0.05)])
+def test_share_to_make_up_for_against_naive_float64(noise, low, high):
+    """Two halves of the text with one common drift, and noise of their own."""
+    C, W = 48, random_weights(64, 48)
+    X = correlated_inputs(4000, C).float()
+    H = X.T @ X / len(X)
+    generator = torch.Generator().manual_seed(3)
+    common = 0.1 * torch.randn(C, C, generator=generator) / C**0.5
+    halves = [H @ common.T + noise * 0.01 * torch.randn(C, C, generator=generator) for _ in range(2)]
+    drift, spread = (halves[0] + halves[1]) / 2, (halves[0] - halves[1]) / 2
+    recipe = Recipe(SolverSettings(compensation="auto"), Regularizer(name="none"), torch.float32)
+    groups = prepare_input_groups(["a"], W[None], H[None], LayerScheme(group_size=16), recipe, drift[None])
+    (share,) = reproducible_share(groups, W[None], spread[None]).tolist()
+    damped = H.double() + float(groups.factor.damping) * H.double().diagonal().mean() * torch.eye(
+        C, dtype=torch.float64
+    )
+    rows = sample_rows(W[None])[0].double()
+    first, second = (rows @ half.double() @ damped.inverse() for half in halves)
+    inner = lambda A, B: float(((A @ H.double()) * B).sum())  # noqa: E731
+    expected = inner(first, second) / (inner(first, first) + inner(second, second)) * 2
+    assert share == pytest.approx(max(expected, 0.0), abs=2e-3)
+    assert low <= share <= high
