@@ -1,6 +1,6 @@
 """How a run goes on: its schedule is made from what the run directory holds, which is nothing at the beginning."""
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 
 from astro_dist.config.schema import RunConfig
 from astro_dist.planning.units import Plan
@@ -50,12 +50,22 @@ def make_schedule(config: RunConfig, plan: Plan, run: RunDirectory, chunks: Sequ
     )
     finished = _finished(run, units)
     if config.calibration.token_weights == "loss" and not finished.issuperset(units):
-        finished |= _finished(run, [weights_unit(block) for block in range(blocks)])
+        finished |= _weighed(run, finished, blocks)
     calls_there = all(run.calls(*chunk.tokens.shape).is_file() for chunk in chunks)
     if not calls_there and any(unit not in finished for unit in units):
         finished.discard(EMBED)
     written = None if sequential else {unit for unit in finished if run.has_files(unit)}
     return schedule_of(config, RunShape(blocks, copies, names), StartingPoint(finished, present, written))
+
+
+def _weighed(run: RunDirectory, finished: Collection[str], num_blocks: int) -> set[str]:
+    """The units of token weights whose records hold. The weights of a block that is finished may be gone."""
+    weighed: set[str] = set()
+    for block in range(num_blocks):
+        is_solved = all(block_unit(r, block) in finished for r in range(run.rounds))
+        if run.finished(weights_unit(block), superseded=is_solved) is not None:
+            weighed.add(weights_unit(block))
+    return weighed
 
 
 def _finished(run: RunDirectory, units: Sequence[str]) -> set[str]:

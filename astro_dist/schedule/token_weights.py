@@ -58,8 +58,9 @@ class TokenWeightSchedule:
         self._wanted = sorted(range(shape.num_blocks) if blocks is None else blocks)
         self._all_chunks = list(shape.chunks)
         self._chunks = [chunk for chunk in shape.chunks if not is_held_out(chunk)]
-        self.units = [EMBED, *map(weights_unit, self._wanted)] if self._wanted else []
-        self.finished = set(start.finished) & set(self.units)
+        self.units = [EMBED, *map(weights_unit, range(shape.num_blocks))]
+        done_with = set(range(shape.num_blocks)) - set(self._wanted)
+        self.finished = (set(start.finished) & set(self.units)) | set(map(weights_unit, done_with))
         self._open = {block for block in self._wanted if weights_unit(block) not in self.finished}
 
         def present(stream: str, shift: int = 0) -> list[set[str]]:
@@ -73,7 +74,7 @@ class TokenWeightSchedule:
         self._steps: dict[str, _Step | None] = {}  # by chunk
         self._open_calls: _OpenCalls | None = None
         if any(self._is_lost(chunk) for chunk in self._chunks):
-            self.finished.discard(EMBED)
+            self.finished.discard(EMBED)  # it is made again
 
     @property
     def complete(self) -> bool:

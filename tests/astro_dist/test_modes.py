@@ -13,6 +13,7 @@ from astro.storage.checkpoint import Checkpoint
 from astro_dist import pipeline
 from astro_dist.export.verify import verify_model
 from astro_dist.planning.validate import prepare
+from astro_dist.report.status import read_status
 from astro_dist.run_directory.records import RunDirectory
 from astro_dist.schedule.calls import (
     Backward,
@@ -148,6 +149,7 @@ def test_interrupted_run_goes_on_and_writes_the_same_bytes(run_config, tmp_path,
     assert files_of(model_of(summary)) == expected
     after = {p.name: p.stat().st_mtime_ns for p in (tmp_path / "run" / "records").glob("*.json")}
     assert before.items() <= after.items(), "a finished unit was done again"
+    assert read_status(tmp_path / "run").state == "complete"
 
 
 @pytest.mark.parametrize("mode", ["rounds", "sequential", "uncompensated"])

@@ -127,6 +127,7 @@ def test_only_blocks_that_are_asked_for_are_weighed():
     disk = Disk()
     schedule = TokenWeightSchedule(SHAPE, blocks=[3])
     made = [call for _, call in simulate(schedule, 2, disk)]
-    assert schedule.units == [EMBED, weights_unit(3)]
+    assert schedule.units == [EMBED, *map(weights_unit, range(BLOCKS))]
+    assert schedule.finished == set(schedule.units)
     assert {call.block for call in made if isinstance(call, Backward)} == {3, 4}
     assert TokenWeightSchedule(SHAPE, blocks=[]).complete
