@@ -136,7 +136,7 @@ class ProgressDisplay:
         self._finished, self._blocks_done = len(finished), sum(map(is_block_unit, finished))
         left = self._time_left()
         self._bar.update(self._all, completed=self._blocks_done, left=left)
-        if not self._live and (is_block_unit(call.unit) or isinstance(call, EvaluateLoss)):
+        if not self._live and (is_block_unit(call.unit) or isinstance(call, EvaluateLoss | WeighTokens)):
             self.say(f"{call.unit} done by worker {worker}; {self._blocks_done} of {self._num_blocks} blocks, {left}")
 
     def say(self, text: str) -> None:
