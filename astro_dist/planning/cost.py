@@ -202,7 +202,8 @@ class CostModel:
 
     def _solving_bytes(self, batch: PredictedInputGroup) -> float:
         tile = min(batch.count * batch.rows, row_tile(batch.columns, self._device_type))
-        squares = _SQUARES + (2 if self._sequential else 0)
+        # The drift, and while the share to make up for is measured the drift of half of the text, and their difference.
+        squares = _SQUARES + (4 if self._compensated else 2 if self._sequential else 0)
         return 4.0 * (squares * batch.square + batch.weights + _TILES * tile * batch.columns)
 
     def _statistics_bytes(self, batch: PredictedInputGroup) -> float:
