@@ -55,6 +55,10 @@ _PHASES: dict[type[Call], str] = {
 }
 
 
+_LEAST_DONE = 0.1
+"""Share of a session's units that must be done before the time that is left is told: the first take longer to come."""
+
+
 class ProgressDisplay:
     """Shows how many blocks are done, what each worker does, and how much time is left."""
 
@@ -137,7 +141,8 @@ class ProgressDisplay:
         left = self._time_left()
         self._bar.update(self._all, completed=self._blocks_done, left=left)
         if not self._live and (is_block_unit(call.unit) or isinstance(call, EvaluateLoss | WeighTokens)):
-            self.say(f"{call.unit} done by worker {worker}; {self._blocks_done} of {self._num_blocks} blocks, {left}")
+            done = f"{self._blocks_done} of {self._num_blocks} blocks"
+            self.say(f"{call.unit} done by worker {worker}; {', '.join(filter(None, (done, left)))}")
 
     def say(self, text: str) -> None:
         """Print a line that stays.
@@ -152,7 +157,10 @@ class ProgressDisplay:
             self._phases.update(self._rows[worker], phase=phase)
 
     def _time_left(self) -> str:
-        done = max(self._finished - self._before, 1)
+        """The time that is left in words; empty while too little is done to tell."""
+        done = self._finished - self._before
+        if done < _LEAST_DONE * (self._total - self._before):
+            return ""
         seconds = (time.monotonic() - self._begin) / done * (self._total - self._finished)
         return f"about {in_words(seconds)} left"
 

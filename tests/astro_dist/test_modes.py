@@ -186,6 +186,17 @@ def test_compensation_lowers_the_loss_of_the_tiny_model_at_two_bits(run_config, 
     assert distance(results[0.5]) < distance(results[0.0])
 
 
+def test_share_to_make_up_for_is_measured_where_the_text_has_two_halves(run_config, tmp_path):
+    for shares in (1, 2):
+        folder = tmp_path / str(shares)
+        changes = {**MODES["sequential"], "execution__hessian_shares": shares, "output__dir": str(folder)}
+        pipeline.quantize(run_config(**changes))
+        layers = [layer for block in RunDirectory(folder, "").blocks().values() for layer in block.layers]
+        measured = {layer.compensation for layer in layers}
+        assert measured == {0.25} if shares == 1 else len(measured) > 3
+        assert all(0 <= share <= 1 for share in measured)
+
+
 def test_budget_is_spent_and_not_exceeded(run_config, tmp_path):
     summary = pipeline.quantize(run_config(**MODES["budget"]))
     assert 3.0 < summary.average_bits <= 3.5
