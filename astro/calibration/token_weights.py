@@ -18,6 +18,7 @@ from collections.abc import Callable, Mapping
 from typing import Literal
 
 import torch
+from torch.utils.hooks import RemovableHandle
 
 from astro.errors import UnsupportedError
 from astro.model.activations import BlockLayers, Inputs, Operand, is_same_input
@@ -153,6 +154,8 @@ def pass_back(
         raise
     except (RuntimeError, NotImplementedError) as error:
         raise UnsupportedError(f"no gradient passes through this block: {str(error).splitlines()[0]:.200}") from error
+    finally:
+        energies.close()
     return gradient_before, energies.means()
 
 
@@ -165,6 +168,14 @@ class _Energies:
         self._num_outputs: dict[str, int] = {}
         self._unknown: set[str] = set()
         self._last: tuple[torch.Tensor, str] | None = None
+        self._hooks: list[RemovableHandle] = []
+
+    def close(self) -> None:
+        """Let go of the graph. Its nodes hold the hooks, and these the graph: together they would never be freed."""
+        for hook in self._hooks:
+            hook.remove()
+        self._hooks.clear()
+        self._last = None
 
     def observe(self, operand: Operand, inputs: Inputs, Z: torch.Tensor) -> None:
         """Take note of a product, and ask autograd for the gradient at it."""
@@ -186,7 +197,7 @@ class _Energies:
             sums = self._sums.setdefault(key, self._zeros.clone())
             sums.add_(energy) if tokens is None else sums.index_add_(0, tokens, energy)
 
-        Z.register_hook(add)
+        self._hooks.append(Z.register_hook(add))
 
     def means(self) -> dict[str, torch.Tensor]:
         """Return the mean over outputs of every input group whose tokens are all known."""

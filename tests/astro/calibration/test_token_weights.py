@@ -1,5 +1,7 @@
 """Token weights: the Hessians that they make, and the gradient's way back against the whole model's own."""
 
+import weakref
+
 import pytest
 import torch
 import transformers
@@ -147,6 +149,25 @@ def test_gradient_block_by_block_is_that_of_the_whole_model(name, tmp_path):
             for members in groups:
                 mean = torch.cat([expected[member] for member in members], dim=-1).mean(-1)
                 torch.testing.assert_close(energies[members[0]], mean, rtol=1e-3, atol=1e-5 * float(mean.max()))
+
+
+@torch.no_grad()
+def test_the_graph_of_a_block_is_freed(llama):
+    checkpoint, skeleton = Checkpoint.open(llama), Skeleton(llama, torch.float32)
+    skeleton.load(skeleton.model, checkpoint.read(checkpoint.entries), CPU)
+    hidden, calls = record(skeleton, IDS, returns_tuple(skeleton, IDS[:1]))
+    layers = BlockLayers(skeleton.model, skeleton.linear_layers(0, keys_of(skeleton, checkpoint, 0))[0])
+    graph = []
+
+    def action(X):
+        output = forward(skeleton.blocks[0], X, calls[0])
+        graph.append(weakref.ref(output))
+        return output
+
+    with layers.observed(lambda operand, inputs: graph.append(weakref.ref(inputs.X))):
+        pass_back(layers, action, hidden, torch.ones_like(hidden))
+    assert len(graph) == 8
+    assert not any(tensor() is not None for tensor in graph)
 
 
 def test_a_block_without_gradient_is_said(llama):
