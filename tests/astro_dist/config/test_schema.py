@@ -62,7 +62,7 @@ def test_resolved_config_reads_back_the_same(write):
             r"average_bits: expected 2 to 8 \(bit_choices\), got 9",
         ),
         (MINIMAL + "quantization: {bit_choices: [4, 5]}", r"bit_choices: expected different widths .* got \[4, 5\]"),
-        (MINIMAL + "quantization: {compensation: 2}", "compensation: expected 0 to 1, got 2"),
+        (MINIMAL + "quantization: {compensation: 2}", "compensation: expected auto or 0 to 1, got 2"),
         (MINIMAL + "quantization: {refine_passes: -1}", "refine_passes: expected 0 to 100, got -1"),
         (MINIMAL + "quantization: {refine_tolerance: -1}", "refine_tolerance: expected a number >= 0, got -1"),
         (MINIMAL + "quantization: {overrides: {'*.o': {bits: 5}}}", "bits: expected 2, 3, 4 or 8, got 5"),
