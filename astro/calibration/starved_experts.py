@@ -173,5 +173,6 @@ def starved_statistics(
     # A copy is finished, since several experts may share these sums.
     copy = HessianAccumulator(operand.columns, device)
     copy.absorb_(sums)
-    kind: Kind = "none" if token_weights == "none" else "norm"
+    # All tokens are weighted by their norm; what all experts share is weighted as each of them is.
+    kind: Kind = "norm" if token_weights == "loss" and experts.policy == "all-tokens" else token_weights
     return InputStatistics(operand.names, copy.finish_(name), copy.num_tokens, routed_tokens, kind, experts.policy)

@@ -13,11 +13,14 @@ diagonal of the Fisher information (GuidedQuant, arXiv 2505.07004); its root mea
 Shapes: T tokens, C columns (inputs), R rows (outputs).
 """
 
+import contextlib
 import dataclasses
-from collections.abc import Callable, Mapping
+import functools
+from collections.abc import Callable, Iterator, Mapping
 from typing import Literal
 
 import torch
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.hooks import RemovableHandle
 
 from astro.errors import UnsupportedError
@@ -28,6 +31,10 @@ __all__ = ["Kind", "TokenWeights", "effective_tokens", "group_key", "loss_weight
 Kind = Literal["loss", "norm", "none"]
 """What tokens are weighted by; `none` lets all count alike."""
 
+_LEAST_ENERGY = 1e-9
+"""Energy of a token, relative to the mean, below which its weight by the norm does not grow any more."""
+_NO_GRADIENT = ("does not require grad", "not implemented", "inplace operation", "Inference tensor")
+"""What torch says where no gradient passes. Whatever else fails, memory above all, fails the call."""
 _EXPONENT = 0.5
 """Power of a token's energy that is its weight: measured against 0.35 and 1 at 3 and 4 bits."""
 
@@ -51,8 +58,11 @@ class TokenWeights:
         Args:
             operand: First operand of the input group.
         """
-        lacks = self.kind == "loss" and all(key != group_key(operand) for _, key in self.measured)
-        return "norm" if lacks else self.kind
+        return "norm" if self.kind == "loss" and group_key(operand) not in self._keys else self.kind
+
+    @functools.cached_property
+    def _keys(self) -> set[str]:
+        return {key for _, key in self.measured}
 
     def of(self, operand: Operand, chunk: str, inputs: Inputs) -> torch.Tensor | None:
         """Return the weights of one chunk's tokens, float32 [T]; None where all count alike.
@@ -91,7 +101,9 @@ def norm_weights(X: torch.Tensor) -> torch.Tensor:
         X: Inputs of a layer [T, C] in any float dtype.
     """
     energy = X.float().square().mean(-1)
-    return torch.where(energy > 0, energy.reciprocal(), 0.0)
+    # A token that is nearly silent would have a weight beside which all others vanish.
+    floor = (_LEAST_ENERGY * energy.mean()).clamp(min=1e-30)
+    return torch.where(energy > 0, torch.maximum(energy, floor).reciprocal(), 0.0)
 
 
 def loss_weights(energy: torch.Tensor) -> torch.Tensor | None:
@@ -145,18 +157,33 @@ def pass_back(
     energies = _Energies(torch.zeros(num_tokens, dtype=torch.float32, device=hidden.device))
 
     try:
-        with torch.enable_grad():
+        with torch.enable_grad(), _deterministic(hidden.is_cuda):
             start = hidden.detach().requires_grad_(True)
             with layers.observed_products(energies.observe):
                 output = action(start)
             (gradient_before,) = torch.autograd.grad(output, start, gradient.to(output.dtype))
-    except torch.OutOfMemoryError:
-        raise
-    except (RuntimeError, NotImplementedError) as error:
+    except RuntimeError as error:
+        if not any(words in str(error) for words in _NO_GRADIENT):
+            raise
         raise UnsupportedError(f"no gradient passes through this block: {str(error).splitlines()[0]:.200}") from error
     finally:
         energies.close()
     return gradient_before, energies.means()
+
+
+@contextlib.contextmanager
+def _deterministic(on_gpu: bool) -> Iterator[None]:
+    """Let the same gradient come out of every backward pass: the usual ones of attention on GPUs add in any order."""
+    if not on_gpu:
+        yield
+        return
+    before, warns = torch.are_deterministic_algorithms_enabled(), torch.is_deterministic_algorithms_warn_only_enabled()
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    try:
+        with sdpa_kernel([SDPBackend.FLASH_ATTENTION, SDPBackend.MATH]):
+            yield
+    finally:
+        torch.use_deterministic_algorithms(before, warn_only=warns)
 
 
 class _Energies:
@@ -183,9 +210,9 @@ class _Energies:
         if operand.expert is None:
             if self._last is not None and is_same_input(self._last[0], inputs.X):
                 key = self._last[1]
-            self._last = (inputs.X, key)
         elif tokens is None:
             self._unknown.add(key)
+        self._last = (inputs.X, key)
         if not Z.requires_grad or key in self._unknown:
             return
         # A token is counted at each of its experts, so that their outputs are not added up as layers' are.

@@ -1,6 +1,7 @@
 """What a model predicts of a text: its loss, and how far its predictions are from those of the source model."""
 
 import dataclasses
+import math
 from collections.abc import Sequence
 
 import torch
@@ -98,7 +99,7 @@ def relative_change(before: Sequence[float], after: Sequence[float], tokens: Seq
         tokens: Number of tokens of each sequence.
     """
     change = mean_per_token([b - a for a, b in zip(before, after, strict=True)], tokens)
-    factor = float(torch.tensor(change.value, dtype=torch.float64).exp())
+    factor = math.exp(min(change.value, 700.0))  # near the largest float
     return Significant(factor - 1, None if change.error is None else change.error * factor)
 
 
@@ -125,7 +126,9 @@ def _compare(source: torch.Tensor, logits: torch.Tensor) -> tuple[float, int]:
     divergence, agreements = torch.zeros((), dtype=torch.float64, device=logits.device), 0
     for P, Q in zip(source.split(_ROWS), logits.split(_ROWS), strict=True):
         log_p, log_q = log_softmax(P.float(), -1), log_softmax(Q, -1)
-        divergence += ((log_p - log_q) * log_p.exp()).sum(dtype=torch.float64)
+        # A token that the source rules out adds nothing, whatever the model makes of it.
+        terms = torch.where(log_p.isneginf(), 0.0, (log_p - log_q) * log_p.exp())
+        divergence += terms.sum(dtype=torch.float64)
         agreements += int((P.argmax(-1) == Q.argmax(-1)).sum())
     return float(divergence), agreements
 

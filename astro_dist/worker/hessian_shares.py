@@ -15,6 +15,7 @@ import torch
 from astro.calibration.block_statistics import inputs_of
 from astro.calibration.hessian import DriftAccumulator, HessianAccumulator
 from astro.calibration.starved_experts import AllTokens, InputStatistics, exhaust, is_starved, starved_statistics
+from astro.calibration.token_weights import TokenWeights
 from astro.linalg.batching import stacked
 from astro.linalg.symmetric import packed, unpacked
 from astro.model.activations import Inputs, Operand
@@ -71,11 +72,12 @@ class HessianShares:
             runner: Runner of the worker's blocks.
         """
         self._runner = runner
-        self._substitute: _Substitute | None = None
+        self.forget()
 
     def forget(self) -> None:
-        """Let go of what was gathered for starved experts."""
-        self._substitute = None
+        """Let go of what was gathered for starved experts, and of the tokens' weights."""
+        self._substitute: _Substitute | None = None
+        self._weights: tuple[BlockInParts, TokenWeights] | None = None
 
     def accumulate(self, block: BlockInParts, stage: int, share: int, start: float) -> None:
         """Sum the Hessians of a stage's batches over one share of the calibration chunks, and write the sums.
@@ -157,6 +159,12 @@ class HessianShares:
         H = unpacked(tensors["hessian"].to(self._runner.device), block.columns(batch))
         return BatchStatistics(H, tensors.get("drift"), None, tuple(note["fallback"]))
 
+    def _token_weights(self, block: BlockInParts) -> TokenWeights:
+        """The weights of the calibration tokens at a block's layers, read once."""
+        if self._weights is None or self._weights[0] is not block:
+            self._weights = (block, read_token_weights(self._runner, block.unit))
+        return self._weights[1]
+
     def _feed(
         self,
         block: BlockInParts,
@@ -167,7 +175,7 @@ class HessianShares:
     ) -> None:
         """Pass chunks through the block up to a stage, those of the source too where the drift from it is wanted."""
         layers, quantized = self._runner.layers(block.unit), self._dequantized(block, stage)
-        weights = read_token_weights(self._runner, block.unit)
+        weights = self._token_weights(block)
         drifts = [operand for operand, (_, drift) in sums.items() if drift is not None]
         with layers.replaced({} if drifts else quantized):
             for chunk, following in zip_longest(chunks, chunks[1:]):
@@ -256,7 +264,7 @@ class HessianShares:
         """Finish an input group whose shares are merged, or replace its sums if too few tokens reached an expert."""
         runner, experts, kind = self._runner, self._runner.spec.experts, self._runner.spec.token_weights
         if not is_starved(operand, H.num_tokens, experts):
-            weighted_by = read_token_weights(runner, block.unit).kind_of(operand)
+            weighted_by = self._token_weights(block).kind_of(operand)
             return InputStatistics(tuple(names), H.finish_("+".join(names)), H.num_tokens, H.num_tokens, weighted_by)
         stage = next(i for i, batches in enumerate(block.stages) if batch in batches)
         if experts.policy == "all-tokens":

@@ -144,7 +144,7 @@ class SplitSolver:
         seconds: dict[str, float] = {}
         for tile in {tile.names: tile for tile in block.tiles(batch)}.values():
             prepared = self._prepare_(block, tile, statistics)
-            prepared = self._compensate_(prepared, self._shares_to_make_up_for(prepared, statistics))
+            prepared = self._compensate_(prepared, self._shares_to_make_up_for(block, batch, prepared, statistics))
             if prepared.input_groups.drift is not None:
                 compensation |= dict(zip(tile.names, prepared.compensation, strict=True))
             widths = self._runner.widths(call.round_index)
@@ -244,14 +244,21 @@ class SplitSolver:
         self._prepared = _PreparedGroups(tile.names, input_groups, W)
         return self._prepared
 
-    def _shares_to_make_up_for(self, prepared: _PreparedGroups, statistics: BatchStatistics) -> tuple[float, ...]:
+    def _shares_to_make_up_for(
+        self, block: BlockInParts, batch: int, prepared: _PreparedGroups, statistics: BatchStatistics
+    ) -> tuple[float, ...]:
         """The share of earlier errors that each input group makes up for: as configured, or as two halves agree."""
         asked, input_groups = self._runner.spec.quantization.compensation, prepared.input_groups
         if input_groups.drift is None or asked != "auto":
             share = 0.0 if input_groups.drift is None or asked == "auto" else asked
             return (share,) * len(prepared.names)
-        if statistics.spread is None:
+        if statistics.spread is None and len(shares(self._runner.spec.chunks, self._runner.spec.shares)) == 1:
             return (_USUAL_COMPENSATION,) * len(prepared.names)
+        if (
+            statistics.spread is None
+        ):  # this call was made before, its shares are gone, and others go by what it decided
+            decided = block.note(batch, DECISION)["compensation"]
+            return tuple(decided[name] for name in prepared.names)
         spread = statistics.spread.to(self._runner.device)
         return tuple(reproducible_share(input_groups, prepared.W, spread).tolist())
 

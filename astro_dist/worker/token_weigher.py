@@ -116,4 +116,5 @@ def read_token_weights(runner: BlockRunner, unit: BlockUnit) -> TokenWeights:
         return TokenWeights(kind)
     tensors, _ = load_part(runner.spec.run.token_weights(unit.index))
     names = (name.partition(".") for name in tensors)
-    return TokenWeights(kind, {(chunk, layer): tensors[f"{chunk}.{layer}"] for chunk, _, layer in names})
+    device = runner.device
+    return TokenWeights(kind, {(chunk, key): tensors[f"{chunk}.{key}"].to(device) for chunk, _, key in names})

@@ -300,7 +300,7 @@ class Worker:
                 as_tuple = load_call(run.calls(*input_ids.shape), 0, self._device)[1]
                 source = runner.hidden(ORIGINAL, last, chunk) if call.stream != ORIGINAL else None
                 sequences += measure_sequences(runner.skeleton, input_ids, hidden, as_tuple, source)
-        total = sum(sequence.loss for sequence in sequences)
+        total = sum(sequence.loss + sequence.divergence for sequence in sequences)
         if not math.isfinite(total):
             raise NumericalError(
                 f"the loss on the held-out text is {total} (stream {call.stream}); a forward pass overflowed"
