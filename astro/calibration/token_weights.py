@@ -45,8 +45,8 @@ class TokenWeights:
 
     Attributes:
         kind: What tokens are weighted by.
-        measured: Weights by the loss, float32 [T], by chunk and `group_key` of an input group. Where an input group
-            has none its tokens are weighted by their norm.
+        measured: Weights by the loss, float32 [T], by chunk and `group_key` of an input group, on the device of the
+            inputs. Where an input group has none its tokens are weighted by their norm.
     """
 
     kind: Kind
@@ -78,7 +78,6 @@ class TokenWeights:
         measured = self.measured.get((chunk, group_key(operand))) if self.kind == "loss" else None
         if measured is None or (operand.expert is not None and tokens is None):
             return norm_weights(X.reshape(-1, X.shape[-1]))
-        measured = measured.to(X.device)
         return measured if tokens is None else measured[tokens]
 
 
@@ -155,7 +154,6 @@ def pass_back(
     """
     num_tokens = hidden.shape[0] * hidden.shape[1]
     energies = _Energies(torch.zeros(num_tokens, dtype=torch.float32, device=hidden.device))
-
     try:
         with torch.enable_grad(), _deterministic(hidden.is_cuda):
             start = hidden.detach().requires_grad_(True)
@@ -221,7 +219,9 @@ class _Energies:
 
         def add(g: torch.Tensor) -> None:
             energy = g.reshape(-1, g.shape[-1]).float().square().sum(-1)
-            sums = self._sums.setdefault(key, self._zeros.clone())
+            if key not in self._sums:
+                self._sums[key] = self._zeros.clone()
+            sums = self._sums[key]
             sums.add_(energy) if tokens is None else sums.index_add_(0, tokens, energy)
 
         self._hooks.append(Z.register_hook(add))

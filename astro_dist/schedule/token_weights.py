@@ -55,13 +55,13 @@ class TokenWeightSchedule:
             blocks: Indices of the blocks whose weights are wanted; None for all blocks.
         """
         self._num_blocks = shape.num_blocks
-        self._wanted = sorted(range(shape.num_blocks) if blocks is None else blocks)
+        wanted = set(range(shape.num_blocks) if blocks is None else blocks)
         self._all_chunks = list(shape.chunks)
         self._chunks = [chunk for chunk in shape.chunks if not is_held_out(chunk)]
         self.units = [EMBED, *map(weights_unit, range(shape.num_blocks))]
-        done_with = set(range(shape.num_blocks)) - set(self._wanted)
+        done_with = set(range(shape.num_blocks)) - wanted
         self.finished = (set(start.finished) & set(self.units)) | set(map(weights_unit, done_with))
-        self._open = {block for block in self._wanted if weights_unit(block) not in self.finished}
+        self._open = {block for block in wanted if weights_unit(block) not in self.finished}
 
         def present(stream: str, shift: int = 0) -> list[set[str]]:
             by_block = start.present.get(stream, {})
@@ -109,16 +109,16 @@ class TokenWeightSchedule:
         """Take note that a call returned; see `Schedule`."""
         self._taken.discard(call)
         self._open_calls = None
+        if isinstance(call, ForwardChunk | Backward):
+            self._steps.pop(call.chunk, None)
+        else:
+            self._steps.clear()
         match call:
             case ForwardChunk():
                 self._hidden[call.block + 1].add(call.chunk)
-                self._steps.pop(call.chunk, None)
-                return []
             case Backward():
                 self._energy[call.block].add(call.chunk)
                 self._gradient[call.block].add(call.chunk)
-                self._steps.pop(call.chunk, None)
-                return []
             case Embed():
                 self._hidden[0].update(self._all_chunks)
                 self.finished.add(EMBED)
@@ -128,9 +128,7 @@ class TokenWeightSchedule:
                 self.finished.add(call.unit)
                 self._open.discard(call.block)
                 self._gradient[call.block + 1].clear()
-                self._steps.clear()
                 return [SpentInputs(call.block + 1, stream) for stream in (GRADIENT, ENERGY)]
-        self._steps.clear()
         return []
 
     def failed(self, worker: int, call: Call) -> None:

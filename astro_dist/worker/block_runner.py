@@ -246,6 +246,14 @@ class BlockRunner:
             self._tokens, _ = load_part(self.spec.run.tokens)
         return self._tokens[chunk].to(self.device)
 
+    def returns_tuple(self, input_ids: torch.Tensor) -> bool:
+        """Tell whether blocks of this model return a tuple, as it was seen when the tokens were embedded.
+
+        Args:
+            input_ids: Tokens of a chunk, int64 [B, T].
+        """
+        return load_call(self.spec.run.calls(*input_ids.shape), 0, self.device)[1]
+
     def hidden(self, stream: str, index: int, chunk: str, then: tuple[str, str] | None = None) -> torch.Tensor:
         """Return the hidden states of a chunk before a block, [B, T, H].
 

@@ -248,14 +248,14 @@ class HessianShares:
             tensors, note = block.load(batch, share_part(share))
             add_seconds(seconds, note["seconds"])
             for i, (H, drift, even) in enumerate(merged):
-                partial, weight = (
-                    unpacked(tensors["hessian"][i].to(runner.device), block.columns(batch)),
-                    note["total_weight"][i],
-                )
+                weight = note["total_weight"][i]
+                partial = unpacked(tensors["hessian"][i].to(runner.device), block.columns(batch))
                 H.merge_(partial, note["num_tokens"][i], weight)
-                for accumulator in (drift, even if share % 2 == 0 else None):
-                    if accumulator is not None:
-                        accumulator.merge_(tensors["drift"][i].to(runner.device), weight)
+                if drift is not None:
+                    of_share = tensors["drift"][i].to(runner.device)
+                    drift.merge_(of_share, weight)
+                    if even is not None and share % 2 == 0:
+                        even.merge_(of_share, weight)
         return merged
 
     def _statistics(

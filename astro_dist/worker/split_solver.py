@@ -58,13 +58,11 @@ class _PreparedGroups:
         names: Name of each input group.
         input_groups: What all of their rows share.
         W: Weights of all members of each, float32 [B, R, C].
-        compensation: Share of earlier errors that each makes up for.
     """
 
     names: tuple[str, ...]
     input_groups: InputGroups
     W: torch.Tensor
-    compensation: tuple[float, ...] = ()
 
 
 class SplitSolver:
@@ -125,15 +123,18 @@ class SplitSolver:
         widest = sorted(range(len(block.batches)), key=lambda batch: -block.columns(batch))
         return BlockParts(tuple(map(block.parts, widest)))
 
-    def do(self, call: PartCall) -> None:
-        """Do one of the calls by which several workers solve a block."""
+    def do(self, call: AccumulateHessians | PartCall) -> BlockParts | None:
+        """Do one of the calls by which several workers solve a block; the parts of a stage come of the first."""
         match call:
+            case AccumulateHessians():
+                return self.accumulate_hessians(call)
             case MergeHessians():
                 self.merge_hessians(call)
             case TryBetas():
                 self.try_betas(call)
             case SolveRows():
                 self.solve_rows(call)
+        return None
 
     def merge_hessians(self, call: MergeHessians) -> None:
         """Add up the shares of a batch where there are any, see that it can be solved, and measure widths."""
@@ -144,9 +145,10 @@ class SplitSolver:
         seconds: dict[str, float] = {}
         for tile in {tile.names: tile for tile in block.tiles(batch)}.values():
             prepared = self._prepare_(block, tile, statistics)
-            prepared = self._compensate_(prepared, self._shares_to_make_up_for(block, batch, prepared, statistics))
             if prepared.input_groups.drift is not None:
-                compensation |= dict(zip(tile.names, prepared.compensation, strict=True))
+                made_up_for = self._shares_to_make_up_for(block, batch, prepared, statistics)
+                prepared = self._compensate_(prepared, made_up_for)
+                compensation |= dict(zip(tile.names, made_up_for, strict=True))
             widths = self._runner.widths(call.round_index)
             measured = {bits: measure_width(prepared.input_groups, prepared.W, bits) for bits in widths}
             for i, name in enumerate(tile.names):
@@ -225,11 +227,12 @@ class SplitSolver:
 
     def _prepared_for(self, block: BlockInParts, batch: int, tile: Tile) -> _PreparedGroups:
         """The input groups of a tile, as the call before left them, or prepared from their statistics."""
-        if self._prepared is None or self._prepared.names != tile.names:
-            prepared = self._prepare_(block, tile, self._shares.read(block, batch))
-            decided = block.note(batch, DECISION)["compensation"]
-            return self._compensate_(prepared, tuple(decided.get(name, 0.0) for name in tile.names))
-        return self._prepared
+        if self._prepared is not None and self._prepared.names == tile.names:
+            return self._prepared
+        prepared = self._prepare_(block, tile, self._shares.read(block, batch))
+        if prepared.input_groups.drift is None:
+            return prepared
+        return self._compensate_(prepared, self._decided_compensation(block, batch, tile.names))
 
     def _prepare_(self, block: BlockInParts, tile: Tile, statistics: BatchStatistics) -> _PreparedGroups:
         """Prepare the input groups of a tile, and keep them for the next call."""
@@ -248,27 +251,32 @@ class SplitSolver:
         self, block: BlockInParts, batch: int, prepared: _PreparedGroups, statistics: BatchStatistics
     ) -> tuple[float, ...]:
         """The share of earlier errors that each input group makes up for: as configured, or as two halves agree."""
-        asked, input_groups = self._runner.spec.quantization.compensation, prepared.input_groups
-        if input_groups.drift is None or asked != "auto":
-            share = 0.0 if input_groups.drift is None or asked == "auto" else asked
-            return (share,) * len(prepared.names)
-        if statistics.spread is None and len(shares(self._runner.spec.chunks, self._runner.spec.shares)) == 1:
-            return (_USUAL_COMPENSATION,) * len(prepared.names)
-        if (
-            statistics.spread is None
-        ):  # this call was made before, its shares are gone, and others go by what it decided
-            decided = block.note(batch, DECISION)["compensation"]
-            return tuple(decided[name] for name in prepared.names)
-        spread = statistics.spread.to(self._runner.device)
-        return tuple(reproducible_share(input_groups, prepared.W, spread).tolist())
+        spec, names = self._runner.spec, prepared.names
+        if spec.quantization.compensation != "auto":
+            return (spec.quantization.compensation,) * len(names)
+        if statistics.spread is not None:
+            spread = statistics.spread.to(self._runner.device)
+            return tuple(reproducible_share(prepared.input_groups, prepared.W, spread).tolist())
+        if len(shares(spec.chunks, spec.shares)) == 1:
+            return (_USUAL_COMPENSATION,) * len(names)
+        # The call was made before and its shares are gone: others go by what it decided then.
+        return self._decided_compensation(block, batch, names)
+
+    def _decided_compensation(self, block: BlockInParts, batch: int, names: Sequence[str]) -> tuple[float, ...]:
+        decided = block.note(batch, DECISION)["compensation"]
+        return tuple(decided[name] for name in names)
 
     def _compensate_(self, prepared: _PreparedGroups, compensation: tuple[float, ...]) -> _PreparedGroups:
-        """Let input groups make up for shares of earlier errors, and keep them so."""
+        """Let input groups make up for shares of earlier errors, and keep them so.
+
+        A share that is configured is in their drift already, see `prepare_input_groups`.
+        """
         input_groups = prepared.input_groups
-        if input_groups.drift is not None and self._runner.spec.quantization.compensation == "auto":
+        assert input_groups.drift is not None
+        if self._runner.spec.quantization.compensation == "auto":
             share = torch.tensor(compensation, device=input_groups.drift.device)[:, None, None]
             input_groups = dataclasses.replace(input_groups, drift=input_groups.drift * share)
-        self._prepared = dataclasses.replace(prepared, input_groups=input_groups, compensation=compensation)
+        self._prepared = dataclasses.replace(prepared, input_groups=input_groups)
         return self._prepared
 
     def _sample_errors(self, block: BlockInParts, batch: int, tile: Tile) -> torch.Tensor:

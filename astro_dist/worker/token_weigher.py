@@ -11,7 +11,6 @@ import torch
 
 from astro.calibration.token_weights import TokenWeights, effective_tokens, loss_weights, pass_back
 from astro.errors import UnsupportedError
-from astro.model.block_call import load_call
 from astro.model.perplexity import loss_gradient
 from astro.storage.checked_tensors import load_part, save_part
 from astro_dist.planning.units import BlockUnit
@@ -40,7 +39,7 @@ class TokenWeigher:
         with runner.outside_loaded():
             for chunk in call.chunks:
                 input_ids = runner.input_ids(chunk)
-                as_tuple = load_call(runner.spec.run.calls(*input_ids.shape), 0, runner.device)[1]
+                as_tuple = runner.returns_tuple(input_ids)
                 hidden = runner.hidden(ORIGINAL, last, chunk)
                 runner.save_hidden(GRADIENT, last, chunk, loss_gradient(runner.skeleton, input_ids, hidden, as_tuple))
 

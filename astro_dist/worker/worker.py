@@ -17,7 +17,7 @@ from astro.calibration.block_statistics import BlockStatistics
 from astro.calibration.starved_experts import InputStatistics
 from astro.errors import CheckpointError, NumericalError, RunError
 from astro.linalg import compiled
-from astro.model.block_call import load_call, record, returns_tuple, save_calls
+from astro.model.block_call import record, returns_tuple, save_calls
 from astro.model.perplexity import SequenceFigures, measure_sequences
 from astro.process import configure_process, keep_freed_memory, peak_rss_bytes
 from astro.quantization.block import quantize_block
@@ -151,10 +151,8 @@ class Worker:
                 return self.finish_evaluation(call)
             case ForwardChunk():
                 return self.forward_chunk(call)
-            case AccumulateHessians():
-                return self._solver.accumulate_hessians(call)
-            case MergeHessians() | TryBetas() | SolveRows():
-                self.do_part(call)
+            case AccumulateHessians() | MergeHessians() | TryBetas() | SolveRows():
+                return self.do_part(call)
             case WriteBlock():
                 return self.write_block(call)
             case EvaluateLoss():
@@ -270,10 +268,10 @@ class Worker:
         self._runner.forward_chunk(call.stream, call.block, call.chunk)
         return time.perf_counter() - start
 
-    def do_part(self, call: PartCall) -> None:
+    def do_part(self, call: AccumulateHessians | PartCall) -> BlockParts | None:
         """Do one of the calls by which several workers solve a block."""
         self._fed_block = None
-        self._solver.do(call)
+        return self._solver.do(call)
 
     def write_block(self, call: WriteBlock) -> UnitRecord:
         """Put a block's solved tiles together and write its shard."""
@@ -297,7 +295,7 @@ class Worker:
         with runner.outside_loaded():
             for chunk in runner.held_out:
                 hidden, input_ids = runner.hidden(call.stream, last, chunk), runner.input_ids(chunk)
-                as_tuple = load_call(run.calls(*input_ids.shape), 0, self._device)[1]
+                as_tuple = runner.returns_tuple(input_ids)
                 source = runner.hidden(ORIGINAL, last, chunk) if call.stream != ORIGINAL else None
                 sequences += measure_sequences(runner.skeleton, input_ids, hidden, as_tuple, source)
         total = sum(sequence.loss + sequence.divergence for sequence in sequences)
