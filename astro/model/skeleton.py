@@ -23,6 +23,7 @@ from transformers.modeling_utils import LoadStateDictConfig
 from transformers.pytorch_utils import Conv1D
 
 from astro.errors import CheckpointError, UnsupportedError
+from astro.model.computed_buffers import fill_buffers
 from astro.model.experts import expert_layers, expert_owners, has_biases, is_gate, num_experts
 from astro.model.linear_layer import LinearLayer
 from astro.storage.atomic import read_json
@@ -163,8 +164,9 @@ class Skeleton:
 
         Raises:
             CheckpointError: A tensor has the wrong shape, or a parameter got no tensor.
+            UnsupportedError: A buffer that no file holds is left without values.
         """
-        self._fill_buffers(part, device)
+        fill_buffers(self.model, part, device)
         config = LoadStateDictConfig(
             device_map={"": device}, dtype=self._dtype, weight_mapping=self._mapping, ignore_mismatched_sizes=False
         )
@@ -229,16 +231,6 @@ class Skeleton:
         for tensor_name, tensor in (*part.named_parameters(), *part.named_buffers()):
             if tensor.is_meta:
                 raise CheckpointError(f"{name}: the checkpoint holds no tensor for {tensor_name} of this model")
-
-    def _fill_buffers(self, part: nn.Module, device: torch.device) -> None:
-        # Buffers that no file holds (rotary frequencies) are computed by the model's own initializer.
-        for module in part.modules():
-            buffers = {name: module._buffers[name] for name in module._non_persistent_buffers_set}
-            empty = {name: buffer for name, buffer in buffers.items() if buffer is not None and buffer.is_meta}
-            for name, buffer in empty.items():
-                module._buffers[name] = torch.empty_like(buffer, device=device)
-            if empty:
-                self.model._init_weights(module)
 
 
 def _build_on_meta(folder: Path, dtype: torch.dtype, trust_remote_code: bool) -> Any:
