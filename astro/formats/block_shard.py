@@ -3,6 +3,9 @@
 In a shard every quantized layer is a linear layer of its own, whatever the source has: experts that the source holds
 fused in one parameter lie apart, weights that it holds transposed are turned, and the bias of an expert is a tensor of
 its own. All other tensors of the block stay as they are.
+
+The experts of gpt-oss are stored as vLLM loads them: `experts.E.w13_weight_packed` holds gate and up of expert E, whose
+rows alternate, and is joined to its ending by an underscore. There is no `weight_shape` beside it.
 """
 
 from collections.abc import Iterable, Mapping, Sequence
@@ -14,7 +17,10 @@ from astro.formats import Layout
 from astro.model.linear_layer import LinearLayer
 from astro.quantization.grid import QuantizedLinear
 
-__all__ = ["kept_keys", "pack_block", "unpack_block"]
+__all__ = ["kept_keys", "pack_block", "pack_layer", "packed_keys", "stem_of", "unpack_block", "unpack_layer"]
+
+_UNSERVED = "weight_shape"
+"""Ending of a tensor that vLLM's loader of gpt-oss takes for a weight; the layer's sizes follow from the model."""
 
 
 def kept_keys(layers: Sequence[LinearLayer], keys: Iterable[str]) -> list[str]:
@@ -26,6 +32,69 @@ def kept_keys(layers: Sequence[LinearLayer], keys: Iterable[str]) -> list[str]:
     """
     weights = {layer.key for layer in layers}
     return [key for key in keys if key not in weights]
+
+
+def packed_keys(layout: Layout, layer: LinearLayer, scheme: LayerScheme) -> dict[str, str]:
+    """Return the names of the tensors that store a layer, by the ending that the layout gives them.
+
+    Args:
+        layout: The layout that stores the layer.
+        layer: The layer.
+        scheme: Bits, group size and symmetry of the layer.
+    """
+    stored = (suffix for suffix in layout.suffixes(scheme) if layer.joint == "." or suffix != _UNSERVED)
+    return {suffix: f"{layer.stem}{layer.joint}{suffix}" for suffix in stored}
+
+
+def stem_of(key: str, ending: str) -> str | None:
+    """Return the stem of the layer that a packed tensor belongs to; None where the tensor's name ends otherwise.
+
+    Args:
+        key: Name of the tensor.
+        ending: Ending of the name, without what joins it to the stem.
+    """
+    return key[: -len(ending) - 1] if key.endswith((f".{ending}", f"_{ending}")) else None
+
+
+def pack_layer(
+    layout: Layout, layer: LinearLayer, linear: QuantizedLinear, scale_dtype: torch.dtype
+) -> dict[str, torch.Tensor]:
+    """Return the tensors that store one layer, by checkpoint name.
+
+    Args:
+        layout: The layout that stores the layer.
+        layer: The layer.
+        linear: Integers and grid of the layer.
+        scale_dtype: Dtype in which scales are stored; all scales are exact in it.
+    """
+    tensors = layout.pack_linear(layer.stem, linear, scale_dtype)
+    if layer.joint == ".":
+        return tensors
+    named = {name.removeprefix(f"{layer.stem}."): tensor for name, tensor in tensors.items()}
+    return {f"{layer.stem}{layer.joint}{suffix}": named[suffix] for suffix in named if suffix != _UNSERVED}
+
+
+def unpack_layer(
+    layout: Layout, layer: LinearLayer, tensors: Mapping[str, torch.Tensor], scheme: LayerScheme
+) -> QuantizedLinear:
+    """Read one layer back.
+
+    Args:
+        layout: The layout that stores the layer.
+        layer: The layer.
+        tensors: Tensors by checkpoint name; those of the layer must be among them.
+        scheme: Bits, group size and symmetry that the layer was written with.
+
+    Raises:
+        CheckpointError: A packed tensor is missing or does not fit the others.
+    """
+    if layer.joint == ".":
+        return layout.unpack_linear(layer.stem, tensors, scheme)
+    keys = packed_keys(layout, layer, scheme)
+    named = {f"{layer.stem}.{suffix}": tensors[key] for suffix, key in keys.items() if key in tensors}
+    if _UNSERVED in layout.suffixes(scheme):
+        named[f"{layer.stem}.{_UNSERVED}"] = torch.tensor([layer.rows, layer.columns])
+    return layout.unpack_linear(layer.stem, named, scheme)
 
 
 def pack_block(
@@ -48,9 +117,9 @@ def pack_block(
     fused_biases = {layer.bias for layer in layers if layer.bias}
     tensors = {key: tensor for key, tensor in kept.items() if key not in fused_biases}
     for layer in layers:
-        tensors |= layout.pack_linear(layer.stem, quantized_.pop(layer.name), scale_dtype)
+        tensors |= pack_layer(layout, layer, quantized_.pop(layer.name), scale_dtype)
         if layer.bias:
-            tensors[f"{layer.stem}.bias"] = layer.stored_bias(kept[layer.bias]).contiguous()
+            tensors[f"{layer.stem}{layer.joint}bias"] = layer.stored_bias(kept[layer.bias]).contiguous()
     return tensors
 
 
@@ -76,14 +145,14 @@ def unpack_block(
         CheckpointError: A packed tensor is missing or does not fit the others.
     """
     for layer in layers:
-        weight = layout.unpack_linear(layer.stem, tensors_, schemes[layer.name]).dequantize()
-        for suffix in layout.suffixes(schemes[layer.name]):
-            del tensors_[f"{layer.stem}.{suffix}"]
+        weight = unpack_layer(layout, layer, tensors_, schemes[layer.name]).dequantize()
+        for key in packed_keys(layout, layer, schemes[layer.name]).values():
+            del tensors_[key]
         if layer.key not in tensors_:
             tensors_[layer.key] = torch.empty(shapes[layer.key], dtype=dtype)
         layer.stored(tensors_[layer.key]).copy_(weight)
         if layer.bias:
-            bias = tensors_.pop(f"{layer.stem}.bias")
+            bias = tensors_.pop(f"{layer.stem}{layer.joint}bias")
             if layer.bias not in tensors_:
                 tensors_[layer.bias] = bias.new_empty(shapes[layer.bias])
             layer.stored_bias(tensors_[layer.bias]).copy_(bias)

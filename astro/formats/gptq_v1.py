@@ -188,6 +188,10 @@ def reader_notes(layers: Iterable[LinearLayer]) -> list[str]:
             "experts in GPTQ layout: transformers without GPTQModel leaves them random and says nothing; serve them "
             "with vLLM or GPTQModel, or write compressed-tensors"
         )
+    if any(layer.served_as for layer in layers):
+        notes.append(
+            "no reader of gpt-oss's packed experts is known for GPTQ layout; write compressed-tensors for vLLM"
+        )
     return [*notes, *conversion_notes(layers)]
 
 

@@ -65,7 +65,7 @@ def fill_buffers(model: PreTrainedModel, part: nn.Module, device: torch.device) 
         _Buffer(module, name, f"{names[module]}.{name}".removeprefix("."))
         for module in part.modules()
         for name in sorted(module._non_persistent_buffers_set)
-        if (buffer := module._buffers[name]) is not None and buffer.is_meta
+        if (values := module._buffers[name]) is not None and values.is_meta
     ]
     if not buffers:
         return

@@ -3,6 +3,7 @@
 Which rows of such a parameter belong to gate, and which to up, is read off the module, as transformers declares it.
 """
 
+import dataclasses
 import inspect
 import re
 from collections.abc import Mapping, Set
@@ -27,8 +28,12 @@ __all__ = [
 
 _PARTS = {"gate_up_proj": ("gate_proj", "up_proj"), "up_proj": ("up_proj",), "down_proj": ("down_proj",)}
 """The layers in each parameter of an experts' module, in the order of their rows."""
+_JOINED = {"gate_up_proj": "w13", "down_proj": "w2"}
+"""Names of the packed experts of gpt-oss, whose gate and up alternate: servers load both as one layer."""
 _UNDECLARED = {"Llama4TextExperts": {"is_transposed": True, "is_concatenated": True}}
 """Layouts of experts that transformers does not declare, read from its source."""
+_BLOCK = re.compile(r"(.*?\.\d+)\.(.*)")
+"""A block's name, and that of something in the block."""
 _EXPERT = re.compile(r"(.*?\.experts)\.\d+\.")
 """The beginning of the name of an expert's layer."""
 
@@ -68,6 +73,8 @@ def is_gate(name: str, linear: nn.Linear, experts: int | None, owners: Set[str])
             rows as there are experts.
     """
     grandparent, _, parent = name.rpartition(".")[0].rpartition(".")
+    if parent == "router":
+        return True
     beside = f"{grandparent}.{parent}" in owners or (grandparent in owners and parent in ("router", "gate"))
     return linear.out_features == 1 or (linear.out_features == experts and beside)
 
@@ -102,10 +109,13 @@ def expert_layers(
         )
     parts = _PARTS[parameter_name]
     transposed, together = bool(layout["is_transposed"]), bool(layout["is_concatenated"])
-    columns, rows = parameter.shape[1:] if transposed else reversed(parameter.shape[1:])
-    rows //= len(parts)
     target = f"{name}.{parameter_name}"
     fused, bias = keys.get(target), keys.get(f"{target}_bias")
+    is_joined = not together and (fused is not None or f"{name}.0.{_JOINED[parameter_name]}.weight" in keys)
+    if is_joined:
+        parts = (_JOINED[parameter_name],)
+    columns, rows = parameter.shape[1:] if transposed else reversed(parameter.shape[1:])
+    rows //= len(parts)
     layers = []
     for expert in range(len(parameter)):
         for number, part in enumerate(parts):
@@ -114,10 +124,27 @@ def expert_layers(
             if key is None:
                 raise CheckpointError(f"the checkpoint has no tensor for {part} of expert {expert} of {name}")
             first, step = (number * rows, 1) if together else (number, len(parts))
-            # Packed tensors are named as the checkpoint names its tensors, whatever prefix the model has.
-            stem = f"{key.rpartition('.')[0]}.{expert}.{part}" if key == fused else key.removesuffix(".weight")
-            layers.append(LinearLayer(stem, key, rows, columns, stem, target, expert, first, step, transposed, bias))
+            stem = f"{_stored_name(name, key)}.{expert}.{part}" if key == fused else key.removesuffix(".weight")
+            layer = LinearLayer(stem, key, rows, columns, stem, target, expert, first, step, transposed, bias)
+            if is_joined:
+                members = tuple(f"{stem.rpartition('.')[0]}.{member}" for member in _PARTS[parameter_name])
+                layer = dataclasses.replace(layer, joint="_", served_as=members)
+            layers.append(layer)
     return layers
+
+
+def _stored_name(name: str, key: str) -> str:
+    """Return what packed experts are called: as in the model, below the block's name in the checkpoint.
+
+    Servers ask for `experts.E` wherever the checkpoint has all experts fused, also where it calls them otherwise, as
+    Granite's `block_sparse_moe.input_linear.weight`. But the block may have another prefix in the checkpoint.
+
+    Args:
+        name: Name of the experts' module in the model.
+        key: Name of the checkpoint tensor that holds the experts.
+    """
+    inside, outside = _BLOCK.match(name), _BLOCK.match(key)
+    return f"{outside[1]}.{inside[2]}" if inside and outside else key.rpartition(".")[0]
 
 
 def reads_inputs(parameter: str) -> bool:
@@ -138,9 +165,12 @@ def has_biases(name: str, module: nn.Module, parameter_name: str, keys: Mapping[
         parameter_name: Name of the parameter in the module.
         keys: Checkpoint tensors by the model's name for them.
     """
-    parts, count = _PARTS.get(parameter_name.removesuffix("_bias"), ()), len(module.get_parameter(parameter_name))
-    names = [f"{name}.{expert}.{part}.bias" for expert in range(count) for part in parts]
-    return bool(names) and all(unfused in keys for unfused in names)
+    weight, count = parameter_name.removesuffix("_bias"), len(module.get_parameter(parameter_name))
+    if weight not in _PARTS:
+        return False
+    apart = [f"{name}.{expert}.{part}.bias" for expert in range(count) for part in _PARTS[weight]]
+    joined = [f"{name}.{expert}.{_JOINED.get(weight)}_bias" for expert in range(count)]
+    return all(key in keys for key in apart) or all(key in keys for key in joined)
 
 
 def call_alone(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], X: torch.Tensor, expert: int) -> None:

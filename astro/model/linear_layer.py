@@ -28,6 +28,8 @@ class LinearLayer:
         transposed: Whether the parameter holds columns before rows.
         bias: Name of the checkpoint tensor that holds the biases of all experts, in the order of the parameter; None
             where there is none, and outside experts, where a bias is a tensor of its own.
+        joint: Text between the stem and the ending of the name of a packed tensor.
+        served_as: Names under which servers look up how the layer is quantized, where these are others than `name`.
     """
 
     name: str
@@ -41,6 +43,8 @@ class LinearLayer:
     step: int = 1
     transposed: bool = False
     bias: str | None = None
+    joint: str = "."
+    served_as: tuple[str, ...] = ()
 
     @classmethod
     def plain(cls, name: str, key: str, rows: int, columns: int, transposed: bool = False) -> "LinearLayer":
@@ -86,6 +90,11 @@ class LinearLayer:
     def is_fused(self) -> bool:
         """Whether the checkpoint tensor `key` holds the weights of all experts."""
         return self.expert is not None and self.key != f"{self.stem}.weight"
+
+    @property
+    def config_names(self) -> tuple[str, ...]:
+        """The names by which the result's config.json tells how the layer is quantized, or that it is not."""
+        return self.served_as or (self.name,)
 
     @property
     def _rows(self) -> slice:

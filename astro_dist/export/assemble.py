@@ -41,7 +41,9 @@ def assemble(source: Path, plan: Plan, run: RunDirectory, config: RunConfig) -> 
     for path in beside:
         _copy(path, run.model / path.name)
     content = read_json(source / "config.json")
-    layout, schemes = LAYOUTS[config.quantization.format], final_schemes(config.quantization, plan, run)
+    layout, final = LAYOUTS[config.quantization.format], final_schemes(config.quantization, plan, run)
+    linears = (linear for unit in plan.blocks for linear in unit.linears)
+    schemes = {name: final[linear.name] for linear in linears for name in linear.config_names}
     act_order = config.quantization.act_order
     content["quantization_config"] = layout.quantization_config(schemes, plan.ignore, act_order)
     write_json(run.model / "config.json", content)

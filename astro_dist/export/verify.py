@@ -11,6 +11,7 @@ from torch import nn
 from astro.config import LayerScheme
 from astro.errors import CheckpointError, InputError
 from astro.formats import LAYOUTS, Layout
+from astro.formats.block_shard import packed_keys, stem_of, unpack_layer
 from astro.model.linear_layer import LinearLayer
 from astro.model.skeleton import Skeleton
 from astro.storage.atomic import read_json
@@ -84,11 +85,10 @@ def verify_model(model: Path | str, against: Path | str | None = None) -> Verifi
     source = Checkpoint.open(resolve_source(ModelConfig(source=str(against))).store) if against else None
     path = opened.folder / "config.json"
     packing, config = _read_packing(path)
-    mark = f".{packing.MARK}"
-    stems = {key.removesuffix(mark) for key in checkpoint.entries if key.endswith(mark)}
+    stems = {stem for key in checkpoint.entries if (stem := stem_of(key, packing.MARK)) is not None}
     layers, unpacked = _layers(checkpoint, skeleton, stems)
     try:
-        schemes = packing.read_schemes(config, [layer.name for layer in layers])
+        schemes = packing.read_schemes(config, [name for layer in layers for name in layer.config_names])
         missing = [name for name in unpacked if not packing.is_ignored(config, name)]
     except InputError as error:
         raise CheckpointError(f"{path}: {error}") from error
@@ -102,7 +102,7 @@ def verify_model(model: Path | str, against: Path | str | None = None) -> Verifi
     original = _OriginalModel(source, skeleton) if source else None
     errors = {}
     for layer in layers:
-        W_hat = _check_linear(checkpoint, packing, layer, schemes[layer.name])
+        W_hat = _check_linear(checkpoint, packing, layer, schemes[layer.config_names[0]])
         if original:
             errors[layer.stem] = original.error_of(layer.stem, W_hat)
     return Verification(
@@ -211,9 +211,9 @@ def _layers(checkpoint: Checkpoint, skeleton: Skeleton, stems: set[str]) -> tupl
     skeleton.require_covered({target for target, _ in (*loose.values(), *map(skeleton.target_of, weights))})
     linears = _linear_layers(checkpoint, skeleton, [*loose, *weights])
     layers = [layer for layer in linears if layer.stem in stems]
-    packed = {layer.name for layer in layers}
+    packed = {name for layer in layers for name in layer.config_names}
     modules = (name for name, module in skeleton.model.named_modules() if isinstance(module, nn.Linear))
-    names = dict.fromkeys((*modules, *(layer.name for layer in linears)))
+    names = dict.fromkeys((*modules, *(name for layer in linears for name in layer.config_names)))
     return layers, [name for name in names if name not in packed]
 
 
@@ -236,15 +236,17 @@ def _linear_layers(checkpoint: Checkpoint, skeleton: Skeleton, keys: Iterable[st
 
 
 def _is_packed(key: str, stems: set[str]) -> bool:
-    stem, _, suffix = key.rpartition(".")
-    return stem in stems and suffix not in ("weight", "bias")
+    parent, _, name = key.rpartition(".")
+    joined_stem, _, ending = name.partition("_")
+    return (parent in stems and name not in ("weight", "bias")) or (
+        f"{parent}.{joined_stem}" in stems and ending not in ("weight", "bias")
+    )
 
 
 def _check_linear(checkpoint: Checkpoint, packing: Layout, layer: LinearLayer, scheme: LayerScheme) -> torch.Tensor:
     """Unpack a layer, check its shape and its scales, and return its weights [R, C]."""
-    names = [f"{layer.stem}.{suffix}" for suffix in packing.suffixes(scheme)]
-    tensors = checkpoint.read(name for name in names if name in checkpoint.entries)
-    linear = packing.unpack_linear(layer.stem, tensors, scheme)
+    names = packed_keys(packing, layer, scheme).values()
+    linear = unpack_layer(packing, layer, checkpoint.read(name for name in names if name in checkpoint.entries), scheme)
     shape = (layer.rows, layer.columns)
     if tuple(linear.Q.shape) != shape:
         raise CheckpointError(

@@ -84,12 +84,13 @@ def make_plan(checkpoint: Checkpoint, skeleton: Skeleton, quantization: Quantiza
     _require_matching("quantization.ignore", quantization.ignore, names)
     _require_matching("quantization.overrides", quantization.overrides, names)
     quantized = {linear.name: linear for block in blocks for linear in block.unit.linears}
+    packed = {name for linear in quantized.values() for name in linear.config_names}
     if not quantized:
         raise ConfigError(f"quantization.ignore {list(quantization.ignore)}: leaves no linear layer to quantize")
     return Plan(
         blocks=tuple(block.unit for block in blocks),
         copies=tuple(copies),
-        ignore=tuple(name for name in _linear_modules(skeleton, blocks) if name not in quantized),
+        ignore=tuple(name for name in _linear_modules(skeleton, blocks) if name not in packed),
         outside=tuple(tensors.outside),
         outside_weights=sum(math.prod(checkpoint.entries[key].shape) for key in tensors.outside),
         hidden_size=skeleton.hidden_size,
@@ -164,7 +165,7 @@ def _plan_block(
 def _linear_modules(skeleton: Skeleton, blocks: Sequence[_PlannedBlock]) -> list[str]:
     """Return the names of everything that a reader of the result may take for a linear layer, gates among them."""
     modules = [name for name, module in skeleton.model.named_modules() if isinstance(module, nn.Linear)]
-    layers = [layer.name for block in blocks for layer in block.layers]
+    layers = [name for block in blocks for layer in block.layers for name in layer.config_names]
     others = [name for block in blocks for name in block.other_matrices]
     gates = [name.removesuffix(".weight") for name in others if name.endswith(".weight")]
     # Servers know a gate by the name that the file gives it.

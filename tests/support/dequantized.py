@@ -7,6 +7,7 @@ import torch
 from safetensors.torch import save_file
 
 from astro.formats import LAYOUTS
+from astro.formats.block_shard import packed_keys, unpack_layer
 from astro.model.linear_layer import LinearLayer
 from astro.model.skeleton import Skeleton
 from astro.storage.atomic import read_json, write_json
@@ -28,11 +29,14 @@ def write_dequantized(source: Path, quantized: Path, target: Path) -> int:
         layers += skeleton.linear_layers(index, keys_of(skeleton, checkpoint, index))[0]
     config = read_json(quantized / "config.json")["quantization_config"]
     layout = LAYOUTS[config["quant_method"]]
-    schemes = layout.read_schemes(config, [layer.name for layer in layers])
+    names = {layer.config_names[0]: layer.name for layer in layers}
+    schemes = {
+        names[name]: scheme for name, scheme in layout.read_schemes(config, list(names)).items() if name in names
+    }
     tensors = {name: tensor.float() for name, tensor in checkpoint.read(checkpoint.entries).items()}
     for layer in layers:
-        names = [f"{layer.stem}.{suffix}" for suffix in layout.suffixes(schemes[layer.name])]
-        linear = layout.unpack_linear(layer.stem, result.read(names), schemes[layer.name])
+        keys = packed_keys(layout, layer, schemes[layer.name]).values()
+        linear = unpack_layer(layout, layer, result.read(keys), schemes[layer.name])
         layer.stored(tensors[layer.key]).copy_(linear.dequantize())
     shutil.copytree(source, target, ignore=shutil.ignore_patterns("*.safetensors", "*.index.json"), dirs_exist_ok=True)
     save_file(tensors, target / "model.safetensors", {"format": "pt"})

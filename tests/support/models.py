@@ -1,5 +1,6 @@
 """Inputs and models for tests: correlated tokens, random weights, tiny checkpoints that transformers writes."""
 
+import copy
 from pathlib import Path
 from typing import Any
 
@@ -52,7 +53,7 @@ def byte_tokenizer() -> Any:
 def write_checkpoint(folder: Path, config: Any, dtype: torch.dtype = torch.float32, shard: str = "60KB") -> Path:
     """Write a random model of a transformers config, in several shards and with a tokenizer, and return its folder."""
     torch.manual_seed(0)
-    model = transformers.AutoModelForCausalLM.from_config(config).to(dtype)
+    model = transformers.AutoModelForCausalLM.from_config(copy.deepcopy(config)).to(dtype)  # which alters it
     for name, parameter in model.named_parameters():
         if "norm" in name or name.endswith("bias"):
             torch.nn.init.normal_(parameter, mean=1.0 if "norm" in name else 0.0, std=0.1)

@@ -1,5 +1,7 @@
 """A block's shard and back: plain layers, transposed ones, experts that the source holds fused, and their biases."""
 
+import dataclasses
+
 import pytest
 import torch
 
@@ -11,6 +13,13 @@ from astro.quantization.grid import QuantizedLinear, fit_grid
 from tests.support.models import random_weights
 
 SCHEME = LayerScheme(group_size=32)
+
+
+def joined_expert(index):
+    """Gate and up of an expert as one layer, whose packed tensors have other names, and no `weight_shape`."""
+    stem = f"experts.{index}.w13"
+    layer = LinearLayer(stem, "experts.gate_up", 32, 64, stem, "experts.gate_up", index, 0, 1, True, "experts.bias")
+    return dataclasses.replace(layer, joint="_")
 
 
 def expert(index, first, part):
@@ -25,6 +34,10 @@ BLOCKS = {
     "fused experts": (
         [expert(index, first, part) for index in range(2) for first, part in enumerate(("gate", "up"))],
         {"experts.gate_up": (2, 64, 64), "experts.bias": (2, 64), "router": (2, 64)},
+    ),
+    "joined experts": (
+        [joined_expert(index) for index in range(2)],
+        {"experts.gate_up": (2, 64, 32), "experts.bias": (2, 32)},
     ),
 }
 
@@ -64,8 +77,9 @@ def test_round_trip(layout, block):
 
 def test_shard_holds_linear_layers_and_what_is_kept(layout, block):
     layers, source, _ = block
-    expected = {f"{layer.stem}.{suffix}" for layer in layers for suffix in layout.suffixes(SCHEME)}
-    expected |= {f"{layer.stem}.bias" for layer in layers if layer.bias}
+    expected = {f"{layer.stem}{layer.joint}{suffix}" for layer in layers for suffix in layout.suffixes(SCHEME)}
+    expected |= {f"{layer.stem}{layer.joint}bias" for layer in layers if layer.bias}
+    expected -= {f"experts.{index}.w13_weight_shape" for index in range(2)}
     expected |= set(source) - {layer.key for layer in layers} - {layer.bias for layer in layers}
     assert set(shard(layout, block)) == expected
 

@@ -1,5 +1,7 @@
 """Buffers that no file holds get the values that the whole model has, or are refused."""
 
+from typing import Any
+
 import pytest
 import torch
 import transformers
@@ -11,8 +13,8 @@ from tests.support.architectures import IDS, logits_of, streamed_logits
 from tests.support.models import LLAMA, write_checkpoint
 
 CPU = torch.device("cpu")
-FALCON_H1 = transformers.FalconH1Config(
-    **LLAMA, head_dim=16, mamba_d_ssm=128, mamba_n_heads=8, mamba_d_head=16, mamba_d_state=16, mamba_n_groups=1,
+FALCON_H1: Any = transformers.FalconH1Config(
+    **LLAMA, mamba_d_ssm=128, mamba_n_heads=8, mamba_d_head=16, mamba_d_state=16, mamba_n_groups=1,
     mamba_chunk_size=16, ssm_multipliers=[0.5, 2.0, 3.0, 0.7, 1.5],
 )  # fmt: skip
 

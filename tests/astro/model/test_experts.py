@@ -18,6 +18,12 @@ from tests.support.architectures import EXPERTS, IDS
 from tests.support.dequantized import keys_of
 from tests.support.models import correlated_inputs, write_checkpoint
 
+GRANITE = {
+    "vocab_size": 260, "hidden_size": 64, "intermediate_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4,
+    "num_key_value_heads": 2, "num_experts_per_tok": 2, "shared_intermediate_size": 64, "mamba_n_heads": 8,
+    "mamba_d_head": 16, "mamba_d_state": 16, "mamba_n_groups": 1, "position_embedding_type": "nope",
+}  # fmt: skip
+
 CPU = torch.device("cpu")
 
 
@@ -53,13 +59,14 @@ class Opened:
     def weights(self, name):
         return self.layers.weight(name).double()
 
-    def act(self, X, gate, up):
+    def act(self, X, *pair):
         """The input of an expert's down projection."""
-        gate, up = X @ self.weights(gate).T, X @ self.weights(up).T
         if "GptOss" in type(self.experts).__name__:
+            gate, up = X @ self.weights(pair[0])[::2].T, X @ self.weights(pair[0])[1::2].T
             bias = self.experts.gate_up_proj_bias.double()[int(self.expert)]
             gate, up = (gate + bias[::2]).clamp(max=7.0), (up + bias[1::2]).clamp(-7.0, 7.0)
             return (up + 1) * gate * torch.sigmoid(1.702 * gate)
+        gate, up = (X @ self.weights(name).T for name in pair)
         return torch.nn.functional.silu(gate) * up
 
     def assert_naive(self, known, pair, down, tokens):
@@ -73,8 +80,9 @@ class Opened:
 
 def parts(known):
     """Names of an expert's gate and up, and of its down projection, for every expert."""
-    pairs = [names for names in known if ".experts." in names[0] and len(names) == 2]
-    downs = [names for names in known if ".experts." in names[0] and len(names) == 1]
+    experts = [names for names in known if ".experts." in names[0]]
+    pairs = [names for names in experts if len(names) == 2 or names[0].endswith(".w13")]
+    downs = [names for names in experts if names not in pairs]
     return list(zip(pairs, downs, strict=True))
 
 
@@ -184,6 +192,25 @@ def test_fused_experts_keep_the_checkpoints_own_prefix(tmp_path):
     keys = {f"{name}.down_proj": f"language_model.{name}.down_proj"}
     layers = expert_layers(name, opened.experts, "down_proj", {}, keys)
     assert [layer.stem for layer in layers] == [f"language_model.{name}.{e}.down_proj" for e in range(4)]
+
+
+def test_fused_experts_are_named_as_servers_ask(tmp_path):
+    changes = {"layer_types": ["full_attention"] * 2, "num_local_experts": 4}
+    config = transformers.GraniteMoeHybridConfig(**{**GRANITE, **changes})
+    prefix = "model.layers.0.block_sparse_moe.experts."
+    names = [name.removeprefix(prefix) for name in linear_names(config, tmp_path) if name.startswith(prefix)]
+    assert names == [f"{e}.{part}_proj" for e in range(4) for part in ("gate", "up")] + [
+        f"{e}.down_proj" for e in range(4)
+    ]
+
+
+def test_router_is_kept_where_experts_are_not_known(tmp_path):
+    config = transformers.DbrxConfig(
+        d_model=64, n_heads=4, n_layers=2, max_seq_len=128, vocab_size=260,
+        attn_config={"kv_n_heads": 2, "clip_qkv": 8.0, "rope_theta": 10000.0},
+        ffn_config={"ffn_hidden_size": 32, "moe_num_experts": 4, "moe_top_k": 2, "hidden_size": 64},
+    )  # fmt: skip
+    assert not any("router" in name for name in linear_names(config, tmp_path))
 
 
 def test_experts_that_are_no_parameter_of_their_own_kind_are_refused(tmp_path):
