@@ -6,6 +6,7 @@ Layers that read the same input are an input group: q, k and v; gate and up. Sha
 import contextlib
 import time
 from collections.abc import Callable, Collection, Container, Iterable, Iterator, Sequence
+from typing import TypeVar
 
 import torch
 
@@ -17,6 +18,8 @@ from astro.errors import NumericalError, UnsupportedError
 from astro.model.activations import BlockLayers, Inputs, Operand, is_same_input, names_of
 
 __all__ = ["BlockStatistics", "input_stages", "inputs_of"]
+
+Output = TypeVar("Output")
 
 
 class BlockStatistics:
@@ -46,7 +49,7 @@ class BlockStatistics:
         self.input_groups: list[list[Operand]] = []
         self.seconds = 0.0
 
-    def run(self, action: Callable[[], torch.Tensor], chunk: str) -> torch.Tensor:
+    def run(self, action: Callable[[], Output], chunk: str) -> Output:
         """Run a forward of the block, add the inputs of its layers, and return its result.
 
         Args:

@@ -25,6 +25,7 @@ from torch.utils.hooks import RemovableHandle
 
 from astro.errors import UnsupportedError
 from astro.model.activations import BlockLayers, Inputs, Operand, is_same_input
+from astro.model.block_call import BlockState
 
 __all__ = ["Kind", "TokenWeights", "effective_tokens", "group_key", "loss_weights", "norm_weights", "pass_back"]
 
@@ -132,41 +133,61 @@ def effective_tokens(weights: torch.Tensor) -> float:
 
 
 def pass_back(
-    layers: BlockLayers, action: Callable[[torch.Tensor], torch.Tensor], hidden: torch.Tensor, gradient: torch.Tensor
-) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+    layers: BlockLayers, action: Callable[[BlockState], BlockState], state: BlockState, gradient: BlockState
+) -> tuple[BlockState, dict[str, torch.Tensor]]:
     """Take the loss's gradient from the output of a block to its input, and measure it at the layers on the way.
 
-    The block is run once more with gradients to its input alone; no weight gets one.
+    The block is run once more with gradients to its input alone; no weight gets one. What blocks hand to later ones
+    besides hidden states, such as keys and values that layers share, has a gradient too.
 
     Args:
         layers: The layers of the block, which is loaded.
-        action: A forward of the block, from hidden states before it to those behind it.
-        hidden: Hidden states before the block, [B, T, H].
-        gradient: Gradient of the loss at the block's output, [B, T, H].
+        action: A forward of the block, from the state before it to the one behind it.
+        state: State before the block.
+        gradient: Gradient of the loss at the block's output. Where it lacks a tensor of the state, that one has none.
 
     Returns:
-        The gradient at the block's input, [B, T, H], and for every input group, by its `group_key`, the mean of the
+        The gradient at the block's input, and for every input group, by its `group_key`, the mean of the
         squared gradient over the group's outputs, float32 [B · T]. Of experts it is the sum over those that a token
         goes to; experts whose tokens cannot be told are left out.
 
     Raises:
         UnsupportedError: The block holds an operation that has no gradient.
     """
+    hidden = state.hidden
     num_tokens = hidden.shape[0] * hidden.shape[1]
     energies = _Energies(torch.zeros(num_tokens, dtype=torch.float32, device=hidden.device))
     try:
         with torch.enable_grad(), _deterministic(hidden.is_cuda):
-            start = hidden.detach().requires_grad_(True)
+            start = BlockState(_leaf(hidden), {name: _leaf(other) for name, other in state.others.items()})
             with layers.observed_products(energies.observe):
                 output = action(start)
-            (gradient_before,) = torch.autograd.grad(output, start, gradient.to(output.dtype))
+            before = _gradient(output, start, gradient)
     except RuntimeError as error:
         if not any(words in str(error) for words in _NO_GRADIENT):
             raise
         raise UnsupportedError(f"no gradient passes through this block: {str(error).splitlines()[0]:.200}") from error
     finally:
         energies.close()
-    return gradient_before, energies.means()
+    return before, energies.means()
+
+
+def _leaf(tensor: torch.Tensor) -> torch.Tensor:
+    return tensor.detach().requires_grad_(tensor.is_floating_point())
+
+
+def _gradient(output: BlockState, start: BlockState, gradient: BlockState) -> BlockState:
+    """Return the gradient at the input of a block; a tensor that the loss does not depend on is left out."""
+    ends, given = [output.hidden], [gradient.hidden.to(output.hidden.dtype)]
+    for name, other in output.others.items():
+        if name in gradient.others and other.requires_grad:
+            ends.append(other)
+            given.append(gradient.others[name].to(other.dtype))
+    others = {name: other for name, other in start.others.items() if other.requires_grad}
+    of_hidden, *of_others = torch.autograd.grad(ends, [start.hidden, *others.values()], given, allow_unused=True)
+    if of_hidden is None:
+        raise UnsupportedError("no gradient passes through this block: its output does not depend on its input")
+    return BlockState(of_hidden, {name: g for name, g in zip(others, of_others, strict=True) if g is not None})
 
 
 @contextlib.contextmanager

@@ -1,25 +1,59 @@
-"""The arguments of a transformer block besides hidden states: recorded from the model's own forward, kept in a file.
+"""The call of a transformer block, and what passes from block to block.
 
-Masks, rotary embeddings, positions and their order differ between architectures. This module knows none of them: it
-runs the model's own forward once with every block replaced by a stub, which notes its arguments and returns the hidden
-states as they came. Shapes: B sequences, T tokens, H hidden size, V tokens in the vocabulary.
+Masks, rotary embeddings, positions and their order differ between architectures, and so does what blocks hand to later
+blocks besides the hidden states: values that they return and the model hands on (the chosen tokens of a shared indexer,
+in GLM-5), or entries of a dictionary that all blocks get (keys and values that layers share, in Gemma 4). This module
+knows none of them; `recording` finds out what a block is called with.
+Shapes: B sequences, T tokens, H hidden size. Hidden states are [B, T, H]; with hyper-connections [B, T, lanes, H].
 """
 
-import contextlib
 import dataclasses
 import json
-from collections.abc import Callable, Iterator, Sequence
-from pathlib import Path
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
 from torch import nn
 
 from astro.errors import UnsupportedError
-from astro.model.skeleton import Skeleton
-from astro.storage.checked_tensors import load_part, save_part
 
-__all__ = ["BlockCall", "forward", "load_call", "record", "returns_tuple", "run_head", "save_calls"]
+__all__ = ["BlockCall", "BlockState", "HandedOn", "SharedDict", "forward", "mapped"]
+
+
+@dataclasses.dataclass(frozen=True)
+class HandedOn:
+    """An argument that a block before returned.
+
+    Attributes:
+        block: Index of the block that returned it.
+        output: Place of the value in the tuple that the block returned; the hidden states are at 0.
+    """
+
+    block: int
+    output: int
+
+    @property
+    def name(self) -> str:
+        """Name of the value among those that pass from block to block."""
+        return f"output.{self.block}.{self.output}"
+
+
+@dataclasses.dataclass(frozen=True)
+class SharedDict:
+    """An argument that is a dictionary, into which blocks may write what later blocks read.
+
+    Attributes:
+        number: Number of the dictionary; blocks that get the same one share a number.
+        content: What the model itself put into it.
+    """
+
+    number: int
+    content: dict[Any, Any]
+
+    @property
+    def name(self) -> str:
+        """What the names of entries begin with that pass from block to block."""
+        return f"dict.{self.number}"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -27,170 +61,118 @@ class BlockCall:
     """The arguments of one block besides the hidden states.
 
     Attributes:
-        args: Positional arguments after the hidden states.
+        args: Positional arguments after the hidden states. `HandedOn` and `SharedDict` stand for what passes from block
+            to block.
         kwargs: Keyword arguments.
+        index: Index of the block.
+        wanted: Names of the values, and of the dictionaries, that blocks behind this one are called with.
     """
 
     args: tuple[Any, ...]
     kwargs: dict[str, Any]
+    index: int = 0
+    wanted: tuple[str, ...] = ()
 
 
-class _FirstBlockDone(Exception):
-    """Ends a forward that is only needed up to its first block."""
+@dataclasses.dataclass(frozen=True)
+class BlockState:
+    """What passes from one block to the next, or the gradient of the loss with respect to it.
 
-
-def returns_tuple(skeleton: Skeleton, input_ids: torch.Tensor) -> bool:
-    """Tell whether blocks of this model return a tuple.
-
-    Args:
-        skeleton: The model, with its embeddings and its first block loaded.
-        input_ids: A few tokens, int64 [B, T].
-    """
-    is_tuple: list[bool] = []
-
-    def note(module: nn.Module, args: Any, output: Any) -> None:
-        is_tuple.append(isinstance(output, tuple))
-        raise _FirstBlockDone
-
-    handle = skeleton.blocks[0].register_forward_hook(note)
-    try:
-        with contextlib.suppress(_FirstBlockDone):
-            skeleton.model(input_ids=input_ids, use_cache=False)
-    finally:
-        handle.remove()
-    return is_tuple[0]
-
-
-def record(skeleton: Skeleton, input_ids: torch.Tensor, as_tuple: bool) -> tuple[torch.Tensor, list[BlockCall]]:
-    """Run the model around its blocks and record what every block is called with.
-
-    Args:
-        skeleton: The model, with everything outside its blocks loaded.
-        input_ids: Tokens, int64 [B, T].
-        as_tuple: Whether blocks return a tuple.
-
-    Returns:
-        The hidden states [B, T, H] before the first block, and the call of every block.
-    """
-    first: list[torch.Tensor] = []
-    calls: list[BlockCall] = []
-
-    def stub(*args: Any, **kwargs: Any) -> Any:
-        hidden, call = _split(args, kwargs)
-        first.append(hidden) if not first else None
-        calls.append(call)
-        return (hidden,) if as_tuple else hidden
-
-    with _blocks_replaced(skeleton.blocks, stub):
-        skeleton.model.base_model(input_ids=input_ids, use_cache=False)
-    return first[0], calls
-
-
-def run_head(skeleton: Skeleton, input_ids: torch.Tensor, hidden: torch.Tensor, as_tuple: bool) -> torch.Tensor:
-    """Return the logits [B, T, V] that follow from the last block's output.
-
-    Args:
-        skeleton: The model, with everything outside its blocks loaded.
-        input_ids: Tokens that the hidden states came from, int64 [B, T].
-        hidden: Output of the last block [B, T, H].
-        as_tuple: Whether blocks return a tuple.
+    Attributes:
+        hidden: Hidden states, [B, T, H] or [B, T, lanes, H].
+        others: Other tensors by name; None is left out.
     """
 
-    def stub(*args: Any, **kwargs: Any) -> Any:
-        return (hidden,) if as_tuple else hidden
+    hidden: torch.Tensor
+    others: Mapping[str, torch.Tensor] = dataclasses.field(default_factory=dict)
 
-    with _blocks_replaced(skeleton.blocks, stub):
-        logits: torch.Tensor = skeleton.model(input_ids=input_ids, use_cache=False).logits
-    return logits
+    def to(self, device: torch.device) -> "BlockState":
+        """Return the same on a device.
 
-
-def save_calls(path: Path, calls: Sequence[BlockCall], as_tuple: bool) -> None:
-    """Write the calls of all blocks to one safetensors file; a tensor that blocks share is stored once.
-
-    Args:
-        path: Where the file belongs.
-        calls: The call of every block, in the model's order.
-        as_tuple: Whether blocks return a tuple.
-
-    Raises:
-        UnsupportedError: An argument is neither a tensor nor plain data.
-    """
-    tensors: dict[str, torch.Tensor] = {}
-    names: dict[int, str] = {}
-
-    def encode(value: Any) -> Any:
-        if isinstance(value, torch.Tensor):
-            if id(value) not in names:
-                names[id(value)] = f"t{len(names)}"
-                tensors[names[id(value)]] = value.clone()
-            return {"tensor": names[id(value)]}
-        if isinstance(value, tuple | list):
-            return {"tuple" if isinstance(value, tuple) else "list": [encode(item) for item in value]}
-        if isinstance(value, dict):
-            return {"dict": {key: encode(item) for key, item in value.items()}}
-        if value is None or isinstance(value, bool | int | float | str):
-            return {"value": value}
-        raise UnsupportedError(f"a block of this model takes a {type(value).__name__} argument, which cannot be kept")
-
-    structure = [encode((call.args, call.kwargs)) for call in calls]
-    save_part(path, tensors, json.dumps({"calls": structure, "as_tuple": as_tuple}))
+        Args:
+            device: The device.
+        """
+        return BlockState(self.hidden.to(device), {name: other.to(device) for name, other in self.others.items()})
 
 
-def load_call(path: Path, index: int, device: torch.device) -> tuple[BlockCall, bool]:
-    """Read the call of one block.
+def mapped(value: Any, change: Callable[[Any], Any]) -> Any:
+    """Return a structure of tuples, lists and dictionaries in which everything else is changed.
 
     Args:
-        path: A file that `save_calls` wrote.
-        index: Index of the block.
-        device: Device of the tensors in the call.
-
-    Returns:
-        The call, and whether blocks return a tuple.
+        value: The structure.
+        change: Function that returns what takes the place of a value.
     """
-    tensors, note = load_part(path)
-    content = json.loads(note)
-
-    def decode(node: Any) -> Any:
-        (kind, value), *_ = node.items()
-        if kind == "tensor":
-            return tensors[value].to(device)
-        if kind == "dict":
-            return {key: decode(item) for key, item in value.items()}
-        if kind in ("tuple", "list"):
-            items = [decode(item) for item in value]
-            return tuple(items) if kind == "tuple" else items
-        return value
-
-    args, kwargs = decode(content["calls"][index])
-    return BlockCall(args, kwargs), bool(content["as_tuple"])
+    if isinstance(value, tuple | list):
+        items = [mapped(item, change) for item in value]
+        return tuple(items) if isinstance(value, tuple) else items
+    if isinstance(value, dict):
+        return {key: mapped(item, change) for key, item in value.items()}
+    return change(value)
 
 
-def _split(args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[torch.Tensor, BlockCall]:
-    if args:
-        return args[0], BlockCall(args[1:], kwargs)
-    return kwargs["hidden_states"], BlockCall((), {k: v for k, v in kwargs.items() if k != "hidden_states"})
-
-
-@contextlib.contextmanager
-def _blocks_replaced(blocks: Sequence[nn.Module] | nn.ModuleList, forward: Callable[..., Any]) -> Iterator[None]:
-    # Only `forward` is replaced: models read other attributes of their blocks, such as the type of attention.
-    for block in blocks:
-        block.forward = forward
-    try:
-        yield
-    finally:
-        for block in blocks:
-            del block.forward
-
-
-def forward(block: nn.Module, hidden: torch.Tensor, call: BlockCall) -> torch.Tensor:
-    """Return the hidden states [B, T, H] that a block makes of others.
+def forward(block: nn.Module, state: BlockState, call: BlockCall) -> BlockState:
+    """Return what a block makes of the state before it.
 
     Args:
         block: The block, which is loaded.
-        hidden: Hidden states before the block [B, T, H].
+        state: State before the block.
         call: The other arguments of the block.
+
+    Raises:
+        UnsupportedError: The block hands something on that is no tensor.
     """
-    output = block(hidden, *call.args, **call.kwargs)
-    result: torch.Tensor = output[0] if isinstance(output, tuple) else output
-    return result
+    shared: dict[str, tuple[dict[Any, Any], dict[Any, Any]]] = {}
+
+    def fill(value: Any) -> Any:
+        if isinstance(value, HandedOn):
+            return state.others.get(value.name)
+        if isinstance(value, SharedDict):
+            if value.name not in shared:
+                before = mapped(value.content, fill) | _entries(value.name, state.others)
+                shared[value.name] = before, dict(before)
+            return shared[value.name][1]
+        return value
+
+    args, kwargs = mapped((call.args, call.kwargs), fill)
+    output = block(state.hidden, *args, **kwargs)
+    others = dict(state.others)
+    if isinstance(output, tuple):
+        returned = {HandedOn(call.index, place).name: value for place, value in enumerate(output) if place}
+        others |= {name: _tensor(name, returned[name]) for name in call.wanted if returned.get(name) is not None}
+    for name, (before, after) in shared.items():
+        for key, value in after.items():
+            if key not in before or before[key] is not value:
+                others |= _flat(f"{name}.{json.dumps(key)}", value)
+    passed = {name: other for name, other in others.items() if any(_is_part(name, wanted) for wanted in call.wanted)}
+    return BlockState(output[0] if isinstance(output, tuple) else output, passed)
+
+
+def _is_part(name: str, whole: str) -> bool:
+    return name == whole or name.startswith(f"{whole}.")
+
+
+def _flat(name: str, value: Any) -> dict[str, torch.Tensor]:
+    """Return an entry of a dictionary, which is a tensor or a tuple of tensors, as tensors by name."""
+    if isinstance(value, tuple | list):
+        return {f"{name}.{place}": _tensor(name, item) for place, item in enumerate(value)}
+    return {name: _tensor(name, value)}
+
+
+def _entries(name: str, others: Mapping[str, torch.Tensor]) -> dict[Any, Any]:
+    """Return the entries of a dictionary that blocks before wrote, tuples as tuples."""
+    entries: dict[Any, Any] = {}
+    decoder = json.JSONDecoder()
+    for full_name, tensor in others.items():
+        if _is_part(full_name, name):
+            key, end = decoder.raw_decode(full_name, len(name) + 1)
+            entries[key] = (*entries.get(key, ()), tensor) if end < len(full_name) else tensor
+    return entries
+
+
+def _tensor(name: str, value: Any) -> torch.Tensor:
+    if not isinstance(value, torch.Tensor):
+        raise UnsupportedError(
+            f"a block of this model hands on a {type(value).__name__} ({name}); only tensors, and tuples of them, can "
+            "be kept from block to block"
+        )
+    return value

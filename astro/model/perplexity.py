@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import torch
 from torch.nn.functional import cross_entropy, log_softmax
 
-from astro.model.block_call import run_head
+from astro.model.recording import run_head
 from astro.model.skeleton import Skeleton
 
 __all__ = [
@@ -60,7 +60,7 @@ def measure_sequences(
     skeleton: Skeleton,
     input_ids: torch.Tensor,
     hidden: torch.Tensor,
-    as_tuple: bool,
+    num_outputs: int,
     source_hidden: torch.Tensor | None = None,
 ) -> list[SequenceFigures]:
     """Measure what a model predicts of some sequences.
@@ -68,20 +68,20 @@ def measure_sequences(
     Args:
         skeleton: The model, everything outside its blocks loaded.
         input_ids: The tokens of the sequences, int64 [B, T].
-        hidden: The output of the last block for them, [B, T, H].
-        as_tuple: Whether blocks return a tuple.
-        source_hidden: The same of the source model, [B, T, H]; None where the model is the source.
+        hidden: The output of the last block for them, [B, T, ...].
+        num_outputs: Number of values that blocks return as a tuple.
+        source_hidden: The same of the source model, [B, T, ...]; None where the model is the source.
     """
     figures = []
     for i in range(len(hidden)):  # one sequence at a time bounds the logits
         ids = input_ids[i : i + 1]
-        logits = run_head(skeleton, ids, hidden[i : i + 1], as_tuple)[0, :-1].float()
+        logits = run_head(skeleton, ids, hidden[i : i + 1], num_outputs)[0, :-1].float()
         loss = float(cross_entropy(logits, ids[0, 1:], reduction="sum"))
         tokens = len(logits)
         if source_hidden is None:
             figures.append(SequenceFigures(tokens, loss, 0.0, tokens))
             continue
-        source = run_head(skeleton, ids, source_hidden[i : i + 1], as_tuple)[0, :-1]
+        source = run_head(skeleton, ids, source_hidden[i : i + 1], num_outputs)[0, :-1]
         divergence, agreements = _compare(source, logits)
         figures.append(SequenceFigures(tokens, loss, divergence, agreements))
     return figures
@@ -133,16 +133,16 @@ def _compare(source: torch.Tensor, logits: torch.Tensor) -> tuple[float, int]:
     return float(divergence), agreements
 
 
-def loss_gradient(skeleton: Skeleton, input_ids: torch.Tensor, hidden: torch.Tensor, as_tuple: bool) -> torch.Tensor:
-    """Return the gradient of the loss with respect to the last block's output, [B, T, H].
+def loss_gradient(skeleton: Skeleton, input_ids: torch.Tensor, hidden: torch.Tensor, num_outputs: int) -> torch.Tensor:
+    """Return the gradient of the loss with respect to the last block's output, [B, T, ...].
 
     The loss is the negative log-likelihood of each next token of the text, summed over all tokens.
 
     Args:
         skeleton: The model, everything outside its blocks loaded.
         input_ids: The tokens of the sequences, int64 [B, T].
-        hidden: The output of the last block for them, [B, T, H].
-        as_tuple: Whether blocks return a tuple.
+        hidden: The output of the last block for them, [B, T, ...].
+        num_outputs: Number of values that blocks return as a tuple.
     """
     gradients: list[torch.Tensor] = []
     scale = _FLOAT16_SCALE if hidden.dtype == torch.float16 else 1.0
@@ -150,7 +150,7 @@ def loss_gradient(skeleton: Skeleton, input_ids: torch.Tensor, hidden: torch.Ten
         ids = input_ids[i : i + 1]
         with torch.enable_grad():
             start = hidden[i : i + 1].detach().requires_grad_(True)
-            logits = run_head(skeleton, ids, start, as_tuple)[0, :-1].float()
+            logits = run_head(skeleton, ids, start, num_outputs)[0, :-1].float()
             loss = cross_entropy(logits, ids[0, 1:], reduction="sum")
             gradients += torch.autograd.grad(loss * scale, start)
     return torch.cat(gradients)

@@ -154,3 +154,12 @@ class RunLayout:
             length: Number of tokens in a sequence.
         """
         return self.root / "activations" / f"calls-{batch}x{length}.safetensors"
+
+    def chunk_call(self, chunk: str, block: int) -> Path:
+        """Return the path of the file with those arguments of a block that are others for a chunk than `calls` holds.
+
+        Args:
+            chunk: Name of the chunk.
+            block: Index of the block.
+        """
+        return self.root / "activations" / "calls" / f"{chunk}-{block:04d}.safetensors"

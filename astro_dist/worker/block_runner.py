@@ -12,7 +12,8 @@ from astro.errors import CheckpointError, RunError
 from astro.formats import LAYOUTS
 from astro.formats.block_shard import kept_keys, pack_block, unpack_block
 from astro.model.activations import BlockLayers
-from astro.model.block_call import BlockCall, forward, load_call
+from astro.model.block_call import BlockCall, BlockState, forward
+from astro.model.call_file import Recording, load_call, read_recording, with_tensors
 from astro.model.skeleton import Skeleton
 from astro.process import return_freed_memory
 from astro.quantization.grid import QuantizedLinear
@@ -29,6 +30,9 @@ from astro_dist.worker.prefetch import Prefetch
 from astro_dist.worker.spec import WorkerSpec
 
 __all__ = ["BlockRunner"]
+
+_HIDDEN = "hidden"
+"""Name of the hidden states in a file; other tensors beside them have the names that `BlockState` gives them."""
 
 
 class BlockRunner:
@@ -66,7 +70,8 @@ class BlockRunner:
         self._tokens: dict[str, torch.Tensor] | None = None
         self._loaded: tuple[str, int] | None = None
         self._layers: tuple[int, BlockLayers] | None = None
-        self._calls: dict[tuple[int, int, int], BlockCall] = {}
+        self._calls: dict[tuple[int, torch.Size], BlockCall] = {}
+        self._recordings: dict[torch.Size, Recording] = {}
 
     @property
     def held_out(self) -> list[str]:
@@ -212,21 +217,26 @@ class BlockRunner:
             chunk: Name of the chunk.
         """
         self.load(stream, index)
-        self.save_hidden(stream, index + 1, chunk, self.forward(index, self.hidden(stream, index, chunk)))
+        self.save_state(stream, index + 1, chunk, self.forward(index, self.state(stream, index, chunk), chunk))
 
-    def forward(self, index: int, hidden: torch.Tensor) -> torch.Tensor:
-        """Return the output of the loaded block, [B, T, H].
+    def forward(self, index: int, state: BlockState, chunk: str) -> BlockState:
+        """Return what the loaded block makes of the state before it.
 
         Args:
             index: Index of the block.
-            hidden: Hidden states before the block, [B, T, H].
+            state: State before the block.
+            chunk: Name of the chunk.
         """
-        shape = (index, hidden.shape[0], hidden.shape[1])
-        if shape not in self._calls:
-            self._calls[shape], _ = load_call(self.spec.run.calls(*shape[1:]), index, self.device)
-        return forward(self.skeleton.blocks[index], hidden, self._calls[shape])
+        run, shape = self.spec.run, self.input_ids(chunk).shape
+        if (index, shape) not in self._calls:
+            self._calls[index, shape] = load_call(run.calls(*shape), index, self.device)
+        call = self._calls[index, shape]
+        if chunk in self.recording(chunk).different:
+            tensors, _ = load_part(run.chunk_call(chunk, index))
+            call = with_tensors(call, {place: tensor.to(self.device) for place, tensor in tensors.items()})
+        return forward(self.skeleton.blocks[index], state, call)
 
-    def repeats(self, stream: str, index: int) -> list[Callable[[], torch.Tensor]]:
+    def repeats(self, stream: str, index: int) -> list[Callable[[], object]]:
         """Return a forward of the loaded block for every calibration chunk, whose output is not kept.
 
         Args:
@@ -234,7 +244,7 @@ class BlockRunner:
             index: Index of the block.
         """
         chunks = [chunk for chunk in self.spec.chunks if not is_held_out(chunk)]
-        return [lambda chunk=chunk: self.forward(index, self.hidden(stream, index, chunk)) for chunk in chunks]  # type: ignore[misc]
+        return [lambda chunk=chunk: self.forward(index, self.state(stream, index, chunk), chunk) for chunk in chunks]  # type: ignore[misc]
 
     def input_ids(self, chunk: str) -> torch.Tensor:
         """Return the tokens of a chunk, int64 [B, T].
@@ -246,16 +256,19 @@ class BlockRunner:
             self._tokens, _ = load_part(self.spec.run.tokens)
         return self._tokens[chunk].to(self.device)
 
-    def returns_tuple(self, input_ids: torch.Tensor) -> bool:
-        """Tell whether blocks of this model return a tuple, as it was seen when the tokens were embedded.
+    def recording(self, chunk: str) -> Recording:
+        """Return what was seen of all blocks when chunks of a chunk's shape were embedded.
 
         Args:
-            input_ids: Tokens of a chunk, int64 [B, T].
+            chunk: Name of the chunk.
         """
-        return load_call(self.spec.run.calls(*input_ids.shape), 0, self.device)[1]
+        shape = self.input_ids(chunk).shape
+        if shape not in self._recordings:
+            self._recordings[shape] = read_recording(self.spec.run.calls(*shape))
+        return self._recordings[shape]
 
-    def hidden(self, stream: str, index: int, chunk: str, then: tuple[str, str] | None = None) -> torch.Tensor:
-        """Return the hidden states of a chunk before a block, [B, T, H].
+    def state(self, stream: str, index: int, chunk: str, then: tuple[str, str] | None = None) -> BlockState:
+        """Return the state of a chunk before a block.
 
         Args:
             stream: Stream in which the chunk travels.
@@ -266,23 +279,23 @@ class BlockRunner:
         Raises:
             DamagedError: The file is missing, or not as it was written.
         """
-        hidden = self._prefetch.take(self.spec.run.hidden(stream, index, chunk))["hidden"]
+        tensors = self._prefetch.take(self.spec.run.hidden(stream, index, chunk))
         if then is not None:
             self._prefetch.expect(self.spec.run.hidden(then[0], index, then[1]))
-        return hidden.to(self.device)
+        return BlockState(tensors.pop(_HIDDEN), tensors).to(self.device)
 
-    def save_hidden(self, stream: str, index: int, chunk: str, hidden: torch.Tensor) -> None:
-        """Write the hidden states of a chunk before a block, unless they are there: other hardware may round otherwise.
+    def save_state(self, stream: str, index: int, chunk: str, state: BlockState) -> None:
+        """Write the state of a chunk before a block, unless it is there: other hardware may round otherwise.
 
         Args:
             stream: Stream in which the chunk travels.
             index: Index of the block.
             chunk: Name of the chunk.
-            hidden: Hidden states, [B, T, H].
+            state: The state.
         """
         path = self.spec.run.hidden(stream, index, chunk)
         if not path.exists():
-            save_part(path, {"hidden": hidden})
+            save_part(path, {_HIDDEN: state.hidden, **state.others})
 
     def _read_outside(self) -> dict[str, torch.Tensor]:
         """Read embeddings, norm and head; of a remote source from what was copied of it already."""

@@ -198,8 +198,8 @@ class HessianShares:
     ) -> dict[Operand, Inputs]:
         """What operands read of one chunk of a stream, with the weights as they are now; `then` is read meanwhile."""
         runner, index = self._runner, block.unit.index
-        hidden = runner.hidden(chunk[0], index, chunk[1], then)
-        return inputs_of(runner.layers(block.unit), list(operands), lambda: runner.forward(index, hidden))
+        state = runner.state(chunk[0], index, chunk[1], then)
+        return inputs_of(runner.layers(block.unit), list(operands), lambda: runner.forward(index, state, chunk[1]))
 
     def _operands(self, block: BlockInParts, batch: int) -> list[Operand]:
         """The first operand of each input group."""

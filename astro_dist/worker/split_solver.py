@@ -217,8 +217,8 @@ class SplitSolver:
         if self._block is None:
             block = BlockInParts(runner.spec, round_index, unit)
             if unit.linears and chunk is not None:
-                hidden = runner.hidden(round_stream(0), index, chunk)
-                stages = input_stages(runner.layers(unit), lambda: runner.forward(index, hidden))
+                state = runner.state(round_stream(0), index, chunk)
+                stages = input_stages(runner.layers(unit), lambda: runner.forward(index, state, chunk))
                 block.lay_out([[names_of(operands) for operands in input_groups] for input_groups in stages])
             elif unit.linears:
                 block.lay_out(block.note(0, SUM if block.is_there(0, SUM) else share_part(0))["layout"])

@@ -11,6 +11,7 @@ import torch
 
 from astro.calibration.token_weights import TokenWeights, effective_tokens, loss_weights, pass_back
 from astro.errors import UnsupportedError
+from astro.model.block_call import BlockState
 from astro.model.perplexity import loss_gradient
 from astro.storage.checked_tensors import load_part, save_part
 from astro_dist.planning.units import BlockUnit
@@ -38,10 +39,9 @@ class TokenWeigher:
         runner, last = self._runner, len(self._runner.spec.plan.blocks)
         with runner.outside_loaded():
             for chunk in call.chunks:
-                input_ids = runner.input_ids(chunk)
-                as_tuple = runner.returns_tuple(input_ids)
-                hidden = runner.hidden(ORIGINAL, last, chunk)
-                runner.save_hidden(GRADIENT, last, chunk, loss_gradient(runner.skeleton, input_ids, hidden, as_tuple))
+                hidden, num_outputs = runner.state(ORIGINAL, last, chunk).hidden, runner.recording(chunk).num_outputs
+                gradient = loss_gradient(runner.skeleton, runner.input_ids(chunk), hidden, num_outputs)
+                runner.save_state(GRADIENT, last, chunk, BlockState(gradient))
 
     def backward(self, call: Backward) -> None:
         """Take one chunk's gradient back through a block, and write what it measured there.
@@ -49,22 +49,22 @@ class TokenWeigher:
         Where no gradient passes through a block, an empty one is handed on; the blocks before it measure nothing.
         """
         runner, block, chunk, start = self._runner, call.block, call.chunk, time.perf_counter()
-        gradient = runner.hidden(GRADIENT, block + 1, chunk)
+        gradient = runner.state(GRADIENT, block + 1, chunk)
         energies: dict[str, torch.Tensor] = {}
         reason = "no gradient passes through a block behind it"
-        if gradient.numel():
-            unit, hidden = runner.load(ORIGINAL, block), runner.hidden(ORIGINAL, block, chunk)
+        if gradient.hidden.numel():
+            unit, state = runner.load(ORIGINAL, block), runner.state(ORIGINAL, block, chunk)
             reason = ""
             try:
                 gradient, energies = pass_back(
-                    runner.layers(unit), lambda X: runner.forward(block, X), hidden, gradient
+                    runner.layers(unit), lambda before: runner.forward(block, before, chunk), state, gradient
                 )
             except UnsupportedError as error:
-                gradient, reason = gradient.new_empty(0), str(error)
+                gradient, reason = BlockState(gradient.hidden.new_empty(0)), str(error)
         note = json.dumps({"reason": reason, "seconds": time.perf_counter() - start})
         save_part(runner.spec.run.hidden(ENERGY, block + 1, chunk), energies, note)
         if block:
-            runner.save_hidden(GRADIENT, block, chunk, gradient)
+            runner.save_state(GRADIENT, block, chunk, gradient)
 
     def weigh(self, call: WeighTokens) -> UnitRecord:
         """Write the weights of all tokens at a block's input groups, and the record of that."""

@@ -17,8 +17,9 @@ from astro.calibration.block_statistics import BlockStatistics
 from astro.calibration.starved_experts import InputStatistics
 from astro.errors import CheckpointError, NumericalError, RunError
 from astro.linalg import compiled
-from astro.model.block_call import record, returns_tuple, save_calls
+from astro.model.block_call import BlockState
 from astro.model.perplexity import SequenceFigures, measure_sequences
+from astro.model.recording import count_outputs
 from astro.process import configure_process, keep_freed_memory, peak_rss_bytes
 from astro.quantization.block import quantize_block
 from astro.quantization.grid import QuantizedLinear
@@ -62,6 +63,7 @@ from astro_dist.schedule.calls import (
 )
 from astro_dist.schedule.names import EMBED, ORIGINAL, block_unit, is_held_out, stream_names
 from astro_dist.worker.block_runner import BlockRunner
+from astro_dist.worker.call_recorder import CallRecorder
 from astro_dist.worker.fed_block import FedBlock
 from astro_dist.worker.spec import WorkerSpec
 from astro_dist.worker.split_solver import SplitSolver
@@ -70,7 +72,7 @@ from astro_dist.worker.token_weigher import TokenWeigher, read_token_weights
 __all__ = ["Worker"]
 
 _PROBE_TOKENS = 8
-"""Tokens of the short forward that shows whether blocks return tuples."""
+"""Tokens of the short forward that shows what blocks return."""
 _COMPILERS = ("g++", "clang++", "c++")
 """C++ compilers, of which torch.compile needs one."""
 
@@ -180,15 +182,13 @@ class Worker:
         spec, runner = self._spec, self._runner
         self._release()
         with runner.outside_loaded(with_block=spec.plan.blocks[0]):
-            as_tuple = returns_tuple(runner.skeleton, runner.input_ids(spec.chunks[0])[:1, :_PROBE_TOKENS])
+            num_outputs = count_outputs(runner.skeleton, runner.input_ids(spec.chunks[0])[:1, :_PROBE_TOKENS])
             runner.skeleton.blocks[0].to("meta")
+            recorder = CallRecorder(spec.run, runner.skeleton, num_outputs)
             for chunk in spec.chunks:
-                input_ids = runner.input_ids(chunk)
-                hidden, calls = record(runner.skeleton, input_ids, as_tuple)
-                path = spec.run.calls(*input_ids.shape)
-                if not path.exists():
-                    save_calls(path, calls, as_tuple)
-                runner.save_hidden(ORIGINAL, 0, chunk, hidden)
+                hidden = recorder.record(chunk, runner.input_ids(chunk))
+                runner.save_state(ORIGINAL, 0, chunk, BlockState(hidden))
+            recorder.save()
         return spec.run.finish(EMBED, [], EmbedResult(compute_dtype=str(spec.compute_dtype), device=spec.device))
 
     def copy_tensors(self, call: CopyTensors) -> UnitRecord:
@@ -223,13 +223,13 @@ class Worker:
         block, chunk = call.block, call.chunk
         stream = stream_names(self._spec.run.rounds)[call.round_index]
         following = dict(pairwise(self._spec.chunks)).get(chunk)
-        hidden = runner.hidden(stream, block, chunk, (stream, following) if following else None)
+        state = runner.state(stream, block, chunk, (stream, following) if following else None)
         if is_held_out(chunk):
-            output = runner.forward(block, hidden)
+            output = runner.forward(block, state, chunk)
         else:
-            output = fed_block.statistics.run(lambda: runner.forward(block, hidden), chunk)
+            output = fed_block.statistics.run(lambda: runner.forward(block, state, chunk), chunk)
         if block + 1 < len(self._spec.plan.blocks) or is_held_out(chunk):
-            runner.save_hidden(stream, block + 1, chunk, output)
+            runner.save_state(stream, block + 1, chunk, output)
         fed_block.seconds["forward"] += time.perf_counter() - start
 
     def solve_block(self, call: SolveBlock) -> UnitRecord:
@@ -294,10 +294,9 @@ class Worker:
         sequences: list[SequenceFigures] = []
         with runner.outside_loaded():
             for chunk in runner.held_out:
-                hidden, input_ids = runner.hidden(call.stream, last, chunk), runner.input_ids(chunk)
-                as_tuple = runner.returns_tuple(input_ids)
-                source = runner.hidden(ORIGINAL, last, chunk) if call.stream != ORIGINAL else None
-                sequences += measure_sequences(runner.skeleton, input_ids, hidden, as_tuple, source)
+                hidden, num_outputs = runner.state(call.stream, last, chunk).hidden, runner.recording(chunk).num_outputs
+                source = runner.state(ORIGINAL, last, chunk).hidden if call.stream != ORIGINAL else None
+                sequences += measure_sequences(runner.skeleton, runner.input_ids(chunk), hidden, num_outputs, source)
         total = sum(sequence.loss + sequence.divergence for sequence in sequences)
         if not math.isfinite(total):
             raise NumericalError(

@@ -8,7 +8,9 @@ from typing import Any
 import torch
 import transformers
 
-from astro.model.block_call import forward, load_call, record, returns_tuple, run_head, save_calls
+from astro.model.block_call import BlockState, forward
+from astro.model.call_file import load_call, save_calls
+from astro.model.recording import count_outputs, record, run_head
 from astro.model.skeleton import Skeleton
 from astro.storage.checkpoint import Checkpoint
 from astro_dist import pipeline
@@ -16,7 +18,7 @@ from astro_dist.config.schema import RunConfig
 from tests.support.dequantized import keys_of, write_dequantized
 from tests.support.models import write_checkpoint
 
-__all__ = ["DENSE", "EXPERTS", "IDS", "UNREADABLE", "Examined", "examine", "logits_of", "streamed_logits"]
+__all__ = ["DENSE", "EXPERTS", "IDS", "STATEFUL", "UNREADABLE", "Examined", "examine", "logits_of", "streamed_logits"]
 
 IDS = torch.arange(40).reshape(2, 20) % 250
 
@@ -76,6 +78,50 @@ EXPERTS: dict[str, Any] = {
 }  # fmt: skip
 """The configurations of mixtures of experts, by short name. There are four experts."""
 
+_LATENT = {
+    **_ROUTED, "num_key_value_heads": 4, "num_hidden_layers": 3, "q_lora_rank": 32, "kv_lora_rank": 32,
+    "qk_rope_head_dim": 8, "qk_nope_head_dim": 8, "v_head_dim": 16, "index_topk": 8, "index_head_dim": 16,
+    "index_n_heads": 2, "n_routed_experts": 4, "n_shared_experts": 1, "n_group": 1, "topk_group": 1, "pad_token_id": 0,
+}  # fmt: skip
+_GEMMA4 = {
+    **_HEADS, "global_head_dim": 32, "sliding_window": 8, "vocab_size_per_layer_input": 260, "pad_token_id": 0,
+}  # fmt: skip
+
+STATEFUL: dict[str, Any] = {
+    "glm5": transformers.GlmMoeDsaConfig(
+        **_LATENT, mlp_layer_types=["dense", "sparse", "sparse"], indexer_types=["full", "shared", "shared"]
+    ),
+    "hy-v4": transformers.HYV4Config(
+        **{name: value for name, value in _LATENT.items() if name not in ("n_group", "topk_group")},
+        bos_token_id=1, eos_token_id=2, mlp_layer_types=["dense", "sparse", "sparse"],
+    ),
+    "gemma4": transformers.Gemma4TextConfig(
+        **_GEMMA4, layer_types=["sliding_attention", "full_attention"], num_kv_shared_layers=0,
+        hidden_size_per_layer_input=0,
+    ),
+    "gemma4-e": transformers.Gemma4TextConfig(
+        **{**_GEMMA4, "num_hidden_layers": 4}, layer_types=["sliding_attention", "full_attention"] * 2,
+        num_kv_shared_layers=2, hidden_size_per_layer_input=16,
+    ),
+    "deepseek-v4": transformers.DeepseekV4Config(
+        **{**_ROUTED, "num_key_value_heads": 1, "num_hidden_layers": 3}, q_lora_rank=32, n_routed_experts=4,
+        n_shared_experts=1, o_groups=2, o_lora_rank=16, index_n_heads=2, index_head_dim=16, index_topk=4,
+        sliding_window=8, num_nextn_predict_layers=0, partial_rotary_factor=0.5, num_hash_layers=1,
+        layer_types=["sliding_attention", "compressed_sparse_attention", "heavily_compressed_attention"],
+        compress_rates={"compressed_sparse_attention": 4, "heavily_compressed_attention": 16},
+    ),
+    "bamba": transformers.BambaConfig(
+        **_WIDE, attn_layer_indices=[1], mamba_n_heads=8, mamba_d_head=16, mamba_d_state=16, mamba_expand=2,
+        mamba_n_groups=1,
+    ),
+}  # fmt: skip
+"""The configurations of models whose blocks return more than hidden states, hand on more, or want more for each text.
+
+Of GLM-5 the second and third block read the tokens that the first one's indexer chose; HY-V4 has hyper-connections
+besides. Of Gemma 4's E models the last two blocks read keys and values of the first two, and every block gets an
+embedding of its own. A router of DeepSeek-V4 hashes tokens.
+"""
+
 UNREADABLE = {
     "gpt2": "Conv1D",
     "falcon": "its linear layers multiply by `weight` themselves",
@@ -113,17 +159,18 @@ def streamed_logits(folder: Path, ids: torch.Tensor, scratch: Path) -> torch.Ten
     outside = [key for key in checkpoint.entries if not any(key in keys for keys in blocks)]
     skeleton.load(skeleton.model, checkpoint.read([*outside, *blocks[0]]), cpu)
     skeleton.model.tie_weights()
-    as_tuple = returns_tuple(skeleton, ids[:1, :4])
+    num_outputs = count_outputs(skeleton, ids[:1, :4])
     skeleton.blocks[0].to("meta")
-    hidden, calls = record(skeleton, ids, as_tuple)
-    save_calls(scratch / "calls", calls, as_tuple)
+    hidden, calls = record(skeleton, ids, num_outputs)
+    save_calls(scratch / "calls", calls, num_outputs)
+    state = BlockState(hidden)
     for index, keys in enumerate(blocks):
         block = skeleton.blocks[index]
         skeleton.load(block, checkpoint.read(keys), cpu)
         skeleton.require_filled(block, f"block {index}")
-        hidden = forward(block, hidden, load_call(scratch / "calls", index, cpu)[0])
+        state = forward(block, state, load_call(scratch / "calls", index, cpu))
         block.to("meta")
-    return run_head(skeleton, ids, hidden, as_tuple)
+    return run_head(skeleton, ids, state.hidden, num_outputs)
 
 
 @torch.no_grad()
@@ -137,7 +184,7 @@ def logits_of(folder: Path, ids: torch.Tensor) -> tuple[torch.Tensor, bool]:
 
 def examine(name: str, scratch: Path) -> Examined:
     """Write a tiny model, quantize it, and read it again."""
-    source = write_checkpoint(scratch / "source", {**DENSE, **EXPERTS}[name])
+    source = write_checkpoint(scratch / "source", {**DENSE, **EXPERTS, **STATEFUL}[name])
     expected, _ = logits_of(source, IDS)
     streamed = float((streamed_logits(source, IDS, scratch) - expected).abs().max())
     config = {

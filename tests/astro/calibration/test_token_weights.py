@@ -11,8 +11,9 @@ from astro.calibration.hessian import DriftAccumulator, HessianAccumulator
 from astro.calibration.token_weights import TokenWeights, effective_tokens, loss_weights, norm_weights, pass_back
 from astro.errors import UnsupportedError
 from astro.model.activations import BlockLayers, Inputs, Operand, names_of
-from astro.model.block_call import forward, record, returns_tuple
+from astro.model.block_call import BlockState, forward
 from astro.model.perplexity import loss_gradient
+from astro.model.recording import count_outputs, record
 from astro.model.skeleton import Skeleton
 from astro.storage.checkpoint import Checkpoint
 from tests.support.architectures import DENSE, EXPERTS, IDS
@@ -132,13 +133,13 @@ def test_gradient_block_by_block_is_that_of_the_whole_model(name, tmp_path):
     skeleton.load(skeleton.model, checkpoint.read(checkpoint.entries), CPU)
     skeleton.model.tie_weights()
     assert not any(parameter.requires_grad for parameter in skeleton.model.parameters())
-    as_tuple = returns_tuple(skeleton, IDS[:1])
+    num_outputs = count_outputs(skeleton, IDS[:1])
     with torch.no_grad():
-        hidden, calls = record(skeleton, IDS, as_tuple)
-        inputs = [hidden]
+        hidden, calls = record(skeleton, IDS, num_outputs)
+        inputs = [BlockState(hidden)]
         for block, call in zip(skeleton.blocks, calls, strict=True):
             inputs.append(forward(block, inputs[-1], call))
-        gradient = loss_gradient(skeleton, IDS, inputs[-1], as_tuple)
+        gradient = BlockState(loss_gradient(skeleton, IDS, inputs[-1].hidden, num_outputs))
         linears = [
             skeleton.linear_layers(index, keys_of(skeleton, checkpoint, index))[0]
             for index in range(len(skeleton.blocks))
@@ -164,17 +165,17 @@ def test_gradient_block_by_block_is_that_of_the_whole_model(name, tmp_path):
 def test_the_graph_of_a_block_is_freed(llama):
     checkpoint, skeleton = Checkpoint.open(llama), Skeleton(llama, torch.float32)
     skeleton.load(skeleton.model, checkpoint.read(checkpoint.entries), CPU)
-    hidden, calls = record(skeleton, IDS, returns_tuple(skeleton, IDS[:1]))
+    hidden, calls = record(skeleton, IDS, count_outputs(skeleton, IDS[:1]))
     layers = BlockLayers(skeleton.model, skeleton.linear_layers(0, keys_of(skeleton, checkpoint, 0))[0])
     graph = []
 
     def action(X):
         output = forward(skeleton.blocks[0], X, calls[0])
-        graph.append(weakref.ref(output))
+        graph.append(weakref.ref(output.hidden))
         return output
 
     with layers.observed(lambda operand, inputs: graph.append(weakref.ref(inputs.X))):
-        pass_back(layers, action, hidden, torch.ones_like(hidden))
+        pass_back(layers, action, BlockState(hidden), BlockState(torch.ones_like(hidden)))
     assert len(graph) == 8
     assert not any(tensor() is not None for tensor in graph)
 
@@ -183,9 +184,9 @@ def test_a_block_without_gradient_is_said(llama):
     checkpoint, skeleton = Checkpoint.open(llama), Skeleton(llama, torch.float32)
     layers = BlockLayers(skeleton.model, skeleton.linear_layers(0, keys_of(skeleton, checkpoint, 0))[0])
     skeleton.load(skeleton.blocks[0], checkpoint.read(keys_of(skeleton, checkpoint, 0)), CPU)
-    hidden = torch.ones(1, 2, 64)
+    hidden = BlockState(torch.ones(1, 2, 64))
     with pytest.raises(UnsupportedError, match="no gradient passes through this block"):
-        pass_back(layers, lambda X: X.detach() * 2, hidden, hidden)
+        pass_back(layers, lambda state: BlockState(state.hidden.detach() * 2), hidden, hidden)
 
     def failing(X):
         raise RuntimeError("DefaultCPUAllocator: can't allocate memory")
@@ -199,9 +200,10 @@ def opened_experts(name, folder, ids):
     write_checkpoint(folder, EXPERTS[name])
     checkpoint, skeleton = Checkpoint.open(folder), Skeleton(folder, torch.float32)
     skeleton.load(skeleton.model, checkpoint.read(checkpoint.entries), CPU)
-    hidden, calls = record(skeleton, ids, returns_tuple(skeleton, ids))
+    hidden, calls = record(skeleton, ids, count_outputs(skeleton, ids))
     linears = skeleton.linear_layers(1, keys_of(skeleton, checkpoint, 1))[0]
-    return skeleton, BlockLayers(skeleton.model, linears), hidden, lambda X: forward(skeleton.blocks[1], X, calls[1])
+    run = lambda state: forward(skeleton.blocks[1], state, calls[1])  # noqa: E731
+    return skeleton, BlockLayers(skeleton.model, linears), BlockState(hidden), run
 
 
 @pytest.mark.parametrize("name", [name for name in EXPERTS if name != "llama4"])
@@ -210,13 +212,13 @@ def test_energy_at_experts_against_the_gradient_of_their_weights(name, tmp_path)
     """For a single token it is ‖∂ℓ/∂W‖² / ‖x‖², added up over the token's experts."""
     skeleton, layers, hidden, run = opened_experts(name, tmp_path / name, IDS[:1, :1])
     expert = next(operand for operand in layers.operands if operand.expert is not None)
-    gradient = torch.randn(hidden.shape, generator=torch.Generator().manual_seed(0))
-    _, energies = pass_back(layers, run, hidden, gradient)
+    gradient = torch.randn(hidden.hidden.shape, generator=torch.Generator().manual_seed(0))
+    _, energies = pass_back(layers, run, hidden, BlockState(gradient))
     parameter, seen = skeleton.model.get_parameter(expert.parameter), []
     layers.module_of(expert).register_forward_pre_hook(lambda m, args: seen.append(args[0]))
     with torch.enable_grad():
         parameter.requires_grad_(True)
-        run(hidden).backward(gradient)
+        run(hidden).hidden.backward(gradient)
     (x,) = seen
     outputs = parameter[0].numel() // x.shape[-1]
     expected = parameter.grad.square().sum() / x.square().sum() / outputs

@@ -9,19 +9,20 @@ from astro.calibration.token_weights import TokenWeights
 from astro.config import Experts
 from astro.errors import CheckpointError, NumericalError, UnsupportedError
 from astro.model.activations import BlockLayers
-from astro.model.block_call import forward, record, returns_tuple
+from astro.model.block_call import BlockState, forward
+from astro.model.recording import count_outputs, record
 from astro.model.skeleton import Skeleton
 from astro.storage.checkpoint import Checkpoint
-from tests.support.architectures import DENSE, EXPERTS, IDS, streamed_logits
+from tests.support.architectures import DENSE, EXPERTS, IDS, STATEFUL, streamed_logits
 from tests.support.dequantized import keys_of
 from tests.support.models import write_checkpoint
 
 CPU = torch.device("cpu")
 
 
-@pytest.mark.parametrize("name", {**DENSE, **EXPERTS})
+@pytest.mark.parametrize("name", {**DENSE, **EXPERTS, **STATEFUL})
 def test_streamed_logits_equal_the_whole_models(name, tmp_path):
-    folder = write_checkpoint(tmp_path / name, {**DENSE, **EXPERTS}[name])
+    folder = write_checkpoint(tmp_path / name, {**DENSE, **EXPERTS, **STATEFUL}[name])
     model = transformers.AutoModelForCausalLM.from_pretrained(
         folder, dtype=torch.float32, experts_implementation="eager"
     )
@@ -43,7 +44,7 @@ def short(groups):
 def test_layers_with_one_input_are_found(llama):
     checkpoint, skeleton, _, linears = opened(llama)
     skeleton.load(skeleton.model, checkpoint.read(checkpoint.entries), CPU)
-    hidden, calls = record(skeleton, IDS, returns_tuple(skeleton, IDS[:1]))
+    hidden, calls = record(skeleton, IDS, count_outputs(skeleton, IDS[:1]))
     layers = BlockLayers(skeleton.model, linears)
     statistics = BlockStatistics(layers, CPU, TokenWeights("none"))
     seen = {}
@@ -51,16 +52,16 @@ def test_layers_with_one_input_are_found(llama):
     handle = module.register_forward_pre_hook(lambda m, a: seen.update(x=a[0]))
     with torch.no_grad():
         for _ in range(2):
-            statistics.run(lambda: forward(skeleton.blocks[0], hidden, calls[0]), "c0000")
+            statistics.run(lambda: forward(skeleton.blocks[0], BlockState(hidden), calls[0]), "c0000")
     handle.remove()
     expected = [["q_proj", "k_proj", "v_proj"], ["o_proj"], ["gate_proj", "up_proj"], ["down_proj"]]
     assert short(statistics.input_groups) == expected
     with torch.no_grad():
-        stages = input_stages(layers, lambda: forward(skeleton.blocks[0], hidden, calls[0]))
+        stages = input_stages(layers, lambda: forward(skeleton.blocks[0], BlockState(hidden), calls[0]))
         assert [len(stage) for stage in stages] == [1, 1, 1, 1]
         assert [stage[0] for stage in stages] == statistics.input_groups
         (down,) = stages[-1][0]
-        inputs = inputs_of(layers, [down], lambda: forward(skeleton.blocks[0], hidden, calls[0]))
+        inputs = inputs_of(layers, [down], lambda: forward(skeleton.blocks[0], BlockState(hidden), calls[0]))
     assert torch.equal(inputs[down].X, seen["x"])
     *_, last = statistics.finish_(Experts(), [])
     X = seen["x"].reshape(-1, 128)

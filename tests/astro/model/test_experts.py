@@ -10,8 +10,9 @@ from astro.calibration.token_weights import TokenWeights
 from astro.config import Experts
 from astro.errors import CheckpointError, NumericalError, UnsupportedError
 from astro.model.activations import BlockLayers
-from astro.model.block_call import forward, record, returns_tuple
+from astro.model.block_call import BlockState, forward
 from astro.model.experts import expert_layers
+from astro.model.recording import count_outputs, record
 from astro.model.skeleton import Skeleton
 from astro.storage.checkpoint import Checkpoint
 from tests.support.architectures import EXPERTS, IDS
@@ -37,7 +38,7 @@ class Opened:
         keys = keys_of(self.skeleton, checkpoint, 1)
         self.linears, self.others = self.skeleton.linear_layers(1, keys)
         self.layers = BlockLayers(self.skeleton.model, self.linears)
-        self.hidden, self.calls = record(self.skeleton, IDS, returns_tuple(self.skeleton, IDS[:1]))
+        self.hidden, self.calls = record(self.skeleton, IDS, count_outputs(self.skeleton, IDS[:1]))
         self.expert_layer = next(operand for operand in self.layers.operands if operand.expert is not None)
         self.experts = self.layers.module_of(self.expert_layer)
         for name, parameter in self.skeleton.blocks[1].named_parameters():
@@ -47,7 +48,7 @@ class Opened:
         self.experts.register_forward_pre_hook(lambda m, args: self.routed.append([a.clone() for a in args]))
 
     def forward(self):
-        return forward(self.skeleton.blocks[1], self.hidden, self.calls[1])
+        return forward(self.skeleton.blocks[1], BlockState(self.hidden), self.calls[1])
 
     def statistics(self, policy=None):
         statistics = BlockStatistics(self.layers, CPU, TokenWeights("none"))

@@ -13,8 +13,8 @@ def test_losses_equal_a_naive_log_softmax(monkeypatch):
     generator = torch.Generator().manual_seed(0)
     ids = torch.randint(11, (3, 7), generator=generator)
     logits = 3 * torch.randn(3, 7, 11, generator=generator)
-    monkeypatch.setattr(perplexity, "run_head", lambda skeleton, ids, hidden, as_tuple: hidden)
-    losses = [figures.loss for figures in perplexity.measure_sequences(None, ids, logits, as_tuple=False)]
+    monkeypatch.setattr(perplexity, "run_head", lambda skeleton, ids, hidden, num_outputs: hidden)
+    losses = [figures.loss for figures in perplexity.measure_sequences(None, ids, logits, num_outputs=0)]
     log_p = logits.double() - logits.double().exp().sum(-1, keepdim=True).log()
     expected = [-sum(float(log_p[i, t, ids[i, t + 1]]) for t in range(6)) for i in range(3)]
     torch.testing.assert_close(torch.tensor(losses), torch.tensor(expected))
@@ -25,7 +25,7 @@ def test_divergence_from_the_source_equals_a_naive_sum(monkeypatch):
     ids = torch.randint(11, (2, 600), generator=generator)
     source = 3 * torch.randn(2, 600, 11, generator=generator)
     logits = source + torch.randn(2, 600, 11, generator=generator)
-    monkeypatch.setattr(perplexity, "run_head", lambda skeleton, ids, hidden, as_tuple: hidden)
+    monkeypatch.setattr(perplexity, "run_head", lambda skeleton, ids, hidden, num_outputs: hidden)
     figures = perplexity.measure_sequences(None, ids, logits, False, source)
     P, Q = source.double().softmax(-1), logits.double().softmax(-1)
     expected = (P * (P / Q).log()).sum(-1)[:, :-1].sum(-1)
