@@ -106,7 +106,8 @@ STATEFUL: dict[str, Any] = {
     "deepseek-v4": transformers.DeepseekV4Config(
         **{**_ROUTED, "num_key_value_heads": 1, "num_hidden_layers": 3}, q_lora_rank=32, n_routed_experts=4,
         n_shared_experts=1, o_groups=2, o_lora_rank=16, index_n_heads=2, index_head_dim=16, index_topk=4,
-        sliding_window=8, num_nextn_predict_layers=0, partial_rotary_factor=0.5, num_hash_layers=1,
+        sliding_window=8, num_nextn_predict_layers=0, partial_rotary_factor=0.5,
+        mlp_layer_types=["hash_moe", "moe", "moe"],
         layer_types=["sliding_attention", "compressed_sparse_attention", "heavily_compressed_attention"],
         compress_rates={"compressed_sparse_attention": 4, "heavily_compressed_attention": 16},
     ),
