@@ -12,10 +12,11 @@ from torch import nn
 
 from astro.config import Quantization
 from astro.errors import CheckpointError, ConfigError, UnsupportedError
-from astro.formats.bit_packing import words_per_row
 from astro.model.linear_layer import LinearLayer
 from astro.model.skeleton import Skeleton
-from astro.storage.checkpoint import Checkpoint, TensorEntry
+from astro.storage.bit_packing import words_per_row
+from astro.storage.checkpoint import Checkpoint
+from astro.storage.shard_header import TensorEntry
 from astro_dist.planning.units import BlockUnit, CopyUnit, Plan
 
 __all__ = ["make_plan"]
@@ -139,7 +140,9 @@ def _plan_copies(checkpoint: Checkpoint, skeleton: Skeleton, tensors: _Tensors) 
     shards = _cut(checkpoint, tensors.copied)
     num_shards = len(shards) + len(skeleton.blocks)
     return [
-        CopyUnit(index, tuple(keys), _shard_name(index, num_shards), checkpoint.size_bytes(keys))
+        CopyUnit(
+            index, tuple(keys), _shard_name(index, num_shards), checkpoint.size_bytes(keys), checkpoint.held_bytes(keys)
+        )
         for index, keys in enumerate(shards)
     ]
 
@@ -157,7 +160,8 @@ def _plan_block(
         linears = [linear for linear in linears if linear.name not in indivisible]
     _require_shapes(checkpoint, layers, linears)
     written = _written_bytes(checkpoint.entries, keys, linears, quantization)
-    unit = BlockUnit(index, tuple(keys), tuple(linears), file, checkpoint.size_bytes(keys), written)
+    read, held = checkpoint.size_bytes(keys), checkpoint.held_bytes(keys)
+    unit = BlockUnit(index, tuple(keys), tuple(linears), file, read, held, written)
     return _PlannedBlock(unit, layers, other_matrices, list(indivisible))
 
 
