@@ -107,6 +107,8 @@ def _assign(checkpoint: Checkpoint, skeleton: Skeleton) -> _Tensors:
     """Find where each tensor belongs, and refuse those that do not fit the model."""
     tensors = _Tensors({}, [], [], [])
     targets: set[str] = set()
+    # Tables of integers (routing by token, positions) are what the model has integers for.
+    floats = {name for name, tensor in skeleton.model.state_dict().items() if tensor.is_floating_point()}
     for key, entry in checkpoint.entries.items():
         target, converted = skeleton.target_of(key)
         index = skeleton.block_of(target)
@@ -126,10 +128,11 @@ def _assign(checkpoint: Checkpoint, skeleton: Skeleton) -> _Tensors:
                 f"{checkpoint.place(key)}: tensor {key} is {list(entry.shape)}, but config.json makes it "
                 f"{list(expected)}; config.json and the shards are of different models"
             )
-        if entry.float_dtype is None:
+        if entry.float_dtype is None and target in floats:
             raise UnsupportedError(
-                f"{checkpoint.place(key)}: tensor {key} is stored as {entry.dtype}: quantized already; "
-                "give the original 16-bit or 32-bit checkpoint"
+                f"{checkpoint.place(key)}: tensor {key} is stored as {entry.dtype}, the model computes with floats; "
+                "it is quantized, and config.json does not say how (quantization_config). Give a complete checkpoint, "
+                "or the original one in 16 or 32 bits"
             )
     skeleton.require_covered(targets)
     return tensors
