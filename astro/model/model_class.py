@@ -10,12 +10,13 @@ from typing import Any
 import torch
 import transformers
 from torch import nn
+from transformers import PreTrainedModel
 from transformers.models.auto import modeling_auto
 
 from astro.errors import UnsupportedError
 from astro.storage.atomic import read_json
 
-__all__ = ["auto_class_of", "build_on_meta", "find_blocks", "names_beside_text"]
+__all__ = ["auto_class_of", "build_on_meta", "find_blocks", "names_beside_text", "text_model"]
 
 _AUTO_CLASSES = ("AutoModelForCausalLM", "AutoModelForImageTextToText", "AutoModelForMultimodalLM")
 """transformers' auto classes whose models continue a text, in the order in which they are tried."""
@@ -92,6 +93,26 @@ def find_blocks(model: Any) -> tuple[str, nn.ModuleList]:
         if isinstance(module, nn.ModuleList) and len(module) == count and id(module) in inside:
             return name, module
     raise UnsupportedError(f"{type(model).__name__}: no list of {count} transformer blocks found in its text decoder")
+
+
+def text_model(model: Any) -> Any:
+    """Return the innermost model that holds both the text decoder and the head: mostly the model itself.
+
+    Some wrappers hold a whole causal language model. Text goes through that one alone, and what the wrapper adds for
+    images cannot fail then.
+
+    Args:
+        model: The model.
+    """
+    head = model.get_output_embeddings()
+    if head is None:
+        return model
+    innermost = model
+    for module in model.modules():  # outer modules come first
+        parts = {id(part) for part in module.modules()}
+        if isinstance(module, PreTrainedModel) and {id(head), id(model.get_decoder())} <= parts:
+            innermost = module
+    return innermost
 
 
 def names_beside_text(model: Any) -> tuple[str, ...]:

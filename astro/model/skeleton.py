@@ -24,7 +24,7 @@ from transformers.pytorch_utils import Conv1D
 from astro.errors import CheckpointError, UnsupportedError
 from astro.model.experts import expert_layers, expert_owners, has_biases, is_gate, num_experts
 from astro.model.linear_layer import LinearLayer
-from astro.model.model_class import auto_class_of, build_on_meta, find_blocks, names_beside_text
+from astro.model.model_class import auto_class_of, build_on_meta, find_blocks, names_beside_text, text_model
 
 __all__ = ["Skeleton"]
 
@@ -34,6 +34,7 @@ class Skeleton:
 
     Attributes:
         model: The model, of the class that config.json names, on the meta device but for the parts that are loaded.
+        text_model: The part of the model that makes logits of tokens; the model itself but in some wrappers.
         blocks: The transformer blocks of the model, or of its text decoder.
         blocks_name: Name of the list of blocks in the model, e.g. "model.layers".
     """
@@ -52,6 +53,7 @@ class Skeleton:
         """
         self.model = build_on_meta(folder, dtype, trust_remote_code)
         self.blocks_name, self.blocks = find_blocks(self.model)
+        self.text_model = text_model(self.model)
         self._beside_text = names_beside_text(self.model)
         mapping = get_model_conversion_mapping(self.model)
         self._renamings = [entry for entry in mapping if isinstance(entry, WeightRenaming)]
@@ -203,7 +205,9 @@ class Skeleton:
         part.requires_grad_(False)
 
     def require_covered(self, targets: Set[str]) -> None:
-        """Refuse a checkpoint that leaves a parameter outside the blocks without a tensor.
+        """Refuse a checkpoint that leaves a parameter that text needs outside the blocks without a tensor.
+
+        What no text goes through is only copied, and its tensors may be converted in ways that are not known here.
 
         Args:
             targets: The model's names of all tensors that the checkpoint holds.
@@ -214,7 +218,8 @@ class Skeleton:
         tied = getattr(self.model, "all_tied_weights_keys", None) or {}
         for name, _ in self.model.named_parameters():
             covered = name in targets or (name in tied and tied[name] in targets)
-            if self.block_of(name) is None and not covered:
+            needed = self.block_of(name) is None and not self.is_beside_text(name)
+            if needed and not covered:
                 raise CheckpointError(f"the checkpoint has no tensor for {name} of {type(self.model).__name__}")
 
     def limits(self) -> tuple[int, int | None]:
