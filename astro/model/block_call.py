@@ -55,7 +55,7 @@ def returns_tuple(skeleton: Skeleton, input_ids: torch.Tensor) -> bool:
     handle = skeleton.blocks[0].register_forward_hook(note)
     try:
         with contextlib.suppress(_FirstBlockDone):
-            skeleton.model(input_ids=input_ids, use_cache=False)
+            skeleton.text_model(input_ids=input_ids, use_cache=False)
     finally:
         handle.remove()
     return is_tuple[0]
@@ -82,7 +82,7 @@ def record(skeleton: Skeleton, input_ids: torch.Tensor, as_tuple: bool) -> tuple
         return (hidden,) if as_tuple else hidden
 
     with _blocks_replaced(skeleton.blocks, stub):
-        skeleton.model.base_model(input_ids=input_ids, use_cache=False)
+        skeleton.text_model.base_model(input_ids=input_ids, use_cache=False)
     return first[0], calls
 
 
@@ -100,7 +100,7 @@ def run_head(skeleton: Skeleton, input_ids: torch.Tensor, hidden: torch.Tensor, 
         return (hidden,) if as_tuple else hidden
 
     with _blocks_replaced(skeleton.blocks, stub):
-        logits: torch.Tensor = skeleton.model(input_ids=input_ids, use_cache=False).logits
+        logits: torch.Tensor = skeleton.text_model(input_ids=input_ids, use_cache=False).logits
     return logits
 
 

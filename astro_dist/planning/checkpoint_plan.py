@@ -8,8 +8,6 @@ import math
 from collections.abc import Iterable, Mapping, Sequence
 from fnmatch import fnmatchcase
 
-from torch import nn
-
 from astro.config import Quantization
 from astro.errors import CheckpointError, ConfigError, UnsupportedError
 from astro.model.linear_layer import LinearLayer
@@ -18,6 +16,7 @@ from astro.storage.bit_packing import words_per_row
 from astro.storage.checkpoint import Checkpoint
 from astro.storage.shard_header import TensorEntry
 from astro_dist.planning.units import BlockUnit, CopyUnit, Plan
+from astro_dist.planning.unquantized import copied_matrices, linear_modules
 
 __all__ = ["make_plan"]
 
@@ -31,7 +30,7 @@ class _Tensors:
 
     Attributes:
         by_block: Tensors of each block, by the block's index.
-        outside: Tensors that the model has outside its blocks.
+        outside: Tensors that text needs outside the blocks.
         copied: All tensors outside the blocks, those that the model does not have among them.
         unknown: Tensors that the model does not have, in blocks or outside.
     """
@@ -90,7 +89,7 @@ def make_plan(checkpoint: Checkpoint, skeleton: Skeleton, quantization: Quantiza
     return Plan(
         blocks=tuple(block.unit for block in blocks),
         copies=tuple(copies),
-        ignore=tuple(name for name in _linear_modules(skeleton, blocks) if name not in quantized),
+        ignore=_unquantized(checkpoint, skeleton, blocks),
         outside=tuple(tensors.outside),
         outside_weights=sum(math.prod(checkpoint.entries[key].shape) for key in tensors.outside),
         hidden_size=skeleton.hidden_size,
@@ -121,7 +120,7 @@ def _assign(checkpoint: Checkpoint, skeleton: Skeleton) -> _Tensors:
             tensors.unknown.append(key)
             continue
         targets.add(target)
-        if index is None:
+        if index is None and not skeleton.is_beside_text(target):
             tensors.outside.append(key)
         if not converted and expected != entry.shape:
             raise CheckpointError(
@@ -168,16 +167,14 @@ def _plan_block(
     return _PlannedBlock(unit, layers, other_matrices, list(indivisible))
 
 
-def _linear_modules(skeleton: Skeleton, blocks: Sequence[_PlannedBlock]) -> list[str]:
-    """Return the names of everything that a reader of the result may take for a linear layer, gates among them."""
-    modules = [name for name, module in skeleton.model.named_modules() if isinstance(module, nn.Linear)]
+def _unquantized(checkpoint: Checkpoint, skeleton: Skeleton, blocks: Sequence[_PlannedBlock]) -> tuple[str, ...]:
+    """Return the names that the result's config lists as not quantized, transformers' names before the files' names."""
     layers = [layer.name for block in blocks for layer in block.layers]
-    others = [name for block in blocks for name in block.other_matrices]
-    gates = [name.removesuffix(".weight") for name in others if name.endswith(".weight")]
-    # Servers know a gate by the name that the file gives it.
-    stored = {skeleton.target_of(key)[0]: key.removesuffix(".weight") for block in blocks for key in block.unit.keys}
-    gates += [stored[name] for name in others if name in stored]
-    return list(dict.fromkeys((*modules, *layers, *gates)))
+    modules = linear_modules(skeleton, layers, [name for block in blocks for name in block.other_matrices])
+    quantized = {linear.name for block in blocks for linear in block.unit.linears}
+    replaced = {linear.key for block in blocks for linear in block.unit.linears}
+    copied = copied_matrices(skeleton, checkpoint.entries, (key for key in checkpoint.entries if key not in replaced))
+    return tuple(dict.fromkeys(name for name in (*modules, *copied) if name not in quantized))
 
 
 def _matches(name: str, patterns: Iterable[str]) -> bool:

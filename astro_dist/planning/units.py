@@ -76,7 +76,7 @@ class Plan:
         blocks: Units of the blocks, in the model's order.
         copies: Units of all other tensors.
         ignore: Names of the linear modules that are not quantized, as the result's config lists them.
-        outside: Names of the checkpoint tensors that the model has outside its blocks.
+        outside: Names of the checkpoint tensors outside the blocks that text needs: embeddings, norm and head.
         outside_weights: Number of elements of these tensors.
         hidden_size: Width of the hidden states between blocks.
         vocab_size: Number of tokens that the model knows.
