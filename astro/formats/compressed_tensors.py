@@ -17,7 +17,6 @@ import torch
 
 from astro.config import PER_CHANNEL, LayerScheme
 from astro.errors import CheckpointError
-from astro.formats.bit_packing import pack, unpack
 from astro.formats.server_limits import (
     conversion_notes,
     group_size_notes,
@@ -27,6 +26,7 @@ from astro.formats.server_limits import (
 )
 from astro.model.linear_layer import LinearLayer
 from astro.quantization.grid import Grid, QuantizedLinear
+from astro.storage.bit_packing import pack, unpack
 
 __all__ = [
     "MARK", "METHOD", "READER_PACKAGES", "SCALE_DTYPE", "is_ignored", "pack_linear", "quantization_config",

@@ -7,7 +7,7 @@ none of them fills would hold whatever was in memory before, and is refused.
 
 import contextlib
 import dataclasses
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -49,13 +49,16 @@ class _Buffer:
         return tensor
 
 
-def fill_buffers(model: PreTrainedModel, part: nn.Module, device: torch.device) -> None:
+def fill_buffers(
+    model: PreTrainedModel, part: nn.Module, device: torch.device, is_unused: Callable[[str], bool] = lambda name: False
+) -> None:
     """Compute the buffers of a part of a model that no file holds, where they are on the meta device.
 
     Args:
         model: The model.
         part: The model or one of its modules.
         device: Device that the buffers are put on.
+        is_unused: Function that tells of a module's name that the module is not run; its buffers are left as they are.
 
     Raises:
         UnsupportedError: No initializer fills a buffer; the message names the first.
@@ -64,6 +67,7 @@ def fill_buffers(model: PreTrainedModel, part: nn.Module, device: torch.device) 
     buffers = [
         _Buffer(module, name, f"{names[module]}.{name}".removeprefix("."))
         for module in part.modules()
+        if not is_unused(names[module])
         for name in sorted(module._non_persistent_buffers_set)
         if (values := module._buffers[name]) is not None and values.is_meta
     ]

@@ -23,6 +23,7 @@ __all__ = [
     "has_biases",
     "is_gate",
     "num_experts",
+    "parts_of",
     "reads_inputs",
 ]
 
@@ -46,6 +47,15 @@ def num_experts(block: nn.Module) -> int | None:
     """
     parameters = (named for module in block.modules() for named in module.named_parameters(recurse=False))
     return next((len(parameter) for name, parameter in parameters if _holds_all_experts(name, parameter)), None)
+
+
+def parts_of(parameter_name: str) -> tuple[str, ...]:
+    """Return the names of the layers in a parameter that holds all experts; empty for any other parameter.
+
+    Args:
+        parameter_name: Name of the parameter in its module.
+    """
+    return _PARTS.get(parameter_name, ())
 
 
 def expert_owners(block: nn.Module, prefix: str) -> set[str]:

@@ -53,7 +53,7 @@ def count_outputs(skeleton: Skeleton, input_ids: torch.Tensor) -> int:
     handle = skeleton.blocks[0].register_forward_hook(note)
     try:
         with contextlib.suppress(_FirstBlockDone):
-            skeleton.model(input_ids=input_ids, use_cache=False)
+            skeleton.text_model(input_ids=input_ids, use_cache=False)
     finally:
         handle.remove()
     return counts[0]
@@ -103,7 +103,7 @@ def record(skeleton: Skeleton, input_ids: torch.Tensor, num_outputs: int) -> tup
         return _output(hidden, index, num_outputs)
 
     with _blocks_replaced(skeleton, stub):
-        skeleton.model.base_model(input_ids=input_ids, use_cache=False)
+        skeleton.text_model.base_model(input_ids=input_ids, use_cache=False)
     if len(calls) != len(skeleton.blocks):
         raise _refusal(skeleton, f"calls {len(calls)} of its {len(skeleton.blocks)} blocks")
     if first[0].shape[:2] != input_ids.shape:
@@ -125,7 +125,7 @@ def run_head(skeleton: Skeleton, input_ids: torch.Tensor, hidden: torch.Tensor, 
         return _output(hidden, index, num_outputs)
 
     with _blocks_replaced(skeleton, stub):
-        logits: torch.Tensor = skeleton.model(input_ids=input_ids, use_cache=False).logits
+        logits: torch.Tensor = skeleton.text_model(input_ids=input_ids, use_cache=False).logits
     return logits
 
 

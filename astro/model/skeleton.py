@@ -7,10 +7,8 @@ convert layouts, so that a lone block equals the same block of the whole model f
 import re
 from collections.abc import Mapping, Sequence, Set
 from pathlib import Path
-from typing import Any
 
 import torch
-import transformers
 from torch import nn
 from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.core_model_loading import (
@@ -26,7 +24,7 @@ from astro.errors import CheckpointError, UnsupportedError
 from astro.model.computed_buffers import fill_buffers
 from astro.model.experts import expert_layers, expert_owners, has_biases, is_gate, num_experts
 from astro.model.linear_layer import LinearLayer
-from astro.storage.atomic import read_json
+from astro.model.model_class import auto_class_of, build_on_meta, find_blocks, names_beside_text, text_model
 
 __all__ = ["Skeleton"]
 
@@ -35,8 +33,9 @@ class Skeleton:
     """The model of a checkpoint without weights, its list of blocks, and which checkpoint tensors fill what.
 
     Attributes:
-        model: The causal language model, on the meta device but for the parts that are loaded.
-        blocks: The transformer blocks of the model.
+        model: The model, of the class that config.json names, on the meta device but for the parts that are loaded.
+        text_model: The part of the model that makes logits of tokens; the model itself but in some wrappers.
+        blocks: The transformer blocks of the model, or of its text decoder.
         blocks_name: Name of the list of blocks in the model, e.g. "model.layers".
     """
 
@@ -49,11 +48,13 @@ class Skeleton:
             trust_remote_code: Whether code that the checkpoint ships may run.
 
         Raises:
-            UnsupportedError: transformers has no causal language model for it, or its blocks cannot be found.
+            UnsupportedError: transformers has no model for it that continues a text, or its blocks cannot be found.
             CheckpointError: config.json is missing or wrong.
         """
-        self.model = _build_on_meta(folder, dtype, trust_remote_code)
-        self.blocks_name, self.blocks = _find_blocks(self.model)
+        self.model = build_on_meta(folder, dtype, trust_remote_code)
+        self.blocks_name, self.blocks = find_blocks(self.model)
+        self.text_model = text_model(self.model)
+        self._beside_text = names_beside_text(self.model)
         mapping = get_model_conversion_mapping(self.model)
         self._renamings = [entry for entry in mapping if isinstance(entry, WeightRenaming)]
         self._converters = [entry for entry in mapping if isinstance(entry, WeightConverter)]
@@ -91,6 +92,28 @@ class Skeleton:
         head, _, tail = name.partition(f"{self.blocks_name}.")
         index = tail.split(".", 1)[0]
         return int(index) if not head and index.isdigit() and int(index) < len(self.blocks) else None
+
+    def is_beside_text(self, name: str) -> bool:
+        """Tell whether a module or tensor belongs to a part that no text goes through, such as a vision tower.
+
+        Args:
+            name: Name of the module or tensor in the model.
+        """
+        return any(name == part or name.startswith(f"{part}.") for part in self._beside_text)
+
+    def is_table(self, name: str) -> bool:
+        """Tell whether a tensor is the weight of an embedding, from which rows are looked up.
+
+        Args:
+            name: Name of the tensor in the model.
+        """
+        module_name = name.rpartition(".")[0]
+        return name in self._state and isinstance(self.model.get_submodule(module_name), nn.Embedding)
+
+    @property
+    def auto_class(self) -> str:
+        """Name of the auto class with which a user of transformers loads the model."""
+        return auto_class_of(self.model)
 
     def linear_layers(self, index: int, keys: Sequence[str]) -> tuple[list[LinearLayer], list[str]]:
         """Return the linear layers of a block, and the matrices in it that are none.
@@ -166,7 +189,7 @@ class Skeleton:
             CheckpointError: A tensor has the wrong shape, or a parameter got no tensor.
             UnsupportedError: A buffer that no file holds is left without values.
         """
-        fill_buffers(self.model, part, device)
+        fill_buffers(self.model, part, device, self.is_beside_text)
         config = LoadStateDictConfig(
             device_map={"": device}, dtype=self._dtype, weight_mapping=self._mapping, ignore_mismatched_sizes=False
         )
@@ -183,7 +206,9 @@ class Skeleton:
         part.requires_grad_(False)
 
     def require_covered(self, targets: Set[str]) -> None:
-        """Refuse a checkpoint that leaves a parameter outside the blocks without a tensor.
+        """Refuse a checkpoint that leaves a parameter that text needs outside the blocks without a tensor.
+
+        What no text goes through is only copied, and its tensors may be converted in ways that are not known here.
 
         Args:
             targets: The model's names of all tensors that the checkpoint holds.
@@ -194,7 +219,8 @@ class Skeleton:
         tied = getattr(self.model, "all_tied_weights_keys", None) or {}
         for name, _ in self.model.named_parameters():
             covered = name in targets or (name in tied and tied[name] in targets)
-            if self.block_of(name) is None and not covered:
+            needed = self.block_of(name) is None and not self.is_beside_text(name)
+            if needed and not covered:
                 raise CheckpointError(f"the checkpoint has no tensor for {name} of {type(self.model).__name__}")
 
     def limits(self) -> tuple[int, int | None]:
@@ -231,34 +257,3 @@ class Skeleton:
         for tensor_name, tensor in (*part.named_parameters(), *part.named_buffers()):
             if tensor.is_meta:
                 raise CheckpointError(f"{name}: the checkpoint holds no tensor for {tensor_name} of this model")
-
-
-def _build_on_meta(folder: Path, dtype: torch.dtype, trust_remote_code: bool) -> Any:
-    content = read_json(folder / "config.json", if_missing="a checkpoint folder must hold it")
-    kind = content.get("model_type")
-    try:
-        config = transformers.AutoConfig.from_pretrained(folder, trust_remote_code=trust_remote_code)
-        with torch.device("meta"):
-            model = transformers.AutoModelForCausalLM.from_config(
-                config, dtype=dtype, trust_remote_code=trust_remote_code, experts_implementation="eager"
-            )
-    except Exception as error:  # transformers raises many kinds for a config it cannot use
-        hint = (
-            " It ships its own code, which runs only with model.trust_remote_code: true."
-            if "auto_map" in content
-            else ""
-        )
-        raise UnsupportedError(
-            f"{folder / 'config.json'}: transformers {transformers.__version__} has no causal language model for "
-            f"model_type {kind!r}: {str(error).splitlines()[0] if str(error) else type(error).__name__:.300}.{hint}"
-        ) from error
-    model.tie_weights()
-    return model.eval()
-
-
-def _find_blocks(model: Any) -> tuple[str, nn.ModuleList]:
-    count = model.config.get_text_config().num_hidden_layers
-    for name, module in model.named_modules():
-        if isinstance(module, nn.ModuleList) and len(module) == count:
-            return name, module
-    raise UnsupportedError(f"{type(model).__name__}: no list of {count} transformer blocks found in it")

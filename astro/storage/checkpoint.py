@@ -2,13 +2,13 @@
 
 Opening a checkpoint reads headers only. Everything that can be wrong with the files is found there: a shard that is
 missing or cut short, an index that disagrees with its shards or points outside the folder, a pickle.
+
+The weights of a quantized source are decoded while they are read. Nobody else knows of it: entries have the dtype and
+shape of what `read` returns, and the scales are hidden.
 """
 
-import dataclasses
 import hashlib
-import json
-import math
-import struct
+import itertools
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path, PurePosixPath
 from typing import Any
@@ -18,60 +18,22 @@ import torch
 from astro.errors import CheckpointError
 from astro.storage.atomic import parse_json
 from astro.storage.byte_store import FolderStore, Range, Store
+from astro.storage.encoded_names import Encoded, find_encoded
+from astro.storage.encoded_tensor import EncodedTensor, Slice
+from astro.storage.shard_header import StoredTensor, TensorEntry, read_bytes, read_store_header
+from astro.storage.source_quantization import read_quantization
 
-__all__ = [
-    "INDEX_NAME",
-    "Checkpoint",
-    "TensorEntry",
-    "read_header",
-    "require_finite",
-]
+__all__ = ["INDEX_NAME", "Checkpoint", "require_finite"]
 
 INDEX_NAME = "model.safetensors.index.json"
 _SINGLE_NAME = "model.safetensors"
 _PICKLES = (".bin", ".pt", ".pth", ".ckpt")
-_MAX_HEADER_BYTES = 100_000_000
-_HEAD_BYTES = 1 << 18
 _SAMPLE_BYTES = 64
 _PIECE_ELEMENTS = 1 << 22
-
-_TORCH_DTYPES = {
-    "BOOL": torch.bool, "U8": torch.uint8, "I8": torch.int8, "I16": torch.int16, "I32": torch.int32, "I64": torch.int64,
-    "U16": torch.uint16, "U32": torch.uint32, "U64": torch.uint64, "F16": torch.float16, "BF16": torch.bfloat16,
-    "F32": torch.float32, "F64": torch.float64, "F8_E4M3": torch.float8_e4m3fn, "F8_E5M2": torch.float8_e5m2,
-}  # fmt: skip
-_FLOATS = ("F16", "BF16", "F32", "F64")
-
-
-@dataclasses.dataclass(frozen=True)
-class TensorEntry:
-    """Where a tensor lies and what it is.
-
-    Attributes:
-        name: Name of the tensor in the checkpoint.
-        file: Name of the shard that holds it.
-        dtype: Dtype as safetensors writes it, e.g. "BF16".
-        shape: Sizes of the tensor.
-        start: Offset of its first byte in the file.
-        stop: Offset behind its last byte in the file.
-    """
-
-    name: str
-    file: str
-    dtype: str
-    shape: tuple[int, ...]
-    start: int
-    stop: int
-
-    @property
-    def size_bytes(self) -> int:
-        """Size of the tensor in bytes."""
-        return self.stop - self.start
-
-    @property
-    def float_dtype(self) -> torch.dtype | None:
-        """Dtype of the tensor in torch; None where the tensor is no plain float."""
-        return _TORCH_DTYPES[self.dtype] if self.dtype in _FLOATS else None
+_SLICE_ELEMENTS = 1 << 24
+"""Elements of an encoded weight that are decoded at a time; their float32 values take 64 MiB."""
+_BATCH_BYTES = 1 << 28
+"""Bytes of encoded weights that are read at a time, so that they are not all in memory beside the decoded ones."""
 
 
 class Checkpoint:
@@ -79,22 +41,29 @@ class Checkpoint:
 
     Attributes:
         store: Where the files are.
-        entries: Every tensor by name, sorted by name.
+        stored: Every tensor as it is stored, by name, sorted by name.
+        encoded: What of it is decoded while it is read.
+        entries: Every tensor as `read` returns it, by name, sorted by name.
     """
 
-    def __init__(self, store: Store, entries: Mapping[str, TensorEntry]) -> None:
-        """Take tensors whose headers were read already; see `open`.
+    def __init__(self, store: Store, stored: Mapping[str, StoredTensor], encoded: Encoded = Encoded()) -> None:  # noqa: B008
+        """Take tensors whose headers were read already; see `open` and `open_source`.
 
         Args:
             store: Where the files are.
-            entries: Every tensor by name.
+            stored: Every tensor by name.
+            encoded: What of it is decoded while it is read.
         """
         self.store = store
+        self.stored = dict(sorted(stored.items()))
+        self.encoded = encoded
+        entries: dict[str, TensorEntry] = {name: e for name, e in stored.items() if name not in encoded.hidden}
+        entries |= {weight.name: weight for weight in encoded.weights}
         self.entries = dict(sorted(entries.items()))
 
     @classmethod
     def open(cls, source: Store | Path) -> "Checkpoint":
-        """Read the index and every header, and check that they agree.
+        """Read the index and every header, and check that they agree. Tensors are returned as they are stored.
 
         Args:
             source: Where the files are.
@@ -107,9 +76,9 @@ class Checkpoint:
         _refuse_other_kinds(store, sizes)
         weight_map = _read_weight_map(store, sizes)
         files = sorted(set(weight_map.values())) if weight_map is not None else [_SINGLE_NAME]
-        entries: dict[str, TensorEntry] = {}
+        entries: dict[str, StoredTensor] = {}
         for file in files:
-            for entry in _read_header(store, sizes, file):
+            for entry in read_store_header(store, sizes, file):
                 if weight_map is None or weight_map.get(entry.name) == file:
                     entries[entry.name] = entry
         absent = sorted(set(weight_map or ()) - set(entries))
@@ -120,6 +89,28 @@ class Checkpoint:
                 "fetch the checkpoint again"
             )
         return cls(store, entries)
+
+    @classmethod
+    def open_source(cls, source: Store | Path) -> "Checkpoint":
+        """Open a checkpoint, and decode its weights while they are read if its config.json says that it is quantized.
+
+        Args:
+            source: Where the files are.
+
+        Raises:
+            CheckpointError: Something would make a later read fail or lie, or the source is quantized in a way that is
+                not decoded.
+        """
+        checkpoint = cls.open(source)
+        store, sizes = checkpoint.store, checkpoint.store.sizes()
+        configs = [_read_json(store, sizes, file) for file in ("config.json", "hf_quant_config.json")]
+        try:
+            quantization = read_quantization(*configs)
+            if quantization is None:
+                return checkpoint
+            return cls(store, checkpoint.stored, find_encoded(checkpoint.stored, quantization))
+        except CheckpointError as error:
+            raise CheckpointError(f"{store}/{error}") from error
 
     def place(self, name: str) -> str:
         """Return the path of the file that holds a tensor, for messages.
@@ -134,23 +125,23 @@ class Checkpoint:
 
         It covers every name, dtype and shape, and the store's revision. Where the store has no revision, it covers
         config, code and some bytes of every tensor instead. That does not read the weights: 64 bytes from the middle
-        of each tensor tell one state of a folder from another.
+        of each tensor, scales among them, tell one state of a folder from another.
         """
         digest = hashlib.sha256((self.store.revision or "").encode())
         if self.store.revision is None:
             sizes = self.store.sizes()
             for file in ("config.json", *sorted(file for file in sizes if file.endswith(".py"))):
-                digest.update(file.encode() + (_read_bytes(self.store, file, 0, sizes[file]) if file in sizes else b""))
-        for entry in self.entries.values():
+                digest.update(file.encode() + (read_bytes(self.store, file, 0, sizes[file]) if file in sizes else b""))
+        for entry in self.stored.values():
             digest.update(f"{entry.name}|{entry.dtype}|{entry.shape}|".encode())
             if self.store.revision is None:
                 length = min(_SAMPLE_BYTES, entry.size_bytes)
                 middle = entry.start + (entry.size_bytes - length) // 2
-                digest.update(_read_bytes(self.store, entry.file, middle, length))
+                digest.update(read_bytes(self.store, entry.file, middle, length))
         return digest.hexdigest()
 
     def read(self, names: Iterable[str]) -> dict[str, torch.Tensor]:
-        """Read some tensors as they are stored, onto the CPU, into memory of their own.
+        """Read some tensors onto the CPU, into memory of their own: as they are stored, or decoded.
 
         Args:
             names: Names of the tensors.
@@ -158,13 +149,16 @@ class Checkpoint:
         Raises:
             CheckpointError: A shard cannot be read any more.
         """
-        tensors, ranges = {}, []
-        for entry in sorted((self.entries[name] for name in names), key=lambda entry: (entry.file, entry.start)):
-            dtype = _TORCH_DTYPES[entry.dtype]
-            flat = torch.empty(entry.size_bytes // dtype.itemsize, dtype=dtype)
-            ranges.append(Range(entry.file, entry.start, flat.view(torch.uint8).numpy().data))
-            tensors[entry.name] = flat.reshape(entry.shape)
-        self.store.fill(ranges)
+        entries = [self.entries[name] for name in names]
+        stored = [entry for entry in entries if isinstance(entry, StoredTensor)]
+        plain = {e.name: e.to_read() for e in sorted(stored, key=lambda entry: (entry.file, entry.start))}
+        self.store.fill([span for _, span in plain.values()])
+        tensors = {name: tensor for name, (tensor, _) in plain.items()}
+        encoded = [entry for entry in entries if isinstance(entry, EncodedTensor)]
+        for entry, part in self._filled(sorted(encoded, key=lambda e: (e.file, e.sources[0].start)), _SLICE_ELEMENTS):
+            if entry.name not in tensors:
+                tensors[entry.name] = torch.empty(entry.shape, dtype=entry.torch_dtype)
+            tensors[entry.name][part.first : part.last] = entry.decode(part)
         return tensors
 
     def pieces(self, name: str, num_elements: int) -> Iterator[torch.Tensor]:
@@ -172,14 +166,19 @@ class Checkpoint:
 
         Args:
             name: Name of the tensor.
-            num_elements: Number of values in a piece; the last piece may be shorter.
+            num_elements: Number of values in a piece; the last piece may be shorter, and those of an encoded weight
+                longer.
         """
         entry = self.entries[name]
+        if isinstance(entry, EncodedTensor):
+            yield from (entry.decode(part).flatten() for _, part in self._filled([entry], num_elements))
+            return
         dtype = entry.float_dtype or torch.float32
         buffer = torch.empty(min(num_elements, entry.size_bytes // dtype.itemsize), dtype=dtype)
         for offset in range(0, entry.size_bytes, num_elements * dtype.itemsize):
             part = buffer[: (entry.size_bytes - offset) // dtype.itemsize]
-            self.store.fill([Range(entry.file, entry.start + offset, part.view(torch.uint8).numpy().data)])
+            start = self.stored[name].start + offset
+            self.store.fill([Range(entry.file, start, part.view(torch.uint8).numpy().data)])
             yield part
 
     def size_bytes(self, names: Iterable[str]) -> int:
@@ -188,7 +187,35 @@ class Checkpoint:
         Args:
             names: Names of the tensors.
         """
+        entries = (self.entries[name] for name in names)
+        sources = (entry.sources if isinstance(entry, EncodedTensor) else (entry,) for entry in entries)
+        return sum(source.size_bytes for source in itertools.chain.from_iterable(sources))
+
+    def held_bytes(self, names: Iterable[str]) -> int:
+        """Return the size of some tensors once they are read, in bytes.
+
+        Args:
+            names: Names of the tensors.
+        """
         return sum(self.entries[name].size_bytes for name in names)
+
+    def _filled(self, entries: Iterable[EncodedTensor], num_elements: int) -> Iterator[tuple[EncodedTensor, Slice]]:
+        """Read slices of encoded weights, as many at a time as are worth their requests, and yield them in order."""
+        batch: list[tuple[EncodedTensor, Slice]] = []
+        size = 0
+        for entry in entries:
+            for part in entry.slices(num_elements):
+                batch.append((entry, part))
+                size += sum(len(span.view) for span in part.ranges)
+                if size >= _BATCH_BYTES:
+                    self._fill(batch)
+                    yield from batch
+                    batch, size = [], 0
+        self._fill(batch)
+        yield from batch
+
+    def _fill(self, batch: Iterable[tuple[EncodedTensor, Slice]]) -> None:
+        self.store.fill([span for _, part in batch for span in part.ranges])
 
 
 def require_finite(checkpoint: Checkpoint) -> None:
@@ -229,17 +256,15 @@ def _refuse_other_kinds(store: Store, sizes: Mapping[str, int]) -> None:
     )
 
 
-def _read_bytes(store: Store, file: str, start: int, length: int) -> bytes:
-    content = bytearray(length)
-    store.fill([Range(file, start, memoryview(content))])
-    return bytes(content)
+def _read_json(store: Store, sizes: Mapping[str, int], file: str) -> dict[str, Any]:
+    return parse_json(read_bytes(store, file, 0, sizes[file]), f"{store}/{file}") if file in sizes else {}
 
 
 def _read_weight_map(store: Store, sizes: Mapping[str, int]) -> dict[str, str] | None:
     if INDEX_NAME not in sizes:
         return None
     path = f"{store}/{INDEX_NAME}"
-    weight_map = parse_json(_read_bytes(store, INDEX_NAME, 0, sizes[INDEX_NAME]), path).get("weight_map")
+    weight_map = parse_json(read_bytes(store, INDEX_NAME, 0, sizes[INDEX_NAME]), path).get("weight_map")
     if not isinstance(weight_map, dict) or not weight_map:
         raise CheckpointError(f"{path}: expected an object 'weight_map' that names tensors, got {weight_map!r:.80}")
     for name, file in weight_map.items():
@@ -251,62 +276,3 @@ def _read_weight_map(store: Store, sizes: Mapping[str, int]) -> dict[str, str] |
                 "same folder. A path that leaves the folder is never followed"
             )
     return weight_map
-
-
-def read_header(folder: Path, file: str) -> list[TensorEntry]:
-    """Read which tensors a shard in a folder holds, from its header; the file's length must agree with it.
-
-    Args:
-        folder: The folder.
-        file: Name of the shard in it.
-
-    Raises:
-        CheckpointError: The shard is missing, cut short or damaged.
-    """
-    store = FolderStore(folder)
-    return _read_header(store, store.sizes(), file)
-
-
-def _read_header(store: Store, sizes: Mapping[str, int], file: str) -> list[TensorEntry]:
-    path, size = f"{store}/{file}", sizes.get(file)
-    if size is None:
-        raise CheckpointError(f"{path}: the index names this shard, but it is missing; fetch it again")
-    # A short header is read in one piece with its length: every request to a remote store takes its time.
-    head = _read_bytes(store, file, 0, min(size, _HEAD_BYTES))
-    length = struct.unpack("<Q", head[:8])[0] if size >= 8 else _MAX_HEADER_BYTES + 1
-    if length > min(_MAX_HEADER_BYTES, size - 8):
-        raise CheckpointError(f"{path}: no safetensors file, or cut short: {size} bytes, its header asks for more")
-    missing = 8 + length - len(head)
-    raw = (head + _read_bytes(store, file, len(head), missing) if missing > 0 else head)[8 : 8 + length]
-    try:
-        header = json.loads(raw)
-        tensors = {name: value for name, value in header.items() if name != "__metadata__"}
-        entries = [_parse_entry(name, file, value, 8 + length) for name, value in tensors.items()]
-    except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
-        raise CheckpointError(f"{path}: its safetensors header is damaged: {error!r:.200}; fetch it again") from error
-    needed = _require_contiguous(path, entries, 8 + length)
-    if size != needed:
-        kind = "cut short" if size < needed else "longer than its header says"
-        raise CheckpointError(f"{path}: the shard is {kind}: expected {needed} bytes, got {size}; fetch it again")
-    return entries
-
-
-def _parse_entry(name: str, file: str, value: Mapping[str, Any], base: int) -> TensorEntry:
-    dtype, (begin, end), shape = value["dtype"], value["data_offsets"], tuple(value["shape"])
-    if not all(type(n) is int and n >= 0 for n in (begin, end, *shape)):
-        raise ValueError(f"{name}: sizes and offsets must be whole numbers from 0, got {shape} and {begin} to {end}")
-    if dtype not in _TORCH_DTYPES:
-        raise ValueError(f"{name}: dtype {dtype!r} is not known here")
-    if math.prod(shape) * _TORCH_DTYPES[dtype].itemsize != end - begin:
-        raise ValueError(f"{name}: {dtype} {list(shape)} does not fit the bytes {begin} to {end}")
-    return TensorEntry(name, file, dtype, shape, base + begin, base + end)
-
-
-def _require_contiguous(path: str, entries: Iterable[TensorEntry], start: int) -> int:
-    """Return where the last tensor ends, if every tensor begins where the one before it ends, as the format demands."""
-    for entry in sorted(entries, key=lambda entry: (entry.start, entry.stop)):
-        if entry.start != start:
-            kind = "overlaps the one before it" if entry.start < start else "leaves a hole before it"
-            raise CheckpointError(f"{path}: its safetensors header is damaged: tensor {entry.name} {kind}")
-        start = entry.stop
-    return start

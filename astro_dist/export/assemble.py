@@ -6,7 +6,9 @@ from pathlib import Path
 from astro.config import LayerScheme, Quantization
 from astro.formats import LAYOUTS
 from astro.storage.atomic import read_json, write_atomic, write_json
-from astro.storage.checkpoint import INDEX_NAME, read_header
+from astro.storage.checkpoint import INDEX_NAME
+from astro.storage.shard_header import read_header
+from astro.storage.source_quantization import without_quantization
 from astro_dist.config.schema import RunConfig
 from astro_dist.planning.units import Plan
 from astro_dist.run_directory.layer_widths import layer_schemes
@@ -40,7 +42,7 @@ def assemble(source: Path, plan: Plan, run: RunDirectory, config: RunConfig) -> 
     beside = sorted({path for pattern in patterns for path in source.glob(pattern) if path.is_file()})
     for path in beside:
         _copy(path, run.model / path.name)
-    content = read_json(source / "config.json")
+    content = without_quantization(read_json(source / "config.json"))
     layout, final = LAYOUTS[config.quantization.format], final_schemes(config.quantization, plan, run)
     linears = (linear for unit in plan.blocks for linear in unit.linears)
     schemes = {name: final[linear.name] for linear in linears for name in linear.config_names}

@@ -82,7 +82,7 @@ def verify_model(model: Path | str, against: Path | str | None = None) -> Verifi
     checkpoint = Checkpoint.open(opened.store)
     require_finite(checkpoint)
     skeleton = Skeleton(opened.folder, torch.float32)
-    source = Checkpoint.open(resolve_source(ModelConfig(source=str(against))).store) if against else None
+    source = Checkpoint.open_source(resolve_source(ModelConfig(source=str(against))).store) if against else None
     path = opened.folder / "config.json"
     packing, config = _read_packing(path)
     stems = {stem for key in checkpoint.entries if (stem := stem_of(key, packing.MARK)) is not None}

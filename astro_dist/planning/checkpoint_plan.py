@@ -8,15 +8,15 @@ import math
 from collections.abc import Iterable, Mapping, Sequence
 from fnmatch import fnmatchcase
 
-from torch import nn
-
 from astro.config import Quantization
 from astro.errors import CheckpointError, ConfigError, UnsupportedError
-from astro.formats.bit_packing import words_per_row
 from astro.model.linear_layer import LinearLayer
 from astro.model.skeleton import Skeleton
-from astro.storage.checkpoint import Checkpoint, TensorEntry
+from astro.storage.bit_packing import words_per_row
+from astro.storage.checkpoint import Checkpoint
+from astro.storage.shard_header import TensorEntry
 from astro_dist.planning.units import BlockUnit, CopyUnit, Plan
+from astro_dist.planning.unquantized import copied_matrices, linear_modules
 
 __all__ = ["make_plan"]
 
@@ -30,7 +30,7 @@ class _Tensors:
 
     Attributes:
         by_block: Tensors of each block, by the block's index.
-        outside: Tensors that the model has outside its blocks.
+        outside: Tensors that text needs outside the blocks.
         copied: All tensors outside the blocks, those that the model does not have among them.
         unknown: Tensors that the model does not have, in blocks or outside.
     """
@@ -84,13 +84,12 @@ def make_plan(checkpoint: Checkpoint, skeleton: Skeleton, quantization: Quantiza
     _require_matching("quantization.ignore", quantization.ignore, names)
     _require_matching("quantization.overrides", quantization.overrides, names)
     quantized = {linear.name: linear for block in blocks for linear in block.unit.linears}
-    packed = {name for linear in quantized.values() for name in linear.config_names}
     if not quantized:
         raise ConfigError(f"quantization.ignore {list(quantization.ignore)}: leaves no linear layer to quantize")
     return Plan(
         blocks=tuple(block.unit for block in blocks),
         copies=tuple(copies),
-        ignore=tuple(name for name in _linear_modules(skeleton, blocks) if name not in packed),
+        ignore=_unquantized(checkpoint, skeleton, blocks),
         outside=tuple(tensors.outside),
         outside_weights=sum(math.prod(checkpoint.entries[key].shape) for key in tensors.outside),
         hidden_size=skeleton.hidden_size,
@@ -107,6 +106,8 @@ def _assign(checkpoint: Checkpoint, skeleton: Skeleton) -> _Tensors:
     """Find where each tensor belongs, and refuse those that do not fit the model."""
     tensors = _Tensors({}, [], [], [])
     targets: set[str] = set()
+    # Tables of integers (routing by token, positions) are what the model has integers for.
+    floats = {name for name, tensor in skeleton.model.state_dict().items() if tensor.is_floating_point()}
     for key, entry in checkpoint.entries.items():
         target, converted = skeleton.target_of(key)
         index = skeleton.block_of(target)
@@ -119,17 +120,18 @@ def _assign(checkpoint: Checkpoint, skeleton: Skeleton) -> _Tensors:
             tensors.unknown.append(key)
             continue
         targets.add(target)
-        if index is None:
+        if index is None and not skeleton.is_beside_text(target):
             tensors.outside.append(key)
         if not converted and expected != entry.shape:
             raise CheckpointError(
                 f"{checkpoint.place(key)}: tensor {key} is {list(entry.shape)}, but config.json makes it "
                 f"{list(expected)}; config.json and the shards are of different models"
             )
-        if entry.float_dtype is None:
+        if entry.float_dtype is None and target in floats:
             raise UnsupportedError(
-                f"{checkpoint.place(key)}: tensor {key} is stored as {entry.dtype}: quantized already; "
-                "give the original 16-bit or 32-bit checkpoint"
+                f"{checkpoint.place(key)}: tensor {key} is stored as {entry.dtype}, the model computes with floats; "
+                "it is quantized, and config.json does not say how (quantization_config). Give a complete checkpoint, "
+                "or the original one in 16 or 32 bits"
             )
     skeleton.require_covered(targets)
     return tensors
@@ -140,7 +142,9 @@ def _plan_copies(checkpoint: Checkpoint, skeleton: Skeleton, tensors: _Tensors) 
     shards = _cut(checkpoint, tensors.copied)
     num_shards = len(shards) + len(skeleton.blocks)
     return [
-        CopyUnit(index, tuple(keys), _shard_name(index, num_shards), checkpoint.size_bytes(keys))
+        CopyUnit(
+            index, tuple(keys), _shard_name(index, num_shards), checkpoint.size_bytes(keys), checkpoint.held_bytes(keys)
+        )
         for index, keys in enumerate(shards)
     ]
 
@@ -158,20 +162,19 @@ def _plan_block(
         linears = [linear for linear in linears if linear.name not in indivisible]
     _require_shapes(checkpoint, layers, linears)
     written = _written_bytes(checkpoint.entries, keys, linears, quantization)
-    unit = BlockUnit(index, tuple(keys), tuple(linears), file, checkpoint.size_bytes(keys), written)
+    read, held = checkpoint.size_bytes(keys), checkpoint.held_bytes(keys)
+    unit = BlockUnit(index, tuple(keys), tuple(linears), file, read, held, written)
     return _PlannedBlock(unit, layers, other_matrices, list(indivisible))
 
 
-def _linear_modules(skeleton: Skeleton, blocks: Sequence[_PlannedBlock]) -> list[str]:
-    """Return the names of everything that a reader of the result may take for a linear layer, gates among them."""
-    modules = [name for name, module in skeleton.model.named_modules() if isinstance(module, nn.Linear)]
+def _unquantized(checkpoint: Checkpoint, skeleton: Skeleton, blocks: Sequence[_PlannedBlock]) -> tuple[str, ...]:
+    """Return the names that the result's config lists as not quantized, transformers' names before the files' names."""
     layers = [name for block in blocks for layer in block.layers for name in layer.config_names]
-    others = [name for block in blocks for name in block.other_matrices]
-    gates = [name.removesuffix(".weight") for name in others if name.endswith(".weight")]
-    # Servers know a gate by the name that the file gives it.
-    stored = {skeleton.target_of(key)[0]: key.removesuffix(".weight") for block in blocks for key in block.unit.keys}
-    gates += [stored[name] for name in others if name in stored]
-    return list(dict.fromkeys((*modules, *layers, *gates)))
+    modules = linear_modules(skeleton, layers, [name for block in blocks for name in block.other_matrices])
+    quantized = {name for block in blocks for linear in block.unit.linears for name in linear.config_names}
+    replaced = {linear.key for block in blocks for linear in block.unit.linears}
+    copied = copied_matrices(skeleton, checkpoint.entries, (key for key in checkpoint.entries if key not in replaced))
+    return tuple(dict.fromkeys(name for name in (*modules, *copied) if name not in quantized))
 
 
 def _matches(name: str, patterns: Iterable[str]) -> bool:

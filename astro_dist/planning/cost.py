@@ -111,7 +111,7 @@ class CostModel:
                 compute = 2.0 * self._held_out * plan.outside_weights
                 return Work(compute, moved_bytes=self._activations(self._held_out_chunks))
             case CopyTensors(index):
-                return Work(moved_bytes=2.0 * plan.copies[index].read_bytes)
+                return Work(moved_bytes=float(plan.copies[index].read_bytes + plan.copies[index].written_bytes))
             case FinishEvaluation() | WeighTokens():
                 return Work()
             case DifferentiateLoss():
@@ -141,7 +141,7 @@ class CostModel:
         """
         blocks = max(self._block_bytes(unit) for unit in self._plan.blocks)
         # Embeddings and head as they are stored, where that is not how they are used; the logits of one sequence.
-        stored = sum(unit.read_bytes for unit in self._plan.copies) / max(self._plan.outside_weights, 1)
+        stored = sum(unit.written_bytes for unit in self._plan.copies) / max(self._plan.outside_weights, 1)
         outside = self._plan.outside_weights * (self._itemsize + (stored if stored != self._itemsize else 0))
         logits = 4 * _LOGITS * self._sequence_length * self._plan.vocab_size
         return int(_LIBRARIES_BYTES + max(blocks, outside + logits))
@@ -195,10 +195,10 @@ class CostModel:
             # Autograd keeps the inputs and the outputs of every layer, and about as much between them.
             kept = sum(batch.reach * batch.count * (batch.rows + batch.columns) for batch in batches)
             phase = max(phase, _AUTOGRAD * tokens * (kept + _STATES * self._plan.hidden_size) * self._itemsize)
-        # As it is stored and as it is used, and again the largest parameter while it is put together from experts.
-        loading = unit.read_bytes + 2 * self._itemsize * max(parameters.values(), default=0.0)
+        # As it is read and as it is used, and again the largest parameter while it is put together from experts.
+        loading = unit.held_bytes + 2 * self._itemsize * max(parameters.values(), default=0.0)
         # Layers that are not quantized are there too.
-        return int(max(weights * self._itemsize, unit.read_bytes) + max(hessians + phase, loading))
+        return int(max(weights * self._itemsize, unit.held_bytes) + max(hessians + phase, loading))
 
     def _solving_bytes(self, batch: PredictedInputGroup) -> float:
         tile = min(batch.count * batch.rows, row_tile(batch.columns, self._device_type))

@@ -20,6 +20,7 @@ class BlockUnit:
         linears: Linear layers of the block that are quantized.
         file: Name of the shard that the block becomes.
         read_bytes: Size of the block's tensors in the source, in bytes.
+        held_bytes: Size of the block's tensors once they are read, in bytes. It is larger where they are decoded.
         written_bytes: Size of the block's tensors in the result, in bytes, without headers. With a width budget it is
             an estimate.
     """
@@ -29,6 +30,7 @@ class BlockUnit:
     linears: tuple[LinearLayer, ...]
     file: str
     read_bytes: int
+    held_bytes: int
     written_bytes: int
 
     @property
@@ -50,13 +52,15 @@ class CopyUnit:
         index: Index of the unit.
         keys: Names of the checkpoint tensors.
         file: Name of the shard that the tensors become.
-        read_bytes: Size of the tensors in bytes.
+        read_bytes: Size of the tensors in the source, in bytes.
+        written_bytes: Size of the tensors once they are read, and in the result, in bytes.
     """
 
     index: int
     keys: tuple[str, ...]
     file: str
     read_bytes: int
+    written_bytes: int
 
     @property
     def name(self) -> str:
@@ -72,7 +76,7 @@ class Plan:
         blocks: Units of the blocks, in the model's order.
         copies: Units of all other tensors.
         ignore: Names of the linear modules that are not quantized, as the result's config lists them.
-        outside: Names of the checkpoint tensors that the model has outside its blocks.
+        outside: Names of the checkpoint tensors outside the blocks that text needs: embeddings, norm and head.
         outside_weights: Number of elements of these tensors.
         hidden_size: Width of the hidden states between blocks.
         vocab_size: Number of tokens that the model knows.
@@ -106,7 +110,7 @@ class Plan:
     @property
     def written_bytes(self) -> int:
         """The size of the result in bytes, without headers."""
-        return sum(unit.written_bytes for unit in self.blocks) + sum(unit.read_bytes for unit in self.copies)
+        return sum(unit.written_bytes for unit in self.blocks) + sum(unit.written_bytes for unit in self.copies)
 
     @property
     def files(self) -> list[str]:
@@ -121,7 +125,11 @@ class Plan:
                  "written_bytes": unit.written_bytes, "file": unit.file}
                 for unit in self.blocks
             ],
-            "copies": [{"unit": unit.name, "read_bytes": unit.read_bytes, "file": unit.file} for unit in self.copies],
+            "copies": [
+                {"unit": unit.name, "read_bytes": unit.read_bytes, "written_bytes": unit.written_bytes,
+                 "file": unit.file}
+                for unit in self.copies
+            ],
             "quantized_weights": self.weights,
             "ignored": list(self.ignore),
             "read_bytes": self.read_bytes,

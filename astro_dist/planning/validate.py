@@ -15,12 +15,12 @@ from astro.model.linear_layer import LinearLayer
 from astro.model.skeleton import Skeleton
 from astro.process import configure_process
 from astro.quantization.bit_allocation import require_affordable
-from astro.storage.atomic import read_json
 from astro.storage.checkpoint import Checkpoint
 from astro_dist.config.schema import RunConfig
 from astro_dist.planning.checkpoint_plan import make_plan
 from astro_dist.planning.devices import DEVICES, measure, memory_shortage
 from astro_dist.planning.estimate import Estimate, estimate
+from astro_dist.planning.source_notes import source_notes
 from astro_dist.planning.units import Plan
 from astro_dist.source.calibration_text import TokenChunks, is_file, read_documents, tokenize
 from astro_dist.source.model_info import BaseModel, read_base_model
@@ -70,9 +70,7 @@ def prepare(config: RunConfig, commit: str | None = None) -> Prepared:
         raise ConfigError("publish.repo: missing; publish.revision and publish.pull_request say how, not where to")
     configure_process(config.execution.threads_per_worker)
     source = resolve_source(config.model, commit)
-    checkpoint = Checkpoint.open(source.store)
-    if read_json(source.folder / "config.json", "a checkpoint folder must hold it").get("quantization_config"):
-        raise CheckpointError(f"{source.store}/config.json: the model is quantized already; give the original one")
+    checkpoint = Checkpoint.open_source(source.store)
     skeleton = Skeleton(source.folder, torch.float32, config.model.trust_remote_code)
     limit = skeleton.limits()[1]
     if limit is not None and config.calibration.sequence_length > limit:
@@ -90,6 +88,7 @@ def prepare(config: RunConfig, commit: str | None = None) -> Prepared:
     notes = [
         *layout.server_notes(schemes, plan.ignore),
         *layout.reader_notes(linears.values()),
+        *source_notes(checkpoint.encoded, [scheme for possible in schemes.values() for scheme in possible]),
         *_plan_notes(config, plan, type(skeleton.model).__name__),
     ]
     if not _has_text(config):

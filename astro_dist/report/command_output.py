@@ -83,7 +83,7 @@ def plan_table(plan: "Plan") -> Table:
     """
     table = Table("unit", "layers each", "read each", "written each", "file")
     for unit in plan.copies:
-        table.add_row(unit.name, "-", decimal(unit.read_bytes), decimal(unit.read_bytes), unit.file)
+        table.add_row(unit.name, "-", decimal(unit.read_bytes), decimal(unit.written_bytes), unit.file)
     for (layers, read_bytes, written_bytes), equal in itertools.groupby(plan.blocks, _size):
         blocks = list(equal)
         ends = blocks if len(blocks) == 1 else (blocks[0], blocks[-1])

@@ -32,7 +32,8 @@ from astro.quantization.beta_search import NUM_CANDIDATES
 from astro.quantization.grid import num_candidates
 from astro.quantization.row_solver import num_sample_rows
 from astro.storage.byte_store import FolderStore
-from astro.storage.checkpoint import Checkpoint, TensorEntry
+from astro.storage.checkpoint import Checkpoint
+from astro.storage.shard_header import StoredTensor
 from astro_dist.config.schema import RunConfig
 from astro_dist.config.yaml_file import load_recorded_config
 from astro_dist.planning.checkpoint_plan import make_plan
@@ -223,11 +224,9 @@ def plan_of(folder: Path, quantization: Quantization) -> tuple[Plan, Skeleton]:
     skeleton = Skeleton(folder, getattr(torch, dtype))
     if any(folder.glob("*.safetensors")):
         return make_plan(Checkpoint.open(folder), skeleton, quantization), skeleton
-    name, itemsize = _DTYPES[dtype]
+    name = _DTYPES[dtype][0]
     shapes = {key: tuple(value.shape) for key, value in skeleton.model.named_parameters()}
-    entries = {
-        key: TensorEntry(key, "", name, shape, 0, itemsize * torch.Size(shape).numel()) for key, shape in shapes.items()
-    }
+    entries = {key: StoredTensor(key, "", name, shape, 0) for key, shape in shapes.items()}
     return make_plan(Checkpoint(FolderStore(folder), entries), skeleton, quantization), skeleton
 
 

@@ -94,10 +94,10 @@ def make_plan(name: str) -> Plan:
     for index in range(num_blocks):
         linears = tuple(linear(f"layers.{index}.{n}", r, c) for n, r, c in layers(index))
         weights = sum(linear.rows * linear.columns for linear in linears)
-        blocks.append(BlockUnit(index, (), linears, "", 2 * weights, int(0.53 * weights)))
+        blocks.append(BlockUnit(index, (), linears, "", 2 * weights, 2 * weights, int(0.53 * weights)))
     outside = 2 * vocabulary * hidden
     total = sum(linear.rows * linear.columns for unit in blocks for linear in unit.linears)
-    copies = tuple(CopyUnit(index, (), "", outside) for index in range(2))
+    copies = tuple(CopyUnit(index, (), "", outside, outside) for index in range(2))
     return Plan(
         blocks=tuple(blocks),
         copies=copies,

@@ -73,7 +73,7 @@ class Watched:
 def requested_bytes(requests: list, checkpoint: Checkpoint) -> Counter:
     """Count the bytes of weights' files that were asked for: heads of shards and the index, blocks, and all others."""
     files: dict[str, list] = {}
-    for entry in sorted(checkpoint.entries.values(), key=lambda entry: entry.start):
+    for entry in sorted(checkpoint.stored.values(), key=lambda entry: entry.start):
         files.setdefault(entry.file, []).append(entry)
     kinds: Counter = Counter()
     for file, span in requests:

@@ -2,6 +2,7 @@
 
 import contextlib
 import dataclasses
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -152,10 +153,12 @@ class Examined:
 
 
 @torch.no_grad()
-def streamed_logits(folder: Path, ids: torch.Tensor, scratch: Path) -> torch.Tensor:
+def streamed_logits(
+    folder: Path, ids: torch.Tensor, scratch: Path, open_checkpoint: Callable[[Path], Checkpoint] = Checkpoint.open
+) -> torch.Tensor:
     """Compute logits with at most one block in memory."""
     cpu = torch.device("cpu")
-    checkpoint, skeleton = Checkpoint.open(folder), Skeleton(folder, torch.float32)
+    checkpoint, skeleton = open_checkpoint(folder), Skeleton(folder, torch.float32)
     blocks = [keys_of(skeleton, checkpoint, i) for i in range(len(skeleton.blocks))]
     outside = [key for key in checkpoint.entries if not any(key in keys for keys in blocks)]
     skeleton.load(skeleton.model, checkpoint.read([*outside, *blocks[0]]), cpu)

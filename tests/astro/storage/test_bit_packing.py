@@ -7,8 +7,8 @@ import torch
 from compressed_tensors.compressors.pack_quantized.helpers import pack_to_int32
 
 from astro.errors import CheckpointError
-from astro.formats import bit_packing
-from astro.formats.bit_packing import pack, unpack
+from astro.storage import bit_packing
+from astro.storage.bit_packing import pack, unpack
 
 
 def integers(rows, columns, bits, seed=0):

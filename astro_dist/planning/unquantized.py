@@ -1,0 +1,52 @@
+"""The names of everything in a result that is not quantized, as readers ask for them in the `ignore` list.
+
+A reader takes every linear layer for packed that `ignore` does not name. transformers asks under its own names of
+modules, servers under the names that the files have, and both build layers that the class here does not have: drafters
+for multi-token prediction, vision towers with other classes. So every copied matrix is named, known or not.
+"""
+
+from collections.abc import Iterable, Iterator, Mapping
+
+from torch import nn
+
+from astro.model.experts import parts_of
+from astro.model.skeleton import Skeleton
+from astro.storage.shard_header import TensorEntry
+
+__all__ = ["copied_matrices", "linear_modules"]
+
+_WEIGHT = ".weight"
+
+
+def linear_modules(skeleton: Skeleton, layers: Iterable[str], other_matrices: Iterable[str]) -> list[str]:
+    """Return transformers' names of everything that a reader may take for a linear layer.
+
+    Args:
+        skeleton: The model on the meta device.
+        layers: Names of the linear layers of all blocks.
+        other_matrices: Names of all other matrices of the blocks, gates among them.
+    """
+    modules = [name for name, module in skeleton.model.named_modules() if isinstance(module, nn.Linear)]
+    gates = [name.removesuffix(_WEIGHT) for name in other_matrices if name.endswith(_WEIGHT)]
+    return list(dict.fromkeys((*modules, *layers, *gates)))
+
+
+def copied_matrices(skeleton: Skeleton, entries: Mapping[str, TensorEntry], keys: Iterable[str]) -> list[str]:
+    """Return the files' names of every layer whose weight is copied, experts one by one.
+
+    Tables of embeddings are left out where the model's class says that they are tables.
+
+    Args:
+        skeleton: The model on the meta device.
+        entries: Tensors of the checkpoint by name.
+        keys: Names of the tensors that are copied.
+    """
+    return list(dict.fromkeys(name for key in keys for name in _names(skeleton, key, entries[key].shape)))
+
+
+def _names(skeleton: Skeleton, key: str, shape: tuple[int, ...]) -> Iterator[str]:
+    stem, _, leaf = key.rpartition(".")
+    if len(shape) == 3 and parts_of(leaf):  # experts that one tensor holds; readers ask for each
+        yield from (f"{stem}.{expert}.{part}" for expert in range(shape[0]) for part in parts_of(leaf))
+    elif len(shape) >= 2 and leaf == "weight" and not skeleton.is_table(skeleton.target_of(key)[0]):
+        yield stem

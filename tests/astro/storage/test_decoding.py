@@ -1,0 +1,372 @@
+"""Decoding is what the formats say: against float64, element by element, and against the libraries' own decoders."""
+
+import doctest
+import itertools
+import json
+import math
+
+import numpy as np
+import pytest
+import torch
+from compressed_tensors.compressors import BaseCompressor
+from compressed_tensors.quantization import QuantizationArgs, QuantizationScheme
+from safetensors.torch import save_file
+from transformers.integrations.finegrained_fp8 import Fp8Dequantize
+from transformers.integrations.mxfp4 import convert_moe_packed_tensors
+
+from astro.errors import CheckpointError, UnsupportedError
+from astro.storage import decoding
+from astro.storage.checkpoint import Checkpoint, require_finite
+from tests.support.models import random_weights
+from tests.support.quantized_sources import E2M1, fp4, fp8, integers, mxfp4_experts
+
+BLOCKS_128 = {"quant_method": "fp8", "weight_block_size": [128, 128]}
+
+
+def open_source(folder, tensors, quantization, **config):
+    save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, folder / "model.safetensors")
+    content = {**config, "quantization_config": quantization} if quantization else config
+    (folder / "config.json").write_text(json.dumps(content))
+    return Checkpoint.open_source(folder)
+
+
+def decoded(folder, tensors, quantization, name="l.weight"):
+    checkpoint = open_source(folder, tensors, quantization)
+    W, entry = checkpoint.read([name])[name], checkpoint.entries[name]
+    assert (entry.dtype, entry.shape) == ("BF16", tuple(W.shape))
+    assert list(checkpoint.entries) == [name], "scales are hidden"
+    assert checkpoint.size_bytes([name]) == sum(t.nbytes for t in tensors.values() if t.dtype != torch.int64)
+    assert checkpoint.held_bytes([name]) == W.nbytes
+    return W
+
+
+def rounded(W64):
+    """float64 to float32, which is how exact a product of two float32 is, and then to bfloat16."""
+    return torch.from_numpy(np.ascontiguousarray(W64)).float().bfloat16()
+
+
+def groups(form, **weights):
+    group = {"targets": ["Linear"], "weights": weights}
+    return {"quant_method": "compressed-tensors", "format": form, "config_groups": {"group_0": group}}
+
+
+def test_examples_in_docstrings():
+    assert doctest.testmod(decoding).failed == 0
+
+
+@pytest.mark.parametrize("block", [(128, 128), (16, 32), (1, 32)])
+@pytest.mark.parametrize("shape", [(256, 384), (192, 576), (1, 130), (130, 1)])
+def test_fp8_blocks_against_float64(tmp_path, shape, block):
+    stored, W64 = fp8(random_weights(*shape), block)
+    W = decoded(
+        tmp_path,
+        {"l.weight": stored["weight"], "l.weight_scale_inv": stored["scale"]},
+        {"quant_method": "fp8", "weight_block_size": list(block)},
+    )
+    assert torch.equal(W, rounded(W64))
+
+
+def test_fp8_blocks_against_transformers_where_no_block_is_partial(tmp_path):
+    stored, _ = fp8(random_weights(256, 384), (128, 128))
+    tensors = {"l.weight": stored["weight"], "l.weight_scale_inv": stored["scale"]}
+    theirs = Fp8Dequantize(None)._dequantize_one(stored["weight"], stored["scale"], torch.bfloat16)
+    assert torch.equal(decoded(tmp_path, tensors, BLOCKS_128), theirs)
+
+
+@pytest.mark.parametrize("as_bytes", [False, True])
+def test_exponents_as_scales_of_deepseek_v4(tmp_path, as_bytes):
+    stored, W64 = fp8(random_weights(192, 576), (128, 128), as_exponents=True)
+    scale = stored["scale"].view(torch.uint8) if as_bytes else stored["scale"]
+    W = decoded(tmp_path, {"l.weight": stored["weight"], "l.scale": scale}, BLOCKS_128)
+    assert torch.equal(W, rounded(W64))
+
+
+def test_4_bit_experts_of_deepseek_v4(tmp_path):
+    stored, W64 = fp4(random_weights(48, 64), 32)
+    scale = stored["scale"].view(torch.float8_e8m0fnu)
+    W = decoded(tmp_path, {"l.weight": stored["weight"].view(torch.int8), "l.scale": scale}, BLOCKS_128)
+    assert torch.equal(W, rounded(W64))
+    theirs = Fp8Dequantize(None)._dequantize_one(stored["weight"].view(torch.int8), scale, torch.bfloat16)
+    assert torch.equal(W, theirs)
+
+
+@pytest.mark.parametrize("shape", [(), (1,), (24,), (24, 1), (1, 1), (1, 40)])
+@pytest.mark.parametrize("ending", ["weight_scale", "weight_scale_inv"])
+def test_fp8_by_tensor_row_or_column_against_float64(tmp_path, shape, ending):
+    Q = (random_weights(24, 40) * 100).to(torch.float8_e4m3fn)
+    scale = torch.rand(shape, generator=torch.Generator().manual_seed(2)) + 0.5
+    W64 = Q.double().numpy() * (scale.double().numpy()[:, None] if shape == (24,) else scale.double().numpy())
+    method = {"quant_method": "fp8", "weight_block_size": None} if "inv" in ending else {"quant_method": "fbgemm_fp8"}
+    assert torch.equal(decoded(tmp_path, {"l.weight": Q, f"l.{ending}": scale}, method), rounded(W64))
+
+
+@pytest.mark.parametrize("scale_shape", [(3, 1, 40), (3,), (3, 1, 1)])
+def test_fused_fp8_experts_of_llama4(tmp_path, scale_shape):
+    Q = (torch.randn(3, 24, 40, generator=torch.Generator().manual_seed(0)) * 50).to(torch.float8_e4m3fn)
+    scale = torch.rand(scale_shape, generator=torch.Generator().manual_seed(2)) + 0.5
+    tensors = {"e.gate_up_proj": Q, "e.gate_up_proj_scale": scale}
+    W = decoded(tmp_path, tensors, {"quant_method": "fbgemm_fp8"}, "e.gate_up_proj")
+    for expert in range(3):
+        assert torch.equal(W[expert], rounded(Q[expert].double().numpy() * scale[expert].double().numpy()))
+
+
+def test_fused_fp8_experts_in_blocks(tmp_path):
+    coded = [fp8(random_weights(48, 80, seed), (32, 32)) for seed in range(3)]
+    tensors = {
+        "e.down_proj": torch.stack([stored["weight"] for stored, _ in coded]),
+        "e.down_proj_scale_inv": torch.stack([stored["scale"] for stored, _ in coded]),
+    }
+    method = {"quant_method": "fp8", "weight_block_size": [32, 32]}
+    W = decoded(tmp_path, tensors, method, "e.down_proj")
+    assert torch.equal(W, rounded(np.stack([W64 for _, W64 in coded])))
+
+
+def test_mxfp4_experts_against_float64_and_transformers(tmp_path):
+    stored, W64 = mxfp4_experts(torch.randn(3, 64, 24, generator=torch.Generator().manual_seed(0)))
+    tensors = {"e.gate_up_proj_blocks": stored["blocks"], "e.gate_up_proj_scales": stored["scales"]}
+    W = decoded(tmp_path, tensors, {"quant_method": "mxfp4"}, "e.gate_up_proj")
+    assert torch.equal(W, rounded(W64))
+    assert torch.equal(W, convert_moe_packed_tensors(stored["blocks"], stored["scales"]))
+
+
+def test_every_code_and_exponent_of_mxfp4():
+    codes = decoding.float4_values(torch.arange(256, dtype=torch.uint8)[:, None])
+    assert codes.tolist() == [[E2M1[byte % 16], E2M1[byte // 16]] for byte in range(256)]
+    exponents = decoding.scale_values(torch.arange(256, dtype=torch.uint8))
+    assert exponents[:255].tolist() == [2.0 ** (byte - 127) for byte in range(255)]
+    assert math.isnan(exponents[255])
+
+
+def nvfp4_parts():
+    stored, _ = fp4(random_weights(24, 64), 16)
+    scale = (torch.rand(24, 4, generator=torch.Generator().manual_seed(3)) * 300).to(torch.float8_e4m3fn)
+    codes = np.stack((stored["weight"].numpy() & 15, stored["weight"].numpy() >> 4), -1).reshape(24, 64)
+    return stored["weight"], scale, np.array(E2M1)[codes], scale.double().numpy().repeat(16, 1)
+
+
+def test_nvfp4_against_float64_and_compressed_tensors(tmp_path):
+    packed, scale, V, S = nvfp4_parts()
+    form, weights = "nvfp4-pack-quantized", {"num_bits": 4, "type": "float", "strategy": "tensor_group",
+                                             "group_size": 16, "symmetric": True}  # fmt: skip
+    tensors = {"l.weight_packed": packed, "l.weight_scale": scale, "l.weight_global_scale": torch.tensor([768.0])}
+    W = decoded(tmp_path, tensors, groups(form, **weights))
+    assert torch.equal(W, rounded(V * S / 768))
+    assert torch.allclose(W.float(), theirs(tensors, form, weights).float(), rtol=2**-7)
+
+
+def test_nvfp4_of_modelopt_against_float64(tmp_path):
+    packed, scale, V, S = nvfp4_parts()
+    tensors = {"l.weight": packed, "l.weight_scale": scale, "l.weight_scale_2": torch.tensor(1 / 512)}
+    tensors |= {"l.input_scale": torch.tensor(0.1)}
+    save_file(tensors, tmp_path / "model.safetensors")
+    (tmp_path / "config.json").write_text("{}")
+    content = {"quantization": {"quant_algo": "NVFP4", "group_size": 16}}
+    (tmp_path / "hf_quant_config.json").write_text(json.dumps(content))
+    checkpoint = Checkpoint.open_source(tmp_path)
+    assert list(checkpoint.entries) == ["l.weight"]
+    assert torch.equal(checkpoint.read(["l.weight"])["l.weight"], rounded(V * S / 512))
+
+
+def theirs(tensors, form, weights):
+    """What compressed-tensors makes of the tensors of a layer."""
+    scheme = QuantizationScheme(targets=["Linear"], weights=QuantizationArgs(**weights))
+    state = {name.removeprefix("l."): tensor for name, tensor in tensors.items()}
+    return BaseCompressor.get_value_from_registry(form).decompress(state, scheme)["weight"].bfloat16()
+
+
+@pytest.mark.parametrize("bits", [2, 3, 4, 8])
+@pytest.mark.parametrize("symmetric", [True, False])
+@pytest.mark.parametrize("group", [32, 96])
+def test_packed_integers_against_float64_and_compressed_tensors(tmp_path, bits, symmetric, group):
+    stored, W64 = integers(random_weights(40, 96), bits, group, symmetric)
+    tensors = {f"l.{ending}": tensor for ending, tensor in stored.items()}
+    weights = {"num_bits": bits, "type": "int", "symmetric": symmetric}
+    weights |= {"strategy": "group", "group_size": group} if group == 32 else {"strategy": "channel"}
+    W = decoded(tmp_path, tensors, groups("pack-quantized", **weights))
+    assert torch.equal(W, rounded(W64))
+    assert torch.allclose(W.float(), theirs(tensors, "pack-quantized", weights).float(), rtol=2**-6, atol=1e-6)
+
+
+def test_packed_integers_with_groups_in_another_order(tmp_path):
+    stored, _ = integers(random_weights(8, 96), 4, 32)
+    order = torch.randperm(96, generator=torch.Generator().manual_seed(1)) // 32
+    tensors = {f"l.{ending}": tensor for ending, tensor in stored.items()} | {"l.weight_g_idx": order.int()}
+    W = decoded(tmp_path, tensors, groups("pack-quantized", num_bits=4, type="int", strategy="group", group_size=32))
+    plain = {**tensors, "l.weight_scale": torch.ones(8, 3).bfloat16()}
+    plain.pop("l.weight_g_idx")
+    (tmp_path / "plain").mkdir()
+    Q = decoded(
+        tmp_path / "plain", plain, groups("pack-quantized", num_bits=4, type="int", strategy="group", group_size=32)
+    )
+    assert torch.equal(W, rounded(Q.double().numpy() * stored["weight_scale"].double().numpy()[:, order.numpy()]))
+
+
+@pytest.mark.parametrize("symmetric", [True, False])
+def test_int8_against_float64_and_compressed_tensors(tmp_path, symmetric):
+    generator = torch.Generator().manual_seed(0)
+    Q = torch.randint(-128, 128, (24, 40), generator=generator, dtype=torch.int8)
+    scale = torch.rand(24, 1, generator=generator)
+    tensors = {"l.weight": Q, "l.weight_scale": scale}
+    zero = torch.randint(-8, 8, (24, 1), generator=generator, dtype=torch.int8)
+    tensors |= {} if symmetric else {"l.weight_zero_point": zero}
+    weights = {"num_bits": 8, "type": "int", "strategy": "channel", "symmetric": symmetric}
+    W = decoded(tmp_path, tensors, groups("int-quantized", **weights))
+    assert torch.equal(W, rounded((Q.double() - (0 if symmetric else zero.double())).numpy() * scale.double().numpy()))
+    assert torch.equal(W, theirs(tensors, "int-quantized", weights))
+
+
+def test_scales_of_float16_give_float16(tmp_path):
+    stored, _ = integers(random_weights(8, 64), 4, 32)
+    tensors = {f"l.{ending}": tensor for ending, tensor in stored.items()}
+    tensors["l.weight_scale"] = tensors["l.weight_scale"].half()
+    form = groups("pack-quantized", num_bits=4, type="int", strategy="group", group_size=32)
+    checkpoint = open_source(tmp_path, tensors, form)
+    assert checkpoint.read(["l.weight"])["l.weight"].dtype == torch.float16
+    assert checkpoint.entries["l.weight"].float_dtype == torch.float16
+
+
+def cases():
+    """Tensors of a layer, and what their source's configuration says, for every way to cut a weight into slices."""
+    stored, _ = fp8(random_weights(300, 96), (128, 64))
+    yield {"l.weight": stored["weight"], "l.weight_scale_inv": stored["scale"]}, {
+        "quant_method": "fp8", "weight_block_size": [128, 64]
+    }  # fmt: skip
+    stored, _ = fp8(random_weights(300, 96), None)
+    yield {"l.weight": stored["weight"], "l.weight_scale": stored["scale"]}, {"quant_method": "fbgemm_fp8"}
+    stored, _ = integers(random_weights(300, 96), 3, 32, symmetric=False)
+    yield (
+        {f"l.{ending}": tensor for ending, tensor in stored.items()},
+        groups("pack-quantized", num_bits=3, type="int", strategy="group", group_size=32, symmetric=False),
+    )
+    stored, _ = mxfp4_experts(torch.randn(5, 64, 24, generator=torch.Generator().manual_seed(0)))
+    yield {"l.weight_blocks": stored["blocks"], "l.weight_scales": stored["scales"]}, {"quant_method": "mxfp4"}
+
+
+@pytest.mark.parametrize("case", range(4))
+@pytest.mark.parametrize("num_elements", [1, 5000, 20_000])
+def test_slices_together_are_the_whole(tmp_path, monkeypatch, case, num_elements):
+    tensors, quantization = list(cases())[case]
+    checkpoint = open_source(tmp_path, tensors, quantization)
+    W = checkpoint.read(["l.weight"])["l.weight"]
+    pieces = [piece.clone() for piece in checkpoint.pieces("l.weight", num_elements)]
+    assert torch.equal(torch.cat(pieces), W.flatten())
+    assert len(pieces) > 1 or num_elements == 20_000
+    monkeypatch.setattr("astro.storage.checkpoint._SLICE_ELEMENTS", num_elements)
+    monkeypatch.setattr("astro.storage.checkpoint._BATCH_BYTES", 10_000)
+    assert torch.equal(checkpoint.read(["l.weight"])["l.weight"], W)
+
+
+def test_bytes_are_read_once_whatever_the_slices(tmp_path, monkeypatch):
+    stored, _ = fp8(random_weights(300, 96), (128, 64))
+    tensors = {"l.weight": stored["weight"], "l.weight_scale_inv": stored["scale"], "n": torch.ones(7)}
+    checkpoint = open_source(tmp_path, tensors, {"quant_method": "fp8", "weight_block_size": [128, 64]})
+    read, fill = [], type(checkpoint.store).fill
+    monkeypatch.setattr(
+        type(checkpoint.store), "fill", lambda store, ranges: read.extend(ranges) or fill(store, ranges)
+    )
+    monkeypatch.setattr("astro.storage.checkpoint._SLICE_ELEMENTS", 1)
+    checkpoint.read(["l.weight", "n"])
+    spans = sorted((span.start, span.start + len(span.view)) for span in read)
+    assert all(before[1] <= after[0] for before, after in itertools.pairwise(spans))
+    assert sum(stop - start for start, stop in spans) == sum(tensor.nbytes for tensor in tensors.values())
+
+
+def test_block_is_never_guessed_from_the_scales(tmp_path):
+    """192 rows with two scales: blocks of 128 and 64 rows, not twice 96, as the numbers suggest."""
+    stored, W64 = fp8(random_weights(192, 128), (128, 128))
+    tensors = {"l.weight": stored["weight"], "l.weight_scale_inv": stored["scale"]}
+    W = decoded(tmp_path, tensors, BLOCKS_128)
+    guessed = Fp8Dequantize(None)._dequantize_one(stored["weight"], stored["scale"], torch.bfloat16)
+    assert torch.equal(W, rounded(W64))
+    assert not torch.equal(W, guessed)
+
+
+def test_scales_that_do_not_fit_the_block(tmp_path):
+    stored, _ = fp8(random_weights(192, 128), (64, 64))
+    tensors = {"l.weight": stored["weight"], "l.weight_scale_inv": stored["scale"]}
+    with pytest.raises(CheckpointError, match=r"l.weight_scale_inv is \[3, 2\].*blocks of 128 × 128.*\[2, 1\]"):
+        open_source(tmp_path, tensors, BLOCKS_128)
+
+
+def test_fp8_without_a_scale(tmp_path):
+    with pytest.raises(CheckpointError, match="l.weight is stored as F8_E4M3, but there is no scale beside it"):
+        open_source(tmp_path, {"l.weight": torch.ones(4, 4).to(torch.float8_e4m3fn)}, BLOCKS_128)
+
+
+def test_packed_weight_without_a_scale(tmp_path):
+    with pytest.raises(CheckpointError, match="l.weight_packed is packed, but there is no l.weight_scale"):
+        open_source(
+            tmp_path,
+            {"l.weight_packed": torch.ones(4, 4).int()},
+            groups("pack-quantized", num_bits=4, strategy="channel"),
+        )
+
+
+@pytest.mark.parametrize("method", ["gptq", "awq", "bitsandbytes", "torchao"])
+def test_methods_that_are_not_decoded(tmp_path, method):
+    with pytest.raises(CheckpointError, match=f"config.json: the model is quantized already, by {method}"):
+        open_source(tmp_path, {"l.weight": torch.ones(2, 2)}, {"quant_method": method})
+
+
+@pytest.mark.parametrize(
+    ("change", "reason"),
+    [
+        ({"format": "marlin-24"}, "marlin-24"),
+        ({"sparsity_config": {"format": "sparse-24-bitmask"}}, "sparse-24-bitmask"),
+        ({"transform_config": {"config_groups": {"u": {}}}}, "a rotated basis"),
+    ],
+)
+def test_forms_of_compressed_tensors_that_are_not_decoded(tmp_path, change, reason):
+    form = groups("pack-quantized", num_bits=4, strategy="channel") | change
+    with pytest.raises(CheckpointError, match=f"quantized already, by compressed-tensors in {reason}"):
+        open_source(tmp_path, {"l.weight": torch.ones(2, 2)}, form)
+
+
+def test_configuration_without_the_block(tmp_path):
+    with pytest.raises(CheckpointError, match="quantization_config is incomplete: KeyError\\('num_bits'\\)"):
+        open_source(tmp_path, {"l.weight": torch.ones(2, 2)}, groups("pack-quantized", strategy="channel"))
+
+
+def test_each_layer_has_the_scheme_of_its_config_group(tmp_path):
+    wide, W64 = integers(random_weights(8, 64), 8, 64)
+    narrow, V64 = integers(random_weights(8, 64, 5), 4, 32)
+    tensors = {f"m.a.{e}": t for e, t in wide.items()} | {f"m.b.{e}": t for e, t in narrow.items()}
+    form = groups("pack-quantized", num_bits=4, type="int", strategy="group", group_size=32)
+    form["config_groups"]["group_1"] = {
+        "targets": [r"re:.*\.a$"], "weights": {"num_bits": 8, "type": "int", "strategy": "channel"}
+    }  # fmt: skip
+    read = open_source(tmp_path, tensors, form).read(["m.a.weight", "m.b.weight"])
+    assert torch.equal(read["m.a.weight"], rounded(W64))
+    assert torch.equal(read["m.b.weight"], rounded(V64))
+
+
+def test_quantization_config_inside_the_text_config(tmp_path):
+    stored, W64 = integers(random_weights(8, 64), 4, 32)
+    tensors = {f"l.{ending}": tensor for ending, tensor in stored.items()}
+    form = groups("pack-quantized", num_bits=4, type="int", strategy="group", group_size=32)
+    checkpoint = open_source(tmp_path, tensors, None, text_config={"quantization_config": form})
+    assert torch.equal(checkpoint.read(["l.weight"])["l.weight"], rounded(W64))
+
+
+def test_two_configurations_that_differ(tmp_path):
+    inner = {"quantization_config": {"quant_method": "mxfp4"}}
+    with pytest.raises(UnsupportedError, match="several quantization_config that differ"):
+        open_source(tmp_path, {"l.weight": torch.ones(2, 2)}, BLOCKS_128, text_config=inner)
+
+
+def test_fingerprint_samples_scales(tmp_path):
+    stored, _ = fp8(random_weights(128, 128), (128, 128))
+    tensors = {"l.weight": stored["weight"], "l.weight_scale_inv": stored["scale"]}
+    before = open_source(tmp_path, tensors, BLOCKS_128).fingerprint()
+    assert Checkpoint.open(tmp_path).fingerprint() == before, "it is of the files, however they are read"
+    tensors["l.weight_scale_inv"] = stored["scale"] * 2
+    assert open_source(tmp_path, tensors, BLOCKS_128).fingerprint() != before
+
+
+def test_scales_that_are_not_finite_are_found(tmp_path):
+    stored, _ = fp8(random_weights(300, 128), (128, 128))
+    scale = stored["scale"].clone()
+    scale[2, 0] = float("nan")
+    tensors = {"l.weight": stored["weight"], "l.weight_scale_inv": scale}
+    with pytest.raises(CheckpointError, match="tensor l.weight holds NaN or Inf"):
+        require_finite(open_source(tmp_path, tensors, BLOCKS_128))
