@@ -8,7 +8,7 @@ from typing import Any
 
 from astro.errors import AstroError, DamagedError, RunError, StorageError
 from astro_dist.execution.executor import Event, Executor, Failed, Joined
-from astro_dist.execution.failure import Failure, FailureHistory, Kind, kind_of
+from astro_dist.execution.failure import Failure, FailureHistory, Kind, is_defect, kind_of
 from astro_dist.execution.patience import Patience
 from astro_dist.report.progress import ProgressDisplay
 from astro_dist.run_directory.journal import Journal
@@ -208,7 +208,9 @@ class Driver:
         Raises:
             AstroError: A worker could not start and none ever has, or no worker is left and none will come.
         """
-        is_hopeless = isinstance(event.error, AstroError) and kind != "lost" and not self._joined
+        is_hopeless = (
+            (isinstance(event.error, AstroError) or is_defect(event.error)) and kind != "lost" and not self._joined
+        )
         is_last = not event.replaced and not self._running and not self._executor.idle()
         if not is_hopeless and not is_last:
             return

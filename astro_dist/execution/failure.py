@@ -7,11 +7,15 @@ from typing import Literal
 from astro.errors import AstroError, ConfigError, DamagedError, NumericalError, RunError, StorageError, UnsupportedError
 from astro_dist.schedule.calls import Call, HeldCall
 
-__all__ = ["Failure", "FailureHistory", "Kind", "kind_of"]
+__all__ = ["Failure", "FailureHistory", "Kind", "is_defect", "kind_of"]
 
 Kind = Literal["lost", "overdue", "raised", "storage", "damaged"]
 _FINAL = (NumericalError, ConfigError, UnsupportedError)
 """Errors that every worker would raise again, because the arithmetic is the same everywhere."""
+_DEFECTS = (
+    ArithmeticError, AssertionError, AttributeError, LookupError, NameError, NotImplementedError, TypeError, ValueError,
+)  # fmt: skip
+"""Errors by which Python says that code is wrong. Devices and networks fail with RuntimeError, OSError, MemoryError."""
 _KEPT = "What is finished is kept"
 _STORAGE_WAIT_S = 15.0
 _STORAGE_WAIT_GROWTH = 4.0
@@ -59,6 +63,15 @@ def kind_of(error: Exception, lost: bool) -> Kind:
     return "damaged" if isinstance(error, DamagedError) else "raised"
 
 
+def is_defect(error: Exception) -> bool:
+    """Tell whether an error comes of wrong code, of this project's or the model's, so that it would come everywhere.
+
+    Args:
+        error: Error that a call or the start of a worker raised.
+    """
+    return isinstance(error, _DEFECTS) and not isinstance(error, AstroError)
+
+
 class FailureHistory:
     """Counts failures, and decides when there were too many.
 
@@ -88,10 +101,17 @@ class FailureHistory:
 
         Raises:
             AstroError: Trying again cannot help; this is the error of the call.
-            RunError: The call, block or file failed more often than is allowed; the message has the last cause.
+            RunError: The call, block or file failed more often than is allowed, or for wrong code; the message has the
+                last cause.
         """
         if isinstance(error, _FINAL):
             raise _kept(error) from error
+        if failure.kind == "raised" and is_defect(error):
+            raise RunError(
+                f"{failure.unit}, {failure.method} on worker {failure.worker}: {failure.cause}. This is a defect in "
+                "the code of astro-dist or of the model, and no fault of a device, so it is not tried again; report "
+                f"it with what `astro-dist --debug` prints. {_KEPT}"
+            ) from error
         subject: Call | str = call.unit if isinstance(call, HeldCall) else call
         if failure.kind == "damaged" and isinstance(error, DamagedError):
             subject = str(error.path)

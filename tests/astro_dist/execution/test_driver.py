@@ -115,3 +115,16 @@ def test_replacement_that_cannot_start_does_not_hide_why_the_first_worker_is_gon
     monkeypatch.setattr(Worker, "solve_block", fail)
     with pytest.raises(RunError, match=r"solve block on worker 0: disk gone\. .* could not start: RuntimeError: out"):
         pipeline.quantize(run_config())
+
+
+def test_defect_ends_the_run_at_its_first_appearance(run_config, monkeypatch):
+    calls = []
+
+    def fail(self, call):
+        calls.append(call)
+        raise TypeError("no such argument")
+
+    monkeypatch.setattr(Worker, "solve_block", fail)
+    with pytest.raises(RunError, match=r"solve block on worker 0: TypeError: no such argument\. This is a defect"):
+        pipeline.quantize(run_config())
+    assert len(calls) == 1

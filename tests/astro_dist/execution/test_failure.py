@@ -53,6 +53,21 @@ def test_full_disk_is_waited_for_ever_longer_and_the_advice_is_given_once():
     assert str(caught.value).count("What is finished is kept") == 1
 
 
+@pytest.mark.parametrize("error", [TypeError("no"), ValueError("not enough values to unpack"), KeyError("x")])
+def test_wrong_code_is_not_tried_again_and_no_device_is_blamed(error):
+    with pytest.raises(
+        RunError, match="a defect in the code of astro-dist or of the model, .* not tried again"
+    ) as caught:
+        judge(FailureHistory(max_retries=9), TILE[0], error)
+    assert "cluster" not in str(caught.value)
+    assert caught.value.__cause__ is error
+
+
+@pytest.mark.parametrize("error", [RuntimeError("CUDA error"), OSError("stale handle"), MemoryError(), LOST])
+def test_what_may_be_a_matter_of_one_device_is_tried_again(error):
+    assert judge(FailureHistory(max_retries=1), TILE[0], error) == 0
+
+
 @pytest.mark.parametrize(("error", "kind"), [(NumericalError("nan"), NumericalError), (ConfigError("key"), RunError)])
 def test_what_would_be_the_same_anywhere_is_final(error, kind):
     with pytest.raises(kind):
