@@ -28,6 +28,9 @@ class LinearLayer:
         transposed: Whether the parameter holds columns before rows.
         bias: Name of the checkpoint tensor that holds the biases of all experts, in the order of the parameter; None
             where there is none, and outside experts, where a bias is a tensor of its own.
+        turned: Whether the checkpoint tensor has the last two dimensions of the parameter exchanged.
+        stored_first: Index of the layer's first row in the checkpoint tensor, where this holds the rows of several
+            parameters; None where it holds one parameter.
     """
 
     name: str
@@ -41,6 +44,8 @@ class LinearLayer:
     step: int = 1
     transposed: bool = False
     bias: str | None = None
+    turned: bool = False
+    stored_first: int | None = None
 
     @classmethod
     def plain(cls, name: str, key: str, rows: int, columns: int, transposed: bool = False) -> "LinearLayer":
@@ -71,8 +76,10 @@ class LinearLayer:
         Args:
             tensor: The checkpoint tensor `key`.
         """
+        if self.stored_first is not None:
+            return tensor[self.stored_first : self.stored_first + self.rows]
         alone = self.expert is not None and tensor.ndim == 2
-        return tensor if alone else self.view(tensor)
+        return tensor if alone else self.view(tensor.transpose(-1, -2) if self.turned else tensor)
 
     def stored_bias(self, tensor: torch.Tensor) -> torch.Tensor:
         """Return the bias [rows] in a checkpoint tensor, without a copy.

@@ -11,7 +11,7 @@ from torch import nn
 
 from astro.model.experts import parts_of
 from astro.model.skeleton import Skeleton
-from astro.storage.checkpoint import TensorEntry
+from astro.storage.shard_header import TensorEntry
 
 __all__ = ["copied_matrices", "linear_modules"]
 
