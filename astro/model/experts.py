@@ -73,7 +73,10 @@ def expert_owners(block: nn.Module, prefix: str) -> set[str]:
 
 
 def is_gate(name: str, linear: nn.Linear, experts: int | None, owners: Set[str]) -> bool:
-    """Tell whether a linear layer routes tokens or weighs outputs: it is tiny and stays exact, since much hangs on it.
+    """Tell whether a linear layer stays as it is: one that routes tokens or weighs outputs, or works on groups of heads.
+
+    The former are tiny, and much hangs on them. Of the latter, as DeepSeek-V4's `o_a_proj`, each group of rows reads
+    inputs of its own, so that there is no single Hessian.
 
     Args:
         name: Name of the layer.
@@ -83,7 +86,7 @@ def is_gate(name: str, linear: nn.Linear, experts: int | None, owners: Set[str])
             rows as there are experts.
     """
     grandparent, _, parent = name.rpartition(".")[0].rpartition(".")
-    if parent == "router":
+    if parent == "router" or getattr(linear, "n_groups", 1) > 1:
         return True
     beside = f"{grandparent}.{parent}" in owners or (grandparent in owners and parent in ("router", "gate"))
     return linear.out_features == 1 or (linear.out_features == experts and beside)

@@ -30,6 +30,9 @@ class LinearLayer:
             where there is none, and outside experts, where a bias is a tensor of its own.
         joint: Text between the stem and the ending of the name of a packed tensor.
         served_as: Names under which servers look up how the layer is quantized, where these are others than `name`.
+        turned: Whether the checkpoint tensor has the last two dimensions of the parameter exchanged.
+        stored_first: Index of the layer's first row in the checkpoint tensor, where this holds the rows of several
+            parameters; None where it holds one parameter.
     """
 
     name: str
@@ -45,6 +48,8 @@ class LinearLayer:
     bias: str | None = None
     joint: str = "."
     served_as: tuple[str, ...] = ()
+    turned: bool = False
+    stored_first: int | None = None
 
     @classmethod
     def plain(cls, name: str, key: str, rows: int, columns: int, transposed: bool = False) -> "LinearLayer":
@@ -75,8 +80,10 @@ class LinearLayer:
         Args:
             tensor: The checkpoint tensor `key`.
         """
+        if self.stored_first is not None:
+            return tensor[self.stored_first : self.stored_first + self.rows]
         alone = self.expert is not None and tensor.ndim == 2
-        return tensor if alone else self.view(tensor)
+        return tensor if alone else self.view(tensor.transpose(-1, -2) if self.turned else tensor)
 
     def stored_bias(self, tensor: torch.Tensor) -> torch.Tensor:
         """Return the bias [rows] in a checkpoint tensor, without a copy.

@@ -14,6 +14,7 @@ from transformers import PreTrainedModel
 from transformers.models.auto import modeling_auto
 
 from astro.errors import UnsupportedError
+from astro.model.model_config import load_config
 from astro.storage.atomic import read_json
 
 __all__ = ["auto_class_of", "build_on_meta", "find_blocks", "names_beside_text", "text_model"]
@@ -45,7 +46,7 @@ def build_on_meta(folder: Path, dtype: torch.dtype, trust_remote_code: bool) -> 
     """
     content = read_json(folder / "config.json", if_missing="a checkpoint folder must hold it")
     try:
-        config = transformers.AutoConfig.from_pretrained(folder, trust_remote_code=trust_remote_code)
+        config = load_config(folder, trust_remote_code)
         with torch.device("meta"):
             model = _from_config(config, dtype, trust_remote_code)
     except Exception as error:  # transformers raises many kinds for a config it cannot use
@@ -86,13 +87,19 @@ def find_blocks(model: Any) -> tuple[str, nn.ModuleList]:
     Raises:
         UnsupportedError: No list in the text decoder has as many modules as the config tells.
     """
-    count = model.config.get_text_config().num_hidden_layers
+    config = model.config.get_text_config()
+    # Of LongCat's blocks each counts as two layers, and its config tells the number of blocks too.
+    counts = [config.num_hidden_layers, getattr(config, "num_layers", None)]
     decoder = model.get_decoder()
     inside = {id(module) for module in decoder.modules()}
-    for name, module in model.named_modules():
-        if isinstance(module, nn.ModuleList) and len(module) == count and id(module) in inside:
-            return name, module
-    raise UnsupportedError(f"{type(model).__name__}: no list of {count} transformer blocks found in its text decoder")
+    lists = [(n, m) for n, m in model.named_modules() if isinstance(m, nn.ModuleList) and id(m) in inside]
+    for count in counts:
+        for name, module in lists:
+            if len(module) == count:
+                return name, module
+    raise UnsupportedError(
+        f"{type(model).__name__}: no list of {counts[0]} transformer blocks found in its text decoder"
+    )
 
 
 def text_model(model: Any) -> Any:

@@ -4,24 +4,19 @@ transformers' internal loading functions are used here and nowhere else: they ma
 convert layouts, so that a lone block equals the same block of the whole model for any architecture transformers knows.
 """
 
-import re
 from collections.abc import Mapping, Sequence, Set
 from pathlib import Path
 
 import torch
 from torch import nn
 from transformers.conversion_mapping import get_model_conversion_mapping
-from transformers.core_model_loading import (
-    WeightConverter,
-    WeightRenaming,
-    convert_and_load_state_dict_in_model,
-    rename_source_key,
-)
+from transformers.core_model_loading import convert_and_load_state_dict_in_model
 from transformers.modeling_utils import LoadStateDictConfig
 from transformers.pytorch_utils import Conv1D
 
 from astro.errors import CheckpointError, UnsupportedError
 from astro.model.computed_buffers import fill_buffers
+from astro.model.conversions import Conversions
 from astro.model.experts import expert_layers, expert_owners, has_biases, is_gate, num_experts
 from astro.model.linear_layer import LinearLayer
 from astro.model.model_class import auto_class_of, build_on_meta, find_blocks, names_beside_text, text_model
@@ -55,12 +50,10 @@ class Skeleton:
         self.blocks_name, self.blocks = find_blocks(self.model)
         self.text_model = text_model(self.model)
         self._beside_text = names_beside_text(self.model)
-        mapping = get_model_conversion_mapping(self.model)
-        self._renamings = [entry for entry in mapping if isinstance(entry, WeightRenaming)]
-        self._converters = [entry for entry in mapping if isinstance(entry, WeightConverter)]
-        self._mapping: list[WeightConverter | WeightRenaming] = [*self._renamings, *self._converters]
         self._dtype = dtype
         self._state = dict(self.model.state_dict())
+        mapping = get_model_conversion_mapping(self.model)
+        self._conversions = Conversions(mapping, self.model.base_model_prefix, self._state)
 
     def target_of(self, key: str) -> tuple[str, str | None]:
         """Return what the model calls a checkpoint tensor, and the pattern of its conversion; None without conversion.
@@ -68,11 +61,7 @@ class Skeleton:
         Args:
             key: Name of the checkpoint tensor.
         """
-        prefix = self.model.base_model_prefix
-        name, pattern = rename_source_key(key, self._renamings, self._converters, prefix, self._state)
-        if name not in self._state and key in self._state:
-            name, pattern = rename_source_key(key, [], [], prefix, self._state)
-        return name, pattern
+        return self._conversions.target_of(key)
 
     def shape_of(self, name: str) -> tuple[int, ...] | None:
         """Return the shape of a parameter or buffer of the model; None where it has no such tensor.
@@ -115,12 +104,15 @@ class Skeleton:
         """Name of the auto class with which a user of transformers loads the model."""
         return auto_class_of(self.model)
 
-    def linear_layers(self, index: int, keys: Sequence[str]) -> tuple[list[LinearLayer], list[str]]:
+    def linear_layers(
+        self, index: int, keys: Sequence[str], shapes: Mapping[str, tuple[int, ...]] | None = None
+    ) -> tuple[list[LinearLayer], list[str]]:
         """Return the linear layers of a block, and the matrices in it that are none.
 
         Args:
             index: Index of the block.
             keys: Names of the block's checkpoint tensors.
+            shapes: Sizes of these tensors by name; None where none of them is turned.
 
         Returns:
             The linear layers in the model's order, and the model's names of all other matrices, which stay as they
@@ -131,7 +123,8 @@ class Skeleton:
             CheckpointError: A weight is missing from the checkpoint.
         """
         block, prefix = self.blocks[index], f"{self.blocks_name}.{index}"
-        plain, converted = self._targets(keys)
+        targets = self._conversions.targets(keys, shapes or {})
+        plain, converted = targets.plain, targets.converted
         filled = plain.keys() | converted.keys()
         layers: list[LinearLayer] = []
         others: list[str] = []
@@ -150,6 +143,8 @@ class Skeleton:
                 elif isinstance(module, Conv1D) and target in plain:
                     columns, rows = parameter.shape
                     layers.append(LinearLayer.plain(name, plain[target], rows, columns, transposed=True))
+                elif sum(size > 1 for size in parameter.shape) < 2:  # a vector, however many dimensions it has
+                    continue
                 elif parameter.ndim > 2 and not isinstance(module, nn.Conv1d | nn.Conv2d | nn.Conv3d):
                     raise UnsupportedError(
                         f"{target} is a {type(module).__name__} parameter of shape {list(parameter.shape)}: experts in "
@@ -157,25 +152,7 @@ class Skeleton:
                     )
                 else:
                     others.append(target)
-        return layers, others
-
-    def _targets(self, keys: Sequence[str]) -> tuple[dict[str, str], dict[str, dict[tuple[int, int], str]]]:
-        """Return the checkpoint tensor of each of the model's names, and those that are converted by their places."""
-        plain: dict[str, str] = {}
-        converted: dict[str, dict[tuple[int, int], str]] = {}
-        for key in keys:
-            target, pattern = self.target_of(key)
-            if pattern is None:
-                plain[target] = key
-            else:
-                converted.setdefault(target, {})[self._place(key, pattern)] = key
-        return plain, converted
-
-    def _place(self, key: str, pattern: str) -> tuple[int, int]:
-        """Return which expert, and which layer in a parameter, a converted tensor is, where many become a parameter."""
-        number = next(e.source_patterns.index(pattern) for e in self._converters if pattern in e.source_patterns)
-        match = re.search(re.escape(pattern).replace(r"\*", r"(\d+)"), key)
-        return (int(match.group(1)) if match and match.groups() else 0), number
+        return [targets.as_stored(layer) for layer in layers], others
 
     def load(self, part: nn.Module, tensors: Mapping[str, torch.Tensor], device: torch.device) -> None:
         """Fill a part of the model from checkpoint tensors, in place. None of its parameters asks for a gradient.
@@ -191,7 +168,10 @@ class Skeleton:
         """
         fill_buffers(self.model, part, device, self.is_beside_text)
         config = LoadStateDictConfig(
-            device_map={"": device}, dtype=self._dtype, weight_mapping=self._mapping, ignore_mismatched_sizes=False
+            device_map={"": device},
+            dtype=self._dtype,
+            weight_mapping=self._conversions.mapping,
+            ignore_mismatched_sizes=False,
         )
         try:
             info, _ = convert_and_load_state_dict_in_model(self.model, dict(tensors), config, None)
@@ -242,6 +222,8 @@ class Skeleton:
         counts = (num_experts(block) for block in self.blocks)
         experts = next((count for count in counts if count), None)
         chosen = getattr(self.model.config.get_text_config(), "num_experts_per_tok", None)
+        if isinstance(chosen, list | tuple):  # one number for each block
+            chosen = sum(chosen) / len(chosen)
         return chosen / experts if experts and chosen else 1.0
 
     def require_filled(self, part: nn.Module, name: str) -> None:

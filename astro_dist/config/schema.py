@@ -138,7 +138,7 @@ class ExecutionConfig(_Section):
     """The address of the Ray cluster. `auto` is the cluster in the variable RAY_ADDRESS, which `ray job submit` sets,
     or a private one on this machine where it is not set."""
     max_retries: int = Field(3, ge=0)
-    """How often a unit of work is tried again after its worker died, hung or raised."""
+    """How often a unit of work is tried again after its worker died, hung or failed."""
     call_timeout_s: float | Literal["auto"] = "auto"
     """The seconds after which a worker's call is taken to hang and is given to another worker. `auto` derives them from
     what the call computes."""

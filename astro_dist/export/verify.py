@@ -222,10 +222,11 @@ def _linear_layers(checkpoint: Checkpoint, skeleton: Skeleton, keys: Iterable[st
     by_block: dict[int | None, list[str]] = {}
     for key in checkpoint.entries if keys is None else keys:
         by_block.setdefault(skeleton.block_of(skeleton.target_of(key)[0]), []).append(key)
+    shapes = {key: entry.shape for key, entry in checkpoint.entries.items()}
     layers = [
         layer
         for index in range(len(skeleton.blocks))
-        for layer in skeleton.linear_layers(index, by_block.get(index, []))[0]
+        for layer in skeleton.linear_layers(index, by_block.get(index, []), shapes)[0]
     ]
     for key in by_block.get(None, []):
         target = skeleton.target_of(key)[0]

@@ -153,7 +153,7 @@ def _plan_block(
     checkpoint: Checkpoint, skeleton: Skeleton, quantization: Quantization, index: int, keys: list[str], file: str
 ) -> _PlannedBlock:
     """Choose the layers of a block that are quantized."""
-    layers, other_matrices = skeleton.linear_layers(index, keys)
+    layers, other_matrices = skeleton.linear_layers(index, keys, {key: checkpoint.entries[key].shape for key in keys})
     linears = [linear for linear in layers if not _matches(linear.name, quantization.ignore)]
     indivisible: dict[str, LinearLayer] = {}
     if quantization.indivisible != "fail":
