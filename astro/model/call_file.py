@@ -16,7 +16,15 @@ from astro.errors import UnsupportedError
 from astro.model.block_call import BlockCall, HandedOn, SharedDict
 from astro.storage.checked_tensors import load_part, read_part_note, save_part
 
-__all__ = ["Recording", "differing_tensors", "load_call", "read_recording", "save_calls", "with_tensors"]
+__all__ = [
+    "Recording",
+    "differing_tensors",
+    "load_call",
+    "read_recording",
+    "require_storable",
+    "save_calls",
+    "with_tensors",
+]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -56,6 +64,19 @@ def save_calls(path: Path, calls: Sequence[BlockCall], num_outputs: int, differe
     structure = [[_encode((call.args, call.kwargs), "", name_of), call.wanted] for call in calls]
     note = {"calls": structure, "num_outputs": num_outputs, "different": list(different)}
     save_part(path, tensors, json.dumps(note))
+
+
+def require_storable(calls: Sequence[BlockCall]) -> None:
+    """Refuse calls that `save_calls` could not write.
+
+    Args:
+        calls: The call of every block.
+
+    Raises:
+        UnsupportedError: An argument is neither a tensor nor plain data.
+    """
+    for call in calls:
+        _placed(call)
 
 
 def read_recording(path: Path) -> Recording:

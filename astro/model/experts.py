@@ -73,10 +73,10 @@ def expert_owners(block: nn.Module, prefix: str) -> set[str]:
 
 
 def is_gate(name: str, linear: nn.Linear, experts: int | None, owners: Set[str]) -> bool:
-    """Tell whether a linear layer stays as it is: one that routes tokens or weighs outputs, or works on groups of heads.
+    """Tell whether a linear layer stays as it is: a gate, or one that works on groups of heads.
 
-    The former are tiny, and much hangs on them. Of the latter, as DeepSeek-V4's `o_a_proj`, each group of rows reads
-    inputs of its own, so that there is no single Hessian.
+    Gates route tokens or weigh outputs; they are tiny, and much hangs on them. Of a layer on groups of heads, such as
+    DeepSeek-V4's `o_a_proj`, each group of rows reads inputs of its own, so that there is no single Hessian.
 
     Args:
         name: Name of the layer.

@@ -78,7 +78,7 @@ class Plan:
         ignore: Names of the linear modules that are not quantized, as the result's config lists them.
         outside: Names of the checkpoint tensors outside the blocks that text needs: embeddings, norm and head.
         outside_weights: Number of elements of these tensors.
-        hidden_size: Width of the hidden states between blocks.
+        hidden_size: Width of the hidden states between blocks; with hyper-connections, that of all lanes.
         vocab_size: Number of tokens that the model knows.
         weights: Number of weights that are quantized.
         unknown: Names of the checkpoint tensors that the model's class does not have. They are copied too.

@@ -12,6 +12,7 @@ from astro.config import LayerScheme
 from astro.errors import CheckpointError, ConfigError, UnsupportedError
 from astro.formats import LAYOUTS
 from astro.model.linear_layer import LinearLayer
+from astro.model.rehearsal import rehearse
 from astro.model.skeleton import Skeleton
 from astro.process import configure_process
 from astro.quantization.bit_allocation import require_affordable
@@ -79,6 +80,7 @@ def prepare(config: RunConfig, commit: str | None = None) -> Prepared:
             "of this model (max_position_embeddings)"
         )
     plan = make_plan(checkpoint, skeleton, config.quantization)
+    plan = dataclasses.replace(plan, hidden_size=rehearse(skeleton))
     linears = {linear.name: linear for unit in plan.blocks for linear in unit.linears}
     if config.quantization.bits == "auto":
         require_affordable(config.quantization, {name: c.rows * c.columns for name, c in linears.items()})
