@@ -327,10 +327,13 @@ def test_full_disk_that_is_freed_delays_the_run(run_config, tmp_path, monkeypatc
 
 def test_error_that_comes_back_ends_the_run_with_its_unit_and_the_same_command_goes_on(run_config, monkeypatch):
     with monkeypatch.context() as patch:
-        patch.setattr(Worker, "solve_block", lambda self, call: {}["layer"])
-        with pytest.raises(
-            RunError, match="block-0000, solve block on worker 2: KeyError: 'layer'. Attempt 3 of 3 .*max_retries: 2"
-        ):
+
+        def fail(self, call):
+            raise RuntimeError("CUDA error")
+
+        patch.setattr(Worker, "solve_block", fail)
+        message = "block-0000, solve block on worker 2: RuntimeError: CUDA error. Attempt 3 of 3 .*max_retries: 2"
+        with pytest.raises(RunError, match=message):
             pipeline.quantize(run_config(execution__max_retries=2))
     assert len(pipeline.quantize(run_config()).retries) == 3
 
