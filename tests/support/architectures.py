@@ -76,7 +76,7 @@ EXPERTS: dict[str, Any] = {
         layer_types=["linear_attention", "full_attention"],
     ),
     "sarvam-moe": SarvamMoEConfig(
-        **_ROUTED, num_experts=4, num_shared_experts=1, n_group=1, topk_group=1, first_k_dense_replace=1,
+        **_ROUTED, n_routed_experts=4, n_shared_experts=1, n_group=1, topk_group=1, first_k_dense_replace=1,
         pad_token_id=0,
     ),
 }  # fmt: skip
