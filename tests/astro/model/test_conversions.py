@@ -160,12 +160,6 @@ def test_kimi_k2_is_a_deepseek_v3(tmp_path, trust_remote_code):
     assert torch.equal(streamed_logits(folder, IDS, tmp_path), expected)
 
 
-def test_dtype_that_is_no_torch_dtype_is_no_damage(tmp_path):
-    """Exponents (F8_E8M0) are read; 4-bit floats in F4 are refused by their name."""
-    save_file({"s": torch.ones(2, 2).to(torch.float8_e8m0fnu)}, tmp_path / "model.safetensors")
-    assert Checkpoint.open(tmp_path).entries["s"].dtype == "F8_E8M0"
-
-
 def test_model_without_conversions_is_read_as_it_is(tmp_path):
     folder = write_checkpoint(tmp_path / "m", transformers.LlamaConfig(**LLAMA))
     _, layers, _ = layers_of(folder, 0)
