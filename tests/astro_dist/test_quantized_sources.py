@@ -78,6 +78,19 @@ def test_logits_of_gpt_oss_are_those_that_transformers_decodes_itself(sources, t
         assert torch.equal(theirs(IDS).logits, again(IDS).logits)
 
 
+def test_quantization_config_inside_a_section_does_not_stay(sources, run_config, tmp_path):
+    encoded, decoded = sources("fp8-blocks", "inner_config")
+    pipeline.quantize(run_config(model__source=str(encoded)))
+    pipeline.quantize(run_config(model__source=str(decoded), output__dir=str(tmp_path / "decoded-run")))
+    shards, expected = (files_of(tmp_path / name / "model") for name in ("run", "decoded-run"))
+    assert {k: v for k, v in shards.items() if k != "config.json"} == {
+        k: v for k, v in expected.items() if k != "config.json"
+    }
+    config = read_json(tmp_path / "run" / "model" / "config.json")
+    assert config["inner_config"] == {}
+    assert config["quantization_config"]["quant_method"] == "compressed-tensors"
+
+
 def test_copies_are_decoded_too(tmp_path, run_config):
     """Layers for multi-token prediction lie behind the last block, in FP8 like the others."""
     model = write_checkpoint(tmp_path / "model", transformers.LlamaConfig(**LLAMA), torch.bfloat16)
