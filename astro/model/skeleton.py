@@ -143,7 +143,7 @@ class Skeleton:
                 elif isinstance(module, Conv1D) and target in plain:
                     columns, rows = parameter.shape
                     layers.append(LinearLayer.plain(name, plain[target], rows, columns, transposed=True))
-                elif sum(size > 1 for size in parameter.shape) < 2 and not isinstance(module, nn.Linear):  # a vector
+                elif parameter.ndim > 2 and sum(size > 1 for size in parameter.shape) < 2:  # a vector all the same
                     continue
                 elif parameter.ndim > 2 and not isinstance(module, nn.Conv1d | nn.Conv2d | nn.Conv3d):
                     raise UnsupportedError(

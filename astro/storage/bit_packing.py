@@ -68,6 +68,8 @@ def unpack(words: torch.Tensor, bits: int, num_columns: int) -> torch.Tensor:
             f"packed weight: expected {words_per_row(num_columns, bits)} words a row for {num_columns} columns "
             f"of {bits} bits, got {words.shape[1]}"
         )
+    if 8 % bits == 0:
+        return _unpack_bytes(words, bits, num_columns)
     W = torch.nn.functional.pad(words.long() & 0xFFFFFFFF, (0, -words.shape[1] % bits)).reshape(len(words), -1, bits)
     out = W.new_empty(W.shape[0], W.shape[1], _RUN)
     for i in range(_RUN):
@@ -77,3 +79,13 @@ def unpack(words: torch.Tensor, bits: int, num_columns: int) -> torch.Tensor:
             value = value | (W[..., word + 1] << (32 - shift))
         out[..., i] = value & ((1 << bits) - 1)
     return (out.flatten(1)[:, :num_columns] - (1 << (bits - 1))).to(torch.int8)
+
+
+def _unpack_bytes(words: torch.Tensor, bits: int, num_columns: int) -> torch.Tensor:
+    """Undo `pack` where no element crosses the border of a byte; bytes of a word are in the order of their bits."""
+    stored = words.contiguous().view(torch.uint8)
+    out = torch.empty(*stored.shape, 8 // bits, dtype=torch.uint8, device=words.device)
+    for i in range(8 // bits):
+        torch.bitwise_right_shift(stored, i * bits, out=out[..., i])
+    unsigned = out.flatten(1)[:, :num_columns] & ((1 << bits) - 1)
+    return unsigned.to(torch.int16).sub_(1 << (bits - 1)).to(torch.int8)

@@ -39,8 +39,10 @@ def float4_values(packed: torch.Tensor) -> torch.Tensor:
     """
     values = torch.tensor((*E2M1, *(-value for value in E2M1)), device=packed.device)
     byte = torch.arange(256, device=packed.device)
-    pairs = torch.stack((values[byte & 15], values[byte >> 4]), dim=-1)
-    return pairs[packed.view(torch.uint8).int()].flatten(-2)
+    # A pair of float32 is looked up as one int64, which is twice as fast.
+    pairs = torch.stack((values[byte & 15], values[byte >> 4]), dim=-1).view(torch.int64).flatten()
+    found = pairs.index_select(0, packed.view(torch.uint8).flatten().int())
+    return found.view(torch.float32).reshape(*packed.shape[:-1], 2 * packed.shape[-1])
 
 
 def scale_values(scales: torch.Tensor) -> torch.Tensor:
@@ -60,20 +62,24 @@ def scale_values(scales: torch.Tensor) -> torch.Tensor:
     return (scales.view(torch.float8_e8m0fnu) if scales.dtype == torch.uint8 else scales).float()
 
 
-def block_values(per_block: torch.Tensor, block: tuple[int, int], rows: int, columns: int) -> torch.Tensor:
-    """Return the value of the block that each element of a matrix lies in.
+def block_values(per_block: torch.Tensor, block: tuple[int, int], V: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return the value of the block that each element of a matrix lies in, and the matrix in a shape that fits it.
 
     Args:
         per_block: A value for each block, [..., ⌈R / b_R⌉, ⌈C / b_C⌉].
         block: Rows b_R and columns b_C of a block.
-        rows: Number R of rows.
-        columns: Number C of columns.
+        V: The matrix, contiguous [..., R, C].
 
     Returns:
-        The values, [..., R, C]; where a block is one row or one column, the dimension is not enlarged by a copy.
+        The values and a view of the matrix, broadcast against each other: [..., R, G, 1] and [..., R, G, b_C], so that
+        no copy of the matrix's size is made; or [..., R, C] both where the last block of a row is partial.
 
-    >>> block_values(torch.tensor([[1, 2]]), (2, 2), 1, 3).tolist()
-    [[1, 1, 2]]
+    >>> values, view = block_values(torch.tensor([[1, 2]]), (2, 2), torch.zeros(1, 3))
+    >>> values.tolist(), view.tolist()
+    ([[1, 1, 2]], [[0.0, 0.0, 0.0]])
     """
-    by_column = per_block.repeat_interleave(block[1], dim=-1)[..., :columns]
-    return by_column.repeat_interleave(block[0], dim=-2)[..., :rows, :] if block[0] > 1 else by_column
+    rows, columns = V.shape[-2:]
+    by_row = per_block.repeat_interleave(block[0], dim=-2)[..., :rows, :] if block[0] > 1 else per_block
+    if columns % block[1] == 0:
+        return by_row.unsqueeze(-1), V.unflatten(-1, (-1, block[1]))
+    return by_row.repeat_interleave(block[1], dim=-1)[..., :columns], V

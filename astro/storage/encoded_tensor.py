@@ -149,11 +149,13 @@ class EncodedTensor(TensorEntry):
         V = self._values(part.parts["weight"], columns).reshape(*lead, rows, columns)
         zero_point = part.parts.get("zero_point")
         if zero_point is not None:
-            V -= self._spread(self._zero_points(zero_point, rows), (rows, columns), part)
+            values, view = self._spread(self._zero_points(zero_point, rows), V, part)
+            view -= values
         scale, global_scale = scale_values(part.parts["scale"]), part.parts.get("global_scale")
         if global_scale is not None:
             scale = scale / global_scale.float() if self.divides else scale * global_scale.float()
-        V *= self._spread(scale, (rows, columns), part)
+        values, view = self._spread(scale, V, part)
+        view *= values
         return (V.transpose(-1, -2) if self.transposed else V).to(self.torch_dtype)
 
     @property
@@ -192,14 +194,14 @@ class EncodedTensor(TensorEntry):
             return unpack(zero_point.T, self.bits, rows).T.float()
         return zero_point.float()
 
-    def _spread(self, values: torch.Tensor, sizes: tuple[int, int], part: Slice) -> torch.Tensor:
-        """Return values of blocks in a shape that is broadcast against the numbers."""
+    def _spread(self, values: torch.Tensor, V: torch.Tensor, part: Slice) -> tuple[torch.Tensor, torch.Tensor]:
+        """Return values of blocks, and a view of the numbers that they are broadcast against."""
         if "column_group" in part.parts:
-            return values[..., part.parts["column_group"].long()]
+            return values[..., part.parts["column_group"].long()], V
         if self.block is not None:
-            return block_values(values, self.block, *sizes)
+            return block_values(values, self.block, V)
         # One value for each row, or for each expert.
-        return values.reshape(-1, *[1] * (len(self.shape) - 1)) if values.ndim == 1 else values
+        return (values.reshape(-1, *[1] * (len(self.shape) - 1)) if values.ndim == 1 else values), V
 
 
 def _broadcasts(scale: tuple[int, ...], weight: tuple[int, ...]) -> bool:

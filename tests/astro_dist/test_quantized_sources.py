@@ -61,16 +61,48 @@ def test_streamed_logits_are_those_of_transformers_with_the_decoded_weights(sour
 
 def test_logits_of_gpt_oss_are_those_that_transformers_decodes_itself(sources, tmp_path):
     """transformers reads the blocks and scales with its own code, in bfloat16."""
-    encoded, _ = sources("mxfp4")
+    encoded, decoded = sources("mxfp4")
     config = transformers.Mxfp4Config(dequantize=True)
     theirs = transformers.AutoModelForCausalLM.from_pretrained(
         encoded, dtype=torch.bfloat16, quantization_config=config, experts_implementation="eager"
     )
     checkpoint = Checkpoint.open_source(encoded)
     state = theirs.state_dict()
-    decoded = checkpoint.read([weight.name for weight in checkpoint.encoded.weights])
-    assert decoded
-    assert all(torch.equal(state[name], weight) for name, weight in decoded.items())
+    ours = checkpoint.read([weight.name for weight in checkpoint.encoded.weights])
+    assert ours
+    assert all(torch.equal(state[name], weight) for name, weight in ours.items())
+    again = transformers.AutoModelForCausalLM.from_pretrained(
+        decoded, dtype=torch.bfloat16, experts_implementation="eager"
+    )
+    with torch.no_grad():
+        assert torch.equal(theirs(IDS).logits, again(IDS).logits)
+
+
+def test_quantization_config_inside_a_section_does_not_stay(sources, run_config, tmp_path):
+    encoded, decoded = sources("fp8-blocks", "inner_config")
+    pipeline.quantize(run_config(model__source=str(encoded)))
+    pipeline.quantize(run_config(model__source=str(decoded), output__dir=str(tmp_path / "decoded-run")))
+    shards, expected = (files_of(tmp_path / name / "model") for name in ("run", "decoded-run"))
+    assert {k: v for k, v in shards.items() if k != "config.json"} == {
+        k: v for k, v in expected.items() if k != "config.json"
+    }
+    config = read_json(tmp_path / "run" / "model" / "config.json")
+    assert config["inner_config"] == {}
+    assert config["quantization_config"]["quant_method"] == "compressed-tensors"
+
+
+def test_copies_are_decoded_too(tmp_path, run_config):
+    """Layers for multi-token prediction lie behind the last block, in FP8 like the others."""
+    model = write_checkpoint(tmp_path / "model", transformers.LlamaConfig(**LLAMA), torch.bfloat16)
+    config = read_json(model / "config.json")
+    write_json(model / "config.json", {**config, "num_hidden_layers": 2})
+    write_source(model, "fp8-blocks", tmp_path / "encoded", tmp_path / "decoded")
+    for name in ("encoded", "decoded"):
+        pipeline.quantize(run_config(model__source=str(tmp_path / name), output__dir=str(tmp_path / f"run-{name}")))
+    results = [tmp_path / f"run-{name}" / "model" for name in ("encoded", "decoded")]
+    assert files_of(results[0]) == files_of(results[1])
+    entry = Checkpoint.open(results[0]).entries["model.layers.2.mlp.down_proj.weight"]
+    assert (entry.dtype, entry.shape) == ("BF16", (64, 128))
 
 
 def test_bytes_from_the_hub_are_those_that_are_stored(sources, run_config, online_hub, tmp_path):

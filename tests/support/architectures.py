@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 import transformers
+from transformers.models.sarvam_moe.configuration_sarvam_moe import SarvamMoEConfig
 
 from astro.model.block_call import BlockState, forward
 from astro.model.call_file import load_call, save_calls
@@ -75,6 +76,10 @@ EXPERTS: dict[str, Any] = {
         **_ROUTED, num_experts=4, shared_expert_intermediate_size=32, linear_num_key_heads=2,
         linear_num_value_heads=4, linear_key_head_dim=16, linear_value_head_dim=16,
         layer_types=["linear_attention", "full_attention"],
+    ),
+    "sarvam-moe": SarvamMoEConfig(
+        **_ROUTED, n_routed_experts=4, n_shared_experts=1, n_group=1, topk_group=1, first_k_dense_replace=1,
+        pad_token_id=0,
     ),
 }  # fmt: skip
 """The configurations of mixtures of experts, by short name. There are four experts."""

@@ -203,5 +203,5 @@ def write_source(model: Path, kind: str, encoded: Path, decoded: Path, section: 
         save_file({n: stored[n].contiguous() for n in names if files[n] == file}, encoded / file, {"format": "pt"})
     write_json(encoded / INDEX_NAME, {"metadata": {}, "weight_map": files})
     config = read_json(encoded / "config.json")
-    (config[section] if section else config)["quantization_config"] = quantization
+    (config.setdefault(section, {}) if section else config)["quantization_config"] = quantization
     write_json(encoded / "config.json", config)

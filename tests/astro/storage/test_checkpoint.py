@@ -7,7 +7,7 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from astro.errors import CheckpointError
+from astro.errors import CheckpointError, UnsupportedError
 from astro.storage.checkpoint import INDEX_NAME, Checkpoint, require_finite
 
 
@@ -81,6 +81,22 @@ def test_shard_with_bytes_behind_its_end(folder):
 def test_damaged_header(folder, header):
     (folder / "one.safetensors").write_bytes(struct.pack("<Q", len(header)) + header + bytes(8))
     with pytest.raises(CheckpointError, match="one.safetensors: its safetensors header is damaged"):
+        Checkpoint.open(folder)
+
+
+@pytest.mark.parametrize("name", ["float8_e8m0fnu", "float8_e5m2", "float8_e4m3fnuz", "complex64"])
+def test_every_dtype_of_safetensors_that_torch_has_is_read(tmp_path, name):
+    tensor = torch.ones(2, 2).to(getattr(torch, name))
+    save_file({"s": tensor}, tmp_path / "model.safetensors")
+    read = Checkpoint.open(tmp_path).read(["s"])["s"]
+    assert read.dtype == tensor.dtype
+    assert torch.equal(read.view(torch.uint8), tensor.view(torch.uint8))
+
+
+def test_dtype_whose_values_share_bytes_is_no_damage(folder):
+    header = b'{"a": {"dtype": "F4", "shape": [16], "data_offsets": [0, 8]}}'
+    (folder / "one.safetensors").write_bytes(struct.pack("<Q", len(header)) + header + bytes(8))
+    with pytest.raises(UnsupportedError, match="one.safetensors: tensor a has dtype F4, which cannot be read"):
         Checkpoint.open(folder)
 
 

@@ -17,6 +17,7 @@ from transformers.integrations.mxfp4 import convert_moe_packed_tensors
 from astro.errors import CheckpointError, UnsupportedError
 from astro.storage import decoding
 from astro.storage.checkpoint import Checkpoint, require_finite
+from astro.storage.source_quantization import without_quantization
 from tests.support.models import random_weights
 from tests.support.quantized_sources import E2M1, fp4, fp8, integers, mxfp4_experts
 
@@ -346,6 +347,11 @@ def test_quantization_config_inside_the_text_config(tmp_path):
     form = groups("pack-quantized", num_bits=4, type="int", strategy="group", group_size=32)
     checkpoint = open_source(tmp_path, tensors, None, text_config={"quantization_config": form})
     assert torch.equal(checkpoint.read(["l.weight"])["l.weight"], rounded(W64))
+
+
+def test_config_without_quantization():
+    config = {"a": 1, "quantization_config": {"x": 1}, "text_config": {"b": 2, "quantization_config": {}}}
+    assert without_quantization(config) == {"a": 1, "text_config": {"b": 2}}
 
 
 def test_two_configurations_that_differ(tmp_path):
