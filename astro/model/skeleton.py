@@ -36,6 +36,7 @@ class Skeleton:
         model: The model, of the class that config.json names, on the meta device but for the parts that are loaded.
         text_model: The part of the model that makes logits of tokens; the model itself but in some wrappers.
         blocks: The transformer blocks of the model, or of its text decoder.
+        parts_beside_text: Names of the largest modules that no text goes through, such as a vision tower.
         blocks_name: Name of the list of blocks in the model, e.g. "model.layers".
     """
 
@@ -54,7 +55,7 @@ class Skeleton:
         self.model = build_on_meta(folder, dtype, trust_remote_code)
         self.blocks_name, self.blocks = find_blocks(self.model)
         self.text_model = text_model(self.model)
-        self._beside_text = names_beside_text(self.model)
+        self.parts_beside_text = names_beside_text(self.model)
         mapping = get_model_conversion_mapping(self.model)
         self._renamings = [entry for entry in mapping if isinstance(entry, WeightRenaming)]
         self._converters = [entry for entry in mapping if isinstance(entry, WeightConverter)]
@@ -99,7 +100,7 @@ class Skeleton:
         Args:
             name: Name of the module or tensor in the model.
         """
-        return any(name == part or name.startswith(f"{part}.") for part in self._beside_text)
+        return any(name == part or name.startswith(f"{part}.") for part in self.parts_beside_text)
 
     def is_table(self, name: str) -> bool:
         """Tell whether a tensor is the weight of an embedding, from which rows are looked up.

@@ -25,6 +25,11 @@ __all__ = ["metadata", "model_card", "planned_card"]
 
 _HUB = "https://huggingface.co"
 _SERVED_BITS = (4, 8)
+_PIPELINES = {
+    "AutoModelForCausalLM": "text-generation", "AutoModelForImageTextToText": "image-text-to-text",
+    "AutoModelForMultimodalLM": "any-to-any",
+}  # fmt: skip
+"""The Hub's name of what a model does, by the auto class that loads it."""
 _METHODS = {
     "astro": "Astro regularization", "magr": "MagR regularization", "none": "", "gptq": "GPTQ",
     "rtn": "rounding to nearest",
@@ -64,7 +69,7 @@ def metadata(
         license_name=base.license_name,
         license_link=base.license_link,
         language=list(base.language) or None,
-        pipeline_tag="text-generation",
+        pipeline_tag=_PIPELINES[base.auto_class],
         quantized_by=repository.partition("/")[0] if repository else "astro-dist",
         tags=[
             "quantized",
@@ -124,6 +129,7 @@ def model_card(
         kinds=_by_kind(layers),
         text=PurePath(config.calibration.source).name,
         is_served=_are_served(widths),
+        reader="AutoProcessor" if base.parts_beside_text else "AutoTokenizer",
         packages=LAYOUTS[config.quantization.format].READER_PACKAGES,
         devices=Counter(f"{block.device}, torch {block.torch}" for block in blocks),
         worked=in_words(sum(summary.phases_s.values())),
@@ -193,7 +199,8 @@ def _method(config: RunConfig, summary: Summary) -> list[tuple[str, str]]:
         ("its strength β (layers solved together)", ", ".join(f"{b} ({count})" for b, count in summary.betas.items())),
         ("refinement passes after GPTQ", f"at most {q.refine_passes}"),
         ("blocks", f"mode {execution.mode}, {execution.rounds} round(s)"),
-        ("left as they are", ", ".join(["embeddings, norms, head, gates", *q.ignore])),
+        ("weights", ". ".join(filter(None, [summary.coverage.in_words, summary.coverage.copied_in_words]))),
+        ("left as they are by configuration", ", ".join(q.ignore) or "nothing"),
         ("other settings for", ", ".join(q.overrides) or "nothing"),
         ("mean relative layer error", f"{summary.mean_relative_error:.3g}"),
     ]

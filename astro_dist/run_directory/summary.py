@@ -9,6 +9,7 @@ from typing import Any, Self
 from astro.errors import DamagedError
 from astro.model.perplexity import mean_per_token, relative_change
 from astro.quantization.layer_record import Fallbacks
+from astro_dist.planning.coverage import Coverage
 from astro_dist.run_directory.journal import Damaged, Failed
 from astro_dist.run_directory.published_model import PublishedModel
 from astro_dist.run_directory.records import read_own_json
@@ -141,6 +142,7 @@ class Summary:
         perplexity: Perplexity of the original and of the result.
         rounds: Figures of each round.
         mean_relative_error: Mean relative error of the last round's layers.
+        coverage: What is quantized, and what is left as it is.
         average_bits: Mean number of bits of a quantized weight, without scales.
         betas: Number of records of layers by the strength β of the regularization that they took.
         wall_s: Length of the last session, in seconds.
@@ -163,6 +165,7 @@ class Summary:
     perplexity: Perplexity
     rounds: tuple[RoundFigures, ...]
     mean_relative_error: float
+    coverage: Coverage
     average_bits: float
     betas: Mapping[str, int]
     wall_s: float
@@ -189,6 +192,7 @@ class Summary:
             **plain,
             "perplexity": dataclasses.asdict(self.perplexity),
             "rounds": [dataclasses.asdict(figures) for figures in self.rounds],
+            "coverage": self.coverage.to_json(),
             "fallbacks": self.fallbacks.to_json(),
             "retries": [retry.to_json() for retry in self.retries],
             "mended": [unit.to_json() for unit in self.mended],
@@ -209,6 +213,7 @@ class Summary:
         read: dict[str, Any] = {
             "perplexity": Perplexity(**content["perplexity"]),
             "rounds": tuple(RoundFigures(**figures) for figures in content["rounds"]),
+            "coverage": Coverage.from_json(content["coverage"]),
             "fallbacks": Fallbacks.from_json(content["fallbacks"]),
             "retries": tuple(map(Failed.from_json, content["retries"])),
             "mended": tuple(map(Damaged.from_json, content["mended"])),
