@@ -104,7 +104,11 @@ def plan(
         return
     _say(settings_line(settings))
     Console().print(plan_table(prepared.plan))
-    _say(*forecast_lines(prepared.plan, needed), served_line(prepared.tensor_parallel), *(f"note: {note}" for note in prepared.notes))
+    _say(
+        *forecast_lines(prepared.plan, needed),
+        served_line(prepared.tensor_parallel),
+        *(f"note: {note}" for note in prepared.notes),
+    )
 
 
 @app.command()

@@ -7,7 +7,6 @@ convert layouts, so that a lone block equals the same block of the whole model f
 import re
 from collections.abc import Mapping, Sequence, Set
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import nn
@@ -22,6 +21,7 @@ from transformers.modeling_utils import LoadStateDictConfig
 from transformers.pytorch_utils import Conv1D
 
 from astro.errors import CheckpointError, UnsupportedError
+from astro.model.exact_layers import is_held_exact
 from astro.model.experts import expert_layers, expert_owners, has_biases, is_gate, num_experts
 from astro.model.linear_layer import LinearLayer
 from astro.model.model_class import auto_class_of, build_on_meta, find_blocks, names_beside_text, text_model
@@ -125,7 +125,7 @@ class Skeleton:
 
         Returns:
             The linear layers in the model's order, and the model's names of all other matrices, which stay as they
-            are. Routers and other gates are among these.
+            are. Among these are routers, other gates, and what servers hold in 16 bits.
 
         Raises:
             UnsupportedError: Experts are held in a layout that is not known.
@@ -146,7 +146,7 @@ class Skeleton:
                     raise CheckpointError(f"the checkpoint has no tensor for {target} of {type(self.model).__name__}")
                 elif parameter.ndim < 2 or (experts and parameter_name.endswith("_bias")):
                     continue
-                elif isinstance(module, nn.Linear) and target in plain and not is_gate(name, module, experts, owners):
+                elif isinstance(module, nn.Linear) and target in plain and not self._is_exact(name, experts, owners):
                     layers.append(LinearLayer.plain(name, plain[target], *parameter.shape))
                 elif isinstance(module, Conv1D) and target in plain:
                     columns, rows = parameter.shape
@@ -159,6 +159,11 @@ class Skeleton:
                 else:
                     others.append(target)
         return layers, others
+
+    def _is_exact(self, name: str, experts: int | None, owners: Set[str]) -> bool:
+        """Tell whether a linear layer stays as it is: a gate, or a layer that servers hold in 16 bits."""
+        parent = self.model.get_submodule(name.rpartition(".")[0])
+        return is_held_exact(name, parent) or is_gate(name, self.model.get_submodule(name), experts, owners)
 
     def _targets(self, keys: Sequence[str]) -> tuple[dict[str, str], dict[str, dict[tuple[int, int], str]]]:
         """Return the checkpoint tensor of each of the model's names, and those that are converted by their places."""

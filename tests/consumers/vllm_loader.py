@@ -20,22 +20,30 @@ os.environ |= {
     "VLLM_LOGGING_LEVEL": "WARNING", "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
 }  # fmt: skip
 
-import torch  # noqa: E402
-from vllm.config import set_current_vllm_config  # noqa: E402
-from vllm.distributed import ensure_model_parallel_initialized, init_distributed_environment  # noqa: E402
-from vllm.engine.arg_utils import EngineArgs  # noqa: E402
-from vllm.model_executor.layers.fused_moe.oracle.int_wna16 import WNA16MoEBackend  # noqa: E402
-from vllm.model_executor.layers.quantization.compressed_tensors.compressed_tensors_moe import (  # noqa: E402
+import torch
+from vllm.config import set_current_vllm_config
+from vllm.distributed import ensure_model_parallel_initialized, init_distributed_environment
+from vllm.engine.arg_utils import EngineArgs
+from vllm.model_executor.layers.fused_moe.oracle.int_wna16 import WNA16MoEBackend
+from vllm.model_executor.layers.quantization.compressed_tensors.compressed_tensors_moe import (
     compressed_tensors_moe_wna16,
 )
-from vllm.model_executor.layers.quantization.compressed_tensors.schemes import compressed_tensors_wNa16  # noqa: E402
-from vllm.model_executor.model_loader import get_model_loader  # noqa: E402
-from vllm.model_executor.model_loader.utils import initialize_model  # noqa: E402
-from vllm.platforms.cpu import CpuPlatform  # noqa: E402
+from vllm.model_executor.layers.quantization.compressed_tensors.schemes import compressed_tensors_wNa16
+from vllm.model_executor.model_loader import get_model_loader
+from vllm.model_executor.model_loader.utils import initialize_model
+from vllm.platforms.cpu import CpuPlatform
 
 _MARK = 0x5A5A5A5A
 """Value of whole numbers that no loader wrote; floats are NaN."""
-_COMPUTED = ("k_scale", "v_scale", "q_scale", "prob_scale", "attn.q_zero_point", "attn.k_zero_point", "attn.v_zero_point")
+_COMPUTED = (
+    "k_scale",
+    "v_scale",
+    "q_scale",
+    "prob_scale",
+    "attn.q_zero_point",
+    "attn.k_zero_point",
+    "attn.v_zero_point",
+)
 """Endings of parameters that vLLM itself computes; no file of ours holds them."""
 
 
