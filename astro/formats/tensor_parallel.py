@@ -48,8 +48,8 @@ class TensorParallelLimit:
         groups = self.columns // self.group_size
         more = "; a smaller group size allows more" if self.size < _COMMON_SIZE else ""
         return (
-            f"the largest tensor-parallel size in vLLM is {self.size}: {self.layer} has {self.columns} inputs, {groups} "
-            f"groups of {self.group_size}{more}"
+            f"the largest tensor-parallel size in vLLM is {self.size}: {self.layer} has {self.columns} inputs, "
+            f"{groups} groups of {self.group_size}{more}"
         )
 
 

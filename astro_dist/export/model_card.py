@@ -24,7 +24,10 @@ from astro_dist.source.model_info import BaseModel
 __all__ = ["metadata", "model_card", "planned_card"]
 
 _HUB = "https://huggingface.co"
-_SERVED_BITS = (4, 8)
+_SERVED_BITS = {"compressed-tensors": range(2, 9), "gptq": (4, 8)}
+"""Widths that vLLM has kernels for, by format; in compressed-tensors below 4 bits by its source alone."""
+_TRIED_BITS = 4
+"""Smallest width that was tried with a server."""
 _PIPELINES = {
     "AutoModelForCausalLM": "text-generation", "AutoModelForImageTextToText": "image-text-to-text",
     "AutoModelForMultimodalLM": "any-to-any",
@@ -77,7 +80,7 @@ def metadata(
             quantization.format,
             *methods,
             "astro-dist",
-            *(["vllm"] if _are_served(widths) else []),
+            *(["vllm"] if _are_served(quantization.format, widths) else []),
         ],
     )
 
@@ -128,7 +131,8 @@ def model_card(
         method=[(name, _cell(value)) for name, value in _method(config, summary)],
         kinds=_by_kind(layers),
         text=PurePath(config.calibration.source).name,
-        is_served=_are_served(widths),
+        is_served=_are_served(config.quantization.format, widths),
+        is_low=min(widths) < _TRIED_BITS,
         reader="AutoProcessor" if base.parts_beside_text else "AutoTokenizer",
         packages=LAYOUTS[config.quantization.format].READER_PACKAGES,
         devices=Counter(f"{block.device}, torch {block.torch}" for block in blocks),
@@ -206,9 +210,9 @@ def _method(config: RunConfig, summary: Summary) -> list[tuple[str, str]]:
     ]
 
 
-def _are_served(widths: Collection[int]) -> bool:
+def _are_served(layout: str, widths: Collection[int]) -> bool:
     """Tell whether servers have kernels for all of these widths."""
-    return set(widths) <= set(_SERVED_BITS)
+    return set(widths) <= set(_SERVED_BITS[layout])
 
 
 def _without_places(config: RunConfig) -> dict[str, Any]:

@@ -61,8 +61,8 @@ class Coverage:
             notes.append(f"WARNING: only {_percent(self.share)} of the blocks' weights are quantized. {self.in_words}")
         if MULTI_TOKEN in self.copied_bytes:
             notes.append(
-                f"the layers for {MULTI_TOKEN}, {decimal(self.copied_bytes[MULTI_TOKEN])}, are carried over in 16 bits; "
-                "servers load them for speculation, transformers does not build them"
+                f"the layers for {MULTI_TOKEN}, {decimal(self.copied_bytes[MULTI_TOKEN])}, are carried over in 16 "
+                "bits; servers load them for speculation, transformers does not build them"
             )
         return notes
 

@@ -229,8 +229,8 @@ def _plan_notes(config: RunConfig, plan: Plan, class_name: str) -> Iterator[str]
     yield from _text_notes(config, plan)
     if plan.other_matrices:
         yield (
-            f"{len(plan.other_matrices)} matrices that are gates, no linear layers, or held in 16 bits by servers, stay "
-            f"as they are, the first is {plan.other_matrices[0]}"
+            f"{len(plan.other_matrices)} matrices that are gates, no linear layers, or held in 16 bits by servers, "
+            f"stay as they are, the first is {plan.other_matrices[0]}"
         )
 
 

@@ -68,8 +68,8 @@ def _with_dense_attention(original):
 def _without_kernels():
     moe = compressed_tensors_moe_wna16
     with (
-        mock.patch.object(compressed_tensors_wNa16, "choose_mp_linear_kernel", lambda *a, **k: _NoKernel),
-        mock.patch.object(moe, "select_wna16_moe_backend", lambda *a, **k: (WNA16MoEBackend.TRITON, None)),
+        mock.patch.object(compressed_tensors_wNa16, "choose_mp_linear_kernel", return_value=_NoKernel),
+        mock.patch.object(moe, "select_wna16_moe_backend", return_value=(WNA16MoEBackend.TRITON, None)),
         mock.patch.object(CpuPlatform, "get_attn_backend_cls", _with_dense_attention(CpuPlatform.get_attn_backend_cls)),
     ):
         yield
