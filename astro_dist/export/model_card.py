@@ -203,11 +203,18 @@ def _method(config: RunConfig, summary: Summary) -> list[tuple[str, str]]:
         ("its strength β (layers solved together)", ", ".join(f"{b} ({count})" for b, count in summary.betas.items())),
         ("refinement passes after GPTQ", f"at most {q.refine_passes}"),
         ("blocks", f"mode {execution.mode}, {execution.rounds} round(s)"),
-        ("weights", ". ".join(filter(None, [summary.coverage.in_words, summary.coverage.copied_in_words]))),
+        *_coverage(summary),
         ("left as they are by configuration", ", ".join(q.ignore) or "nothing"),
         ("other settings for", ", ".join(q.overrides) or "nothing"),
         ("mean relative layer error", f"{summary.mean_relative_error:.3g}"),
     ]
+
+
+def _coverage(summary: Summary) -> list[tuple[str, str]]:
+    """Return the row about how much is quantized; none for runs of versions that did not count it."""
+    if summary.coverage is None:
+        return []
+    return [("weights", ". ".join(filter(None, [summary.coverage.in_words, summary.coverage.copied_in_words])))]
 
 
 def _are_served(layout: str, widths: Collection[int]) -> bool:

@@ -123,8 +123,10 @@ def served_line(limit: "TensorParallelLimit") -> str:
     return limit.in_words[0].upper() + limit.in_words[1:]
 
 
-def _coverage_lines(coverage: "Coverage") -> list[str]:
-    """Say how much is quantized, and what is not."""
+def _coverage_lines(coverage: "Coverage | None") -> list[str]:
+    """Say how much is quantized, and what is not; nothing where that was not counted."""
+    if coverage is None:
+        return []
     sentences = (coverage.in_words, coverage.copied_in_words)
     return [sentence[0].upper() + sentence[1:] for sentence in sentences if sentence]
 

@@ -142,7 +142,6 @@ class Summary:
         perplexity: Perplexity of the original and of the result.
         rounds: Figures of each round.
         mean_relative_error: Mean relative error of the last round's layers.
-        coverage: What is quantized, and what is left as it is.
         average_bits: Mean number of bits of a quantized weight, without scales.
         betas: Number of records of layers by the strength β of the regularization that they took.
         wall_s: Length of the last session, in seconds.
@@ -160,12 +159,12 @@ class Summary:
         python: Version of Python.
         base_model: Model that was quantized.
         publish: Place where the model was published; None where it was not.
+        coverage: What is quantized, and what is left as it is; None in runs of versions that did not count it.
     """
 
     perplexity: Perplexity
     rounds: tuple[RoundFigures, ...]
     mean_relative_error: float
-    coverage: Coverage
     average_bits: float
     betas: Mapping[str, int]
     wall_s: float
@@ -183,6 +182,7 @@ class Summary:
     python: str
     base_model: BaseModel
     publish: PublishedModel | None = None
+    coverage: Coverage | None = None
 
     def to_json(self) -> dict[str, Any]:
         """Return the summary as the JSON object of its file."""
@@ -192,7 +192,7 @@ class Summary:
             **plain,
             "perplexity": dataclasses.asdict(self.perplexity),
             "rounds": [dataclasses.asdict(figures) for figures in self.rounds],
-            "coverage": self.coverage.to_json(),
+            "coverage": self.coverage.to_json() if self.coverage is not None else None,
             "fallbacks": self.fallbacks.to_json(),
             "retries": [retry.to_json() for retry in self.retries],
             "mended": [unit.to_json() for unit in self.mended],
@@ -207,13 +207,13 @@ class Summary:
         """Read back what `to_json` returned.
 
         Args:
-            content: JSON object with every field; only `publish` may be missing.
+            content: JSON object with every field; only `publish` and `coverage` may be missing.
         """
         fields = (field.name for field in dataclasses.fields(cls))
         read: dict[str, Any] = {
             "perplexity": Perplexity(**content["perplexity"]),
             "rounds": tuple(RoundFigures(**figures) for figures in content["rounds"]),
-            "coverage": Coverage.from_json(content["coverage"]),
+            "coverage": Coverage.from_json(content["coverage"]) if content.get("coverage") else None,
             "fallbacks": Fallbacks.from_json(content["fallbacks"]),
             "retries": tuple(map(Failed.from_json, content["retries"])),
             "mended": tuple(map(Damaged.from_json, content["mended"])),

@@ -56,9 +56,9 @@ class BaseModel:
         """Read back what `to_json` returned.
 
         Args:
-            content: JSON object with every field.
+            content: JSON object with every field; what a result is loaded with may be missing.
         """
-        lists = {name: tuple(content[name]) for name in ("language", "parts_beside_text")}
+        lists = {name: tuple(content.get(name, ())) for name in ("language", "parts_beside_text")}
         return cls(**{**content, **lists})
 
     def notes(self, private: bool) -> list[str]:

@@ -8,6 +8,7 @@ import torch
 import transformers
 from safetensors.torch import load_file, save_file
 
+from astro.storage.atomic import read_json, write_json
 from astro.storage.checkpoint import INDEX_NAME
 from tests.support.models import byte_tokenizer
 
@@ -32,6 +33,11 @@ _DEEPSEEK = {
     "moe_intermediate_size": 32, "q_lora_rank": 32, "kv_lora_rank": 32, "qk_rope_head_dim": 8, "qk_nope_head_dim": 8,
     "v_head_dim": 16, "first_k_dense_replace": 1, "n_shared_experts": 1, "head_dim": 8,
 }  # fmt: skip
+
+_DEEPSEEK_REPOSITORY = {
+    "num_nextn_predict_layers": 1, "topk_method": "noaux_tc", "scoring_func": "sigmoid", "moe_layer_freq": 1,
+}  # fmt: skip
+"""Keys of the repository's config.json that servers read and transformers does not."""
 
 WRAPPERS: dict[str, tuple[str, Callable[[], Any]]] = {
     "qwen2.5-vl": (
@@ -104,6 +110,8 @@ def write_model(folder: Path, name: str) -> Path:
     if name in WITH_DRAFTER:
         tensors |= _drafter(name, tensors)
     save_file(tensors, path, {"format": "pt"})
+    if name == "deepseek-v3":
+        write_json(folder / "config.json", {**read_json(folder / "config.json"), **_DEEPSEEK_REPOSITORY})
     byte_tokenizer().save_pretrained(folder)
     if name in WRAPPERS:
         for file in ("preprocessor_config.json", "processor_config.json", "video_preprocessor_config.json"):
