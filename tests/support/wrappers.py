@@ -127,10 +127,17 @@ def _name_on_hub(name: str, key: str) -> str:
 
 
 def _drafter(name: str, tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """Make the layers for multi-token prediction: a copy of the last block, and a projection of two hidden states."""
+    """Make the layers for multi-token prediction: a copy of the last block, and what joins two hidden states."""
     behind = name == "deepseek-v3"
     last = "model.layers.1." if behind else "model.language_model.layers.1."
     prefix = "model.layers.2." if behind else "mtp.layers.0."
     copied = {key.replace(last, prefix): tensor.clone() for key, tensor in tensors.items() if key.startswith(last)}
-    fc = "model.layers.2.eh_proj.weight" if behind else "mtp.fc.weight"
-    return {**copied, fc: torch.randn(64, 128) * 0.1}
+    if behind:
+        norms = ("enorm", "hnorm", "shared_head.norm")
+        joined = {"eh_proj.weight": torch.randn(64, 128) * 0.1} | {f"{norm}.weight": torch.ones(64) for norm in norms}
+        tables = {"embed_tokens": "model.embed_tokens", "shared_head.head": "lm_head"}
+        joined |= {f"{name}.weight": tensors[f"{table}.weight"].clone() for name, table in tables.items()}
+        return {**copied, **{f"{prefix}{key}": tensor for key, tensor in joined.items()}}
+    norms = ("norm", "pre_fc_norm_embedding", "pre_fc_norm_hidden")
+    joined = {"fc.weight": torch.randn(64, 128) * 0.1} | {f"{norm}.weight": torch.ones(64) for norm in norms}
+    return {**copied, **{f"mtp.{key}": tensor for key, tensor in joined.items()}}
