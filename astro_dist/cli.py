@@ -92,18 +92,23 @@ def plan(
 
     settings = load_config(config, assignments)
     from astro_dist.planning.validate import forecast, prepare, require_text
-    from astro_dist.report.command_output import forecast_lines, plan_table, settings_line
+    from astro_dist.report.command_output import forecast_lines, plan_table, served_line, settings_line
 
     prepared = prepare(settings)
     require_text(prepared)
     needed = forecast(prepared, workers, device)
     if as_json:
         content = {"needed": dataclasses.asdict(needed), "notes": list(prepared.notes)}
+        content["tensor_parallel"] = dataclasses.asdict(prepared.tensor_parallel)
         _print_json({**prepared.plan.summary(), **content})
         return
     _say(settings_line(settings))
     Console().print(plan_table(prepared.plan))
-    _say(*forecast_lines(prepared.plan, needed), *(f"note: {note}" for note in prepared.notes))
+    _say(
+        *forecast_lines(prepared.plan, needed),
+        served_line(prepared.tensor_parallel),
+        *(f"note: {note}" for note in prepared.notes),
+    )
 
 
 @app.command()

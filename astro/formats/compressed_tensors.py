@@ -24,6 +24,7 @@ from astro.formats.server_limits import (
     mixed_fusion_notes,
     settled,
 )
+from astro.model.experts import experts_of
 from astro.model.linear_layer import LinearLayer
 from astro.quantization.grid import Grid, QuantizedLinear
 from astro.storage.bit_packing import pack, unpack
@@ -186,6 +187,8 @@ def server_notes(schemes: Mapping[str, Sequence[LayerScheme]], ignore: Sequence[
             "asymmetric weights: vLLM's CUDA Marlin kernels are symmetric, a slower kernel may serve them; "
             "transformers with compressed-tensors 0.20 refuses packed zero points"
         )
+    if any(experts_of(name) and not all(s.symmetric for s in possible) for name, possible in schemes.items()):
+        notes.append("asymmetric weights of experts: vLLM's kernels for experts are symmetric, and it refuses them")
     return [*notes, *mixed_fusion_notes(schemes, ignore)]
 
 

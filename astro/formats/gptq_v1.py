@@ -156,13 +156,15 @@ def read_schemes(config: Mapping[str, Any], names: Sequence[str]) -> dict[str, L
     kind = (config["quant_method"], config["checkpoint_format"], config["sym"], config["desc_act"])
     if kind != (METHOD, "gptq", True, False):
         raise CheckpointError(f"expected gptq, version 1, symmetric, desc_act false, got {kind}")
+    dynamic, excluded = config.get("dynamic", {}), _excluded(config)
+    changed = [(re.compile(key[2:]), changes) for key, changes in dynamic.items() if not key.startswith("-:")]
     by_name = {}
     for name in names:
+        if excluded.match(name):
+            raise CheckpointError(f"dynamic excludes {name}, but it is packed")
         fields = {"bits": config["bits"], "group_size": config["group_size"]}
-        for pattern, changes in config.get("dynamic", {}).items():
-            if re.match(pattern[2:], name):
-                if pattern.startswith("-:"):
-                    raise CheckpointError(f"dynamic excludes {name}, but it is packed")
+        for pattern, changes in changed:
+            if pattern.match(name):
                 fields |= changes
         by_name[name] = LayerScheme(**fields)
     return by_name
@@ -170,8 +172,7 @@ def read_schemes(config: Mapping[str, Any], names: Sequence[str]) -> dict[str, L
 
 def is_ignored(config: Mapping[str, Any], name: str) -> bool:
     """Tell whether a `quantization_config` says that a linear module is not packed; see `Layout`."""
-    patterns = [pattern[2:] for pattern in config.get("dynamic", {}) if pattern.startswith("-:")]
-    return (name == "lm_head" and not config["lm_head"]) or any(re.match(pattern, name) for pattern in patterns)
+    return (name == "lm_head" and not config["lm_head"]) or bool(_excluded(config).match(name))
 
 
 def server_notes(schemes: Mapping[str, Sequence[LayerScheme]], ignore: Sequence[str]) -> list[str]:
@@ -193,6 +194,12 @@ def reader_notes(layers: Iterable[LinearLayer]) -> list[str]:
             "no reader of gpt-oss's packed experts is known for GPTQ layout; write compressed-tensors for vLLM"
         )
     return [*notes, *conversion_notes(layers)]
+
+
+def _excluded(config: Mapping[str, Any]) -> re.Pattern[str]:
+    """Return one pattern for all names that are not packed: experts one by one are thousands of names."""
+    patterns = [f"(?:{key[2:]})" for key in config.get("dynamic", {}) if key.startswith("-:")]
+    return re.compile("|".join(patterns) or r"(?!)")
 
 
 def _group_of_each_column(columns: int, group_size: int) -> torch.Tensor:

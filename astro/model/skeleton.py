@@ -17,6 +17,7 @@ from transformers.pytorch_utils import Conv1D
 from astro.errors import CheckpointError, UnsupportedError
 from astro.model.computed_buffers import fill_buffers
 from astro.model.conversions import Conversions
+from astro.model.exact_layers import is_held_exact
 from astro.model.experts import expert_layers, expert_owners, has_biases, is_gate, num_experts
 from astro.model.linear_layer import LinearLayer
 from astro.model.model_class import auto_class_of, build_on_meta, find_blocks, names_beside_text, text_model
@@ -31,6 +32,7 @@ class Skeleton:
         model: The model, of the class that config.json names, on the meta device but for the parts that are loaded.
         text_model: The part of the model that makes logits of tokens; the model itself but in some wrappers.
         blocks: The transformer blocks of the model, or of its text decoder.
+        parts_beside_text: Names of the largest modules that no text goes through, such as a vision tower.
         blocks_name: Name of the list of blocks in the model, e.g. "model.layers".
     """
 
@@ -49,7 +51,7 @@ class Skeleton:
         self.model = build_on_meta(folder, dtype, trust_remote_code)
         self.blocks_name, self.blocks = find_blocks(self.model)
         self.text_model = text_model(self.model)
-        self._beside_text = names_beside_text(self.model)
+        self.parts_beside_text = names_beside_text(self.model)
         self._dtype = dtype
         self._state = dict(self.model.state_dict())
         mapping = get_model_conversion_mapping(self.model)
@@ -88,7 +90,7 @@ class Skeleton:
         Args:
             name: Name of the module or tensor in the model.
         """
-        return any(name == part or name.startswith(f"{part}.") for part in self._beside_text)
+        return any(name == part or name.startswith(f"{part}.") for part in self.parts_beside_text)
 
     def is_table(self, name: str) -> bool:
         """Tell whether a tensor is the weight of an embedding, from which rows are looked up.
@@ -116,7 +118,7 @@ class Skeleton:
 
         Returns:
             The linear layers in the model's order, and the model's names of all other matrices, which stay as they
-            are. Routers and other gates are among these.
+            are. Among these are routers, other gates, and what servers hold in 16 bits.
 
         Raises:
             UnsupportedError: Experts are held in a layout that is not known.
@@ -138,7 +140,7 @@ class Skeleton:
                     raise CheckpointError(f"the checkpoint has no tensor for {target} of {type(self.model).__name__}")
                 elif parameter.ndim < 2 or (experts and parameter_name.endswith("_bias")):
                     continue
-                elif isinstance(module, nn.Linear) and target in plain and not is_gate(name, module, experts, owners):
+                elif isinstance(module, nn.Linear) and target in plain and not self._is_exact(name, experts, owners):
                     layers.append(LinearLayer.plain(name, plain[target], *parameter.shape))
                 elif isinstance(module, Conv1D) and target in plain:
                     columns, rows = parameter.shape
@@ -153,6 +155,11 @@ class Skeleton:
                 else:
                     others.append(target)
         return [targets.as_stored(layer) for layer in layers], others
+
+    def _is_exact(self, name: str, experts: int | None, owners: Set[str]) -> bool:
+        """Tell whether a linear layer stays as it is: a gate, or a layer that servers hold in 16 bits."""
+        parent = self.model.get_submodule(name.rpartition(".")[0])
+        return is_held_exact(name, parent) or is_gate(name, self.model.get_submodule(name), experts, owners)
 
     def load(self, part: nn.Module, tensors: Mapping[str, torch.Tensor], device: torch.device) -> None:
         """Fill a part of the model from checkpoint tensors, in place. None of its parameters asks for a gradient.

@@ -24,7 +24,15 @@ from astro_dist.source.model_info import BaseModel
 __all__ = ["metadata", "model_card", "planned_card"]
 
 _HUB = "https://huggingface.co"
-_SERVED_BITS = (4, 8)
+_SERVED_BITS = {"compressed-tensors": range(2, 9), "gptq": (4, 8)}
+"""Widths that vLLM has kernels for, by format; in compressed-tensors below 4 bits by its source alone."""
+_TRIED_BITS = 4
+"""Smallest width that was tried with a server."""
+_PIPELINES = {
+    "AutoModelForCausalLM": "text-generation", "AutoModelForImageTextToText": "image-text-to-text",
+    "AutoModelForMultimodalLM": "any-to-any",
+}  # fmt: skip
+"""The Hub's name of what a model does, by the auto class that loads it."""
 _METHODS = {
     "astro": "Astro regularization", "magr": "MagR regularization", "none": "", "gptq": "GPTQ",
     "rtn": "rounding to nearest",
@@ -64,7 +72,7 @@ def metadata(
         license_name=base.license_name,
         license_link=base.license_link,
         language=list(base.language) or None,
-        pipeline_tag="text-generation",
+        pipeline_tag=_PIPELINES[base.auto_class],
         quantized_by=repository.partition("/")[0] if repository else "astro-dist",
         tags=[
             "quantized",
@@ -72,7 +80,7 @@ def metadata(
             quantization.format,
             *methods,
             "astro-dist",
-            *(["vllm"] if _are_served(widths) else []),
+            *(["vllm"] if _are_served(quantization.format, widths) else []),
         ],
     )
 
@@ -123,7 +131,9 @@ def model_card(
         method=[(name, _cell(value)) for name, value in _method(config, summary)],
         kinds=_by_kind(layers),
         text=PurePath(config.calibration.source).name,
-        is_served=_are_served(widths),
+        is_served=_are_served(config.quantization.format, widths),
+        is_low=min(widths) < _TRIED_BITS,
+        reader="AutoProcessor" if base.parts_beside_text else "AutoTokenizer",
         packages=LAYOUTS[config.quantization.format].READER_PACKAGES,
         devices=Counter(f"{block.device}, torch {block.torch}" for block in blocks),
         worked=in_words(sum(summary.phases_s.values())),
@@ -193,15 +203,23 @@ def _method(config: RunConfig, summary: Summary) -> list[tuple[str, str]]:
         ("its strength β (layers solved together)", ", ".join(f"{b} ({count})" for b, count in summary.betas.items())),
         ("refinement passes after GPTQ", f"at most {q.refine_passes}"),
         ("blocks", f"mode {execution.mode}, {execution.rounds} round(s)"),
-        ("left as they are", ", ".join(["embeddings, norms, head, gates", *q.ignore])),
+        *_coverage(summary),
+        ("left as they are by configuration", ", ".join(q.ignore) or "nothing"),
         ("other settings for", ", ".join(q.overrides) or "nothing"),
         ("mean relative layer error", f"{summary.mean_relative_error:.3g}"),
     ]
 
 
-def _are_served(widths: Collection[int]) -> bool:
+def _coverage(summary: Summary) -> list[tuple[str, str]]:
+    """Return the row about how much is quantized; none for runs of versions that did not count it."""
+    if summary.coverage is None:
+        return []
+    return [("weights", ". ".join(filter(None, [summary.coverage.in_words, summary.coverage.copied_in_words])))]
+
+
+def _are_served(layout: str, widths: Collection[int]) -> bool:
     """Tell whether servers have kernels for all of these widths."""
-    return set(widths) <= set(_SERVED_BITS)
+    return set(widths) <= set(_SERVED_BITS[layout])
 
 
 def _without_places(config: RunConfig) -> dict[str, Any]:

@@ -18,6 +18,7 @@ from astro.storage.atomic import read_json
 from astro.storage.checkpoint import Checkpoint, require_finite
 from astro_dist.config.schema import ModelConfig
 from astro_dist.export.inventory import describe, read_inventory
+from astro_dist.planning.unquantized import copied_matrices
 from astro_dist.run_directory.identity import read_identity
 from astro_dist.run_directory.layout import RunLayout
 from astro_dist.run_directory.records import RunDirectory
@@ -59,9 +60,10 @@ class Verification:
 def verify_model(model: Path | str, against: Path | str | None = None) -> Verification:
     """Check a quantized model.
 
-    Every parameter of the model's transformers class has its tensor, or is a linear layer with all of its packed
-    tensors in the right shapes; every float is finite and no scale zero; no layer is there twice. In a run directory
-    every file has the SHA-256 that it was written with.
+    The model is built as the class that `architectures` in its config.json names. Every parameter that text needs has
+    its tensor, or is a linear layer with all of its packed tensors in the right shapes; every float is finite and no
+    scale zero; no layer is there twice. Every matrix that is not packed, known to that class or not, is named in the
+    config's ignore list, as readers ask. In a run directory every file has the SHA-256 that it was written with.
 
     Args:
         model: Folder of a quantized model, or ORG/NAME[@REVISION] of one on the Hub, which is read by ranges.
@@ -89,7 +91,10 @@ def verify_model(model: Path | str, against: Path | str | None = None) -> Verifi
     layers, unpacked = _layers(checkpoint, skeleton, stems)
     try:
         schemes = packing.read_schemes(config, [name for layer in layers for name in layer.config_names])
-        missing = [name for name in unpacked if not packing.is_ignored(config, name)]
+        copied = copied_matrices(
+            skeleton, checkpoint.entries, (k for k in checkpoint.entries if not _is_packed(k, stems))
+        )
+        missing = [name for name in dict.fromkeys((*unpacked, *copied)) if not packing.is_ignored(config, name)]
     except InputError as error:
         raise CheckpointError(f"{path}: {error}") from error
     except (KeyError, TypeError, ValueError, AttributeError) as error:

@@ -17,6 +17,7 @@ from astro.storage.checkpoint import Checkpoint
 from astro.storage.shard_header import TensorEntry
 from astro_dist.planning.units import BlockUnit, CopyUnit, Plan
 from astro_dist.planning.unquantized import copied_matrices, linear_modules
+from astro_dist.planning.weight_count import coverage_of, is_multi_token
 
 __all__ = ["make_plan"]
 
@@ -86,6 +87,8 @@ def make_plan(checkpoint: Checkpoint, skeleton: Skeleton, quantization: Quantiza
     quantized = {linear.name: linear for block in blocks for linear in block.unit.linears}
     if not quantized:
         raise ConfigError(f"quantization.ignore {list(quantization.ignore)}: leaves no linear layer to quantize")
+    units = [(block.unit.keys, block.unit.linears) for block in blocks]
+    coverage = coverage_of(checkpoint, skeleton, units, tensors.copied)
     return Plan(
         blocks=tuple(block.unit for block in blocks),
         copies=tuple(copies),
@@ -94,8 +97,9 @@ def make_plan(checkpoint: Checkpoint, skeleton: Skeleton, quantization: Quantiza
         outside_weights=sum(math.prod(checkpoint.entries[key].shape) for key in tensors.outside),
         hidden_size=skeleton.hidden_size,
         vocab_size=skeleton.limits()[0],
-        weights=sum(linear.rows * linear.columns for linear in quantized.values()),
-        unknown=tuple(tensors.unknown),
+        weights=coverage.quantized,
+        coverage=coverage,
+        unknown=tuple(key for key in tensors.unknown if not is_multi_token(skeleton, key)),
         other_matrices=tuple(name for block in blocks for name in block.other_matrices),
         indivisible_layers=tuple(name for block in blocks for name in block.indivisible_layers),
         expert_share=skeleton.expert_share,

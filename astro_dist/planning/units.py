@@ -5,6 +5,7 @@ import functools
 from typing import Any
 
 from astro.model.linear_layer import LinearLayer
+from astro_dist.planning.coverage import Coverage
 from astro_dist.schedule.names import block_name, copy_unit
 
 __all__ = ["BlockUnit", "CopyUnit", "Plan"]
@@ -81,7 +82,9 @@ class Plan:
         hidden_size: Width of the hidden states between blocks; with hyper-connections, that of all lanes.
         vocab_size: Number of tokens that the model knows.
         weights: Number of weights that are quantized.
-        unknown: Names of the checkpoint tensors that the model's class does not have. They are copied too.
+        coverage: What is quantized, and what is left as it is.
+        unknown: Names of the checkpoint tensors that the model's class does not have and that are of no known part.
+            They are copied too.
         other_matrices: Model's names of the matrices in blocks that are gates or no linear layers. They stay as they
             are.
         indivisible_layers: Names of the layers whose input width the group size does not divide, where the
@@ -97,6 +100,7 @@ class Plan:
     hidden_size: int
     vocab_size: int
     weights: int
+    coverage: Coverage
     unknown: tuple[str, ...] = ()
     other_matrices: tuple[str, ...] = ()
     indivisible_layers: tuple[str, ...] = ()
@@ -131,6 +135,7 @@ class Plan:
                 for unit in self.copies
             ],
             "quantized_weights": self.weights,
+            "coverage": self.coverage.to_json(),
             "ignored": list(self.ignore),
             "read_bytes": self.read_bytes,
             "written_bytes": self.written_bytes,

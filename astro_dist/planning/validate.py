@@ -11,6 +11,7 @@ import transformers
 from astro.config import LayerScheme
 from astro.errors import CheckpointError, ConfigError, UnsupportedError
 from astro.formats import LAYOUTS
+from astro.formats.tensor_parallel import TensorParallelLimit, tensor_parallel_limit
 from astro.model.linear_layer import LinearLayer
 from astro.model.rehearsal import rehearse
 from astro.model.skeleton import Skeleton
@@ -44,6 +45,7 @@ class Prepared:
         plan: Units of the run.
         base: What the source says about the model.
         notes: Sentences that the user should read before the run starts.
+        tensor_parallel: Number of GPUs over which vLLM can cut the result.
     """
 
     config: RunConfig
@@ -52,6 +54,7 @@ class Prepared:
     plan: Plan
     base: BaseModel
     notes: tuple[str, ...]
+    tensor_parallel: TensorParallelLimit
 
 
 def prepare(config: RunConfig, commit: str | None = None) -> Prepared:
@@ -87,6 +90,7 @@ def prepare(config: RunConfig, commit: str | None = None) -> Prepared:
     schemes = {name: config.quantization.possible_schemes(name, c.columns) for name, c in linears.items()}
     _require_storable(config, linears, schemes)
     layout = LAYOUTS[config.quantization.format]
+    tensor_parallel = tensor_parallel_limit(linears.values(), schemes)
     notes = [
         *layout.server_notes(schemes, plan.ignore),
         *layout.reader_notes(linears.values()),
@@ -96,7 +100,8 @@ def prepare(config: RunConfig, commit: str | None = None) -> Prepared:
     if not _has_text(config):
         notes.append(f"calibration.source {config.calibration.source} is not there: `quantize` will refuse")
     base = read_base_model(source, config.model)
-    return Prepared(config, source, checkpoint, plan, base, tuple(notes))
+    base = dataclasses.replace(base, auto_class=skeleton.auto_class, parts_beside_text=skeleton.parts_beside_text)
+    return Prepared(config, source, checkpoint, plan, base, tuple(notes), tensor_parallel)
 
 
 def tokens_of(prepared: Prepared) -> TokenChunks:
@@ -221,11 +226,12 @@ def _plan_notes(config: RunConfig, plan: Plan, class_name: str) -> Iterator[str]
             f"{'kept as they are' if config.quantization.indivisible == 'keep' else 'per channel'}, the first is "
             f"{plan.indivisible_layers[0]}"
         )
+    yield from plan.coverage.notes()
     yield from _text_notes(config, plan)
     if plan.other_matrices:
         yield (
-            f"{len(plan.other_matrices)} matrices that are gates, or no linear layers, stay as they are, the first is "
-            f"{plan.other_matrices[0]}"
+            f"{len(plan.other_matrices)} matrices that are gates, no linear layers, or held in 16 bits by servers, "
+            f"stay as they are, the first is {plan.other_matrices[0]}"
         )
 
 

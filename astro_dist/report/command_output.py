@@ -9,9 +9,11 @@ from rich.table import Table
 from astro_dist.console import in_words
 
 if TYPE_CHECKING:  # some of them import torch or transformers, which the command at hand may not need
+    from astro.formats.tensor_parallel import TensorParallelLimit
     from astro.quantization.layer_record import Fallbacks
     from astro_dist.config.schema import RunConfig
     from astro_dist.export.verify import Verification
+    from astro_dist.planning.coverage import Coverage
     from astro_dist.planning.estimate import Estimate
     from astro_dist.planning.units import BlockUnit, Plan
     from astro_dist.report.status import Status
@@ -22,6 +24,7 @@ __all__ = [
     "forecast_lines",
     "plan_table",
     "publication_line",
+    "served_line",
     "settings_line",
     "status_lines",
     "summary_lines",
@@ -51,6 +54,7 @@ def summary_lines(summary: "Summary", config: "RunConfig") -> list[str]:
     return [
         *lines,
         f"{decimal(summary.bytes_written)} written, {share:.0%} of the source",
+        *_coverage_lines(summary.coverage),
         *_fallback_lines(summary.fallbacks),
         *(f"note: {note}" for note in summary.notes),
         f"Done in {summary.wall_s:.0f} s: {summary.model}",
@@ -102,11 +106,29 @@ def forecast_lines(plan: "Plan", needed: "Estimate") -> list[str]:
     return [
         f"{plan.weights / 1e6:.1f} million weights quantized; "
         f"{decimal(plan.read_bytes)} read, {decimal(plan.written_bytes)} written",
+        *_coverage_lines(plan.coverage),
         f"with {needed.workers} worker(s) on {needed.device}: about {in_words(needed.wall_s)}; "
         f"{needed.device_hours:.2f} device-hours, {needed.efficiency:.0%} of that at work; a worker needs "
         f"{decimal(int(needed.worker_bytes))} of memory, the run directory {decimal(int(needed.disk_bytes))} of disk; "
         f"workers read and write {decimal(int(needed.moved_bytes))}",
     ]
+
+
+def served_line(limit: "TensorParallelLimit") -> str:
+    """Say over how many GPUs vLLM can cut the result.
+
+    Args:
+        limit: Largest number of GPUs, and what limits it.
+    """
+    return limit.in_words[0].upper() + limit.in_words[1:]
+
+
+def _coverage_lines(coverage: "Coverage | None") -> list[str]:
+    """Say how much is quantized, and what is not; nothing where that was not counted."""
+    if coverage is None:
+        return []
+    sentences = (coverage.in_words, coverage.copied_in_words)
+    return [sentence[0].upper() + sentence[1:] for sentence in sentences if sentence]
 
 
 def status_lines(status: "Status") -> list[str]:

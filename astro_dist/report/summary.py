@@ -73,6 +73,7 @@ def summarize(
         perplexity=perplexity,
         rounds=by_round,
         mean_relative_error=by_round[-1].mean_relative_error,
+        coverage=plan.coverage,
         average_bits=sum(layer.bits * layer.num_weights for layer in last) / sum(layer.num_weights for layer in last),
         betas={f"{beta:g}": count for beta, count in sorted(Counter(layer.beta for layer in last).items())},
         wall_s=round(session.wall_s, 2),

@@ -9,6 +9,7 @@ from typing import Any, Self
 from astro.errors import DamagedError
 from astro.model.perplexity import mean_per_token, relative_change
 from astro.quantization.layer_record import Fallbacks
+from astro_dist.planning.coverage import Coverage
 from astro_dist.run_directory.journal import Damaged, Failed
 from astro_dist.run_directory.published_model import PublishedModel
 from astro_dist.run_directory.records import read_own_json
@@ -158,6 +159,7 @@ class Summary:
         python: Version of Python.
         base_model: Model that was quantized.
         publish: Place where the model was published; None where it was not.
+        coverage: What is quantized, and what is left as it is; None in runs of versions that did not count it.
     """
 
     perplexity: Perplexity
@@ -180,6 +182,7 @@ class Summary:
     python: str
     base_model: BaseModel
     publish: PublishedModel | None = None
+    coverage: Coverage | None = None
 
     def to_json(self) -> dict[str, Any]:
         """Return the summary as the JSON object of its file."""
@@ -189,6 +192,7 @@ class Summary:
             **plain,
             "perplexity": dataclasses.asdict(self.perplexity),
             "rounds": [dataclasses.asdict(figures) for figures in self.rounds],
+            "coverage": self.coverage.to_json() if self.coverage is not None else None,
             "fallbacks": self.fallbacks.to_json(),
             "retries": [retry.to_json() for retry in self.retries],
             "mended": [unit.to_json() for unit in self.mended],
@@ -203,12 +207,13 @@ class Summary:
         """Read back what `to_json` returned.
 
         Args:
-            content: JSON object with every field; only `publish` may be missing.
+            content: JSON object with every field; only `publish` and `coverage` may be missing.
         """
         fields = (field.name for field in dataclasses.fields(cls))
         read: dict[str, Any] = {
             "perplexity": Perplexity(**content["perplexity"]),
             "rounds": tuple(RoundFigures(**figures) for figures in content["rounds"]),
+            "coverage": Coverage.from_json(content["coverage"]) if content.get("coverage") else None,
             "fallbacks": Fallbacks.from_json(content["fallbacks"]),
             "retries": tuple(map(Failed.from_json, content["retries"])),
             "mended": tuple(map(Damaged.from_json, content["mended"])),

@@ -31,6 +31,8 @@ class BaseModel:
         gated: Whether access to the model has to be asked for.
         language: Codes of the languages that the model speaks.
         remark: What else a reader of the card must know; a sentence, or empty.
+        auto_class: Auto class of transformers that loads the model.
+        parts_beside_text: Names of the modules for other inputs than text, such as images; empty in a language model.
     """
 
     name: str | None = None
@@ -41,19 +43,23 @@ class BaseModel:
     gated: bool = False
     language: tuple[str, ...] = ()
     remark: str = ""
+    auto_class: str = "AutoModelForCausalLM"
+    parts_beside_text: tuple[str, ...] = ()
 
     def to_json(self) -> dict[str, Any]:
         """Return the description as a JSON object."""
-        return {**dataclasses.asdict(self), "language": list(self.language)}
+        lists = {"language": list(self.language), "parts_beside_text": list(self.parts_beside_text)}
+        return {**dataclasses.asdict(self), **lists}
 
     @classmethod
     def from_json(cls, content: Mapping[str, Any]) -> Self:
         """Read back what `to_json` returned.
 
         Args:
-            content: JSON object with every field.
+            content: JSON object with every field; what a result is loaded with may be missing.
         """
-        return cls(**{**content, "language": tuple(content["language"])})
+        lists = {name: tuple(content.get(name, ())) for name in ("language", "parts_beside_text")}
+        return cls(**{**content, **lists})
 
     def notes(self, private: bool) -> list[str]:
         """List what the user should know before they publish a model that was made of this one.

@@ -18,6 +18,7 @@ SIDE_FILES = (
     "generation_config.json", "tokenizer.json", "tokenizer_config.json", "tokenizer.model", "special_tokens_map.json",
     "added_tokens.json", "vocab.json", "vocab.txt", "merges.txt", "chat_template.jinja", "chat_template.json",
     "*.tiktoken", "spiece.model", "*.spm", "preprocessor_config.json", "processor_config.json",
+    "video_preprocessor_config.json",
     "LICENSE*", "NOTICE*", "USE_POLICY*",
 )  # fmt: skip
 """Names, or patterns of names, of what belongs to a model beside shards, index and config.json."""

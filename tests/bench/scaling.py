@@ -21,6 +21,7 @@ from astro.model.linear_layer import LinearLayer
 from astro_dist.config.schema import RunConfig
 from astro_dist.config.yaml_file import load_recorded_config
 from astro_dist.planning.cost import CostModel
+from astro_dist.planning.coverage import Coverage
 from astro_dist.planning.devices import DEVICES
 from astro_dist.planning.simulate import simulate
 from astro_dist.planning.units import BlockUnit, CopyUnit, Plan
@@ -105,6 +106,7 @@ def make_plan(name: str) -> Plan:
         hidden_size=hidden,
         vocab_size=vocabulary,
         weights=total,
+        coverage=Coverage(total, total, {}, {}),
         expert_share=8 / 256,
     )
 
