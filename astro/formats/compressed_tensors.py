@@ -18,19 +18,19 @@ import torch
 from astro.config import PER_CHANNEL, LayerScheme
 from astro.errors import CheckpointError
 from astro.formats.bit_packing import pack, unpack
+from astro.formats.fused_layers import mixed_layers
 from astro.formats.server_limits import (
     conversion_notes,
     group_size_notes,
     low_width_notes,
-    mixed_fusion_notes,
     settled,
 )
 from astro.model.linear_layer import LinearLayer
 from astro.quantization.grid import Grid, QuantizedLinear
 
 __all__ = [
-    "MARK", "METHOD", "READER_PACKAGES", "SCALE_DTYPE", "is_ignored", "pack_linear", "quantization_config",
-    "read_schemes", "reader_notes", "refusal", "server_notes", "suffixes", "unpack_linear",
+    "MARK", "METHOD", "READER_PACKAGES", "SCALE_DTYPE", "fusion_refusal", "is_ignored", "pack_linear",
+    "quantization_config", "read_schemes", "reader_notes", "refusal", "server_notes", "suffixes", "unpack_linear",
 ]  # fmt: skip
 
 METHOD = "compressed-tensors"
@@ -174,6 +174,11 @@ def is_ignored(config: Mapping[str, Any], name: str) -> bool:
     return name in config["ignore"]
 
 
+def fusion_refusal(schemes: Mapping[str, Sequence[LayerScheme]], ignore: Sequence[str]) -> str | None:
+    """Return None: readers other than vLLM load layers of different schemes, so that a note is enough; see `Layout`."""
+    return None
+
+
 def server_notes(schemes: Mapping[str, Sequence[LayerScheme]], ignore: Sequence[str]) -> list[str]:
     """Say what servers are known to refuse about some layers, one sentence each; see `Layout`."""
     below = (
@@ -186,7 +191,7 @@ def server_notes(schemes: Mapping[str, Sequence[LayerScheme]], ignore: Sequence[
             "asymmetric weights: vLLM's CUDA Marlin kernels are symmetric, a slower kernel may serve them; "
             "transformers with compressed-tensors 0.20 refuses packed zero points"
         )
-    return [*notes, *mixed_fusion_notes(schemes, ignore)]
+    return [*notes, *mixed_layers(schemes, ignore)]
 
 
 def reader_notes(layers: Iterable[LinearLayer]) -> list[str]:

@@ -87,6 +87,12 @@ def prepare(config: RunConfig, commit: str | None = None) -> Prepared:
     schemes = {name: config.quantization.possible_schemes(name, c.columns) for name, c in linears.items()}
     _require_storable(config, linears, schemes)
     layout = LAYOUTS[config.quantization.format]
+    mixed = layout.fusion_refusal(schemes, plan.ignore)
+    if mixed:
+        raise ConfigError(
+            f"quantization.overrides or ignore: {mixed} in format {config.quantization.format}; write the pattern so "
+            "that it names all of them or none"
+        )
     notes = [
         *layout.server_notes(schemes, plan.ignore),
         *layout.reader_notes(linears.values()),
