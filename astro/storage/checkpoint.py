@@ -9,7 +9,7 @@ import hashlib
 import json
 import math
 import struct
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from pathlib import Path, PurePosixPath
 from typing import Any
 
@@ -18,9 +18,11 @@ import torch
 from astro.errors import CheckpointError
 from astro.storage.atomic import parse_json
 from astro.storage.byte_store import FolderStore, Range, Store
+from astro.storage.other_kinds import LFS_POINTER, what_it_is
 
 __all__ = [
     "INDEX_NAME",
+    "SINGLE_NAME",
     "Checkpoint",
     "TensorEntry",
     "read_header",
@@ -28,8 +30,7 @@ __all__ = [
 ]
 
 INDEX_NAME = "model.safetensors.index.json"
-_SINGLE_NAME = "model.safetensors"
-_PICKLES = (".bin", ".pt", ".pth", ".ckpt")
+SINGLE_NAME = "model.safetensors"
 _MAX_HEADER_BYTES = 100_000_000
 _HEAD_BYTES = 1 << 18
 _SAMPLE_BYTES = 64
@@ -104,9 +105,10 @@ class Checkpoint:
         """
         store = FolderStore(source) if isinstance(source, Path) else source
         sizes = store.sizes()
-        _refuse_other_kinds(store, sizes)
+        if INDEX_NAME not in sizes and SINGLE_NAME not in sizes:
+            raise CheckpointError(what_it_is(store, sizes))
         weight_map = _read_weight_map(store, sizes)
-        files = sorted(set(weight_map.values())) if weight_map is not None else [_SINGLE_NAME]
+        files = sorted(set(weight_map.values())) if weight_map is not None else [SINGLE_NAME]
         entries: dict[str, TensorEntry] = {}
         for file in files:
             for entry in _read_header(store, sizes, file):
@@ -191,42 +193,32 @@ class Checkpoint:
         return sum(self.entries[name].size_bytes for name in names)
 
 
-def require_finite(checkpoint: Checkpoint) -> None:
+def require_finite(checkpoint: Checkpoint, unused: Collection[str] = ()) -> list[str]:
     """Read every float tensor once, a piece at a time, and refuse NaN and Inf.
 
     Args:
         checkpoint: The checkpoint that is read.
+        unused: Names of the tensors that the model does not read. A mask that is stored among them may hold -Inf.
+
+    Returns:
+        Names of the unused tensors that are not finite.
 
     Raises:
-        CheckpointError: A tensor is not finite; the message names the first.
+        CheckpointError: A tensor that the model reads is not finite; the message names the first.
     """
+    others = []
     for name, entry in checkpoint.entries.items():
         if entry.float_dtype is None:
             continue
-        if not all(bool(torch.isfinite(piece).all()) for piece in checkpoint.pieces(name, _PIECE_ELEMENTS)):
+        if all(bool(torch.isfinite(piece).all()) for piece in checkpoint.pieces(name, _PIECE_ELEMENTS)):
+            continue
+        if name not in unused:
             raise CheckpointError(
                 f"{checkpoint.place(name)}: tensor {name} holds NaN or Inf; "
                 "the checkpoint is damaged or diverged in training, and quantizing it cannot work"
             )
-
-
-def _refuse_other_kinds(store: Store, sizes: Mapping[str, int]) -> None:
-    if INDEX_NAME in sizes or _SINGLE_NAME in sizes:
-        return
-    if any(file.endswith(".gguf") for file in sizes):
-        raise CheckpointError(
-            f"{store}: a GGUF file holds weights that are quantized already; quantizing them again adds their error "
-            "to ours. Give the original safetensors checkpoint of the model"
-        )
-    pickles = sorted(file for file in sizes if file.endswith(_PICKLES))
-    if pickles:
-        raise CheckpointError(
-            f"{store}: holds {pickles[0]} but no safetensors; such a file is a pickle, which runs code when it is "
-            "loaded, and is not read. Convert it (transformers: save_pretrained) or fetch the safetensors revision"
-        )
-    raise CheckpointError(
-        f"{store}: holds neither {INDEX_NAME} nor {_SINGLE_NAME}; the model of a run is in its `model`"
-    )
+        others.append(name)
+    return others
 
 
 def _read_bytes(store: Store, file: str, start: int, length: int) -> bytes:
@@ -236,7 +228,7 @@ def _read_bytes(store: Store, file: str, start: int, length: int) -> bytes:
 
 
 def _read_weight_map(store: Store, sizes: Mapping[str, int]) -> dict[str, str] | None:
-    if INDEX_NAME not in sizes:
+    if INDEX_NAME not in sizes or SINGLE_NAME in sizes:  # transformers does not look at the index then
         return None
     path = f"{store}/{INDEX_NAME}"
     weight_map = parse_json(_read_bytes(store, INDEX_NAME, 0, sizes[INDEX_NAME]), path).get("weight_map")
@@ -273,6 +265,11 @@ def _read_header(store: Store, sizes: Mapping[str, int], file: str) -> list[Tens
         raise CheckpointError(f"{path}: the index names this shard, but it is missing; fetch it again")
     # A short header is read in one piece with its length: every request to a remote store takes its time.
     head = _read_bytes(store, file, 0, min(size, _HEAD_BYTES))
+    if head.startswith(LFS_POINTER):
+        raise CheckpointError(
+            f"{path}: is a pointer of git-lfs, not the shard; run `git lfs pull` in the folder, or fetch it with "
+            "`hf download`"
+        )
     length = struct.unpack("<Q", head[:8])[0] if size >= 8 else _MAX_HEADER_BYTES + 1
     if length > min(_MAX_HEADER_BYTES, size - 8):
         raise CheckpointError(f"{path}: no safetensors file, or cut short: {size} bytes, its header asks for more")

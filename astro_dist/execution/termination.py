@@ -1,4 +1,4 @@
-"""What SIGTERM does, by which Slurm, Kubernetes and spot instances end a process: the run is wound up within seconds."""
+"""What SIGTERM does, by which Slurm, Kubernetes and spot instances end a process: the run is ended within seconds."""
 
 import contextlib
 import os

@@ -8,10 +8,11 @@ from astro.formats import LAYOUTS
 from astro.storage.atomic import read_json, write_atomic, write_json
 from astro.storage.checkpoint import INDEX_NAME, read_header
 from astro_dist.config.schema import RunConfig
+from astro_dist.export.model_code import without_model_code
 from astro_dist.planning.units import Plan
 from astro_dist.run_directory.layer_widths import layer_schemes
 from astro_dist.run_directory.records import RunDirectory
-from astro_dist.source.resolve import SIDE_FILES
+from astro_dist.source.side_files import list_folder, side_files
 
 __all__ = ["assemble", "final_schemes"]
 
@@ -36,16 +37,17 @@ def assemble(source: Path, plan: Plan, run: RunDirectory, config: RunConfig) -> 
             total += entry.size_bytes
     index = {"metadata": {"total_size": total}, "weight_map": dict(sorted(weight_map.items()))}
     write_json(run.model / INDEX_NAME, index)
-    patterns = (*SIDE_FILES, *(("*.py",) if config.model.trust_remote_code else ()))
-    beside = sorted({path for pattern in patterns for path in source.glob(pattern) if path.is_file()})
-    for path in beside:
-        _copy(path, run.model / path.name)
+    beside = side_files(list_folder(source, without=[run.root] if source != run.source else []))
+    for name in beside:
+        _copy(source / name, run.model / name)
     content = read_json(source / "config.json")
+    if not config.model.trust_remote_code:  # then the class is transformers' own
+        content = without_model_code(content)
     layout, schemes = LAYOUTS[config.quantization.format], final_schemes(config.quantization, plan, run)
     act_order = config.quantization.act_order
     content["quantization_config"] = layout.quantization_config(schemes, plan.ignore, act_order)
     write_json(run.model / "config.json", content)
-    return [INDEX_NAME, "config.json", *(path.name for path in beside)]
+    return [INDEX_NAME, "config.json", *beside]
 
 
 def final_schemes(quantization: Quantization, plan: Plan, run: RunDirectory) -> dict[str, LayerScheme]:

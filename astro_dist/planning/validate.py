@@ -16,7 +16,7 @@ from astro.model.skeleton import Skeleton
 from astro.process import configure_process
 from astro.quantization.bit_allocation import require_affordable
 from astro.storage.atomic import read_json
-from astro.storage.checkpoint import Checkpoint
+from astro.storage.checkpoint import INDEX_NAME, SINGLE_NAME, Checkpoint
 from astro_dist.config.schema import RunConfig
 from astro_dist.planning.checkpoint_plan import make_plan
 from astro_dist.planning.devices import DEVICES, measure, memory_shortage
@@ -97,6 +97,7 @@ def prepare(config: RunConfig, commit: str | None = None) -> Prepared:
         *layout.server_notes(schemes, plan.ignore),
         *layout.reader_notes(linears.values()),
         *_plan_notes(config, plan, type(skeleton.model).__name__),
+        *_index_notes(checkpoint),
     ]
     if not _has_text(config):
         notes.append(f"calibration.source {config.calibration.source} is not there: `quantize` will refuse")
@@ -220,6 +221,8 @@ def _plan_notes(config: RunConfig, plan: Plan, class_name: str) -> Iterator[str]
             f"{len(plan.unknown)} tensors that {class_name} does not have are copied as they are, "
             f"the first is {plan.unknown[0]}"
         )
+    if plan.needless_ignore:
+        yield f"quantization.ignore: {', '.join(plan.needless_ignore)}: needless, that is never quantized"
     if plan.indivisible_layers:
         yield (
             f"{len(plan.indivisible_layers)} layers whose input is no multiple of the group size: "
@@ -232,6 +235,12 @@ def _plan_notes(config: RunConfig, plan: Plan, class_name: str) -> Iterator[str]
             f"{len(plan.other_matrices)} matrices that are gates, or no linear layers, stay as they are, the first is "
             f"{plan.other_matrices[0]}"
         )
+
+
+def _index_notes(checkpoint: Checkpoint) -> Iterator[str]:
+    """Say that an index is not used."""
+    if {SINGLE_NAME, INDEX_NAME} <= checkpoint.store.sizes().keys():
+        yield f"{SINGLE_NAME} is read, as transformers does, and {INDEX_NAME} beside it is not"
 
 
 def _text_notes(config: RunConfig, plan: Plan) -> Iterator[str]:
