@@ -9,7 +9,7 @@ import time
 import pytest
 import torch
 import transformers
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 from astro.errors import (
     CheckpointError,

@@ -19,7 +19,7 @@ CACHE = "hub/models--org--llama/snapshots/0123abc/model.safetensors"
         (["m/adapter_config.json", "m/adapter_model.safetensors"], "m", r"is an adapter \(LoRA\), .* merge it"),
         (["m/adapter_model.bin"], "m", r"is an adapter \(LoRA\)"),
         (["m/consolidated.safetensors", "m/params.json"], "m", "holds consolidated.safetensors, .* its maker's own"),
-        (["m/consolidated.00.pth", "m/consolidated.01.pth"], "m", "holds consolidated.00.pth, the model in its maker's own"),
+        (["m/consolidated.00.pth", "m/consolidated.01.pth"], "m", "holds consolidated.00.pth, .* its maker's own"),
         (["m/model-00002-of-00009.safetensors", "m/model-00003-of-00009.safetensors"], "m",
          "holds 2 shards, the first is model-00002-of-00009.safetensors, but not model.safetensors.index.json"),
         (["m/weights.safetensors"], "m", "holds weights.safetensors but no model.safetensors"),
