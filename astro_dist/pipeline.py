@@ -161,7 +161,7 @@ def _run(job: _Job, publication: Publication | None, begin: float) -> Summary:
             finally:
                 executor.close()
     settle_widths(run, job.config.quantization, len(prepared.plan.blocks), schedule.finished)
-    names = assemble(folder, prepared.plan, run, job.config)
+    names = assemble(folder, prepared.plan, run, job.config, is_untied=bool(prepared.untied))
     session = Session(workers, time.perf_counter() - begin, resumed)
     summary = summarize(prepared.plan, run, job.config.quantization, prepared.notes, prepared.base, session)
     write_json(run.summary, summary.to_json())

@@ -5,6 +5,7 @@ from pathlib import Path
 
 from astro.config import LayerScheme, Quantization
 from astro.formats import LAYOUTS
+from astro.model.tied_weights import without_tying
 from astro.storage.atomic import read_json, write_atomic, write_json
 from astro.storage.checkpoint import INDEX_NAME, read_header
 from astro_dist.config.schema import RunConfig
@@ -17,7 +18,7 @@ from astro_dist.source.side_files import list_folder, side_files
 __all__ = ["assemble", "final_schemes"]
 
 
-def assemble(source: Path, plan: Plan, run: RunDirectory, config: RunConfig) -> list[str]:
+def assemble(source: Path, plan: Plan, run: RunDirectory, config: RunConfig, is_untied: bool = False) -> list[str]:
     """Write what is missing beside the shards, all but the card.
 
     Args:
@@ -25,6 +26,7 @@ def assemble(source: Path, plan: Plan, run: RunDirectory, config: RunConfig) -> 
         plan: Units of the run, all of them finished.
         run: Run directory.
         config: Configuration of the run.
+        is_untied: Whether the model has a head of its own although the source's config ties it to the embeddings.
 
     Returns:
         Names of the files that were written.
@@ -43,6 +45,8 @@ def assemble(source: Path, plan: Plan, run: RunDirectory, config: RunConfig) -> 
     content = read_json(source / "config.json")
     if not config.model.trust_remote_code:  # then the class is transformers' own
         content = without_model_code(content)
+    if is_untied:
+        content = without_tying(content)
     layout, schemes = LAYOUTS[config.quantization.format], final_schemes(config.quantization, plan, run)
     act_order = config.quantization.act_order
     content["quantization_config"] = layout.quantization_config(schemes, plan.ignore, act_order)

@@ -13,6 +13,7 @@ from astro.errors import CheckpointError, ConfigError, UnsupportedError
 from astro.formats import LAYOUTS
 from astro.model.linear_layer import LinearLayer
 from astro.model.skeleton import Skeleton
+from astro.model.tied_weights import untied_weights
 from astro.process import configure_process
 from astro.quantization.bit_allocation import require_affordable
 from astro.storage.atomic import read_json
@@ -43,6 +44,7 @@ class Prepared:
         plan: Units of the run.
         base: What the source says about the model.
         notes: Sentences that the user should read before the run starts.
+        untied: Model's names of weights that config.json calls tied, and that the checkpoint holds with other values.
     """
 
     config: RunConfig
@@ -51,6 +53,7 @@ class Prepared:
     plan: Plan
     base: BaseModel
     notes: tuple[str, ...]
+    untied: tuple[str, ...] = ()
 
 
 def prepare(config: RunConfig, commit: str | None = None) -> Prepared:
@@ -101,8 +104,14 @@ def prepare(config: RunConfig, commit: str | None = None) -> Prepared:
     ]
     if not _has_text(config):
         notes.append(f"calibration.source {config.calibration.source} is not there: `quantize` will refuse")
+    untied = untied_weights(skeleton, checkpoint, plan.outside)
+    if untied:
+        notes.append(
+            f"config.json ties {', '.join(untied)} to the embeddings, but the checkpoint holds other values for it; "
+            "they are used, as transformers does, and the result's config.json says tie_word_embeddings: false"
+        )
     base = read_base_model(source, config.model)
-    return Prepared(config, source, checkpoint, plan, base, tuple(notes))
+    return Prepared(config, source, checkpoint, plan, base, tuple(notes), tuple(untied))
 
 
 def tokens_of(prepared: Prepared) -> TokenChunks:
