@@ -5,6 +5,7 @@ takes seconds that `--help` need not wait for; so each command imports what it c
 """
 
 import dataclasses
+import io
 import json
 import sys
 import traceback
@@ -17,6 +18,7 @@ from rich.console import Console
 import astro
 from astro.errors import AstroError, InputError
 from astro_dist.console import show_log
+from astro_dist.execution.termination import EXIT_CODE, MESSAGE, Terminated, Termination
 
 __all__ = ["app", "main"]
 
@@ -191,25 +193,48 @@ def verify(
 
 def main() -> None:
     """Run a command and turn its errors into one readable paragraph and an exit code."""
+    _print_whatever_the_encoding()
     show_log()
+    termination = Termination()
+    with termination.handled():
+        code = _run_command(termination)
+    sys.exit(code)
+
+
+def _run_command(termination: Termination) -> int:
+    """Run the command that this process was started with, say what went wrong, and return the exit code."""
     try:
-        code = app(standalone_mode=False)
-    except typer.Abort:
-        code = _INTERRUPTED
-    except AstroError as error:
-        _explain(str(error))
-        code = _WRONG_INPUT if isinstance(error, InputError) else _FAILED
-    except Exception as error:
-        show = getattr(error, "show", None)
-        if show is not None:  # a usage error, whose class lives elsewhere in every version of typer
-            show()
-            code = _WRONG_INPUT
-        else:  # a defect of ours or of a library: still one paragraph
-            _explain(f"{type(error).__name__}: {error}. This is unexpected; what is finished is kept. See --debug")
-            code = _FAILED
+        code = app(standalone_mode=False) or 0
+    except (Exception, Terminated) as error:
+        code = EXIT_CODE if termination.has_come else _code_of(error)
+    if code == EXIT_CODE:
+        typer.echo(MESSAGE, err=True)
     if code == _INTERRUPTED:
         typer.echo("interrupted; what is finished is kept, run the same command to go on", err=True)
-    sys.exit(code or 0)
+    return int(code)
+
+
+def _code_of(error: BaseException) -> int:
+    """Return the exit code of an error, after it was explained."""
+    show = getattr(error, "show", None)
+    if isinstance(error, typer.Abort):
+        return _INTERRUPTED
+    if isinstance(error, AstroError):
+        _explain(str(error))
+        return _WRONG_INPUT if isinstance(error, InputError) else _FAILED
+    if show is not None:  # a usage error, whose class lives elsewhere in every version of typer
+        show()
+        return _WRONG_INPUT
+    # A defect of ours or of a library: still one paragraph.
+    _explain(f"{type(error).__name__}: {error}. This is unexpected; what is finished is kept. See --debug")
+    return _FAILED
+
+
+def _print_whatever_the_encoding() -> None:
+    """Write characters that the terminal's encoding lacks as escapes: a run that is done must not end in an error."""
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")
 
 
 def _explain(message: str) -> None:

@@ -126,7 +126,8 @@ def quantize(config: RunConfig) -> Summary:
         for note in publication.prepare(prepared.plan.files, prepared.base, planned_card(config, prepared.base)):
             _log.info(note)
     if not begun and config.model.check_weights and not prepared.source.is_remote:
-        require_finite(prepared.checkpoint)
+        for name in require_finite(prepared.checkpoint, prepared.plan.unknown):
+            _log.warning("tensor %s, which the model does not read, holds NaN or Inf; it is copied as it is", name)
     with run.locked():
         if not begun:
             begin_run(run, config, identity, as_tensors(chunks.chunks))
@@ -160,7 +161,7 @@ def _run(job: _Job, publication: Publication | None, begin: float) -> Summary:
             finally:
                 executor.close()
     settle_widths(run, job.config.quantization, len(prepared.plan.blocks), schedule.finished)
-    names = assemble(folder, prepared.plan, run, job.config)
+    names = assemble(folder, prepared.plan, run, job.config, is_untied=bool(prepared.untied))
     session = Session(workers, time.perf_counter() - begin, resumed)
     summary = summarize(prepared.plan, run, job.config.quantization, prepared.notes, prepared.base, session)
     write_json(run.summary, summary.to_json())

@@ -110,6 +110,14 @@ class Layout(Protocol):
             name: Name of the linear module.
         """
 
+    def fusion_refusal(self, schemes: Mapping[str, Sequence[LayerScheme]], ignore: Sequence[str]) -> str | None:
+        """Say which layers must have one scheme because servers fuse them, and have not; None where all is well.
+
+        Args:
+            schemes: Every scheme that each quantized layer may get, by module name; see `server_notes`.
+            ignore: Names of the linear modules that are not quantized.
+        """
+
     def server_notes(self, schemes: Mapping[str, Sequence[LayerScheme]], ignore: Sequence[str]) -> list[str]:
         """Say what servers are known to refuse about some layers, one sentence each; empty where all load it.
 

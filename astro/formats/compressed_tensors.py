@@ -17,11 +17,11 @@ import torch
 
 from astro.config import PER_CHANNEL, LayerScheme
 from astro.errors import CheckpointError
+from astro.formats.fused_layers import mixed_layers
 from astro.formats.server_limits import (
     conversion_notes,
     group_size_notes,
     low_width_notes,
-    mixed_fusion_notes,
     settled,
 )
 from astro.model.experts import experts_of
@@ -30,8 +30,8 @@ from astro.quantization.grid import Grid, QuantizedLinear
 from astro.storage.bit_packing import pack, unpack
 
 __all__ = [
-    "MARK", "METHOD", "READER_PACKAGES", "SCALE_DTYPE", "is_ignored", "pack_linear", "quantization_config",
-    "read_schemes", "reader_notes", "refusal", "server_notes", "suffixes", "unpack_linear",
+    "MARK", "METHOD", "READER_PACKAGES", "SCALE_DTYPE", "fusion_refusal", "is_ignored", "pack_linear",
+    "quantization_config", "read_schemes", "reader_notes", "refusal", "server_notes", "suffixes", "unpack_linear",
 ]  # fmt: skip
 
 METHOD = "compressed-tensors"
@@ -175,6 +175,11 @@ def is_ignored(config: Mapping[str, Any], name: str) -> bool:
     return name in config["ignore"]
 
 
+def fusion_refusal(schemes: Mapping[str, Sequence[LayerScheme]], ignore: Sequence[str]) -> str | None:
+    """Return None: readers other than vLLM load layers of different schemes, so that a note is enough; see `Layout`."""
+    return None
+
+
 def server_notes(schemes: Mapping[str, Sequence[LayerScheme]], ignore: Sequence[str]) -> list[str]:
     """Say what servers are known to refuse about some layers, one sentence each; see `Layout`."""
     below = (
@@ -189,7 +194,7 @@ def server_notes(schemes: Mapping[str, Sequence[LayerScheme]], ignore: Sequence[
         )
     if any(experts_of(name) and not all(s.symmetric for s in possible) for name, possible in schemes.items()):
         notes.append("asymmetric weights of experts: vLLM's kernels for experts are symmetric, and it refuses them")
-    return [*notes, *mixed_fusion_notes(schemes, ignore)]
+    return [*notes, *mixed_layers(schemes, ignore)]
 
 
 def reader_notes(layers: Iterable[LinearLayer]) -> list[str]:

@@ -21,14 +21,15 @@ import torch
 
 from astro.config import LayerScheme
 from astro.errors import CheckpointError
-from astro.formats.server_limits import conversion_notes, group_size_notes, low_width_notes, mixed_fusion_notes
+from astro.formats.fused_layers import fused_name, mixed_layers
+from astro.formats.server_limits import conversion_notes, group_size_notes, low_width_notes
 from astro.model.linear_layer import LinearLayer
 from astro.quantization.grid import Grid, QuantizedLinear
 from astro.storage.bit_packing import pack, unpack
 
 __all__ = [
-    "MARK", "METHOD", "READER_PACKAGES", "SCALE_DTYPE", "is_ignored", "pack_linear", "quantization_config",
-    "read_schemes", "reader_notes", "refusal", "server_notes", "suffixes", "unpack_linear",
+    "MARK", "METHOD", "READER_PACKAGES", "SCALE_DTYPE", "fusion_refusal", "is_ignored", "pack_linear",
+    "quantization_config", "read_schemes", "reader_notes", "refusal", "server_notes", "suffixes", "unpack_linear",
 ]  # fmt: skip
 
 METHOD = "gptq"
@@ -125,12 +126,15 @@ def quantization_config(
         act_order: Order in which the solver visited columns; the layout has no field for a static one.
     """
     commonest, _ = Counter(schemes.values()).most_common(1)[0]
-    dynamic: dict[str, dict[str, int]] = {
-        f"+:^{re.escape(name)}$": {"bits": scheme.bits, "group_size": scheme.group_size}
+    changes = {
+        name: {"bits": scheme.bits, "group_size": scheme.group_size}
         for name, scheme in schemes.items()
         if scheme != commonest
     }
-    dynamic |= {f"-:^{re.escape(name)}$": {} for name in ignore if name != "lm_head"}
+    dynamic: dict[str, dict[str, int]] = {f"+:^{re.escape(name)}$": what for name, what in _with_fused(changes).items()}
+    dynamic |= {
+        f"-:^{re.escape(name)}$": {} for name in _with_fused({name: {} for name in ignore}) if name != "lm_head"
+    }
     return {
         "quant_method": METHOD,
         "checkpoint_format": "gptq",
@@ -175,10 +179,15 @@ def is_ignored(config: Mapping[str, Any], name: str) -> bool:
     return (name == "lm_head" and not config["lm_head"]) or bool(_excluded(config).match(name))
 
 
+def fusion_refusal(schemes: Mapping[str, Sequence[LayerScheme]], ignore: Sequence[str]) -> str | None:
+    """Say which layers would make a model that vLLM cannot load: it knows one scheme of fused layers; see `Layout`."""
+    return next(iter(mixed_layers(schemes, ignore)), None)
+
+
 def server_notes(schemes: Mapping[str, Sequence[LayerScheme]], ignore: Sequence[str]) -> list[str]:
     """Say what servers are known to refuse about some layers, one sentence each; see `Layout`."""
     below = "vLLM has no kernel for them in this layout; GPTQModel and transformers with it load them"
-    return [*low_width_notes(schemes, below), *group_size_notes(schemes), *mixed_fusion_notes(schemes, ignore)]
+    return [*low_width_notes(schemes, below), *group_size_notes(schemes)]
 
 
 def reader_notes(layers: Iterable[LinearLayer]) -> list[str]:
@@ -194,6 +203,12 @@ def reader_notes(layers: Iterable[LinearLayer]) -> list[str]:
             "no reader of gpt-oss's packed experts is known for GPTQ layout; write compressed-tensors for vLLM"
         )
     return [*notes, *conversion_notes(layers)]
+
+
+def _with_fused(by_name: Mapping[str, dict[str, int]]) -> dict[str, dict[str, int]]:
+    """Add what vLLM calls the layers that it fuses: it looks for these names alone, other readers for the layers'."""
+    fused = {fused: value for name, value in by_name.items() if (fused := fused_name(name)) is not None}
+    return {**by_name, **fused}
 
 
 def _excluded(config: Mapping[str, Any]) -> re.Pattern[str]:

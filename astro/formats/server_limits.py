@@ -3,13 +3,10 @@
 from collections.abc import Iterable, Mapping, Sequence
 
 from astro.config import PER_CHANNEL, LayerScheme
-from astro.model.experts import experts_of
 from astro.model.linear_layer import LinearLayer
 
-__all__ = ["conversion_notes", "group_size_notes", "low_width_notes", "mixed_fusion_notes", "settled"]
+__all__ = ["conversion_notes", "group_size_notes", "low_width_notes", "settled"]
 
-_FUSED = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"), ("q_a_proj", "kv_a_proj_with_mqa"))
-"""Layers that vLLM fuses into a single one."""
 _MARLIN_SIZES = (PER_CHANNEL, 32, 64, 128)
 """Group sizes that vLLM's CUDA Marlin kernels take."""
 
@@ -48,23 +45,6 @@ def group_size_notes(schemes: Mapping[str, Sequence[LayerScheme]]) -> list[str]:
     return [f"group size {', '.join(map(str, sizes))}: vLLM's CUDA Marlin kernels take only -1, 32, 64 and 128"]
 
 
-def mixed_fusion_notes(schemes: Mapping[str, Sequence[LayerScheme]], ignore: Sequence[str]) -> list[str]:
-    """Warn of layers that servers fuse although their schemes differ.
-
-    Args:
-        schemes: Every scheme that each quantized layer may get, by module name.
-        ignore: Names of the linear modules that are not quantized.
-    """
-    known = {**dict.fromkeys(ignore), **{name: tuple(possible) for name, possible in schemes.items()}}
-    mixed = [(layers, "fuses them") for layers in _mixed_fusion(known)[:1]]
-    mixed += [(f"the experts of {layer}", "holds them as one") for layer in _mixed_experts(known)[:1]]
-    return [
-        f"{layers} differ in width, group size or symmetry, or not all are quantized: vLLM {reason} and refuses such a "
-        "model"
-        for layers, reason in mixed
-    ]
-
-
 def conversion_notes(layers: Iterable[LinearLayer]) -> list[str]:
     """Warn of layers that the result holds otherwise than the source, so that transformers cannot read them.
 
@@ -83,25 +63,3 @@ def conversion_notes(layers: Iterable[LinearLayer]) -> list[str]:
             "transformers has no reader for them"
         )
     return notes
-
-
-def _mixed_fusion(schemes: Mapping[str, tuple[LayerScheme, ...] | None]) -> list[str]:
-    """Name layers that vLLM fuses and whose schemes differ; None stands for a layer that is not quantized."""
-    mixed = []
-    for name, possible in schemes.items():
-        parent, _, leaf = name.rpartition(".")
-        for fused in _FUSED:
-            members = [f"{parent}.{member}" for member in fused if f"{parent}.{member}" in schemes]
-            if leaf == fused[0] and any(schemes[member] != possible for member in members):
-                mixed.append(" and ".join(members))
-    return mixed
-
-
-def _mixed_experts(schemes: Mapping[str, tuple[LayerScheme, ...] | None]) -> list[str]:
-    first: dict[str, tuple[LayerScheme, ...] | None] = {}
-    owners = ((experts_of(name), possible) for name, possible in schemes.items())
-    return [
-        experts
-        for experts, possible in owners
-        if experts is not None and first.setdefault(experts, possible) != possible
-    ]

@@ -105,7 +105,10 @@ def require_inputs(size: torch.Tensor, names: Sequence[str]) -> None:
     """
     name = first_of(~(size > 0), names)
     if name is not None:
-        raise NumericalError(f"{name}: every calibration input of this layer is zero")
+        raise NumericalError(
+            f"{name}: every calibration input of this layer is zero, so that nothing says how to round it; name it in "
+            "quantization.ignore, which leaves it as it is, or give text that reaches it"
+        )
 
 
 def _cholesky(H: torch.Tensor, order: torch.Tensor, damping: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:

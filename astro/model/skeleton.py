@@ -210,6 +210,12 @@ class Skeleton:
             if needed and not covered:
                 raise CheckpointError(f"the checkpoint has no tensor for {name} of {type(self.model).__name__}")
 
+    def tie(self) -> None:
+        """Tie weights as transformers does when it loads: not where the checkpoint holds both, with other values."""
+        tied = self.model.all_tied_weights_keys
+        missing = {name for name in (*tied, *tied.values()) if self.model.get_parameter(name).is_meta}
+        self.model.tie_weights(missing_keys=missing, recompute_mapping=False)
+
     def limits(self) -> tuple[int, int | None]:
         """Return the size of the vocabulary, and the longest sequence that the model has positions for.
 

@@ -9,7 +9,7 @@ shape of what `read` returns, and the scales are hidden.
 
 import hashlib
 import itertools
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from pathlib import Path, PurePosixPath
 from typing import Any
 
@@ -20,14 +20,14 @@ from astro.storage.atomic import parse_json
 from astro.storage.byte_store import FolderStore, Range, Store
 from astro.storage.encoded_names import Encoded, find_encoded
 from astro.storage.encoded_tensor import EncodedTensor, Slice
+from astro.storage.other_kinds import what_it_is
 from astro.storage.shard_header import StoredTensor, TensorEntry, read_bytes, read_store_header
 from astro.storage.source_quantization import read_quantization
 
-__all__ = ["INDEX_NAME", "Checkpoint", "require_finite"]
+__all__ = ["INDEX_NAME", "SINGLE_NAME", "Checkpoint", "require_finite"]
 
 INDEX_NAME = "model.safetensors.index.json"
-_SINGLE_NAME = "model.safetensors"
-_PICKLES = (".bin", ".pt", ".pth", ".ckpt")
+SINGLE_NAME = "model.safetensors"
 _SAMPLE_BYTES = 64
 _PIECE_ELEMENTS = 1 << 22
 _SLICE_ELEMENTS = 1 << 24
@@ -73,9 +73,10 @@ class Checkpoint:
         """
         store = FolderStore(source) if isinstance(source, Path) else source
         sizes = store.sizes()
-        _refuse_other_kinds(store, sizes)
+        if INDEX_NAME not in sizes and SINGLE_NAME not in sizes:
+            raise CheckpointError(what_it_is(store, sizes))
         weight_map = _read_weight_map(store, sizes)
-        files = sorted(set(weight_map.values())) if weight_map is not None else [_SINGLE_NAME]
+        files = sorted(set(weight_map.values())) if weight_map is not None else [SINGLE_NAME]
         entries: dict[str, StoredTensor] = {}
         for file in files:
             for entry in read_store_header(store, sizes, file):
@@ -218,42 +219,32 @@ class Checkpoint:
         self.store.fill([span for _, part in batch for span in part.ranges])
 
 
-def require_finite(checkpoint: Checkpoint) -> None:
+def require_finite(checkpoint: Checkpoint, unused: Collection[str] = ()) -> list[str]:
     """Read every float tensor once, a piece at a time, and refuse NaN and Inf.
 
     Args:
         checkpoint: The checkpoint that is read.
+        unused: Names of the tensors that the model does not read. A mask that is stored among them may hold -Inf.
+
+    Returns:
+        Names of the unused tensors that are not finite.
 
     Raises:
-        CheckpointError: A tensor is not finite; the message names the first.
+        CheckpointError: A tensor that the model reads is not finite; the message names the first.
     """
+    others = []
     for name, entry in checkpoint.entries.items():
         if entry.float_dtype is None:
             continue
-        if not all(bool(torch.isfinite(piece).all()) for piece in checkpoint.pieces(name, _PIECE_ELEMENTS)):
+        if all(bool(torch.isfinite(piece).all()) for piece in checkpoint.pieces(name, _PIECE_ELEMENTS)):
+            continue
+        if name not in unused:
             raise CheckpointError(
                 f"{checkpoint.place(name)}: tensor {name} holds NaN or Inf; "
                 "the checkpoint is damaged or diverged in training, and quantizing it cannot work"
             )
-
-
-def _refuse_other_kinds(store: Store, sizes: Mapping[str, int]) -> None:
-    if INDEX_NAME in sizes or _SINGLE_NAME in sizes:
-        return
-    if any(file.endswith(".gguf") for file in sizes):
-        raise CheckpointError(
-            f"{store}: a GGUF file holds weights that are quantized already; quantizing them again adds their error "
-            "to ours. Give the original safetensors checkpoint of the model"
-        )
-    pickles = sorted(file for file in sizes if file.endswith(_PICKLES))
-    if pickles:
-        raise CheckpointError(
-            f"{store}: holds {pickles[0]} but no safetensors; such a file is a pickle, which runs code when it is "
-            "loaded, and is not read. Convert it (transformers: save_pretrained) or fetch the safetensors revision"
-        )
-    raise CheckpointError(
-        f"{store}: holds neither {INDEX_NAME} nor {_SINGLE_NAME}; the model of a run is in its `model`"
-    )
+        others.append(name)
+    return others
 
 
 def _read_json(store: Store, sizes: Mapping[str, int], file: str) -> dict[str, Any]:
@@ -261,7 +252,7 @@ def _read_json(store: Store, sizes: Mapping[str, int], file: str) -> dict[str, A
 
 
 def _read_weight_map(store: Store, sizes: Mapping[str, int]) -> dict[str, str] | None:
-    if INDEX_NAME not in sizes:
+    if INDEX_NAME not in sizes or SINGLE_NAME in sizes:  # transformers does not look at the index then
         return None
     path = f"{store}/{INDEX_NAME}"
     weight_map = parse_json(read_bytes(store, INDEX_NAME, 0, sizes[INDEX_NAME]), path).get("weight_map")

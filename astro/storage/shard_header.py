@@ -12,6 +12,7 @@ import torch
 
 from astro.errors import CheckpointError, UnsupportedError
 from astro.storage.byte_store import FolderStore, Range, Store
+from astro.storage.other_kinds import LFS_POINTER
 
 __all__ = ["StoredTensor", "TensorEntry", "read_bytes", "read_header", "read_store_header"]
 
@@ -129,6 +130,11 @@ def read_store_header(store: Store, sizes: Mapping[str, int], file: str) -> list
         raise CheckpointError(f"{path}: the index names this shard, but it is missing; fetch it again")
     # A short header is read in one piece with its length: every request to a remote store takes its time.
     head = read_bytes(store, file, 0, min(size, _HEAD_BYTES))
+    if head.startswith(LFS_POINTER):
+        raise CheckpointError(
+            f"{path}: is a pointer of git-lfs, not the shard; run `git lfs pull` in the folder, or fetch it with "
+            "`hf download`"
+        )
     length = struct.unpack("<Q", head[:8])[0] if size >= 8 else _MAX_HEADER_BYTES + 1
     if length > min(_MAX_HEADER_BYTES, size - 8):
         raise CheckpointError(f"{path}: no safetensors file, or cut short: {size} bytes, its header asks for more")

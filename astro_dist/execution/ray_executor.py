@@ -13,6 +13,8 @@ from ray.exceptions import RayActorError, RayError, RayTaskError
 from astro.errors import ConfigError, RunError
 from astro_dist.config.schema import ExecutionConfig
 from astro_dist.execution.executor import Event, Failed, Joined, Returned
+from astro_dist.execution.ray_address import require_answer, start_advice
+from astro_dist.execution.termination import keep_handler
 from astro_dist.schedule.calls import Call
 from astro_dist.worker.spec import WorkerSpec
 from astro_dist.worker.worker import Worker
@@ -223,6 +225,7 @@ class RayExecutor:
 
 def _connect(config: ExecutionConfig) -> None:
     address = config.cluster_address
+    require_answer(config)
     options: dict[str, Any] = {"logging_level": logging.WARNING, "log_to_driver": False}
     if address:
         options["address"] = address
@@ -236,9 +239,11 @@ def _connect(config: ExecutionConfig) -> None:
             "object_store_memory": _OBJECT_STORE_BYTES,
         }
     try:
-        ray.init(**options)
-    except (RayError, ConnectionError, RuntimeError, ValueError) as error:
-        raise RunError(f"Ray cluster {address or 'on this machine'}: cannot be reached or started: {error}") from error
+        with keep_handler():
+            ray.init(**options)
+    except (RayError, OSError, RuntimeError, ValueError) as error:
+        place, advice = address or "on this machine", start_advice(error)
+        raise RunError(f"Ray cluster {place}: cannot be reached or started: {error}{advice}") from error
 
 
 def _cause(error: RayTaskError) -> Exception:

@@ -5,20 +5,22 @@ from pathlib import Path
 
 from astro.config import LayerScheme, Quantization
 from astro.formats import LAYOUTS
+from astro.model.tied_weights import without_tying
 from astro.storage.atomic import read_json, write_atomic, write_json
 from astro.storage.checkpoint import INDEX_NAME
 from astro.storage.shard_header import read_header
 from astro.storage.source_quantization import without_quantization
 from astro_dist.config.schema import RunConfig
+from astro_dist.export.model_code import without_model_code
 from astro_dist.planning.units import Plan
 from astro_dist.run_directory.layer_widths import layer_schemes
 from astro_dist.run_directory.records import RunDirectory
-from astro_dist.source.resolve import SIDE_FILES
+from astro_dist.source.side_files import list_folder, side_files
 
 __all__ = ["assemble", "final_schemes"]
 
 
-def assemble(source: Path, plan: Plan, run: RunDirectory, config: RunConfig) -> list[str]:
+def assemble(source: Path, plan: Plan, run: RunDirectory, config: RunConfig, is_untied: bool = False) -> list[str]:
     """Write what is missing beside the shards, all but the card.
 
     Args:
@@ -26,6 +28,7 @@ def assemble(source: Path, plan: Plan, run: RunDirectory, config: RunConfig) -> 
         plan: Units of the run, all of them finished.
         run: Run directory.
         config: Configuration of the run.
+        is_untied: Whether the model has a head of its own although the source's config ties it to the embeddings.
 
     Returns:
         Names of the files that were written.
@@ -38,18 +41,21 @@ def assemble(source: Path, plan: Plan, run: RunDirectory, config: RunConfig) -> 
             total += entry.size_bytes
     index = {"metadata": {"total_size": total}, "weight_map": dict(sorted(weight_map.items()))}
     write_json(run.model / INDEX_NAME, index)
-    patterns = (*SIDE_FILES, *(("*.py",) if config.model.trust_remote_code else ()))
-    beside = sorted({path for pattern in patterns for path in source.glob(pattern) if path.is_file()})
-    for path in beside:
-        _copy(path, run.model / path.name)
+    beside = side_files(list_folder(source, without=[run.root] if source != run.source else []))
+    for name in beside:
+        _copy(source / name, run.model / name)
     content = without_quantization(read_json(source / "config.json"))
+    if not config.model.trust_remote_code:  # then the class is transformers' own
+        content = without_model_code(content)
+    if is_untied:
+        content = without_tying(content)
     layout, final = LAYOUTS[config.quantization.format], final_schemes(config.quantization, plan, run)
     linears = (linear for unit in plan.blocks for linear in unit.linears)
     schemes = {name: final[linear.name] for linear in linears for name in linear.config_names}
     act_order = config.quantization.act_order
     content["quantization_config"] = layout.quantization_config(schemes, plan.ignore, act_order)
     write_json(run.model / "config.json", content)
-    return [INDEX_NAME, "config.json", *(path.name for path in beside)]
+    return [INDEX_NAME, "config.json", *beside]
 
 
 def final_schemes(quantization: Quantization, plan: Plan, run: RunDirectory) -> dict[str, LayerScheme]:

@@ -26,13 +26,14 @@ CARD_NAME = "README.md"
 """Name of the card's file, as the Hub wants it."""
 
 
-def describe(path: Path) -> FileRecord:
+def describe(folder: Path, name: str) -> FileRecord:
     """Describe a file as it is now.
 
     Args:
-        path: Path of the file.
+        folder: Folder of the model.
+        name: Path of the file in the folder, with `/` between folders.
     """
-    return FileRecord(path.name, path.stat().st_size, sha256_of(path))
+    return FileRecord(name, (folder / name).stat().st_size, sha256_of(folder / name))
 
 
 def shards_of(run: RunDirectory, unit: str) -> list[FileRecord]:
@@ -65,7 +66,7 @@ def write_inventory(run: RunDirectory, names: Iterable[str], known: Mapping[str,
         names: Names of all files of the model.
         known: Files that need not be read again, because a record describes them, by name.
     """
-    files = [known.get(name) or describe(run.model / name) for name in sorted(names)]
+    files = [known.get(name) or describe(run.model, name) for name in sorted(names)]
     write_json(run.inventory, {"files": [file.to_json() for file in files]})
 
 
@@ -111,8 +112,7 @@ def is_whole(run: RunDirectory, shards: Mapping[str, FileRecord]) -> bool:
     except DamagedError as error:
         run.journal.note("damaged", unit="model", reason=f"{error}; it is written again")
         return False
-    paths = {file: run.model / file.name for file in files}
-    return all(path.is_file() and describe(path) == file for file, path in paths.items())
+    return all((run.model / file.name).is_file() and describe(run.model, file.name) == file for file in files)
 
 
 def damaged_files(run: RunDirectory) -> list[str]:

@@ -82,8 +82,8 @@ def verify_model(model: Path | str, against: Path | str | None = None) -> Verifi
     if is_of_run:
         _require_as_written(root)
     checkpoint = Checkpoint.open(opened.store)
-    require_finite(checkpoint)
     skeleton = Skeleton(opened.folder, torch.float32)
+    require_finite(checkpoint, _unused(checkpoint, skeleton))
     source = Checkpoint.open_source(resolve_source(ModelConfig(source=str(against))).store) if against else None
     path = opened.folder / "config.json"
     packing, config = _read_packing(path)
@@ -117,6 +117,18 @@ def verify_model(model: Path | str, against: Path | str | None = None) -> Verifi
         checksums_compared=is_of_run,
         relative_weight_errors=errors,
     )
+
+
+def _unused(checkpoint: Checkpoint, skeleton: Skeleton) -> set[str]:
+    """Return the names of the tensors that belong neither to the model's class nor to a packed layer."""
+    packed = tuple(
+        f".{suffix}" for layout in LAYOUTS.values() for suffix in layout.suffixes(LayerScheme(symmetric=False))
+    )
+    return {
+        key
+        for key in checkpoint.entries
+        if skeleton.shape_of(skeleton.target_of(key)[0]) is None and not key.endswith(packed)
+    }
 
 
 class _OriginalModel:
@@ -178,7 +190,7 @@ def _require_as_written(root: Path) -> None:
     if not run.inventory.is_file():
         raise CheckpointError(f"{folder}: its run is not finished; `astro-dist status {run.root}` tells how far it is")
     files = read_inventory(run)
-    wrong = [file.name for file in files if not _is_there(folder / file.name, file)]
+    wrong = [file.name for file in files if not _is_there(folder, file)]
     if wrong:
         raise CheckpointError(
             f"{folder / wrong[0]}: is gone, or is not as the run wrote it (size and SHA-256 in {run.inventory.name}); "
@@ -187,8 +199,9 @@ def _require_as_written(root: Path) -> None:
         )
 
 
-def _is_there(path: Path, file: FileRecord) -> bool:
-    return path.is_file() and path.stat().st_size == file.size_bytes and describe(path) == file
+def _is_there(folder: Path, file: FileRecord) -> bool:
+    path = folder / file.name
+    return path.is_file() and path.stat().st_size == file.size_bytes and describe(folder, file.name) == file
 
 
 def _resolve(model: str) -> Source:

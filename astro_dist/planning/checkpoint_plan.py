@@ -6,7 +6,6 @@ It does not depend on the number of workers.
 import dataclasses
 import math
 from collections.abc import Iterable, Mapping, Sequence
-from fnmatch import fnmatchcase
 
 from astro.config import Quantization
 from astro.errors import CheckpointError, ConfigError, UnsupportedError
@@ -15,6 +14,7 @@ from astro.model.skeleton import Skeleton
 from astro.storage.bit_packing import words_per_row
 from astro.storage.checkpoint import Checkpoint
 from astro.storage.shard_header import TensorEntry
+from astro_dist.planning.patterns import matches, needless_patterns, require_matching
 from astro_dist.planning.units import BlockUnit, CopyUnit, Plan
 from astro_dist.planning.unquantized import copied_matrices, linear_modules
 from astro_dist.planning.weight_count import coverage_of, is_multi_token
@@ -82,8 +82,11 @@ def make_plan(checkpoint: Checkpoint, skeleton: Skeleton, quantization: Quantiza
         file = _shard_name(len(copies) + index, len(copies) + len(skeleton.blocks))
         blocks.append(_plan_block(checkpoint, skeleton, quantization, index, tensors.by_block.get(index, []), file))
     names = [layer.name for block in blocks for layer in block.layers]
-    _require_matching("quantization.ignore", quantization.ignore, names)
-    _require_matching("quantization.overrides", quantization.overrides, names)
+    stored = (key.removesuffix(".weight") for key in checkpoint.entries)
+    modules = (name for name, _ in skeleton.model.named_modules())
+    needless = needless_patterns(quantization.ignore, names, (*modules, *stored))
+    require_matching("quantization.ignore", [p for p in quantization.ignore if p not in needless], names)
+    require_matching("quantization.overrides", quantization.overrides, names)
     quantized = {linear.name: linear for block in blocks for linear in block.unit.linears}
     if not quantized:
         raise ConfigError(f"quantization.ignore {list(quantization.ignore)}: leaves no linear layer to quantize")
@@ -103,6 +106,7 @@ def make_plan(checkpoint: Checkpoint, skeleton: Skeleton, quantization: Quantiza
         other_matrices=tuple(name for block in blocks for name in block.other_matrices),
         indivisible_layers=tuple(name for block in blocks for name in block.indivisible_layers),
         expert_share=skeleton.expert_share,
+        needless_ignore=needless,
     )
 
 
@@ -158,7 +162,7 @@ def _plan_block(
 ) -> _PlannedBlock:
     """Choose the layers of a block that are quantized."""
     layers, other_matrices = skeleton.linear_layers(index, keys, {key: checkpoint.entries[key].shape for key in keys})
-    linears = [linear for linear in layers if not _matches(linear.name, quantization.ignore)]
+    linears = [linear for linear in layers if not matches(linear.name, quantization.ignore)]
     indivisible: dict[str, LinearLayer] = {}
     if quantization.indivisible != "fail":
         indivisible = {c.name: c for c in linears if quantization.is_indivisible(c.name, c.columns)}
@@ -179,16 +183,6 @@ def _unquantized(checkpoint: Checkpoint, skeleton: Skeleton, blocks: Sequence[_P
     replaced = {linear.key for block in blocks for linear in block.unit.linears}
     copied = copied_matrices(skeleton, checkpoint.entries, (key for key in checkpoint.entries if key not in replaced))
     return tuple(dict.fromkeys(name for name in (*modules, *copied) if name not in quantized))
-
-
-def _matches(name: str, patterns: Iterable[str]) -> bool:
-    return any(fnmatchcase(name, pattern) for pattern in patterns)
-
-
-def _require_matching(option: str, patterns: Iterable[str], names: Sequence[str]) -> None:
-    for pattern in patterns:
-        if not any(fnmatchcase(name, pattern) for name in names):
-            raise ConfigError(f"{option}: {pattern!r} matches no linear layer of the blocks, e.g. {names[-1]}")
 
 
 def _require_shapes(checkpoint: Checkpoint, layers: Iterable[LinearLayer], quantized: Sequence[LinearLayer]) -> None:

@@ -90,6 +90,7 @@ class Plan:
         indivisible_layers: Names of the layers whose input width the group size does not divide, where the
             configuration says what to do with them.
         expert_share: Share of the tokens that reaches an expert, or 1 where there are no experts.
+        needless_ignore: Patterns of `quantization.ignore` for what is never quantized, such as lm_head.
     """
 
     blocks: tuple[BlockUnit, ...]
@@ -105,6 +106,7 @@ class Plan:
     other_matrices: tuple[str, ...] = ()
     indivisible_layers: tuple[str, ...] = ()
     expert_share: float = 1.0
+    needless_ignore: tuple[str, ...] = ()
 
     @property
     def read_bytes(self) -> int:

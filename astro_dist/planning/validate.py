@@ -15,9 +15,10 @@ from astro.formats.tensor_parallel import TensorParallelLimit, tensor_parallel_l
 from astro.model.linear_layer import LinearLayer
 from astro.model.rehearsal import rehearse
 from astro.model.skeleton import Skeleton
+from astro.model.tied_weights import untied_weights
 from astro.process import configure_process
 from astro.quantization.bit_allocation import require_affordable
-from astro.storage.checkpoint import Checkpoint
+from astro.storage.checkpoint import INDEX_NAME, SINGLE_NAME, Checkpoint
 from astro_dist.config.schema import RunConfig
 from astro_dist.planning.checkpoint_plan import make_plan
 from astro_dist.planning.devices import DEVICES, measure, memory_shortage
@@ -46,6 +47,7 @@ class Prepared:
         base: What the source says about the model.
         notes: Sentences that the user should read before the run starts.
         tensor_parallel: Number of GPUs over which vLLM can cut the result.
+        untied: Model's names of weights that config.json calls tied, and that the checkpoint holds with other values.
     """
 
     config: RunConfig
@@ -55,6 +57,7 @@ class Prepared:
     base: BaseModel
     notes: tuple[str, ...]
     tensor_parallel: TensorParallelLimit
+    untied: tuple[str, ...] = ()
 
 
 def prepare(config: RunConfig, commit: str | None = None) -> Prepared:
@@ -91,17 +94,30 @@ def prepare(config: RunConfig, commit: str | None = None) -> Prepared:
     _require_storable(config, linears, schemes)
     layout = LAYOUTS[config.quantization.format]
     tensor_parallel = tensor_parallel_limit(linears.values(), schemes)
+    mixed = layout.fusion_refusal(schemes, plan.ignore)
+    if mixed:
+        raise ConfigError(
+            f"quantization.overrides or ignore: {mixed} in format {config.quantization.format}; write the pattern so "
+            "that it names all of them or none"
+        )
     notes = [
         *layout.server_notes(schemes, plan.ignore),
         *layout.reader_notes(linears.values()),
         *source_notes(checkpoint.encoded, [scheme for possible in schemes.values() for scheme in possible]),
         *_plan_notes(config, plan, type(skeleton.model).__name__),
+        *_index_notes(checkpoint),
     ]
     if not _has_text(config):
         notes.append(f"calibration.source {config.calibration.source} is not there: `quantize` will refuse")
+    untied = untied_weights(skeleton, checkpoint, plan.outside)
+    if untied:
+        notes.append(
+            f"config.json ties {', '.join(untied)} to the embeddings, but the checkpoint holds other values for it; "
+            "they are used, as transformers does, and the result's config.json says tie_word_embeddings: false"
+        )
     base = read_base_model(source, config.model)
     base = dataclasses.replace(base, auto_class=skeleton.auto_class, parts_beside_text=skeleton.parts_beside_text)
-    return Prepared(config, source, checkpoint, plan, base, tuple(notes), tensor_parallel)
+    return Prepared(config, source, checkpoint, plan, base, tuple(notes), tensor_parallel, tuple(untied))
 
 
 def tokens_of(prepared: Prepared) -> TokenChunks:
@@ -220,6 +236,8 @@ def _plan_notes(config: RunConfig, plan: Plan, class_name: str) -> Iterator[str]
             f"{len(plan.unknown)} tensors that {class_name} does not have are copied as they are, "
             f"the first is {plan.unknown[0]}"
         )
+    if plan.needless_ignore:
+        yield f"quantization.ignore: {', '.join(plan.needless_ignore)}: needless, that is never quantized"
     if plan.indivisible_layers:
         yield (
             f"{len(plan.indivisible_layers)} layers whose input is no multiple of the group size: "
@@ -233,6 +251,12 @@ def _plan_notes(config: RunConfig, plan: Plan, class_name: str) -> Iterator[str]
             f"{len(plan.other_matrices)} matrices that are gates, no linear layers, or held in 16 bits by servers, "
             f"stay as they are, the first is {plan.other_matrices[0]}"
         )
+
+
+def _index_notes(checkpoint: Checkpoint) -> Iterator[str]:
+    """Say that an index is not used."""
+    if {SINGLE_NAME, INDEX_NAME} <= checkpoint.store.sizes().keys():
+        yield f"{SINGLE_NAME} is read, as transformers does, and {INDEX_NAME} beside it is not"
 
 
 def _text_notes(config: RunConfig, plan: Plan) -> Iterator[str]:

@@ -70,9 +70,9 @@ def keep_side_files(run: RunDirectory, folder: Path) -> Path:
     Returns:
         The folder of the copies.
     """
-    for path in folder.iterdir():
+    for path in folder.rglob("*"):
         if path.is_file() and not path.name.endswith(PARTIAL_SUFFIX):
-            write_bytes(run.source / path.name, path.read_bytes())
+            write_bytes(run.source / path.relative_to(folder), path.read_bytes())
     return run.source
 
 

@@ -1,5 +1,6 @@
 """Turn text into fixed chunks of token sequences: the same text, tokenizer and settings give the same tokens."""
 
+import array
 import dataclasses
 import hashlib
 import random
@@ -11,19 +12,22 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from astro.errors import ConfigError
+from astro.errors import CheckpointError, ConfigError
 from astro_dist.config.schema import CalibrationConfig
 from astro_dist.schedule.names import chunk_name
+from astro_dist.source.long_wait import LongWait
+from astro_dist.source.text_files import SUFFIXES, cut_text, read_file
 
 __all__ = ["Chunk", "TokenChunks", "as_tensors", "chunk_tokens", "is_file", "read_documents", "tokenize"]
 
 Tokens = npt.NDArray[np.int64]
-_SUFFIXES = (".txt", ".parquet")
 _HOLDOUT_EVERY = 4
 """Distance between documents that are held out: every fourth one is."""
 _CHARACTERS_PER_TOKEN_WANTED = 64
-"""Characters for each needed token above which a text is sampled by document before it is tokenized. That leaves some
-ten times the tokens that are needed."""
+"""Characters for each needed token above which a text is sampled before it is tokenized. That leaves some ten times the
+tokens that are needed."""
+_PIECE_CHARACTERS = 1 << 18
+"""Characters that are tokenized together: a tokenizer needs a hundred bytes of memory for each."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -59,14 +63,14 @@ def as_tensors(chunks: Sequence[Chunk]) -> dict[str, torch.Tensor]:
 
 def is_file(source: str) -> bool:
     """Tell whether a calibration source names a file; if not, it names the text that ships with Python, or nothing."""
-    return Path(source).suffix in _SUFFIXES
+    return Path(source).suffix in SUFFIXES
 
 
 def read_documents(config: CalibrationConfig) -> list[str]:
-    """Read the documents of a calibration source.
+    """Read the documents of a calibration source; of a large file a sample, many times as much as the run needs.
 
     Args:
-        config: Section of the configuration that names the source.
+        config: Section of the configuration that names the source and says how many tokens are needed.
 
     Raises:
         ConfigError: The source is unknown, cannot be read, or holds no text.
@@ -76,7 +80,9 @@ def read_documents(config: CalibrationConfig) -> list[str]:
 
         documents = [text for _, text in sorted(topics.topics.items())]
     else:
-        documents = _read_file(Path(config.source).expanduser(), config.text_column)
+        num_tokens = (config.samples + config.holdout_samples) * config.sequence_length
+        path, limit = Path(config.source).expanduser(), _CHARACTERS_PER_TOKEN_WANTED * num_tokens
+        documents = read_file(path, config.text_column, limit, config.seed)
     documents = [text for text in documents if text.strip()]
     if not documents:
         raise ConfigError(f"calibration.source {config.source}: holds no text")
@@ -86,8 +92,8 @@ def read_documents(config: CalibrationConfig) -> list[str]:
 def tokenize(documents: Sequence[str], tokenizer: Any, config: CalibrationConfig) -> TokenChunks:
     """Cut documents into sequences, hold out every fourth document, and take as many sequences as are asked for.
 
-    A single document is split at three quarters of its length instead. Sequences begin with the tokenizer's BOS token
-    where the tokenizer itself puts one.
+    A single document is split at three quarters of its length instead. Sequences begin with the tokens that the
+    tokenizer puts in front of every text, such as BOS.
 
     Args:
         documents: Texts.
@@ -95,7 +101,8 @@ def tokenize(documents: Sequence[str], tokenizer: Any, config: CalibrationConfig
         config: Section of the configuration with the number and length of the sequences and the seed that chooses them.
 
     Raises:
-        ConfigError: The text is too short.
+        ConfigError: The text is too short, or the sequences are.
+        CheckpointError: The tokenizer changes the tokens of a text where it puts others in front.
     """
     if len(documents) == 1:
         cut = len(documents[0]) * (_HOLDOUT_EVERY - 1) // _HOLDOUT_EVERY
@@ -127,36 +134,16 @@ def chunk_tokens(config: CalibrationConfig) -> dict[str, int]:
     return sizes
 
 
-def _read_file(path: Path, column: str) -> list[str]:
-    try:
-        if path.suffix == ".txt":
-            return [path.read_text(encoding="utf-8")]
-        if path.suffix == ".parquet":
-            return _read_column(path, column)
-    except (OSError, ValueError, KeyError, NotImplementedError) as error:
-        raise ConfigError(f"calibration.source {path}: cannot be read: {error}") from error
-    raise ConfigError(f"calibration.source {path}: expected python-docs, a .txt file or a .parquet file")
-
-
-def _read_column(path: Path, column: str) -> list[str]:
-    import pyarrow.parquet  # slow to import, only for parquet files
-
-    names = pyarrow.parquet.read_schema(path).names
-    if column not in names:
-        raise ValueError(f"it has no column {column!r}, only {', '.join(names)}; see calibration.text_column")
-    texts = pyarrow.parquet.read_table(path, columns=[column])[column]
-    if not (pyarrow.types.is_string(texts.type) or pyarrow.types.is_large_string(texts.type)):
-        raise ValueError(f"column {column!r} holds {texts.type}, expected text; see calibration.text_column")
-    return [text for text in texts.to_pylist() if text]
-
-
 def _sequences(documents: Sequence[str], tokenizer: Any, config: CalibrationConfig, count: int, option: str) -> Tokens:
     length = config.sequence_length
-    bos = _leading_tokens(tokenizer)
-    body = length - len(bos)
-    tokens: list[int] = []
-    for text in documents if count else ():
-        tokens.extend(tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"])
+    prefix = _leading_tokens(tokenizer)
+    body = length - len(prefix)
+    if body < 1:
+        raise ConfigError(
+            f"calibration.sequence_length: {length} tokens have no room for text, the tokenizer begins every text with "
+            f"{len(prefix)} tokens"
+        )
+    tokens = _tokens_of(documents if count else (), tokenizer)
     available = len(tokens) // body
     if available < count:
         beside = f" beside {config.holdout_samples} held out" if option == "samples" else ""
@@ -167,7 +154,7 @@ def _sequences(documents: Sequence[str], tokenizer: Any, config: CalibrationConf
             "shorter sequences"
         )
     chosen = sorted(random.Random(config.seed).sample(range(available), count))
-    rows = [bos + tokens[i * body : (i + 1) * body] for i in chosen]
+    rows = [[*prefix, *tokens[i * body : (i + 1) * body]] for i in chosen]
     return np.array(rows, dtype=np.int64).reshape(count, length)
 
 
@@ -184,9 +171,29 @@ def _enough(documents: list[str], num_tokens: int, seed: int) -> list[str]:
     return [documents[index] for index in sorted(chosen)]
 
 
+def _tokens_of(documents: Sequence[str], tokenizer: Any) -> "array.array[int]":
+    """Return the tokens of all documents, one after the other."""
+    tokens, done = array.array("q"), 0
+    wait = LongWait("calibration text: tokenized", sum(map(len, documents)) / 1e6, "million characters")
+    for text in documents:
+        for piece in cut_text(text, _PIECE_CHARACTERS):
+            tokens.extend(tokenizer(piece, add_special_tokens=False, verbose=False)["input_ids"])
+            done += len(piece)
+            wait.reached(done / 1e6)
+    return tokens
+
+
 def _leading_tokens(tokenizer: Any) -> list[int]:
-    first = tokenizer("a", verbose=False)["input_ids"][:1]
-    return list(first) if first and first[0] == tokenizer.bos_token_id else []
+    """Return the tokens that a tokenizer puts in front of every text: BOS, or several, as GLM's do, or none."""
+    whole = list(tokenizer("a", verbose=False)["input_ids"])
+    text = list(tokenizer("a", add_special_tokens=False, verbose=False)["input_ids"])
+    start = next((start for start in range(len(whole)) if whole[start : start + len(text)] == text), None)
+    if start is None or not text:
+        raise CheckpointError(
+            f"its tokenizer makes {text} of the text 'a' alone, and {whole} with the tokens that belong around it, so "
+            "that nothing tells which of these come first; give the model's own tokenizer"
+        )
+    return whole[:start]
 
 
 def _chunks(prefix: str, sequences: Tokens, size: int) -> list[Chunk]:

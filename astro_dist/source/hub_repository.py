@@ -47,6 +47,10 @@ class HubFiles:
         """Return the size in bytes of every file at the root of the repository, by name."""
         return {name: size for name, size in self.files if "/" not in name}
 
+    def every_size(self) -> dict[str, int]:
+        """Return the size in bytes of every file of the repository, by its path."""
+        return dict(self.files)
+
     def fetch(self, file: str, start: int, length: int) -> bytes:
         """Fetch some bytes of a file, fewer than asked for where the connection ends early.
 
@@ -62,7 +66,7 @@ class HubFiles:
         key = (self.repository, self.commit, file)
         link = _LINKS.get(key)
         url = link or huggingface_hub.hf_hub_url(self.repository, file, revision=self.commit)
-        asked = f"bytes {start}-{start + length - 1}/{self.sizes()[file]}"
+        asked = f"bytes {start}-{start + length - 1}/{self.every_size()[file]}"
         # Not compressed: a range of a compressed form would be other bytes.
         headers = {
             **build_hf_headers(), "Range": f"bytes={start}-{start + length - 1}", "Accept-Encoding": "identity",

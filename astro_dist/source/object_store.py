@@ -44,6 +44,10 @@ class ObjectFiles:
         """Return the size in bytes of every file, by name."""
         return {name: size for name, size, _ in self.files}
 
+    def every_size(self) -> dict[str, int]:
+        """Return the size in bytes of every file, by name: folders within the folder are not listed."""
+        return self.sizes()
+
     def fetch(self, file: str, start: int, length: int) -> bytes:
         """Fetch some bytes of a file that has not changed since it was listed.
 

@@ -46,7 +46,10 @@ class RemoteFiles(Protocol):
         """Return the text that tells this state of the files from every other."""
 
     def sizes(self) -> Mapping[str, int]:
-        """Return the size in bytes of every file, by name."""
+        """Return the size in bytes of every file that is in no folder, by name."""
+
+    def every_size(self) -> Mapping[str, int]:
+        """Return the size in bytes of every file that is known, also in folders, by its path."""
 
     def fetch(self, file: str, start: int, length: int) -> bytes:
         """Fetch some bytes of a file, at most as many as asked for.

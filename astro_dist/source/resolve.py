@@ -1,28 +1,20 @@
 """Find the source of a model: a folder, a Hub repository, an object store or a demo."""
 
 import dataclasses
-import fnmatch
 import re
+from collections.abc import Mapping
 from pathlib import Path
 
-from astro.errors import CheckpointError, ConfigError
+from astro.errors import ConfigError
 from astro.storage.atomic import write_bytes
 from astro.storage.byte_store import FolderStore, Range, Store
 from astro_dist.config.schema import ModelConfig
 from astro_dist.source.demo import resolve_demo
 from astro_dist.source.range_cache import cache_folder
+from astro_dist.source.side_files import side_files
 
-__all__ = ["SIDE_FILES", "Source", "resolve_source"]
+__all__ = ["Source", "resolve_source"]
 
-SIDE_FILES = (
-    "generation_config.json", "tokenizer.json", "tokenizer_config.json", "tokenizer.model", "special_tokens_map.json",
-    "added_tokens.json", "vocab.json", "vocab.txt", "merges.txt", "chat_template.jinja", "chat_template.json",
-    "*.tiktoken", "spiece.model", "*.spm", "preprocessor_config.json", "processor_config.json",
-    "video_preprocessor_config.json",
-    "LICENSE*", "NOTICE*", "USE_POLICY*",
-)  # fmt: skip
-"""Names, or patterns of names, of what belongs to a model beside shards, index and config.json."""
-_MAX_SIDE_FILE_BYTES = 256_000_000
 _REPOSITORY, _OTHER = re.compile(r"\w[\w.-]*/\w[\w.-]*"), re.compile(r"[^\w.-]+")
 
 
@@ -75,18 +67,16 @@ def resolve_source(model: ModelConfig, commit: str | None = None) -> Source:
 
     files = open_hub(name, commit or model.revision or "main") if is_repository else open_url(name)
     store = RemoteStore(files, cache_dir, int(model.cache_gb * 1e9))
-    side_files = (cache_dir or cache_folder()) / "side" / f"{_OTHER.sub('-', str(files))}-{files.revision[:16]}"
-    _fetch_side_files(store, side_files, model.trust_remote_code)
-    return Source(store, side_files, files.revision if is_repository else None)
+    copies = (cache_dir or cache_folder()) / "side" / f"{_OTHER.sub('-', str(files))}-{files.revision[:16]}"
+    _fetch_side_files(store, files.every_size(), copies)
+    return Source(store, copies, files.revision if is_repository else None)
 
 
-def _fetch_side_files(store: Store, folder: Path, with_code: bool) -> None:
-    patterns = ("config.json", *SIDE_FILES, *(("*.py",) if with_code else ()))
-    for file, size in store.sizes().items():
-        if not any(fnmatch.fnmatchcase(file, pattern) for pattern in patterns) or (folder / file).is_file():
+def _fetch_side_files(store: Store, sizes: Mapping[str, int], folder: Path) -> None:
+    """Fetch the files of a model that are not weights. Code among them is only stored."""
+    for file in ("config.json", *side_files(sizes)):
+        if file not in sizes or (folder / file).is_file():
             continue
-        if size > _MAX_SIDE_FILE_BYTES:
-            raise CheckpointError(f"{store}/{file}: {size / 1e6:.0f} MB are too much for such a file")
-        content = bytearray(size)
+        content = bytearray(sizes[file])
         store.fill([Range(file, 0, memoryview(content))])
         write_bytes(folder / file, content)

@@ -128,7 +128,7 @@ class BlockRunner:
         skeleton = self.skeleton
         tensors = self._read_outside() | self.checkpoint.read(with_block.keys if with_block else ())
         skeleton.load(skeleton.model, tensors, self.device)
-        skeleton.model.tie_weights()
+        skeleton.tie()
         try:
             yield
         finally:

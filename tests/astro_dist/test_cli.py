@@ -358,3 +358,10 @@ def test_version(run):
 def test_plan_tells_of_a_text_that_is_not_there(run, config, tmp_path):
     _, out, err = run("plan", config, "--set", f"calibration.source={tmp_path}/no.parquet")
     assert "no.parquet is not there: `quantize` will refuse" in " ".join((out + err).split()).replace("- ", "-")
+
+
+def test_characters_that_the_terminal_lacks_do_not_end_a_run_that_is_done(first_run):
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "PYTHONIOENCODING": "ascii"}
+    command = [sys.executable, "-m", "astro_dist", "quantize", str(first_run / "config.yaml")]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+    assert (done.returncode, "Hold-out perplexity" in done.stdout, "\\u2192" in done.stdout) == (0, True, True)

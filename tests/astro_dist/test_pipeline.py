@@ -9,7 +9,7 @@ import time
 import pytest
 import torch
 import transformers
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 from astro.errors import (
     CheckpointError,
@@ -489,3 +489,21 @@ def test_worker_that_shall_compile_without_a_compiler_says_so(run_config, monkey
     monkeypatch.setenv("PATH", "/nowhere")
     with pytest.raises(RunError, match=r"execution.compile wants a C\+\+ compiler, and none of g\+\+, clang"):
         pipeline.quantize(run_config(execution__compile=True, execution__max_retries=0))
+
+
+def test_a_mask_in_the_file_that_the_model_does_not_have_may_hold_inf(run_config, llama, tmp_path, caplog):
+    index = json.loads((llama / INDEX_NAME).read_text())
+    save_file({"model.layers.0.self_attn.bias": torch.full((4, 4), float("-inf"))}, llama / "more.safetensors")
+    index["weight_map"]["model.layers.0.self_attn.bias"] = "more.safetensors"
+    (llama / INDEX_NAME).write_text(json.dumps(index))
+    pipeline.quantize(run_config())
+    assert "tensor model.layers.0.self_attn.bias, which the model does not read, holds NaN or Inf" in caplog.text
+    verify_model(tmp_path / "run" / "model")
+
+
+def test_an_index_that_is_not_read_is_told(run_config, llama):
+    source = transformers.AutoModelForCausalLM.from_pretrained(llama)
+    source.save_pretrained(llama, max_shard_size="1GB")
+    (llama / INDEX_NAME).write_text(json.dumps({"weight_map": {"stale": "gone.safetensors"}}))
+    notes = prepare(run_config()).notes
+    assert f"model.safetensors is read, as transformers does, and {INDEX_NAME} beside it is not" in notes

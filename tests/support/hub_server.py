@@ -139,7 +139,10 @@ def _handler(hub):
             location = self.find(repository, revision)
             if location:
                 commit, folder = location
-                siblings = [{"rfilename": path.name, "size": path.stat().st_size} for path in sorted(folder.iterdir())]
+                files = [path for path in sorted(folder.rglob("*")) if path.is_file()]
+                siblings = [
+                    {"rfilename": path.relative_to(folder).as_posix(), "size": path.stat().st_size} for path in files
+                ]
                 access = {"private": repository in hub.private, "gated": repository in hub.asks_for_access and "auto"}
                 self.answer(200, {"id": repository, "sha": commit, "siblings": siblings, **access})
 

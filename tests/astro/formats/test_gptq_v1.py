@@ -1,5 +1,7 @@
 """The GPTQ layout against its definition, written out value by value."""
 
+import re
+
 import pytest
 import torch
 
@@ -60,6 +62,36 @@ def test_config_round_trip_with_other_widths_and_layers_that_stay():
     assert [gptq_v1.is_ignored(config, name) for name in ("lm_head", "a.d", "a.b", "axd")] == [True, True, False, False]
     with pytest.raises(CheckpointError, match="dynamic excludes a.d, but it is packed"):
         gptq_v1.read_schemes(config, ["a.d"])
+
+
+def vllm_override(config, name):
+    """What vLLM does with a layer, which it calls by the name of the fused one: None, False (not packed) or changes."""
+    for pattern, changes in config["dynamic"].items():
+        if re.match(pattern[2:], name):
+            return False if pattern.startswith("-:") else changes
+    return None
+
+
+def test_vllm_finds_the_scheme_of_fused_layers():
+    base, other = LayerScheme(group_size=32), LayerScheme(bits=8, group_size=64)
+    schemes = {f"m.0.attn.{name}_proj": other for name in "qkv"} | {"m.0.mlp.gate_proj": base, "m.0.mlp.up_proj": base}
+    schemes |= {f"m.0.moe.experts.{e}.{name}": other for e in (0, 1) for name in ("gate_proj", "down_proj")}
+    schemes |= {f"m.{i}.mlp.down_proj": base for i in range(20)}
+    config = gptq_v1.quantization_config(schemes, ["m.1.attn.q_proj", "m.1.attn.k_proj", "m.1.attn.v_proj"], "static")
+    changes = {"bits": 8, "group_size": 64}
+    wanted = {"m.0.attn.qkv_proj": changes, "m.0.moe.experts": changes, "m.0.mlp.gate_up_proj": None,
+              "m.1.attn.qkv_proj": False}  # fmt: skip
+    assert {name: vllm_override(config, name) for name in wanted} == wanted
+    assert gptq_v1.read_schemes(config, list(schemes)) == schemes
+
+
+def test_fused_layers_of_different_schemes_are_refused():
+    base, other = (LayerScheme(group_size=32),), (LayerScheme(group_size=64),)
+    mixed = {"m.q_proj": base, "m.k_proj": other, "m.v_proj": base}
+    assert "m.q_proj and m.k_proj and m.v_proj differ" in gptq_v1.fusion_refusal(mixed, [])
+    assert "not all are quantized" in gptq_v1.fusion_refusal({"m.gate_proj": base}, ["m.up_proj"])
+    assert "the experts of m.experts" in gptq_v1.fusion_refusal({"m.experts.0.w1": base, "m.experts.0.w2": other}, [])
+    assert gptq_v1.fusion_refusal({"m.gate_proj": base, "m.up_proj": base, "m.down_proj": other}, []) is None
 
 
 def test_asymmetric_grids_are_refused():

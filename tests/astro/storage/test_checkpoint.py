@@ -152,6 +152,19 @@ def test_weights_that_are_not_finite_are_named(tmp_path, value, dtype):
         require_finite(Checkpoint.open(tmp_path))
 
 
+def test_unused_tensors_may_hold_inf_and_are_named(tmp_path):
+    mask = torch.full((4, 4), float("-inf")).triu(1)
+    save_file({"layer.mask": mask, "layer.weight": torch.ones(2)}, tmp_path / "model.safetensors")
+    assert require_finite(Checkpoint.open(tmp_path), unused=["layer.mask", "layer.weight"]) == ["layer.mask"]
+    with pytest.raises(CheckpointError, match="tensor layer.mask holds NaN or Inf"):
+        require_finite(Checkpoint.open(tmp_path), unused=["layer.weight"])
+
+
+def test_a_single_file_goes_before_an_index_beside_it(folder):
+    save_file({"x": torch.ones(2)}, folder / "model.safetensors")
+    assert list(Checkpoint.open(folder).entries) == ["x"]
+
+
 def test_finite_weights_of_any_shape_pass(tmp_path):
     save_file({"s": torch.tensor(1.0), "e": torch.ones(0, 3), "i": torch.ones(2).int()}, tmp_path / "model.safetensors")
     require_finite(Checkpoint.open(tmp_path))

@@ -30,3 +30,23 @@ def test_gpus_must_be_named_where_the_configuration_wants_them(run_config):
 def test_the_dtype_of_the_configuration_goes_before_the_stored_dtype(run_config):
     prepared = prepare(run_config(execution__compute_dtype="bfloat16"))
     assert compute_dtype(prepared.config, prepared.plan, prepared.checkpoint, "cpu") == torch.bfloat16
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [({"overrides": {"*.q_proj": {"bits": 8}}}, "0.self_attn.q_proj and .* differ in width"),
+     ({"ignore": ["*.up_proj"]}, "0.mlp.gate_proj and .* not all are quantized"),
+     ({"bits": "auto", "average_bits": 5, "overrides": {"*.k_proj": {"bits": 8}}}, "0.self_attn.q_proj and .* differ")],
+)  # fmt: skip
+def test_gptq_with_other_schemes_for_parts_of_fused_layers_is_refused(run_config, settings, message):
+    changes = {f"quantization__{key}": value for key, value in settings.items()} | {"execution__rounds": 2}
+    with pytest.raises(ConfigError, match=f"overrides or ignore: model.layers.{message}"):
+        prepare(run_config(quantization__format="gptq", **changes))
+    assert any("vLLM fuses them" in note for note in prepare(run_config(**changes)).notes)
+
+
+def test_gptq_with_one_scheme_for_fused_layers_is_content(run_config):
+    overrides = {"*.self_attn.[qkv]_proj": {"bits": 8}, "*.mlp.down_proj": {"group_size": 64}}
+    prepare(
+        run_config(quantization__format="gptq", quantization__overrides=overrides, quantization__ignore=["*.o_proj"])
+    )

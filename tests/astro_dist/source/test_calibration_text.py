@@ -3,10 +3,13 @@
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+import transformers
+from tokenizers import processors
 
-from astro.errors import ConfigError
+from astro.errors import CheckpointError, ConfigError
 from astro_dist.config.schema import CalibrationConfig
 from astro_dist.schedule.names import is_held_out
+from astro_dist.source import long_wait
 from astro_dist.source.calibration_text import read_documents, tokenize
 from tests.support.models import byte_tokenizer
 
@@ -62,6 +65,37 @@ def test_bos_begins_each_sequence_where_the_tokenizer_puts_one():
     assert all((chunk.tokens[:, 0] == 256).all() and (chunk.tokens[:, 1:] != 256).all() for chunk in found.chunks)
 
 
+def glm_tokenizer(sequence="[gMASK] <sop> $A"):
+    """A tokenizer that begins every text with two tokens and has no BOS."""
+    tokenizer = byte_tokenizer().backend_tokenizer
+    tokenizer.add_special_tokens(["[gMASK]", "<sop>"])
+    tokens = [(name, tokenizer.token_to_id(name)) for name in ("[gMASK]", "<sop>")]
+    tokenizer.post_processor = processors.TemplateProcessing(single=sequence, special_tokens=tokens)
+    return transformers.PreTrainedTokenizerFast(tokenizer_object=tokenizer)
+
+
+@pytest.mark.parametrize(
+    ("sequence", "prefix"), [("[gMASK] <sop> $A", [258, 259]), ("<sop> $A [gMASK]", [259]), ("$A <sop>", [])]
+)
+def test_sequences_begin_with_all_that_the_tokenizer_puts_in_front(sequence, prefix):
+    for chunk in tokenize(DOCUMENTS, glm_tokenizer(sequence), settings()).chunks:
+        assert (chunk.tokens[:, : len(prefix)] == prefix).all()
+        assert (chunk.tokens[:, len(prefix) :] < 256).all()
+
+
+def test_a_tokenizer_that_hides_its_prefix_is_refused():
+    def changing(text, add_special_tokens=True, **options):
+        return {"input_ids": [7, 8] if add_special_tokens else [5]}
+
+    with pytest.raises(CheckpointError, match=r"makes \[5\] of the text 'a' alone, and \[7, 8\] with"):
+        tokenize(DOCUMENTS, changing, settings())
+
+
+def test_a_prefix_that_leaves_no_room_is_refused():
+    with pytest.raises(ConfigError, match="sequence_length: 8 tokens have no room for text"):
+        tokenize(DOCUMENTS, glm_tokenizer(" ".join(["<sop>"] * 8) + " $A"), settings(sequence_length=8))
+
+
 def test_no_holdout_is_allowed():
     found = tokenize(DOCUMENTS, byte_tokenizer(), settings(holdout_samples=0))
     assert [chunk.name for chunk in found.chunks] == ["c0000", "c0001", "c0002"]
@@ -79,6 +113,27 @@ def test_large_text_is_sampled_before_it_is_tokenized():
     found = tokenize(DOCUMENTS * 100, counting, settings(samples=2, holdout_samples=1))
     assert 2 * 32 * 64 <= sum(len(text) for text in seen if len(text) > 1) < 4 * 32 * 64
     assert [chunk.tokens.shape for chunk in found.chunks] == [(2, 32), (1, 32)]
+
+
+def test_a_giant_document_is_tokenized_in_pieces():
+    lengths, tokenizer = [], byte_tokenizer()
+
+    def measuring(text, **options):
+        lengths.append(len(text))
+        return tokenizer(text, **options)
+
+    text = "a line of some words\n" * 40_000
+    found = tokenize([text], measuring, settings(samples=16_000, holdout_samples=6_000))
+    assert max(lengths) <= 1 << 18
+    assert sum(length for length in lengths if length > 1) == len(text)
+    assert sum(len(chunk.tokens) for chunk in found.chunks) == 22_000
+
+
+def test_what_takes_long_says_how_far_it_is(monkeypatch, caplog):
+    monkeypatch.setattr(long_wait, "_EVERY_S", 0.0)
+    caplog.set_level("INFO", "astro_dist")
+    tokenize(["word " * 100_000], byte_tokenizer(), settings())
+    assert "calibration text: tokenized 0.1 of 0.4 million characters" in caplog.messages
 
 
 def test_too_little_text_says_how_much_there_is():

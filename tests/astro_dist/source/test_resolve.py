@@ -16,6 +16,7 @@ from astro.errors import CheckpointError, ConfigError
 from astro.storage.checkpoint import Checkpoint
 from astro_dist import pipeline
 from astro_dist.config.schema import ModelConfig
+from astro_dist.export.verify import verify_model
 from astro_dist.planning.validate import prepare
 from astro_dist.source import backoff, object_store, remote_store
 from astro_dist.source.hub_errors import asked_wait_s
@@ -243,12 +244,29 @@ def test_repository_that_holds_pickles_is_refused(hub, remote_config, tmp_path):
         prepare(remote_config("org/pickles"))
 
 
-def test_code_of_a_repository_is_fetched_only_when_trusted(hub, tmp_path, llama):
+def test_all_files_of_a_repository_but_weights_are_fetched_and_no_code_runs(hub, tmp_path, llama):
     (llama / "modeling_llama.py").write_text("raise SystemExit")
-    model = {"source": "org/llama", "cache_dir": tmp_path / "cache"}
-    for trusted in (False, True):
-        source = resolve_source(ModelConfig(**model, trust_remote_code=trusted))
-        assert (source.folder / "modeling_llama.py").is_file() == trusted
+    (llama / "additional_chat_templates").mkdir()
+    (llama / "additional_chat_templates" / "tool_use.jinja").write_text("TOOLS")
+    (llama / "original").mkdir()
+    for file in ("consolidated.00.pth", "params.json"):
+        (llama / "original" / file).write_text("{}")
+    hub.publish("org/more", llama)
+    source = resolve_source(ModelConfig(source="org/more", cache_dir=tmp_path / "cache"))
+    fetched = {path.relative_to(source.folder).as_posix() for path in source.folder.rglob("*") if path.is_file()}
+    assert fetched >= {"config.json", "tokenizer.json", "modeling_llama.py", "additional_chat_templates/tool_use.jinja"}
+    assert not any("safetensors" in file or file.startswith("original") for file in fetched)
+
+
+def test_a_run_from_the_hub_keeps_files_in_folders(hub, remote_config, tmp_path, llama):
+    (llama / "additional_chat_templates").mkdir()
+    (llama / "additional_chat_templates" / "tool_use.jinja").write_text("TOOLS")
+    hub.publish("org/more", llama)
+    pipeline.quantize(remote_config("org/more"))
+    assert (tmp_path / "run" / "model" / "additional_chat_templates" / "tool_use.jinja").read_text() == "TOOLS"
+    inventory = json.loads((tmp_path / "run" / "model.json").read_text())["files"]
+    assert "additional_chat_templates/tool_use.jinja" in [file["name"] for file in inventory]
+    assert verify_model(tmp_path / "run" / "model").checksums_compared
 
 
 def test_run_from_a_url_writes_the_bytes_of_a_local_run(remote_config, expected, tmp_path, llama):

@@ -1,0 +1,37 @@
+"""Say how far something is that may take long, so that nobody takes it for a hang."""
+
+import logging
+import time
+
+__all__ = ["LongWait"]
+
+_log = logging.getLogger("astro_dist")
+
+_EVERY_S = 10.0
+"""Seconds between two lines; what takes less than that says nothing."""
+
+
+class LongWait:
+    """Logs how much of something is done: nothing in the first ten seconds, then a line every ten seconds."""
+
+    def __init__(self, what: str, total: float, unit: str) -> None:
+        """Begin to wait.
+
+        Args:
+            what: Phrase that says what is waited for, such as "calibration text: tokenized".
+            total: Amount of the whole, in units.
+            unit: Name of the unit, such as "million characters".
+        """
+        self._what, self._total, self._unit = what, total, unit
+        self._said = time.monotonic()
+
+    def reached(self, done: float) -> None:
+        """Log a line if the last one is long enough ago.
+
+        Args:
+            done: Amount that is done, in units.
+        """
+        now = time.monotonic()
+        if now - self._said >= _EVERY_S:
+            self._said = now
+            _log.info("%s %.1f of %.1f %s", self._what, done, self._total, self._unit)
