@@ -4,6 +4,7 @@ import math
 import re
 from collections import Counter
 from collections.abc import Iterable, Sequence
+from typing import Any
 
 from astro.model.linear_layer import LinearLayer
 from astro.model.skeleton import Skeleton
@@ -15,6 +16,8 @@ __all__ = ["coverage_of", "is_multi_token"]
 _HEAD, _BESIDE, _OTHER = "embeddings, norm and head", "towers for other inputs than text", "tensors of no known part"
 _NUMBER = re.compile(r"\.\d+(?=\.|$)")
 _MULTI_TOKEN_NAME = re.compile(r"(^|[._])(mtp|nextn)([._]|$)")
+_MULTI_TOKEN_KEY = re.compile(r"nextn|mtp")
+"""What the keys of config.json have in their names that count layers for multi-token prediction."""
 
 
 def coverage_of(
@@ -49,17 +52,25 @@ def coverage_of(
 def is_multi_token(skeleton: Skeleton, key: str) -> bool:
     """Tell whether a tensor that the model does not have belongs to layers that predict several tokens at once.
 
-    They lie behind the last block, as one more block, or under a name of their own.
+    They have a name of their own, or lie behind the last block, as one more block, where config.json counts them.
 
     Args:
         skeleton: The model on the meta device.
         key: Name of the checkpoint tensor.
     """
+    if _MULTI_TOKEN_NAME.search(key):
+        return True
     name = skeleton.target_of(key)[0]
     head, _, tail = name.partition(f"{skeleton.blocks_name}.")
     index = tail.split(".", 1)[0]
-    behind = not head and index.isdigit() and int(index) >= len(skeleton.blocks)
-    return behind or bool(_MULTI_TOKEN_NAME.search(key))
+    is_behind = not head and index.isdigit() and int(index) >= len(skeleton.blocks)
+    return is_behind and _counts_multi_token(skeleton)
+
+
+def _counts_multi_token(skeleton: Skeleton) -> bool:
+    """Tell whether config.json says that there are such layers, as `num_nextn_predict_layers` does."""
+    content: dict[str, Any] = skeleton.model.config.get_text_config().to_dict()
+    return any(value for name, value in content.items() if _MULTI_TOKEN_KEY.search(name))
 
 
 def _part(skeleton: Skeleton, key: str) -> str:

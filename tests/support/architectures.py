@@ -79,7 +79,7 @@ EXPERTS: dict[str, Any] = {
     ),
     "sarvam-moe": SarvamMoEConfig(
         **_ROUTED, n_routed_experts=4, n_shared_experts=1, n_group=1, topk_group=1, first_k_dense_replace=1,
-        pad_token_id=0,
+        pad_token_id=259,
     ),
 }  # fmt: skip
 """The configurations of mixtures of experts, by short name. There are four experts."""

@@ -92,7 +92,9 @@ def test_run_that_is_stopped_has_uploaded_what_was_finished(online_hub, run_conf
 
 def test_someone_elses_commit_during_a_run_is_not_overwritten(online_hub, run_config, tmp_path, monkeypatch, llama):
     real = pipeline.assemble
-    monkeypatch.setattr(pipeline, "assemble", lambda *args: online_hub.publish("org/model", llama) and real(*args))
+    monkeypatch.setattr(
+        pipeline, "assemble", lambda *args, **flags: online_hub.publish("org/model", llama) and real(*args, **flags)
+    )
     with pytest.raises(RunError, match="someone else has committed there"):
         pipeline.quantize(run_config(publish__repo="org/model"))
     assert online_hub.folder("org/model", "main")[1] == llama

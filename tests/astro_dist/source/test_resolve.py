@@ -171,7 +171,7 @@ def test_relative_cache_is_refused(run_config):
 def test_run_keeps_the_commit_that_it_began_with(hub, remote_config, expected, tmp_path, monkeypatch, llama):
     first = hub.folder("org/llama", "main")[0]
     real = pipeline.assemble
-    monkeypatch.setattr(pipeline, "assemble", lambda *args: (_ for _ in ()).throw(KeyboardInterrupt))
+    monkeypatch.setattr(pipeline, "assemble", lambda *args, **flags: (_ for _ in ()).throw(KeyboardInterrupt))
     with pytest.raises(KeyboardInterrupt):
         pipeline.quantize(remote_config())
     other = tmp_path / "other"
