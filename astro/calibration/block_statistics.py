@@ -88,7 +88,9 @@ class BlockStatistics:
             names = tuple(names_of(group))
             if group[0] not in starved:
                 H = sums.finish_("+".join(names))
-                yield InputStatistics(names, H, sums.num_tokens, sums.num_tokens, self._weights.kind_of(group[0]))
+                kind_here = self._weights.kind_of(group[0])
+                effective = sums.effective_tokens()
+                yield InputStatistics(names, H, sums.num_tokens, sums.num_tokens, kind_here, effective)
             else:
                 instead = again.sums(group[0], self._device) if again else shared.get(group[0].parameter)
                 yield starved_statistics(group[0], sums.num_tokens, experts, instead, self._device, kind)

@@ -4,6 +4,8 @@ For Y = X Wᵀ the layer error of a perturbed weight is tr(ΔW H ΔWᵀ) with H 
 H = Σ_t w_t x_t x_tᵀ; see `token_weights`. Shapes: T tokens, C columns (inputs of the layer).
 """
 
+from collections.abc import Sequence
+
 import torch
 
 from astro.errors import NumericalError
@@ -20,7 +22,8 @@ class HessianAccumulator:
 
     Attributes:
         num_tokens: Number of tokens that were added.
-        total_weight: Sum of their weights, float64 [] on the device.
+        totals: Sums over these tokens of the weight w, of the energy w ‖x‖², and of its square, float64 [3] on the
+            device.
     """
 
     def __init__(self, num_columns: int, device: torch.device, keep_inputs: bool = False) -> None:
@@ -37,7 +40,7 @@ class HessianAccumulator:
         self._kept: list[torch.Tensor] = []
         self._room = 4 * num_columns**2 if keep_inputs else 0
         self.num_tokens = 0
-        self.total_weight = torch.zeros((), dtype=torch.float64, device=device)
+        self.totals = torch.zeros(3, dtype=torch.float64, device=device)
 
     def add_(self, X: torch.Tensor, weights: torch.Tensor | None = None) -> None:
         """Add the inputs of one chunk.
@@ -49,12 +52,23 @@ class HessianAccumulator:
         """
         X = X.reshape(-1, X.shape[-1])
         self.num_tokens += len(X)
+        energies = torch.linalg.vector_norm(X, dim=-1, dtype=torch.float32).double().square_()
         if weights is None:
-            self.total_weight += len(X)
+            weights = torch.ones_like(energies)
         else:
-            self.total_weight += weights.sum(dtype=torch.float64)
+            energies *= weights
             X = _scaled(X, weights.sqrt())
+        self.totals += torch.stack([weights.sum(dtype=torch.float64), energies.sum(), energies.square().sum()])
         self._keep(X)
+
+    def effective_tokens(self) -> float:
+        """Return how many tokens of equal energy would say as much as those that were added.
+
+        With e_t = w_t ‖x_t‖² it is (Σ e)² / Σ e²: the number of tokens where their energies are equal, and less where
+        a few of them make up most of the sum. It is 0 where all inputs are 0.
+        """
+        _, energy, square = self.totals.tolist()
+        return energy * energy / square if square > 0 else 0.0
 
     def _keep(self, X: torch.Tensor) -> None:
         self._kept.append(X)
@@ -69,17 +83,17 @@ class HessianAccumulator:
             self._sum = torch.zeros(self._shape, dtype=torch.float32, device=self._device)
         return self._sum
 
-    def merge_(self, partial: torch.Tensor, num_tokens: int, total_weight: float) -> None:
+    def merge_(self, partial: torch.Tensor, num_tokens: int, totals: Sequence[float]) -> None:
         """Add a sum that was computed elsewhere.
 
         Args:
             partial: The `partial` of another accumulator, on the device of this one.
             num_tokens: Number of tokens in that sum.
-            total_weight: Sum of their weights.
+            totals: The `totals` of that accumulator.
         """
         self.partial.add_(partial)
         self.num_tokens += num_tokens
-        self.total_weight += total_weight
+        self.totals += torch.tensor(totals, dtype=torch.float64, device=self._device)
 
     def absorb_(self, other: "HessianAccumulator") -> None:
         """Add all that another accumulator has seen, which stays as it is.
@@ -90,7 +104,7 @@ class HessianAccumulator:
         if other._sum is not None:
             self.partial.add_(other._sum)
         self.num_tokens += other.num_tokens
-        self.total_weight += other.total_weight
+        self.totals += other.totals
         for X in other._kept:
             self._keep(X)
 
@@ -113,7 +127,7 @@ class HessianAccumulator:
             )
         mirror_(H)
         # Where all inputs are 0 their weights may be 0 too, and so is the sum.
-        return H.div_(torch.where(self.total_weight > 0, self.total_weight, 1.0))
+        return H.div_(torch.where(self.totals[0] > 0, self.totals[0], 1.0))
 
     def _fold(self) -> None:
         kept, self._kept = self._kept, []

@@ -12,7 +12,7 @@ from astro.linalg.batching import batches, stacked
 from astro.quantization.grid import QuantizedLinear
 from astro.quantization.input_group import quantize_input_groups
 from astro.quantization.layer_record import LayerRecord
-from astro.quantization.row_solver import Recipe
+from astro.quantization.row_solver import InputMoments, Recipe
 
 __all__ = ["apart", "quantize_block", "side_by_side"]
 
@@ -46,16 +46,17 @@ def quantize_block(
     for batch in side_by_side(input_groups, shapes, schemes, device_type):
         of_batch = list(itertools.islice(remaining, len(batch)))
         H, tokens = stacked([inputs.H for inputs in of_batch]), [inputs.num_tokens for inputs in of_batch]
-        lacking = [inputs.fallback == "rtn" for inputs in of_batch]
+        effective = [inputs.effective_tokens for inputs in of_batch]
+        moments = InputMoments(H, effective, lacks_statistics=[inputs.fallback == "rtn" for inputs in of_batch])
         counted = [(inputs.routed_tokens, inputs.token_weights, inputs.fallback) for inputs in of_batch]
         del of_batch  # a wide layer's matrices are gigabytes
         for scheme, stacks in apart([input_groups[i] for i in batch], schemes):
             layers = [{name: weights[name] for name in members} for members in stacks]
-            solved, solved_records = quantize_input_groups(layers, H, tokens, scheme, recipe, widths, lacking)
+            solved, solved_records = quantize_input_groups(layers, moments, tokens, scheme, recipe, widths)
             quantized |= solved
             for record, (routed, kind, fallback) in zip(solved_records, counted, strict=True):
                 records.append(dataclasses.replace(record, routed_tokens=routed, token_weights=kind, fallback=fallback))
-        del H
+        del H, moments
     exhaust(remaining)
     return quantized, records
 

@@ -19,6 +19,7 @@ from astro.quantization.grid import Grid, QuantizedLinear
 from astro.quantization.layer_record import LayerRecord
 from astro.quantization.row_solver import (
     InputGroupOutcome,
+    InputMoments,
     Recipe,
     SolvedRows,
     measure_width,
@@ -45,24 +46,21 @@ def stack(input_groups: Sequence[Sequence[torch.Tensor]]) -> torch.Tensor:
 
 def quantize_input_groups(
     input_groups: Sequence[Mapping[str, torch.Tensor]],
-    H: torch.Tensor,
+    inputs: InputMoments,
     num_tokens: Sequence[int],
     scheme: LayerScheme,
     recipe: Recipe,
     widths: Sequence[int] = (),
-    lacks_statistics: Sequence[bool] = (),
 ) -> tuple[dict[str, QuantizedLinear], list[LayerRecord]]:
     """Quantize input groups of one shape.
 
     Args:
         input_groups: Weight [R_m, C] of each member of each by name, any float dtype, on the device of H.
-        H: Mean of xxᵀ over the calibration tokens of each, float32 [B, C, C].
+        inputs: What calibration learned of their inputs. Nothing is regularized where statistics are lacking.
         num_tokens: Number of tokens in each H.
         scheme: The grid of all members.
         recipe: How they are quantized.
         widths: Widths that are measured besides, on sampled rows.
-        lacks_statistics: Which input groups have no statistics, their H being the identity: nothing is regularized. If
-            empty, none.
 
     Returns:
         Each member on its grid by name, and the record of each input group.
@@ -72,7 +70,7 @@ def quantize_input_groups(
     """
     W = stack([list(members.values()) for members in input_groups])
     names = ["+".join(members) for members in input_groups]
-    prepared = prepare_input_groups(names, W, H, scheme, recipe, lacks_statistics=lacks_statistics)
+    prepared = prepare_input_groups(names, W, inputs, scheme, recipe)
     if prepared.beta is None:
         prepared = beta_search.search(prepared, W)
     tiles = row_tiles(W.shape[1], W.shape[2], W.device.type, copies=len(W))

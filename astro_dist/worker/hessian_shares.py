@@ -44,12 +44,14 @@ class BatchStatistics:
             compensated.
         spread: Half of the difference between the drifts of the even and the odd shares, float32 [B, C, C]; None where
             it was not just measured.
+        effective_tokens: Number of tokens of equal energy that would say as much, of each input group.
         fallbacks: Policy that was used for each input group because too few tokens reached it; empty elsewhere.
     """
 
     H: torch.Tensor
     drift: torch.Tensor | None
     spread: torch.Tensor | None
+    effective_tokens: tuple[float, ...]
     fallbacks: tuple[str, ...]
 
 
@@ -157,7 +159,7 @@ class HessianShares:
         """
         tensors, note = block.load(batch, SUM)
         H = unpacked(tensors["hessian"].to(self._runner.device), block.columns(batch))
-        return BatchStatistics(H, tensors.get("drift"), None, tuple(note["fallback"]))
+        return BatchStatistics(H, tensors.get("drift"), None, tuple(note["effective_tokens"]), tuple(note["fallback"]))
 
     def _token_weights(self, block: BlockInParts) -> TokenWeights:
         """The weights of the calibration tokens at a block's layers, read once."""
@@ -224,7 +226,7 @@ class HessianShares:
         tensors |= {"drift": stacked(drifts)} if drifts else {}
         note = {
             "num_tokens": [H.num_tokens for H, _ in sums],
-            "total_weight": [float(H.total_weight) for H, _ in sums],
+            "totals": [H.totals.tolist() for H, _ in sums],
             "seconds": seconds,
         }
         block.save(batch, share_part(share), tensors, note)
@@ -248,14 +250,14 @@ class HessianShares:
             tensors, note = block.load(batch, share_part(share))
             add_seconds(seconds, note["seconds"])
             for i, (H, drift, even) in enumerate(merged):
-                weight = note["total_weight"][i]
+                totals = note["totals"][i]
                 partial = unpacked(tensors["hessian"][i].to(runner.device), block.columns(batch))
-                H.merge_(partial, note["num_tokens"][i], weight)
+                H.merge_(partial, note["num_tokens"][i], totals)
                 if drift is not None:
                     of_share = tensors["drift"][i].to(runner.device)
-                    drift.merge_(of_share, weight)
+                    drift.merge_(of_share, totals[0])
                     if even is not None and share % 2 == 0:
-                        even.merge_(of_share, weight)
+                        even.merge_(of_share, totals[0])
         return merged
 
     def _statistics(
@@ -265,7 +267,8 @@ class HessianShares:
         runner, experts, kind = self._runner, self._runner.spec.experts, self._runner.spec.token_weights
         if not is_starved(operand, H.num_tokens, experts):
             weighted_by = self._token_weights(block).kind_of(operand)
-            return InputStatistics(tuple(names), H.finish_("+".join(names)), H.num_tokens, H.num_tokens, weighted_by)
+            mean = H.finish_("+".join(names))
+            return InputStatistics(tuple(names), mean, H.num_tokens, H.num_tokens, weighted_by, H.effective_tokens())
         stage = next(i for i, batches in enumerate(block.stages) if batch in batches)
         if experts.policy == "all-tokens":
             layers = runner.layers(runner.load(ORIGINAL, block.unit.index))
@@ -317,8 +320,9 @@ def _save_sum(
         "num_tokens": [inputs.num_tokens for inputs in statistics],
         "routed_tokens": [inputs.routed_tokens for inputs in statistics],
         "token_weights": [inputs.token_weights for inputs in statistics],
+        "effective_tokens": [inputs.effective_tokens for inputs in statistics],
         "fallback": [inputs.fallback for inputs in statistics],
         "seconds": seconds,
     }
     block.save(batch, SUM, tensors, note)
-    return BatchStatistics(H, drift, None, tuple(note["fallback"]))
+    return BatchStatistics(H, drift, None, tuple(note["effective_tokens"]), tuple(note["fallback"]))

@@ -22,6 +22,7 @@ from astro.quantization.layer_record import LayerRecord
 from astro.quantization.row_solver import (
     Figures,
     InputGroups,
+    InputMoments,
     measure_width,
     prepare_input_groups,
     reproducible_share,
@@ -240,10 +241,13 @@ class SplitSolver:
         self._prepared = self._with_betas = None  # makes room
         weights = runner.weights(block.unit, [name for names in tile.members for name in names])
         W = stack([[weights[name] for name in names] for names in tile.members])
-        H = statistics.H.to(runner.device)
-        drift = statistics.drift.to(runner.device) if statistics.drift is not None else None
-        recipe, lacking = runner.recipe(block.unit), [fallback == "rtn" for fallback in statistics.fallbacks]
-        input_groups = prepare_input_groups(tile.names, W, H, tile.scheme, recipe, drift, lacking)
+        inputs = InputMoments(
+            H=statistics.H.to(runner.device),
+            effective_tokens=statistics.effective_tokens,
+            drift=statistics.drift.to(runner.device) if statistics.drift is not None else None,
+            lacks_statistics=[fallback == "rtn" for fallback in statistics.fallbacks],
+        )
+        input_groups = prepare_input_groups(tile.names, W, inputs, tile.scheme, runner.recipe(block.unit))
         self._prepared = _PreparedGroups(tile.names, input_groups, W)
         return self._prepared
 

@@ -188,7 +188,8 @@ def run_group(columns: int, settings: Quantization, plain: bool) -> Launches:
         kernels = nullcontext() if plain else counted_kernels(counter)
         with torch.no_grad(), counter, HostCopies(counter), as_on_a_gpu(counter), kernels:
             sums.add_(X.bfloat16())
-            known = InputStatistics(("layer",), sums.finish_("layer"), len(X), len(X), "none")
+            H = sums.finish_("layer")
+            known = InputStatistics(("layer",), H, len(X), len(X), "none", sums.effective_tokens())
             schemes = {"layer": settings.scheme("layer", columns)}
             recipe = Recipe(settings, settings_of_beta, torch.bfloat16)
             layers, _ = quantize_block({"layer": W}, [["layer"]], [known], schemes, recipe)

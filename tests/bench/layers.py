@@ -23,7 +23,7 @@ from astro.calibration.hessian import HessianAccumulator
 from astro.config import Quantization, Regularizer
 from astro.linalg.symmetric import layer_error
 from astro.quantization.input_group import quantize_input_groups
-from astro.quantization.row_solver import Recipe
+from astro.quantization.row_solver import InputMoments, Recipe
 
 NONE, AUTO = Regularizer(name="none"), Regularizer()
 PLAIN = {"scale_search": "mse", "signed_scales": False, "refine_passes": 0}
@@ -56,7 +56,7 @@ def hessians(model: torch.nn.Module, tokens: dict, firsts: list[str], kind: str)
             model.base_model(tokens[name])
     for handle in handles:
         handle.remove()
-    return {name: total.finish_(name) for name, total in sums.items()}
+    return {name: InputMoments(total.finish_(name)[None], [total.effective_tokens()]) for name, total in sums.items()}
 
 
 def held_out_error(members: dict, weights: dict, H: torch.Tensor) -> float:
@@ -88,11 +88,12 @@ def main() -> None:
         settings = Quantization(**{"bits": options.bits, "group_size": options.group_size, **changes})
         for group in groups:
             weights = {name: model.get_submodule(name).weight.detach() for name in group}
-            H = calibration[group[0]][None]
-            recipe, scheme = Recipe(settings, regularizer, torch.float16), settings.scheme(group[0], H.shape[-1])
-            members, (record,) = quantize_input_groups([weights], H, [1], scheme, recipe)
+            inputs = calibration[group[0]]
+            scheme = settings.scheme(group[0], inputs.H.shape[-1])
+            recipe = Recipe(settings, regularizer, torch.float16)
+            members, (record,) = quantize_input_groups([weights], inputs, [1], scheme, recipe)
             records.setdefault(method, []).append(record)
-            logs.setdefault(method, []).append(math.log(held_out_error(members, weights, judge[group[0]])))
+            logs.setdefault(method, []).append(math.log(held_out_error(members, weights, judge[group[0]].H[0])))
             seconds[method] = seconds.get(method, 0.0) + sum(record.seconds.values())
     print(f"| {options.bits} bits, group {options.group_size} | held-out layer error | seconds |\n|---|---|---|")
     for method, values in logs.items():

@@ -149,7 +149,7 @@ def test_shares_of_one_chunk_merged_in_order_give_the_sum_over_all():
         parts[-1].add_(rows)
     whole, merged = (HessianAccumulator(24, torch.device("cpu")) for _ in range(2))
     for part, rows in zip(parts, (X[:8], X[8:24], X[24:]), strict=True):
-        merged.merge_(part.partial, part.num_tokens, float(part.total_weight))
+        merged.merge_(part.partial, part.num_tokens, part.totals.tolist())
         whole.add_(rows)
     assert torch.equal(merged.finish_("x"), whole.finish_("x"))
 

@@ -43,8 +43,23 @@ def test_weighted_shares_merge_to_the_same_bits():
     merged = HessianAccumulator(16, CPU)
     for part, w in zip(X.chunk(3), weights.chunk(3), strict=True):
         share = weighed(part, w, 1)
-        merged.merge_(share.partial, share.num_tokens, float(share.total_weight))
-    assert torch.equal(merged.finish_("x"), weighed(X, weights, 3).finish_("x"))
+        merged.merge_(share.partial, share.num_tokens, share.totals.tolist())
+    whole = weighed(X, weights, 3)
+    assert merged.effective_tokens() == whole.effective_tokens()
+    assert torch.equal(merged.finish_("x"), whole.finish_("x"))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_effective_tokens_against_naive_float64(dtype):
+    X, weights = correlated_inputs(70, 48).to(dtype), torch.rand(70) ** 3
+    energies = weights.double() * X.double().square().sum(-1)
+    expected = float(energies.sum() ** 2 / energies.square().sum())
+    assert weighed(X, weights, 3).effective_tokens() == pytest.approx(expected, rel=1e-5)
+    alike = weighed(X, norm_weights(X), 1).effective_tokens()
+    assert alike == pytest.approx(70, rel=1e-5), "tokens of equal energy all count"
+    silent = HessianAccumulator(48, CPU)
+    silent.add_(torch.zeros(5, 48))
+    assert silent.effective_tokens() == 0
 
 
 def test_weighted_drift_against_naive_float64():

@@ -12,7 +12,7 @@ from astro.errors import NumericalError
 from astro.linalg.batching import batches, first_of
 from astro.quantization.block import apart, quantize_block, side_by_side
 from astro.quantization.input_group import quantize_input_groups
-from astro.quantization.row_solver import Recipe
+from astro.quantization.row_solver import InputMoments, Recipe
 from tests.support.models import correlated_inputs, random_weights
 
 SCHEME, AUTO = LayerScheme(group_size=16, bits=3), Regularizer()
@@ -32,7 +32,7 @@ def problems(count=4, rows=24, columns=64):
 
 def solve(groups, H, regularizer=AUTO, scheme=SCHEME, solver=RECIPE.solver):
     recipe = Recipe(solver, regularizer, torch.float16)
-    return quantize_input_groups(groups, H, [100] * len(groups), scheme, recipe, widths=(2, 8))
+    return quantize_input_groups(groups, InputMoments(H), [100] * len(groups), scheme, recipe, widths=(2, 8))
 
 
 @pytest.mark.parametrize(
@@ -74,9 +74,8 @@ def test_group_without_statistics_is_rounded_to_nearest_among_others():
     H[1] = torch.eye(64)
     for regularizer in (AUTO, Regularizer(beta=1e-2)):
         recipe = Recipe(PLAIN, regularizer, torch.float16)
-        layers, records = quantize_input_groups(
-            groups, H, [100, 0, 100], SCHEME, recipe, lacks_statistics=[False, True, False]
-        )
+        inputs = InputMoments(H, lacks_statistics=[False, True, False])
+        layers, records = quantize_input_groups(groups, inputs, [100, 0, 100], SCHEME, recipe)
         for name, W in groups[1].items():
             assert torch.equal(layers[name].Q, layers[name].grid.quantize(W))
         assert [record.beta > 0 for record in records] == [True, False, True]
@@ -88,7 +87,7 @@ def test_statistics_come_to_their_end_and_are_let_go():
     def statistics():
         H = torch.eye(64)
         last.append(weakref.ref(H))
-        yield InputStatistics(("a",), H, 1, 1, "none")
+        yield InputStatistics(("a",), H, 1, 1, "none", 1)
 
     known = statistics()
     quantize_block({"a": random_weights(8, 64)}, [["a"]], known, {"a": SCHEME}, RECIPE)
@@ -103,7 +102,7 @@ def test_statistics_that_fail_do_so_without_any_group():
     with pytest.raises(NumericalError, match="no token reached a"):
         quantize_block({}, [], unreached(), {}, RECIPE)
     with pytest.raises(AssertionError, match="belong to no group"):
-        quantize_block({}, [], iter([InputStatistics(("a",), torch.eye(2), 1, 1, "none")]), {}, RECIPE)
+        quantize_block({}, [], iter([InputStatistics(("a",), torch.eye(2), 1, 1, "none", 1)]), {}, RECIPE)
 
 
 def test_group_that_cannot_be_solved_is_named():

@@ -8,7 +8,7 @@ from astro.errors import NumericalError
 from astro.linalg import tiling
 from astro.linalg.symmetric import layer_error
 from astro.quantization.input_group import quantize_input_groups
-from astro.quantization.row_solver import Recipe
+from astro.quantization.row_solver import InputMoments, Recipe
 from tests.support.models import correlated_inputs, random_weights
 
 NONE, ASTRO = Regularizer(name="none"), Regularizer(beta=1e-3)
@@ -18,7 +18,7 @@ def run(weights, H, regularization=ASTRO, **changes):
     settings = Quantization(**{"group_size": 16, "bits": 3, **changes})
     recipe = Recipe(settings, regularization, torch.float16)
     quantized, (record,) = quantize_input_groups(
-        [dict(weights)], H[None], [100], settings.scheme("a", H.shape[-1]), recipe
+        [dict(weights)], InputMoments(H[None]), [100], settings.scheme("a", H.shape[-1]), recipe
     )
     return quantized, record
 

@@ -11,6 +11,7 @@ from astro.linalg.symmetric import layer_error
 from astro.quantization import beta_search
 from astro.quantization.regularizer import regularize
 from astro.quantization.row_solver import (
+    InputMoments,
     Recipe,
     compensate,
     measure_width,
@@ -27,9 +28,9 @@ NONE = Regularizer(name="none")
 
 def prepared(W, H, regularization=NONE, drift=None, **changes):
     settings = Quantization(**{"group_size": 16, "bits": 3, **changes})
-    drift = drift[None] if drift is not None else None
+    inputs = InputMoments(H[None], drift=drift[None] if drift is not None else None)
     recipe = Recipe(settings, regularization, torch.float16)
-    group = prepare_input_groups(["a"], W[None], H[None], settings.scheme("a", W.shape[-1]), recipe, drift)
+    group = prepare_input_groups(["a"], W[None], inputs, settings.scheme("a", W.shape[-1]), recipe)
     return beta_search.search(group, W[None]) if regularization.is_searched else group
 
 
@@ -161,12 +162,12 @@ def test_candidates_tried_together_are_those_tried_alone(solver):
     H = torch.stack([(X.T @ X / len(X)).float() for _, X, _ in seen])
     drift = torch.stack([drift for _, _, drift in seen])
     names = ["a", "b", "c"]
-    together = prepare_input_groups(names, W, H, scheme, recipe, drift)
+    together = prepare_input_groups(names, W, InputMoments(H, drift=drift), scheme, recipe)
     errors = beta_search.try_betas(together, W, slice(3, 9))
     assert errors.shape == (3, 5, 6)
     for k_group, name in enumerate(names):
         i = slice(k_group, k_group + 1)
-        alone = prepare_input_groups([name], W[i], H[i], scheme, recipe, drift[i])
+        alone = prepare_input_groups([name], W[i], InputMoments(H[i], drift=drift[i]), scheme, recipe)
         rows = compensate(alone, sample_rows(W[i])[:, 3:9])
         for k, strength in enumerate((0.0, 3e-5, 1e-4, 3e-4, 1e-3)):
             Q, grid = quantize_rows(alone, regularize(rows, alone.problem, strength))
@@ -192,7 +193,8 @@ def test_share_to_make_up_for_against_naive_float64(noise, low, high):
     halves = [H @ common.T + noise * 0.01 * torch.randn(C, C, generator=generator) for _ in range(2)]
     drift, spread = (halves[0] + halves[1]) / 2, (halves[0] - halves[1]) / 2
     recipe = Recipe(SolverSettings(compensation="auto"), Regularizer(name="none"), torch.float32)
-    groups = prepare_input_groups(["a"], W[None], H[None], LayerScheme(group_size=16), recipe, drift[None])
+    inputs = InputMoments(H[None], drift=drift[None])
+    groups = prepare_input_groups(["a"], W[None], inputs, LayerScheme(group_size=16), recipe)
     (share,) = reproducible_share(groups, W[None], spread[None]).tolist()
     damped = H.double() + float(groups.factor.damping) * H.double().diagonal().mean() * torch.eye(
         C, dtype=torch.float64
@@ -203,3 +205,31 @@ def test_share_to_make_up_for_against_naive_float64(noise, low, high):
     expected = inner(first, second) / (inner(first, first) + inner(second, second)) * 2
     assert share == pytest.approx(max(expected, 0.0), abs=2e-3)
     assert low <= share <= high
+
+
+@pytest.mark.parametrize(
+    ("damping", "tokens", "expected"),
+    [("auto", [640.0, 64.0, 3.0, 1e9], [0.1, 1.0, 1.0, 0.01]), ("auto", [], [0.01]), (0.2, [3.0], [0.2])],
+)
+def test_damping_is_the_columns_by_the_tokens_within_its_limits(damping, tokens, expected):
+    inputs = InputMoments(torch.eye(64).expand(max(len(tokens), 1), 64, 64), tokens)
+    assert inputs.damping(SolverSettings(damping=damping)).tolist() == expected
+
+
+@pytest.mark.parametrize("bits", [2, 4])
+def test_little_text_is_believed_less_and_the_error_on_other_text_falls(bits):
+    """What `damping: auto` is for, on inputs whose energy falls off like that of activations: three tokens a column."""
+    generator = torch.Generator().manual_seed(3)
+    mix = torch.linalg.qr(torch.randn(64, 64, generator=generator, dtype=torch.float64)).Q
+    spread = torch.arange(1, 65, dtype=torch.float64) ** -0.5
+    X, other = (torch.randn(4192, 64, generator=generator, dtype=torch.float64) * spread @ mix).split([192, 4000])
+    W, settings = random_weights(200, 64, 1), {"group_size": 16, "bits": bits}
+    errors = {}
+    for damping in ("auto", 0.01):
+        solver = Quantization(damping=damping, **settings)
+        inputs = InputMoments((X.T @ X / len(X)).float()[None], [192.0])
+        recipe = Recipe(solver, NONE, torch.float32)
+        group = prepare_input_groups(["a"], W[None], inputs, solver.scheme("a", 64), recipe)
+        rows = solve_rows(group, W[None])
+        errors[damping] = float(((W - rows.grid.dequantize(rows.Q)[0]).double() @ other.T).square().sum())
+    assert errors["auto"] < 0.95 * errors[0.01]
