@@ -268,8 +268,18 @@ class BlockRunner:
         """
         hidden = self._prefetch.take(self.spec.run.hidden(stream, index, chunk))["hidden"]
         if then is not None:
-            self._prefetch.expect(self.spec.run.hidden(then[0], index, then[1]))
+            self.expect_hidden(then[0], index, then[1])
         return hidden.to(self.device)
+
+    def expect_hidden(self, stream: str, index: int, chunk: str) -> None:
+        """Begin to read the hidden states that will be wanted next; `hidden` returns them.
+
+        Args:
+            stream: Stream in which the chunk travels.
+            index: Index of the block.
+            chunk: Name of the chunk.
+        """
+        self._prefetch.expect(self.spec.run.hidden(stream, index, chunk))
 
     def save_hidden(self, stream: str, index: int, chunk: str, hidden: torch.Tensor) -> None:
         """Write the hidden states of a chunk before a block, unless they are there: other hardware may round otherwise.

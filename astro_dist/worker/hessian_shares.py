@@ -42,8 +42,8 @@ class BatchStatistics:
         H: Weighted mean of xxᵀ of each input group, float32 [B, C, C].
         drift: Weighted mean of (x_s − x)xᵀ of each input group, float32 [B, C, C]; None where errors are not
             compensated.
-        spread: Half of the difference between the drifts of the even and the odd shares, float32 [B, C, C]; None where
-            it was not just measured.
+        spread: How far the drifts of the even and the odd shares lie apart, float32 [B, C, C], see
+            `DriftAccumulator.spread_`; None where it was not just measured.
         fallbacks: Policy that was used for each input group because too few tokens reached it; empty elsewhere.
     """
 

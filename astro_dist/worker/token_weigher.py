@@ -6,6 +6,7 @@ every input group, chunk by chunk; once all chunks have passed, these become wei
 
 import json
 import time
+from itertools import pairwise
 
 import torch
 
@@ -49,12 +50,15 @@ class TokenWeigher:
         Where no gradient passes through a block, an empty one is handed on; the blocks before it measure nothing.
         """
         runner, block, chunk, start = self._runner, call.block, call.chunk, time.perf_counter()
+        hidden = runner.hidden(ORIGINAL, block, chunk)  # the one that was expected, so it comes first
         gradient = runner.hidden(GRADIENT, block + 1, chunk)
         energies: dict[str, torch.Tensor] = {}
         reason = "no gradient passes through a block behind it"
         if gradient.numel():
-            unit, hidden = runner.load(ORIGINAL, block), runner.hidden(ORIGINAL, block, chunk)
-            reason = ""
+            unit, reason = runner.load(ORIGINAL, block), ""
+            following = dict(pairwise(runner.spec.chunks)).get(chunk)
+            if following is not None and not is_held_out(following):
+                runner.expect_hidden(ORIGINAL, block, following)
             try:
                 gradient, energies = pass_back(
                     runner.layers(unit), lambda X: runner.forward(block, X), hidden, gradient
