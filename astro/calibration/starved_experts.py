@@ -31,6 +31,8 @@ class InputStatistics:
         num_tokens: Number of tokens that H was made from.
         routed_tokens: Number of calibration tokens that the model itself sends through these layers.
         token_weights: What the tokens are weighted by.
+        gradient_energy: Mean of (∂ℓ/∂z)² over all calibration tokens and the layers' outputs z; None where it was not
+            measured.
         fallback: The experts' policy, where too few tokens made it necessary; empty elsewhere.
     """
 
@@ -39,6 +41,7 @@ class InputStatistics:
     num_tokens: int
     routed_tokens: int
     token_weights: Kind
+    gradient_energy: float | None = None
     fallback: str = ""
 
 
@@ -168,11 +171,12 @@ def starved_statistics(
         )
     if experts.policy == "rtn":
         H = torch.eye(operand.columns, dtype=torch.float32, device=device)
-        return InputStatistics(operand.names, H, 0, routed_tokens, "none", experts.policy)
+        return InputStatistics(operand.names, H, 0, routed_tokens, "none", fallback=experts.policy)
     assert sums is not None
     # A copy is finished, since several experts may share these sums.
     copy = HessianAccumulator(operand.columns, device)
     copy.absorb_(sums)
     # All tokens are weighted by their norm; what all experts share is weighted as each of them is.
     kind: Kind = "norm" if token_weights == "loss" and experts.policy == "all-tokens" else token_weights
-    return InputStatistics(operand.names, copy.finish_(name), copy.num_tokens, routed_tokens, kind, experts.policy)
+    H = copy.finish_(name)
+    return InputStatistics(operand.names, H, copy.num_tokens, routed_tokens, kind, fallback=experts.policy)

@@ -26,7 +26,9 @@ from torch.utils.hooks import RemovableHandle
 from astro.errors import UnsupportedError
 from astro.model.activations import BlockLayers, Inputs, Operand, is_same_input
 
-__all__ = ["Kind", "TokenWeights", "effective_tokens", "group_key", "loss_weights", "norm_weights", "pass_back"]
+__all__ = [
+    "Kind", "PassedBack", "TokenWeights", "effective_tokens", "group_key", "loss_weights", "norm_weights", "pass_back",
+]  # fmt: skip
 
 Kind = Literal["loss", "norm", "none"]
 """What tokens are weighted by; `none` lets all count alike."""
@@ -47,10 +49,13 @@ class TokenWeights:
         kind: What tokens are weighted by.
         measured: Weights by the loss, float32 [T], by chunk and `group_key` of an input group, on the device of the
             inputs. Where an input group has none its tokens are weighted by their norm.
+        energies: Mean over all calibration tokens of the energy that weights by the loss were made from, by the first
+            layer of an input group or of an expert.
     """
 
     kind: Kind
     measured: Mapping[tuple[str, str], torch.Tensor] = dataclasses.field(default_factory=dict)
+    energies: Mapping[str, float] = dataclasses.field(default_factory=dict)
 
     def kind_of(self, operand: Operand) -> Kind:
         """Return what the tokens of an input group are weighted by.
@@ -59,6 +64,16 @@ class TokenWeights:
             operand: First operand of the input group.
         """
         return "norm" if self.kind == "loss" and group_key(operand) not in self._keys else self.kind
+
+    def energy_of(self, operand: Operand) -> float | None:
+        """Return the mean over all tokens of (∂ℓ/∂z_t)² at an input group; None where the loss was not measured there.
+
+        A token that does not go to an expert counts there with 0.
+
+        Args:
+            operand: First operand of the input group.
+        """
+        return self.energies.get(operand.names[0], 0.0) if self.kind_of(operand) == "loss" else None
 
     @functools.cached_property
     def _keys(self) -> set[str]:
@@ -131,9 +146,25 @@ def effective_tokens(weights: torch.Tensor) -> float:
     return float(exact.sum().square() / exact.square().sum())
 
 
+@dataclasses.dataclass(frozen=True)
+class PassedBack:
+    """The loss's gradient at the input of a block, and what it was on the way there.
+
+    Attributes:
+        gradient: Gradient at the block's input, [B, T, H].
+        energies: Mean of the squared gradient over the outputs of every input group, float32 [B · T], by `group_key`.
+            Of experts it is the sum over those that a token goes to; experts whose tokens cannot be told are left out.
+        of_experts: Sum over tokens of that energy at each expert alone, float32 [], by the expert's first layer.
+    """
+
+    gradient: torch.Tensor
+    energies: Mapping[str, torch.Tensor]
+    of_experts: Mapping[str, torch.Tensor]
+
+
 def pass_back(
     layers: BlockLayers, action: Callable[[torch.Tensor], torch.Tensor], hidden: torch.Tensor, gradient: torch.Tensor
-) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+) -> PassedBack:
     """Take the loss's gradient from the output of a block to its input, and measure it at the layers on the way.
 
     The block is run once more with gradients to its input alone; no weight gets one.
@@ -143,11 +174,6 @@ def pass_back(
         action: A forward of the block, from hidden states before it to those behind it.
         hidden: Hidden states before the block, [B, T, H].
         gradient: Gradient of the loss at the block's output, [B, T, H].
-
-    Returns:
-        The gradient at the block's input, [B, T, H], and for every input group, by its `group_key`, the mean of the
-        squared gradient over the group's outputs, float32 [B · T]. Of experts it is the sum over those that a token
-        goes to; experts whose tokens cannot be told are left out.
 
     Raises:
         UnsupportedError: The block holds an operation that has no gradient.
@@ -166,7 +192,7 @@ def pass_back(
         raise UnsupportedError(f"no gradient passes through this block: {str(error).splitlines()[0]:.200}") from error
     finally:
         energies.close()
-    return gradient_before, energies.means()
+    return PassedBack(gradient_before, energies.means(), energies.of_experts())
 
 
 @contextlib.contextmanager
@@ -190,6 +216,7 @@ class _Energies:
     def __init__(self, zeros: torch.Tensor) -> None:
         self._zeros = zeros
         self._sums: dict[str, torch.Tensor] = {}
+        self._of_experts: dict[Operand, torch.Tensor] = {}
         self._num_outputs: dict[str, int] = {}
         self._unknown: set[str] = set()
         self._last: tuple[torch.Tensor, str] | None = None
@@ -223,9 +250,16 @@ class _Energies:
                 self._sums[key] = self._zeros.clone()
             sums = self._sums[key]
             sums.add_(energy) if tokens is None else sums.index_add_(0, tokens, energy)
+            if operand.expert is not None:
+                self._of_experts[operand] = energy.sum() / g.shape[-1]
 
         self._hooks.append(Z.register_hook(add))
 
     def means(self) -> dict[str, torch.Tensor]:
         """Return the mean over outputs of every input group whose tokens are all known."""
         return {key: sums / self._num_outputs[key] for key, sums in self._sums.items() if key not in self._unknown}
+
+    def of_experts(self) -> dict[str, torch.Tensor]:
+        """Return the sum over tokens of the mean over outputs of every expert whose tokens are all known."""
+        known = {operand: sums for operand, sums in self._of_experts.items() if operand.parameter not in self._unknown}
+        return {operand.names[0]: sums for operand, sums in known.items()}

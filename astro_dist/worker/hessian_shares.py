@@ -138,7 +138,9 @@ class HessianShares:
         merged = self._merged(block, batch, seconds)
         for names, operand in zip(block.batches[batch], self._operands(block, batch), strict=True):
             H, drift, even = merged.pop(0)
-            finished.append(self._statistics(block, batch, names, operand, H))
+            statistics = self._statistics(block, batch, names, operand, H)
+            energy = self._token_weights(block).energy_of(operand)
+            finished.append(dataclasses.replace(statistics, gradient_energy=energy))
             if drift is not None and even is not None:
                 spreads.append(drift.spread_(even))
             drifts += [drift.finish_("+".join(names))] if drift is not None else []
@@ -264,8 +266,13 @@ class HessianShares:
         """Finish an input group whose shares are merged, or replace its sums if too few tokens reached an expert."""
         runner, experts, kind = self._runner, self._runner.spec.experts, self._runner.spec.token_weights
         if not is_starved(operand, H.num_tokens, experts):
-            weighted_by = self._token_weights(block).kind_of(operand)
-            return InputStatistics(tuple(names), H.finish_("+".join(names)), H.num_tokens, H.num_tokens, weighted_by)
+            return InputStatistics(
+                names=tuple(names),
+                H=H.finish_("+".join(names)),
+                num_tokens=H.num_tokens,
+                routed_tokens=H.num_tokens,
+                token_weights=self._token_weights(block).kind_of(operand),
+            )
         stage = next(i for i, batches in enumerate(block.stages) if batch in batches)
         if experts.policy == "all-tokens":
             layers = runner.layers(runner.load(ORIGINAL, block.unit.index))
@@ -317,6 +324,7 @@ def _save_sum(
         "num_tokens": [inputs.num_tokens for inputs in statistics],
         "routed_tokens": [inputs.routed_tokens for inputs in statistics],
         "token_weights": [inputs.token_weights for inputs in statistics],
+        "gradient_energy": [inputs.gradient_energy for inputs in statistics],
         "fallback": [inputs.fallback for inputs in statistics],
         "seconds": seconds,
     }

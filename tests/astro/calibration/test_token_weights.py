@@ -149,7 +149,8 @@ def test_gradient_block_by_block_is_that_of_the_whole_model(name, tmp_path):
         for index in reversed(range(len(skeleton.blocks))):
             layers = BlockLayers(skeleton.model, linears[index])
             run = lambda X, index=index: forward(skeleton.blocks[index], X, calls[index])  # noqa: E731
-            gradient, energies = pass_back(layers, run, inputs[index], gradient)
+            passed = pass_back(layers, run, inputs[index], gradient)
+            gradient, energies = passed.gradient, passed.energies
             stages = input_stages(layers, lambda run=run, index=index: run(inputs[index]))
             groups = [names_of(group) for stage in stages for group in stage if group[0].expert is None]
             experts = {operand.parameter for operand in layers.operands if operand.expert is not None}
@@ -211,7 +212,13 @@ def test_energy_at_experts_against_the_gradient_of_their_weights(name, tmp_path)
     skeleton, layers, hidden, run = opened_experts(name, tmp_path / name, IDS[:1, :1])
     expert = next(operand for operand in layers.operands if operand.expert is not None)
     gradient = torch.randn(hidden.shape, generator=torch.Generator().manual_seed(0))
-    _, energies = pass_back(layers, run, hidden, gradient)
+    passed = pass_back(layers, run, hidden, gradient)
+    energies = passed.energies
+    for parameter in {operand.parameter for operand in layers.operands if operand.expert is not None}:
+        alone = [
+            passed.of_experts.get(operand.names[0]) for operand in layers.operands if operand.parameter == parameter
+        ]
+        assert float(sum(filter(None, alone))) == pytest.approx(float(energies[parameter].sum()), rel=1e-5)
     parameter, seen = skeleton.model.get_parameter(expert.parameter), []
     layers.module_of(expert).register_forward_pre_hook(lambda m, args: seen.append(args[0]))
     with torch.enable_grad():
