@@ -31,8 +31,8 @@ class InputStatistics:
         num_tokens: Number of tokens that H was made from.
         routed_tokens: Number of calibration tokens that the model itself sends through these layers.
         token_weights: What the tokens are weighted by.
-        gradient_energy: Mean of (∂ℓ/∂z)² over all calibration tokens and the layers' outputs z; None where it was not
-            measured.
+        gradient_energy: Energy of the loss's gradient at the layers' outputs, see `typical_energy`; None where it was
+            not measured.
         fallback: The experts' policy, where too few tokens made it necessary; empty elsewhere.
     """
 

@@ -16,7 +16,7 @@ Shapes: T tokens, C columns (inputs), R rows (outputs).
 import contextlib
 import dataclasses
 import functools
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Literal
 
 import torch
@@ -28,6 +28,7 @@ from astro.model.activations import BlockLayers, Inputs, Operand, is_same_input
 
 __all__ = [
     "Kind", "PassedBack", "TokenWeights", "effective_tokens", "group_key", "loss_weights", "norm_weights", "pass_back",
+    "typical_energy",
 ]  # fmt: skip
 
 Kind = Literal["loss", "norm", "none"]
@@ -49,8 +50,8 @@ class TokenWeights:
         kind: What tokens are weighted by.
         measured: Weights by the loss, float32 [T], by chunk and `group_key` of an input group, on the device of the
             inputs. Where an input group has none its tokens are weighted by their norm.
-        energies: Mean over all calibration tokens of the energy that weights by the loss were made from, by the first
-            layer of an input group or of an expert.
+        energies: Energy of the loss's gradient at an input group or an expert, by its first layer; of all calibration
+            tokens together, see `typical_energy`.
     """
 
     kind: Kind
@@ -66,9 +67,7 @@ class TokenWeights:
         return "norm" if self.kind == "loss" and group_key(operand) not in self._keys else self.kind
 
     def energy_of(self, operand: Operand) -> float | None:
-        """Return the mean over all tokens of (∂ℓ/∂z_t)² at an input group; None where the loss was not measured there.
-
-        A token that does not go to an expert counts there with 0.
+        """Return the `typical_energy` at an input group; None where the loss was not measured there.
 
         Args:
             operand: First operand of the input group.
@@ -136,6 +135,21 @@ def loss_weights(energy: torch.Tensor) -> torch.Tensor | None:
     return (weights / weights.mean()).float()
 
 
+def typical_energy(energies: Sequence[torch.Tensor], num_tokens: int) -> float:
+    """Return (Σ √e_t)² / (n N): of n tokens that a layer sees out of N.
+
+    It is the squared mean of the weights by the loss before these are brought to the mean 1, times the share of the
+    tokens that the layer sees. A few tokens of very large energy, which own the mean of e_t, do not own it.
+
+    Args:
+        energies: Energies e_t of all tokens that the layer sees, in some pieces.
+        num_tokens: Number N of all tokens.
+    """
+    seen = sum(map(len, energies))
+    roots = sum(float(energy.double().sqrt().sum()) for energy in energies)
+    return roots**2 / (seen * num_tokens) if seen else 0.0
+
+
 def effective_tokens(weights: torch.Tensor) -> float:
     """Return how many tokens of equal weight would say as much: (Σ w)² / Σ w².
 
@@ -154,7 +168,7 @@ class PassedBack:
         gradient: Gradient at the block's input, [B, T, H].
         energies: Mean of the squared gradient over the outputs of every input group, float32 [B · T], by `group_key`.
             Of experts it is the sum over those that a token goes to; experts whose tokens cannot be told are left out.
-        of_experts: Sum over tokens of that energy at each expert alone, float32 [], by the expert's first layer.
+        of_experts: That energy at each expert alone, of the tokens that go to it, float32, by the expert's first layer.
     """
 
     gradient: torch.Tensor
@@ -251,7 +265,7 @@ class _Energies:
             sums = self._sums[key]
             sums.add_(energy) if tokens is None else sums.index_add_(0, tokens, energy)
             if operand.expert is not None:
-                self._of_experts[operand] = energy.sum() / g.shape[-1]
+                self._of_experts[operand] = energy / g.shape[-1]
 
         self._hooks.append(Z.register_hook(add))
 
@@ -260,6 +274,6 @@ class _Energies:
         return {key: sums / self._num_outputs[key] for key, sums in self._sums.items() if key not in self._unknown}
 
     def of_experts(self) -> dict[str, torch.Tensor]:
-        """Return the sum over tokens of the mean over outputs of every expert whose tokens are all known."""
-        known = {operand: sums for operand, sums in self._of_experts.items() if operand.parameter not in self._unknown}
-        return {operand.names[0]: sums for operand, sums in known.items()}
+        """Return the mean over outputs of every expert whose tokens are all known."""
+        known = (operand for operand in self._of_experts if operand.parameter not in self._unknown)
+        return {operand.names[0]: self._of_experts[operand] for operand in known}

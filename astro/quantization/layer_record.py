@@ -33,7 +33,7 @@ class LayerRecord:
     output_energy: float = 0.0
     """‖WX‖², what the error is relative to: a weighted mean over tokens, summed over outputs."""
     gradient_energy: float | None = None
-    """Mean of (∂ℓ/∂z)² over all calibration tokens and the layers' outputs z; None where it was not measured."""
+    """Energy of the loss's gradient at the layers' outputs, see `typical_energy`; None where it was not measured."""
     beta: float
     """Strength of the regularization; 0 where none was done."""
     beta_gain: float

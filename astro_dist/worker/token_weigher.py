@@ -11,7 +11,7 @@ from itertools import pairwise
 
 import torch
 
-from astro.calibration.token_weights import TokenWeights, effective_tokens, loss_weights, pass_back
+from astro.calibration.token_weights import TokenWeights, effective_tokens, loss_weights, pass_back, typical_energy
 from astro.errors import UnsupportedError
 from astro.model.perplexity import gradient_scale, loss_gradient
 from astro.storage.checked_tensors import load_part, save_part
@@ -23,9 +23,9 @@ from astro_dist.worker.block_runner import BlockRunner
 
 __all__ = ["TokenWeigher", "read_token_weights"]
 
-_TOKENS, _EXPERT, _MEAN = "tokens", "expert", "mean"
-"""What the names of tensors begin with: the energy of every token at an input group, its sum over the tokens of an
-expert, and the mean over all tokens of either."""
+_TOKENS, _EXPERT, _TYPICAL = "tokens", "expert", "typical"
+"""What the names of tensors begin with: the energy of every token at an input group, that of the tokens of an expert at
+it alone, and the energy of all tokens together at either."""
 
 
 class TokenWeigher:
@@ -102,7 +102,7 @@ class TokenWeigher:
             effective[name] = effective_tokens(of_tokens)
             pieces = of_tokens.split([len(energy) for energy in energies])
             weights |= {f"{chunk}.{name}": piece for chunk, piece in zip(chunks, pieces, strict=True)}
-        weights |= self._mean_energies([tensors for tensors, _ in parts.values()], chunks)
+        weights |= self._typical_energies([tensors for tensors, _ in parts.values()], chunks)
         path = run.token_weights(call.block)
         save_part(path, weights)
         result = WeightsResult(
@@ -110,18 +110,18 @@ class TokenWeigher:
         )
         return run.finish(call.unit, [path], result)
 
-    def _mean_energies(
+    def _typical_energies(
         self, parts: Iterable[Mapping[str, torch.Tensor]], chunks: Iterable[str]
     ) -> dict[str, torch.Tensor]:
-        """The mean over all tokens of the energy at every input group, and at every expert alone, float64 []."""
-        sums: dict[str, torch.Tensor] = {}
+        """The energy of all tokens together at every input group, and at every expert alone, float64 []."""
+        energies: dict[str, list[torch.Tensor]] = {}
         for tensors in parts:
             for key, energy in tensors.items():
-                name = f"{_MEAN}.{key.partition('.')[2]}"
-                sums[name] = sums.get(name, torch.zeros((), dtype=torch.float64)) + energy.sum(dtype=torch.float64)
+                energies.setdefault(f"{_TYPICAL}.{key.partition('.')[2]}", []).append(energy)
         num_tokens = sum(self._runner.input_ids(chunk).numel() for chunk in chunks)
-        scale = gradient_scale(self._runner.spec.compute_dtype) ** 2 * num_tokens
-        return {name: energy / scale for name, energy in sums.items()}
+        scale = gradient_scale(self._runner.spec.compute_dtype) ** 2
+        typical = {name: typical_energy(pieces, num_tokens) / scale for name, pieces in energies.items()}
+        return {name: torch.tensor(energy, dtype=torch.float64) for name, energy in typical.items()}
 
 
 def _named(kind: str, tensors: Iterable[str]) -> set[str]:
@@ -147,7 +147,7 @@ def read_token_weights(runner: BlockRunner, unit: BlockUnit) -> TokenWeights:
     energies: dict[str, float] = {}
     for name, tensor in tensors.items():
         chunk, _, key = name.partition(".")
-        if chunk == _MEAN:
+        if chunk == _TYPICAL:
             energies[key] = float(tensor)
         else:
             weights[chunk, key] = tensor.to(runner.device)

@@ -248,7 +248,7 @@ def test_budget_is_spent_on_nats_where_the_loss_weighs_the_tokens(run_config, tm
 
 
 def naive_gradient_energies(tmp_path, input_groups):
-    """Mean squared gradients at the outputs of layers, by the whole model's own backward in float64."""
+    """Squared means of the norms of gradients at the outputs of layers, by the whole model's backward in float64."""
     model = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "llama", dtype=torch.float64)
     outputs, tokens = {}, load_file(tmp_path / "run1" / "tokens.safetensors")
     ids = torch.cat([tokens[name] for name in sorted(tokens) if name.startswith("c")])
@@ -259,7 +259,7 @@ def naive_gradient_energies(tmp_path, input_groups):
     logits = model(input_ids=ids, use_cache=False).logits
     torch.nn.functional.cross_entropy(logits[:, :-1].flatten(0, 1), ids[:, 1:].flatten(), reduction="sum").backward()
     stacked = {names[0]: torch.cat([outputs[name].grad for name in names], dim=-1) for names in input_groups}
-    return {name: float(gradient.square().mean()) for name, gradient in stacked.items()}
+    return {name: float(gradient.square().mean(-1).sqrt().mean()) ** 2 for name, gradient in stacked.items()}
 
 
 def test_overrides_of_other_widths_are_written_noted_and_load(run_config):

@@ -8,7 +8,14 @@ import transformers
 
 from astro.calibration.block_statistics import input_stages
 from astro.calibration.hessian import DriftAccumulator, HessianAccumulator
-from astro.calibration.token_weights import TokenWeights, effective_tokens, loss_weights, norm_weights, pass_back
+from astro.calibration.token_weights import (
+    TokenWeights,
+    effective_tokens,
+    loss_weights,
+    norm_weights,
+    pass_back,
+    typical_energy,
+)
 from astro.errors import UnsupportedError
 from astro.model.activations import BlockLayers, Inputs, Operand, names_of
 from astro.model.block_call import forward, record, returns_tuple
@@ -218,7 +225,9 @@ def test_energy_at_experts_against_the_gradient_of_their_weights(name, tmp_path)
         alone = [
             passed.of_experts.get(operand.names[0]) for operand in layers.operands if operand.parameter == parameter
         ]
-        assert float(sum(filter(None, alone))) == pytest.approx(float(energies[parameter].sum()), rel=1e-5)
+        assert sum(float(energy.sum()) for energy in alone if energy is not None) == pytest.approx(
+            float(energies[parameter].sum()), rel=1e-5
+        )
     parameter, seen = skeleton.model.get_parameter(expert.parameter), []
     layers.module_of(expert).register_forward_pre_hook(lambda m, args: seen.append(args[0]))
     with torch.enable_grad():
@@ -255,3 +264,9 @@ def test_it_is_seen_which_tokens_an_expert_is_given(name, tmp_path):
             assert torch.equal(given.tokens, tokens[operand.expert])
             assert len(given.X) == len(given.tokens)
     assert len(inputs) > 2
+
+
+def test_typical_energy_of_the_tokens_that_a_layer_sees():
+    assert typical_energy([torch.tensor([1.0, 9.0]), torch.tensor([4.0])], 3) == pytest.approx(4.0)
+    assert typical_energy([torch.tensor([1.0, 9.0]), torch.tensor([4.0])], 12) == pytest.approx(1.0)
+    assert typical_energy([torch.zeros(0)], 3) == 0.0

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from astro.calibration.hessian import HessianAccumulator
-from astro.calibration.token_weights import loss_weights
+from astro.calibration.token_weights import loss_weights, typical_energy
 from astro.linalg.symmetric import layer_error
 from astro.quantization.predicted_divergence import predicted_divergence
 from tests.support.models import correlated_inputs
@@ -32,4 +32,7 @@ def test_against_the_divergence_of_a_layer_below_a_softmax_in_float64(size):
     sums = HessianAccumulator(32, CPU)
     sums.add_(X.float(), loss_weights(energy.float()))
     error = float(layer_error(W.float(), (W + delta).float(), sums.finish_("layer")).sum())
-    assert predicted_divergence(float(energy.mean()), error) == pytest.approx(divergence, rel=0.15)
+    predicted = predicted_divergence(typical_energy(energy.split(1500), 4000), error)
+    # The root of the energy does not depend on the token's error here, which makes the prediction too low.
+    assert 0.7 < predicted / divergence < 1
+    assert predicted * float(energy.mean() / energy.sqrt().mean() ** 2) == pytest.approx(divergence, rel=0.15)
