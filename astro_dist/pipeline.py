@@ -205,7 +205,7 @@ def _execute(
     device = "cuda" if executor.has_gpus else "cpu"
     dtype = compute_dtype(config, plan, job.prepared.checkpoint, device)
     _refuse_other_arithmetic(run, dtype, device)
-    cost = CostModel(plan, config, {chunk.name: chunk.tokens.size for chunk in job.chunks}, dtype.itemsize, device)
+    cost = CostModel(plan, config, {chunk.name: chunk.tokens.size for chunk in job.chunks}, dtype, device)
     if not schedule.finished:
         require_room(cost.disk_bytes(executor.num_workers), run.root)
     spec = _worker_spec(job, folder, dtype, device, cost.worker_bytes())

@@ -4,6 +4,7 @@ Layers that read the same input are an input group: q, k and v; gate and up. Sha
 """
 
 import contextlib
+import dataclasses
 import time
 from collections.abc import Callable, Collection, Container, Iterable, Iterator, Sequence
 from typing import TypeVar
@@ -85,15 +86,21 @@ class BlockStatistics:
         again = AllTokens(self._layers, starved, repeats, kind) if experts.policy == "all-tokens" else None
         shared = self._shared(accumulators) if starved and experts.policy == "shared-hessian" else {}
         for group, sums in zip(self.input_groups, accumulators, strict=True):
-            names = tuple(names_of(group))
-            if group[0] not in starved:
-                H = sums.finish_("+".join(names))
-                kind_here = self._weights.kind_of(group[0])
-                effective = sums.effective_tokens()
-                yield InputStatistics(names, H, sums.num_tokens, sums.num_tokens, kind_here, effective)
+            names, first = tuple(names_of(group)), group[0]
+            if first not in starved:
+                yield InputStatistics(
+                    names=names,
+                    H=sums.finish_("+".join(names)),
+                    num_tokens=sums.num_tokens,
+                    routed_tokens=sums.num_tokens,
+                    token_weights=self._weights.kind_of(first),
+                    effective_tokens=sums.effective_tokens(),
+                    gradient_energy=self._weights.energy_of(first),
+                )
             else:
-                instead = again.sums(group[0], self._device) if again else shared.get(group[0].parameter)
-                yield starved_statistics(group[0], sums.num_tokens, experts, instead, self._device, kind)
+                instead = again.sums(first, self._device) if again else shared.get(first.parameter)
+                replaced = starved_statistics(first, sums.num_tokens, experts, instead, self._device, kind)
+                yield dataclasses.replace(replaced, gradient_energy=self._weights.energy_of(first))
 
     def _shared(self, accumulators: Sequence[HessianAccumulator]) -> dict[str, HessianAccumulator]:
         """Return the sum over all experts of each parameter, by the parameter's name."""

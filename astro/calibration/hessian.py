@@ -11,7 +11,7 @@ import torch
 from astro.errors import NumericalError
 from astro.linalg.symmetric import mirror_, strips
 
-__all__ = ["DriftAccumulator", "HessianAccumulator"]
+__all__ = ["DriftAccumulator", "HessianAccumulator", "summed_dtype"]
 
 
 class HessianAccumulator:
@@ -143,8 +143,21 @@ def _scaled(X: torch.Tensor, factors: torch.Tensor) -> torch.Tensor:
 
     Rounding x to x + δ makes the sum that of other inputs, which is symmetric and positive all the same.
     """
-    scaled = X.float() * factors.unsqueeze(-1)
-    return scaled.to(X.dtype) if X.dtype == torch.bfloat16 and _is_multiplied_exactly(X) else scaled
+    scaled = X.to(torch.float32, copy=True).mul_(factors.unsqueeze(-1))
+    return scaled.to(summed_dtype(X.dtype, X.device.type, is_weighted=True))
+
+
+def summed_dtype(dtype: torch.dtype, device_type: str, is_weighted: bool) -> torch.dtype:
+    """Return the dtype in which inputs are kept until their products are summed.
+
+    Args:
+        dtype: Dtype of the inputs.
+        device_type: Type of the device, "cpu" or "cuda".
+        is_weighted: Whether tokens have weights. A root of a weight times a float16 number may overflow float16.
+    """
+    if not is_weighted or (device_type == "cuda" and dtype == torch.bfloat16):
+        return dtype
+    return torch.float32
 
 
 def _is_multiplied_exactly(X: torch.Tensor) -> bool:
@@ -212,15 +225,23 @@ class DriftAccumulator:
         self.total_weight += total_weight
 
     def spread_(self, half: "DriftAccumulator") -> torch.Tensor:
-        """Return half of the difference between the means over some tokens and over the others, [C, C] float32.
+        """Return how far the drifts over some tokens and over the others lie apart, Δ, float32 [C, C].
+
+        With D₁ and D₂ the means over tokens whose weights add up to a and b:
+
+            Δ = √(a b) / (a + b) · (D₁ − D₂)
+
+        Where chance makes drifts differ, the mean of ‖Δ‖² is the mean of what chance adds to the ‖D‖² of the whole
+        drift D = (a D₁ + b D₂) / (a + b), however uneven the two parts are. Halves have Δ = (D₁ − D₂) / 2.
 
         Args:
             half: The sum over some of the tokens, whose memory is taken for the result.
         """
-        rest = self.partial - half.partial
-        rest_weight = (self.total_weight - half.total_weight).clamp(min=torch.finfo(torch.float64).tiny)
-        mean = half.partial.div_(half.total_weight.clamp(min=torch.finfo(torch.float64).tiny))
-        return mean.sub_(rest.div_(rest_weight)).mul_(0.5)
+        tiny = torch.finfo(torch.float64).tiny
+        rest, rest_weight = self.partial - half.partial, (self.total_weight - half.total_weight).clamp(min=0)
+        share = (half.total_weight * rest_weight).sqrt() / self.total_weight.clamp(min=tiny)
+        mean = half.partial.div_(half.total_weight.clamp(min=tiny))
+        return mean.sub_(rest.div_(rest_weight.clamp(min=tiny))).mul_(share)
 
     def finish_(self, name: str) -> torch.Tensor:
         """Return the weighted mean over all tokens, [C, C] float32. The accumulator is empty afterwards.

@@ -33,6 +33,8 @@ class InputStatistics:
         routed_tokens: Number of calibration tokens that the model itself sends through these layers.
         token_weights: What the tokens are weighted by.
         effective_tokens: Number of tokens of equal energy that would say as much; infinite where H is the identity.
+        gradient_energy: Energy of the loss's gradient at the layers' outputs, see `typical_energy`; None where it was
+            not measured.
         fallback: The experts' policy, where too few tokens made it necessary; empty elsewhere.
     """
 
@@ -42,6 +44,7 @@ class InputStatistics:
     routed_tokens: int
     token_weights: Kind
     effective_tokens: float
+    gradient_energy: float | None = None
     fallback: str = ""
 
 
@@ -171,7 +174,7 @@ def starved_statistics(
         )
     if experts.policy == "rtn":
         H = torch.eye(operand.columns, dtype=torch.float32, device=device)
-        return InputStatistics(operand.names, H, 0, routed_tokens, "none", math.inf, experts.policy)
+        return InputStatistics(operand.names, H, 0, routed_tokens, "none", math.inf, fallback=experts.policy)
     assert sums is not None
     # A copy is finished, since several experts may share these sums.
     copy = HessianAccumulator(operand.columns, device)
@@ -179,4 +182,4 @@ def starved_statistics(
     # All tokens are weighted by their norm; what all experts share is weighted as each of them is.
     kind: Kind = "norm" if token_weights == "loss" and experts.policy == "all-tokens" else token_weights
     H, effective = copy.finish_(name), copy.effective_tokens()
-    return InputStatistics(operand.names, H, copy.num_tokens, routed_tokens, kind, effective, experts.policy)
+    return InputStatistics(operand.names, H, copy.num_tokens, routed_tokens, kind, effective, fallback=experts.policy)

@@ -16,7 +16,7 @@ Shapes: T tokens, C columns (inputs), R rows (outputs).
 import contextlib
 import dataclasses
 import functools
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Literal
 
 import torch
@@ -27,7 +27,10 @@ from astro.errors import UnsupportedError
 from astro.model.activations import BlockLayers, Inputs, Operand, is_same_input
 from astro.model.block_call import BlockState
 
-__all__ = ["Kind", "TokenWeights", "effective_tokens", "group_key", "loss_weights", "norm_weights", "pass_back"]
+__all__ = [
+    "Kind", "PassedBack", "TokenWeights", "effective_tokens", "group_key", "loss_weights", "norm_weights", "pass_back",
+    "typical_energy",
+]  # fmt: skip
 
 Kind = Literal["loss", "norm", "none"]
 """What tokens are weighted by; `none` lets all count alike."""
@@ -48,10 +51,13 @@ class TokenWeights:
         kind: What tokens are weighted by.
         measured: Weights by the loss, float32 [T], by chunk and `group_key` of an input group, on the device of the
             inputs. Where an input group has none its tokens are weighted by their norm.
+        energies: Energy of the loss's gradient at an input group or an expert, by its first layer; of all calibration
+            tokens together, see `typical_energy`.
     """
 
     kind: Kind
     measured: Mapping[tuple[str, str], torch.Tensor] = dataclasses.field(default_factory=dict)
+    energies: Mapping[str, float] = dataclasses.field(default_factory=dict)
 
     def kind_of(self, operand: Operand) -> Kind:
         """Return what the tokens of an input group are weighted by.
@@ -60,6 +66,14 @@ class TokenWeights:
             operand: First operand of the input group.
         """
         return "norm" if self.kind == "loss" and group_key(operand) not in self._keys else self.kind
+
+    def energy_of(self, operand: Operand) -> float | None:
+        """Return the `typical_energy` at an input group; None where the loss was not measured there.
+
+        Args:
+            operand: First operand of the input group.
+        """
+        return self.energies.get(operand.names[0], 0.0) if self.kind_of(operand) == "loss" else None
 
     @functools.cached_property
     def _keys(self) -> set[str]:
@@ -122,6 +136,21 @@ def loss_weights(energy: torch.Tensor) -> torch.Tensor | None:
     return (weights / weights.mean()).float()
 
 
+def typical_energy(energies: Sequence[torch.Tensor], num_tokens: int) -> float:
+    """Return (Σ √e_t)² / (n N): of n tokens that a layer sees out of N.
+
+    It is the squared mean of the weights by the loss before these are brought to the mean 1, times the share of the
+    tokens that the layer sees. A few tokens of very large energy, which own the mean of e_t, do not own it.
+
+    Args:
+        energies: Energies e_t of all tokens that the layer sees, in some pieces.
+        num_tokens: Number N of all tokens.
+    """
+    seen = sum(map(len, energies))
+    roots = sum(float(energy.double().sqrt().sum()) for energy in energies)
+    return roots**2 / (seen * num_tokens) if seen else 0.0
+
+
 def effective_tokens(weights: torch.Tensor) -> float:
     """Return how many tokens of equal weight would say as much: (Σ w)² / Σ w².
 
@@ -132,9 +161,25 @@ def effective_tokens(weights: torch.Tensor) -> float:
     return float(exact.sum().square() / exact.square().sum())
 
 
+@dataclasses.dataclass(frozen=True)
+class PassedBack:
+    """The loss's gradient at the input of a block, and what it was on the way there.
+
+    Attributes:
+        gradient: Gradient at the block's input.
+        energies: Mean of the squared gradient over the outputs of every input group, float32 [B · T], by `group_key`.
+            Of experts it is the sum over those that a token goes to; experts whose tokens cannot be told are left out.
+        of_experts: That energy at each expert alone, of the tokens that go to it, float32, by the expert's first layer.
+    """
+
+    gradient: BlockState
+    energies: Mapping[str, torch.Tensor]
+    of_experts: Mapping[str, torch.Tensor]
+
+
 def pass_back(
     layers: BlockLayers, action: Callable[[BlockState], BlockState], state: BlockState, gradient: BlockState
-) -> tuple[BlockState, dict[str, torch.Tensor]]:
+) -> PassedBack:
     """Take the loss's gradient from the output of a block to its input, and measure it at the layers on the way.
 
     The block is run once more with gradients to its input alone; no weight gets one. What blocks hand to later ones
@@ -145,11 +190,6 @@ def pass_back(
         action: A forward of the block, from the state before it to the one behind it.
         state: State before the block.
         gradient: Gradient of the loss at the block's output. Where it lacks a tensor of the state, that one has none.
-
-    Returns:
-        The gradient at the block's input, and for every input group, by its `group_key`, the mean of the
-        squared gradient over the group's outputs, float32 [B · T]. Of experts it is the sum over those that a token
-        goes to; experts whose tokens cannot be told are left out.
 
     Raises:
         UnsupportedError: The block holds an operation that has no gradient.
@@ -169,7 +209,7 @@ def pass_back(
         raise UnsupportedError(f"no gradient passes through this block: {str(error).splitlines()[0]:.200}") from error
     finally:
         energies.close()
-    return before, energies.means()
+    return PassedBack(before, energies.means(), energies.of_experts())
 
 
 def _leaf(tensor: torch.Tensor) -> torch.Tensor:
@@ -211,6 +251,7 @@ class _Energies:
     def __init__(self, zeros: torch.Tensor) -> None:
         self._zeros = zeros
         self._sums: dict[str, torch.Tensor] = {}
+        self._of_experts: dict[Operand, torch.Tensor] = {}
         self._num_outputs: dict[str, int] = {}
         self._unknown: set[str] = set()
         self._last: tuple[torch.Tensor, str] | None = None
@@ -244,9 +285,16 @@ class _Energies:
                 self._sums[key] = self._zeros.clone()
             sums = self._sums[key]
             sums.add_(energy) if tokens is None else sums.index_add_(0, tokens, energy)
+            if operand.expert is not None:
+                self._of_experts[operand] = energy / g.shape[-1]
 
         self._hooks.append(Z.register_hook(add))
 
     def means(self) -> dict[str, torch.Tensor]:
         """Return the mean over outputs of every input group whose tokens are all known."""
         return {key: sums / self._num_outputs[key] for key, sums in self._sums.items() if key not in self._unknown}
+
+    def of_experts(self) -> dict[str, torch.Tensor]:
+        """Return the mean over outputs of every expert whose tokens are all known."""
+        known = (operand for operand in self._of_experts if operand.parameter not in self._unknown)
+        return {operand.names[0]: self._of_experts[operand] for operand in known}

@@ -13,6 +13,7 @@ from astro.model.skeleton import Skeleton
 __all__ = [
     "SequenceFigures",
     "Significant",
+    "gradient_scale",
     "loss_gradient",
     "mean_per_token",
     "measure_sequences",
@@ -20,7 +21,7 @@ __all__ = [
 ]
 
 _FLOAT16_SCALE = 1024.0
-"""Factor of gradients in float16, whose smallest number is large for them. It cancels out of every weight."""
+"""Factor of gradients in float16, whose smallest number is large for them. It cancels out of every token's weight."""
 _ROWS = 256
 """Tokens whose distributions are compared at a time, which bounds the memory for them."""
 
@@ -133,8 +134,17 @@ def _compare(source: torch.Tensor, logits: torch.Tensor) -> tuple[float, int]:
     return float(divergence), agreements
 
 
+def gradient_scale(dtype: torch.dtype) -> float:
+    """Return the factor of all gradients of the loss.
+
+    Args:
+        dtype: Dtype of the gradients.
+    """
+    return _FLOAT16_SCALE if dtype == torch.float16 else 1.0
+
+
 def loss_gradient(skeleton: Skeleton, input_ids: torch.Tensor, hidden: torch.Tensor, num_outputs: int) -> torch.Tensor:
-    """Return the gradient of the loss with respect to the last block's output, [B, T, ...].
+    """Return the gradient of the loss with respect to the last block's output times `gradient_scale`, [B, T, ...].
 
     The loss is the negative log-likelihood of each next token of the text, summed over all tokens.
 
@@ -145,7 +155,7 @@ def loss_gradient(skeleton: Skeleton, input_ids: torch.Tensor, hidden: torch.Ten
         num_outputs: Number of values that blocks return as a tuple.
     """
     gradients: list[torch.Tensor] = []
-    scale = _FLOAT16_SCALE if hidden.dtype == torch.float16 else 1.0
+    scale = gradient_scale(hidden.dtype)
     for i in range(len(hidden)):  # one sequence at a time bounds the logits
         ids = input_ids[i : i + 1]
         with torch.enable_grad():

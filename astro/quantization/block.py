@@ -14,7 +14,10 @@ from astro.quantization.input_group import quantize_input_groups
 from astro.quantization.layer_record import LayerRecord
 from astro.quantization.row_solver import InputMoments, Recipe
 
-__all__ = ["apart", "quantize_block", "side_by_side"]
+__all__ = ["COUNTED", "apart", "quantize_block", "side_by_side"]
+
+COUNTED = ("routed_tokens", "token_weights", "gradient_energy", "fallback")
+"""What a layer's record takes over from the statistics of its inputs."""
 
 
 def quantize_block(
@@ -48,14 +51,14 @@ def quantize_block(
         H, tokens = stacked([inputs.H for inputs in of_batch]), [inputs.num_tokens for inputs in of_batch]
         effective = [inputs.effective_tokens for inputs in of_batch]
         moments = InputMoments(H, effective, lacks_statistics=[inputs.fallback == "rtn" for inputs in of_batch])
-        counted = [(inputs.routed_tokens, inputs.token_weights, inputs.fallback) for inputs in of_batch]
+        counted = [{figure: getattr(inputs, figure) for figure in COUNTED} for inputs in of_batch]
         del of_batch  # a wide layer's matrices are gigabytes
         for scheme, stacks in apart([input_groups[i] for i in batch], schemes):
             layers = [{name: weights[name] for name in members} for members in stacks]
             solved, solved_records = quantize_input_groups(layers, moments, tokens, scheme, recipe, widths)
             quantized |= solved
-            for record, (routed, kind, fallback) in zip(solved_records, counted, strict=True):
-                records.append(dataclasses.replace(record, routed_tokens=routed, token_weights=kind, fallback=fallback))
+            for record, figures in zip(solved_records, counted, strict=True):
+                records.append(dataclasses.replace(record, **figures))
         del H, moments
     exhaust(remaining)
     return quantized, records

@@ -131,6 +131,7 @@ def _record(
         routed_tokens=num_tokens,
         fallback="",
         relative_error=error / max(energy, torch.finfo(torch.float32).tiny),
+        output_energy=energy,
         beta=outcome.beta,
         beta_gain=outcome.beta_gain,
         width_errors={},

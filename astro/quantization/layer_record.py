@@ -4,7 +4,9 @@ import dataclasses
 from collections.abc import Iterable, Mapping
 from typing import Any, Self
 
-__all__ = ["Fallbacks", "LayerRecord"]
+from astro.quantization.predicted_divergence import predicted_divergence
+
+__all__ = ["Fallbacks", "LayerRecord", "predicted_nats"]
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -28,6 +30,10 @@ class LayerRecord:
     relative_error: float
     """‖(Ŵ − W)X‖² / ‖WX‖² on the weighted calibration tokens, W the original weights, or where earlier errors are
     compensated the weights that do so."""
+    output_energy: float = 0.0
+    """‖WX‖², what the error is relative to: a weighted mean over tokens, summed over outputs."""
+    gradient_energy: float | None = None
+    """Energy of the loss's gradient at the layers' outputs, see `typical_energy`; None where it was not measured."""
     beta: float
     """Strength of the regularization; 0 where none was done."""
     beta_gain: float
@@ -61,6 +67,21 @@ class LayerRecord:
         """Number of weights of all members."""
         return self.rows * self.columns
 
+    @property
+    def nats_per_error(self) -> float | None:
+        """Divergence that a relative error of 1 is predicted to cause, in nats a token; None where it is not known.
+
+        Where no token says anything of a layer's inputs, its error is not that of its outputs.
+        """
+        if self.gradient_energy is None or not self.num_tokens:
+            return None
+        return predicted_divergence(self.gradient_energy, self.output_energy)
+
+    @property
+    def predicted_nats(self) -> float | None:
+        """Divergence that the layers are predicted to cause, in nats a token; None where it is not known."""
+        return None if self.nats_per_error is None else self.nats_per_error * self.relative_error
+
     def to_json(self) -> dict[str, Any]:
         """Return the record as a JSON object; widths become text, as every key of JSON is."""
         return {**dataclasses.asdict(self), "width_errors": {str(b): error for b, error in self.width_errors.items()}}
@@ -73,6 +94,19 @@ class LayerRecord:
             content: JSON object with every field.
         """
         return cls(**{**content, "width_errors": {int(b): error for b, error in content["width_errors"].items()}})
+
+
+def predicted_nats(layers: Iterable[LayerRecord]) -> float | None:
+    """Return the divergence that some layers together are predicted to cause, in nats a token.
+
+    Args:
+        layers: Records of the layers. Those that no calibration token reaches are left out.
+
+    Returns:
+        The sum; None where it is not known of all of them.
+    """
+    nats = [layer.predicted_nats for layer in layers if layer.num_tokens]
+    return None if None in nats else sum(filter(None, nats))
 
 
 @dataclasses.dataclass(frozen=True)

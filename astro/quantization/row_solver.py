@@ -319,12 +319,14 @@ def reproducible_share(input_groups: InputGroups, W: torch.Tensor, spread: torch
 
         γ = ⟨ΔW₁, ΔW₂⟩ / ½ (‖ΔW₁‖² + ‖ΔW₂‖²) = (‖ΔW_D‖² − ‖ΔW_Δ‖²) / (‖ΔW_D‖² + ‖ΔW_Δ‖²)
 
+    Where the halves are uneven, Δ is scaled so that γ tends to what even ones would give.
+
     It is measured on sampled rows, and lies between 0 and 1.
 
     Args:
         input_groups: The input groups, prepared with the whole drift.
         W: Weights of all members of each, float32 [B, R, C].
-        spread: Half of the difference of the halves' drifts, Δ, float32 [B, C, C].
+        spread: How far the halves' drifts lie apart, Δ, as `DriftAccumulator.spread_` returns it, float32 [B, C, C].
 
     Returns:
         The share of each input group, float32 [B].

@@ -13,7 +13,7 @@ import yaml
 from rich.filesize import decimal
 
 from astro.formats import LAYOUTS
-from astro.quantization.layer_record import LayerRecord
+from astro.quantization.layer_record import LayerRecord, predicted_nats
 from astro_dist.config.schema import RunConfig
 from astro_dist.console import in_words
 from astro_dist.run_directory.identity import Identity
@@ -155,6 +155,7 @@ class _KindFigures:
         mean_error: Mean relative error.
         largest_error: Largest relative error.
         worst: Name of the first layer that has it.
+        nats: Predicted KL divergence in nats a token, of all of them together; None where it is not known.
     """
 
     name: str
@@ -164,6 +165,7 @@ class _KindFigures:
     mean_error: float
     largest_error: float
     worst: str
+    nats: float | None
 
 
 def _by_kind(layers: Sequence[LayerRecord]) -> list[_KindFigures]:
@@ -185,6 +187,7 @@ def _figures(name: str, layers: Sequence[LayerRecord]) -> _KindFigures:
         mean_error=statistics.mean(layer.relative_error for layer in layers),
         largest_error=worst.relative_error,
         worst=worst.members[0],
+        nats=predicted_nats(layers),
     )
 
 
@@ -196,7 +199,7 @@ def _method(config: RunConfig, summary: Summary) -> list[tuple[str, str]]:
     static = "by falling activation energy, stored unpermuted"
     return [
         ("method", _METHODS[q.method]),
-        ("bits a weight", f"{summary.average_bits:.3g}" + (" on average" if q.bits == "auto" else "")),
+        ("bits a weight", f"{summary.average_bits:.3g}{_spent_by(summary)}"),
         ("one scale for", f"{columns}, {grid}, {_SCALES[q.scale_search]}"),
         ("order of columns", static if q.act_order == "static" else "as stored"),
         ("regularizer", f"{regularizer.name}, solver {regularizer.solver}" if regularizer.name != "none" else "none"),
@@ -215,6 +218,12 @@ def _coverage(summary: Summary) -> list[tuple[str, str]]:
     if summary.coverage is None:
         return []
     return [("weights", ". ".join(filter(None, [summary.coverage.in_words, summary.coverage.copied_in_words])))]
+
+
+def _spent_by(summary: Summary) -> str:
+    """Say by what an average of bits was spent; empty where widths are configured."""
+    measures = {"nats": "the nats that each layer is predicted to cost", "relative error": "relative layer errors"}
+    return f" on average, spent by {measures[summary.widths_by]}" if summary.widths_by else ""
 
 
 def _are_served(layout: str, widths: Collection[int]) -> bool:

@@ -8,6 +8,7 @@ from typing import assert_never
 
 import torch
 
+from astro.calibration.hessian import summed_dtype
 from astro.linalg.tiling import row_tile
 from astro_dist.config.schema import RunConfig
 from astro_dist.planning.predicted_groups import PredictedInputGroup, predicted_input_groups, stages_of, together
@@ -75,7 +76,7 @@ class CostModel:
         plan: Plan,
         config: RunConfig,
         chunk_tokens: Mapping[str, int],
-        itemsize: int,
+        dtype: torch.dtype,
         device_type: str,
     ) -> None:
         """Look at a run.
@@ -84,14 +85,14 @@ class CostModel:
             plan: Units of the run.
             config: Configuration of the run.
             chunk_tokens: Number of tokens of each chunk by name, in the order in which the chunks travel.
-            itemsize: Size of an element in the compute dtype, in bytes.
+            dtype: Dtype of forward passes.
             device_type: Type of the device, "cpu" or "cuda".
         """
         self._device_type = device_type
         is_compiled = config.execution.compiles(device_type)
         self._solve = SolveCost(config.quantization, config.regularizer, device_type, is_compiled)
         self._batches_of: dict[int, list[PredictedInputGroup]] = {}
-        self._plan, self._tokens, self._itemsize = plan, dict(chunk_tokens), itemsize
+        self._plan, self._tokens, self._itemsize = plan, dict(chunk_tokens), dtype.itemsize
         self._shares = shares(list(chunk_tokens), config.execution.hessian_shares)
         self._sequential, self._rounds = config.execution.mode == "sequential", config.execution.rounds
         self._compensated = self._sequential and config.quantization.compensates
@@ -100,6 +101,8 @@ class CostModel:
         self._calibration_tokens = sum(self._tokens.values()) - self._held_out
         self._all_tokens = config.experts.policy == "all-tokens"
         self._weighs_by_loss = config.calibration.token_weights == "loss"
+        is_weighted = config.calibration.token_weights != "none"
+        self._summed_itemsize = summed_dtype(dtype, device_type, is_weighted).itemsize
 
     def work(self, call: Call) -> Work:
         """Count what a call does, but for attention's products of queries with keys."""
@@ -209,7 +212,7 @@ class CostModel:
     def _statistics_bytes(self, batch: PredictedInputGroup) -> float:
         """Size of a Hessian, or of the inputs that an expert keeps instead while they are smaller."""
         hessians = 4.0 * batch.square
-        inputs = batch.count * self._calibration_tokens * batch.reach * batch.columns * self._itemsize
+        inputs = batch.count * self._calibration_tokens * batch.reach * batch.columns * self._summed_itemsize
         return hessians if batch.reach == 1 else min(hessians, inputs)
 
     def _block_work(

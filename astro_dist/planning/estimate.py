@@ -62,7 +62,7 @@ def estimate(config: RunConfig, plan: Plan, dtype: torch.dtype, workers: int, de
         The estimate.
     """
     tokens = chunk_tokens(config.calibration)
-    cost = CostModel(plan, config, tokens, dtype.itemsize, "cuda" if device.memory_bytes else "cpu")
+    cost = CostModel(plan, config, tokens, dtype, "cuda" if device.memory_bytes else "cpu")
     half, moved = dtype.itemsize == 2, [0.0]
 
     def seconds(call: Call) -> float:

@@ -48,7 +48,8 @@ def summary_lines(summary: "Summary", config: "RunConfig") -> list[str]:
         source, measured = config.calibration.source, summary.perplexity
         parts = (f"{original:.3f} → {quantized:.3f}", measured.change_in_words, measured.sample_in_words)
         lines.append(f"Hold-out perplexity {', '.join(filter(None, parts))} ({source})")
-        lines += filter(None, [measured.divergence_in_words])
+        divergences = filter(None, (measured.divergence_in_words, summary.prediction_in_words))
+        lines += filter(None, ["; ".join(divergences)])
     share = summary.bytes_written / summary.bytes_read
     root = config.output.dir
     return [

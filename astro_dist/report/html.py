@@ -68,6 +68,7 @@ def write_report(root: Path) -> Path:
         failed=[row for row in map(_failure, run.journal.events()) if row],
         chart=error_chart(last) if layers else None,
         worst=_worst(layers),
+        costly=_costly(layers),
         config=run.config.read_text(encoding="utf-8"),
     )
     write_text(run.report / "index.html", page)
@@ -78,7 +79,8 @@ def _row(round_index: int, block: int, layer: LayerRecord) -> dict[str, Any]:
     """A row of the table, for layers that were solved together."""
     plain = dataclasses.asdict(layer)
     del plain["width_errors"]
-    return {"round": round_index, "block": block, **plain, "seconds": sum(layer.seconds.values())}
+    nats = {"predicted_nats": layer.predicted_nats}
+    return {"round": round_index, "block": block, **plain, **nats, "seconds": sum(layer.seconds.values())}
 
 
 def _worst(layers: Sequence[LayerRecord]) -> list[Row]:
@@ -92,6 +94,18 @@ def _worst(layers: Sequence[LayerRecord]) -> list[Row]:
             f"{layer.beta_gain:.1%}",
         )
         for layer in largest
+    ]
+
+
+def _costly(layers: Sequence[LayerRecord]) -> list[Row]:
+    """Rows with the layers that are predicted to cost most; none where that is not known."""
+    nats = {layer.name: layer.predicted_nats or 0.0 for layer in layers}
+    total = sum(nats.values())
+    most = sorted(layers, key=lambda layer: -nats[layer.name])[:_WORST]
+    return [
+        (layer.name, str(layer.bits), f"{nats[layer.name]:.3g}", f"{nats[layer.name] / total:.1%}")
+        for layer in most
+        if nats[layer.name] > 0
     ]
 
 
@@ -114,7 +128,9 @@ def _figures(run: RunDirectory) -> list[Row]:
         return []
     rows: list[Row] = [
         *_perplexities(summary),
+        *([("predicted", summary.prediction_in_words)] if summary.prediction_in_words else []),
         ("average width of quantized weights", f"{summary.average_bits:.2f} bits"),
+        *([("widths chosen by", summary.widths_by)] if summary.widths_by else []),
         ("read, written", f"{decimal(summary.bytes_read)}, {decimal(summary.bytes_written)}"),
         ("seconds of the last session", f"{summary.wall_s:.0f}"),
         (

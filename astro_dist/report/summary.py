@@ -9,7 +9,8 @@ from typing import Any
 from astro.config import Quantization
 from astro.formats import LAYOUTS
 from astro.process import peak_rss_bytes
-from astro.quantization.layer_record import Fallbacks, LayerRecord
+from astro.quantization.bit_allocation import are_in_nats
+from astro.quantization.layer_record import Fallbacks, LayerRecord, predicted_nats
 from astro.timing import add_seconds
 from astro_dist.export.assemble import final_schemes
 from astro_dist.planning.units import Plan
@@ -93,11 +94,17 @@ def summarize(
         model=str(run.model),
         python=platform.python_version(),
         base_model=base,
+        predicted_divergence=predicted_nats(last),
+        widths_by=_measure(layers[0]) if quantization.bits == "auto" else "",
     )
 
 
 def _mean_error(layers: Sequence[LayerRecord]) -> float:
     return sum(layer.relative_error for layer in layers) / len(layers)
+
+
+def _measure(layers: Sequence[LayerRecord]) -> str:
+    return "nats" if are_in_nats(layers) else "relative error"
 
 
 def _unmeasured(run: RunDirectory, num_blocks: int) -> list[str]:

@@ -160,6 +160,9 @@ class Summary:
         base_model: Model that was quantized.
         publish: Place where the model was published; None where it was not.
         coverage: What is quantized, and what is left as it is; None in runs of versions that did not count it.
+        predicted_divergence: Sum over the last round's layers of the divergence that each is predicted to cause, in
+            nats a token; None where the loss's gradient was not measured at all of them.
+        widths_by: What `bits: auto` chose widths by, `nats` or `relative error`; empty where widths are configured.
     """
 
     perplexity: Perplexity
@@ -183,6 +186,15 @@ class Summary:
     base_model: BaseModel
     publish: PublishedModel | None = None
     coverage: Coverage | None = None
+    predicted_divergence: float | None = None
+    widths_by: str = ""
+
+    @property
+    def prediction_in_words(self) -> str:
+        """Say what divergence was predicted from the errors of the layers; empty where none was."""
+        if self.predicted_divergence is None:
+            return ""
+        return f"the errors of the layers foretell {self.predicted_divergence:.4f} nats a token"
 
     def to_json(self) -> dict[str, Any]:
         """Return the summary as the JSON object of its file."""
@@ -207,9 +219,10 @@ class Summary:
         """Read back what `to_json` returned.
 
         Args:
-            content: JSON object with every field; only `publish` and `coverage` may be missing.
+            content: JSON object with every field that has no default.
         """
-        fields = (field.name for field in dataclasses.fields(cls))
+        required = {field.name for field in dataclasses.fields(cls) if field.default is dataclasses.MISSING}
+        fields = [field.name for field in dataclasses.fields(cls) if field.name in required | content.keys()]
         read: dict[str, Any] = {
             "perplexity": Perplexity(**content["perplexity"]),
             "rounds": tuple(RoundFigures(**figures) for figures in content["rounds"]),

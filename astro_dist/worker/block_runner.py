@@ -281,8 +281,18 @@ class BlockRunner:
         """
         tensors = self._prefetch.take(self.spec.run.hidden(stream, index, chunk))
         if then is not None:
-            self._prefetch.expect(self.spec.run.hidden(then[0], index, then[1]))
+            self.expect_state(then[0], index, then[1])
         return BlockState(tensors.pop(_HIDDEN), tensors).to(self.device)
+
+    def expect_state(self, stream: str, index: int, chunk: str) -> None:
+        """Begin to read the state that will be wanted next; `state` returns it.
+
+        Args:
+            stream: Stream in which the chunk travels.
+            index: Index of the block.
+            chunk: Name of the chunk.
+        """
+        self._prefetch.expect(self.spec.run.hidden(stream, index, chunk))
 
     def save_state(self, stream: str, index: int, chunk: str, state: BlockState) -> None:
         """Write the state of a chunk before a block, unless it is there: other hardware may round otherwise.

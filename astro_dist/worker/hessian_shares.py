@@ -42,8 +42,8 @@ class BatchStatistics:
         H: Weighted mean of xxᵀ of each input group, float32 [B, C, C].
         drift: Weighted mean of (x_s − x)xᵀ of each input group, float32 [B, C, C]; None where errors are not
             compensated.
-        spread: Half of the difference between the drifts of the even and the odd shares, float32 [B, C, C]; None where
-            it was not just measured.
+        spread: How far the drifts of the even and the odd shares lie apart, float32 [B, C, C], see
+            `DriftAccumulator.spread_`; None where it was not just measured.
         effective_tokens: Number of tokens of equal energy that would say as much, of each input group.
         fallbacks: Policy that was used for each input group because too few tokens reached it; empty elsewhere.
     """
@@ -140,7 +140,9 @@ class HessianShares:
         merged = self._merged(block, batch, seconds)
         for names, operand in zip(block.batches[batch], self._operands(block, batch), strict=True):
             H, drift, even = merged.pop(0)
-            finished.append(self._statistics(block, batch, names, operand, H))
+            statistics = self._statistics(block, batch, names, operand, H)
+            energy = self._token_weights(block).energy_of(operand)
+            finished.append(dataclasses.replace(statistics, gradient_energy=energy))
             if drift is not None and even is not None:
                 spreads.append(drift.spread_(even))
             drifts += [drift.finish_("+".join(names))] if drift is not None else []
@@ -266,9 +268,14 @@ class HessianShares:
         """Finish an input group whose shares are merged, or replace its sums if too few tokens reached an expert."""
         runner, experts, kind = self._runner, self._runner.spec.experts, self._runner.spec.token_weights
         if not is_starved(operand, H.num_tokens, experts):
-            weighted_by = self._token_weights(block).kind_of(operand)
-            mean = H.finish_("+".join(names))
-            return InputStatistics(tuple(names), mean, H.num_tokens, H.num_tokens, weighted_by, H.effective_tokens())
+            return InputStatistics(
+                names=tuple(names),
+                H=H.finish_("+".join(names)),
+                num_tokens=H.num_tokens,
+                routed_tokens=H.num_tokens,
+                token_weights=self._token_weights(block).kind_of(operand),
+                effective_tokens=H.effective_tokens(),
+            )
         stage = next(i for i, batches in enumerate(block.stages) if batch in batches)
         if experts.policy == "all-tokens":
             layers = runner.layers(runner.load(ORIGINAL, block.unit.index))
@@ -321,6 +328,7 @@ def _save_sum(
         "routed_tokens": [inputs.routed_tokens for inputs in statistics],
         "token_weights": [inputs.token_weights for inputs in statistics],
         "effective_tokens": [inputs.effective_tokens for inputs in statistics],
+        "gradient_energy": [inputs.gradient_energy for inputs in statistics],
         "fallback": [inputs.fallback for inputs in statistics],
         "seconds": seconds,
     }

@@ -17,7 +17,7 @@ from astro.config import LayerScheme
 from astro.errors import RunError
 from astro.linalg.tiling import row_tiles
 from astro.quantization import beta_search
-from astro.quantization.block import apart, side_by_side
+from astro.quantization.block import COUNTED, apart, side_by_side
 from astro.quantization.grid import Grid, QuantizedLinear
 from astro.quantization.input_group import merge_rows
 from astro.quantization.layer_record import LayerRecord
@@ -222,7 +222,7 @@ class BlockInParts:
         decision = self.note(batch, DECISION)
         for i, record in enumerate(records):
             errors = {int(bits): error for bits, error in decision["width_errors"][record.name].items()}
-            counted = {key: counts[key][i] for key in ("routed_tokens", "token_weights", "fallback")}
+            counted = {key: counts[key][i] for key in COUNTED}
             counted["compensation"] = decision["compensation"].get(record.name, 0.0)
             records[i] = dataclasses.replace(record, width_errors=errors, **counted)
         return layers, records

@@ -6,13 +6,15 @@ every input group, chunk by chunk; once all chunks have passed, these become wei
 
 import json
 import time
+from collections.abc import Iterable, Mapping
+from itertools import pairwise
 
 import torch
 
-from astro.calibration.token_weights import TokenWeights, effective_tokens, loss_weights, pass_back
+from astro.calibration.token_weights import TokenWeights, effective_tokens, loss_weights, pass_back, typical_energy
 from astro.errors import UnsupportedError
 from astro.model.block_call import BlockState
-from astro.model.perplexity import loss_gradient
+from astro.model.perplexity import gradient_scale, loss_gradient
 from astro.storage.checked_tensors import load_part, save_part
 from astro_dist.planning.units import BlockUnit
 from astro_dist.run_directory.unit_record import UnitRecord, WeightsResult
@@ -21,6 +23,10 @@ from astro_dist.schedule.names import ENERGY, GRADIENT, ORIGINAL, is_held_out
 from astro_dist.worker.block_runner import BlockRunner
 
 __all__ = ["TokenWeigher", "read_token_weights"]
+
+_TOKENS, _EXPERT, _TYPICAL = "tokens", "expert", "typical"
+"""What the names of tensors begin with: the energy of every token at an input group, that of the tokens of an expert at
+it alone, and the energy of all tokens together at either."""
 
 
 class TokenWeigher:
@@ -49,16 +55,22 @@ class TokenWeigher:
         Where no gradient passes through a block, an empty one is handed on; the blocks before it measure nothing.
         """
         runner, block, chunk, start = self._runner, call.block, call.chunk, time.perf_counter()
+        state = runner.state(ORIGINAL, block, chunk)  # the one that was expected, so it comes first
         gradient = runner.state(GRADIENT, block + 1, chunk)
         energies: dict[str, torch.Tensor] = {}
         reason = "no gradient passes through a block behind it"
         if gradient.hidden.numel():
-            unit, state = runner.load(ORIGINAL, block), runner.state(ORIGINAL, block, chunk)
-            reason = ""
+            unit, reason = runner.load(ORIGINAL, block), ""
+            following = dict(pairwise(runner.spec.chunks)).get(chunk)
+            if following is not None and not is_held_out(following):
+                runner.expect_state(ORIGINAL, block, following)
             try:
-                gradient, energies = pass_back(
+                passed = pass_back(
                     runner.layers(unit), lambda before: runner.forward(block, before, chunk), state, gradient
                 )
+                gradient = passed.gradient
+                energies = {f"{_TOKENS}.{key}": energy for key, energy in passed.energies.items()}
+                energies |= {f"{_EXPERT}.{name}": energy for name, energy in passed.of_experts.items()}
             except UnsupportedError as error:
                 gradient, reason = BlockState(gradient.hidden.new_empty(0)), str(error)
         note = json.dumps({"reason": reason, "seconds": time.perf_counter() - start})
@@ -75,7 +87,7 @@ class TokenWeigher:
         reason = next((note["reason"] for note in notes if note["reason"]), "")
         weights: dict[str, torch.Tensor] = {}
         effective: dict[str, float] = {}
-        measured = set.intersection(*(set(tensors) for tensors, _ in parts.values()))
+        measured = set.intersection(*(_named(_TOKENS, tensors) for tensors, _ in parts.values()))
         experts = {
             linear.parameter
             for linear in self._runner.spec.plan.blocks[call.block].linears
@@ -84,7 +96,7 @@ class TokenWeigher:
         if not reason and not experts <= measured:
             reason = "it cannot be seen which tokens its experts are given"
         for name in sorted(measured):
-            energies = [parts[chunk][0][name].to(device) for chunk in chunks]
+            energies = [parts[chunk][0][f"{_TOKENS}.{name}"].to(device) for chunk in chunks]
             of_tokens = loss_weights(torch.cat(energies))
             if of_tokens is None:
                 reason = "the gradient is zero or not finite"
@@ -92,12 +104,31 @@ class TokenWeigher:
             effective[name] = effective_tokens(of_tokens)
             pieces = of_tokens.split([len(energy) for energy in energies])
             weights |= {f"{chunk}.{name}": piece for chunk, piece in zip(chunks, pieces, strict=True)}
+        weights |= self._typical_energies([tensors for tensors, _ in parts.values()], chunks)
         path = run.token_weights(call.block)
         save_part(path, weights)
         result = WeightsResult(
             effective_tokens=effective, reason=reason, seconds={"backward": sum(note["seconds"] for note in notes)}
         )
         return run.finish(call.unit, [path], result)
+
+    def _typical_energies(
+        self, parts: Iterable[Mapping[str, torch.Tensor]], chunks: Iterable[str]
+    ) -> dict[str, torch.Tensor]:
+        """The energy of all tokens together at every input group, and at every expert alone, float64 []."""
+        energies: dict[str, list[torch.Tensor]] = {}
+        for tensors in parts:
+            for key, energy in tensors.items():
+                energies.setdefault(f"{_TYPICAL}.{key.partition('.')[2]}", []).append(energy)
+        num_tokens = sum(self._runner.input_ids(chunk).numel() for chunk in chunks)
+        scale = gradient_scale(self._runner.spec.compute_dtype) ** 2
+        typical = {name: typical_energy(pieces, num_tokens) / scale for name, pieces in energies.items()}
+        return {name: torch.tensor(energy, dtype=torch.float64) for name, energy in typical.items()}
+
+
+def _named(kind: str, tensors: Iterable[str]) -> set[str]:
+    """Return the names of which a part holds an energy of some kind."""
+    return {name.partition(".")[2] for name in tensors if name.partition(".")[0] == kind}
 
 
 def read_token_weights(runner: BlockRunner, unit: BlockUnit) -> TokenWeights:
@@ -114,6 +145,12 @@ def read_token_weights(runner: BlockRunner, unit: BlockUnit) -> TokenWeights:
     if kind != "loss":
         return TokenWeights(kind)
     tensors, _ = load_part(runner.spec.run.token_weights(unit.index))
-    names = (name.partition(".") for name in tensors)
-    device = runner.device
-    return TokenWeights(kind, {(chunk, key): tensors[f"{chunk}.{key}"].to(device) for chunk, _, key in names})
+    weights: dict[tuple[str, str], torch.Tensor] = {}
+    energies: dict[str, float] = {}
+    for name, tensor in tensors.items():
+        chunk, _, key = name.partition(".")
+        if chunk == _TYPICAL:
+            energies[key] = float(tensor)
+        else:
+            weights[chunk, key] = tensor.to(runner.device)
+    return TokenWeights(kind, weights, energies)

@@ -10,6 +10,7 @@ import torch
 import transformers
 from safetensors.torch import load_file
 
+from astro.calibration.hessian import HessianAccumulator
 from astro.errors import ConfigError, NumericalError
 from astro_dist import pipeline
 from astro_dist.export.verify import verify_model
@@ -160,5 +161,19 @@ def test_room_on_disk_is_that_of_the_largest_block(experts_config):
     prepared = prepare(experts_config("deepseek-v3"))
     blocks = prepared.plan.blocks
     turned = dataclasses.replace(prepared.plan, blocks=tuple(reversed(blocks)))
-    costs = [CostModel(plan, prepared.config, {"c0000": 64}, 4, "cpu") for plan in (prepared.plan, turned)]
+    costs = [CostModel(plan, prepared.config, {"c0000": 64}, torch.float32, "cpu") for plan in (prepared.plan, turned)]
     assert costs[0].disk_bytes(2) == costs[1].disk_bytes(2)
+
+
+def test_inputs_that_experts_keep_are_counted_as_they_are_kept(experts_config):
+    """Weighted inputs are kept in float32 on a CPU, whatever the compute dtype."""
+    sizes, kept = {}, {}
+    for weights in ("norm", "none"):
+        prepared = prepare(experts_config("mixtral", calibration__token_weights=weights))
+        cost = CostModel(prepared.plan, prepared.config, {"c0000": 8}, torch.bfloat16, "cpu")
+        experts = [batch for batch in cost._batches(prepared.plan.blocks[0]) if batch.reach < 1]
+        sizes[weights] = sum(map(cost._statistics_bytes, experts))
+        accumulator = HessianAccumulator(64, torch.device("cpu"), keep_inputs=True)
+        accumulator.add_(torch.ones(8, 64, dtype=torch.bfloat16), torch.ones(8) if weights == "norm" else None)
+        kept[weights] = sum(X.nbytes for X in accumulator._kept)
+    assert sizes["norm"] / sizes["none"] == kept["norm"] / kept["none"] == 2

@@ -13,8 +13,10 @@ from astro.storage.checkpoint import Checkpoint
 from astro_dist import pipeline
 from astro_dist.export.verify import verify_model
 from astro_dist.planning.validate import prepare
+from astro_dist.report.html import write_report
 from astro_dist.report.status import read_status
 from astro_dist.run_directory.records import RunDirectory
+from astro_dist.run_directory.summary import read_summary
 from astro_dist.schedule.calls import (
     Backward,
     DifferentiateLoss,
@@ -214,6 +216,50 @@ def test_budget_is_spent_and_not_exceeded(run_config, tmp_path):
     assert written == widths
     _, info = transformers.AutoModelForCausalLM.from_pretrained(model_of(summary), output_loading_info=True)
     assert not any(info.values())
+
+
+@pytest.mark.parametrize(("weights", "measure"), [("loss", "nats"), ("norm", "relative error")])
+def test_budget_is_spent_on_nats_where_the_loss_weighs_the_tokens(run_config, tmp_path, weights, measure):
+    results = []
+    for workers in (1, 2):
+        folder = tmp_path / f"run{workers}"
+        changes = {"calibration__token_weights": weights, "execution__workers": workers, "output__dir": str(folder)}
+        summary = pipeline.quantize(run_config(**{**MODES["budget"], **changes}))
+        results.append(files_of(model_of(summary)))
+    assert results[0] == results[1]
+    assert summary.widths_by == measure
+    read_again = read_summary(folder / "summary.json")
+    assert read_again == summary
+    blocks = RunDirectory(folder, "").blocks()
+    last = [layer for (number, _), block in blocks.items() if number == 1 for layer in block.layers]
+    page, card = write_report(folder).read_text(), (model_of(summary) / "README.md").read_text()
+    for shown in ("foretell" in page, "Largest predicted costs" in page, "it predicts the KL divergence" in card):
+        assert shown == (weights == "loss")
+    assert f"<td>{measure}</td>" in page
+    if weights == "norm":
+        assert summary.predicted_divergence is None
+        return
+    assert summary.predicted_divergence == pytest.approx(sum(layer.predicted_nats for layer in last))
+    # Errors are less on the few tokens that the layers were fitted to.
+    assert 0.05 < summary.predicted_divergence / summary.perplexity.divergence < 2
+    expected = naive_gradient_energies(tmp_path, [layer.members for layer in last])
+    for layer in last:
+        assert layer.gradient_energy == pytest.approx(expected[layer.members[0]], rel=1e-3)
+
+
+def naive_gradient_energies(tmp_path, input_groups):
+    """Squared means of the norms of gradients at the outputs of layers, by the whole model's backward in float64."""
+    model = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "llama", dtype=torch.float64)
+    outputs, tokens = {}, load_file(tmp_path / "run1" / "tokens.safetensors")
+    ids = torch.cat([tokens[name] for name in sorted(tokens) if name.startswith("c")])
+    for name in (name for names in input_groups for name in names):
+        model.get_submodule(name).register_forward_hook(
+            lambda m, args, out, name=name: outputs.update({name: out}) or out.retain_grad()
+        )
+    logits = model(input_ids=ids, use_cache=False).logits
+    torch.nn.functional.cross_entropy(logits[:, :-1].flatten(0, 1), ids[:, 1:].flatten(), reduction="sum").backward()
+    stacked = {names[0]: torch.cat([outputs[name].grad for name in names], dim=-1) for names in input_groups}
+    return {name: float(gradient.square().mean(-1).sqrt().mean()) ** 2 for name, gradient in stacked.items()}
 
 
 def test_overrides_of_other_widths_are_written_noted_and_load(run_config):

@@ -15,6 +15,8 @@ import re
 import sys
 from pathlib import Path
 
+import torch
+
 sys.path.insert(0, str(Path(__file__).parents[2]))
 
 from astro.model.linear_layer import LinearLayer
@@ -130,7 +132,7 @@ def table(name: str, device_name: str, gigabits: float) -> None:
         shares = {"hessian_shares": 8} if mode == "sequential" else {}
         config = RunConfig.model_validate({**CONFIG, "execution": {"mode": mode, **shares}})
         tokens = chunk_tokens(config.calibration)
-        cost = CostModel(plan, config, tokens, 2, "cuda")
+        cost = CostModel(plan, config, tokens, torch.bfloat16, "cuda")
         walls, efficiencies, alone = [], [], 0.0
         for workers in WORKERS:
             schedule = schedule_of(config, RunShape(len(plan.blocks), len(plan.copies), list(tokens)))

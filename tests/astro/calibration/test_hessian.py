@@ -83,6 +83,26 @@ def test_drift_of_float16_may_be_larger_than_float16(half):
     torch.testing.assert_close(accumulator.finish_("x").double(), -2 * X[0, 0].double().square().expand(3, 3))
 
 
+@pytest.mark.parametrize("share", [0.5, 1 / 3, 0.8])
+def test_spread_of_drifts_is_what_chance_adds_to_the_whole_however_uneven_the_parts_are(share):
+    """The drift is nothing but chance: on average ‖Δ‖² = ‖D‖², and Δ is a naive float64 form."""
+    tokens, spread_energy, drift_energy = 60, 0.0, 0.0
+    first = round(share * tokens)
+    for seed in range(200):
+        generator = torch.Generator().manual_seed(seed)
+        noise, X = (torch.randn(tokens, 4, generator=generator) for _ in range(2))
+        whole, part = DriftAccumulator(4, CPU), DriftAccumulator(4, CPU)
+        whole.add_(X + noise, X)
+        part.add_((X + noise)[:first], X[:first])
+        D = [(noise[rows].T.double() @ X[rows].double()) / len(X[rows]) for rows in (slice(first), slice(first, None))]
+        expected = (share * (1 - share)) ** 0.5 * (D[0] - D[1])
+        spread = whole.spread_(part).double()
+        torch.testing.assert_close(spread, expected, rtol=1e-4, atol=1e-6)
+        spread_energy += float(spread.square().sum())
+        drift_energy += float(whole.finish_("x").square().sum())
+    assert spread_energy == pytest.approx(drift_energy, rel=0.1)
+
+
 def test_no_token_is_an_error():
     with pytest.raises(NumericalError, match="q_proj: no calibration token reached"):
         HessianAccumulator(4, CPU).finish_("q_proj")

@@ -8,7 +8,14 @@ import transformers
 
 from astro.calibration.block_statistics import input_stages
 from astro.calibration.hessian import DriftAccumulator, HessianAccumulator
-from astro.calibration.token_weights import TokenWeights, effective_tokens, loss_weights, norm_weights, pass_back
+from astro.calibration.token_weights import (
+    TokenWeights,
+    effective_tokens,
+    loss_weights,
+    norm_weights,
+    pass_back,
+    typical_energy,
+)
 from astro.errors import UnsupportedError
 from astro.model.activations import BlockLayers, Inputs, Operand, names_of
 from astro.model.block_call import BlockState, forward
@@ -165,7 +172,8 @@ def test_gradient_block_by_block_is_that_of_the_whole_model(name, tmp_path):
         for index in reversed(range(len(skeleton.blocks))):
             layers = BlockLayers(skeleton.model, linears[index])
             run = lambda X, index=index: forward(skeleton.blocks[index], X, calls[index])  # noqa: E731
-            gradient, energies = pass_back(layers, run, inputs[index], gradient)
+            passed = pass_back(layers, run, inputs[index], gradient)
+            gradient, energies = passed.gradient, passed.energies
             stages = input_stages(layers, lambda run=run, index=index: run(inputs[index]))
             groups = [names_of(group) for stage in stages for group in stage if group[0].expert is None]
             experts = {operand.parameter for operand in layers.operands if operand.expert is not None}
@@ -228,7 +236,15 @@ def test_energy_at_experts_against_the_gradient_of_their_weights(name, tmp_path)
     skeleton, layers, hidden, run = opened_experts(name, tmp_path / name, IDS[:1, :1])
     expert = next(operand for operand in layers.operands if operand.expert is not None)
     gradient = torch.randn(hidden.hidden.shape, generator=torch.Generator().manual_seed(0))
-    _, energies = pass_back(layers, run, hidden, BlockState(gradient))
+    passed = pass_back(layers, run, hidden, BlockState(gradient))
+    energies = passed.energies
+    for parameter in {operand.parameter for operand in layers.operands if operand.expert is not None}:
+        alone = [
+            passed.of_experts.get(operand.names[0]) for operand in layers.operands if operand.parameter == parameter
+        ]
+        assert sum(float(energy.sum()) for energy in alone if energy is not None) == pytest.approx(
+            float(energies[parameter].sum()), rel=1e-5
+        )
     parameter, seen = skeleton.model.get_parameter(expert.parameter), []
     layers.module_of(expert).register_forward_pre_hook(lambda m, args: seen.append(args[0]))
     with torch.enable_grad():
@@ -265,3 +281,9 @@ def test_it_is_seen_which_tokens_an_expert_is_given(name, tmp_path):
             assert torch.equal(given.tokens, tokens[operand.expert])
             assert len(given.X) == len(given.tokens)
     assert len(inputs) > 2
+
+
+def test_typical_energy_of_the_tokens_that_a_layer_sees():
+    assert typical_energy([torch.tensor([1.0, 9.0]), torch.tensor([4.0])], 3) == pytest.approx(4.0)
+    assert typical_energy([torch.tensor([1.0, 9.0]), torch.tensor([4.0])], 12) == pytest.approx(1.0)
+    assert typical_energy([torch.zeros(0)], 3) == 0.0

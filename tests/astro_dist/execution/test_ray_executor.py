@@ -22,10 +22,12 @@ from astro.errors import (
 from astro_dist import pipeline
 from astro_dist.config.schema import ExecutionConfig
 from astro_dist.execution.ray_executor import RayExecutor
+from astro_dist.schedule.calls import Backward, WeighTokens
 from astro_dist.worker.worker import Worker
 from tests.support.models import files_of
 
 pytestmark = pytest.mark.ray
+LOSS = {"calibration__token_weights": "loss", "calibration__chunk_samples": 2}
 
 
 @pytest.fixture(scope="module")
@@ -62,7 +64,7 @@ def test_local_and_ray_with_one_two_and_three_workers_write_the_same_bytes(clust
         assert len(summary.peak_rss_bytes) == workers + 1
 
 
-@pytest.mark.parametrize("mode", [{"execution__mode": "sequential"}, {"execution__rounds": 2}], ids=str)
+@pytest.mark.parametrize("mode", [{"execution__mode": "sequential"}, {"execution__rounds": 2}, LOSS], ids=str)
 def test_other_modes_write_the_same_bytes_on_ray(cluster, run_config, tmp_path, mode):
     pipeline.quantize(run_config(output__dir=str(tmp_path / "local"), **mode))
     folder = tmp_path / "ray"
@@ -100,6 +102,26 @@ def test_worker_that_is_killed_is_replaced_and_the_bytes_are_the_same(cluster, r
     assert files_of(tmp_path / "run" / "model") == files_of(tmp_path / "whole" / "model")
     (retry,) = summary.retries
     assert (retry.unit, retry.method, retry.kind) == ("round-0-block-0001", "solve block", "lost")
+
+
+@pytest.mark.parametrize("call", [Backward(1, "c0001"), WeighTokens(1)], ids=lambda call: type(call).__name__)
+def test_worker_that_is_killed_while_the_gradient_passes_back_is_replaced(
+    cluster, run_config, tmp_path, monkeypatch, call
+):
+    once, real = tmp_path / "killed", Worker.weigh_tokens
+
+    def killed_once(self, made):
+        if made == call and not once.exists():
+            once.touch()
+            os.kill(os.getpid(), signal.SIGKILL)
+        return real(self, made)
+
+    pipeline.quantize(run_config(output__dir=str(tmp_path / "whole"), **LOSS))
+    monkeypatch.setattr(Worker, "weigh_tokens", killed_once)
+    summary = pipeline.quantize(run_config(execution__executor="ray", execution__workers=3, **LOSS))
+    assert files_of(tmp_path / "run" / "model") == files_of(tmp_path / "whole" / "model")
+    (retry,) = summary.retries
+    assert (retry.unit, retry.kind) == (call.unit, "lost")
 
 
 def test_worker_that_hangs_is_given_up_and_past_the_retries_the_error_names_the_unit(cluster, run_config, monkeypatch):

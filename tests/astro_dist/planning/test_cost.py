@@ -3,6 +3,7 @@
 import dataclasses
 
 import pytest
+import torch
 
 from astro_dist.planning.cost import CostModel
 from astro_dist.planning.validate import prepare
@@ -12,9 +13,9 @@ from astro_dist.source.calibration_text import chunk_tokens
 AUTO = {"quantization__bits": "auto", "quantization__average_bits": 3.5, "execution__rounds": 2}
 
 
-def cost_of(config):
+def cost_of(config, dtype=torch.float32):
     prepared = prepare(config)
-    return CostModel(prepared.plan, config, chunk_tokens(config.calibration), 4, "cpu"), prepared.plan
+    return CostModel(prepared.plan, config, chunk_tokens(config.calibration), dtype, "cpu"), prepared.plan
 
 
 def solved(config, round_index=0):

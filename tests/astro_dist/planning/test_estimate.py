@@ -29,7 +29,7 @@ def prepared(run_config):
 def every_call(prepared, workers=1):
     calls = []
     tokens = chunk_tokens(prepared.config.calibration)
-    cost = CostModel(prepared.plan, prepared.config, tokens, 4, "cpu")
+    cost = CostModel(prepared.plan, prepared.config, tokens, torch.float32, "cpu")
     schedule = schedule_of(
         prepared.config, RunShape(len(prepared.plan.blocks), len(prepared.plan.copies), list(tokens))
     )
@@ -110,5 +110,5 @@ def test_disk_is_never_needed_beyond_the_estimate(run_config, tmp_path, monkeypa
     config = run_config(execution__workers=2, execution__mode=mode, calibration__samples=60)
     prepared = prepare(config)
     pipeline.quantize(config)
-    cost = CostModel(prepared.plan, config, chunk_tokens(config.calibration), 4, "cpu")
+    cost = CostModel(prepared.plan, config, chunk_tokens(config.calibration), torch.float32, "cpu")
     assert 0.4 * cost.disk_bytes(2) < largest[0] < 1.1 * cost.disk_bytes(2)

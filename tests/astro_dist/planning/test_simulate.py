@@ -1,6 +1,7 @@
 """Simulated workers share the calls of the real schedule."""
 
 import pytest
+import torch
 
 from astro_dist.planning.cost import CostModel
 from astro_dist.planning.simulate import simulate
@@ -15,7 +16,7 @@ def simulated(run_config):
     prepared = prepare(run_config())
     plan, config = prepared.plan, prepared.config
     tokens = chunk_tokens(config.calibration)
-    cost = CostModel(plan, config, tokens, 4, "cpu")
+    cost = CostModel(plan, config, tokens, torch.float32, "cpu")
 
     def run(workers, seconds=lambda call: 1.0):
         schedule = schedule_of(config, RunShape(len(plan.blocks), len(plan.copies), list(tokens)))

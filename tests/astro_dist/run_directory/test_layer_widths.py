@@ -9,7 +9,7 @@ import pytest
 from astro.config import Override, Quantization
 from astro.errors import ConfigError
 from astro.quantization.bit_allocation import Choice, allocate, choices_of, provisional_width
-from astro.quantization.layer_record import LayerRecord
+from astro.quantization.layer_record import LayerRecord, predicted_nats
 
 
 def choices(seed, count=5, widths=(2, 3, 4, 8)):
@@ -21,7 +21,7 @@ def choices(seed, count=5, widths=(2, 3, 4, 8)):
 
 
 def cost(items, widths):
-    return sum(item.errors[widths[item.name]] for item in items)
+    return sum(item.costs[widths[item.name]] for item in items)
 
 
 def spent(items, widths):
@@ -67,6 +67,35 @@ def test_measured_records_become_choices():
     )  # fmt: skip
     layers = [layer, dataclasses.replace(layer, name="a.o")]
     assert choices_of(layers, settings) == [Choice("a.q+a.k", 200, {2: 0.4, 4: 0.1}), Choice("a.o", 200, {8: 0.5})]
+
+
+def layer_of(name, gradient_energy, **changes):
+    layer = LayerRecord(
+        name=name, bits=3, rows=10, columns=20, group_size=4, num_tokens=5, routed_tokens=5, fallback="",
+        relative_error=0.5, beta=0.0, beta_gain=0.0, width_errors={2: 0.4, 4: 0.1}, group_maximum_ratio=1.0,
+        damping=0.01, factorizations=1, seconds={}, output_energy=3.0, gradient_energy=gradient_energy,
+    )  # fmt: skip
+    return dataclasses.replace(layer, **changes)
+
+
+def test_layers_cost_nats_where_these_are_known_of_all_whose_inputs_are():
+    settings = Quantization(bits="auto", average_bits=3.0)
+    experts = [layer_of(f"m.experts.{i}.{part}", 0.2) for i in range(2) for part in ("gate_proj", "down_proj")]
+    experts[3] = dataclasses.replace(experts[3], num_tokens=0, fallback="rtn")
+    q, together = choices_of([layer_of("a.q", 0.4), *experts], settings)
+    assert q.costs == pytest.approx({2: 0.5 * 0.4 * 3 * 0.4, 4: 0.5 * 0.4 * 3 * 0.1})
+    assert together.costs == pytest.approx({2: 3 * 0.3 * 0.4, 4: 3 * 0.3 * 0.1}), "their nats add up"
+    assert together.weights == 800
+    q, together = choices_of([layer_of("a.q", None), *experts], settings)
+    assert q.costs == {2: 0.4, 4: 0.1}, "one of them is not known"
+    assert together.costs == pytest.approx({2: 0.8, 4: 0.2}), "four layers of two experts"
+
+
+def test_nats_of_layers_add_up_and_are_unknown_where_one_is():
+    layers = [layer_of("a", 0.4), layer_of("b", 0.2), layer_of("c", None, num_tokens=0)]
+    assert predicted_nats(layers) == pytest.approx(0.5 * 3 * 0.5 * (0.4 + 0.2))
+    assert predicted_nats([*layers, layer_of("d", None)]) is None
+    assert LayerRecord.from_json(layers[0].to_json()) == layers[0]
 
 
 @pytest.mark.parametrize(("average", "expected"), [(2.0, 2), (3.4, 3), (3.5, 3), (5.9, 4), (7.0, 8)])

@@ -8,7 +8,9 @@ import torch
 from astro.errors import DamagedError
 from astro.storage.checked_tensors import save_part
 from astro_dist import pipeline
+from astro_dist.schedule.names import ORIGINAL
 from astro_dist.worker.prefetch import Prefetch
+from astro_dist.worker.token_weigher import TokenWeigher
 
 
 def part(path, value):
@@ -66,6 +68,20 @@ def test_run_reads_ahead(run_config, monkeypatch, mode):
     monkeypatch.setattr(Prefetch, "take", take)
     pipeline.quantize(run_config(execution__mode=mode))
     assert sum(hits) >= len(hits) / 4, hits
+
+
+def test_gradients_pass_back_while_the_next_input_is_read(run_config, monkeypatch):
+    expected, real = [], TokenWeigher.backward
+
+    def backward(self, call):
+        ahead = self._runner._prefetch._next
+        inputs = self._runner.spec.run.hidden(ORIGINAL, call.block, call.chunk)
+        expected.append(ahead is not None and ahead[0] == inputs)
+        real(self, call)
+
+    monkeypatch.setattr(TokenWeigher, "backward", backward)
+    pipeline.quantize(run_config(calibration__token_weights="loss", calibration__chunk_samples=2))
+    assert expected == [False, True, True] * 3, "the first of three chunks has none before it"
 
 
 def test_reading_has_one_thread_and_leaves_those_at_work_alone(tmp_path):
