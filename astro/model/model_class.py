@@ -158,7 +158,9 @@ def _from_config(config: Any, dtype: torch.dtype, trust_remote_code: bool) -> An
         if any(_builds(auto, config.model_type, name) for auto in _AUTO_CLASSES):
             return getattr(transformers, name)._from_config(config, **asked)
     autos = [auto for auto in _AUTO_CLASSES if config.model_type in _MAPPINGS[auto]]
-    return getattr(transformers, autos[0] if autos else _AUTO_CLASSES[0]).from_config(config, **asked)
+    # Unless it is told so, transformers asks at the terminal whether the checkpoint's own code may run.
+    auto = getattr(transformers, autos[0] if autos else _AUTO_CLASSES[0])
+    return auto.from_config(config, trust_remote_code=trust_remote_code, **asked)
 
 
 def _builds(auto: str, model_type: str, name: str) -> bool:
