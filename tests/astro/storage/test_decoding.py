@@ -445,6 +445,16 @@ def test_fingerprint_samples_scales(tmp_path):
     assert open_source(tmp_path, tensors, BLOCKS_128).fingerprint() != before
 
 
+def test_fingerprint_covers_the_configuration_of_modelopt(tmp_path):
+    save_file({"l.weight": torch.ones(4, 4)}, tmp_path / "model.safetensors")
+    (tmp_path / "config.json").write_text("{}")
+    seen = {Checkpoint.open(tmp_path).fingerprint()}
+    for method in ("FP8", "MXFP8"):
+        (tmp_path / "hf_quant_config.json").write_text(json.dumps({"quantization": {"quant_algo": method}}))
+        seen.add(Checkpoint.open(tmp_path).fingerprint())
+    assert len(seen) == 3
+
+
 def test_scales_that_are_not_finite_are_found(tmp_path):
     stored, _ = fp8(random_weights(300, 128), (128, 128))
     scale = stored["scale"].clone()
