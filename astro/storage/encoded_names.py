@@ -141,6 +141,12 @@ def _scaled(name: str, stored: Mapping[str, StoredTensor], quantization: SourceQ
         return _encoded(name, doubled, Numbers.FLOAT4, WeightScheme(4, (1, NVFP4_GROUP)), parts)
     if weight.dtype not in _FLOAT8 and scale.dtype in ("F8_E8M0", "U8"):  # experts of DeepSeek-V4
         return _encoded(name, doubled, Numbers.FLOAT4, WeightScheme(4, (1, MX_GROUP)), parts)
+    if weight.dtype == "U8":
+        raise CheckpointError(
+            f"{weight.file}: tensor {name} holds bytes in a format that is not known here: {scale.name} is "
+            f"{scale.dtype} {list(scale.shape)}, and there is no {name}_scale_2 as in NVFP4; give the original 16-bit "
+            "checkpoint"
+        )
     numbers = Numbers.FLOAT8 if weight.dtype in _FLOAT8 else Numbers.INT8
     return _encoded(name, weight.shape, numbers, dataclasses.replace(scheme, bits=8), parts)
 

@@ -400,7 +400,11 @@ def test_weights_for_inputs_that_are_scaled_first(tmp_path):
 
 @pytest.mark.parametrize("name", ["l.input_scale", "l.weight_input_scale"])
 def test_scales_of_activations_are_left_out_whatever_their_number(tmp_path, name):
-    tensors = {"l.weight": torch.ones(3, 4).to(torch.float8_e4m3fn), "l.weight_scale": torch.ones(3), "o": torch.ones(2)}
+    tensors = {
+        "l.weight": torch.ones(3, 4).to(torch.float8_e4m3fn),
+        "l.weight_scale": torch.ones(3),
+        "o": torch.ones(2),
+    }
     checkpoint = open_source(tmp_path, {**tensors, name: torch.ones(3)}, {"quant_method": "fbgemm_fp8"})
     assert list(checkpoint.entries) == ["l.weight", "o"]
     assert checkpoint.encoded.num_dropped == 1
