@@ -218,13 +218,13 @@ def _leaf(tensor: torch.Tensor) -> torch.Tensor:
 
 def _gradient(output: BlockState, start: BlockState, gradient: BlockState) -> BlockState:
     """Return the gradient at the input of a block; a tensor that the loss does not depend on is left out."""
-    ends, given = [output.hidden], [gradient.hidden.to(output.hidden.dtype)]
+    ends, at_ends = [output.hidden], [gradient.hidden.to(output.hidden.dtype)]
     for name, other in output.others.items():
         if name in gradient.others and other.requires_grad:
             ends.append(other)
-            given.append(gradient.others[name].to(other.dtype))
+            at_ends.append(gradient.others[name].to(other.dtype))
     others = {name: other for name, other in start.others.items() if other.requires_grad}
-    of_hidden, *of_others = torch.autograd.grad(ends, [start.hidden, *others.values()], given, allow_unused=True)
+    of_hidden, *of_others = torch.autograd.grad(ends, [start.hidden, *others.values()], at_ends, allow_unused=True)
     if of_hidden is None:
         raise UnsupportedError("no gradient passes through this block: its output does not depend on its input")
     return BlockState(of_hidden, {name: g for name, g in zip(others, of_others, strict=True) if g is not None})

@@ -176,6 +176,8 @@ def read_schemes(config: Mapping[str, Any], names: Sequence[str]) -> dict[str, L
 
 def is_ignored(config: Mapping[str, Any], name: str) -> bool:
     """Tell whether a `quantization_config` says that a linear module is not packed; see `Layout`."""
+    if f"-:^{re.escape(name)}$" in config.get("dynamic", {}):  # as it is written here, for thousands of names
+        return True
     return (name == "lm_head" and not config["lm_head"]) or bool(_excluded(config).match(name))
 
 

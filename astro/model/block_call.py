@@ -154,19 +154,24 @@ def _is_part(name: str, whole: str) -> bool:
 def _flat(name: str, value: Any) -> dict[str, torch.Tensor]:
     """Return an entry of a dictionary, which is a tensor or a tuple of tensors, as tensors by name."""
     if isinstance(value, tuple | list):
-        return {f"{name}.{place}": _tensor(name, item) for place, item in enumerate(value)}
+        return {f"{name}/{place}": _tensor(name, item) for place, item in enumerate(value)}
     return {name: _tensor(name, value)}
 
 
 def _entries(name: str, others: Mapping[str, torch.Tensor]) -> dict[Any, Any]:
     """Return the entries of a dictionary that blocks before wrote, tuples as tuples."""
-    entries: dict[Any, Any] = {}
+    entries: dict[Any, torch.Tensor] = {}
+    tuples: dict[Any, dict[int, torch.Tensor]] = {}
     decoder = json.JSONDecoder()
     for full_name, tensor in others.items():
         if _is_part(full_name, name):
             key, end = decoder.raw_decode(full_name, len(name) + 1)
-            entries[key] = (*entries.get(key, ()), tensor) if end < len(full_name) else tensor
-    return entries
+            if end == len(full_name):
+                entries[key] = tensor
+            else:
+                tuples.setdefault(key, {})[int(full_name[end + 1 :])] = tensor
+    # Files hold tensors in the order of their names, in which 10 comes before 2.
+    return entries | {key: tuple(items[place] for place in sorted(items)) for key, items in tuples.items()}
 
 
 def _tensor(name: str, value: Any) -> torch.Tensor:

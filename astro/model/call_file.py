@@ -160,7 +160,7 @@ def _encode(value: Any, place: str, name_of: Callable[[torch.Tensor, str], str])
         return {kind: [_encode(item, f"{place}.{number}", name_of) for number, item in enumerate(value)]}
     if isinstance(value, dict):
         items = [
-            [_encode(key, place, name_of), _encode(item, f"{place}.{key}", name_of)] for key, item in value.items()
+            [_encode(key, place, name_of), _encode(item, f"{place}.{key!r}", name_of)] for key, item in value.items()
         ]
         return {"dict": items}
     if value is None or isinstance(value, bool | int | float | str):

@@ -79,20 +79,28 @@ def auto_class_of(model: Any) -> str:
 def find_blocks(model: Any) -> tuple[str, nn.ModuleList]:
     """Return the list of transformer blocks that text goes through, and its name in the model.
 
-    Only the text decoder is looked at: a vision tower may happen to have as many blocks.
+    Only the text decoder is looked at: a vision tower may happen to have as many blocks. Where the decoder itself holds
+    a tower, as in IDEFICS, that one's blocks lie deeper.
 
     Args:
         model: The model.
 
     Raises:
-        UnsupportedError: No list in the text decoder has as many modules as the config tells.
+        UnsupportedError: The model has an encoder for text, or no list in the text decoder has as many modules as the
+            config tells.
     """
     config = model.config.get_text_config()
+    if model.config.is_encoder_decoder or config.is_encoder_decoder:
+        raise UnsupportedError(
+            f"{type(model).__name__}: is an encoder with a decoder, whose blocks do not follow each other; give a "
+            "model that is a decoder alone"
+        )
     # Of LongCat's blocks each counts as two layers, and its config tells the number of blocks too.
-    counts = [config.num_hidden_layers, getattr(config, "num_layers", None)]
+    counts = [getattr(config, "num_hidden_layers", None), getattr(config, "num_layers", None)]
     decoder = model.get_decoder()
     inside = {id(module) for module in decoder.modules()}
     lists = [(n, m) for n, m in model.named_modules() if isinstance(m, nn.ModuleList) and id(m) in inside]
+    lists.sort(key=lambda named: named[0].count("."))
     for count in counts:
         for name, module in lists:
             if len(module) == count:
@@ -130,10 +138,19 @@ def names_beside_text(model: Any) -> tuple[str, ...]:
 
     Args:
         model: The model.
+
+    Raises:
+        UnsupportedError: The model does not say which of its parts text goes through.
     """
     if not _is_wrapper(model):
         return ()
-    needed = [model.get_decoder(), model.get_output_embeddings(), model.get_input_embeddings()]
+    try:
+        needed = [model.get_decoder(), model.get_output_embeddings(), model.get_input_embeddings()]
+    except NotImplementedError as error:
+        raise UnsupportedError(
+            f"{type(model).__name__}: does not say which of its parts text goes through ({error}); give the language "
+            "model inside it as a checkpoint of its own"
+        ) from error
     wanted = {id(module) for part in needed if part is not None for module in part.modules()}
     return tuple(_apart(model, "", wanted))
 
@@ -158,7 +175,9 @@ def _from_config(config: Any, dtype: torch.dtype, trust_remote_code: bool) -> An
         if any(_builds(auto, config.model_type, name) for auto in _AUTO_CLASSES):
             return getattr(transformers, name)._from_config(config, **asked)
     autos = [auto for auto in _AUTO_CLASSES if config.model_type in _MAPPINGS[auto]]
-    return getattr(transformers, autos[0] if autos else _AUTO_CLASSES[0]).from_config(config, **asked)
+    # Unless it is told so, transformers asks at the terminal whether the checkpoint's own code may run.
+    auto = getattr(transformers, autos[0] if autos else _AUTO_CLASSES[0])
+    return auto.from_config(config, trust_remote_code=trust_remote_code, **asked)
 
 
 def _builds(auto: str, model_type: str, name: str) -> bool:

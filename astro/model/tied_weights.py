@@ -7,11 +7,14 @@ import torch
 
 from astro.model.skeleton import Skeleton
 from astro.storage.checkpoint import Checkpoint
+from astro.storage.shard_header import StoredTensor
 
 __all__ = ["untied_weights", "without_tying"]
 
-_SAMPLE = 1 << 16
-"""Values that are compared: those of the first tokens of the vocabulary."""
+_NUM_RUNS = 8
+_RUN_ROWS = 32
+"""Rows of a run of tokens that are compared. The runs lie evenly in the vocabulary, the first and the last token among
+them: tokens that were added later, at its end, may be all that differs."""
 _KEY = "tie_word_embeddings"
 
 
@@ -26,7 +29,7 @@ def untied_weights(skeleton: Skeleton, checkpoint: Checkpoint, keys: Iterable[st
     stored = {skeleton.target_of(key)[0]: key for key in keys}
     tied = getattr(skeleton.model, "all_tied_weights_keys", None) or {}
     pairs = [(name, stored[name], stored[other]) for name, other in tied.items() if {name, other} <= stored.keys()]
-    return [name for name, key, other in pairs if not _begin_alike(checkpoint, key, other)]
+    return [name for name, key, other in pairs if not torch.equal(_sample(checkpoint, key), _sample(checkpoint, other))]
 
 
 def without_tying(content: Mapping[str, Any]) -> dict[str, Any]:
@@ -39,6 +42,12 @@ def without_tying(content: Mapping[str, Any]) -> dict[str, Any]:
     return {**content, **inner, _KEY: False}
 
 
-def _begin_alike(checkpoint: Checkpoint, key: str, other: str) -> bool:
-    first, second = (next(checkpoint.pieces(name, _SAMPLE)) for name in (key, other))
-    return torch.equal(first, second)
+def _sample(checkpoint: Checkpoint, key: str) -> torch.Tensor:
+    entry = checkpoint.entries[key]
+    rows = min(_RUN_ROWS, entry.shape[0])
+    if not isinstance(entry, StoredTensor):  # rounded to few bits, so that all of it differs if any does
+        return next(checkpoint.pieces(key, rows * entry.shape[1]))
+    starts = [(entry.shape[0] - rows) * i // (_NUM_RUNS - 1) for i in range(_NUM_RUNS)]
+    parts = [entry.rows_to_read(start, start + rows) for start in starts]
+    checkpoint.store.fill([span for _, span in parts])
+    return torch.cat([part for part, _ in parts])

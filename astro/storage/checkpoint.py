@@ -28,6 +28,7 @@ __all__ = ["INDEX_NAME", "SINGLE_NAME", "Checkpoint", "require_finite"]
 
 INDEX_NAME = "model.safetensors.index.json"
 SINGLE_NAME = "model.safetensors"
+_MODELOPT_CONFIG = "hf_quant_config.json"
 _SAMPLE_BYTES = 64
 _PIECE_ELEMENTS = 1 << 22
 _SLICE_ELEMENTS = 1 << 24
@@ -104,7 +105,7 @@ class Checkpoint:
         """
         checkpoint = cls.open(source)
         store, sizes = checkpoint.store, checkpoint.store.sizes()
-        configs = [_read_json(store, sizes, file) for file in ("config.json", "hf_quant_config.json")]
+        configs = [_read_json(store, sizes, file) for file in ("config.json", _MODELOPT_CONFIG)]
         try:
             quantization = read_quantization(*configs)
             if quantization is None:
@@ -125,13 +126,14 @@ class Checkpoint:
         """Return a hash that tells this checkpoint from every other, as hexadecimal digits.
 
         It covers every name, dtype and shape, and the store's revision. Where the store has no revision, it covers
-        config, code and some bytes of every tensor instead. That does not read the weights: 64 bytes from the middle
+        configs, code and some bytes of every tensor instead. That does not read the weights: 64 bytes from the middle
         of each tensor, scales among them, tell one state of a folder from another.
         """
         digest = hashlib.sha256((self.store.revision or "").encode())
         if self.store.revision is None:
             sizes = self.store.sizes()
-            for file in ("config.json", *sorted(file for file in sizes if file.endswith(".py"))):
+            more = sorted(file for file in sizes if file.endswith(".py") or file == _MODELOPT_CONFIG)
+            for file in ("config.json", *more):
                 digest.update(file.encode() + (read_bytes(self.store, file, 0, sizes[file]) if file in sizes else b""))
         for entry in self.stored.values():
             digest.update(f"{entry.name}|{entry.dtype}|{entry.shape}|".encode())

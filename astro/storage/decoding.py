@@ -41,8 +41,8 @@ def float4_values(packed: torch.Tensor) -> torch.Tensor:
     byte = torch.arange(256, device=packed.device)
     # A pair of float32 is looked up as one int64, which is twice as fast.
     pairs = torch.stack((values[byte & 15], values[byte >> 4]), dim=-1).view(torch.int64).flatten()
-    found = pairs.index_select(0, packed.view(torch.uint8).flatten().int())
-    return found.view(torch.float32).reshape(*packed.shape[:-1], 2 * packed.shape[-1])
+    looked_up = pairs.index_select(0, packed.view(torch.uint8).flatten().int())
+    return looked_up.view(torch.float32).reshape(*packed.shape[:-1], 2 * packed.shape[-1])
 
 
 def scale_values(scales: torch.Tensor) -> torch.Tensor:

@@ -26,6 +26,13 @@ _ACTIVATION_SCALES = (
 """Endings of the names of what a source keeps to quantize activations, or the cache of keys and values."""
 
 
+_CHANGES_INPUTS = (".pre_quant_scale", "_pre_quant_scale")
+"""Endings of the names of what a layer's inputs are multiplied by before its weight."""
+_BYTES = ("I8", "U8")
+_WEIGHT_ENDINGS = ("weight", "_blocks", "_proj")
+"""Endings of the names of weights; other tensors of bytes may be tables or masks."""
+
+
 @dataclasses.dataclass(frozen=True)
 class Encoded:
     """The part of a checkpoint that is decoded while it is read.
@@ -61,7 +68,7 @@ def find_encoded(stored: Mapping[str, StoredTensor], quantization: SourceQuantiz
             encoded = _packed(stem, stored, quantization.scheme_of(stem))
         elif name.endswith("_blocks") and f"{name.removesuffix('_blocks')}_scales" in stored:
             encoded = _blocks(name.removesuffix("_blocks"), stored)
-        elif tensor.dtype in (*_FLOAT8, "I8", "U8"):
+        elif tensor.dtype in (*_FLOAT8, *_BYTES):
             encoded = _scaled(name, stored, quantization)
         else:
             continue
@@ -72,12 +79,9 @@ def find_encoded(stored: Mapping[str, StoredTensor], quantization: SourceQuantiz
         if weight.name in stored and weight.name not in used:
             raise CheckpointError(f"{weight.file}: tensor {weight.name} is there beside {weight.parts['weight'].name}")
     for name, tensor in stored.items():
-        if tensor.dtype in _FLOAT8 and name not in used:
-            raise CheckpointError(
-                f"{tensor.file}: tensor {name} is stored as {tensor.dtype}, but there is no scale beside it "
-                f"(expected {name}_scale_inv or {name}_scale); the checkpoint is incomplete, fetch it again"
-            )
-    dropped = [name for name, tensor in stored.items() if _is_activation_scale(name, tensor)]
+        _require_decoded(name, tensor, used)
+    names = {weight.name for weight in weights}
+    dropped = [name for name, tensor in stored.items() if _is_activation_scale(name, tensor, names)]
     shapes = [f"{weight.name}_shape" for weight in weights if f"{weight.name}_shape" in stored]
     return Encoded(quantization.method, tuple(weights), frozenset(used) | {*dropped, *shapes}, len(dropped))
 
@@ -85,13 +89,23 @@ def find_encoded(stored: Mapping[str, StoredTensor], quantization: SourceQuantiz
 def _packed(stem: str, stored: Mapping[str, StoredTensor], scheme: WeightScheme) -> EncodedTensor | None:
     """A weight of compressed-tensors: 4-bit floats in bytes, or integers in words."""
     packed, scale = stored[f"{stem}.weight_packed"], stored.get(f"{stem}.weight_scale")
-    if scale is None or len(packed.shape) != 2:
+    if scale is None:
         raise CheckpointError(f"{packed.file}: tensor {packed.name} is packed, but there is no {stem}.weight_scale")
+    if len(packed.shape) != 2:
+        raise CheckpointError(
+            f"{packed.file}: tensor {packed.name} is {list(packed.shape)}; packed weights are decoded from matrices "
+            "alone, give the original 16-bit checkpoint"
+        )
     names = {"global_scale": "weight_global_scale", "zero_point": "weight_zero_point", "column_group": "weight_g_idx"}
     parts = {"weight": packed, "scale": scale}
     parts |= {role: stored[f"{stem}.{name}"] for role, name in names.items() if f"{stem}.{name}" in stored}
     rows, words = packed.shape
     if packed.dtype == "U8":
+        if scale.dtype in _FLOAT8 and "global_scale" not in parts:
+            raise CheckpointError(
+                f"{packed.file}: tensor {packed.name} is NVFP4, but there is no {stem}.weight_global_scale; the "
+                "checkpoint is incomplete, fetch it again"
+            )
         return _encoded(f"{stem}.weight", (rows, 2 * words), Numbers.FLOAT4, scheme, parts)
     bits = scheme.bits or 4
     columns = scale.shape[-1] * scheme.block[1] if scheme.block else words * 32 // bits
@@ -127,6 +141,12 @@ def _scaled(name: str, stored: Mapping[str, StoredTensor], quantization: SourceQ
         return _encoded(name, doubled, Numbers.FLOAT4, WeightScheme(4, (1, NVFP4_GROUP)), parts)
     if weight.dtype not in _FLOAT8 and scale.dtype in ("F8_E8M0", "U8"):  # experts of DeepSeek-V4
         return _encoded(name, doubled, Numbers.FLOAT4, WeightScheme(4, (1, MX_GROUP)), parts)
+    if weight.dtype == "U8":
+        raise CheckpointError(
+            f"{weight.file}: tensor {name} holds bytes in a format that is not known here: {scale.name} is "
+            f"{scale.dtype} {list(scale.shape)}, and there is no {name}_scale_2 as in NVFP4; give the original 16-bit "
+            "checkpoint"
+        )
     numbers = Numbers.FLOAT8 if weight.dtype in _FLOAT8 else Numbers.INT8
     return _encoded(name, weight.shape, numbers, dataclasses.replace(scheme, bits=8), parts)
 
@@ -143,5 +163,26 @@ def _encoded(
     )
 
 
-def _is_activation_scale(name: str, tensor: StoredTensor) -> bool:
-    return name.rpartition(".")[2] in _ACTIVATION_SCALES and math.prod(tensor.shape) == 1
+def _require_decoded(name: str, tensor: StoredTensor, used: Set[str]) -> None:
+    """Refuse a tensor that would be taken for a weight as it is, or whose part in a weight is not known."""
+    if name.endswith(_CHANGES_INPUTS):
+        raise CheckpointError(
+            f"{tensor.file}: tensor {name} scales the inputs of a layer, and its weight is stored for such inputs "
+            "(AWQ of ModelOpt), which is not decoded here; give the original 16-bit checkpoint"
+        )
+    is_weight = tensor.dtype in _BYTES and len(tensor.shape) > 1 and name.endswith(_WEIGHT_ENDINGS)
+    if (tensor.dtype in _FLOAT8 or is_weight) and name not in used:
+        expected = f"{name.removesuffix('_blocks')}_scales" if name.endswith("_blocks") else f"{name}_scale"
+        raise CheckpointError(
+            f"{tensor.file}: tensor {name} is stored as {tensor.dtype}, but there is no scale beside it "
+            f"(expected {expected}{'' if name.endswith('_blocks') else f' or {name}_scale_inv'}); the checkpoint is "
+            "incomplete, fetch it again"
+        )
+
+
+def _is_activation_scale(name: str, tensor: StoredTensor, weights: Set[str]) -> bool:
+    """Tell whether a tensor is for activations: by its name, if it is one number or lies beside an encoded weight."""
+    stem, _, last = name.rpartition(".")
+    if last in _ACTIVATION_SCALES and (math.prod(tensor.shape) == 1 or f"{stem}.weight" in weights):
+        return True
+    return any(name.removesuffix(f"_{ending}") in weights for ending in _ACTIVATION_SCALES if name.endswith(ending))

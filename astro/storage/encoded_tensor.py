@@ -79,6 +79,13 @@ class EncodedTensor(TensorEntry):
             CheckpointError: A stored tensor has another shape than the weight and the block ask for.
         """
         rows, columns = self._stored_shape[-2:]
+        weight, words = self.parts["weight"], words_per_row(columns, self.bits)
+        if self.numbers is Numbers.PACKED and weight.shape[-1] != words:
+            raise CheckpointError(
+                f"{weight.file}: tensor {weight.name} is {list(weight.shape)}, but its scales and config.json make it "
+                f"{columns} columns of {self.bits} bits: expected {[rows, words]}; a last group that is partial is not "
+                "decoded here, give the original 16-bit checkpoint"
+            )
         for role in ("scale", "zero_point"):
             part = self.parts.get(role)
             if part is None or (self.block is None and _broadcasts(part.shape, self._stored_shape)):
@@ -196,8 +203,9 @@ class EncodedTensor(TensorEntry):
 
     def _spread(self, values: torch.Tensor, V: torch.Tensor, part: Slice) -> tuple[torch.Tensor, torch.Tensor]:
         """Return values of blocks, and a view of the numbers that they are broadcast against."""
-        if "column_group" in part.parts:
-            return values[..., part.parts["column_group"].long()], V
+        column_group = part.parts.get("column_group")
+        if column_group is not None and not bool((column_group < 0).any()):  # -1: columns are in order
+            return values[..., column_group.long()], V
         if self.block is not None:
             return block_values(values, self.block, V)
         # One value for each row, or for each expert.

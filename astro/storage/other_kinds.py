@@ -68,9 +68,9 @@ def what_it_is(store: Store, sizes: Mapping[str, int]) -> str:
 def _of_files(sizes: Mapping[str, int]) -> str | None:
     """Say what a place is by the files in it; None where they do not tell."""
     for pattern, answer in _ANSWERS:
-        found = sorted(name for name in sizes if pattern.fullmatch(name))
-        if found:
-            return answer.format(first=found[0], count=len(found))
+        fitting = sorted(name for name in sizes if pattern.fullmatch(name))
+        if fitting:
+            return answer.format(first=fitting[0], count=len(fitting))
     return None
 
 

@@ -60,12 +60,13 @@ class SourceQuantization:
         Raises:
             CheckpointError: No scheme is for this layer.
         """
+        # In the order of compressed-tensors, whichever group comes first. Encoded layers are of the class Linear.
+        for fits in (_is_name, _is_pattern, _is_linear, _is_class):
+            for targets, scheme in self.schemes:
+                if any(fits(target, module) for target in targets):
+                    return scheme
         for targets, scheme in self.schemes:
-            if any(_names(target, module) for target in targets):
-                return scheme
-        # Targets that are neither names nor patterns are classes, in practice "Linear": every layer is of it.
-        for targets, scheme in self.schemes:
-            if not targets or any(not target.startswith("re:") and "." not in target for target in targets):
+            if not targets:
                 return scheme
         raise CheckpointError(f"config.json: no config group of its quantization_config is for {module}")
 
@@ -176,8 +177,19 @@ def _pair(block: Any) -> tuple[int, int] | None:
     return int(rows), int(columns)
 
 
-def _names(target: str, module: str) -> bool:
-    """Tell whether a target is the name of a module, or a pattern of its name."""
-    if target.startswith("re:"):
-        return re.match(target.removeprefix("re:"), module) is not None
+def _is_name(target: str, module: str) -> bool:
+    """Tell whether a target is the name of a module; names in the checkpoint may have a longer prefix."""
     return module == target or module.endswith(f".{target}")
+
+
+def _is_pattern(target: str, module: str) -> bool:
+    return target.startswith("re:") and re.match(target.removeprefix("re:"), module) is not None
+
+
+def _is_linear(target: str, _: str) -> bool:
+    return target == "Linear"
+
+
+def _is_class(target: str, _: str) -> bool:
+    """Tell whether a target names a class of modules, e.g. "FusedMoE"; names of modules are in lower case."""
+    return target.isidentifier() and target[0].isupper()

@@ -92,6 +92,9 @@ def test_fused_layers_of_different_schemes_are_refused():
     assert "not all are quantized" in gptq_v1.fusion_refusal({"m.gate_proj": base}, ["m.up_proj"])
     assert "the experts of m.experts" in gptq_v1.fusion_refusal({"m.experts.0.w1": base, "m.experts.0.w2": other}, [])
     assert gptq_v1.fusion_refusal({"m.gate_proj": base, "m.up_proj": base, "m.down_proj": other}, []) is None
+    assert "m.in_proj_qkv and m.in_proj_z differ" in gptq_v1.fusion_refusal(
+        {"m.in_proj_qkv": base, "m.in_proj_z": other}, []
+    )
 
 
 def test_asymmetric_grids_are_refused():

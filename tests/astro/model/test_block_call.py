@@ -1,17 +1,22 @@
 """A lone block equals the same block of the whole model, for many architectures."""
 
+import json
+
 import pytest
 import torch
 import transformers
+from torch import nn
 
 from astro.calibration.block_statistics import BlockStatistics, input_stages, inputs_of
 from astro.calibration.token_weights import TokenWeights
 from astro.config import Experts
 from astro.errors import CheckpointError, NumericalError, UnsupportedError
 from astro.model.activations import BlockLayers
-from astro.model.block_call import BlockState, forward
+from astro.model.block_call import BlockCall, BlockState, SharedDict, forward
+from astro.model.call_file import differing_tensors, with_tensors
 from astro.model.recording import count_outputs, record
 from astro.model.skeleton import Skeleton
+from astro.storage.checked_tensors import load_part, save_part
 from astro.storage.checkpoint import Checkpoint
 from tests.support.architectures import DENSE, EXPERTS, IDS, STATEFUL, streamed_logits
 from tests.support.dequantized import keys_of
@@ -98,3 +103,42 @@ def test_code_of_a_checkpoint_does_not_run_unless_asked(tmp_path):
     (tmp_path / "evil.py").write_text("raise SystemExit('ran')")
     with pytest.raises(UnsupportedError, match="trust_remote_code: true"):
         Skeleton(tmp_path, torch.float32)
+
+
+def test_code_of_a_checkpoint_is_not_offered_at_the_terminal(tmp_path, monkeypatch):
+    content = {"model_type": "clip_text_model", "auto_map": {"AutoModelForCausalLM": "evil.M"}}
+    (tmp_path / "config.json").write_text(json.dumps(content))
+    (tmp_path / "evil.py").write_text("raise SystemExit('ran')")
+    monkeypatch.setattr("builtins.input", lambda *_: "y")
+    with pytest.raises(UnsupportedError, match="trust_remote_code: true"):
+        Skeleton(tmp_path, torch.float32)
+
+
+@pytest.mark.parametrize("key", ["full", 3, "3", "a/0"])
+@pytest.mark.parametrize("length", [None, 1, 12])
+def test_shared_dictionary_comes_out_of_a_file_as_it_went_in(tmp_path, key, length):
+    tensors = [torch.full((2,), float(i)) for i in range(length or 1)]
+    value = tensors[0] if length is None else tuple(tensors)
+    seen = []
+
+    class Writer(nn.Module):
+        def forward(self, hidden, shared):
+            seen.append(dict(shared))
+            shared[key] = value
+            return hidden
+
+    call = BlockCall((SharedDict(0, {}),), {}, 0, ("dict.0",))
+    state = forward(Writer(), BlockState(torch.zeros(1, 2, 4)), call)
+    save_part(tmp_path / "state", {"hidden": state.hidden, **state.others})
+    others, _ = load_part(tmp_path / "state")
+    forward(Writer(), BlockState(others.pop("hidden"), others), BlockCall(call.args, {}, 1))
+    assert seen[0] == {}
+    assert list(seen[1]) == [key]
+    assert type(seen[1][key]) is type(value)
+    assert torch.equal(torch.stack(list(seen[1][key])), torch.stack(list(value)))
+
+
+def test_entries_whose_keys_look_alike_are_told_apart():
+    first, second = (BlockCall(({1: torch.full((2,), n), "1": torch.ones(2)},), {}) for n in (0.0, 5.0))
+    (entries,) = with_tensors(first, differing_tensors(second, first)).args
+    assert [entries[1].tolist(), entries["1"].tolist()] == [[5, 5], [1, 1]]

@@ -6,7 +6,8 @@ import pytest
 import torch
 import transformers
 
-from astro.errors import CheckpointError
+from astro.errors import CheckpointError, UnsupportedError
+from astro.model.model_class import names_beside_text
 from astro.model.skeleton import Skeleton
 from tests.support.models import LLAMA
 from tests.support.wrappers import WRAPPERS, write_model
@@ -57,3 +58,33 @@ def test_only_what_text_needs_must_be_covered(tmp_path):
     skeleton.require_covered({name for name in names if not skeleton.is_beside_text(name)})
     with pytest.raises(CheckpointError, match=r"no tensor for model\.language_model\.norm\.weight"):
         skeleton.require_covered(names - {"model.language_model.norm.weight"})
+
+
+def test_blocks_are_those_of_the_decoder_where_it_holds_the_vision_tower(tmp_path):
+    sizes = {"num_hidden_layers": 2, "hidden_size": 32, "intermediate_size": 64, "num_attention_heads": 2}
+    perceiver = {"resampler_depth": 2, "resampler_n_heads": 2, "resampler_head_dim": 16}
+    transformers.IdeficsConfig(
+        **sizes, vocab_size=260, vision_config={**sizes, "embed_dim": 32, "image_size": 28}, perceiver_config=perceiver,
+        architectures=["IdeficsForVisionText2Text"],
+    ).save_pretrained(tmp_path)  # fmt: skip
+    assert Skeleton(tmp_path, torch.float32).blocks_name == "model.layers"
+
+
+def test_encoder_with_a_decoder_is_refused(tmp_path):
+    decoder = transformers.BertConfig(vocab_size=260, hidden_size=32, intermediate_size=64, num_attention_heads=2)
+    tower = transformers.ViTConfig(hidden_size=32, intermediate_size=64, num_attention_heads=2, num_hidden_layers=2)
+    config = transformers.VisionEncoderDecoderConfig.from_encoder_decoder_configs(tower, decoder)
+    config.architectures = ["VisionEncoderDecoderModel"]
+    config.save_pretrained(tmp_path)
+    with pytest.raises(UnsupportedError, match="VisionEncoderDecoderModel: is an encoder with a decoder"):
+        Skeleton(tmp_path, torch.float32)
+
+
+def test_wrapper_that_does_not_say_what_embeds_its_tokens_is_refused(tmp_path, monkeypatch):
+    def unknown(model):
+        raise NotImplementedError("`get_input_embeddings` is for a subclass")
+
+    folder = write_model(tmp_path, "gemma3")
+    monkeypatch.setattr(transformers.Gemma3ForConditionalGeneration, "get_input_embeddings", unknown)
+    with pytest.raises(UnsupportedError, match="which of its parts text goes through"):
+        names_beside_text(transformers.Gemma3ForConditionalGeneration(transformers.AutoConfig.from_pretrained(folder)))

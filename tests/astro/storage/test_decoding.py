@@ -202,6 +202,15 @@ def test_packed_integers_with_groups_in_another_order(tmp_path):
     assert torch.equal(W, rounded(Q.double().numpy() * stored["weight_scale"].double().numpy()[:, order.numpy()]))
 
 
+def test_packed_integers_whose_order_is_said_to_be_unset(tmp_path):
+    """compressed-tensors writes -1 for every column where the columns are in order."""
+    stored, W64 = integers(random_weights(8, 96), 4, 32)
+    tensors = {f"l.{ending}": tensor for ending, tensor in stored.items()}
+    tensors["l.weight_g_idx"] = torch.full((96,), -1, dtype=torch.int32)
+    W = decoded(tmp_path, tensors, groups("pack-quantized", num_bits=4, type="int", strategy="group", group_size=32))
+    assert torch.equal(W, rounded(W64))
+
+
 @pytest.mark.parametrize("symmetric", [True, False])
 def test_int8_against_float64_and_compressed_tensors(tmp_path, symmetric):
     generator = torch.Generator().manual_seed(0)
@@ -303,6 +312,66 @@ def test_packed_weight_without_a_scale(tmp_path):
         )
 
 
+@pytest.mark.parametrize("name", ["l.weight", "l.e.down_proj", "l.e.down_proj_blocks"])
+def test_bytes_without_a_scale(tmp_path, name):
+    with pytest.raises(CheckpointError, match=f"{name} is stored as U8, but there is no scale beside it"):
+        open_source(tmp_path, {name: torch.ones(2, 4, 4, 16).byte()}, {"quant_method": "mxfp4"})
+
+
+@pytest.mark.parametrize("scale", [torch.ones(4, 1), torch.ones(4, 2).to(torch.float8_e4m3fn)])
+def test_bytes_of_an_unknown_format_are_not_taken_for_numbers(tmp_path, scale):
+    """Two 4-bit integers in a byte would pass for one of 8 bits; nor is it NVFP4 where the second scale is missing."""
+    with pytest.raises(CheckpointError, match="l.weight holds bytes in a format that is not known here"):
+        open_source(
+            tmp_path, {"l.weight": torch.ones(4, 16).byte(), "l.weight_scale": scale}, {"quant_method": "modelopt"}
+        )
+
+
+def test_a_table_of_bytes_is_no_weight(tmp_path):
+    checkpoint = open_source(tmp_path, {"l.table": torch.ones(4, 4).byte()}, {"quant_method": "mxfp4"})
+    assert checkpoint.read(["l.table"])["l.table"].dtype == torch.uint8
+
+
+def test_nvfp4_without_its_global_scale(tmp_path):
+    packed, scale, _, _ = nvfp4_parts()
+    form = groups("nvfp4-pack-quantized", num_bits=4, type="float", strategy="tensor_group", group_size=16)
+    with pytest.raises(CheckpointError, match="l.weight_packed is NVFP4, but there is no l.weight_global_scale"):
+        open_source(tmp_path, {"l.weight_packed": packed, "l.weight_scale": scale}, form)
+
+
+def test_weights_for_inputs_that_are_scaled_first(tmp_path):
+    packed, scale, _, _ = nvfp4_parts()
+    tensors = {"l.weight": packed, "l.weight_scale": scale, "l.weight_scale_2": torch.tensor(1.0)}
+    tensors["l.pre_quant_scale"] = torch.ones(64)
+    with pytest.raises(CheckpointError, match=r"l\.pre_quant_scale scales the inputs of a layer"):
+        open_source(tmp_path, tensors, {"quant_method": "modelopt", "quant_algo": "NVFP4_AWQ"})
+
+
+@pytest.mark.parametrize("name", ["l.input_scale", "l.weight_input_scale"])
+def test_scales_of_activations_are_left_out_whatever_their_number(tmp_path, name):
+    tensors = {
+        "l.weight": torch.ones(3, 4).to(torch.float8_e4m3fn),
+        "l.weight_scale": torch.ones(3),
+        "o": torch.ones(2),
+    }
+    checkpoint = open_source(tmp_path, {**tensors, name: torch.ones(3)}, {"quant_method": "fbgemm_fp8"})
+    assert list(checkpoint.entries) == ["l.weight", "o"]
+    assert checkpoint.encoded.num_dropped == 1
+
+
+def test_packed_matrix_whose_last_group_is_partial(tmp_path):
+    tensors = {"l.weight_packed": torch.ones(8, 13).int(), "l.weight_scale": torch.ones(8, 4).bfloat16()}
+    form = groups("pack-quantized", num_bits=4, type="int", strategy="group", group_size=32)
+    with pytest.raises(CheckpointError, match=r"l.weight_packed is \[8, 13\].*128 columns.*expected \[8, 16\]"):
+        open_source(tmp_path, tensors, form)
+
+
+def test_packed_tensor_that_is_no_matrix(tmp_path):
+    tensors = {"l.weight_packed": torch.ones(2, 4, 4).int(), "l.weight_scale": torch.ones(2, 4, 1)}
+    with pytest.raises(CheckpointError, match=r"l.weight_packed is \[2, 4, 4\]; packed weights are decoded from"):
+        open_source(tmp_path, tensors, groups("pack-quantized", num_bits=4, strategy="channel"))
+
+
 @pytest.mark.parametrize("method", ["gptq", "awq", "bitsandbytes", "torchao"])
 def test_methods_that_are_not_decoded(tmp_path, method):
     with pytest.raises(CheckpointError, match=f"config.json: the model is quantized already, by {method}"):
@@ -341,6 +410,22 @@ def test_each_layer_has_the_scheme_of_its_config_group(tmp_path):
     assert torch.equal(read["m.b.weight"], rounded(V64))
 
 
+@pytest.mark.parametrize(
+    ("first", "second"), [("lm_head", "Linear"), ("re:.*a", "m.a"), ("FusedMoE", "Linear"), ("Linear", "re:.*a$")]
+)
+def test_order_of_targets_is_that_of_compressed_tensors(tmp_path, first, second):
+    """Names, then patterns, then classes, whichever config group comes first; a name is never taken for a class."""
+    stored, W64 = integers(random_weights(8, 64), 4, 32)
+    weights = {"type": "int", "strategy": "group", "group_size": 32}
+    form = groups("pack-quantized")
+    form["config_groups"] = {
+        "group_0": {"targets": [first], "weights": {"num_bits": 8, **weights}},
+        "group_1": {"targets": [second], "weights": {"num_bits": 4, **weights}},
+    }
+    W = decoded(tmp_path, {f"m.a.{e}": t for e, t in stored.items()}, form, "m.a.weight")
+    assert torch.equal(W, rounded(W64))
+
+
 def test_quantization_config_inside_the_text_config(tmp_path):
     stored, W64 = integers(random_weights(8, 64), 4, 32)
     tensors = {f"l.{ending}": tensor for ending, tensor in stored.items()}
@@ -367,6 +452,16 @@ def test_fingerprint_samples_scales(tmp_path):
     assert Checkpoint.open(tmp_path).fingerprint() == before, "it is of the files, however they are read"
     tensors["l.weight_scale_inv"] = stored["scale"] * 2
     assert open_source(tmp_path, tensors, BLOCKS_128).fingerprint() != before
+
+
+def test_fingerprint_covers_the_configuration_of_modelopt(tmp_path):
+    save_file({"l.weight": torch.ones(4, 4)}, tmp_path / "model.safetensors")
+    (tmp_path / "config.json").write_text("{}")
+    seen = {Checkpoint.open(tmp_path).fingerprint()}
+    for method in ("FP8", "MXFP8"):
+        (tmp_path / "hf_quant_config.json").write_text(json.dumps({"quantization": {"quant_algo": method}}))
+        seen.add(Checkpoint.open(tmp_path).fingerprint())
+    assert len(seen) == 3
 
 
 def test_scales_that_are_not_finite_are_found(tmp_path):
