@@ -11,7 +11,7 @@ from astro.storage.byte_store import FolderStore, Range, Store
 from astro_dist.config.schema import ModelConfig
 from astro_dist.source.demo import resolve_demo
 from astro_dist.source.range_cache import cache_folder
-from astro_dist.source.side_files import side_files
+from astro_dist.source.side_files import RUN_FILE, side_files
 
 __all__ = ["Source", "resolve_source"]
 
@@ -60,6 +60,8 @@ def resolve_source(model: ModelConfig, commit: str | None = None) -> Source:
     if name.startswith("demo:"):
         folder = resolve_demo(name)
     if "://" not in name and not is_repository:
+        if (folder / RUN_FILE).is_file():
+            raise ConfigError(f"{folder}: is a run directory and no model; its result is {folder / 'model'}")
         return Source(FolderStore(folder), folder)
     from astro_dist.source.hub_repository import open_hub  # slow to import, and mostly not needed
     from astro_dist.source.object_store import open_url

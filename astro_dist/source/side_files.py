@@ -7,7 +7,7 @@ from pathlib import Path, PurePosixPath
 
 from astro.storage.atomic import PARTIAL_SUFFIX
 
-__all__ = ["list_folder", "side_files"]
+__all__ = ["RUN_FILE", "list_folder", "side_files"]
 
 _log = logging.getLogger("astro_dist")
 
@@ -23,7 +23,7 @@ _NAMES = (
     "quant_config.json", "trainer_state.json",
 )  # fmt: skip
 """Files that the run writes itself, or that say of the source what is not true of the result."""
-_OTHER_MODEL = "run.json"
+RUN_FILE = "run.json"
 """File that makes a folder the directory of a run of this project."""
 _MAX_BYTES = 256_000_000
 """Size above which a file is taken for weights or data."""
@@ -38,7 +38,7 @@ def side_files(sizes: Mapping[str, int]) -> list[str]:
     Args:
         sizes: Size in bytes of every file of the model by its path, with `/` between folders.
     """
-    others = {_top(name) for name in sizes if "/" in name and (_is_weights(name) or name.endswith(f"/{_OTHER_MODEL}"))}
+    others = {_top(name) for name in sizes if "/" in name and (_is_weights(name) or name.endswith(f"/{RUN_FILE}"))}
     chosen = [name for name in sorted(sizes) if _belongs(name) and _top(name) not in others]
     large = [name for name in chosen if sizes[name] > _MAX_BYTES]
     for name in large:
