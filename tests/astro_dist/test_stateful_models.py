@@ -7,9 +7,11 @@ import torch
 import transformers
 from safetensors.torch import load_file
 
+from astro.errors import RunError
 from astro_dist import pipeline
 from astro_dist.export.verify import verify_model
 from astro_dist.run_directory.records import RunDirectory
+from astro_dist.worker.worker import Worker
 from tests.support.architectures import STATEFUL
 from tests.support.dequantized import write_dequantized
 from tests.support.models import files_of, write_checkpoint
@@ -80,3 +82,19 @@ def test_number_of_workers_does_not_change_a_byte(config, tmp_path, name, mode):
         changes = {**MODES[mode], "output__dir": str(tmp_path / f"run{workers}"), "execution__workers": workers}
         results.append(files_of(Path(pipeline.quantize(config(name, **changes)).model)))
     assert results[0] == results[1]
+
+
+@pytest.mark.parametrize("harm", [Path.unlink, lambda path: path.write_bytes(path.read_bytes()[:-1])])
+def test_a_call_of_one_text_that_is_lost_is_recorded_again(config, tmp_path, monkeypatch, harm):
+    whole = pipeline.quantize(config("gemma4-e", output__dir=str(tmp_path / "whole")))
+
+    def fail(self, call):
+        raise RuntimeError("lost")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Worker, "solve_block", fail)
+        with pytest.raises(RunError, match="lost"):
+            pipeline.quantize(config("gemma4-e", execution__max_retries=0))
+    harm(sorted((tmp_path / "run" / "activations" / "calls").iterdir())[-1])
+    again = pipeline.quantize(config("gemma4-e"))
+    assert files_of(Path(again.model)) == files_of(Path(whole.model))
