@@ -55,3 +55,8 @@ class RecordedCalls:
         if shape not in self._recordings:
             self._recordings[shape] = read_recording(self._run.calls(*shape))
         return self._recordings[shape]
+
+    def clear(self) -> None:
+        """Forget what was read."""
+        self._calls.clear()
+        self._recordings.clear()
