@@ -196,8 +196,13 @@ def main() -> None:
     _print_whatever_the_encoding()
     show_log()
     termination = Termination()
-    with termination.handled():
-        code = _run_command(termination)
+    try:
+        with termination.handled():
+            code = _run_command(termination)
+    except Terminated:  # wherever it came, also while another error was explained
+        code = EXIT_CODE
+    if code == EXIT_CODE:
+        typer.echo(MESSAGE, err=True)
     sys.exit(code)
 
 
@@ -205,10 +210,8 @@ def _run_command(termination: Termination) -> int:
     """Run the command that this process was started with, say what went wrong, and return the exit code."""
     try:
         code = app(standalone_mode=False) or 0
-    except (Exception, Terminated) as error:
+    except Exception as error:
         code = EXIT_CODE if termination.has_come else _code_of(error)
-    if code == EXIT_CODE:
-        typer.echo(MESSAGE, err=True)
     if code == _INTERRUPTED:
         typer.echo("interrupted; what is finished is kept, run the same command to go on", err=True)
     return int(code)

@@ -37,12 +37,15 @@ def require_answer(config: ExecutionConfig) -> None:
         raise RunError(f"Ray cluster {address}: nothing answers there ({reasons[0]}); {_advice(address)}")
 
 
-def start_advice(error: Exception) -> str:
-    """Say what to do about a private cluster that cannot be started; empty where there is nothing to say.
+def start_advice(address: str | None, error: Exception) -> str:
+    """Say what to do about a cluster that cannot be reached or started; empty where there is nothing to say.
 
     Args:
+        address: Address of the cluster; None for a private one on this machine.
         error: Error that Ray raised.
     """
+    if address is not None:
+        return f"; {_advice(address)}"
     folder = os.environ.get(_FOLDER_VARIABLE)
     if folder and "AF_UNIX" in str(error):
         return (

@@ -242,7 +242,7 @@ def _connect(config: ExecutionConfig) -> None:
         with keep_handler():
             ray.init(**options)
     except (RayError, OSError, RuntimeError, ValueError) as error:
-        place, advice = address or "on this machine", start_advice(error)
+        place, advice = address or "on this machine", start_advice(address, error)
         raise RunError(f"Ray cluster {place}: cannot be reached or started: {error}{advice}") from error
 
 

@@ -217,7 +217,7 @@ def _coverage(summary: Summary) -> list[tuple[str, str]]:
     """Return the row about how much is quantized; none for runs of versions that did not count it."""
     if summary.coverage is None:
         return []
-    return [("weights", ". ".join(filter(None, [summary.coverage.in_words, summary.coverage.copied_in_words])))]
+    return [("weights", "; ".join(filter(None, [summary.coverage.in_words, summary.coverage.copied_in_words])))]
 
 
 def _spent_by(summary: Summary) -> str:

@@ -1,6 +1,7 @@
 """Read a written model again and compare it with what its own config promises and its loaders ask for."""
 
 import dataclasses
+import shlex
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
@@ -188,7 +189,8 @@ def _require_as_written(root: Path) -> None:
     run = RunDirectory(root, read_identity(root).key)
     folder = run.model
     if not run.inventory.is_file():
-        raise CheckpointError(f"{folder}: its run is not finished; `astro-dist status {run.root}` tells how far it is")
+        command = f"astro-dist status {shlex.quote(str(run.root))}"
+        raise CheckpointError(f"{folder}: its run is not finished; `{command}` tells how far it is")
     files = read_inventory(run)
     wrong = [file.name for file in files if not _is_there(folder, file)]
     if wrong:

@@ -105,7 +105,7 @@ def prepare(config: RunConfig, commit: str | None = None) -> Prepared:
         *layout.reader_notes(linears.values()),
         *source_notes(checkpoint.encoded, [scheme for possible in schemes.values() for scheme in possible]),
         *_plan_notes(config, plan, type(skeleton.model).__name__),
-        *_index_notes(checkpoint),
+        *_file_notes(source, checkpoint),
     ]
     if not _has_text(config):
         notes.append(f"calibration.source {config.calibration.source} is not there: `quantize` will refuse")
@@ -253,8 +253,14 @@ def _plan_notes(config: RunConfig, plan: Plan, class_name: str) -> Iterator[str]
         )
 
 
-def _index_notes(checkpoint: Checkpoint) -> Iterator[str]:
-    """Say that an index is not used."""
+def _file_notes(source: Source, checkpoint: Checkpoint) -> Iterator[str]:
+    """Say which files of the source are not used."""
+    large = source.large_files()
+    if large:
+        yield (
+            f"{', '.join(large)}: not copied into the result, because a file beside the weights of a model has at most "
+            "256 MB; copy it yourself if readers need it"
+        )
     if {SINGLE_NAME, INDEX_NAME} <= checkpoint.store.sizes().keys():
         yield f"{SINGLE_NAME} is read, as transformers does, and {INDEX_NAME} beside it is not"
 

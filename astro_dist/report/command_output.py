@@ -1,6 +1,7 @@
 """Put into words what a command found, for a person at a terminal."""
 
 import itertools
+import shlex
 from typing import TYPE_CHECKING
 
 from rich.filesize import decimal
@@ -51,7 +52,7 @@ def summary_lines(summary: "Summary", config: "RunConfig") -> list[str]:
         divergences = filter(None, (measured.divergence_in_words, summary.prediction_in_words))
         lines += filter(None, ["; ".join(divergences)])
     share = summary.bytes_written / summary.bytes_read
-    root = config.output.dir
+    root, model = (shlex.quote(str(place)) for place in (config.output.dir, config.output.dir / "model"))
     return [
         *lines,
         f"{decimal(summary.bytes_written)} written, {share:.0%} of the source",
@@ -61,8 +62,7 @@ def summary_lines(summary: "Summary", config: "RunConfig") -> list[str]:
         f"Done in {summary.wall_s:.0f} s: {summary.model}",
         publication_line(summary.publish)
         if summary.publish is not None
-        else f"Next: astro-dist verify {root}/model; astro-dist report {root}; "
-        f"astro-dist publish {root} --repo ORG/NAME",
+        else f"Next: astro-dist verify {model}; astro-dist report {root}; astro-dist publish {root} --repo ORG/NAME",
     ]
 
 

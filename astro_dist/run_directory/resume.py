@@ -2,6 +2,8 @@
 
 from collections.abc import Collection, Sequence
 
+from astro.errors import DamagedError
+from astro.model.call_file import read_recording
 from astro_dist.config.schema import RunConfig
 from astro_dist.planning.units import Plan
 from astro_dist.run_directory.beginning import mend_tokens
@@ -51,11 +53,23 @@ def make_schedule(config: RunConfig, plan: Plan, run: RunDirectory, chunks: Sequ
     finished = _finished(run, units)
     if config.calibration.token_weights == "loss" and not finished.issuperset(units):
         finished |= _weighed(run, finished, blocks)
-    calls_there = all(run.calls(*chunk.tokens.shape).is_file() for chunk in chunks)
-    if not calls_there and any(unit not in finished for unit in units):
+    if any(unit not in finished for unit in units) and not _is_recorded(run, chunks, blocks):
         finished.discard(EMBED)
     written = None if sequential else {unit for unit in finished if run.has_files(unit)}
     return schedule_of(config, RunShape(blocks, copies, names), StartingPoint(finished, present, written))
+
+
+def _is_recorded(run: RunDirectory, chunks: Sequence[Chunk], num_blocks: int) -> bool:
+    """Tell whether all files are there that say what blocks are called with: one a shape, and what differs by chunk."""
+    paths = {run.calls(*chunk.tokens.shape) for chunk in chunks}
+    if not all(path.is_file() for path in paths):
+        return False
+    try:
+        different = [chunk for path in paths for chunk in read_recording(path).different]
+    except DamagedError:  # the worker that reads it will say so, and it is made again
+        return False
+    needed = {run.chunk_call(chunk, block) for chunk in different for block in range(num_blocks)}
+    return needed <= {path for folder in {path.parent for path in needed} for path in folder.glob("*")}
 
 
 def _weighed(run: RunDirectory, finished: Collection[str], num_blocks: int) -> set[str]:

@@ -92,8 +92,8 @@ def read_documents(config: CalibrationConfig) -> list[str]:
 def tokenize(documents: Sequence[str], tokenizer: Any, config: CalibrationConfig) -> TokenChunks:
     """Cut documents into sequences, hold out every fourth document, and take as many sequences as are asked for.
 
-    A single document is split at three quarters of its length instead. Sequences begin with the tokens that the
-    tokenizer puts in front of every text, such as BOS.
+    Fewer than four documents are each split at three quarters of their length instead. Sequences begin with the tokens
+    that the tokenizer puts in front of every text, such as BOS.
 
     Args:
         documents: Texts.
@@ -104,9 +104,12 @@ def tokenize(documents: Sequence[str], tokenizer: Any, config: CalibrationConfig
         ConfigError: The text is too short, or the sequences are.
         CheckpointError: The tokenizer changes the tokens of a text where it puts others in front.
     """
-    if len(documents) == 1:
-        cut = len(documents[0]) * (_HOLDOUT_EVERY - 1) // _HOLDOUT_EVERY
-        parts = [[documents[0][:cut]], [documents[0][cut:]]]
+    if len(documents) < _HOLDOUT_EVERY:
+        cuts = [len(text) * (_HOLDOUT_EVERY - 1) // _HOLDOUT_EVERY for text in documents]
+        parts = [
+            [text[:cut] for text, cut in zip(documents, cuts, strict=True)],
+            [text[cut:] for text, cut in zip(documents, cuts, strict=True)],
+        ]
     else:
         rest = [text for i, text in enumerate(documents) if i % _HOLDOUT_EVERY != _HOLDOUT_EVERY - 1]
         parts = [rest, list(documents[_HOLDOUT_EVERY - 1 :: _HOLDOUT_EVERY])]

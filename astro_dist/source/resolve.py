@@ -11,7 +11,7 @@ from astro.storage.byte_store import FolderStore, Range, Store
 from astro_dist.config.schema import ModelConfig
 from astro_dist.source.demo import resolve_demo
 from astro_dist.source.range_cache import cache_folder
-from astro_dist.source.side_files import side_files
+from astro_dist.source.side_files import RUN_FILE, large_files, list_folder, side_files
 
 __all__ = ["Source", "resolve_source"]
 
@@ -26,16 +26,22 @@ class Source:
         store: Store of all files of the checkpoint.
         folder: Folder on this machine with config.json, tokenizer and code: the checkpoint itself, or a copy of these.
         commit: Commit of the Hub repository; None for any other source.
+        remote_sizes: Size in bytes of every file of a remote source by its path; empty for a folder.
     """
 
     store: Store
     folder: Path
     commit: str | None = None
+    remote_sizes: Mapping[str, int] = dataclasses.field(default_factory=dict)
 
     @property
     def is_remote(self) -> bool:
         """Tell whether the weights are no files of this machine."""
         return not isinstance(self.store, FolderStore)
+
+    def large_files(self) -> list[str]:
+        """List the files beside the weights that are too large to be copied."""
+        return large_files(self.remote_sizes if self.is_remote else list_folder(self.folder))
 
 
 def resolve_source(model: ModelConfig, commit: str | None = None) -> Source:
@@ -60,6 +66,8 @@ def resolve_source(model: ModelConfig, commit: str | None = None) -> Source:
     if name.startswith("demo:"):
         folder = resolve_demo(name)
     if "://" not in name and not is_repository:
+        if (folder / RUN_FILE).is_file():
+            raise ConfigError(f"{folder}: is a run directory and no model; its result is {folder / 'model'}")
         return Source(FolderStore(folder), folder)
     from astro_dist.source.hub_repository import open_hub  # slow to import, and mostly not needed
     from astro_dist.source.object_store import open_url
@@ -68,8 +76,9 @@ def resolve_source(model: ModelConfig, commit: str | None = None) -> Source:
     files = open_hub(name, commit or model.revision or "main") if is_repository else open_url(name)
     store = RemoteStore(files, cache_dir, int(model.cache_gb * 1e9))
     copies = (cache_dir or cache_folder()) / "side" / f"{_OTHER.sub('-', str(files))}-{files.revision[:16]}"
-    _fetch_side_files(store, files.every_size(), copies)
-    return Source(store, copies, files.revision if is_repository else None)
+    sizes = files.every_size()
+    _fetch_side_files(store, sizes, copies)
+    return Source(store, copies, files.revision if is_repository else None, sizes)
 
 
 def _fetch_side_files(store: Store, sizes: Mapping[str, int], folder: Path) -> None:

@@ -1,21 +1,22 @@
 """Which files beside the weights belong to a model: all but those that this list leaves out."""
 
-import logging
 import os
 from collections.abc import Iterable, Mapping
 from pathlib import Path, PurePosixPath
 
 from astro.storage.atomic import PARTIAL_SUFFIX
 
-__all__ = ["list_folder", "side_files"]
-
-_log = logging.getLogger("astro_dist")
+__all__ = ["RUN_FILE", "large_files", "list_folder", "side_files"]
 
 _WEIGHTS = (
     ".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".gguf", ".ggml", ".onnx", ".onnx_data", ".h5", ".msgpack", ".ot",
     ".npz", ".npy", ".tflite", ".mlmodel", ".engine", ".pkl", ".pickle", ".distcp", ".index.json",
 )  # fmt: skip
 """Endings of files with weights, in whatever form, and of their indexes."""
+_RECORDS = (".parquet", ".arrow", ".log")
+"""Endings of files with data and with what was printed while a model was trained."""
+_EVENTS = "events.out.tfevents."
+"""Beginning of the names of TensorBoard's files, which tell the host's name."""
 _PICTURES = (".png", ".jpg", ".jpeg", ".gif", ".webp", ".svg", ".pdf", ".mp4", ".webm")
 """Endings of files that a card shows; the result has a card of its own."""
 _NAMES = (
@@ -23,7 +24,7 @@ _NAMES = (
     "quant_config.json", "trainer_state.json",
 )  # fmt: skip
 """Files that the run writes itself, or that say of the source what is not true of the result."""
-_OTHER_MODEL = "run.json"
+RUN_FILE = "run.json"
 """File that makes a folder the directory of a run of this project."""
 _MAX_BYTES = 256_000_000
 """Size above which a file is taken for weights or data."""
@@ -38,13 +39,16 @@ def side_files(sizes: Mapping[str, int]) -> list[str]:
     Args:
         sizes: Size in bytes of every file of the model by its path, with `/` between folders.
     """
-    others = {_top(name) for name in sizes if "/" in name and (_is_weights(name) or name.endswith(f"/{_OTHER_MODEL}"))}
-    chosen = [name for name in sorted(sizes) if _belongs(name) and _top(name) not in others]
-    large = [name for name in chosen if sizes[name] > _MAX_BYTES]
-    for name in large:
-        _log.warning("%s has %.0f MB and is not copied: files of a model beside its weights are smaller", name,
-                     sizes[name] / 1e6)  # fmt: skip
-    return [name for name in chosen if name not in large]
+    return [name for name in _chosen(sizes) if sizes[name] <= _MAX_BYTES]
+
+
+def large_files(sizes: Mapping[str, int]) -> list[str]:
+    """Return the files that `side_files` leaves out for their size alone, sorted.
+
+    Args:
+        sizes: Size in bytes of every file of the model by its path, with `/` between folders.
+    """
+    return [name for name in _chosen(sizes) if sizes[name] > _MAX_BYTES]
 
 
 def list_folder(folder: Path, without: Iterable[Path] = ()) -> dict[str, int]:
@@ -63,6 +67,11 @@ def list_folder(folder: Path, without: Iterable[Path] = ()) -> dict[str, int]:
     return sizes
 
 
+def _chosen(sizes: Mapping[str, int]) -> list[str]:
+    others = {_top(name) for name in sizes if "/" in name and (_is_weights(name) or name.endswith(f"/{RUN_FILE}"))}
+    return [name for name in sorted(sizes) if _belongs(name) and _top(name) not in others]
+
+
 def _belongs(name: str) -> bool:
     path = PurePosixPath(name)
     is_safe = not path.is_absolute() and "\\" not in name and not any(part[0] == "." for part in path.parts)
@@ -71,7 +80,8 @@ def _belongs(name: str) -> bool:
         and "__pycache__" not in path.parts
         and path.name not in _NAMES
         and not _is_weights(name)
-        and not name.lower().endswith((*_PICTURES, PARTIAL_SUFFIX))
+        and not path.name.startswith(_EVENTS)
+        and not name.lower().endswith((*_PICTURES, *_RECORDS, PARTIAL_SUFFIX))
     )
 
 

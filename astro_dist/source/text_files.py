@@ -31,12 +31,14 @@ def read_file(path: Path, column: str, num_characters: int, seed: int) -> list[s
     Args:
         path: Path of a .txt or .parquet file.
         column: Name of the column of a .parquet file that holds the text.
-        num_characters: Number of characters above which the file is sampled.
+        num_characters: Number of characters above which the file is sampled. Fewer than 64 of the smallest pieces are
+            never asked of a large file: part of its pieces are held out.
         seed: Seed of the sample.
 
     Raises:
         ConfigError: The file is of another kind, or cannot be read.
     """
+    num_characters = max(num_characters, _NUM_PIECES * _SMALLEST_PIECE)
     try:
         if path.suffix == ".txt":
             return _read_txt(path, num_characters, seed)

@@ -12,8 +12,8 @@ from astro.errors import CheckpointError, RunError
 from astro.formats import LAYOUTS
 from astro.formats.block_shard import kept_keys, pack_block, unpack_block
 from astro.model.activations import BlockLayers
-from astro.model.block_call import BlockCall, BlockState, forward
-from astro.model.call_file import Recording, load_call, read_recording, with_tensors
+from astro.model.block_call import BlockState, forward
+from astro.model.call_file import Recording
 from astro.model.skeleton import Skeleton
 from astro.process import return_freed_memory
 from astro.quantization.grid import QuantizedLinear
@@ -27,6 +27,7 @@ from astro_dist.planning.units import BlockUnit
 from astro_dist.run_directory.layer_widths import layer_schemes
 from astro_dist.schedule.names import ORIGINAL, block_unit, is_held_out, round_of_stream
 from astro_dist.worker.prefetch import Prefetch
+from astro_dist.worker.recorded_calls import RecordedCalls
 from astro_dist.worker.spec import WorkerSpec
 
 __all__ = ["BlockRunner"]
@@ -70,8 +71,7 @@ class BlockRunner:
         self._tokens: dict[str, torch.Tensor] | None = None
         self._loaded: tuple[str, int] | None = None
         self._layers: tuple[int, BlockLayers] | None = None
-        self._calls: dict[tuple[int, torch.Size], BlockCall] = {}
-        self._recordings: dict[torch.Size, Recording] = {}
+        self._calls = RecordedCalls(spec.run, self.device)
 
     @property
     def held_out(self) -> list[str]:
@@ -227,13 +227,7 @@ class BlockRunner:
             state: State before the block.
             chunk: Name of the chunk.
         """
-        run, shape = self.spec.run, self.input_ids(chunk).shape
-        if (index, shape) not in self._calls:
-            self._calls[index, shape] = load_call(run.calls(*shape), index, self.device)
-        call = self._calls[index, shape]
-        if chunk in self.recording(chunk).different:
-            tensors, _ = load_part(run.chunk_call(chunk, index))
-            call = with_tensors(call, {place: tensor.to(self.device) for place, tensor in tensors.items()})
+        call = self._calls.call(index, chunk, self._tokens_of(chunk).shape)
         return forward(self.skeleton.blocks[index], state, call)
 
     def repeats(self, stream: str, index: int) -> list[Callable[[], object]]:
@@ -252,9 +246,7 @@ class BlockRunner:
         Args:
             chunk: Name of the chunk.
         """
-        if self._tokens is None:
-            self._tokens, _ = load_part(self.spec.run.tokens)
-        return self._tokens[chunk].to(self.device)
+        return self._tokens_of(chunk).to(self.device)
 
     def recording(self, chunk: str) -> Recording:
         """Return what was seen of all blocks when chunks of a chunk's shape were embedded.
@@ -262,10 +254,7 @@ class BlockRunner:
         Args:
             chunk: Name of the chunk.
         """
-        shape = self.input_ids(chunk).shape
-        if shape not in self._recordings:
-            self._recordings[shape] = read_recording(self.spec.run.calls(*shape))
-        return self._recordings[shape]
+        return self._calls.recording(self._tokens_of(chunk).shape)
 
     def state(self, stream: str, index: int, chunk: str, then: tuple[str, str] | None = None) -> BlockState:
         """Return the state of a chunk before a block.
@@ -306,6 +295,11 @@ class BlockRunner:
         path = self.spec.run.hidden(stream, index, chunk)
         if not path.exists():
             save_part(path, {_HIDDEN: state.hidden, **state.others})
+
+    def _tokens_of(self, chunk: str) -> torch.Tensor:
+        if self._tokens is None:
+            self._tokens, _ = load_part(self.spec.run.tokens)
+        return self._tokens[chunk]
 
     def _read_outside(self) -> dict[str, torch.Tensor]:
         """Read embeddings, norm and head; of a remote source from what was copied of it already."""

@@ -7,9 +7,12 @@ import torch
 import transformers
 from safetensors.torch import load_file
 
+from astro.errors import RunError
 from astro_dist import pipeline
 from astro_dist.export.verify import verify_model
 from astro_dist.run_directory.records import RunDirectory
+from astro_dist.worker.call_recorder import CallRecorder
+from astro_dist.worker.worker import Worker
 from tests.support.architectures import STATEFUL
 from tests.support.dequantized import write_dequantized
 from tests.support.models import files_of, write_checkpoint
@@ -80,3 +83,29 @@ def test_number_of_workers_does_not_change_a_byte(config, tmp_path, name, mode):
         changes = {**MODES[mode], "output__dir": str(tmp_path / f"run{workers}"), "execution__workers": workers}
         results.append(files_of(Path(pipeline.quantize(config(name, **changes)).model)))
     assert results[0] == results[1]
+
+
+def test_calls_of_one_text_that_are_lost_or_damaged_are_recorded_again(config, tmp_path, monkeypatch):
+    whole = pipeline.quantize(config("gemma4-e", output__dir=str(tmp_path / "whole")))
+
+    def fail(self, call):
+        raise RuntimeError("lost")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Worker, "solve_block", fail)
+        with pytest.raises(RunError, match="lost"):
+            pipeline.quantize(config("gemma4-e", execution__max_retries=0))
+    first, *_, last = sorted((tmp_path / "run" / "activations" / "calls").iterdir())
+    first.unlink()
+    save = CallRecorder.save
+
+    def save_and_damage(self):  # it is found while the run goes on
+        save(self)
+        if not damaged:
+            damaged.append(last.write_bytes(last.read_bytes()[:-1]))
+
+    damaged: list[object] = []
+    monkeypatch.setattr(CallRecorder, "save", save_and_damage)
+    again = pipeline.quantize(config("gemma4-e"))
+    assert damaged
+    assert files_of(Path(again.model)) == files_of(Path(whole.model))

@@ -61,10 +61,21 @@ def test_what_answers_and_what_has_no_port_is_left_to_ray(monkeypatch):
 def test_a_folder_that_is_too_long_for_sockets_is_named(monkeypatch):
     error = OSError("validate_socket_filename failed: AF_UNIX path length cannot exceed 107 bytes: /x")
     monkeypatch.setenv("RAY_TMPDIR", "/long")
-    assert "RAY_TMPDIR /long is too long for the sockets" in start_advice(error)
-    assert start_advice(OSError("no space")) == ""
+    assert "RAY_TMPDIR /long is too long for the sockets" in start_advice(None, error)
+    assert start_advice(None, OSError("no space")) == ""
     monkeypatch.delenv("RAY_TMPDIR")
-    assert start_advice(error) == ""
+    assert start_advice(None, error) == ""
+
+
+@pytest.mark.parametrize("address", ["auto", "6379"])
+def test_an_address_that_ray_itself_refuses_gets_the_same_advice(monkeypatch, address):
+    def refuse(**options):
+        raise ConnectionError("no running instance")
+
+    monkeypatch.setattr("ray.init", refuse)
+    monkeypatch.setenv("RAY_ADDRESS", address)
+    with pytest.raises(RunError, match=f"Ray cluster {address}: .*no running instance; .*unset RAY_ADDRESS"):
+        RayExecutor(ExecutionConfig())
 
 
 @pytest.mark.ray

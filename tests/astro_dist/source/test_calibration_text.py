@@ -39,13 +39,21 @@ def test_every_fourth_document_is_held_out():
     assert [f"document {i:02d}" in texts[False] for i in range(8)] == [i not in (3, 7) for i in range(8)]
 
 
-def test_single_document_is_split_at_three_quarters():
-    found = tokenize(["a" * 900 + "b" * 300], byte_tokenizer(), settings())
+@pytest.mark.parametrize("documents", [1, 2, 3])
+def test_few_documents_are_split_at_three_quarters(documents):
+    found = tokenize(["a" * 900 + "b" * 300] * documents, byte_tokenizer(), settings())
     calibration, holdout = (
         {t for c in found.chunks if is_held_out(c.name) is h for t in c.tokens.ravel()} for h in (False, True)
     )
     assert len(calibration) == len(holdout) == 1
     assert calibration != holdout
+
+
+def test_a_large_file_is_enough_for_a_few_tokens(tmp_path):
+    (tmp_path / "a.txt").write_text("The quick brown fox jumps over the lazy dog.\n" * 20_000)
+    few = settings(source=str(tmp_path / "a.txt"), samples=1, holdout_samples=1, sequence_length=16)
+    found = tokenize(read_documents(few), byte_tokenizer(), few)
+    assert [chunk.tokens.shape for chunk in found.chunks] == [(1, 16), (1, 16)]
 
 
 def test_seed_chooses_and_repeats():

@@ -2,7 +2,9 @@
 
 import pytest
 
-from astro_dist.source.side_files import list_folder, side_files
+from astro_dist import pipeline
+from astro_dist.planning.validate import prepare
+from astro_dist.source.side_files import large_files, list_folder, side_files
 
 COPIED = [
     "configuration_deepseek.py",
@@ -62,6 +64,9 @@ LEFT_OUT = [
     "metal/model.bin",
     "metal/README.txt",
     "flax_model.msgpack",
+    "texts.parquet",
+    "train.log",
+    "runs/a/events.out.tfevents.1700.host.1.0",
 ]
 
 
@@ -69,9 +74,22 @@ def test_what_is_copied_and_what_is_left_out():
     assert side_files(dict.fromkeys(COPIED + LEFT_OUT, 10)) == sorted(COPIED)
 
 
-def test_a_large_file_is_left_out_and_named(caplog):
-    assert side_files({"corpus.jsonl": 900_000_000, "a.json": 5}) == ["a.json"]
-    assert "corpus.jsonl has 900 MB and is not copied" in caplog.text
+def test_a_large_file_is_left_out_and_named(llama, run_config):
+    sizes = {"corpus.jsonl": 900_000_000, "a.json": 5, "model.bin": 900_000_000}
+    assert (side_files(sizes), large_files(sizes)) == (["a.json"], ["corpus.jsonl"])
+    with (llama / "corpus.jsonl").open("wb") as file:
+        file.truncate(900_000_000)  # a hole: it takes no room on the disk
+    (note,) = [note for note in prepare(run_config()).notes if "corpus.jsonl" in note]
+    assert "not copied into the result" in note
+
+
+def test_the_calibration_text_is_not_published_with_the_model(llama, run_config, tmp_path):
+    (llama / "text.txt").write_text("A private text, which stays where it is. " * 400)
+    (llama / "SYSTEM_PROMPT.txt").write_text("Be kind.")
+    pipeline.quantize(run_config(calibration__source=str(llama / "text.txt")))
+    names = {path.name for path in (tmp_path / "run" / "model").iterdir()}
+    assert "SYSTEM_PROMPT.txt" in names
+    assert "text.txt" not in names
 
 
 def test_folders_are_listed_by_path_without_hidden_ones_links_and_those_to_avoid(tmp_path):
