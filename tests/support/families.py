@@ -15,9 +15,11 @@ from typing import Any
 import torch
 import transformers
 from safetensors.torch import save_file
+from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
 from astro.errors import UnsupportedError
 from astro.model.model_class import text_model
+from astro.model.model_config import load_config
 from astro.storage.atomic import read_json, write_json
 from astro.storage.checkpoint import INDEX_NAME, Checkpoint
 from astro_dist import pipeline
@@ -103,6 +105,9 @@ FAMILIES: dict[str, Callable[[Path], Path]] = {
 def examine(source: Path, scratch: Path) -> Examined:
     """Stream a checkpoint, quantize it, read the result with transformers, and compare it with our own reading.
 
+    The source is streamed in float32. The result is read in the dtype that config.json names, because transformers
+    unpacks experts in that of their scales, whatever it is asked for.
+
     A step that fails does not end the others, but for those that need its result.
 
     Args:
@@ -126,7 +131,7 @@ def examine(source: Path, scratch: Path) -> Examined:
     streamed = attempt("streamed", _streamed_difference, source, scratch, original)
     summary = attempt("coverage", _quantize, source, scratch / "run")
     model = Path(summary.model) if summary else None
-    result = attempt("missing", _load, model)
+    result = attempt("missing", _load, model, "auto")
     missing = unexpected = None
     if result is not None:
         missing = frozenset(result.missing - (original.missing if original else set()))
@@ -153,20 +158,27 @@ class _Loaded:
 
 
 @torch.no_grad()
-def _load(folder: Path) -> _Loaded:
+def _load(folder: Path, dtype: torch.dtype | str = torch.float32) -> _Loaded:
     name = read_json(folder / "config.json")["architectures"][0]
     if not hasattr(transformers, name):
         raise UnsupportedError(f"transformers {transformers.__version__} has no {name}")
     model, info = getattr(transformers, name).from_pretrained(
-        folder, dtype=torch.float32, experts_implementation="eager", output_loading_info=True
+        folder, dtype=dtype, experts_implementation="eager", output_loading_info=True, **_config_of(folder)
     )
-    inner = text_model(model)
-    if inner is not model:
-        # The first forward of the whole model unpacks the weights. It may fail for want of images.
-        with contextlib.suppress(Exception):
-            model(input_ids=IDS[:, :1], use_cache=False)
+    # The first forward of the whole model unpacks the weights. It may fail for want of images.
+    with contextlib.suppress(Exception):
+        model(input_ids=IDS[:, :1], use_cache=False)
+    # Logits are in float32 whatever the weights are in: sums in another order may send tokens to other experts.
+    torch.nn.Module.float(model)  # transformers refuses the method of the model where it was quantized
     missing = {*info["missing_keys"], *(str(key) for key in info["mismatched_keys"])}
-    return _Loaded(inner(input_ids=IDS, use_cache=False).logits, missing, set(info["unexpected_keys"]))
+    return _Loaded(text_model(model)(input_ids=IDS, use_cache=False).logits, missing, set(info["unexpected_keys"]))
+
+
+def _config_of(folder: Path) -> dict[str, Any]:
+    """Return the configuration as an argument where transformers knows the class and not the name of its kind."""
+    if read_json(folder / "config.json").get("model_type") in CONFIG_MAPPING:
+        return {}
+    return {"config": load_config(folder, trust_remote_code=False)}
 
 
 def _layout_of(source: Path) -> str:
@@ -210,5 +222,5 @@ def _quantize(source: Path, run: Path) -> Summary:
 
 def _difference(plain: Path, model: Path, folder: Path, result: _Loaded) -> float:
     write_dequantized(plain, model, folder)
-    ours = _load(folder).logits
+    ours = _load(folder, "auto").logits
     return float((result.logits - ours).abs().max() / ours.abs().max())
