@@ -27,7 +27,7 @@ from tests.support.families import FAMILIES, Examined, examine
 
 LOADER = Path(__file__).parents[1] / "consumers" / "vllm_loader.py"
 COLUMNS = ("family", "source", "streamed against whole", "packed", "reloaded", "logits differ by", "vLLM's parameters")
-LONGEST = 160
+LONGEST = 200
 """Characters of a message that are shown."""
 NUMBER = re.compile(r"\.\d+(?=\.|$)")
 
@@ -94,7 +94,7 @@ def main() -> None:
     print(f"| {' | '.join(columns)} |\n{'|---' * len(columns)}|", flush=True)
     for name, source, scratch in _sources(arguments.names, arguments.checkpoints):
         result = examine(source, scratch)
-        cells = [name, *_cells(result), *([_served(loader, result)] if loader else [])]
+        cells = [name, *_cells(result), *([_served(loader, source, result)] if loader else [])]
         print(f"| {' | '.join(_shown(cell) for cell in cells)} |", flush=True)
     if loader:
         loader.close()
@@ -127,10 +127,14 @@ def _cells(result: Examined) -> list[str]:
     ]
 
 
-def _served(loader: Loader, result: Examined) -> str:
+def _served(loader: Loader, source: Path, result: Examined) -> str:
+    """Say what vLLM's loader makes of the result and of its drafter; where it fails, also what of the source."""
     if result.model is None or result.coverage is None:
         return ""
     answer = loader.ask(result.model)
+    if answer.startswith("no"):
+        of_source = loader.ask(source)
+        answer += "; the source too" if of_source == answer else f"; of the source: {of_source}"
     if MULTI_TOKEN in result.coverage.copied_bytes:
         answer += f"; drafter: {loader.ask(result.model, 'mtp')}"
     return answer

@@ -102,7 +102,7 @@ STATEFUL: dict[str, Any] = {
     ),
     "gemma4-e": transformers.Gemma4TextConfig(
         **{**_GEMMA4, "num_hidden_layers": 4}, layer_types=["sliding_attention", "full_attention"] * 2,
-        num_kv_shared_layers=2, hidden_size_per_layer_input=16,
+        num_kv_shared_layers=2, hidden_size_per_layer_input=32,
     ),
     "deepseek-v4": transformers.DeepseekV4Config(
         **{**_ROUTED, "num_key_value_heads": 1, "num_hidden_layers": 3}, q_lora_rank=32, n_routed_experts=4,

@@ -39,13 +39,15 @@ GROUP_SIZE = 32
 ENCODED_MODELS = {"mxfp4": EXPERTS["gpt-oss"], "int4": EXPERTS["deepseek-v3"], "nvfp4": EXPERTS["qwen3-moe"]}
 """Configurations of the models that are stored in a kind of source; the others are Llamas."""
 
+_NO_CONVERTER = "its class reads experts of the source's layout, and no packed ones"
 UNREADABLE = {
     "gpt2": "Conv1D",
     "falcon": "its linear layers multiply by `weight` themselves",
-    "gpt-oss": "it packs no experts of GPT-OSS",
-    "source-mxfp4": "it packs no experts of GPT-OSS",
+    "gpt-oss": _NO_CONVERTER,
+    "hy-v4": _NO_CONVERTER,
+    "source-mxfp4": _NO_CONVERTER,
 }
-"""Families whose packed weights transformers cannot read, with the reason. They are stored as vLLM reads them."""
+"""Families whose packed weights transformers cannot read, with the reason."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
