@@ -51,8 +51,10 @@ _COMPUTED = (
     "attn.q_zero_point",
     "attn.k_zero_point",
     "attn.v_zero_point",
+    "routed_experts.w13_weight_shape",
+    "routed_experts.w2_weight_shape",
 )
-"""Endings of parameters that vLLM itself computes; no file of ours holds them."""
+"""Endings of parameters that vLLM itself computes, or never reads, as the shapes of experts."""
 
 
 class _NoKernel:
