@@ -31,6 +31,7 @@ from vllm.config import set_current_vllm_config
 from vllm.distributed import ensure_model_parallel_initialized, init_distributed_environment
 from vllm.engine.arg_utils import EngineArgs
 from vllm.model_executor.layers.attention.mla_attention import MLACommonImpl
+from vllm.model_executor.layers.fused_moe import config as fused_moe_config
 from vllm.model_executor.layers.fused_moe.oracle.int_wna16 import WNA16MoEBackend
 from vllm.model_executor.layers.quantization.compressed_tensors.compressed_tensors_moe import (
     compressed_tensors_moe_wna16,
@@ -38,6 +39,7 @@ from vllm.model_executor.layers.quantization.compressed_tensors.compressed_tenso
 from vllm.model_executor.layers.quantization.compressed_tensors.schemes import compressed_tensors_wNa16
 from vllm.model_executor.model_loader import get_model_loader
 from vllm.model_executor.model_loader.utils import initialize_model
+from vllm.platforms import current_platform
 from vllm.platforms.cpu import CpuPlatform
 
 _MARK = 0x5A5A5A5A
@@ -74,6 +76,16 @@ def _with_dense_attention(original):
     return classmethod(choose)
 
 
+class _TakesEveryExpert:
+    """Stands for the platform where vLLM asks whether experts without a gate have a kernel."""
+
+    def is_xpu(self):
+        return True
+
+    def __getattr__(self, name):
+        return getattr(current_platform, name)
+
+
 def _with_known_arguments(original):
     """Dense attention is not told what sparse attention asks for, such as the tokens that the indexer chose."""
     names = inspect.signature(original).parameters
@@ -91,6 +103,7 @@ def _without_kernels():
         mock.patch.object(compressed_tensors_wNa16, "choose_mp_linear_kernel", return_value=_NoKernel),
         mock.patch.object(moe, "select_wna16_moe_backend", return_value=(WNA16MoEBackend.TRITON, None)),
         mock.patch.object(CpuPlatform, "get_attn_backend_cls", _with_dense_attention(CpuPlatform.get_attn_backend_cls)),
+        mock.patch.object(fused_moe_config, "current_platform", _TakesEveryExpert()),
         mock.patch.object(MLACommonImpl, "__init__", _with_known_arguments(MLACommonImpl.__init__)),
     ):
         yield
