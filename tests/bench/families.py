@@ -27,7 +27,7 @@ from tests.support.families import FAMILIES, Examined, examine
 
 LOADER = Path(__file__).parents[1] / "consumers" / "vllm_loader.py"
 COLUMNS = ("family", "source", "streamed against whole", "packed", "reloaded", "logits differ by", "vLLM's parameters")
-LONGEST = 200
+LONGEST = 160
 """Characters of a message that are shown."""
 NUMBER = re.compile(r"\.\d+(?=\.|$)")
 
@@ -73,7 +73,7 @@ class Loader:
     @staticmethod
     def _in_words(answer: dict) -> str:
         if "error" in answer:
-            return f"no: {answer['error']}"
+            return f"no: {_shortened(answer['error'])}"
         if answer["unfilled"]:
             return f"no: unfilled: {_kinds(set(answer['unfilled']))}"
         return f"filled, {answer['packed']} packed"
@@ -109,7 +109,7 @@ def _sources(names: list[str], checkpoints: Path | None) -> Iterator[tuple[str, 
 
 
 def _cells(result: Examined) -> list[str]:
-    failed = {step: f"no: {message}" for step, message in result.failures.items()}
+    failed = {step: f"no: {_shortened(message)}" for step, message in result.failures.items()}
     coverage, reloaded = result.coverage, ""
     layout = result.layout or ""
     if coverage and MULTI_TOKEN in coverage.copied_bytes:
@@ -146,9 +146,12 @@ def _kinds(names: Set[str]) -> str:
     return f"{len(names)} of {len(kinds)} kinds, such as {kinds[0]}"
 
 
+def _shortened(message: str) -> str:
+    return message if len(message) <= LONGEST else f"{message[:LONGEST]}…"
+
+
 def _shown(cell: str) -> str:
-    text = " ".join(cell.replace("|", "/").split())
-    return text if len(text) <= LONGEST else f"{text[:LONGEST]}…"
+    return " ".join(cell.replace("|", "/").split())
 
 
 if __name__ == "__main__":
