@@ -10,11 +10,11 @@ from astro.storage.checkpoint import Checkpoint
 from astro_dist import pipeline
 from astro_dist.export.verify import verify_model
 from astro_dist.planning.validate import prepare
-from tests.support.architectures import EXPERTS, IDS, logits_of, streamed_logits
+from tests.support.architectures import IDS, logits_of, streamed_logits
+from tests.support.families import ENCODED_MODELS
 from tests.support.models import LLAMA, files_of, write_checkpoint
 from tests.support.quantized_sources import SOURCES, write_source
 
-MODELS = {"mxfp4": EXPERTS["gpt-oss"], "int4": EXPERTS["deepseek-v3"], "nvfp4": EXPERTS["qwen3-moe"]}
 LABELS = {
     "fp8-blocks": "21 from FP8 in blocks of 48 × 48 to bfloat16",
     "fp8-exponents": "21 from FP8 in blocks of 48 × 48 to bfloat16",
@@ -28,7 +28,7 @@ LABELS = {
 @pytest.fixture
 def sources(tmp_path):
     def write(kind, section=None):
-        config = MODELS.get(kind) or transformers.LlamaConfig(**LLAMA)
+        config = ENCODED_MODELS.get(kind) or transformers.LlamaConfig(**LLAMA)
         model = write_checkpoint(tmp_path / "model", config, torch.bfloat16)
         write_source(model, kind, tmp_path / "encoded", tmp_path / "decoded", section)
         return tmp_path / "encoded", tmp_path / "decoded"

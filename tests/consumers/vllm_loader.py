@@ -1,16 +1,22 @@
 """Ask vLLM's own loader what it makes of a checkpoint, without a kernel: a script for an environment with vLLM.
 
     VLLM_ENVIRONMENT/bin/python tests/consumers/vllm_loader.py FOLDER [DRAFTER]
+    VLLM_ENVIRONMENT/bin/python tests/consumers/vllm_loader.py < LINES
 
 vLLM builds its model as it would for a GPU, every parameter is filled with a mark, and vLLM's loader reads the files.
 What still holds the mark was not filled. No forward runs, and no weight is prepared for a kernel, so that experts,
 widths and sparse attention that have no kernel on a CPU are checked too. DRAFTER is a method of speculation, such as
 "mtp": then its model is loaded in place of the model itself. The last line of the output is a JSON object.
+
+Without arguments each line of the input is a JSON list [FOLDER] or [FOLDER, DRAFTER], and for each of them the output
+has a line with a JSON object, in which `error` says why vLLM refused. vLLM is imported only once then.
 """
 
 import contextlib
+import inspect
 import json
 import os
+import signal
 import sys
 import tempfile
 from unittest import mock
@@ -24,6 +30,8 @@ import torch
 from vllm.config import set_current_vllm_config
 from vllm.distributed import ensure_model_parallel_initialized, init_distributed_environment
 from vllm.engine.arg_utils import EngineArgs
+from vllm.model_executor.layers.attention.mla_attention import MLACommonImpl
+from vllm.model_executor.layers.fused_moe import config as fused_moe_config
 from vllm.model_executor.layers.fused_moe.oracle.int_wna16 import WNA16MoEBackend
 from vllm.model_executor.layers.quantization.compressed_tensors.compressed_tensors_moe import (
     compressed_tensors_moe_wna16,
@@ -31,10 +39,12 @@ from vllm.model_executor.layers.quantization.compressed_tensors.compressed_tenso
 from vllm.model_executor.layers.quantization.compressed_tensors.schemes import compressed_tensors_wNa16
 from vllm.model_executor.model_loader import get_model_loader
 from vllm.model_executor.model_loader.utils import initialize_model
+from vllm.platforms import current_platform
 from vllm.platforms.cpu import CpuPlatform
 
 _MARK = 0x5A5A5A5A
 """Value of whole numbers that no loader wrote; floats are NaN."""
+_LONGEST_S = 300
 _COMPUTED = (
     "k_scale",
     "v_scale",
@@ -43,8 +53,10 @@ _COMPUTED = (
     "attn.q_zero_point",
     "attn.k_zero_point",
     "attn.v_zero_point",
+    "routed_experts.w13_weight_shape",
+    "routed_experts.w2_weight_shape",
 )
-"""Endings of parameters that vLLM itself computes; no file of ours holds them."""
+"""Endings of parameters that vLLM itself computes, or never reads, as the shapes of experts."""
 
 
 class _NoKernel:
@@ -64,6 +76,26 @@ def _with_dense_attention(original):
     return classmethod(choose)
 
 
+class _TakesEveryExpert:
+    """Stands for the platform where vLLM asks whether experts without a gate have a kernel."""
+
+    def is_xpu(self):
+        return True
+
+    def __getattr__(self, name):
+        return getattr(current_platform, name)
+
+
+def _with_known_arguments(original):
+    """Dense attention is not told what sparse attention asks for, such as the tokens that the indexer chose."""
+    names = inspect.signature(original).parameters
+
+    def initialize(self, *args, **kwargs):
+        original(self, *args, **{name: value for name, value in kwargs.items() if name in names})
+
+    return initialize
+
+
 @contextlib.contextmanager
 def _without_kernels():
     moe = compressed_tensors_moe_wna16
@@ -71,6 +103,8 @@ def _without_kernels():
         mock.patch.object(compressed_tensors_wNa16, "choose_mp_linear_kernel", return_value=_NoKernel),
         mock.patch.object(moe, "select_wna16_moe_backend", return_value=(WNA16MoEBackend.TRITON, None)),
         mock.patch.object(CpuPlatform, "get_attn_backend_cls", _with_dense_attention(CpuPlatform.get_attn_backend_cls)),
+        mock.patch.object(fused_moe_config, "current_platform", _TakesEveryExpert()),
+        mock.patch.object(MLACommonImpl, "__init__", _with_known_arguments(MLACommonImpl.__init__)),
     ):
         yield
 
@@ -118,7 +152,28 @@ def examine(folder, drafter=None):
     }
 
 
-if __name__ == "__main__":
-    print(json.dumps(examine(*sys.argv[1:])))
+def _examine_apart(folder, drafter=None):
+    """Print what became of a checkpoint, from a process of its own, because vLLM can be set up only once in each."""
     sys.stdout.flush()
-    os._exit(0)  # what vLLM started in the background is not waited for
+    child = os.fork()
+    if child == 0:
+        signal.alarm(_LONGEST_S)
+        try:
+            answer = examine(folder, drafter)
+        except BaseException as error:
+            message = str(error).strip() or type(error).__name__
+            answer = {"error": f"{type(error).__name__}: {message.splitlines()[0]}"}
+        print("\n" + json.dumps(answer), flush=True)
+        os._exit(0)
+    status = os.waitpid(child, 0)[1]
+    if status:
+        print(json.dumps({"error": f"ended by signal {os.WTERMSIG(status)}"}), flush=True)
+
+
+if __name__ == "__main__":
+    if len(sys.argv) > 1:
+        print(json.dumps(examine(*sys.argv[1:])))
+        sys.stdout.flush()
+        os._exit(0)  # what vLLM started in the background is not waited for
+    for line in sys.stdin:
+        _examine_apart(*json.loads(line))

@@ -1,7 +1,5 @@
-"""Tiny random models of the architectures that are tested, dense and mixtures of experts, and their test."""
+"""Tiny random models of the architectures that are tested, and their logits, streamed and whole."""
 
-import contextlib
-import dataclasses
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -15,12 +13,9 @@ from astro.model.call_file import load_call, save_calls
 from astro.model.recording import count_outputs, record, run_head
 from astro.model.skeleton import Skeleton
 from astro.storage.checkpoint import Checkpoint
-from astro_dist import pipeline
-from astro_dist.config.schema import RunConfig
-from tests.support.dequantized import keys_of, write_dequantized
-from tests.support.models import write_checkpoint
+from tests.support.dequantized import keys_of
 
-__all__ = ["DENSE", "EXPERTS", "IDS", "STATEFUL", "UNREADABLE", "Examined", "examine", "logits_of", "streamed_logits"]
+__all__ = ["DENSE", "EXPERTS", "IDS", "STATEFUL", "logits_of", "streamed_logits"]
 
 IDS = torch.arange(40).reshape(2, 20) % 250
 
@@ -107,7 +102,7 @@ STATEFUL: dict[str, Any] = {
     ),
     "gemma4-e": transformers.Gemma4TextConfig(
         **{**_GEMMA4, "num_hidden_layers": 4}, layer_types=["sliding_attention", "full_attention"] * 2,
-        num_kv_shared_layers=2, hidden_size_per_layer_input=16,
+        num_kv_shared_layers=2, hidden_size_per_layer_input=32,
     ),
     "deepseek-v4": transformers.DeepseekV4Config(
         **{**_ROUTED, "num_key_value_heads": 1, "num_hidden_layers": 3}, q_lora_rank=32, n_routed_experts=4,
@@ -128,33 +123,6 @@ Of GLM-5 the second and third block read the tokens that the first one's indexer
 besides. Of Gemma 4's E models the last two blocks read keys and values of the first two, and every block gets an
 embedding of its own. A router of DeepSeek-V4 hashes tokens.
 """
-
-UNREADABLE = {
-    "gpt2": "Conv1D",
-    "falcon": "its linear layers multiply by `weight` themselves",
-    "gpt-oss": "experts fused in the source",
-}
-"""Models whose packed weights transformers cannot read, with the reason. They are stored as vLLM reads them."""
-
-
-@dataclasses.dataclass(frozen=True)
-class Examined:
-    """Holds the results of the test of an architecture.
-
-    Attributes:
-        streamed: Largest difference of logits between the model streamed block by block and the whole model.
-        layers: Number of layers that are packed in the result.
-        reloaded: Whether transformers finds a tensor for all of its parameters in the result, and uses all tensors.
-        difference: Largest difference of logits between the result as transformers reads it and the dequantized
-            weights, over the largest logit; None where transformers cannot read the result.
-        perplexities: Perplexity of the original and of the result.
-    """
-
-    streamed: float
-    layers: int
-    reloaded: bool
-    difference: float | None
-    perplexities: tuple[float, float]
 
 
 @torch.no_grad()
@@ -189,29 +157,3 @@ def logits_of(folder: Path, ids: torch.Tensor) -> tuple[torch.Tensor, bool]:
         folder, dtype=torch.float32, experts_implementation="eager", output_loading_info=True
     )
     return model(input_ids=ids, use_cache=False).logits, not any(info.values())
-
-
-def examine(name: str, scratch: Path) -> Examined:
-    """Write a tiny model, quantize it, and read it again."""
-    source = write_checkpoint(scratch / "source", {**DENSE, **EXPERTS, **STATEFUL}[name])
-    expected, _ = logits_of(source, IDS)
-    streamed = float((streamed_logits(source, IDS, scratch) - expected).abs().max())
-    config = {
-        "model": {"source": str(source)},
-        "quantization": {"group_size": 16},
-        "experts": {"min_tokens": 16},
-        "calibration": {"samples": 6, "sequence_length": 48, "chunk_samples": 4, "holdout_samples": 2},
-        "execution": {"executor": "local", "device": "cpu"},
-        "output": {"dir": str(scratch / "run")},
-    }
-    summary = pipeline.quantize(RunConfig.model_validate(config))
-    folder = Path(summary.model)
-    layers = write_dequantized(source, folder, scratch / "dequantized")
-    ours, _ = logits_of(scratch / "dequantized", IDS)
-    reloaded, difference = False, None
-    # Where transformers cannot read the result, it raises an error or says that tensors are missing.
-    with contextlib.suppress(*([Exception] if name in UNREADABLE else [])):
-        theirs, reloaded = logits_of(folder, IDS)
-        difference = float((theirs - ours).abs().max() / ours.abs().max())
-    perplexity = summary.perplexity
-    return Examined(streamed, layers, reloaded, difference, (perplexity.original, perplexity.quantized))
