@@ -12,8 +12,7 @@ from typing import Any, ClassVar, Literal
 from astro.errors import ConfigError
 
 __all__ = [
-    "BITS", "LEAST_DAMPING", "PER_CHANNEL", "Experts", "LayerScheme", "Override", "Quantization", "Regularizer",
-    "SolverSettings",
+    "BITS", "PER_CHANNEL", "Experts", "LayerScheme", "Override", "Quantization", "Regularizer", "SolverSettings",
 ]  # fmt: skip
 
 BITS = (2, 3, 4, 8)
@@ -21,9 +20,6 @@ BITS = (2, 3, 4, 8)
 
 PER_CHANNEL = -1
 """Group size that means one group over all input columns."""
-
-LEAST_DAMPING = 0.01
-"""Damping where there is plenty of calibration text: GPTQ's own."""
 
 
 def _require(condition: bool, message: str) -> None:
@@ -126,10 +122,8 @@ class SolverSettings:
     compensation: float | Literal["auto"] = "auto"
     """In mode `sequential`: share of the errors made before a layer that its weights make up for, from 0, which is
     none, to 1. `auto` measures for every input group which share of the correction two halves of the text agree on."""
-    damping: float | Literal["auto"] = "auto"
-    """Share of the mean diagonal that is added to the Hessian's diagonal. `auto` takes, for every input group, the
-    number of its columns by the number of tokens that its Hessian is made from, and 0.01 at least: the less text there
-    is for a column, the less the Hessian is believed."""
+    damping: float = 0.01
+    """Share of the mean diagonal that is added to the Hessian's diagonal."""
     max_damping: float = 1.0
     """Largest damping. Where a factorization fails the damping is multiplied by 10 and tried again, and beyond this
     share the run ends in an error."""
@@ -142,11 +136,9 @@ class SolverSettings:
             math.isfinite(self.refine_tolerance) and self.refine_tolerance >= 0,
             f"refine_tolerance: expected a number >= 0, got {self.refine_tolerance}",
         )
-        least = LEAST_DAMPING if self.damping == "auto" else self.damping
         _require(
-            math.isfinite(least) and 0 < least <= self.max_damping <= 1e3,
-            f"damping: expected auto or 0 < damping, and damping <= max_damping <= 1000, got {self.damping} and "
-            f"{self.max_damping}",
+            math.isfinite(self.damping) and 0 < self.damping <= self.max_damping <= 1e3,
+            f"damping: expected 0 < damping <= max_damping <= 1000, got {self.damping} and {self.max_damping}",
         )
 
     @property

@@ -94,7 +94,6 @@ class BlockStatistics:
                     num_tokens=sums.num_tokens,
                     routed_tokens=sums.num_tokens,
                     token_weights=self._weights.kind_of(first),
-                    effective_tokens=sums.effective_tokens(),
                     gradient_energy=self._weights.energy_of(first),
                 )
             else:

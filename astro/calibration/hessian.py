@@ -1,4 +1,4 @@
-"""The Hessian of a layer's squared error: accumulation, damping, factorization.
+"""The Hessian of a layer's squared error: accumulation and shrinkage.
 
 For Y = X Wᵀ the layer error of a perturbed weight is tr(ΔW H ΔWᵀ) with H = XᵀX, or, where tokens have weights w_t,
 H = Σ_t w_t x_t x_tᵀ; see `token_weights`. Shapes: T tokens, C columns (inputs of the layer).
@@ -61,14 +61,14 @@ class HessianAccumulator:
         self.totals += torch.stack([weights.sum(dtype=torch.float64), energies.sum(), energies.square().sum()])
         self._keep(X)
 
-    def effective_tokens(self) -> float:
-        """Return how many tokens of equal energy would say as much as those that were added.
+    def effective_tokens(self) -> torch.Tensor:
+        """Return how many tokens of equal energy would say as much as those that were added, float64 [].
 
         With e_t = w_t ‖x_t‖² it is (Σ e)² / Σ e²: the number of tokens where their energies are equal, and less where
         a few of them make up most of the sum. It is 0 where all inputs are 0.
         """
-        _, energy, square = self.totals.tolist()
-        return energy * energy / square if square > 0 else 0.0
+        _, energy, square = self.totals
+        return torch.where(square > 0, energy.square() / square, 0.0)
 
     def _keep(self, X: torch.Tensor) -> None:
         self._kept.append(X)
@@ -109,7 +109,16 @@ class HessianAccumulator:
             self._keep(X)
 
     def finish_(self, name: str) -> torch.Tensor:
-        """Return the weighted mean of xxᵀ over all tokens, symmetric [C, C] float32. The accumulator is then empty.
+        """Return the weighted mean of xxᵀ over all tokens, shrunk, symmetric [C, C] float32. The sum is then empty.
+
+        GPTQ makes up for an error in one column by what H says of others, and where tokens are few beside columns,
+        chance says much of it. So, as if C more tokens with the same diagonal and independent columns had been added
+        to T effective ones,
+
+            H_ij ← H_ij · T / (T + C)   for i ≠ j
+
+        With 128 × 2048 tokens and 8192 columns this is 3 %. It is shrinkage towards the diagonal (Schäfer and
+        Strimmer, 2005), with its strength from T and C alone.
 
         Args:
             name: Name of the layer, for messages.
@@ -127,7 +136,10 @@ class HessianAccumulator:
             )
         mirror_(H)
         # Where all inputs are 0 their weights may be 0 too, and so is the sum.
-        return H.div_(torch.where(self.totals[0] > 0, self.totals[0], 1.0))
+        H.div_(torch.where(self.totals[0] > 0, self.totals[0], 1.0))
+        diagonal, tokens = H.diagonal().clone(), self.effective_tokens()
+        H.mul_(tokens / (tokens + len(H))).diagonal().copy_(diagonal)
+        return H
 
     def _fold(self) -> None:
         kept, self._kept = self._kept, []

@@ -4,7 +4,6 @@ Layers that read the same input are an input group: q, k and v; gate and up. Sha
 """
 
 import dataclasses
-import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
@@ -32,7 +31,6 @@ class InputStatistics:
         num_tokens: Number of tokens that H was made from.
         routed_tokens: Number of calibration tokens that the model itself sends through these layers.
         token_weights: What the tokens are weighted by.
-        effective_tokens: Number of tokens of equal energy that would say as much; infinite where H is the identity.
         gradient_energy: Energy of the loss's gradient at the layers' outputs, see `typical_energy`; None where it was
             not measured.
         fallback: The experts' policy, where too few tokens made it necessary; empty elsewhere.
@@ -43,7 +41,6 @@ class InputStatistics:
     num_tokens: int
     routed_tokens: int
     token_weights: Kind
-    effective_tokens: float
     gradient_energy: float | None = None
     fallback: str = ""
 
@@ -174,12 +171,12 @@ def starved_statistics(
         )
     if experts.policy == "rtn":
         H = torch.eye(operand.columns, dtype=torch.float32, device=device)
-        return InputStatistics(operand.names, H, 0, routed_tokens, "none", math.inf, fallback=experts.policy)
+        return InputStatistics(operand.names, H, 0, routed_tokens, "none", fallback=experts.policy)
     assert sums is not None
     # A copy is finished, since several experts may share these sums.
     copy = HessianAccumulator(operand.columns, device)
     copy.absorb_(sums)
     # All tokens are weighted by their norm; what all experts share is weighted as each of them is.
     kind: Kind = "norm" if token_weights == "loss" and experts.policy == "all-tokens" else token_weights
-    H, effective = copy.finish_(name), copy.effective_tokens()
-    return InputStatistics(operand.names, H, copy.num_tokens, routed_tokens, kind, effective, fallback=experts.policy)
+    H = copy.finish_(name)
+    return InputStatistics(operand.names, H, copy.num_tokens, routed_tokens, kind, fallback=experts.policy)

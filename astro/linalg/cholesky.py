@@ -51,9 +51,7 @@ class Factor:
         return result
 
 
-def factorize(
-    H: torch.Tensor, order: torch.Tensor, damping: torch.Tensor | float, max_damping: float, names: Sequence[str]
-) -> Factor:
+def factorize(H: torch.Tensor, order: torch.Tensor, damping: float, max_damping: float, names: Sequence[str]) -> Factor:
     """Factor H + λI with λ = damping · mean(diag H), with the columns in the given order.
 
     Where the Cholesky factorization of a layer fails, its damping is multiplied by 10 and it is factored again, up to
@@ -63,7 +61,7 @@ def factorize(
     Args:
         H: The symmetric Hessians, float32 [B, C, C] or [C, C].
         order: Permutation of the columns, int64 [B, C] or [C].
-        damping: Share of the mean diagonal of each that is added at first, float64 [B], or one of all.
+        damping: Share of the mean diagonal that is added at first.
         max_damping: Largest share of the mean diagonal that may be added.
         names: Names of the layers, for messages.
 
@@ -75,7 +73,7 @@ def factorize(
     """
     mean = H.diagonal(dim1=-2, dim2=-1).mean(-1)
     require_inputs(mean, names)
-    share = torch.as_tensor(damping, dtype=torch.float64, device=mean.device).expand_as(mean).clone()
+    share = torch.full_like(mean, damping, dtype=torch.float64)
     attempts = torch.ones_like(mean, dtype=torch.int64)
     L, info = _cholesky(H, order, share * mean)
     while first_of(info > 0, names) is not None:

@@ -49,8 +49,7 @@ def quantize_block(
     for batch in side_by_side(input_groups, shapes, schemes, device_type):
         of_batch = list(itertools.islice(remaining, len(batch)))
         H, tokens = stacked([inputs.H for inputs in of_batch]), [inputs.num_tokens for inputs in of_batch]
-        effective = [inputs.effective_tokens for inputs in of_batch]
-        moments = InputMoments(H, effective, lacks_statistics=[inputs.fallback == "rtn" for inputs in of_batch])
+        moments = InputMoments(H, lacks_statistics=[inputs.fallback == "rtn" for inputs in of_batch])
         counted = [{figure: getattr(inputs, figure) for figure in COUNTED} for inputs in of_batch]
         del of_batch  # a wide layer's matrices are gigabytes
         for scheme, stacks in apart([input_groups[i] for i in batch], schemes):

@@ -8,12 +8,11 @@ Shapes: B input groups side by side, mostly 1; R rows of all members of an input
 """
 
 import dataclasses
-import math
 from collections.abc import Sequence
 
 import torch
 
-from astro.config import LEAST_DAMPING, LayerScheme, Regularizer, SolverSettings
+from astro.config import LayerScheme, Regularizer, SolverSettings
 from astro.linalg.cholesky import Factor, factorize
 from astro.linalg.symmetric import layer_error
 from astro.quantization import gptq, regularizer
@@ -65,36 +64,14 @@ class InputMoments:
 
     Attributes:
         H: Weighted mean of xxᵀ over the calibration tokens, float32 [B, C, C].
-        effective_tokens: Number of tokens of equal energy that would say as much, of each input group; where it is
-            empty, more than make a difference.
         drift: Weighted mean of (x_s − x)xᵀ, x_s the same tokens' inputs in the source model, float32 [B, C, C]; None
             where errors made before are not made up for.
         lacks_statistics: Which input groups have no statistics, their H being the identity; where it is empty, none.
     """
 
     H: torch.Tensor
-    effective_tokens: Sequence[float] = ()
     drift: torch.Tensor | None = None
     lacks_statistics: Sequence[bool] = ()
-
-    def damping(self, settings: SolverSettings) -> torch.Tensor:
-        """Return the share of H's mean diagonal that is added to its diagonal at first, float64 [B].
-
-        H is a mean over T effective tokens. Where T is not far above the number of columns C, its small eigenvalues are
-        too small by chance, and GPTQ relies on them. `auto` adds C more tokens whose energy is the mean and lies evenly
-        in all directions, as a prior for a Wishart matrix does:
-
-            λ = (C / T) tr(H) / C,   and 0.01 tr(H) / C at least, as GPTQ has it
-
-        Args:
-            settings: How weights are put on their grid.
-        """
-        num_columns = self.H.shape[-1]
-        tokens = self.effective_tokens or [math.inf] * len(self.H)
-        shares = [num_columns / count if count > 0 else math.inf for count in tokens]
-        least = LEAST_DAMPING if settings.damping == "auto" else settings.damping
-        most = settings.max_damping if settings.damping == "auto" else least
-        return torch.tensor(shares, dtype=torch.float64, device=self.H.device).clamp_(least, most)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -222,7 +199,7 @@ def prepare_input_groups(
         with timed(seconds, "factor"):
             in_order = torch.arange(W.shape[-1], device=H.device).expand(H.shape[:-1])
             order = gptq.activation_order(H) if solver.act_order == "static" else in_order
-            factor = factorize(H, order, inputs.damping(solver), solver.max_damping, names)
+            factor = factorize(H, order, solver.damping, solver.max_damping, names)
     if drift is not None:
         drift = None if factor is None else drift * (1.0 if solver.compensation == "auto" else solver.compensation)
     none = H.new_zeros(len(H), dtype=torch.float64)

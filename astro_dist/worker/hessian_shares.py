@@ -44,14 +44,12 @@ class BatchStatistics:
             compensated.
         spread: How far the drifts of the even and the odd shares lie apart, float32 [B, C, C], see
             `DriftAccumulator.spread_`; None where it was not just measured.
-        effective_tokens: Number of tokens of equal energy that would say as much, of each input group.
         fallbacks: Policy that was used for each input group because too few tokens reached it; empty elsewhere.
     """
 
     H: torch.Tensor
     drift: torch.Tensor | None
     spread: torch.Tensor | None
-    effective_tokens: tuple[float, ...]
     fallbacks: tuple[str, ...]
 
 
@@ -161,7 +159,7 @@ class HessianShares:
         """
         tensors, note = block.load(batch, SUM)
         H = unpacked(tensors["hessian"].to(self._runner.device), block.columns(batch))
-        return BatchStatistics(H, tensors.get("drift"), None, tuple(note["effective_tokens"]), tuple(note["fallback"]))
+        return BatchStatistics(H, tensors.get("drift"), None, tuple(note["fallback"]))
 
     def _token_weights(self, block: BlockInParts) -> TokenWeights:
         """The weights of the calibration tokens at a block's layers, read once."""
@@ -274,7 +272,6 @@ class HessianShares:
                 num_tokens=H.num_tokens,
                 routed_tokens=H.num_tokens,
                 token_weights=self._token_weights(block).kind_of(operand),
-                effective_tokens=H.effective_tokens(),
             )
         stage = next(i for i, batches in enumerate(block.stages) if batch in batches)
         if experts.policy == "all-tokens":
@@ -327,10 +324,9 @@ def _save_sum(
         "num_tokens": [inputs.num_tokens for inputs in statistics],
         "routed_tokens": [inputs.routed_tokens for inputs in statistics],
         "token_weights": [inputs.token_weights for inputs in statistics],
-        "effective_tokens": [inputs.effective_tokens for inputs in statistics],
         "gradient_energy": [inputs.gradient_energy for inputs in statistics],
         "fallback": [inputs.fallback for inputs in statistics],
         "seconds": seconds,
     }
     block.save(batch, SUM, tensors, note)
-    return BatchStatistics(H, drift, None, tuple(note["effective_tokens"]), tuple(note["fallback"]))
+    return BatchStatistics(H, drift, None, tuple(note["fallback"]))

@@ -243,7 +243,6 @@ class SplitSolver:
         W = stack([[weights[name] for name in names] for names in tile.members])
         inputs = InputMoments(
             H=statistics.H.to(runner.device),
-            effective_tokens=statistics.effective_tokens,
             drift=statistics.drift.to(runner.device) if statistics.drift is not None else None,
             lacks_statistics=[fallback == "rtn" for fallback in statistics.fallbacks],
         )

@@ -189,7 +189,7 @@ def run_group(columns: int, settings: Quantization, plain: bool) -> Launches:
         with torch.no_grad(), counter, HostCopies(counter), as_on_a_gpu(counter), kernels:
             sums.add_(X.bfloat16())
             H = sums.finish_("layer")
-            known = InputStatistics(("layer",), H, len(X), len(X), "none", sums.effective_tokens())
+            known = InputStatistics(("layer",), H, len(X), len(X), "none")
             schemes = {"layer": settings.scheme("layer", columns)}
             recipe = Recipe(settings, settings_of_beta, torch.bfloat16)
             layers, _ = quantize_block({"layer": W}, [["layer"]], [known], schemes, recipe)

@@ -56,7 +56,7 @@ def hessians(model: torch.nn.Module, tokens: dict, firsts: list[str], kind: str)
             model.base_model(tokens[name])
     for handle in handles:
         handle.remove()
-    return {name: InputMoments(total.finish_(name)[None], [total.effective_tokens()]) for name, total in sums.items()}
+    return {name: InputMoments(total.finish_(name)[None]) for name, total in sums.items()}
 
 
 def held_out_error(members: dict, weights: dict, H: torch.Tensor) -> float:

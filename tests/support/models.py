@@ -26,6 +26,23 @@ def correlated_inputs(num_tokens: int, num_columns: int, seed: int = 0) -> torch
     return torch.randn(num_tokens, num_columns, generator=generator, dtype=torch.float64) @ mix * size
 
 
+def naive_hessian(X: torch.Tensor, weights: torch.Tensor | None = None, repeats: int = 1) -> torch.Tensor:
+    """Return the weighted mean of xxᵀ, shrunk towards its diagonal, in float64.
+
+    Args:
+        X: Inputs of a layer [T, C].
+        weights: Weight of each token [T]; 1 where not given.
+        repeats: How often every token was seen.
+    """
+    X = X.double()
+    w = torch.ones(len(X), dtype=torch.float64) if weights is None else weights.double()
+    H = (X.T * w) @ X / w.sum()
+    energies = w * X.square().sum(-1)
+    tokens = repeats * energies.sum() ** 2 / energies.square().sum()
+    diagonal = torch.diag(H.diagonal())
+    return diagonal + (H - diagonal) * tokens / (tokens + len(H))
+
+
 def random_weights(rows: int, columns: int, seed: int = 1) -> torch.Tensor:
     """Return heavy-tailed weights, float32 [R, C]."""
     generator = torch.Generator().manual_seed(seed)

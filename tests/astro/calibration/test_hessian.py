@@ -8,7 +8,7 @@ from astro.calibration.hessian import DriftAccumulator, HessianAccumulator
 from astro.errors import NumericalError
 from astro.linalg.cholesky import factorize
 from astro.linalg.symmetric import layer_error
-from tests.support.models import correlated_inputs, random_weights
+from tests.support.models import correlated_inputs, naive_hessian, random_weights
 
 CPU = torch.device("cpu")
 
@@ -24,7 +24,7 @@ def hessian(X, pieces=1, name="layer"):
 def test_against_naive_float64_product(num_columns):
     X = correlated_inputs(70, num_columns).float().double()
     H = hessian(X, pieces=3)
-    expected = X.T @ X / 70
+    expected = naive_hessian(X)
     torch.testing.assert_close(H.double(), expected, rtol=1e-4, atol=float(expected.abs().max()) * 1e-5)
     assert torch.equal(H, H.T)
 
@@ -34,7 +34,17 @@ def test_tokens_of_every_leading_dimension_count():
     accumulator = HessianAccumulator(8, CPU)
     accumulator.add_(X.reshape(2, 3, 4, 8))
     assert accumulator.num_tokens == 24
-    torch.testing.assert_close(accumulator.finish_("x"), X.T @ X / 24)
+    torch.testing.assert_close(accumulator.finish_("x").double(), naive_hessian(X), rtol=1e-5, atol=1e-5)
+
+
+def test_more_text_is_believed_more():
+    """What two columns say of each other counts by the number of tokens, and their energies as they are."""
+    X = correlated_inputs(10, 8)
+    plain, few, many = X.T @ X / 10, hessian(X).double(), hessian(X.repeat(1000, 1)).double()
+    torch.testing.assert_close(few.diagonal(), plain.diagonal(), rtol=1e-5, atol=0)
+    torch.testing.assert_close(many, plain, rtol=1e-2, atol=1e-5)
+    apart = [float((H - torch.diag(H.diagonal())).abs().sum()) for H in (few, plain)]
+    assert apart[0] < 0.7 * apart[1]
 
 
 def test_bfloat16_inputs_are_multiplied_exactly():

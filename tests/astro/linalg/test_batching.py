@@ -87,7 +87,7 @@ def test_statistics_come_to_their_end_and_are_let_go():
     def statistics():
         H = torch.eye(64)
         last.append(weakref.ref(H))
-        yield InputStatistics(("a",), H, 1, 1, "none", 1)
+        yield InputStatistics(("a",), H, 1, 1, "none")
 
     known = statistics()
     quantize_block({"a": random_weights(8, 64)}, [["a"]], known, {"a": SCHEME}, RECIPE)
@@ -102,7 +102,7 @@ def test_statistics_that_fail_do_so_without_any_group():
     with pytest.raises(NumericalError, match="no token reached a"):
         quantize_block({}, [], unreached(), {}, RECIPE)
     with pytest.raises(AssertionError, match="belong to no group"):
-        quantize_block({}, [], iter([InputStatistics(("a",), torch.eye(2), 1, 1, "none", 1)]), {}, RECIPE)
+        quantize_block({}, [], iter([InputStatistics(("a",), torch.eye(2), 1, 1, "none")]), {}, RECIPE)
 
 
 def test_group_that_cannot_be_solved_is_named():

@@ -17,7 +17,7 @@ from astro.model.skeleton import Skeleton
 from astro.storage.checkpoint import Checkpoint
 from tests.support.architectures import EXPERTS, IDS
 from tests.support.dequantized import keys_of
-from tests.support.models import correlated_inputs, write_checkpoint
+from tests.support.models import correlated_inputs, naive_hessian, write_checkpoint
 
 GRANITE = {
     "vocab_size": 260, "hidden_size": 64, "intermediate_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4,
@@ -75,8 +75,8 @@ class Opened:
         self.expert = pair[0].split(".")[-2]
         X = tokens.double()
         Y = self.act(X, *pair)
-        torch.testing.assert_close(known[pair].H.double(), X.T @ X / len(X), rtol=1e-4, atol=1e-6)
-        torch.testing.assert_close(known[down].H.double(), Y.T @ Y / len(Y), rtol=1e-4, atol=1e-6)
+        torch.testing.assert_close(known[pair].H.double(), naive_hessian(X), rtol=1e-4, atol=1e-6)
+        torch.testing.assert_close(known[down].H.double(), naive_hessian(Y), rtol=1e-4, atol=1e-6)
 
 
 def parts(known):
@@ -133,9 +133,10 @@ def test_starved_experts_share_a_hessian(tmp_path):
     policy = Experts(min_tokens=routed[fewest].num_tokens + 1, policy="shared-hessian")
     known = opened.statistics(policy)
     total = sum(routed[pair].num_tokens for pair in pairs)
-    expected = sum(routed[pair].H * routed[pair].num_tokens for pair in pairs) / total
+    inputs, chosen = opened.routed[0][:2]
+    X = torch.cat([inputs[(chosen == expert).any(-1)] for expert in range(len(pairs))])
     assert (known[fewest].num_tokens, known[fewest].fallback) == (total, "shared-hessian")
-    torch.testing.assert_close(known[fewest].H, expected)
+    torch.testing.assert_close(known[fewest].H.double(), naive_hessian(X, repeats=2), rtol=1e-4, atol=1e-6)
     assert [known[pair].fallback for pair in pairs].count("shared-hessian") == 1
 
 

@@ -205,31 +205,3 @@ def test_share_to_make_up_for_against_naive_float64(noise, low, high):
     expected = inner(first, second) / (inner(first, first) + inner(second, second)) * 2
     assert share == pytest.approx(max(expected, 0.0), abs=2e-3)
     assert low <= share <= high
-
-
-@pytest.mark.parametrize(
-    ("damping", "tokens", "expected"),
-    [("auto", [640.0, 64.0, 3.0, 1e9], [0.1, 1.0, 1.0, 0.01]), ("auto", [], [0.01]), (0.2, [3.0], [0.2])],
-)
-def test_damping_is_the_columns_by_the_tokens_within_its_limits(damping, tokens, expected):
-    inputs = InputMoments(torch.eye(64).expand(max(len(tokens), 1), 64, 64), tokens)
-    assert inputs.damping(SolverSettings(damping=damping)).tolist() == expected
-
-
-@pytest.mark.parametrize("bits", [2, 4])
-def test_little_text_is_believed_less_and_the_error_on_other_text_falls(bits):
-    """What `damping: auto` is for, on inputs whose energy falls off like that of activations: three tokens a column."""
-    generator = torch.Generator().manual_seed(3)
-    mix = torch.linalg.qr(torch.randn(64, 64, generator=generator, dtype=torch.float64)).Q
-    spread = torch.arange(1, 65, dtype=torch.float64) ** -0.5
-    X, other = (torch.randn(4192, 64, generator=generator, dtype=torch.float64) * spread @ mix).split([192, 4000])
-    W, settings = random_weights(200, 64, 1), {"group_size": 16, "bits": bits}
-    errors = {}
-    for damping in ("auto", 0.01):
-        solver = Quantization(damping=damping, **settings)
-        inputs = InputMoments((X.T @ X / len(X)).float()[None], [192.0])
-        recipe = Recipe(solver, NONE, torch.float32)
-        group = prepare_input_groups(["a"], W[None], inputs, solver.scheme("a", 64), recipe)
-        rows = solve_rows(group, W[None])
-        errors[damping] = float(((W - rows.grid.dequantize(rows.Q)[0]).double() @ other.T).square().sum())
-    assert errors["auto"] < 0.95 * errors[0.01]
