@@ -5,7 +5,16 @@ from collections.abc import Iterable, Mapping, Sequence
 from astro.config import PER_CHANNEL, LayerScheme
 from astro.model.linear_layer import LinearLayer
 
-__all__ = ["conversion_notes", "group_size_notes", "low_width_notes", "settled"]
+__all__ = ["FUSED_EXPERTS", "TRANSPOSED", "conversion_notes", "group_size_notes", "low_width_notes", "settled"]
+
+FUSED_EXPERTS = (
+    "the source holds its experts fused, the result one by one, as vLLM asks; transformers reads such a result of "
+    "Llama 4 and of Qwen3.5-MoE, and of no other architecture that was tried"
+)
+TRANSPOSED = (
+    "the source holds some layers transposed (Conv1D), the result as linear layers, as servers ask: transformers has "
+    "no reader for them"
+)
 
 _MARLIN_SIZES = (PER_CHANNEL, 32, 64, 128)
 """Group sizes that vLLM's CUDA Marlin kernels take."""
@@ -53,13 +62,7 @@ def conversion_notes(layers: Iterable[LinearLayer]) -> list[str]:
     """
     layers, notes = list(layers), []
     if any(layer.is_fused for layer in layers):
-        notes.append(
-            "the source holds its experts fused, the result one by one, as servers ask: of such architectures "
-            "transformers has a reader of packed experts for Llama 4 alone"
-        )
+        notes.append(FUSED_EXPERTS)
     if any(layer.transposed and layer.expert is None for layer in layers):
-        notes.append(
-            "the source holds some layers transposed (Conv1D), the result as linear layers, as servers ask: "
-            "transformers has no reader for them"
-        )
+        notes.append(TRANSPOSED)
     return notes

@@ -13,6 +13,7 @@ import yaml
 from rich.filesize import decimal
 
 from astro.formats import LAYOUTS
+from astro.formats.server_limits import FUSED_EXPERTS, TRANSPOSED
 from astro.quantization.layer_record import LayerRecord, predicted_nats
 from astro_dist.config.schema import RunConfig
 from astro_dist.console import in_words
@@ -133,6 +134,7 @@ def model_card(
         text=PurePath(config.calibration.source).name,
         is_served=_are_served(config.quantization.format, widths),
         is_low=min(widths) < _TRIED_BITS,
+        is_doubtful=bool({FUSED_EXPERTS, TRANSPOSED} & set(summary.notes)),
         reader="AutoProcessor" if base.parts_beside_text else "AutoTokenizer",
         packages=LAYOUTS[config.quantization.format].READER_PACKAGES,
         devices=Counter(f"{block.device}, torch {block.torch}" for block in blocks),

@@ -172,11 +172,15 @@ def _read_packing(path: Path) -> tuple[Layout, dict[str, Any]]:
         CheckpointError: The model is not quantized, or in a layout that is not known.
     """
     config = read_json(path, "a checkpoint folder must hold it").get("quantization_config")
-    packing = LAYOUTS.get(str(config.get("quant_method"))) if isinstance(config, dict) else None
+    method = config.get("quant_method") if isinstance(config, dict) else config
+    packing = LAYOUTS.get(str(method))
     if config is None:
         raise CheckpointError(f"{path}: has no quantization_config, so this is no quantized model")
     if packing is None:
-        raise CheckpointError(f"{path}: its quantization_config is of no layout known here: {config!r:.80}")
+        raise CheckpointError(
+            f"{path}: its quantization_config has quant_method {method!r:.80}; verify reads results of "
+            f"astro-dist alone, which have {' or '.join(LAYOUTS)}"
+        )
     return packing, config
 
 

@@ -24,7 +24,7 @@ class Coverage:
         quantized: Number of weights that are quantized.
         in_blocks: Number of all weights of the blocks.
         left: Number of weights that are left as they are, by kind of tensor; experts and blocks are counted together.
-        copied_bytes: Size of what lies outside the blocks, in bytes of the source, by part.
+        copied_bytes: Size of what lies outside the blocks, in bytes of the result, by part.
     """
 
     quantized: int

@@ -13,9 +13,11 @@ from astro.model.experts import parts_of
 from astro.model.skeleton import Skeleton
 from astro.storage.shard_header import TensorEntry
 
-__all__ = ["copied_matrices", "linear_modules"]
+__all__ = ["copied_matrices", "linear_modules", "names_in_the_decoder_alone"]
 
 _WEIGHT = ".weight"
+_DECODER = "language_model."
+"""What wrappers call their text decoder, in front of the names of its modules."""
 
 
 def linear_modules(skeleton: Skeleton, layers: Iterable[str], other_matrices: Iterable[str]) -> list[str]:
@@ -29,6 +31,18 @@ def linear_modules(skeleton: Skeleton, layers: Iterable[str], other_matrices: It
     modules = [name for name, module in skeleton.model.named_modules() if isinstance(module, nn.Linear)]
     gates = [name.removesuffix(_WEIGHT) for name in other_matrices if name.endswith(_WEIGHT)]
     return list(dict.fromkeys((*modules, *layers, *gates)))
+
+
+def names_in_the_decoder_alone(skeleton: Skeleton, names: Iterable[str]) -> list[str]:
+    """Return what layers of a wrapper's text decoder are called where that is loaded alone, as a causal class does.
+
+    Args:
+        skeleton: The model on the meta device.
+        names: Names of layers in the wrapper.
+    """
+    if _DECODER not in skeleton.blocks_name:
+        return []
+    return [name.replace(_DECODER, "", 1) for name in names if _DECODER in name]
 
 
 def copied_matrices(skeleton: Skeleton, entries: Mapping[str, TensorEntry], keys: Iterable[str]) -> list[str]:

@@ -45,7 +45,7 @@ def coverage_of(
                 left[_kind(skeleton, key)] += _count(checkpoint, key)
     parts: Counter[str] = Counter()
     for key in copied:
-        parts[_part(skeleton, key)] += checkpoint.size_bytes([key])
+        parts[_part(skeleton, key)] += checkpoint.entries[key].size_bytes
     return Coverage(quantized, in_blocks, dict(left), dict(parts))
 
 

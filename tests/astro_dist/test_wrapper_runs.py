@@ -90,6 +90,15 @@ def test_wrapper_is_quantized_and_loads_in_its_own_class(tmp_path, name):
     torch.testing.assert_close(logits_of(model, name), logits_of(ours, name))
 
 
+@torch.no_grad()
+def test_text_decoder_of_a_wrapper_loads_alone_too(tmp_path):
+    """The causal class calls the decoder's layers by shorter names, and asks for what is not packed under these."""
+    source = write_model(tmp_path / "source", "qwen3.5")
+    summary = pipeline.quantize(config_of(source, tmp_path / "run"))
+    _, info = loaded(Path(summary.model), "AutoModelForCausalLM")
+    assert not info["missing_keys"]
+
+
 @pytest.mark.parametrize("format_name", ["compressed-tensors", "gptq"])
 @pytest.mark.parametrize("name", WITH_DRAFTER)
 def test_drafter_is_carried_over_and_every_matrix_of_it_is_named(tmp_path, name, format_name):
