@@ -34,7 +34,7 @@ def cut_zero_experts(model: nn.Module) -> dict[str, int]:
     """
     counts: dict[str, int] = {}
     for name, module in model.named_modules():
-        if num_zero_experts(module) and _has_them(module):
+        if _has_them(module):
             first, count = module.get_parameter(_FIRST), len(module.get_parameter(_LAST))
             if len(first) > count:
                 setattr(module, _FIRST, nn.Parameter(first.detach()[:count], requires_grad=first.requires_grad))
