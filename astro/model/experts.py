@@ -14,6 +14,7 @@ from torch import nn
 
 from astro.errors import CheckpointError, UnsupportedError
 from astro.model.linear_layer import LinearLayer
+from astro.model.zero_experts import spare_expert
 
 __all__ = [
     "call_alone",
@@ -31,7 +32,10 @@ _PARTS = {"gate_up_proj": ("gate_proj", "up_proj"), "up_proj": ("up_proj",), "do
 """The layers in each parameter of an experts' module, in the order of their rows."""
 _JOINED = {"gate_up_proj": "w13", "down_proj": "w2"}
 """Names of the packed experts of gpt-oss, whose gate and up alternate: servers load both as one layer."""
-_UNDECLARED = {"Llama4TextExperts": {"is_transposed": True, "is_concatenated": True}}
+_UNDECLARED = {
+    "Llama4TextExperts": {"is_transposed": True, "is_concatenated": True},
+    "LongcatFlashExperts": {"is_transposed": False, "is_concatenated": True},
+}
 """Layouts of experts that transformers does not declare, read from its source."""
 _BLOCK = re.compile(r"(.*?\.\d+)\.(.*)")
 """A block's name, and that of something in the block."""
@@ -187,7 +191,7 @@ def has_biases(name: str, module: nn.Module, parameter_name: str, keys: Mapping[
 
 
 def call_alone(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], X: torch.Tensor, expert: int) -> None:
-    """Run an experts' module so that every token goes through one expert, and through no other.
+    """Run an experts' module so that every token goes through one expert, and through no other but a spare one.
 
     Args:
         module: The experts' module.
@@ -206,6 +210,9 @@ def call_alone(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any],
         module(rows.reshape(values[0].shape))
         return
     index = torch.full((len(X), 1), expert, dtype=values[1].dtype, device=X.device)
+    spare = spare_expert(module)
+    if spare is not None:
+        index = torch.cat([index, torch.full_like(index, spare if spare != expert else 0)], dim=1)
     module(X, index, torch.ones_like(index, dtype=values[2].dtype))
 
 

@@ -4,7 +4,7 @@ transformers' internal loading functions are used here and nowhere else: they ma
 convert layouts, so that a lone block equals the same block of the whole model for any architecture transformers knows.
 """
 
-from collections.abc import Mapping, Sequence, Set
+from collections.abc import Iterable, Mapping, Sequence, Set
 from pathlib import Path
 
 import torch
@@ -21,6 +21,7 @@ from astro.model.exact_layers import is_held_exact
 from astro.model.experts import expert_layers, expert_owners, has_biases, is_gate, num_experts
 from astro.model.linear_layer import LinearLayer
 from astro.model.model_class import auto_class_of, build_on_meta, find_blocks, names_beside_text, text_model
+from astro.model.zero_experts import cut_zero_experts, num_zero_experts, unread_keys
 
 __all__ = ["Skeleton"]
 
@@ -53,6 +54,7 @@ class Skeleton:
         self.text_model = text_model(self.model)
         self.parts_beside_text = names_beside_text(self.model)
         self._dtype = dtype
+        self._cut = cut_zero_experts(self.model)
         self._state = dict(self.model.state_dict())
         mapping = get_model_conversion_mapping(self.model)
         self._conversions = Conversions(mapping, self.model.base_model_prefix, self._state)
@@ -100,6 +102,19 @@ class Skeleton:
         """
         module_name = name.rpartition(".")[0]
         return name in self._state and isinstance(self.model.get_submodule(module_name), nn.Embedding)
+
+    @property
+    def has_zero_experts(self) -> bool:
+        """Whether experts pass their input on, and the model's class has weights for them that it does not read."""
+        return bool(self._cut)
+
+    def unread(self, keys: Iterable[str]) -> Set[str]:
+        """Return which checkpoint tensors belong to experts that pass their input on: the model does not read them.
+
+        Args:
+            keys: Names of checkpoint tensors.
+        """
+        return unread_keys(self._cut, self._conversions.targets(list(keys), {}).converted) if self._cut else set()
 
     @property
     def auto_class(self) -> str:
@@ -173,6 +188,7 @@ class Skeleton:
             CheckpointError: A tensor has the wrong shape, or a parameter got no tensor.
             UnsupportedError: A buffer that no file holds is left without values.
         """
+        unread = self.unread(tensors)
         fill_buffers(self.model, part, device, self.is_beside_text)
         config = LoadStateDictConfig(
             device_map={"": device},
@@ -181,7 +197,8 @@ class Skeleton:
             ignore_mismatched_sizes=False,
         )
         try:
-            info, _ = convert_and_load_state_dict_in_model(self.model, dict(tensors), config, None)
+            read = {key: tensor for key, tensor in tensors.items() if key not in unread}
+            info, _ = convert_and_load_state_dict_in_model(self.model, read, config, None)
         except RuntimeError as error:
             raise CheckpointError(f"loading {type(self.model).__name__}: {error}") from error
         problems = [str(entry) for entry in (*info.mismatched_keys, *info.conversion_errors.items(), *info.error_msgs)]
@@ -232,8 +249,8 @@ class Skeleton:
     @property
     def expert_share(self) -> float:
         """Share of the tokens that reaches an expert; 1 without experts, and where the model's config does not say."""
-        counts = (num_experts(block) for block in self.blocks)
-        experts = next((count for count in counts if count), None)
+        counts = ((num_experts(block), num_zero_experts(block)) for block in self.blocks)
+        experts = next((count + zero for count, zero in counts if count), None)
         chosen = getattr(self.model.config.get_text_config(), "num_experts_per_tok", None)
         if isinstance(chosen, list | tuple):  # one number for each block
             chosen = sum(chosen) / len(chosen)

@@ -34,12 +34,14 @@ class _Tensors:
         outside: Tensors that text needs outside the blocks.
         copied: All tensors outside the blocks, those that the model does not have among them.
         unknown: Tensors that the model does not have, in blocks or outside.
+        left_out: Tensors that the result does not have.
     """
 
     by_block: dict[int, list[str]]
     outside: list[str]
     copied: list[str]
     unknown: list[str]
+    left_out: list[str]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -95,7 +97,7 @@ def make_plan(checkpoint: Checkpoint, skeleton: Skeleton, quantization: Quantiza
     return Plan(
         blocks=tuple(block.unit for block in blocks),
         copies=tuple(copies),
-        ignore=_unquantized(checkpoint, skeleton, blocks),
+        ignore=_unquantized(checkpoint, skeleton, blocks, tensors.left_out),
         outside=tuple(tensors.outside),
         outside_weights=sum(math.prod(checkpoint.entries[key].shape) for key in tensors.outside),
         hidden_size=skeleton.hidden_size,
@@ -107,16 +109,20 @@ def make_plan(checkpoint: Checkpoint, skeleton: Skeleton, quantization: Quantiza
         indivisible_layers=tuple(name for block in blocks for name in block.indivisible_layers),
         expert_share=skeleton.expert_share,
         needless_ignore=needless,
+        left_out=tuple(tensors.left_out),
     )
 
 
 def _assign(checkpoint: Checkpoint, skeleton: Skeleton) -> _Tensors:
     """Find where each tensor belongs, and refuse those that do not fit the model."""
-    tensors = _Tensors({}, [], [], [])
+    unread = skeleton.unread(checkpoint.entries)
+    tensors = _Tensors({}, [], [], [], [key for key in checkpoint.entries if key in unread])
     targets: set[str] = set()
     # Tables of integers (routing by token, positions) are what the model has integers for.
     floats = {name for name, tensor in skeleton.model.state_dict().items() if tensor.is_floating_point()}
     for key, entry in checkpoint.entries.items():
+        if key in unread:
+            continue
         target, converted = skeleton.target_of(key)
         index = skeleton.block_of(target)
         if index is not None:
@@ -175,12 +181,14 @@ def _plan_block(
     return _PlannedBlock(unit, layers, other_matrices, list(indivisible))
 
 
-def _unquantized(checkpoint: Checkpoint, skeleton: Skeleton, blocks: Sequence[_PlannedBlock]) -> tuple[str, ...]:
+def _unquantized(
+    checkpoint: Checkpoint, skeleton: Skeleton, blocks: Sequence[_PlannedBlock], left_out: Iterable[str]
+) -> tuple[str, ...]:
     """Return the names that the result's config lists as not quantized, transformers' names before the files' names."""
     layers = [name for block in blocks for layer in block.layers for name in layer.config_names]
     modules = linear_modules(skeleton, layers, [name for block in blocks for name in block.other_matrices])
     quantized = {name for block in blocks for linear in block.unit.linears for name in linear.config_names}
-    replaced = {linear.key for block in blocks for linear in block.unit.linears}
+    replaced = {*left_out, *(linear.key for block in blocks for linear in block.unit.linears)}
     copied = copied_matrices(skeleton, checkpoint.entries, (key for key in checkpoint.entries if key not in replaced))
     names = [name for name in (*modules, *copied) if name not in quantized]
     return tuple(dict.fromkeys((*names, *names_in_the_decoder_alone(skeleton, names))))

@@ -91,6 +91,7 @@ class Plan:
             configuration says what to do with them.
         expert_share: Share of the tokens that reaches an expert, or 1 where there are no experts.
         needless_ignore: Patterns of `quantization.ignore` for what is never quantized, such as lm_head.
+        left_out: Names of the checkpoint tensors that the result does not have, because no model reads them.
     """
 
     blocks: tuple[BlockUnit, ...]
@@ -107,6 +108,7 @@ class Plan:
     indivisible_layers: tuple[str, ...] = ()
     expert_share: float = 1.0
     needless_ignore: tuple[str, ...] = ()
+    left_out: tuple[str, ...] = ()
 
     @property
     def read_bytes(self) -> int:

@@ -23,6 +23,7 @@ from astro_dist.config.schema import RunConfig
 from astro_dist.planning.checkpoint_plan import make_plan
 from astro_dist.planning.devices import DEVICES, measure, memory_shortage
 from astro_dist.planning.estimate import Estimate, estimate
+from astro_dist.planning.left_out import zero_expert_notes
 from astro_dist.planning.source_notes import source_notes
 from astro_dist.planning.units import Plan
 from astro_dist.source.calibration_text import TokenChunks, is_file, read_documents, tokenize
@@ -103,6 +104,7 @@ def prepare(config: RunConfig, commit: str | None = None) -> Prepared:
     notes = [
         *layout.server_notes(schemes, plan.ignore),
         *layout.reader_notes(linears.values()),
+        *zero_expert_notes(skeleton, plan.left_out),
         *source_notes(checkpoint.encoded, [scheme for possible in schemes.values() for scheme in possible]),
         *_plan_notes(config, plan, type(skeleton.model).__name__),
         *_file_notes(source, checkpoint),

@@ -76,8 +76,14 @@ EXPERTS: dict[str, Any] = {
         **_ROUTED, n_routed_experts=4, n_shared_experts=1, n_group=1, topk_group=1, first_k_dense_replace=1,
         pad_token_id=259,
     ),
+    "longcat-flash": transformers.LongcatFlashConfig(
+        vocab_size=260, hidden_size=64, num_layers=2, num_attention_heads=4, ffn_hidden_size=128, q_lora_rank=32,
+        kv_lora_rank=32, qk_rope_head_dim=8, qk_nope_head_dim=8, head_dim=8, v_head_dim=16, moe_topk=2,
+        n_routed_experts=4, zero_expert_num=2, expert_ffn_hidden_size=32, max_position_embeddings=128,
+    ),
 }  # fmt: skip
-"""The configurations of mixtures of experts, by short name. There are four experts."""
+"""The configurations of mixtures of experts, by short name. There are four experts; LongCat has two zero experts more.
+"""
 
 _LATENT = {
     **_ROUTED, "num_key_value_heads": 4, "num_hidden_layers": 3, "q_lora_rank": 32, "kv_lora_rank": 32,

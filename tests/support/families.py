@@ -46,6 +46,7 @@ UNREADABLE = {
     "gpt-oss": _NO_CONVERTER,
     "hy-v4": _NO_CONVERTER,
     "source-mxfp4": _NO_CONVERTER,
+    "longcat-flash": "it asks for weights of experts that have none in files for servers",
 }
 """Families whose packed weights transformers cannot read, with the reason."""
 

@@ -88,7 +88,7 @@ def parts(known):
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("name", ["mixtral", "qwen3-moe", "gpt-oss"])
+@pytest.mark.parametrize("name", ["mixtral", "qwen3-moe", "gpt-oss", "longcat-flash"])
 def test_each_expert_sees_what_is_routed_to_it(name, tmp_path):
     opened = Opened(name, tmp_path)
     known = opened.statistics()
@@ -110,7 +110,7 @@ def test_experts_in_one_batched_product(tmp_path):
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("name", ["mixtral", "gpt-oss", "llama4"])
+@pytest.mark.parametrize("name", ["mixtral", "gpt-oss", "llama4", "longcat-flash"])
 def test_all_tokens_pass_through_a_starved_expert(name, tmp_path):
     opened = Opened(name, tmp_path)
     known = opened.statistics(Experts(min_tokens=1000, policy="all-tokens"))
