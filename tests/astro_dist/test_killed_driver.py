@@ -40,8 +40,8 @@ pipeline.quantize(RunConfig.model_validate_json(Path(sys.argv[1]).read_text()))
 @pytest.mark.parametrize(
     "place",
     [
-        ("BlockRunner", "save_hidden", "gradient", "3", "c0002"),  # norm and head have begun to hand gradients on
-        ("BlockRunner", "save_hidden", "gradient", "1", "c0001"),  # the energies are written, the gradient is not
+        ("BlockRunner", "save_state", "gradient", "3", "c0002"),  # norm and head have begun to hand gradients on
+        ("BlockRunner", "save_state", "gradient", "1", "c0001"),  # the energies are written, the gradient is not
         ("RunDirectory", "finish", "weights-0001"),  # the weights are written, their record is not
         ("Worker", "open_block"),  # all weights are there
     ],
