@@ -84,11 +84,11 @@ def verify_model(model: Path | str, against: Path | str | None = None) -> Verifi
         _require_as_written(root)
     checkpoint = Checkpoint.open(opened.store)
     skeleton = Skeleton(opened.folder, torch.float32)
-    require_finite(checkpoint, _unused(checkpoint, skeleton))
     source = Checkpoint.open_source(resolve_source(ModelConfig(source=str(against))).store) if against else None
     path = opened.folder / "config.json"
     packing, config = _read_packing(path)
     stems = {stem for key in checkpoint.entries if (stem := stem_of(key, packing.MARK)) is not None}
+    require_finite(checkpoint, _unused(checkpoint, skeleton, stems))
     layers, unpacked = _layers(checkpoint, skeleton, stems)
     try:
         schemes = packing.read_schemes(config, [name for layer in layers for name in layer.config_names])
@@ -120,16 +120,10 @@ def verify_model(model: Path | str, against: Path | str | None = None) -> Verifi
     )
 
 
-def _unused(checkpoint: Checkpoint, skeleton: Skeleton) -> set[str]:
+def _unused(checkpoint: Checkpoint, skeleton: Skeleton, stems: set[str]) -> set[str]:
     """Return the names of the tensors that belong neither to the model's class nor to a packed layer."""
-    packed = tuple(
-        f".{suffix}" for layout in LAYOUTS.values() for suffix in layout.suffixes(LayerScheme(symmetric=False))
-    )
-    return {
-        key
-        for key in checkpoint.entries
-        if skeleton.shape_of(skeleton.target_of(key)[0]) is None and not key.endswith(packed)
-    }
+    loose = (key for key in checkpoint.entries if not _is_packed(key, stems))
+    return {key for key in loose if skeleton.shape_of(skeleton.target_of(key)[0]) is None}
 
 
 class _OriginalModel:
