@@ -12,7 +12,13 @@ from typing import TypeVar
 import torch
 
 from astro.calibration.hessian import HessianAccumulator
-from astro.calibration.starved_experts import AllTokens, InputStatistics, is_starved, starved_statistics
+from astro.calibration.starved_experts import (
+    AllTokens,
+    InputStatistics,
+    is_starved,
+    starved_statistics,
+    sufficient_statistics,
+)
 from astro.calibration.token_weights import TokenWeights
 from astro.config import Experts
 from astro.errors import NumericalError, UnsupportedError
@@ -86,20 +92,13 @@ class BlockStatistics:
         again = AllTokens(self._layers, starved, repeats, kind) if experts.policy == "all-tokens" else None
         shared = self._shared(accumulators) if starved and experts.policy == "shared-hessian" else {}
         for group, sums in zip(self.input_groups, accumulators, strict=True):
-            names, first = tuple(names_of(group)), group[0]
+            names, first = names_of(group), group[0]
             if first not in starved:
-                yield InputStatistics(
-                    names=names,
-                    H=sums.finish_("+".join(names)),
-                    num_tokens=sums.num_tokens,
-                    routed_tokens=sums.num_tokens,
-                    token_weights=self._weights.kind_of(first),
-                    gradient_energy=self._weights.energy_of(first),
-                )
+                statistics = sufficient_statistics(names, sums, self._weights.kind_of(first))
             else:
                 instead = again.sums(first, self._device) if again else shared.get(first.parameter)
-                replaced = starved_statistics(first, sums.num_tokens, experts, instead, self._device, kind)
-                yield dataclasses.replace(replaced, gradient_energy=self._weights.energy_of(first))
+                statistics = starved_statistics(first, sums.num_tokens, experts, instead, self._device, kind)
+            yield dataclasses.replace(statistics, gradient_energy=self._weights.energy_of(first))
 
     def _shared(self, accumulators: Sequence[HessianAccumulator]) -> dict[str, HessianAccumulator]:
         """Return the sum over all experts of each parameter, by the parameter's name."""

@@ -17,7 +17,7 @@ from astro.errors import NumericalError
 from astro.model.activations import BlockLayers, Inputs, Operand
 from astro.model.experts import call_alone, reads_inputs
 
-__all__ = ["AllTokens", "InputStatistics", "exhaust", "is_starved", "starved_statistics"]
+__all__ = ["AllTokens", "InputStatistics", "exhaust", "is_starved", "starved_statistics", "sufficient_statistics"]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -140,6 +140,21 @@ def is_starved(operand: Operand, num_tokens: int, experts: Experts) -> bool:
         experts: The policy about experts.
     """
     return operand.expert is not None and num_tokens < experts.min_tokens
+
+
+def sufficient_statistics(names: Sequence[str], sums: HessianAccumulator, token_weights: Kind) -> InputStatistics:
+    """Return the statistics of an input group that saw enough tokens; the gradient's energy is left open.
+
+    Args:
+        names: Names of the layers that read the input.
+        sums: Sum over the tokens, which is finished here.
+        token_weights: What the tokens are weighted by.
+
+    Raises:
+        NumericalError: No token was seen, or an input was not finite.
+    """
+    H = sums.finish_("+".join(names))
+    return InputStatistics(tuple(names), H, sums.num_tokens, sums.num_tokens, token_weights)
 
 
 def starved_statistics(

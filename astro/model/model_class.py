@@ -123,9 +123,9 @@ def text_model(model: Any) -> Any:
     if head is None:
         return model
     innermost = model
+    needed = {id(head), id(model.get_decoder())}
     for module in model.modules():  # outer modules come first
-        parts = {id(part) for part in module.modules()}
-        if isinstance(module, PreTrainedModel) and {id(head), id(model.get_decoder())} <= parts:
+        if isinstance(module, PreTrainedModel) and needed <= {id(part) for part in module.modules()}:
             innermost = module
     return innermost
 

@@ -39,7 +39,7 @@ def require_matching(option: str, patterns: Iterable[str], layers: Sequence[str]
                 f"{option}: {pattern!r} is a regular expression, expected a shell pattern, such as "
                 f"{shell.replace(chr(92), '')!r}; a layer is called {layers[-1]}"
             )
-        if not any(fnmatchcase(name, pattern) for name in layers):
+        if not _means_any(pattern, layers):
             raise ConfigError(f"{option}: {pattern!r} matches no linear layer of the blocks, e.g. {layers[-1]}")
 
 
@@ -52,8 +52,8 @@ def needless_patterns(patterns: Iterable[str], layers: Sequence[str], others: It
         others: Names of all other modules.
     """
     others = list(others)
-    return tuple(
-        pattern
-        for pattern in patterns
-        if not any(fnmatchcase(name, pattern) for name in layers) and any(fnmatchcase(name, pattern) for name in others)
-    )
+    return tuple(p for p in patterns if not _means_any(p, layers) and _means_any(p, others))
+
+
+def _means_any(pattern: str, names: Iterable[str]) -> bool:
+    return any(fnmatchcase(name, pattern) for name in names)

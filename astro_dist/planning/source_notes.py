@@ -8,6 +8,7 @@ from astro.storage.encoded_names import Encoded
 
 __all__ = ["source_notes"]
 
+_DTYPES = {"BF16": "bfloat16", "F16": "float16"}
 _FEW_BITS = 4
 """Bits up to which rounding again makes a difference to how a run should be set."""
 
@@ -41,6 +42,3 @@ def source_notes(encoded: Encoded, schemes: Sequence[LayerScheme]) -> Iterator[s
             f"the source's weights have {bits} bits already: rounding them again at {_FEW_BITS} or more bits makes the "
             "model no smaller and a little worse; choose quantization.bits 3 or 2, or a mixture of these"
         )
-
-
-_DTYPES = {"BF16": "bfloat16", "F16": "float16"}

@@ -14,11 +14,19 @@ import torch
 
 from astro.calibration.block_statistics import inputs_of
 from astro.calibration.hessian import DriftAccumulator, HessianAccumulator
-from astro.calibration.starved_experts import AllTokens, InputStatistics, exhaust, is_starved, starved_statistics
+from astro.calibration.starved_experts import (
+    AllTokens,
+    InputStatistics,
+    exhaust,
+    is_starved,
+    starved_statistics,
+    sufficient_statistics,
+)
 from astro.calibration.token_weights import TokenWeights
 from astro.linalg.batching import stacked
 from astro.linalg.symmetric import packed, unpacked
 from astro.model.activations import Inputs, Operand
+from astro.quantization.block import COUNTED
 from astro.timing import add_seconds, timed
 from astro_dist.schedule.names import ORIGINAL, SUM, round_stream, share_part
 from astro_dist.schedule.sequential import shares
@@ -266,13 +274,7 @@ class HessianShares:
         """Finish an input group whose shares are merged, or replace its sums if too few tokens reached an expert."""
         runner, experts, kind = self._runner, self._runner.spec.experts, self._runner.spec.token_weights
         if not is_starved(operand, H.num_tokens, experts):
-            return InputStatistics(
-                names=tuple(names),
-                H=H.finish_("+".join(names)),
-                num_tokens=H.num_tokens,
-                routed_tokens=H.num_tokens,
-                token_weights=self._token_weights(block).kind_of(operand),
-            )
+            return sufficient_statistics(names, H, self._token_weights(block).kind_of(operand))
         stage = next(i for i, batches in enumerate(block.stages) if batch in batches)
         if experts.policy == "all-tokens":
             layers = runner.layers(runner.load(ORIGINAL, block.unit.index))
@@ -322,10 +324,7 @@ def _save_sum(
     tensors = {"hessian": packed(H)} | ({"drift": drift} if drift is not None else {})
     note: dict[str, Any] = {
         "num_tokens": [inputs.num_tokens for inputs in statistics],
-        "routed_tokens": [inputs.routed_tokens for inputs in statistics],
-        "token_weights": [inputs.token_weights for inputs in statistics],
-        "gradient_energy": [inputs.gradient_energy for inputs in statistics],
-        "fallback": [inputs.fallback for inputs in statistics],
+        **{figure: [getattr(inputs, figure) for inputs in statistics] for figure in COUNTED},
         "seconds": seconds,
     }
     block.save(batch, SUM, tensors, note)
