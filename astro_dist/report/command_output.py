@@ -32,6 +32,8 @@ __all__ = [
     "verification_lines",
 ]
 
+_NAMED_LAYERS = 10
+"""Number of layers whose weight errors are shown."""
 _NAMED_FILES = 3
 """Number of damaged files that are named."""
 
@@ -173,19 +175,23 @@ def publication_line(published: "PublishedModel") -> str:
     return f"Published: {published.url}, commit {published.commit[:12]}, {published.num_files} files"
 
 
-def verification_lines(verification: "Verification", against: str | None) -> list[str]:
+def verification_lines(verification: "Verification", against: str | None, show_all: bool = False) -> list[str]:
     """Describe what was checked of a model.
 
     Args:
         verification: What was checked.
         against: Source that each layer was compared with; None where there was none.
+        show_all: Whether to show the weight error of every layer, and not only the largest.
     """
     lines = []
     if errors := verification.relative_weight_errors:
+        ranked = sorted(errors.items(), key=lambda item: -item[1])
+        shown = ranked if show_all else ranked[:_NAMED_LAYERS]
+        which = "" if len(shown) == len(ranked) else f", the {len(shown)} largest of {len(ranked)} (--all shows all)"
         lines = [
-            f"‖ŵ − w‖ / ‖w‖ of each layer, w of {against}; 0.1 to 0.2 is usual at 4 bits:",
-            *(f"{name}: {error:.5f}" for name, error in errors.items()),
-            f"mean {sum(errors.values()) / len(errors):.5f}, largest {max(errors.values()):.5f}",
+            f"Weight errors ‖ŵ − w‖ / ‖w‖, w of {against}{which}; 0.1 to 0.2 is usual at 4 bits:",
+            *(f"{name}: {error:.5f}" for name, error in shown),
+            f"mean {sum(errors.values()) / len(errors):.5f}, largest {ranked[0][1]:.5f}",
         ]
     compared = ", every file has the SHA-256 that it was written with" if verification.checksums_compared else ""
     tensors = f"{verification.num_tensors} tensors"

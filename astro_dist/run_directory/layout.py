@@ -11,6 +11,7 @@ source/        of a remote model: config, tokenizer, code
 
 import dataclasses
 from pathlib import Path
+from typing import Self
 
 __all__ = ["RunLayout"]
 
@@ -26,6 +27,16 @@ class RunLayout:
 
     root: Path
     rounds: int = dataclasses.field(default=1, kw_only=True)
+
+    @classmethod
+    def around(cls, folder: Path) -> Self:
+        """Return the layout of the run that a folder belongs to, be it the run directory or the model in it.
+
+        Args:
+            folder: Folder of a run, of its model, or any other, which is then taken for the run directory.
+        """
+        inside = cls(folder.absolute().parent)
+        return inside if folder.absolute() == inside.model and inside.identity.is_file() else cls(folder)
 
     @property
     def config(self) -> Path:

@@ -365,3 +365,64 @@ def test_characters_that_the_terminal_lacks_do_not_end_a_run_that_is_done(first_
     command = [sys.executable, "-m", "astro_dist", "quantize", str(first_run / "config.yaml")]
     done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
     assert (done.returncode, "Hold-out perplexity" in done.stdout, "\\u2192" in done.stdout) == (0, True, True)
+
+
+@pytest.mark.parametrize("flag", ["-h", "--help"])
+def test_help_ends_with_examples_and_the_documentation(run, flag):
+    code, out, _ = run(flag)
+    assert code == 0
+    assert "astro-dist quantize meta-llama/Llama-3.1-8B --bits 4" in out
+    assert "configs/README.md" in out
+
+
+def test_a_model_is_quantized_in_one_line(run, llama, tmp_path):
+    options = ("calibration.samples=4", "calibration.sequence_length=32", "execution.executor=local")
+    flags = [part for option in options for part in ("--set", option)]
+    code, out, err = run("quantize", llama, "--bits", 3, "--output", tmp_path / "r", "--json", *flags)
+    assert code == 0, err
+    assert json.loads(out)["average_bits"] == 3
+    assert "group size 64, because 128 does not divide layers of 64 inputs" in err
+    assert "bits: 3" in (tmp_path / "r" / "config.yaml").read_text()
+
+
+def test_init_writes_a_file_that_plan_takes(run, llama, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    code, out, _ = run("init", llama)
+    assert (code, out.splitlines()[0]) == (0, "written: llama-w4g64.yaml")
+    assert run("plan", "llama-w4g64.yaml", "--set", "calibration.samples=4")[0] == 0
+    code, _, err = run("init", llama)
+    assert (code, "llama-w4g64.yaml: is there already" in err) == (2, True)
+
+
+def test_config_explains_keys_and_prints_a_schema(run):
+    assert "Width of one weight" in run("config", "quantization.bits")[1]
+    assert "  damping: 0.01" in run("config")[1]
+    assert json.loads(run("config", "--schema")[1])["required"] == ["model", "output"]
+    assert "did you mean bits?" in run("config", "quantization.bit")[2]
+
+
+def test_env_tells_what_is_installed(run):
+    assert f"astro-dist: {astro.__version__}, in {ROOT}" in run("env")[1]
+    assert json.loads(run("env", "--json")[1])["torch"] == torch.__version__
+
+
+def test_run_and_model_are_both_found(run, finished, llama):
+    assert "3 of 3 blocks" in run("status", finished / "model")[1]
+    assert "3 of 3 blocks" in run("status", finished, "--watch")[1]
+    assert "21 packed layers" in run("verify", finished)[1]
+    assert str(finished / "report" / "report.html") in run("report", finished / "model")[1]
+
+
+def test_verify_shows_the_largest_weight_errors_or_all(run, finished, first_run):
+    source = first_run.parent / "llama"
+    lines = run("verify", finished, "--against", source)[1].splitlines()
+    assert "the 10 largest of 21 (--all shows all)" in lines[0]
+    errors = [float(line.rpartition(" ")[2]) for line in lines[1:11]]
+    assert errors == sorted(errors, reverse=True)
+    assert len(run("verify", finished, "--against", source, "--all")[1].splitlines()) == len(lines) + 11
+
+
+def test_what_is_missing_is_named_by_its_key(run, tmp_path):
+    (tmp_path / "empty.yaml").write_text("{}")
+    err = run("plan", tmp_path / "empty.yaml")[2]
+    assert "model.source: missing; output.dir: missing" in " ".join(err.split())

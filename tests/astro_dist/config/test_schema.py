@@ -87,7 +87,7 @@ def test_resolved_config_reads_back_the_same(write):
             MINIMAL + "quantization: {overrides: {int: {bits: x}, float: {bits: x}}}",
             r"overrides.int.bits: expected a whole number, got 'x'; .*overrides.float.bits: expected a whole",
         ),
-        ("model: {source: x}", "output: missing"),
+        ("model: {source: x}", "output.dir: missing"),
         (MINIMAL + "quantization: {bits: }", "quantization.bits: expected a whole number or 'auto', got nothing"),
         ("- 1", "expected a mapping of sections"),
         ("{", r"""cannot be read as YAML: while parsing [^"]* in "\S*c.yaml", line 1"""),

@@ -1,0 +1,57 @@
+"""The sections and keys of a configuration, found by their names."""
+
+import dataclasses
+import difflib
+import typing
+from collections.abc import Iterable
+from functools import cache
+from typing import Any
+
+from astro_dist.config.schema import RunConfig
+
+__all__ = ["fields_of", "suggestion", "type_at"]
+
+
+@cache
+def fields_of(kind: Any) -> dict[str, Any]:
+    """Return the types of a section's keys by name, in the order in which they are shown; none for what is no section.
+
+    Args:
+        kind: Class of the section.
+    """
+    if not dataclasses.is_dataclass(kind):
+        return {name: field.annotation for name, field in getattr(kind, "model_fields", {}).items()}
+    types = typing.get_type_hints(kind)
+    # What is asked for comes before how it is computed; a base class would have its fields first.
+    names = sorted((field.name for field in dataclasses.fields(kind)), key=lambda name: name not in _of_class(kind))
+    return {name: types[name] for name in names}
+
+
+def type_at(location: tuple[int | str, ...]) -> Any:
+    """Return the type of the value at a place of a configuration; None where there is no such place.
+
+    Args:
+        location: Names of section and keys, from the outside in.
+    """
+    kind: Any = RunConfig
+    for part in location:
+        kind = typing.get_args(kind)[1] if typing.get_origin(kind) is dict else fields_of(kind).get(str(part))
+    return kind
+
+
+def suggestion(name: str, names: Iterable[str]) -> str:
+    """Return the end of a sentence about a name that does not exist: a similar one, or all that exist.
+
+    Args:
+        name: Name that does not exist.
+        names: All names that exist.
+    """
+    names = list(names)
+    close = difflib.get_close_matches(name, names, n=1)
+    return f" (did you mean {close[0]}?)" if close else f"; known here: {', '.join(names)}"
+
+
+def _of_class(kind: type) -> dict[str, Any]:
+    """The annotations of a class without those of its base classes."""
+    annotations: dict[str, Any] = vars(kind).get("__annotations__", {})
+    return annotations

@@ -1,0 +1,48 @@
+"""What a run will be and need, told before it begins."""
+
+import dataclasses
+from typing import Any
+
+from astro_dist.config.schema import RunConfig
+from astro_dist.planning.estimate import Estimate
+from astro_dist.planning.validate import Prepared, forecast, prepare, require_text
+
+__all__ = ["Forecast", "plan"]
+
+
+@dataclasses.dataclass(frozen=True)
+class Forecast:
+    """What a run will be and need.
+
+    Attributes:
+        prepared: The run, after all checks.
+        needed: Memory, disk, traffic and time that it needs.
+    """
+
+    prepared: Prepared
+    needed: Estimate
+
+    def to_json(self) -> dict[str, Any]:
+        """Return the forecast as a JSON object."""
+        return {
+            **self.prepared.plan.summary(),
+            "needed": dataclasses.asdict(self.needed),
+            "notes": list(self.prepared.notes),
+            "tensor_parallel": dataclasses.asdict(self.prepared.tensor_parallel),
+        }
+
+
+def plan(config: RunConfig, workers: int | None = None, device: str | None = None) -> Forecast:
+    """Foretell what a run will need, from the headers of its checkpoint alone. Nothing is started or written.
+
+    Args:
+        config: Configuration of the run.
+        workers: Number of workers. None stands for the number in the configuration, or 1 where it has none.
+        device: Name of a GPU, such as `h100`. `cpu` or None stands for the CPU of this machine, which is measured.
+
+    Raises:
+        InputError: Something that the user gave is wrong; `quantize` would refuse it too.
+    """
+    prepared = prepare(config)
+    require_text(prepared)
+    return Forecast(prepared, forecast(prepared, workers, device))

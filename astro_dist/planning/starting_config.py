@@ -1,0 +1,103 @@
+"""The configuration of a run that names a model and little else."""
+
+import dataclasses
+import logging
+import re
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from astro.config import PER_CHANNEL, Quantization
+from astro_dist.config.schema import RunConfig
+from astro_dist.config.yaml_file import make_config
+
+__all__ = ["run_name", "starting_config"]
+
+_log = logging.getLogger("astro_dist")
+
+_GROUP_SIZES = (128, 64, 32)
+"""Group sizes that are tried, the usual one first. The kernels of all servers take them."""
+
+
+def starting_config(source: str, assignments: Sequence[str] = ()) -> RunConfig:
+    """Make the configuration of a run from a model and some keys; all others get defaults that suit the model.
+
+    Where no group size is given, the largest of 128, 64 and 32 that divides all layers is taken. Where no run directory
+    is given, it is named after the model and the grid. The checkpoint's headers are read for that.
+
+    Args:
+        source: Source of the model, as `model.source` takes it.
+        assignments: Assignments of the form `section.key=value`, where the value is read as YAML.
+
+    Raises:
+        InputError: A key is unknown or wrong, or the model cannot be read.
+    """
+    content: dict[str, Any] = {"model": {"source": source}, "output": {"dir": "."}}
+    config = make_config(content, assignments, source)
+    assigned = {assignment.partition("=")[0].strip() for assignment in assignments}
+    headers = _read_headers(config)
+    if "quantization.group_size" not in assigned:
+        content["quantization"] = _fitting(headers.input_widths)
+    if headers.positions is not None and headers.positions < config.calibration.sequence_length:
+        content["calibration"] = {"sequence_length": headers.positions}
+    config = make_config(content, assignments, source)
+    if "output.dir" not in assigned:
+        content["output"]["dir"] = str(Path("runs") / run_name(source, config.quantization))
+    return make_config(content, assignments, source)
+
+
+def run_name(source: str, quantization: Quantization) -> str:
+    """Return a name for the run of a model, such as `Llama-3.1-8B-w4g128`.
+
+    Args:
+        source: Source of the model.
+        quantization: Grid of its weights.
+    """
+    model = re.sub(r"[^\w.-]+", "-", source.partition("?")[0].removeprefix("demo:").rstrip("/").rpartition("/")[2])
+    bits = f"{quantization.average_bits:g}" if quantization.bits == "auto" else quantization.bits
+    group = "" if quantization.group_size == PER_CHANNEL else f"g{quantization.group_size}"
+    return f"{model}-w{bits}{group}"
+
+
+@dataclasses.dataclass(frozen=True)
+class _Headers:
+    """What the headers of a checkpoint say about a model.
+
+    Attributes:
+        input_widths: Number of inputs of each linear layer that would be quantized.
+        positions: Largest number of tokens of a sequence; None where the model sets no limit.
+    """
+
+    input_widths: tuple[int, ...]
+    positions: int | None
+
+
+def _read_headers(config: RunConfig) -> _Headers:
+    # They import torch, which a wrong key need not wait for.
+    import torch
+
+    from astro.model.skeleton import Skeleton
+    from astro.storage.checkpoint import Checkpoint
+    from astro_dist.planning.checkpoint_plan import make_plan
+    from astro_dist.source.resolve import resolve_source
+
+    source = resolve_source(config.model)
+    checkpoint = Checkpoint.open_source(source.store)
+    skeleton = Skeleton(source.folder, torch.float32, config.model.trust_remote_code)
+    whatever_divides = dataclasses.replace(config.quantization, indivisible="per-channel")
+    plan = make_plan(checkpoint, skeleton, whatever_divides)
+    widths = tuple(linear.columns for unit in plan.blocks for linear in unit.linears)
+    return _Headers(widths, skeleton.limits()[1])
+
+
+def _fitting(input_widths: Sequence[int]) -> dict[str, Any]:
+    """The keys of the section `quantization` that make groups fit layers of these widths."""
+    usual = _GROUP_SIZES[0]
+    misfits = sorted({columns for columns in input_widths if columns % usual})
+    fitting = [size for size in _GROUP_SIZES if all(columns % size == 0 for columns in input_widths)]
+    if fitting:
+        if misfits:
+            _log.info("group size %d, because %d does not divide layers of %d inputs", fitting[0], usual, misfits[0])
+        return {"group_size": fitting[0]}
+    _log.info("no usual group size divides layers of %d inputs: they get one scale a row", misfits[0])
+    return {"group_size": usual, "indivisible": "per-channel"}
