@@ -141,28 +141,24 @@ def plan(
     device: Annotated[
         str | None, typer.Option(help="cpu (this machine, measured), or a GPU: h100, a100, ...", show_default="cpu")
     ] = None,
+    verbose: Annotated[bool, typer.Option("--verbose", "-v", help="Show the units of the run too.")] = False,
     as_json: _Json = False,
 ) -> None:
-    """Tell what a run will need, from the headers alone: units, bytes, memory, disk, time.
+    """Tell what a run will need, from the headers alone: bytes, memory, disk, time.
 
     Reads no weight and begins no run. Refuses what `quantize` would refuse, the calibration text too where it is on
-    this machine. Blocks of one size that follow each other share a row.
+    this machine.
     """
     from astro_dist.planning.forecast import plan as foretell
-    from astro_dist.report.command_output import forecast_lines, plan_table, served_line, settings_line
+    from astro_dist.report.plan_card import plan_card, plan_table
 
     forecast = foretell(settings, workers, device)
     if as_json:
         _print_json(forecast.to_json())
         return
-    prepared = forecast.prepared
-    _say(settings_line(settings))
-    Console().print(plan_table(prepared.plan))
-    _say(
-        *forecast_lines(prepared.plan, forecast.needed),
-        served_line(prepared.tensor_parallel),
-        *(f"note: {note}" for note in prepared.notes),
-    )
+    if verbose:
+        Console().print(plan_table(forecast.prepared.plan))
+    _say(*plan_card(forecast))
 
 
 @app.command()

@@ -1,11 +1,13 @@
 """What is said on a console: lines with the time, and how long something takes in words."""
 
+import contextlib
 import logging
 import time
+from collections.abc import Iterator
 
 from rich.console import Console
 
-__all__ = ["in_words", "say", "show_log"]
+__all__ = ["in_words", "say", "show_log", "waiting_for"]
 
 
 def in_words(seconds: float) -> str:
@@ -29,6 +31,21 @@ def say(text: str, console: Console | None = None) -> None:
     """
     console = console or Console(stderr=True)
     console.print(f"[{time.strftime('%H:%M:%S')}] {text}", markup=False, highlight=False, soft_wrap=True)
+
+
+@contextlib.contextmanager
+def waiting_for(what: str) -> Iterator[None]:
+    """Turn a spinner on a terminal while something takes a while; elsewhere nothing is shown.
+
+    Args:
+        what: What is waited for.
+    """
+    console = Console(stderr=True)
+    if not console.is_terminal:
+        yield
+        return
+    with console.status(what):
+        yield
 
 
 def show_log() -> None:

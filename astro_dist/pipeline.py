@@ -16,6 +16,7 @@ from astro.storage.atomic import write_json
 from astro.storage.checkpoint import require_finite
 from astro_dist.config.cluster_paths import require_absolute_paths
 from astro_dist.config.schema import RunConfig, run_key
+from astro_dist.console import waiting_for
 from astro_dist.execution.driver import Driver, Limits
 from astro_dist.execution.executor import Executor
 from astro_dist.execution.local_executor import LocalExecutor
@@ -24,11 +25,14 @@ from astro_dist.export.finished_run import FinishedRun
 from astro_dist.export.inventory import all_shards, is_whole, replace_card, seal
 from astro_dist.export.model_card import planned_card
 from astro_dist.planning.cost import CostModel
+from astro_dist.planning.devices import DEVICES, measure
 from astro_dist.planning.estimate import require_room
+from astro_dist.planning.outlook import Outlook
 from astro_dist.planning.validate import Prepared, compute_dtype, prepare, tokens_of
 from astro_dist.publish.background_upload import BackgroundUpload
 from astro_dist.publish.publication import Publication
-from astro_dist.report.progress import ProgressDisplay
+from astro_dist.report.command_output import settings_line
+from astro_dist.report.progress import ProgressDisplay, Shape
 from astro_dist.report.summary import Session, summarize
 from astro_dist.run_directory.beginning import begin as begin_run
 from astro_dist.run_directory.beginning import is_begun, keep_side_files
@@ -105,6 +109,7 @@ def quantize(config: RunConfig) -> Summary:
     begin = time.perf_counter()
     _refuse_relative_paths(config)
     root = config.output.dir.expanduser().absolute()
+    _log.info("%s; into %s", settings_line(config), root)
     asked = {"source": config.model.source, "revision": config.model.revision}
     prepared = prepare(config, begun_commit(root, asked))
     chunks = tokens_of(prepared)
@@ -153,7 +158,8 @@ def _run(job: _Job, publication: Publication | None, begin: float) -> Summary:
     if prepared.source.is_remote:
         folder = keep_side_files(run, folder)
     if not schedule.complete:
-        executor = _make_executor(job.config)
+        with waiting_for("starting workers"):
+            executor = _make_executor(job.config)
         uploads = publication.in_background() if publication else None
         with uploads or contextlib.nullcontext():  # an upload that is going on holds no worker
             try:
@@ -215,7 +221,8 @@ def _execute(
         workers=executor.num_workers, compute_dtype=str(dtype),
     )  # fmt: skip
     blocks_done = sum(map(is_block_unit, schedule.finished))
-    display = ProgressDisplay(len(schedule.units), len(schedule.finished), blocks, blocks_done)
+    shape = Shape(len(plan.blocks), run.rounds, [chunk.name for chunk in job.chunks])
+    display = ProgressDisplay(shape, schedule.finished, _outlook(config, schedule, cost, executor.num_workers, device))
     if uploads:
         uploads.say = display.say
 
@@ -235,6 +242,12 @@ def _execute(
         display.say(f"{begun}; workers are starting")
         driver.run(schedule)
     return executor.describe()
+
+
+def _outlook(config: RunConfig, schedule: Schedule, cost: CostModel, workers: int, device: str) -> Outlook:
+    """Foretell a session. How GPUs of another kind compare with this one shows as soon as calls have returned."""
+    nominal = DEVICES["h100"] if device == "cuda" else measure(config.execution.threads_per_worker)
+    return Outlook(schedule, workers, lambda call: cost.seconds(call, nominal), cost.result)
 
 
 def _worker_spec(job: _Job, folder: Path, dtype: torch.dtype, device: str, needed_bytes: int) -> WorkerSpec:

@@ -51,7 +51,7 @@ def suggestion(name: str, names: Iterable[str]) -> str:
     return f" (did you mean {close[0]}?)" if close else f"; known here: {', '.join(names)}"
 
 
-def _of_class(kind: type) -> dict[str, Any]:
+def _of_class(kind: Any) -> dict[str, Any]:
     """The annotations of a class without those of its base classes."""
     annotations: dict[str, Any] = vars(kind).get("__annotations__", {})
     return annotations

@@ -177,7 +177,8 @@ class Driver:
         for spent in schedule.done(worker, call, result):
             self._run.drop(spent)
         finished = call.unit in schedule.finished and not was_finished
-        self._display.ended(worker, call, schedule.finished if finished else None)
+        figures = result.result if isinstance(result, UnitRecord) else None
+        self._display.ended(worker, call, schedule.finished if finished else None, figures)
         if isinstance(call, ForwardChunk):
             self._note("passed", chunk=call.chunk, block=call.block, stream=call.stream, seconds=result)
         if finished:

@@ -66,6 +66,10 @@ def submit(config: RunConfig, address: str, say: Callable[[str], Any], follow: b
             ) from error
     say(f"submitted as {job}")
     if not follow:
+        say(
+            f"`RAY_API_SERVER_ADDRESS={address} ray job logs --follow {job}` shows its log, `astro-dist status "
+            f"{config.output.dir}` how far it is, on a machine that sees that folder"
+        )
         return 0
     try:
         return _follow(client, job, say)

@@ -11,6 +11,7 @@ import torch
 from astro.calibration.hessian import summed_dtype
 from astro.linalg.tiling import row_tile
 from astro_dist.config.schema import RunConfig
+from astro_dist.planning.devices import Device
 from astro_dist.planning.predicted_groups import PredictedInputGroup, predicted_input_groups, stages_of, together
 from astro_dist.planning.solve_cost import SolveCost
 from astro_dist.planning.units import BlockUnit, Plan
@@ -103,6 +104,15 @@ class CostModel:
         self._weighs_by_loss = config.calibration.token_weights == "loss"
         is_weighted = config.calibration.token_weights != "none"
         self._summed_itemsize = summed_dtype(dtype, device_type, is_weighted).itemsize
+
+    def seconds(self, call: Call, device: Device) -> float:
+        """Return how long a call takes on a device, in seconds.
+
+        Args:
+            call: The call.
+            device: The device.
+        """
+        return self.work(call).seconds(device, half=self._itemsize == 2)
 
     def work(self, call: Call) -> Work:
         """Count what a call does, but for attention's products of queries with keys."""

@@ -27,6 +27,7 @@ class Estimate:
 
     Attributes:
         workers: Number of workers.
+        workers_at_once: Number of workers that the time is counted with: no more than a single machine has cores for.
         device: Name of the device that each worker has.
         worker_bytes: Peak memory of a worker; on a GPU an upper bound for the device.
         disk_bytes: Bytes that the run directory takes at most.
@@ -38,6 +39,7 @@ class Estimate:
     """
 
     workers: int
+    workers_at_once: int
     device: str
     worker_bytes: int
     disk_bytes: int
@@ -48,7 +50,9 @@ class Estimate:
     by_verb_s: dict[str, float]
 
 
-def estimate(config: RunConfig, plan: Plan, dtype: torch.dtype, workers: int, device: Device) -> Estimate:
+def estimate(
+    config: RunConfig, plan: Plan, dtype: torch.dtype, workers: int, device: Device, at_once: int | None = None
+) -> Estimate:
     """Estimate what a run needs by simulating it.
 
     Args:
@@ -57,30 +61,32 @@ def estimate(config: RunConfig, plan: Plan, dtype: torch.dtype, workers: int, de
         dtype: Dtype of forward passes.
         workers: Number of workers.
         device: Device that each worker has.
+        at_once: Number of workers for which there are cores; None where there are enough for all.
 
     Returns:
         The estimate.
     """
+    at_once = min(workers, at_once or workers)
     tokens = chunk_tokens(config.calibration)
     cost = CostModel(plan, config, tokens, dtype, "cuda" if device.memory_bytes else "cpu")
-    half, moved = dtype.itemsize == 2, [0.0]
+    moved = [0.0]
 
     def seconds(call: Call) -> float:
-        work = cost.work(call)
-        moved[0] += work.moved_bytes
-        return work.seconds(device, half)
+        moved[0] += cost.work(call).moved_bytes
+        return cost.seconds(call, device)
 
     schedule = schedule_of(config, RunShape(len(plan.blocks), len(plan.copies), list(tokens)))
-    simulated = simulate(schedule, workers, seconds, cost.result)
+    simulated = simulate(schedule, at_once, seconds, cost.result)
     return Estimate(
         workers=workers,
+        workers_at_once=at_once,
         device=device.name,
         worker_bytes=cost.worker_bytes(),
         disk_bytes=cost.disk_bytes(workers),
         moved_bytes=int(moved[0]),
         wall_s=simulated.wall_s,
-        device_hours=workers * simulated.wall_s / 3600,
-        efficiency=simulated.efficiency(workers),
+        device_hours=at_once * simulated.wall_s / 3600,
+        efficiency=simulated.efficiency(at_once),
         by_verb_s=simulated.by_verb,
     )
 
@@ -99,6 +105,7 @@ def require_room(needed_bytes: int, folder: Path) -> None:
     free = shutil.disk_usage(existing).free
     if needed_bytes > free:
         raise ConfigError(
-            f"output.dir {folder}: the run needs about {decimal(needed_bytes)} there, {decimal(free)} are "
-            "free; free space, choose another folder, or lower calibration.samples"
+            f"output.dir {folder}: the run needs about {decimal(needed_bytes)} there, which is "
+            f"{decimal(needed_bytes - free)} more than is free; free space, choose another folder, or lower "
+            "calibration.samples"
         )

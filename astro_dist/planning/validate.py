@@ -2,6 +2,7 @@
 
 import dataclasses
 import math
+import os
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
@@ -190,7 +191,9 @@ def forecast(prepared: Prepared, workers: int | None, device_name: str | None) -
     count = workers or (execution.workers if isinstance(execution.workers, int) else 1)
     kind = "cuda" if device.memory_bytes else "cpu"
     dtype = compute_dtype(config, prepared.plan, prepared.checkpoint, kind)
-    needed = estimate(config, prepared.plan, dtype, count, device)
+    is_one_machine = kind == "cpu" and execution.cluster_address is None
+    at_once = max(1, (os.cpu_count() or 1) // execution.threads_per_worker) if is_one_machine else None
+    needed = estimate(config, prepared.plan, dtype, count, device, at_once)
     shortage = memory_shortage(needed.worker_bytes, device.memory_bytes or math.inf, f"a {device.name}")
     if shortage:
         raise ConfigError(shortage)

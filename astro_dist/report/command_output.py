@@ -1,31 +1,24 @@
 """Put into words what a command found, for a person at a terminal."""
 
-import itertools
 import shlex
 from typing import TYPE_CHECKING
 
 from rich.filesize import decimal
-from rich.table import Table
 
 from astro_dist.console import in_words
 
 if TYPE_CHECKING:  # some of them import torch or transformers, which the command at hand may not need
-    from astro.formats.tensor_parallel import TensorParallelLimit
     from astro.quantization.layer_record import Fallbacks
     from astro_dist.config.schema import RunConfig
     from astro_dist.export.verify import Verification
     from astro_dist.planning.coverage import Coverage
-    from astro_dist.planning.estimate import Estimate
-    from astro_dist.planning.units import BlockUnit, Plan
     from astro_dist.report.status import Status
     from astro_dist.run_directory.published_model import PublishedModel
     from astro_dist.run_directory.summary import Summary
 
 __all__ = [
-    "forecast_lines",
-    "plan_table",
+    "coverage_lines",
     "publication_line",
-    "served_line",
     "settings_line",
     "status_lines",
     "summary_lines",
@@ -58,7 +51,7 @@ def summary_lines(summary: "Summary", config: "RunConfig") -> list[str]:
     return [
         *lines,
         f"{decimal(summary.bytes_written)} written, {share:.0%} of the source",
-        *_coverage_lines(summary.coverage),
+        *coverage_lines(summary.coverage),
         *_fallback_lines(summary.fallbacks),
         *(f"note: {note}" for note in summary.notes),
         f"Done in {summary.wall_s:.0f} s: {summary.model}",
@@ -82,52 +75,12 @@ def settings_line(config: "RunConfig") -> str:
     )
 
 
-def plan_table(plan: "Plan") -> Table:
-    """Make the table of a run's units. Blocks of one size that follow each other share a row.
+def coverage_lines(coverage: "Coverage | None") -> list[str]:
+    """Say how much is quantized, and what is not.
 
     Args:
-        plan: Units of the run.
+        coverage: Count of the weights; None where they were not counted.
     """
-    table = Table("unit", "layers each", "read each", "written each", "file")
-    for unit in plan.copies:
-        table.add_row(unit.name, "-", decimal(unit.read_bytes), decimal(unit.written_bytes), unit.file)
-    for (layers, read_bytes, written_bytes), equal in itertools.groupby(plan.blocks, _size):
-        blocks = list(equal)
-        ends = blocks if len(blocks) == 1 else (blocks[0], blocks[-1])
-        names, files = " to ".join(block.name for block in ends), " to ".join(block.file for block in ends)
-        table.add_row(names, str(layers), decimal(read_bytes), decimal(written_bytes), files)
-    return table
-
-
-def forecast_lines(plan: "Plan", needed: "Estimate") -> list[str]:
-    """Describe what a run will need.
-
-    Args:
-        plan: Units of the run.
-        needed: Estimate of what the run needs.
-    """
-    return [
-        f"{plan.weights / 1e6:.1f} million weights quantized; "
-        f"{decimal(plan.read_bytes)} read, {decimal(plan.written_bytes)} written",
-        *_coverage_lines(plan.coverage),
-        f"with {needed.workers} worker(s) on {needed.device}: about {in_words(needed.wall_s)}; "
-        f"{needed.device_hours:.2f} device-hours, {needed.efficiency:.0%} of that at work; a worker needs "
-        f"{decimal(int(needed.worker_bytes))} of memory, the run directory {decimal(int(needed.disk_bytes))} of disk; "
-        f"workers read and write {decimal(int(needed.moved_bytes))}",
-    ]
-
-
-def served_line(limit: "TensorParallelLimit") -> str:
-    """Say over how many GPUs vLLM can cut the result.
-
-    Args:
-        limit: Largest number of GPUs, and what limits it.
-    """
-    return limit.in_words[0].upper() + limit.in_words[1:]
-
-
-def _coverage_lines(coverage: "Coverage | None") -> list[str]:
-    """Say how much is quantized, and what is not; nothing where that was not counted."""
     if coverage is None:
         return []
     sentences = (coverage.in_words, coverage.copied_in_words)
@@ -206,7 +159,3 @@ def _fallback_lines(fallbacks: "Fallbacks") -> list[str]:
             for policy, layers in fallbacks.experts.items()
         ),
     ]
-
-
-def _size(block: "BlockUnit") -> tuple[int, int, int]:
-    return len(block.linears), block.read_bytes, block.written_bytes

@@ -1,0 +1,97 @@
+"""What a worker is doing, in a few words."""
+
+from collections import Counter
+from collections.abc import Mapping, Sequence
+
+from astro_dist.console import in_words
+from astro_dist.schedule.calls import (
+    AccumulateHessians,
+    Backward,
+    Call,
+    CopyTensors,
+    DifferentiateLoss,
+    Embed,
+    EvaluateLoss,
+    FinishEvaluation,
+    Forward,
+    ForwardChunk,
+    MergeHessians,
+    OpenBlock,
+    SolveBlock,
+    SolveRows,
+    SplitBlock,
+    TryBetas,
+    WeighTokens,
+    WriteBlock,
+)
+from astro_dist.schedule.names import is_held_out
+
+__all__ = ["phase_of", "worker_lines"]
+
+_PHASES: dict[type[Call], str] = {
+    Embed: "embedding",
+    CopyTensors: "copying",
+    OpenBlock: "reading",
+    Forward: "calibrating",
+    SolveBlock: "solving",
+    SplitBlock: "splitting",
+    AccumulateHessians: "collecting",
+    MergeHessians: "deciding",
+    TryBetas: "choosing beta",
+    SolveRows: "solving",
+    WriteBlock: "writing",
+    ForwardChunk: "passing on",
+    FinishEvaluation: "evaluating",
+    EvaluateLoss: "measuring perplexity",
+    DifferentiateLoss: "differentiating the loss",
+    Backward: "backward",
+    WeighTokens: "weighing tokens",
+}
+_MOST_ROWS, _SLOWEST = 8, 3
+"""Number of workers up to which each has a line; of more only so many of the slowest have one."""
+
+
+def phase_of(call: Call, chunks: Sequence[str]) -> str:
+    """Say what a call does, such as "calibrating 5/16".
+
+    Args:
+        call: The call.
+        chunks: Names of all chunks, in the order in which they travel.
+    """
+    phase = _PHASES[type(call)]
+    match call:
+        case Forward(chunk=chunk) | ForwardChunk(chunk=chunk) | Backward(chunk=chunk) if chunk in chunks:
+            kind = [other for other in chunks if is_held_out(other) == is_held_out(chunk)]
+            held_out = is_held_out(chunk) and isinstance(call, Forward)
+            return f"{'measuring' if held_out else phase} {kind.index(chunk) + 1}/{len(kind)}"
+        case AccumulateHessians(share=number) | TryBetas(tile=number) | SolveRows(tile=number):
+            return f"{phase} {number + 1}"
+    return phase
+
+
+def worker_lines(
+    calls: Mapping[int, tuple[Call, float]], idle: int, num_blocks: int, chunks: Sequence[str]
+) -> list[str]:
+    """Say what the workers do: one line for each of a few; of many, how many do what, and the slowest.
+
+    Args:
+        calls: The call that each worker is at, and for how many seconds, by the worker's number.
+        idle: Number of workers that have nothing to do.
+        num_blocks: Number of blocks of the model.
+        chunks: Names of all chunks, in the order in which they travel.
+    """
+    rows = {worker: f"worker {worker:<3} {_at(call, num_blocks, chunks)}" for worker, (call, _) in calls.items()}
+    if len(calls) + idle <= _MOST_ROWS:
+        return [rows[worker] for worker in sorted(rows)]
+    counts = Counter(_PHASES[type(call)] for call, _ in calls.values())
+    counts["idle"] = idle
+    kinds = ", ".join(f"{number} {phase}" for phase, number in counts.most_common() if number)
+    slowest = sorted(calls, key=lambda worker: -calls[worker][1])[:_SLOWEST]
+    lines = [f"{rows[worker]}, for {in_words(calls[worker][1])}" for worker in slowest]
+    return [f"{len(calls) + idle} workers: {kinds}; the slowest:", *lines]
+
+
+def _at(call: Call, num_blocks: int, chunks: Sequence[str]) -> str:
+    block = getattr(call, "block", None)
+    place = call.unit if block is None else f"block {block + 1} of {num_blocks}"
+    return f"{place} · {phase_of(call, chunks)}"

@@ -1,0 +1,79 @@
+"""What `plan` shows: a few lines about the whole run, and a table of its units for those who ask."""
+
+import itertools
+
+from rich.filesize import decimal
+from rich.table import Table
+
+from astro_dist.console import in_words
+from astro_dist.planning.forecast import Forecast
+from astro_dist.planning.units import BlockUnit, Plan
+from astro_dist.report.command_output import coverage_lines, settings_line
+
+__all__ = ["plan_card", "plan_table"]
+
+_LONG_S = 6 * 3600.0
+"""Seconds from which a run on a CPU is so long that GPUs are pointed at."""
+
+
+def plan_card(forecast: Forecast) -> list[str]:
+    """Describe what a run will be and need.
+
+    Args:
+        forecast: What was foretold.
+    """
+    prepared, needed = forecast.prepared, forecast.needed
+    plan, is_gpu = prepared.plan, needed.device != "cpu"
+    share = plan.written_bytes / plan.read_bytes
+    origin = "projected, never measured on a GPU" if is_gpu else "from the speed of this machine"
+    device = needed.device.upper() if is_gpu else "CPU worker" if needed.workers == 1 else "CPU workers"
+    limit = prepared.tensor_parallel.in_words
+    lines = [
+        settings_line(prepared.config),
+        f"{_count(plan.weights)} weights quantized: {decimal(plan.read_bytes)} → {decimal(plan.written_bytes)} "
+        f"({100 * share:.0f} % of the source)",
+        f"{needed.workers} × {device}: about {in_words(needed.wall_s)}, {origin}; {needed.device_hours:.2g} "
+        f"device-hours, {100 * needed.efficiency:.0f} % of that at work",
+        f"{decimal(int(needed.worker_bytes))} of memory a {'GPU' if is_gpu else 'worker'} · "
+        f"{decimal(int(needed.disk_bytes))} of disk · {decimal(int(needed.moved_bytes))} read and written by workers",
+        *coverage_lines(plan.coverage),
+        limit[0].upper() + limit[1:],
+        *(f"note: {note}" for note in prepared.notes),
+    ]
+    if needed.workers_at_once < needed.workers:
+        lines.append(
+            f"note: {needed.workers} workers on this machine are no faster than {needed.workers_at_once}, for which it "
+            "has cores"
+        )
+    if not is_gpu and needed.wall_s > _LONG_S:
+        lines.append("note: this is the time on this CPU; `--device h100` and the like foretell it for GPUs")
+    return lines
+
+
+def plan_table(plan: Plan) -> Table:
+    """Make the table of a run's units. Blocks of one size that follow each other share a row.
+
+    Args:
+        plan: Units of the run.
+    """
+    table = Table("unit", "layers each", "read each", "written each", "file")
+    for unit in plan.copies:
+        table.add_row(unit.name, "-", decimal(unit.read_bytes), decimal(unit.written_bytes), unit.file)
+    for (layers, read_bytes, written_bytes), equal in itertools.groupby(plan.blocks, _size):
+        blocks = list(equal)
+        ends = blocks if len(blocks) == 1 else (blocks[0], blocks[-1])
+        names, files = " to ".join(block.name for block in ends), " to ".join(block.file for block in ends)
+        table.add_row(names, str(layers), decimal(read_bytes), decimal(written_bytes), files)
+    return table
+
+
+def _count(number: int) -> str:
+    """A large number in the unit that model sizes are given in."""
+    for unit, size in (("trillion", 1e12), ("billion", 1e9), ("million", 1e6)):
+        if number >= size:
+            return f"{number / size:.1f} {unit}"
+    return str(number)
+
+
+def _size(block: BlockUnit) -> tuple[int, int, int]:
+    return len(block.linears), block.read_bytes, block.written_bytes

@@ -1,0 +1,37 @@
+"""The card of `plan` says at a glance what a run will be."""
+
+import pytest
+
+from astro_dist.planning.forecast import plan
+from astro_dist.report.plan_card import plan_card
+
+
+@pytest.fixture
+def card(run_config):
+    return lambda workers=None, device=None, **changes: plan_card(plan(run_config(**changes), workers, device))
+
+
+def test_card_for_gpus_says_that_it_was_never_measured(card):
+    lines = card(8, "h100")
+    assert lines[2].startswith("8 × H100: about ")
+    assert "projected, never measured on a GPU" in lines[2]
+    assert " of memory a GPU · " in lines[3]
+
+
+def test_card_for_this_machine(card):
+    lines = card()
+    assert "weights quantized: " in lines[1]
+    assert "1 × CPU worker: about " in lines[2]
+    assert "from the speed of this machine" in lines[2]
+
+
+def test_workers_without_cores_are_not_counted_as_faster(card, monkeypatch):
+    monkeypatch.setattr("os.cpu_count", lambda: 2)
+    assert any("64 workers on this machine are no faster than 2" in line for line in card(64))
+    assert not any("are no faster" in line for line in card(2))
+
+
+def test_long_runs_on_a_cpu_point_at_gpus(card, monkeypatch):
+    assert not any("--device" in line for line in card())
+    monkeypatch.setattr("astro_dist.report.plan_card._LONG_S", 0.0)
+    assert "`--device h100` and the like foretell it for GPUs" in card()[-1]
