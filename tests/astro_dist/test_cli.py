@@ -98,7 +98,7 @@ def test_plan_writes_nothing(run, config):
 
 
 def test_plan_shows_equal_blocks_in_one_row_below_the_main_settings(run, config):
-    out = " ".join(run("plan", config)[1].split())
+    out = " ".join(run("plan", config, "--verbose")[1].split())
     assert "4 bits, group size 32, format compressed-tensors; mode blocks, 1 round(s); calibration 4 × 32 tokens" in out
     assert "block-0000" in out
     assert "block-0001" not in out
@@ -210,9 +210,10 @@ def test_bad_input_is_one_paragraph_and_starts_nothing(run, config, llama, case)
     flags = [part for assignment in assignments for part in ("--set", assignment)]
     code, out, err = run("quantize", config, *flags)
     assert code == 2
-    assert err.startswith("error: ")
-    assert message in err
-    assert err.count("\n") == 1
+    *before, error = err.splitlines()
+    assert error.startswith("error: ")
+    assert message in error
+    assert len(before) <= 1  # what is to be done is said at once
     assert "Traceback" not in err + out
     assert not (config.parent / "run").exists()
 
@@ -410,7 +411,7 @@ def test_run_and_model_are_both_found(run, finished, llama):
     assert "3 of 3 blocks" in run("status", finished / "model")[1]
     assert "3 of 3 blocks" in run("status", finished, "--watch")[1]
     assert "21 packed layers" in run("verify", finished)[1]
-    assert str(finished / "report" / "report.html") in run("report", finished / "model")[1]
+    assert str(finished / "report" / "index.html") in run("report", finished / "model")[1]
 
 
 def test_verify_shows_the_largest_weight_errors_or_all(run, finished, first_run):

@@ -3,7 +3,7 @@
 import pytest
 import transformers
 
-from astro.errors import ConfigError
+from astro.errors import InputError
 from astro_dist.planning.settings import run_config
 from astro_dist.planning.starting_config import run_name
 from tests.support.models import LLAMA, write_checkpoint
@@ -51,7 +51,7 @@ def test_a_file_is_read_and_options_win_over_it(llama, tmp_path):
     ],
 )
 def test_what_is_wrong_is_said(target, keys, message):
-    with pytest.raises(ConfigError) as error:
+    with pytest.raises(InputError) as error:
         run_config(target, **keys)
     assert message in str(error.value)
 
