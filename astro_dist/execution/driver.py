@@ -259,8 +259,10 @@ class Driver:
             return
         left = self._patience.worker_wait_s()
         if self._patience.is_report_due():
+            state = "is up any more: new ones" if self._joined else "is up yet: they"
             self._display.say(
-                f"no worker is up; waits {left:.0f} s more for the cluster to have room, see `ray status`"
+                f"no worker {state} are starting, or wait for room on the cluster (see `ray status`); the run gives up "
+                f"in {left:.0f} s"
             )
         if left < 0:
             first = self._trouble.first

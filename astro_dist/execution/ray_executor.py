@@ -28,6 +28,8 @@ _START_AGAIN_S = 60.0
 _DESCRIBE_TIMEOUT_S = 30.0
 _START_TIMEOUT_S = 900.0
 """Seconds in which a worker must have opened the source, counted from when its process is up."""
+_TOKEN_LOGGER = "ray._private.authentication.authentication_token_setup"
+"""Logger that warns at length of a token which a private cluster, closed to others, gets by itself."""
 _OBJECT_STORE_BYTES = 100_000_000
 """Size of a private cluster's object store, which is hardly used: large arrays travel as files."""
 
@@ -230,6 +232,7 @@ def _connect(config: ExecutionConfig) -> None:
     if address:
         options["address"] = address
     else:
+        logging.getLogger(_TOKEN_LOGGER).setLevel(logging.ERROR)
         workers = config.workers if isinstance(config.workers, int) else 0
         cpus = max(os.cpu_count() or 1, workers * config.threads_per_worker)
         options |= {
