@@ -103,8 +103,9 @@ def pack_block(
     quantized_: dict[str, QuantizedLinear],
     kept: Mapping[str, torch.Tensor],
     scale_dtype: torch.dtype,
+    device: torch.device,
 ) -> dict[str, torch.Tensor]:
-    """Return the tensors of a block's shard by checkpoint name.
+    """Return the tensors of a block's shard by checkpoint name: packed ones on the device, all others where they were.
 
     Args:
         layout: The layout that stores the quantized layers.
@@ -113,11 +114,12 @@ def pack_block(
             holds all of a block twice.
         kept: The source tensors that `kept_keys` names.
         scale_dtype: Dtype in which scales are stored; all scales are exact in it.
+        device: Device that packs the layers.
     """
     fused_biases = {layer.bias for layer in layers if layer.bias}
     tensors = {key: tensor for key, tensor in kept.items() if key not in fused_biases}
     for layer in layers:
-        tensors |= pack_layer(layout, layer, quantized_.pop(layer.name), scale_dtype)
+        tensors |= pack_layer(layout, layer, quantized_.pop(layer.name).to(device), scale_dtype)
         if layer.bias:
             tensors[f"{layer.stem}{layer.joint}bias"] = layer.stored_bias(kept[layer.bias]).contiguous()
     return tensors
@@ -125,31 +127,33 @@ def pack_block(
 
 def unpack_block(
     layout: Layout,
-    layers: Sequence[LinearLayer],
+    schemes: Mapping[LinearLayer, LayerScheme],
     tensors_: dict[str, torch.Tensor],
-    schemes: Mapping[str, LayerScheme],
     shapes: Mapping[str, tuple[int, ...]],
     dtype: torch.dtype,
+    device: torch.device,
 ) -> dict[str, torch.Tensor]:
     """Return a block's tensors under the source's names and in its layouts, quantized layers with their new weights.
 
+    Layers travel to the device as they are packed, and only there become weights.
+
     Args:
         layout: The layout that stores the quantized layers.
-        layers: The quantized layers of the block.
+        schemes: Bits, group size and symmetry that each quantized layer of the block was written with.
         tensors_: The tensors of the shard by checkpoint name. Packed ones are taken out as they are read.
-        schemes: Bits, group size and symmetry that each layer was written with, by its name.
         shapes: Sizes of every source tensor of the block by its name.
         dtype: Dtype of the weights that are returned.
+        device: Device of the weights that are returned; all other tensors stay where they are.
 
     Raises:
         CheckpointError: A packed tensor is missing or does not fit the others.
     """
-    for layer in layers:
-        weight = unpack_layer(layout, layer, tensors_, schemes[layer.name]).dequantize()
-        for key in packed_keys(layout, layer, schemes[layer.name]).values():
-            del tensors_[key]
+    for layer, scheme in schemes.items():
+        keys = packed_keys(layout, layer, scheme).values()
+        packed = {key: _moved(tensors_.pop(key), device) for key in keys if key in tensors_}
+        weight = unpack_layer(layout, layer, packed, scheme).dequantize()
         if layer.key not in tensors_:
-            tensors_[layer.key] = torch.empty(shapes[layer.key], dtype=dtype)
+            tensors_[layer.key] = torch.empty(shapes[layer.key], dtype=dtype, device=device)
         layer.stored(tensors_[layer.key]).copy_(weight)
         if layer.bias:
             bias = tensors_.pop(f"{layer.stem}{layer.joint}bias")
@@ -157,3 +161,8 @@ def unpack_block(
                 tensors_[layer.bias] = bias.new_empty(shapes[layer.bias])
             layer.stored_bias(tensors_[layer.bias]).copy_(bias)
     return {key: tensors_[key] for key in shapes}
+
+
+def _moved(packed: torch.Tensor, device: torch.device) -> torch.Tensor:
+    """Move a packed tensor to a device, if it is a matrix: sizes and numbers of groups are checked on the host."""
+    return packed.to(device) if packed.ndim > 1 else packed

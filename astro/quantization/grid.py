@@ -77,13 +77,23 @@ class Grid:
         """Return the weights that integers stand for.
 
         Args:
-            Q: Integers, int8 [R, C].
+            Q: Integers, int8 [R, C], on the grid's device.
 
         Returns:
             The weights, float32 [R, C].
         """
-        V = grouped(Q, self.group_size).float()
-        return ((V - self.zero.unsqueeze(-1)) * self.scale.unsqueeze(-1)).flatten(-2)
+        V = grouped(Q, self.group_size).to(torch.float32)
+        if not self.symmetric:  # zero is 0: a pass over all elements less
+            V.sub_(self.zero.unsqueeze(-1))
+        return V.mul_(self.scale.unsqueeze(-1)).flatten(-2)
+
+    def to(self, device: torch.device) -> "Grid":
+        """Return the grid on a device.
+
+        Args:
+            device: The device.
+        """
+        return dataclasses.replace(self, scale=self.scale.to(device), zero=self.zero.to(device))
 
 
 def fit_grid(
@@ -223,5 +233,13 @@ class QuantizedLinear:
     grid: Grid
 
     def dequantize(self) -> torch.Tensor:
-        """Return the weights, float32 [R, C]."""
+        """Return the weights, float32 [R, C], on the device of the integers."""
         return self.grid.dequantize(self.Q)
+
+    def to(self, device: torch.device) -> "QuantizedLinear":
+        """Return the layer on a device.
+
+        Args:
+            device: The device.
+        """
+        return QuantizedLinear(self.Q.to(device), self.grid.to(device))

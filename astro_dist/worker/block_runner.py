@@ -203,7 +203,7 @@ class BlockRunner:
             The path of the shard.
         """
         layout, kept = LAYOUTS[self.spec.quantization.format], self.checkpoint.read(kept_keys(unit.linears, unit.keys))
-        tensors = pack_block(layout, unit.linears, quantized, kept, self.recipe(unit).scale_dtype)
+        tensors = pack_block(layout, unit.linears, quantized, kept, self.recipe(unit).scale_dtype, self.device)
         path = self.spec.run.shard(round_index, unit.file)
         save_tensors(path, tensors)
         return path
@@ -316,10 +316,11 @@ class BlockRunner:
         assert round_index is not None
         self.spec.run.require_intact(block_unit(round_index, unit.index))
         tensors, _ = load_tensors(self.spec.run.shard(round_index, unit.file))
-        schemes = layer_schemes(self.spec.run, self.spec.quantization, unit, round_index)
+        by_name = layer_schemes(self.spec.run, self.spec.quantization, unit, round_index)
+        schemes = {linear: by_name[linear.name] for linear in unit.linears}
         layout = LAYOUTS[self.spec.quantization.format]
         shapes = {key: self.checkpoint.entries[key].shape for key in unit.keys}
-        return unpack_block(layout, unit.linears, tensors, schemes, shapes, self.spec.compute_dtype)
+        return unpack_block(layout, schemes, tensors, shapes, self.spec.compute_dtype, self.device)
 
 
 def require_memory(needed_bytes: int, device: torch.device) -> None:

@@ -58,17 +58,20 @@ def block(request):
     return layers, source, quantized
 
 
-def shard(layout, block):
+CPU, ELSEWHERE = torch.device("cpu"), torch.device("meta")
+
+
+def shard(layout, block, device=CPU):
     layers, source, quantized = block
     kept = {key: source[key] for key in kept_keys(layers, source)}
-    return pack_block(layout, layers, dict(quantized), kept, torch.float16)
+    return pack_block(layout, layers, dict(quantized), kept, torch.float16, device)
 
 
 def test_round_trip(layout, block):
     layers, source, quantized = block
     shapes = {key: tuple(tensor.shape) for key, tensor in source.items()}
-    schemes = {layer.name: SCHEME for layer in layers}
-    read = unpack_block(layout, layers, shard(layout, block), schemes, shapes, torch.float32)
+    schemes = dict.fromkeys(layers, SCHEME)
+    read = unpack_block(layout, schemes, shard(layout, block), shapes, torch.float32, CPU)
     assert {key: tuple(tensor.shape) for key, tensor in read.items()} == shapes
     for layer in layers:
         assert torch.equal(layer.stored(read[layer.key]), quantized[layer.name].dequantize())
@@ -86,5 +89,23 @@ def test_shard_holds_linear_layers_and_what_is_kept(layout, block):
 
 def test_packing_takes_the_layers_out(layout, block):
     layers, source, quantized = block
-    pack_block(layout, layers, quantized, source, torch.float16)
+    pack_block(layout, layers, quantized, source, torch.float16, CPU)
     assert not quantized
+
+
+def test_layers_are_packed_on_the_device(layout, block):
+    packed = shard(layout, block, ELSEWHERE)
+    expected = shard(layout, block)
+    matrices = {key for key, tensor in expected.items() if tensor.ndim > 1} - set(block[1])
+    assert {key for key, tensor in packed.items() if tensor.device == ELSEWHERE} == matrices
+    assert {k: (t.shape, t.dtype) for k, t in packed.items()} == {k: (t.shape, t.dtype) for k, t in expected.items()}
+
+
+def test_layers_travel_packed_and_become_weights_on_the_device(layout, block, monkeypatch):
+    layers, source, _ = block
+    monkeypatch.setattr(torch.Tensor, "__bool__", lambda tensor: True)  # elsewhere there are no values to check
+    shapes, schemes = {key: tuple(tensor.shape) for key, tensor in source.items()}, dict.fromkeys(layers, SCHEME)
+    read = unpack_block(layout, schemes, shard(layout, block), shapes, torch.bfloat16, ELSEWHERE)
+    weights = {layer.key for layer in layers}
+    assert {key for key, tensor in read.items() if tensor.device == ELSEWHERE} == weights
+    assert {read[key].dtype for key in weights} == {torch.bfloat16}

@@ -4,6 +4,7 @@ import doctest
 
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 from compressed_tensors.compressors.pack_quantized.helpers import pack_to_int32
 
 from astro.errors import CheckpointError
@@ -44,6 +45,45 @@ def test_three_bits_cross_word_borders():
 def test_wrong_number_of_words_is_an_error():
     with pytest.raises(CheckpointError, match="expected 8 words a row for 64 columns of 4 bits, got 7"):
         unpack(torch.zeros(2, 7, dtype=torch.int32), 4, 64)
+
+
+class Operators(TorchDispatchMode):
+    """Takes note of the operators that are called, and of the dtypes of what they return."""
+
+    def __init__(self):
+        super().__init__()
+        self.names, self.dtypes = [], set()
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        result = func(*args, **(kwargs or {}))
+        self.names.append(func.name())
+        self.dtypes |= {result.dtype} if isinstance(result, torch.Tensor) else set()
+        return result
+
+
+def steps_on_another_device(rows, bits, columns):
+    with Operators() as operators:
+        words = pack(torch.empty(rows, columns, dtype=torch.int8, device="meta"), bits)
+        Q = unpack(words, bits, columns)
+    assert (words.device.type, Q.device.type, Q.shape) == ("meta", "meta", (rows, columns))
+    return operators
+
+
+@pytest.mark.parametrize("bits", [2, 3, 4, 8])
+def test_a_device_needs_few_steps_on_integers_that_gpus_compute_with(bits):
+    steps, more = (steps_on_another_device(rows, bits, 33) for rows in (4, 1 << 20))
+    assert steps.dtypes <= {torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64}
+    assert steps.names == more.names
+    assert len(steps.names) < 80
+
+
+@pytest.mark.parametrize("bits", [2, 3, 4, 8])
+def test_rows_in_several_parts_are_packed_as_one(bits):
+    rows = 2 * bit_packing._NEAR_ELEMENTS // 1000 + 1
+    Q = integers(rows, 1000, bits)
+    words = pack(Q, bits)
+    assert torch.equal(words[-1:], pack(Q[-1:], bits))
+    assert torch.equal(unpack(words, bits, 1000), Q)
 
 
 def test_worked_numbers_are_true():
