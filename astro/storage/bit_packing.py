@@ -94,8 +94,10 @@ def _num_joins(bits: int) -> int:
 
 def _packed(Q: torch.Tensor, bits: int) -> torch.Tensor:
     """Words of some rows, int32 [R, W], with columns added up to a multiple of `_RUN`."""
+    rows, columns = Q.shape
+    X = torch.zeros(rows, columns + -columns % _RUN, dtype=torch.uint8, device=Q.device)
     # Bytes wrap around, so that the sum is the unsigned number.
-    X = torch.nn.functional.pad(Q.contiguous().view(torch.uint8) + (1 << (bits - 1)), (0, -Q.shape[1] % _RUN))
+    torch.add(Q.view(torch.uint8), 1 << (bits - 1), out=X[:, :columns])
     joins = _num_joins(bits)
     for join in range(joins):
         half, width = 8 << join, bits << join  # bits of an element before this join, and how many of them are used
@@ -108,7 +110,7 @@ def _packed(Q: torch.Tensor, bits: int) -> torch.Tensor:
 
 
 def _unpacked(words: torch.Tensor, bits: int) -> torch.Tensor:
-    """Integers of some rows, int8 [R, C], up to the last that the words, filled up to a multiple of b, have room for."""
+    """Integers of some rows, int8 [R, C], with columns added up to a multiple of `_RUN`."""
     joins = _num_joins(bits)
     num_bytes = (bits << joins) // 8
     used = torch.nn.functional.pad(words, (0, -words.shape[1] % bits)).contiguous().view(torch.uint8)

@@ -4,8 +4,8 @@ import doctest
 
 import pytest
 import torch
-from torch.utils._python_dispatch import TorchDispatchMode
 from compressed_tensors.compressors.pack_quantized.helpers import pack_to_int32
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from astro.errors import CheckpointError
 from astro.storage import bit_packing
@@ -40,6 +40,13 @@ def test_four_bits_are_nibbles_least_significant_first():
 def test_three_bits_cross_word_borders():
     Q = torch.full((1, 32), 3, dtype=torch.int8)
     assert pack(Q, 3).tolist() == [[-1, -1, -1]]
+
+
+@pytest.mark.parametrize("bits", [2, 3, 4, 8])
+def test_a_single_row_that_lies_as_a_column_is_packed(bits):
+    Q = integers(64, 1, bits).T
+    assert torch.equal(pack(Q, bits), pack(Q.clone(memory_format=torch.contiguous_format).reshape(1, 64), bits))
+    assert torch.equal(unpack(pack(Q.T, bits).T.T, bits, 1), Q.T)
 
 
 def test_wrong_number_of_words_is_an_error():
