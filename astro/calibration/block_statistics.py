@@ -5,7 +5,6 @@ Layers that read the same input are an input group: q, k and v; gate and up. Sha
 
 import contextlib
 import dataclasses
-import time
 from collections.abc import Callable, Collection, Container, Iterable, Iterator, Sequence
 from typing import TypeVar
 
@@ -23,6 +22,7 @@ from astro.calibration.token_weights import TokenWeights
 from astro.config import Experts
 from astro.errors import NumericalError, UnsupportedError
 from astro.model.activations import BlockLayers, Inputs, Operand, is_same_input, names_of
+from astro.timing import Stopwatch
 
 __all__ = ["BlockStatistics", "input_stages", "inputs_of"]
 
@@ -37,7 +37,7 @@ class BlockStatistics:
 
     Attributes:
         input_groups: Operands of each input group, in the order of the first forward; experts one after the other.
-        seconds: Seconds that the products took.
+        stopwatch: Time that the products took.
     """
 
     def __init__(self, layers: BlockLayers, device: torch.device, weights: TokenWeights) -> None:
@@ -54,7 +54,7 @@ class BlockStatistics:
         self._input_group_of: dict[Operand, int] = {}
         self._last: tuple[torch.Tensor, int] | None = None
         self.input_groups: list[list[Operand]] = []
-        self.seconds = 0.0
+        self.stopwatch = Stopwatch(device)
 
     def run(self, action: Callable[[], Output], chunk: str) -> Output:
         """Run a forward of the block, add the inputs of its layers, and return its result.
@@ -117,9 +117,8 @@ class BlockStatistics:
             self._open(operand, last_index if shares else None)
         index = self._input_group_of[operand]
         if operand is self.input_groups[index][0]:
-            start = time.perf_counter()
-            self._accumulators[index].add_(X, self._weights.of(operand, self._chunk, inputs))
-            self.seconds += time.perf_counter() - start
+            with self.stopwatch.running():
+                self._accumulators[index].add_(X, self._weights.of(operand, self._chunk, inputs))
         elif not shares or last_index != index:
             first, other = self.input_groups[index][0].names[0], operand.names[0]
             raise UnsupportedError(f"{other} shared its input with {first} in one forward, not in another")

@@ -53,7 +53,7 @@ def try_betas(input_groups: InputGroups, W: torch.Tensor, tile: slice) -> torch.
     rows = compensate(input_groups, sample_rows(W)[:, tile])
     # With another clock: what the search spends on grids and GPTQ is the search's.
     timed_apart = dataclasses.replace(input_groups, seconds={})
-    with timed(input_groups.seconds, "beta"):
+    with timed(input_groups.seconds, "beta", W.device):
         # All candidates are regularized and quantized as rows over each other.
         copies = rows.repeat(1, NUM_CANDIDATES, 1)
         betas = torch.tensor(_BETAS, device=rows.device).repeat_interleave(rows.shape[1]).unsqueeze(0)

@@ -196,7 +196,7 @@ def prepare_input_groups(
     group_size = scheme.columns_per_group(W.shape[-1])
     factor = None
     if solver.method == "gptq":
-        with timed(seconds, "factor"):
+        with timed(seconds, "factor", W.device):
             in_order = torch.arange(W.shape[-1], device=H.device).expand(H.shape[:-1])
             order = gptq.activation_order(H) if solver.act_order == "static" else in_order
             factor = factorize(H, order, solver.damping, solver.max_damping, names)
@@ -207,7 +207,7 @@ def prepare_input_groups(
     input_groups = InputGroups(tuple(names), H, drift, scheme, recipe, factor, None, none, none, lacking, seconds)
     if regularization.name == "none" or regularization.beta == 0:
         return input_groups
-    with timed(seconds, "regularize"):
+    with timed(seconds, "regularize", W.device):
         problem = regularizer.prepare(H, mean_group_maximum(W, group_size), regularization, group_size, names)
     beta = None if regularization.beta == "auto" else torch.where(lacking, none, regularization.beta)
     return dataclasses.replace(input_groups, problem=problem, beta=beta)
@@ -226,13 +226,13 @@ def quantize_rows(input_groups: InputGroups, target: torch.Tensor) -> tuple[torc
     Raises:
         NumericalError: A scale overflows the dtype in which it is stored.
     """
-    with timed(input_groups.seconds, "grid"):
+    with timed(input_groups.seconds, "grid", target.device):
         cost = input_groups.factor.cost if input_groups.factor else input_groups.H.diagonal(dim1=-2, dim2=-1)
         grid = fit_grid(target, input_groups.scheme, input_groups.recipe.solver, input_groups.recipe.scale_dtype, cost)
         require_finite_scales(grid, input_groups.names)
     if input_groups.factor is None:
         return grid.quantize(target), grid
-    with timed(input_groups.seconds, "gptq"):
+    with timed(input_groups.seconds, "gptq", target.device):
         return gptq.solve(target, input_groups.factor, grid), grid
 
 
@@ -250,11 +250,11 @@ def solve_rows(input_groups: InputGroups, W: torch.Tensor) -> SolvedRows:
     target = W = compensate(input_groups, W)
     if input_groups.problem is not None:
         assert input_groups.beta is not None
-        with timed(seconds, "regularize"):
+        with timed(seconds, "regularize", W.device):
             target = regularizer.regularize(W, input_groups.problem, input_groups.beta.unsqueeze(-1))
     Q, grid = quantize_rows(input_groups, target)
     if input_groups.factor is not None and settings.refine_passes:
-        with timed(seconds, "refine"):
+        with timed(seconds, "refine", W.device):
             damping = input_groups.factor.damping.float() * input_groups.H.diagonal(dim1=-2, dim2=-1).mean(-1)
             quantized = QuantizedLinear(Q, grid)
             refined, error = refine(W, quantized, input_groups.H, damping, settings, input_groups.recipe.scale_dtype)
@@ -285,7 +285,7 @@ def compensate(input_groups: InputGroups, W: torch.Tensor) -> torch.Tensor:
     """
     if input_groups.drift is None or input_groups.factor is None:
         return W
-    with timed(input_groups.seconds, "compensate"):
+    with timed(input_groups.seconds, "compensate", W.device):
         return W + input_groups.factor.solve(W @ input_groups.drift)
 
 
@@ -311,7 +311,7 @@ def reproducible_share(input_groups: InputGroups, W: torch.Tensor, spread: torch
     assert input_groups.drift is not None
     assert input_groups.factor is not None
     rows, factor, H = sample_rows(W), input_groups.factor, input_groups.H
-    with timed(input_groups.seconds, "compensate"):
+    with timed(input_groups.seconds, "compensate", W.device):
         common, apart = (
             layer_error(factor.solve(rows @ drift), torch.zeros_like(rows), H).sum(-1)
             for drift in (input_groups.drift, spread)
@@ -331,7 +331,7 @@ def measure_width(input_groups: InputGroups, W: torch.Tensor, bits: int) -> list
     """
     scheme = dataclasses.replace(input_groups.scheme, bits=bits)
     measured = dataclasses.replace(input_groups, scheme=scheme, problem=None, seconds={})
-    with timed(input_groups.seconds, "widths"):
+    with timed(input_groups.seconds, "widths", W.device):
         figures = solve_rows(measured, sample_rows(W)).figures
     errors: list[float] = (figures.error.sum(-1) / figures.energy.sum(-1).clamp(min=_TINY)).tolist()
     return errors

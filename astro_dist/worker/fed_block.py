@@ -37,5 +37,5 @@ class FedBlock:
 
     def feeding_seconds(self) -> dict[str, float]:
         """Return the time by phase until all chunks have passed, that of the Hessians apart."""
-        hessian_s = self.statistics.seconds
+        hessian_s = self.statistics.stopwatch.read_s()
         return {**self.seconds, "forward": self.seconds["forward"] - hessian_s, "hessian": hessian_s}

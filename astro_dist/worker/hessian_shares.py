@@ -5,7 +5,6 @@ hold the errors of the stages before. A share is a fixed part of the chunks. Sha
 """
 
 import dataclasses
-import time
 from collections.abc import Iterable, Mapping, Sequence
 from itertools import zip_longest
 from typing import Any
@@ -27,7 +26,7 @@ from astro.linalg.batching import stacked
 from astro.linalg.symmetric import packed, unpacked
 from astro.model.activations import Inputs, Operand
 from astro.quantization.block import COUNTED
-from astro.timing import add_seconds, timed
+from astro.timing import Stopwatch, add_seconds, clock_s
 from astro_dist.schedule.names import ORIGINAL, SUM, round_stream, share_part
 from astro_dist.schedule.sequential import shares
 from astro_dist.worker.block_runner import BlockRunner
@@ -94,7 +93,7 @@ class HessianShares:
             block: The block, laid out and loaded.
             stage: Index of the stage.
             share: Index of the share.
-            start: Time at which the work on the share began, as `time.perf_counter` has it.
+            start: Time at which the work on the share began, as `clock_s` has it.
         """
         runner = self._runner
         batches = block.stages[stage] if block.stages else []
@@ -104,9 +103,10 @@ class HessianShares:
             for batch in batches
             for operand, accumulators in zip(self._operands(block, batch), sums[batch], strict=True)
         }
-        seconds = {"hessian": 0.0, "compensate": 0.0}
-        self._feed(block, stage, shares(runner.spec.chunks, runner.spec.shares)[share], by_operand, seconds)
-        seconds["forward"] = time.perf_counter() - start - sum(seconds.values())
+        watches = {phase: Stopwatch(runner.device) for phase in ("hessian", "compensate")}
+        self._feed(block, stage, shares(runner.spec.chunks, runner.spec.shares)[share], by_operand, watches)
+        total_s, seconds = clock_s(runner.device) - start, {phase: watch.read_s() for phase, watch in watches.items()}
+        seconds["forward"] = total_s - sum(seconds.values())
         by_operand.clear()
         for batch in batches:
             self._save_share(block, batch, share, sums.pop(batch), seconds if batch == batches[0] else {})
@@ -181,7 +181,7 @@ class HessianShares:
         stage: int,
         chunks: Sequence[str],
         sums: Mapping[Operand, _Accumulators],
-        seconds: dict[str, float],
+        watches: Mapping[str, Stopwatch],
     ) -> None:
         """Pass chunks through the block up to a stage, those of the source too where the drift from it is wanted."""
         layers, quantized = self._runner.layers(block.unit), self._dequantized(block, stage)
@@ -196,11 +196,11 @@ class HessianShares:
                 source_inputs = self._inputs(block, drifts, (ORIGINAL, chunk), later) if drifts else {}
                 for operand, of_operand in inputs.items():
                     X, (H, drift) = of_operand.X, sums[operand]
-                    with timed(seconds, "hessian"):
+                    with watches["hessian"].running():
                         of_tokens = weights.of(operand, chunk, of_operand)
                         H.add_(X, of_tokens)
                     if drift is not None:
-                        with timed(seconds, "compensate"):
+                        with watches["compensate"].running():
                             drift.add_(source_inputs[operand].X, X, of_tokens)
 
     def _inputs(

@@ -7,7 +7,6 @@ under every β, and solved tiles as files.
 """
 
 import dataclasses
-import time
 from collections.abc import Iterable, Mapping, Sequence
 
 import torch
@@ -28,7 +27,7 @@ from astro.quantization.row_solver import (
     reproducible_share,
     solve_rows,
 )
-from astro.timing import add_seconds
+from astro.timing import add_seconds, clock_s
 from astro_dist.planning.units import BlockUnit
 from astro_dist.schedule.calls import (
     AccumulateHessians,
@@ -92,7 +91,7 @@ class SplitSolver:
         Returns:
             The parts of the stage's batches.
         """
-        runner, start = self._runner, time.perf_counter()
+        runner, start = self._runner, clock_s(self._runner.device)
         block = self._turn_to((0, call.block), shares(runner.spec.chunks, runner.spec.shares)[call.share][0])
         self._shares.accumulate(block, call.stage, call.share, start)
         batches = block.stages[call.stage] if block.stages else []

@@ -5,7 +5,6 @@ every input group, chunk by chunk; once all chunks have passed, these become wei
 """
 
 import json
-import time
 from collections.abc import Iterable, Mapping
 from itertools import pairwise
 
@@ -16,6 +15,7 @@ from astro.errors import UnsupportedError
 from astro.model.block_call import BlockState
 from astro.model.perplexity import gradient_scale, loss_gradient
 from astro.storage.checked_tensors import load_part, save_part
+from astro.timing import clock_s
 from astro_dist.planning.units import BlockUnit
 from astro_dist.run_directory.unit_record import UnitRecord, WeightsResult
 from astro_dist.schedule.calls import Backward, DifferentiateLoss, WeighTokens
@@ -54,7 +54,7 @@ class TokenWeigher:
 
         Where no gradient passes through a block, an empty one is handed on; the blocks before it measure nothing.
         """
-        runner, block, chunk, start = self._runner, call.block, call.chunk, time.perf_counter()
+        runner, block, chunk, start = self._runner, call.block, call.chunk, clock_s(self._runner.device)
         state = runner.state(ORIGINAL, block, chunk)  # the one that was expected, so it comes first
         gradient = runner.state(GRADIENT, block + 1, chunk)
         energies: dict[str, torch.Tensor] = {}
@@ -73,7 +73,7 @@ class TokenWeigher:
                 energies |= {f"{_EXPERT}.{name}": energy for name, energy in passed.of_experts.items()}
             except UnsupportedError as error:
                 gradient, reason = BlockState(gradient.hidden.new_empty(0)), str(error)
-        note = json.dumps({"reason": reason, "seconds": time.perf_counter() - start})
+        note = json.dumps({"reason": reason, "seconds": clock_s(runner.device) - start})
         save_part(runner.spec.run.hidden(ENERGY, block + 1, chunk), energies, note)
         if block:
             runner.save_state(GRADIENT, block, chunk, gradient)

@@ -6,7 +6,6 @@ What a worker makes for others is a file in the run directory. What it returns i
 import math
 import platform
 import shutil
-import time
 from collections.abc import Iterator
 from itertools import pairwise
 from typing import Any, assert_never
@@ -25,7 +24,7 @@ from astro.quantization.block import quantize_block
 from astro.quantization.grid import QuantizedLinear
 from astro.quantization.layer_record import LayerRecord
 from astro.storage.atomic import save_tensors
-from astro.timing import add_seconds, timed
+from astro.timing import add_seconds, clock_s, timed
 from astro_dist.planning.units import BlockUnit
 from astro_dist.run_directory.layer_widths import layer_schemes
 from astro_dist.run_directory.unit_record import (
@@ -209,17 +208,16 @@ class Worker:
 
     def open_block(self, call: OpenBlock) -> None:
         """Load the block that chunks will pass: the source's, or, in later rounds, that of the round before."""
-        start = time.perf_counter()
-        runner = self._runner
-        self._release()
-        unit = runner.load(stream_names(self._spec.run.rounds)[call.round_index], call.block)
-        statistics = BlockStatistics(runner.layers(unit), self._device, read_token_weights(runner, unit))
-        seconds = {"read": time.perf_counter() - start, "forward": 0.0}
+        runner, seconds = self._runner, {"forward": 0.0}
+        with timed(seconds, "read", self._device):
+            self._release()
+            unit = runner.load(stream_names(self._spec.run.rounds)[call.round_index], call.block)
+            statistics = BlockStatistics(runner.layers(unit), self._device, read_token_weights(runner, unit))
         self._fed_block = FedBlock(call.round_index, unit, statistics, seconds)
 
     def forward(self, call: Forward) -> None:
         """Pass one chunk through the open block and keep the output; a calibration chunk adds to the statistics."""
-        fed_block, start, runner = self._require_fed_block(call), time.perf_counter(), self._runner
+        fed_block, start, runner = self._require_fed_block(call), clock_s(self._device), self._runner
         block, chunk = call.block, call.chunk
         stream = stream_names(self._spec.run.rounds)[call.round_index]
         following = dict(pairwise(self._spec.chunks)).get(chunk)
@@ -230,7 +228,7 @@ class Worker:
             output = fed_block.statistics.run(lambda: runner.forward(block, state, chunk), chunk)
         if block + 1 < len(self._spec.plan.blocks) or is_held_out(chunk):
             runner.save_state(stream, block + 1, chunk, output)
-        fed_block.seconds["forward"] += time.perf_counter() - start
+        fed_block.seconds["forward"] += clock_s(self._device) - start
 
     def solve_block(self, call: SolveBlock) -> UnitRecord:
         """Quantize the open block's original weights and write its shard: in the last round a file of the model."""
@@ -263,10 +261,10 @@ class Worker:
 
     def forward_chunk(self, call: ForwardChunk) -> float:
         """Pass one chunk through a block of a stream, and return the seconds that it took."""
-        start = time.perf_counter()
+        start = clock_s(self._device)
         self._release()
         self._runner.forward_chunk(call.stream, call.block, call.chunk)
-        return time.perf_counter() - start
+        return clock_s(self._device) - start
 
     def do_part(self, call: AccumulateHessians | PartCall) -> BlockParts | None:
         """Do one of the calls by which several workers solve a block."""
@@ -275,9 +273,9 @@ class Worker:
 
     def write_block(self, call: WriteBlock) -> UnitRecord:
         """Put a block's solved tiles together and write its shard."""
-        start = time.perf_counter()
+        start = clock_s(self._device)
         quantized, records, seconds = self._solver.put_together(call)
-        seconds["write"] = time.perf_counter() - start
+        seconds["write"] = clock_s(self._device) - start
         unit = self._spec.plan.blocks[call.block]
         return self._finish_block(call.round_index, unit, quantized, records, seconds)
 
@@ -326,7 +324,7 @@ class Worker:
         """Write a quantized block's shard, then its record."""
         for layer in records:
             add_seconds(seconds, layer.seconds)
-        with timed(seconds, "write"):
+        with timed(seconds, "write", self._device):
             path = self._runner.write_block(unit, round_index, quantized)
         result = BlockResult(layers=tuple(records), seconds=seconds, **self.describe())
         return self._spec.run.finish(block_unit(round_index, unit.index), [path], result)
