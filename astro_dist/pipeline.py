@@ -197,7 +197,7 @@ def _refuse_relative_paths(config: RunConfig) -> None:
 def _make_executor(config: RunConfig) -> Executor:
     if config.execution.executor == "local":
         workers = config.execution.workers if isinstance(config.execution.workers, int) else 1
-        return LocalExecutor(workers, on_gpu=config.execution.device == "cuda")
+        return LocalExecutor(workers, config.execution.threads_per_worker, on_gpu=config.execution.device == "cuda")
     from astro_dist.execution.ray_executor import RayExecutor  # Ray is slow to import and not needed for validation
 
     return RayExecutor(config.execution)
@@ -214,7 +214,7 @@ def _execute(
     cost = CostModel(plan, config, {chunk.name: chunk.tokens.size for chunk in job.chunks}, dtype, device)
     if not schedule.finished:
         require_room(cost.disk_bytes(executor.num_workers), run.root)
-    spec = _worker_spec(job, folder, dtype, device, cost.worker_bytes())
+    spec = _worker_spec(job, folder, dtype, executor, cost.worker_bytes())
     blocks = len(plan.blocks) * run.rounds
     run.journal.note(
         "started", finished_units=len(schedule.finished), units=len(schedule.units), blocks=blocks,
@@ -246,12 +246,12 @@ def _execute(
 
 def _outlook(config: RunConfig, schedule: Schedule, cost: CostModel, workers: int, device: str) -> Outlook:
     """Foretell a session. How GPUs of another kind compare with this one shows as soon as calls have returned."""
-    nominal = DEVICES["h100"] if device == "cuda" else measure(config.execution.threads_per_worker)
+    nominal = DEVICES["h100"] if device == "cuda" else measure(config.execution.cpu_threads)
     return Outlook(schedule, workers, lambda call: cost.seconds(call, nominal), cost.result)
 
 
-def _worker_spec(job: _Job, folder: Path, dtype: torch.dtype, device: str, needed_bytes: int) -> WorkerSpec:
-    config = job.config
+def _worker_spec(job: _Job, folder: Path, dtype: torch.dtype, executor: Executor, needed_bytes: int) -> WorkerSpec:
+    config, device, threads = job.config, "cuda" if executor.has_gpus else "cpu", executor.threads
     return WorkerSpec(
         checkpoint=job.prepared.checkpoint,
         folder=folder,
@@ -267,7 +267,7 @@ def _worker_spec(job: _Job, folder: Path, dtype: torch.dtype, device: str, neede
         token_weights=config.calibration.token_weights,
         compute_dtype=dtype,
         device=device,
-        threads=config.execution.threads_per_worker,
+        threads=threads,
         compiles=config.execution.compiles(device),
         needed_bytes=needed_bytes,
     )
@@ -276,7 +276,7 @@ def _worker_spec(job: _Job, folder: Path, dtype: torch.dtype, device: str, neede
 def _deadlines(config: RunConfig, cost: CostModel, device: str) -> Callable[[Call], float]:
     """Return a function that gives the seconds after which a call is taken to hang, many times what it should need."""
     timeout_s = config.execution.call_timeout_s
-    rate = _SLOWEST_GPU if device == "cuda" else _SLOWEST_CORE * config.execution.threads_per_worker
+    rate = _SLOWEST_GPU if device == "cuda" else _SLOWEST_CORE * config.execution.cpu_threads
 
     def at_worst(call: Call) -> float:
         work = cost.work(call)

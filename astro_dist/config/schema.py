@@ -121,8 +121,9 @@ class ExecutionConfig(_Section):
     compute_dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
     """The dtype of forward passes and activations. `auto` is the checkpoint's dtype, but float32 for float16 on a
     CPU."""
-    threads_per_worker: int = Field(1, ge=1)
-    """The number of CPU threads that each worker computes with."""
+    threads_per_worker: int | Literal["auto"] = "auto"
+    """The number of CPU threads that each worker computes with. `auto` is 1 without GPUs, where the number can change
+    the result in its last bits; with GPUs it is the CPUs that a node has for each of its GPUs, and changes nothing."""
     compile: bool | Literal["auto"] = "auto"
     """Whether to compile the innermost loops of the solver (torch.compile, which needs a C++ compiler on every node).
     `auto` compiles on GPUs."""
@@ -145,6 +146,11 @@ class ExecutionConfig(_Section):
     worker_timeout_s: float = Field(1800, gt=0)
     """The seconds that a run without any worker waits for one before it fails."""
 
+    @property
+    def cpu_threads(self) -> int:
+        """The number of threads of a worker without a GPU."""
+        return 1 if self.threads_per_worker == "auto" else self.threads_per_worker
+
     def compiles(self, device_type: str) -> bool:
         """Say whether workers compile.
 
@@ -157,6 +163,8 @@ class ExecutionConfig(_Section):
     def _check(self) -> "ExecutionConfig":
         if isinstance(self.workers, int) and self.workers < 1:
             raise ValueError(f"workers: expected auto or at least 1, got {self.workers}")
+        if isinstance(self.threads_per_worker, int) and self.threads_per_worker < 1:
+            raise ValueError(f"threads_per_worker: expected auto or at least 1, got {self.threads_per_worker}")
         if self.call_timeout_s != "auto" and not self.call_timeout_s > 0:  # NaN is not
             raise ValueError(f"call_timeout_s: expected auto or more than 0, got {self.call_timeout_s}")
         if self.mode == "sequential" and self.rounds > 1:
@@ -241,11 +249,14 @@ class RunConfig(_Section):
 
     def arithmetic(self) -> dict[str, Any]:
         """Return the keys that decide the bytes of the result: all but those that say where a run happens."""
-        return {
+        deciding = {
             section: {key: value for key, value in keys.items() if key not in (_NO_ARITHMETIC.get(section) or ())}
             for section, keys in self.plain().items()
             if _NO_ARITHMETIC.get(section, ()) is not None
         }
+        if deciding["execution"]["threads_per_worker"] == "auto":  # on GPUs the number of a node decides nothing
+            deciding["execution"]["threads_per_worker"] = self.execution.cpu_threads
+        return deciding
 
     def to_yaml(self) -> str:
         """Return the configuration as a YAML document that `load_config` reads back."""

@@ -61,11 +61,13 @@ class Executor(Protocol):
     Attributes:
         num_workers: Number of workers that it aims at.
         has_gpus: Whether the workers compute on GPUs.
+        threads: Number of CPU threads of each worker.
         enforces_deadlines: Whether it can end a call that is running.
     """
 
     num_workers: int
     has_gpus: bool
+    threads: int
     enforces_deadlines: bool
 
     def start(self, spec: WorkerSpec) -> None:

@@ -1,7 +1,8 @@
 """The executor whose workers are all in this process."""
 
+import os
 from collections import deque
-from typing import Any
+from typing import Any, Literal
 
 import torch
 
@@ -20,16 +21,18 @@ class LocalExecutor:
     Attributes:
         num_workers: Number of workers.
         has_gpus: Whether the workers compute on the GPU of this machine.
+        threads: Number of CPU threads that the workers, one at a time, compute with.
         enforces_deadlines: Whether it can end a call that is running, which it cannot.
     """
 
     enforces_deadlines = False
 
-    def __init__(self, num_workers: int, on_gpu: bool = False) -> None:
+    def __init__(self, num_workers: int, threads: int | Literal["auto"] = "auto", on_gpu: bool = False) -> None:
         """Prepare to run workers; none is built.
 
         Args:
             num_workers: Number of workers.
+            threads: Number of CPU threads of each worker; `auto` as in the configuration.
             on_gpu: Whether the workers compute on the GPU of this machine.
 
         Raises:
@@ -42,6 +45,8 @@ class LocalExecutor:
             )
         self.num_workers = num_workers
         self.has_gpus = on_gpu
+        share = (os.cpu_count() or 1) // torch.cuda.device_count() if on_gpu else 1
+        self.threads = max(share, 1) if threads == "auto" else threads
         self._workers: dict[int, Worker] = {}
         self._events: deque[Event | tuple[int, Call]] = deque()
         self._busy: set[int] = set()

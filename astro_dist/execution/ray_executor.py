@@ -5,6 +5,7 @@ import dataclasses
 import logging
 import os
 import time
+from collections.abc import Mapping, Sequence
 from typing import Any, Literal
 
 import ray
@@ -50,7 +51,10 @@ class _Pending:
 
 
 class RayExecutor:
-    """Runs one single-threaded actor for each GPU, or for each `threads_per_worker` CPUs where there is no GPU.
+    """Runs one actor, which does one call at a time, for each GPU, or for each `threads_per_worker` CPUs without GPUs.
+
+    With `threads_per_worker: auto` GPUs decide where actors have room, and CPUs are only shared out among them: each
+    actor asks Ray for one CPU, and computes with as many threads as the node with the fewest CPUs a GPU has for it.
 
     Ray must not restart an actor that died, because the actor has lost its open block and the driver has to know. A
     new actor is asked for in its place, and waits for room if the node is gone. With `workers: auto`, nodes that join
@@ -59,6 +63,7 @@ class RayExecutor:
     Attributes:
         num_workers: Number of actors that are asked for at the start.
         has_gpus: Whether the workers have GPUs.
+        threads: Number of CPU threads of each worker.
         enforces_deadlines: Whether it can end a call that is running, which it can.
     """
 
@@ -92,12 +97,15 @@ class RayExecutor:
                 "execution.device: cuda, but Ray sees no GPU on this machine; take cpu or auto, or name a cluster "
                 "(RAY_ADDRESS or execution.ray_address)"
             )
+        self.threads = config.cpu_threads
+        if self.has_gpus and config.threads_per_worker == "auto":
+            self.threads = _cpus_per_gpu(nodes)
         self.num_workers = config.workers if isinstance(config.workers, int) else self._places()
         if not self.num_workers:
             self.close()
             raise RunError(
                 f"execution.workers: auto, but the cluster has {gpus} GPUs and {cpus} CPUs on {len(nodes)} node(s), "
-                f"not enough for one worker of {config.threads_per_worker} CPUs"
+                f"not enough for one worker of {config.cpu_threads} CPUs"
                 f"{' and one GPU' if self.has_gpus else ''}; add nodes, lower threads_per_worker, or give a number of "
                 "workers for the cluster to grow to"
             )
@@ -106,9 +114,9 @@ class RayExecutor:
         """Ask for the actors, spread over the nodes in mode `blocks`, else close together; see `Executor`."""
         self._spec = spec
         # There is no runtime environment: with one, Ray would not use the processes that it has started already. Ray
-        # sets OMP_NUM_THREADS to `num_cpus` itself, and the worker sets its number of threads.
+        # sets OMP_NUM_THREADS to `num_cpus` itself, and the worker sets its number of threads over it.
         self._remote = ray.remote(Worker).options(
-            num_cpus=spec.threads,
+            num_cpus=self._config.cpu_threads,
             num_gpus=1 if self.has_gpus else 0,
             scheduling_strategy="SPREAD" if self._config.mode == "blocks" else "DEFAULT",
             max_restarts=0,
@@ -208,7 +216,7 @@ class RayExecutor:
         total = 0
         for node in ray.nodes():
             resources = node["Resources"] if node["Alive"] else {}
-            places = int(resources.get("CPU", 0)) // self._config.threads_per_worker
+            places = int(resources.get("CPU", 0)) // self._config.cpu_threads
             total += min(places, int(resources.get("GPU", 0))) if self.has_gpus else places
         return total
 
@@ -225,6 +233,12 @@ class RayExecutor:
             self._add()
 
 
+def _cpus_per_gpu(nodes: Sequence[Mapping[str, float]]) -> int:
+    """Return how many CPUs every node has for each of its GPUs, at least 1. Nodes are given by their resources."""
+    shares = [int(node.get("CPU", 0) // node["GPU"]) for node in nodes if node.get("GPU", 0) >= 1]
+    return max(min(shares, default=1), 1)
+
+
 def _connect(config: ExecutionConfig) -> None:
     address = config.cluster_address
     require_answer(config)
@@ -234,7 +248,7 @@ def _connect(config: ExecutionConfig) -> None:
     else:
         logging.getLogger(_TOKEN_LOGGER).setLevel(logging.ERROR)
         workers = config.workers if isinstance(config.workers, int) else 0
-        cpus = max(os.cpu_count() or 1, workers * config.threads_per_worker)
+        cpus = max(os.cpu_count() or 1, workers * config.cpu_threads)
         options |= {
             "address": "local",
             "num_cpus": cpus,

@@ -77,7 +77,7 @@ def prepare(config: RunConfig, commit: str | None = None) -> Prepared:
     """
     if config.publish.repo is None and (config.publish.revision is not None or config.publish.pull_request):
         raise ConfigError("publish.repo: missing; publish.revision and publish.pull_request say how, not where to")
-    configure_process(config.execution.threads_per_worker)
+    configure_process(config.execution.cpu_threads)
     source = resolve_source(config.model, commit)
     checkpoint = Checkpoint.open_source(source.store)
     skeleton = Skeleton(source.folder, torch.float32, config.model.trust_remote_code)
@@ -183,7 +183,7 @@ def forecast(prepared: Prepared, workers: int | None, device_name: str | None) -
         raise ConfigError(f"execution.device is cuda: say which GPUs with --device, one of {', '.join(DEVICES)}")
     device_name = device_name.lower() if device_name else None
     if device_name in (None, "cpu"):
-        device = measure(execution.threads_per_worker)
+        device = measure(execution.cpu_threads)
     elif device_name in DEVICES:
         device = DEVICES[device_name]
     else:
@@ -192,7 +192,7 @@ def forecast(prepared: Prepared, workers: int | None, device_name: str | None) -
     kind = "cuda" if device.memory_bytes else "cpu"
     dtype = compute_dtype(config, prepared.plan, prepared.checkpoint, kind)
     is_one_machine = kind == "cpu" and execution.cluster_address is None
-    at_once = max(1, (os.cpu_count() or 1) // execution.threads_per_worker) if is_one_machine else None
+    at_once = max(1, (os.cpu_count() or 1) // execution.cpu_threads) if is_one_machine else None
     needed = estimate(config, prepared.plan, dtype, count, device, at_once)
     shortage = memory_shortage(needed.worker_bytes, device.memory_bytes or math.inf, f"a {device.name}")
     if shortage:

@@ -468,7 +468,7 @@ def test_going_on_on_another_kind_of_device_is_refused(run_config, tmp_path, mon
     monkeypatch.setattr(
         LocalExecutor,
         "__init__",
-        lambda self, workers, on_gpu: vars(self).update(num_workers=1, has_gpus=True, _workers={}, _events=[]),
+        lambda self, *_, on_gpu: vars(self).update(num_workers=1, has_gpus=True, threads=1, _workers={}, _events=[]),
     )
     with pytest.raises(
         ConfigError, match="this run was begun on cpu and would go on on cuda; set execution.device: cpu"

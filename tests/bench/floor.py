@@ -358,7 +358,7 @@ def main() -> None:
     if run:
         summary = json.loads((run / "summary.json").read_text())
         measured, workers = measured_phases(run, summary)
-        options.threads = workers * config.execution.threads_per_worker
+        options.threads = workers * config.execution.cpu_threads
         regularized = 1 - summary["betas"].get("0", 0) / sum(summary["betas"].values())
     folder = Path(config.model.source)
     dtype = json.loads((folder / "config.json").read_text()).get("dtype", "bfloat16")

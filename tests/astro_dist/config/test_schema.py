@@ -73,7 +73,7 @@ def test_resolved_config_reads_back_the_same(write):
         ),
         (
             MINIMAL + "execution: {workers: many, threads_per_worker: 1.5}",
-            r"^\S+: execution.threads_per_worker: expected a whole number, got 1.5; "
+            r"^\S+: execution.threads_per_worker: expected a whole number or 'auto', got 1.5; "
             r"execution.workers: expected a whole number or 'auto', got 'many'$",
         ),
         (MINIMAL + "quantization: {symmetric: 3, ignore: x}", "symmetric: expected true or false, got 3; .*a list"),
@@ -190,6 +190,14 @@ def test_key_ignores_where_a_run_happens_but_not_what_it_computes(write):
     changed = [other("quantization.bits=3"), other("execution.threads_per_worker=2"), other("calibration.seed=1")]
     changed += [run_key(base, "g", "1"), run_key(base, "f", "2")]
     assert len({key, *changed}) == 6
+
+
+def test_threads_that_a_node_decides_are_no_part_of_the_key(write):
+    keys = {
+        run_key(load_config(write(MINIMAL), [f"execution.threads_per_worker={threads}"]), "f", "1")
+        for threads in ("auto", 1)
+    }
+    assert len(keys) == 1  # on a CPU `auto` is one thread, on a GPU the number decides no byte
 
 
 ELSEWHERE = {

@@ -180,6 +180,22 @@ def test_gpus_that_this_machine_has_not_are_refused(monkeypatch):
     assert RayExecutor(ExecutionConfig(device="cuda", workers=2, ray_address="10.0.0.1:6379")).has_gpus
 
 
+@pytest.mark.parametrize(
+    ("threads", "expected"), [("auto", (6, 1, 10)), (4, (4, 4, 10)), (16, (16, 16, 4))], ids=["auto", "4", "16"]
+)
+def test_gpus_share_the_cpus_of_their_node(monkeypatch, threads, expected):
+    nodes = [{"CPU": 64.0, "GPU": 8.0}, {"CPU": 12.0, "GPU": 2.0}, {"CPU": 4.0}]
+    monkeypatch.setattr(ray, "is_initialized", lambda: True)
+    monkeypatch.setattr(ray, "nodes", lambda: [{"Alive": True, "Resources": node} for node in nodes])
+    executor = RayExecutor(ExecutionConfig(threads_per_worker=threads))
+    asked = {}
+    monkeypatch.setattr(ray, "remote", lambda _: SimpleNamespace(options=asked.update))
+    monkeypatch.setattr(RayExecutor, "_add", lambda self: None)
+    executor.start(SimpleNamespace(threads=executor.threads))
+    # A worker of 16 CPUs finds room four times on the first node, never on the second.
+    assert (executor.threads, asked["num_cpus"], executor.num_workers) == expected
+
+
 def test_damage_survives_the_way_through_a_cluster_with_its_path(cluster):
     @ray.remote
     def fail():
