@@ -11,6 +11,8 @@ Peak memory: a worker reports the most memory that it ever held.
 """
 
 import ctypes
+import importlib
+import os
 import resource
 from collections.abc import Callable
 
@@ -27,17 +29,30 @@ _MOST_KEPT = 128 << 20
 """Bytes of free memory that are kept behind all memory that is in use."""
 
 
-def configure_process(threads: int) -> None:
-    """Make the arithmetic of this process reproducible: its number of threads, and exact float32 products.
+def configure_process(threads: int, compiles: bool = False) -> None:
+    """Make the arithmetic of this process reproducible: its number of threads, and products that are summed in float32.
 
     It also silences transformers, whose messages would come from every worker.
 
     Args:
         threads: Number of threads that torch's CPU operations use.
+        compiles: Whether this thread compiles functions, for which a GPU then takes the same kernel every time.
     """
     torch.set_num_threads(threads)
     torch.set_float32_matmul_precision("highest")
     torch.backends.cudnn.allow_tf32 = False
+    # Products of 16-bit factors may be split along the inner dimension, and the sums of the parts rounded to 16 bits.
+    torch.backends.cuda.matmul.allow_fp16_reduced_precision_reduction = False
+    torch.backends.cuda.matmul.allow_bf16_reduced_precision_reduction = False
+    # Read when the first product is formed. Without it cuBLAS may sum in another order where streams overlap, and torch
+    # refuses products where all that it does must be deterministic.
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+    if compiles:
+        settings = importlib.import_module("torch._inductor.config")  # late, because it imports for seconds
+        # The fastest of several kernels, measured anew in every process, need not be the same one twice.
+        settings.triton.autotune_pointwise = False
+        settings.max_autotune_pointwise = settings.max_autotune = False
+        settings.coordinate_descent_tuning = False
     transformers.utils.logging.disable_progress_bar()
     transformers.utils.logging.set_verbosity_error()
 

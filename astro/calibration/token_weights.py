@@ -232,14 +232,18 @@ def _gradient(output: BlockState, start: BlockState, gradient: BlockState) -> Bl
 
 @contextlib.contextmanager
 def _deterministic(on_gpu: bool) -> Iterator[None]:
-    """Let the same gradient come out of every backward pass: the usual ones of attention on GPUs add in any order."""
+    """Let the same gradient come out of every backward pass: the usual ones on GPUs add in any order.
+
+    Some operations have none that keeps to an order, of which torch only warns; `attention` sees to its own.
+    """
     if not on_gpu:
         yield
         return
     before, warns = torch.are_deterministic_algorithms_enabled(), torch.is_deterministic_algorithms_warn_only_enabled()
     torch.use_deterministic_algorithms(True, warn_only=True)
     try:
-        with sdpa_kernel([SDPBackend.FLASH_ATTENTION, SDPBackend.MATH]):
+        # cuDNN's kernel is left out: nothing says that it keeps to an order.
+        with sdpa_kernel([SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]):
             yield
     finally:
         torch.use_deterministic_algorithms(before, warn_only=warns)

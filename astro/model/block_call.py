@@ -16,6 +16,7 @@ import torch
 from torch import nn
 
 from astro.errors import UnsupportedError
+from astro.model.attention import saved_memory
 
 __all__ = ["BlockCall", "BlockState", "HandedOn", "SharedDict", "forward", "mapped"]
 
@@ -134,7 +135,8 @@ def forward(block: nn.Module, state: BlockState, call: BlockCall) -> BlockState:
         return value
 
     args, kwargs = mapped((call.args, call.kwargs), fill)
-    output = block(state.hidden, *args, **kwargs)
+    with saved_memory(state.hidden):
+        output = block(state.hidden, *args, **kwargs)
     others = dict(state.others)
     if isinstance(output, tuple):
         returned = {HandedOn(call.index, place).name: value for place, value in enumerate(output) if place}

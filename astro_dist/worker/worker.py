@@ -99,7 +99,7 @@ class Worker:
         Raises:
             RunError: The machine has no compiler, too little memory, or does not see what the driver sees.
         """
-        configure_process(self._spec.threads)
+        configure_process(self._spec.threads, self._spec.compiles)
         keep_freed_memory()
         if self._spec.compiles and not any(map(shutil.which, _COMPILERS)):
             raise RunError(
