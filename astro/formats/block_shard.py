@@ -151,10 +151,10 @@ def unpack_block(
     for layer, scheme in schemes.items():
         keys = packed_keys(layout, layer, scheme).values()
         packed = {key: _moved(tensors_.pop(key), device) for key in keys if key in tensors_}
-        weight = unpack_layer(layout, layer, packed, scheme).dequantize()
+        linear = unpack_layer(layout, layer, packed, scheme)
         if layer.key not in tensors_:
             tensors_[layer.key] = torch.empty(shapes[layer.key], dtype=dtype, device=device)
-        layer.stored(tensors_[layer.key]).copy_(weight)
+        linear.dequantize_into_(layer.stored(tensors_[layer.key]))
         if layer.bias:
             bias = tensors_.pop(f"{layer.stem}{layer.joint}bias")
             if layer.bias not in tensors_:

@@ -232,9 +232,25 @@ class QuantizedLinear:
     Q: torch.Tensor
     grid: Grid
 
-    def dequantize(self) -> torch.Tensor:
-        """Return the weights, float32 [R, C], on the device of the integers."""
-        return self.grid.dequantize(self.Q)
+    def dequantize(self, dtype: torch.dtype = torch.float32) -> torch.Tensor:
+        """Return the weights [R, C] on the device of the integers.
+
+        Args:
+            dtype: Dtype to which the weights, which are computed in float32, are rounded.
+        """
+        weight = torch.empty(self.Q.shape, dtype=dtype, device=self.Q.device)
+        self.dequantize_into_(weight)
+        return weight
+
+    def dequantize_into_(self, weight: torch.Tensor) -> None:
+        """Write the weights over those of a tensor, without a float32 copy of all of them on a CPU.
+
+        Args:
+            weight: The tensor [R, C] of any float dtype, on the device of the integers.
+        """
+        for rows in near_rows(self.Q):
+            grid = dataclasses.replace(self.grid, scale=self.grid.scale[rows], zero=self.grid.zero[rows])
+            weight[rows].copy_(grid.dequantize(self.Q[rows]))
 
     def to(self, device: torch.device) -> "QuantizedLinear":
         """Return the layer on a device.

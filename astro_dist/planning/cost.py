@@ -13,7 +13,7 @@ from astro.linalg.tiling import row_tile
 from astro_dist.config.schema import RunConfig
 from astro_dist.planning.devices import Device
 from astro_dist.planning.predicted_groups import PredictedInputGroup, predicted_input_groups, stages_of, together
-from astro_dist.planning.solve_cost import SolveCost
+from astro_dist.planning.solve_cost import SolveCost, dequantizing, packing, unpacking
 from astro_dist.planning.units import BlockUnit, Plan
 from astro_dist.planning.work import Work
 from astro_dist.schedule.calls import (
@@ -241,7 +241,9 @@ class CostModel:
         """Count what a call for a block does."""
         match call:
             case OpenBlock():
-                return Work(moved_bytes=unit.read_bytes if call.round_index == 0 else unit.written_bytes)
+                if call.round_index == 0:
+                    return Work(moved_bytes=unit.read_bytes)
+                return unpacking(self._weights(unit)) + Work(moved_bytes=unit.written_bytes)
             case Backward():
                 forwards = _DIFFERENTIATED * self._forward(unit, self._tokens[call.chunk])
                 return Work(forwards, moved_bytes=3.0 * self._activations([call.chunk]))
@@ -252,10 +254,11 @@ class CostModel:
                 return passed + self._hessian(self._batches(unit), tokens) if counts else passed
             case SolveBlock():
                 solved = (self._solve.whole(batch, call.round_index) for batch in self._batches(unit))
-                return sum(solved, Work(moved_bytes=unit.written_bytes))
+                return sum(solved, packing(self._weights(unit)) + Work(moved_bytes=unit.written_bytes))
             case WriteBlock():
-                # Tiles hold a byte a weight.
-                return Work(moved_bytes=3.0 * unit.written_bytes)
+                # Tiles hold a byte a weight. Then all workers read the block back at once, before chunks pass it.
+                rewritten = packing(self._weights(unit)) + unpacking(self._weights(unit))
+                return rewritten + Work(moved_bytes=4.0 * unit.written_bytes)
             case SplitBlock():
                 return Work(moved_bytes=sum(_PACKED_BYTES * batch.square for batch in self._batches(unit)))
             case AccumulateHessians():
@@ -277,6 +280,9 @@ class CostModel:
         passed = (call.stage + 1) / len(stages)
         moved = streams * self._activations(chunks) + square + unit.read_bytes
         sums = self._hessian(stage, tokens, self._compensated)
+        # Layers of the stages before take their new weights from tiles.
+        earlier = float(sum(batches[i].weights for before in stages[: call.stage] for i in before))
+        sums += dequantizing(earlier) + Work(moved_bytes=earlier)
         return sums + Work(streams * passed * self._forward(unit, tokens), moved_bytes=moved)
 
     def _part_work(self, call: PartCall, unit: BlockUnit) -> Work:
@@ -296,6 +302,10 @@ class CostModel:
         tile = _nearest(self._solve.tiles(batch), call.tile)
         written = 5.0 * batch.count * (tile.stop - tile.start) * batch.columns
         return prepared + self._solve.solve_rows(batch, [tile]) + Work(moved_bytes=written)
+
+    def _weights(self, unit: BlockUnit) -> float:
+        """Number of a block's quantized weights."""
+        return float(sum(batch.weights for batch in self._batches(unit)))
 
     def _forward(self, unit: BlockUnit, tokens: int) -> float:
         return 2.0 * tokens * sum(batch.reach * batch.weights for batch in self._batches(unit))

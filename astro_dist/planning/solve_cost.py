@@ -12,7 +12,7 @@ from astro.quantization.row_solver import num_sample_rows
 from astro_dist.planning.predicted_groups import PredictedInputGroup
 from astro_dist.planning.work import Work
 
-__all__ = ["SolveCost"]
+__all__ = ["SolveCost", "dequantizing", "packing", "unpacking"]
 
 _CANDIDATE_PASSES = 4
 """Elementwise operations for each candidate of a scale: divide, round, limit and weigh, as `grid._group_error` does
@@ -25,6 +25,26 @@ and half a call and one more for what a block of columns takes besides."""
 _COMPILED_STEPS = (0.5, 0.6)
 """The same where 16 columns are a kernel or two: 0.27 and 0.51 launches, counted, and in round numbers what a solve
 launches besides (`tests/bench/launches.py`)."""
+
+_PACK_PASSES, _UNPACK_PASSES, _DEQUANTIZE_PASSES = 2, 2, 2
+"""Elementwise operations on each weight when it is packed, unpacked, and turned into a float, at the speed of the
+proximal map's passes. A CPU takes 1.8 to 2.1 for each (4 bits, one thread). On a GPU what is read and written counts, 8
+bytes a pass: 12, 13 and 19 bytes."""
+
+
+def packing(num_weights: float) -> Work:
+    """Count what it takes to pack weights for their file."""
+    return Work(elements=_PACK_PASSES * num_weights)
+
+
+def dequantizing(num_weights: float) -> Work:
+    """Count what it takes to turn integers into weights."""
+    return Work(elements=_DEQUANTIZE_PASSES * num_weights)
+
+
+def unpacking(num_weights: float) -> Work:
+    """Count what it takes to make weights of what their file holds."""
+    return Work(elements=_UNPACK_PASSES * num_weights) + dequantizing(num_weights)
 
 
 class SolveCost:

@@ -309,7 +309,7 @@ class HessianShares:
         batches = [batch for earlier in block.stages[:stage] for batch in earlier]
         dtype, device = self._runner.spec.compute_dtype, self._runner.device
         solved = [block.solved(batch)[0] for batch in batches]
-        return {name: layer.to(device).dequantize().to(dtype) for layers in solved for name, layer in layers.items()}
+        return {name: layer.to(device).dequantize(dtype) for layers in solved for name, layer in layers.items()}
 
 
 def _save_sum(

@@ -6,7 +6,7 @@ import torch
 from astro.config import LayerScheme, SolverSettings
 from astro.errors import ConfigError, NumericalError
 from astro.quantization import grid as grid_module
-from astro.quantization.grid import Grid, require_finite_scales
+from astro.quantization.grid import Grid, QuantizedLinear, require_finite_scales
 from tests.support.models import random_weights
 
 
@@ -135,3 +135,17 @@ def test_hessian_search_spends_its_precision_where_columns_cost_most():
         grid = fit_grid(W, torch.float32, cost, search, bits=2)
         errors[search] = float((grid.dequantize(grid.quantize(W)) - W)[:, :4].square().sum())
     assert errors["hessian"] < 0.8 * errors["mse"]
+
+
+@pytest.mark.parametrize("symmetric", [True, False])
+def test_weights_are_written_in_parts_as_they_are_computed_as_a_whole(symmetric):
+    W = random_weights(600, 512)  # more than a CPU works on at once
+    grid = fit_grid(W, torch.bfloat16, torch.ones(512), symmetric=symmetric)
+    layer = QuantizedLinear(grid.quantize(W), grid)
+    zero = grid.zero.repeat_interleave(16, dim=1)
+    expected = (layer.Q.float() - zero) * grid.scale.repeat_interleave(16, dim=1)
+    assert torch.equal(layer.dequantize(), expected)
+    turned = torch.empty(512, 600, dtype=torch.bfloat16).T
+    layer.dequantize_into_(turned)
+    assert torch.equal(turned, expected.bfloat16())
+    assert torch.equal(layer.dequantize(torch.bfloat16), turned)

@@ -6,8 +6,17 @@ import pytest
 import torch
 
 from astro_dist.planning.cost import CostModel
+from astro_dist.planning.solve_cost import dequantizing, packing, unpacking
 from astro_dist.planning.validate import prepare
-from astro_dist.schedule.calls import MergeHessians, SolveBlock, SolveRows, TryBetas
+from astro_dist.schedule.calls import (
+    AccumulateHessians,
+    MergeHessians,
+    OpenBlock,
+    SolveBlock,
+    SolveRows,
+    TryBetas,
+    WriteBlock,
+)
 from astro_dist.source.calibration_text import chunk_tokens
 
 AUTO = {"quantization__bits": "auto", "quantization__average_bits": 3.5, "execution__rounds": 2}
@@ -63,3 +72,26 @@ def test_tiles_that_headers_did_not_foresee_cost_what_the_last_one_does(run_conf
     cost, _ = cost_of(run_config())
     assert cost.work(SolveRows(0, 0, 0, 99)) == cost.work(SolveRows(0, 0, 0, 0))
     assert cost.work(TryBetas(0, 0, 0, 99)) == cost.work(TryBetas(0, 0, 0, 0))
+
+
+def test_what_is_written_is_packed_and_what_is_read_back_unpacked(run_config):
+    cost, plan = cost_of(run_config(execution__mode="sequential"))
+    linears = plan.blocks[0].linears
+    weights = sum(linear.rows * linear.columns for linear in linears)
+    assert cost.work(OpenBlock(0, 0)).elements == 0
+    assert cost.work(OpenBlock(1, 0)).elements == unpacking(weights).elements > 0
+    # Every worker reads the block back before chunks pass through it.
+    assert cost.work(WriteBlock(0, 0)).elements == (packing(weights) + unpacking(weights)).elements
+    assert cost.work(WriteBlock(0, 0)).moved_bytes == 4 * plan.blocks[0].written_bytes
+    first, second = (cost.work(AccumulateHessians(0, stage, 0)).elements for stage in (0, 1))
+    of_qkv = sum(
+        linear.rows * linear.columns for linear in linears if linear.name.endswith(("q_proj", "k_proj", "v_proj"))
+    )
+    assert (first, second) == (0, dequantizing(of_qkv).elements)
+
+
+def test_rounding_to_nearest_packs_too(run_config):
+    plain = run_config(quantization__method="rtn", regularizer__name="none", quantization__scale_search="minmax")
+    weights = sum(linear.rows * linear.columns for linear in cost_of(plain)[1].blocks[0].linears)
+    # Besides, there is a single scale to try for each group.
+    assert solved(plain).elements == 4 * weights + packing(weights).elements
