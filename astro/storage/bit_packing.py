@@ -128,4 +128,5 @@ def _unpacked(words: torch.Tensor, bits: int) -> torch.Tensor:
 
 def _bytes_of(X: torch.Tensor) -> torch.Tensor:
     """The bytes of integers [R, N] as a view, uint8 [R, N, size of one], the least significant first."""
-    return X.view(torch.uint8).unflatten(-1, (-1, X.itemsize))
+    as_bytes: torch.Tensor = X.view(torch.uint8).unflatten(-1, (-1, X.itemsize))
+    return as_bytes
