@@ -15,6 +15,7 @@ import importlib
 import os
 import resource
 from collections.abc import Callable
+from typing import Any
 
 import torch
 import transformers
@@ -48,7 +49,7 @@ def configure_process(threads: int, compiles: bool = False) -> None:
     # refuses products where all that it does must be deterministic.
     os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
     if compiles:
-        settings = importlib.import_module("torch._inductor.config")  # late, because it imports for seconds
+        settings: Any = importlib.import_module("torch._inductor.config")  # late, because it imports for seconds
         # The fastest of several kernels, measured anew in every process, need not be the same one twice.
         settings.triton.autotune_pointwise = False
         settings.max_autotune_pointwise = settings.max_autotune = False
