@@ -3,6 +3,8 @@
 Element i of a row takes bits i·b to i·b + b − 1 of the row's bit string; for 3 bits an element may cross a word border.
 """
 
+import math
+
 import torch
 
 from astro.errors import CheckpointError
@@ -31,7 +33,7 @@ def pack(Q: torch.Tensor, bits: int) -> torch.Tensor:
 
     Args:
         Q: Integers, int8 [R, C], in [−2^(b−1), 2^(b−1)−1].
-        bits: Bits b of an element: 2, 3, 4 or 8.
+        bits: Bits b of an element, 2 to 8.
 
     Returns:
         Words, int32 [R, ceil(C·b/32)].
@@ -54,7 +56,7 @@ def unpack(words: torch.Tensor, bits: int, num_columns: int) -> torch.Tensor:
 
     Args:
         words: Words, int32 [R, ceil(C·b/32)].
-        bits: Bits b of an element: 2, 3, 4 or 8.
+        bits: Bits b of an element, 2 to 8.
         num_columns: Number C of elements in a row.
 
     Returns:
@@ -68,24 +70,20 @@ def unpack(words: torch.Tensor, bits: int, num_columns: int) -> torch.Tensor:
             f"packed weight: expected {words_per_row(num_columns, bits)} words a row for {num_columns} columns "
             f"of {bits} bits, got {words.shape[1]}"
         )
-    if 8 % bits == 0:
-        return _unpack_bytes(words, bits, num_columns)
-    W = torch.nn.functional.pad(words.long() & 0xFFFFFFFF, (0, -words.shape[1] % bits)).reshape(len(words), -1, bits)
-    out = W.new_empty(W.shape[0], W.shape[1], _RUN)
-    for i in range(_RUN):
-        word, shift = divmod(i * bits, 32)
-        value = W[..., word] >> shift
-        if shift + bits > 32:
-            value = value | (W[..., word + 1] << (32 - shift))
-        out[..., i] = value & ((1 << bits) - 1)
-    return (out.flatten(1)[:, :num_columns] - (1 << (bits - 1))).to(torch.int8)
-
-
-def _unpack_bytes(words: torch.Tensor, bits: int, num_columns: int) -> torch.Tensor:
-    """Undo `pack` where no element crosses the border of a byte; bytes of a word are in the order of their bits."""
+    # The bytes of a word are in the order of its bits, so that a few numbers fill a few whole bytes.
+    shared = math.gcd(bits, 8)
+    num_numbers, num_bytes = 8 // shared, bits // shared
     stored = words.contiguous().view(torch.uint8)
-    out = torch.empty(*stored.shape, 8 // bits, dtype=torch.uint8, device=words.device)
-    for i in range(8 // bits):
-        torch.bitwise_right_shift(stored, i * bits, out=out[..., i])
-    unsigned = out.flatten(1)[:, :num_columns] & ((1 << bits) - 1)
-    return unsigned.to(torch.int16).sub_(1 << (bits - 1)).to(torch.int8)
+    if stored.shape[1] % num_bytes:
+        stored = torch.nn.functional.pad(stored, (0, -stored.shape[1] % num_bytes))
+    runs = stored.unflatten(1, (-1, num_bytes))
+    out = torch.empty(*runs.shape[:2], num_numbers, dtype=torch.uint8, device=words.device)
+    for i in range(num_numbers):
+        byte, shift = divmod(i * bits, 8)
+        torch.bitwise_right_shift(runs[..., byte], shift, out=out[..., i])
+        if shift + bits > 8:
+            out[..., i] |= runs[..., byte + 1] << (8 - shift)
+    # Unsigned bytes wrap around, as the signed ones that they are seen as.
+    out &= (1 << bits) - 1
+    out -= 1 << (bits - 1)
+    return out.flatten(1)[:, :num_columns].contiguous().view(torch.int8)
