@@ -60,7 +60,7 @@ def mxfp4_experts(W: torch.Tensor) -> tuple[dict[str, Any], Any]:
 
 
 def integers(W: torch.Tensor, bits: int, group: int, symmetric: bool = True) -> tuple[dict[str, Any], Any]:
-    """Round to integers in words, as compressed-tensors packs them. Scales are bfloat16. The last group may be partial."""
+    """Round to integers in words, as compressed-tensors packs them. Scales are bfloat16; groups may end early."""
     from compressed_tensors.compressors.pack_quantized.helpers import pack_to_int32
 
     rows, columns = W.shape
