@@ -137,6 +137,14 @@ def _assign(checkpoint: Checkpoint, skeleton: Skeleton) -> _Tensors:
         if index is None and not skeleton.is_beside_text(target):
             tensors.outside.append(key)
         if not converted and expected != entry.shape:
+            extra = skeleton.num_zero_experts_in(target, entry.shape)
+            if extra:
+                raise UnsupportedError(
+                    f"{checkpoint.place(key)}: tensor {key} is {list(entry.shape)}: its last {extra} experts pass "
+                    "their input on, and nothing reads their weights. They are left out where each expert has a tensor "
+                    "of its own, not where all share one; give the files of the Hub, or save them anew with "
+                    "transformers' save_pretrained"
+                )
             raise CheckpointError(
                 f"{checkpoint.place(key)}: tensor {key} is {list(entry.shape)}, but config.json makes it "
                 f"{list(expected)}; config.json and the shards are of different models"
