@@ -97,7 +97,8 @@ WRAPPERS: dict[str, tuple[str, Callable[[], Any]]] = {
         "Glm4vMoeForConditionalGeneration",
         lambda: transformers.Glm4vMoeConfig(
             text_config={**_TEXT, "n_routed_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 32,
-                         "n_shared_experts": 1, "first_k_dense_replace": 1, "bos_token_id": 256, "eos_token_id": 257,
+                         "n_shared_experts": 1, "first_k_dense_replace": 1, "use_qk_norm": False, "bos_token_id": 256,
+                         "eos_token_id": 257,
                          "rope_parameters": {"rope_type": "default", "rope_theta": 1e4, "partial_rotary_factor": 0.5,
                                              "mrope_section": [2, 1, 1]}},
             vision_config={"depth": 2, "hidden_size": 32, "intermediate_size": 64, "num_heads": 2, "patch_size": 14,
