@@ -116,6 +116,17 @@ class Skeleton:
         """
         return unread_keys(self._cut, self._conversions.targets(list(keys), {}).converted) if self._cut else set()
 
+    def num_zero_experts_in(self, target: str, shape: tuple[int, ...]) -> int:
+        """Return how many experts that pass their input on have weights in a checkpoint tensor of all experts.
+
+        Args:
+            target: The model's name for the tensor.
+            shape: Sizes of the checkpoint tensor.
+        """
+        expected = self.shape_of(target)
+        is_longer = target in self._cut and expected is not None and shape[1:] == expected[1:]
+        return max(shape[0] - self._cut[target], 0) if is_longer else 0
+
     @property
     def auto_class(self) -> str:
         """Name of the auto class with which a user of transformers loads the model."""

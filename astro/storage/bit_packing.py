@@ -45,7 +45,7 @@ def pack(Q: torch.Tensor, bits: int) -> torch.Tensor:
 
     Args:
         Q: Integers, int8 [R, C] on any device, in [−2^(b−1), 2^(b−1)−1].
-        bits: Bits b of an element: 2, 3, 4 or 8.
+        bits: Bits b of an element, 2 to 8.
 
     Returns:
         Words, int32 [R, ceil(C·b/32)] on the same device.
@@ -61,7 +61,7 @@ def unpack(words: torch.Tensor, bits: int, num_columns: int) -> torch.Tensor:
 
     Args:
         words: Words, int32 [R, ceil(C·b/32)] on any device.
-        bits: Bits b of an element: 2, 3, 4 or 8.
+        bits: Bits b of an element, 2 to 8.
         num_columns: Number C of elements in a row.
 
     Returns:
@@ -102,7 +102,8 @@ def _packed(Q: torch.Tensor, bits: int) -> torch.Tensor:
     for join in range(joins):
         half, width = 8 << join, bits << join  # bits of an element before this join, and how many of them are used
         X = X.view(_SIZES[join + 1])
-        X = (X >> (half - width)).bitwise_or_(X).bitwise_and_((1 << 2 * width) - 1)
+        mask = (1 << width) - 1
+        X = (X >> (half - width)).bitwise_and_(mask << width).bitwise_or_(X & mask)
     num_bytes = (bits << joins) // 8
     # A cast keeps the first byte of each, and is faster than a copy of it.
     used = X.to(torch.uint8) if num_bytes == 1 else _bytes_of(X)[..., :num_bytes].flatten(-2)
@@ -122,7 +123,7 @@ def _unpacked(words: torch.Tensor, bits: int) -> torch.Tensor:
     for join in reversed(range(joins)):
         half, width = 8 << join, bits << join
         mask = (1 << width) - 1
-        X = (X << (half - width)).bitwise_or_(X).bitwise_and_(mask | mask << half).view(_SIZES[join])
+        X = (X << (half - width)).bitwise_and_(mask << half).bitwise_or_(X & mask).view(_SIZES[join])
     return (X - (1 << (bits - 1))).view(torch.int8)
 
 

@@ -21,6 +21,7 @@ from astro.storage.byte_store import FolderStore, Range, Store
 from astro.storage.encoded_names import Encoded, find_encoded
 from astro.storage.encoded_tensor import EncodedTensor, Slice
 from astro.storage.other_kinds import what_it_is
+from astro.storage.packed_shapes import read_packed_shapes
 from astro.storage.shard_header import StoredTensor, TensorEntry, read_bytes, read_store_header
 from astro.storage.source_quantization import read_quantization
 
@@ -110,7 +111,8 @@ class Checkpoint:
             quantization = read_quantization(*configs)
             if quantization is None:
                 return checkpoint
-            return cls(store, checkpoint.stored, find_encoded(checkpoint.stored, quantization))
+            packed_shapes = read_packed_shapes(store, checkpoint.stored)
+            return cls(store, checkpoint.stored, find_encoded(checkpoint.stored, quantization, packed_shapes))
         except CheckpointError as error:
             raise CheckpointError(f"{store}/{error}") from error
 

@@ -10,6 +10,7 @@
 import dataclasses
 import math
 from collections.abc import Mapping, Sequence, Set
+from types import MappingProxyType
 
 from astro.errors import CheckpointError
 from astro.storage.encoded_tensor import EncodedTensor, Numbers
@@ -51,12 +52,17 @@ class Encoded:
     num_dropped: int = 0
 
 
-def find_encoded(stored: Mapping[str, StoredTensor], quantization: SourceQuantization) -> Encoded:
+def find_encoded(
+    stored: Mapping[str, StoredTensor],
+    quantization: SourceQuantization,
+    packed_shapes: Mapping[str, tuple[int, int]] = MappingProxyType({}),
+) -> Encoded:
     """Find the weights that a source stores as numbers and scales.
 
     Args:
         stored: Every tensor of the source by name.
         quantization: How the source is quantized.
+        packed_shapes: Rows and columns of packed weights by the name of their layer, where the source says them.
 
     Raises:
         CheckpointError: A weight has no scales, or tensors do not fit each other.
@@ -65,7 +71,7 @@ def find_encoded(stored: Mapping[str, StoredTensor], quantization: SourceQuantiz
     for name, tensor in stored.items():
         stem, _, ending = name.rpartition(".")
         if ending == "weight_packed":
-            encoded = _packed(stem, stored, quantization.scheme_of(stem))
+            encoded = _packed(stem, stored, quantization.scheme_of(stem), packed_shapes.get(stem))
         elif name.endswith("_blocks") and f"{name.removesuffix('_blocks')}_scales" in stored:
             encoded = _blocks(name.removesuffix("_blocks"), stored)
         elif tensor.dtype in (*_FLOAT8, *_BYTES):
@@ -86,7 +92,9 @@ def find_encoded(stored: Mapping[str, StoredTensor], quantization: SourceQuantiz
     return Encoded(quantization.method, tuple(weights), frozenset(used) | {*dropped, *shapes}, len(dropped))
 
 
-def _packed(stem: str, stored: Mapping[str, StoredTensor], scheme: WeightScheme) -> EncodedTensor | None:
+def _packed(
+    stem: str, stored: Mapping[str, StoredTensor], scheme: WeightScheme, shape: tuple[int, int] | None
+) -> EncodedTensor | None:
     """A weight of compressed-tensors: 4-bit floats in bytes, or integers in words."""
     packed, scale = stored[f"{stem}.weight_packed"], stored.get(f"{stem}.weight_scale")
     if scale is None:
@@ -108,8 +116,14 @@ def _packed(stem: str, stored: Mapping[str, StoredTensor], scheme: WeightScheme)
             )
         return _encoded(f"{stem}.weight", (rows, 2 * words), Numbers.FLOAT4, scheme, parts)
     bits = scheme.bits or 4
-    columns = scale.shape[-1] * scheme.block[1] if scheme.block else words * 32 // bits
-    return _encoded(f"{stem}.weight", (rows, columns), Numbers.PACKED, scheme, parts)
+    if shape is None:
+        shape = rows, scale.shape[-1] * scheme.block[1] if scheme.block else words * 32 // bits
+    if shape[0] != rows:
+        raise CheckpointError(
+            f"{packed.file}: tensor {packed.name} is {list(packed.shape)}, but {stem}.weight_shape says "
+            f"{list(shape)}: expected {shape[0]} rows"
+        )
+    return _encoded(f"{stem}.weight", shape, Numbers.PACKED, scheme, parts)
 
 
 def _blocks(name: str, stored: Mapping[str, StoredTensor]) -> EncodedTensor | None:

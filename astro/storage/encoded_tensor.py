@@ -82,9 +82,9 @@ class EncodedTensor(TensorEntry):
         weight, words = self.parts["weight"], words_per_row(columns, self.bits)
         if self.numbers is Numbers.PACKED and weight.shape[-1] != words:
             raise CheckpointError(
-                f"{weight.file}: tensor {weight.name} is {list(weight.shape)}, but its scales and config.json make it "
-                f"{columns} columns of {self.bits} bits: expected {[rows, words]}; a last group that is partial is not "
-                "decoded here, give the original 16-bit checkpoint"
+                f"{weight.file}: tensor {weight.name} is {list(weight.shape)}, but its weight_shape, or its scales and "
+                f"config.json, make it {columns} columns of {self.bits} bits: expected {[rows, words]}; a last group "
+                "that is partial needs a weight_shape; fetch the checkpoint again, or give the original 16-bit one"
             )
         for role in ("scale", "zero_point"):
             part = self.parts.get(role)

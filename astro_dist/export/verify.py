@@ -124,7 +124,7 @@ def verify_model(model: Path | str, against: Path | str | None = None) -> Verifi
 
 def _unused(checkpoint: Checkpoint, skeleton: Skeleton, stems: set[str]) -> set[str]:
     """Return the names of the tensors that belong neither to the model's class nor to a packed layer."""
-    loose = (key for key in checkpoint.entries if not _is_packed(key, stems))
+    loose = (key for key in checkpoint.entries if not _is_of_packed(key, stems))
     return {key for key in loose if skeleton.shape_of(skeleton.target_of(key)[0]) is None}
 
 
@@ -257,11 +257,14 @@ def _linear_layers(checkpoint: Checkpoint, skeleton: Skeleton, keys: Iterable[st
 
 
 def _is_packed(key: str, stems: set[str]) -> bool:
+    """Tell whether a tensor is one of those that a packed layer is stored as."""
+    return _is_of_packed(key, stems) and not key.endswith((".weight", "_weight", ".bias", "_bias"))
+
+
+def _is_of_packed(key: str, stems: set[str]) -> bool:
+    """Tell whether a tensor belongs to a packed layer, its bias included. Joined experts have `_` for the last dot."""
     parent, _, name = key.rpartition(".")
-    joined_stem, _, ending = name.partition("_")
-    return (parent in stems and name not in ("weight", "bias")) or (
-        f"{parent}.{joined_stem}" in stems and ending not in ("weight", "bias")
-    )
+    return parent in stems or f"{parent}.{name.partition('_')[0]}" in stems
 
 
 def _check_linear(checkpoint: Checkpoint, packing: Layout, layer: LinearLayer, scheme: LayerScheme) -> torch.Tensor:

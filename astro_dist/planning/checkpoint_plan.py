@@ -16,7 +16,12 @@ from astro.storage.checkpoint import Checkpoint
 from astro.storage.shard_header import TensorEntry
 from astro_dist.planning.patterns import matches, needless_patterns, require_matching
 from astro_dist.planning.units import BlockUnit, CopyUnit, Plan
-from astro_dist.planning.unquantized import copied_matrices, linear_modules, names_in_the_decoder_alone
+from astro_dist.planning.unquantized import (
+    copied_matrices,
+    linear_modules,
+    names_beside_text_in_servers,
+    names_in_the_decoder_alone,
+)
 from astro_dist.planning.weight_count import coverage_of, is_multi_token
 
 __all__ = ["make_plan"]
@@ -137,6 +142,14 @@ def _assign(checkpoint: Checkpoint, skeleton: Skeleton) -> _Tensors:
         if index is None and not skeleton.is_beside_text(target):
             tensors.outside.append(key)
         if not converted and expected != entry.shape:
+            extra = skeleton.num_zero_experts_in(target, entry.shape)
+            if extra:
+                raise UnsupportedError(
+                    f"{checkpoint.place(key)}: tensor {key} is {list(entry.shape)}: its last {extra} experts pass "
+                    "their input on, and nothing reads their weights. They are left out where each expert has a tensor "
+                    "of its own, not where all share one; give the files of the Hub, or save them anew with "
+                    "transformers' save_pretrained"
+                )
             raise CheckpointError(
                 f"{checkpoint.place(key)}: tensor {key} is {list(entry.shape)}, but config.json makes it "
                 f"{list(expected)}; config.json and the shards are of different models"
@@ -191,7 +204,8 @@ def _unquantized(
     replaced = {*left_out, *(linear.key for block in blocks for linear in block.unit.linears)}
     copied = copied_matrices(skeleton, checkpoint.entries, (key for key in checkpoint.entries if key not in replaced))
     names = [name for name in (*modules, *copied) if name not in quantized]
-    return tuple(dict.fromkeys((*names, *names_in_the_decoder_alone(skeleton, names))))
+    elsewhere = names_beside_text_in_servers(skeleton, names), names_in_the_decoder_alone(skeleton, names)
+    return tuple(dict.fromkeys((*names, *elsewhere[0], *elsewhere[1])))
 
 
 def _require_shapes(checkpoint: Checkpoint, layers: Iterable[LinearLayer], quantized: Sequence[LinearLayer]) -> None:

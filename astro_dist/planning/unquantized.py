@@ -13,11 +13,14 @@ from astro.model.experts import parts_of
 from astro.model.skeleton import Skeleton
 from astro.storage.shard_header import TensorEntry
 
-__all__ = ["copied_matrices", "linear_modules", "names_in_the_decoder_alone"]
+__all__ = ["copied_matrices", "linear_modules", "names_beside_text_in_servers", "names_in_the_decoder_alone"]
 
 _WEIGHT = ".weight"
 _DECODER = "language_model."
 """What wrappers call their text decoder, in front of the names of its modules."""
+_IN_SERVERS = {"qkv": "qkv_proj", "gate_proj": "gate_up_proj"}
+"""What servers call layers of vision towers that are joined, in the file or by them; read in vLLM 0.32's GLM-4.5V and
+GLM-4.1V, which find no parts of these names."""
 
 
 def linear_modules(skeleton: Skeleton, layers: Iterable[str], other_matrices: Iterable[str]) -> list[str]:
@@ -43,6 +46,18 @@ def names_in_the_decoder_alone(skeleton: Skeleton, names: Iterable[str]) -> list
     if _DECODER not in skeleton.blocks_name:
         return []
     return [name.replace(_DECODER, "", 1) for name in names if _DECODER in name]
+
+
+def names_beside_text_in_servers(skeleton: Skeleton, names: Iterable[str]) -> list[str]:
+    """Return what servers call layers that no text goes through, where they call them otherwise than the files.
+
+    Args:
+        skeleton: The model on the meta device.
+        names: Names of layers in the model or in the files.
+    """
+    beside = (name for name in names if skeleton.is_beside_text(skeleton.target_of(f"{name}{_WEIGHT}")[0]))
+    split = (name.rpartition(".") for name in beside)
+    return [f"{parent}.{_IN_SERVERS[leaf]}" for parent, _, leaf in split if leaf in _IN_SERVERS]
 
 
 def copied_matrices(skeleton: Skeleton, entries: Mapping[str, TensorEntry], keys: Iterable[str]) -> list[str]:

@@ -24,7 +24,7 @@ from astro_dist.config.schema import RunConfig
 from astro_dist.planning.checkpoint_plan import make_plan
 from astro_dist.planning.devices import DEVICES, measure, memory_shortage
 from astro_dist.planning.estimate import Estimate, estimate
-from astro_dist.planning.left_out import zero_expert_notes
+from astro_dist.planning.left_out import exact_expert_notes, zero_expert_notes
 from astro_dist.planning.source_notes import source_notes
 from astro_dist.planning.units import Plan
 from astro_dist.source.calibration_text import TokenChunks, is_file, read_documents, tokenize
@@ -250,6 +250,7 @@ def _plan_notes(config: RunConfig, plan: Plan, class_name: str) -> Iterator[str]
             f"{plan.indivisible_layers[0]}"
         )
     yield from plan.coverage.notes()
+    yield from exact_expert_notes(plan.other_matrices)
     yield from _text_notes(config, plan)
     if plan.other_matrices:
         yield (

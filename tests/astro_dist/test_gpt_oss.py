@@ -1,13 +1,16 @@
 """gpt-oss from end to end: its packed experts as vLLM loads them, read here without this project's code."""
 
 import json
+import shutil
 from pathlib import Path
 
 import pytest
 import torch
 import transformers
 from compressed_tensors.compressors.pack_quantized.helpers import unpack_from_int32
+from safetensors.torch import load_file, save_file
 
+from astro.errors import CheckpointError
 from astro.storage.checkpoint import Checkpoint
 from astro_dist import pipeline
 from astro_dist.export.verify import verify_model
@@ -89,6 +92,19 @@ def test_config_speaks_of_the_layers_by_which_vllm_asks(config):
     assert {f"model.layers.0.mlp.experts.3.{part}" for part in parts} <= set(written["ignore"])
     assert not any("w13" in name or "w2" in name for name in (*targets, *written["ignore"]))
     verify_model(model)
+
+
+@pytest.mark.parametrize("ending", ["w13_weight_scale", "w2_weight_scale", "w13_bias", "w2_bias"])
+def test_nan_among_joined_experts_is_unsound(config, tmp_path, ending):
+    model = shutil.copytree(pipeline.quantize(config()).model, tmp_path / "damaged")
+    name = f"model.layers.1.mlp.experts.2.{ending}"
+    path = model / json.loads((model / "model.safetensors.index.json").read_text())["weight_map"][name]
+    tensors = load_file(path)
+    tensors[name].view(-1)[-1] = torch.nan
+    verify_model(model)
+    save_file(tensors, path, {"format": "pt"})
+    with pytest.raises(CheckpointError, match=f"{name} .*NaN"):
+        verify_model(model)
 
 
 def test_layout_that_nobody_reads_is_told(config):

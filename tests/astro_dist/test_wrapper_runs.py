@@ -90,6 +90,15 @@ def test_wrapper_is_quantized_and_loads_in_its_own_class(tmp_path, name):
     torch.testing.assert_close(logits_of(model, name), logits_of(ours, name))
 
 
+def test_joined_layers_of_a_vision_tower_are_named_as_servers_ask(tmp_path):
+    ignore = prepare(config_of(write_model(tmp_path / "source", "glm4.5v"), tmp_path / "run")).plan.ignore
+    for block in range(2):
+        assert f"model.visual.blocks.{block}.attn.qkv_proj" in ignore
+        assert f"model.visual.blocks.{block}.mlp.gate_up_proj" in ignore
+    assert "model.visual.merger.gate_up_proj" in ignore
+    assert not any("language_model" in name and name.endswith("gate_up_proj") for name in ignore)
+
+
 @torch.no_grad()
 def test_text_decoder_of_a_wrapper_loads_alone_too(tmp_path):
     """The causal class calls the decoder's layers by shorter names, and asks for what is not packed under these."""

@@ -60,14 +60,14 @@ def mxfp4_experts(W: torch.Tensor) -> tuple[dict[str, Any], Any]:
 
 
 def integers(W: torch.Tensor, bits: int, group: int, symmetric: bool = True) -> tuple[dict[str, Any], Any]:
-    """Round to integers in words, as compressed-tensors packs them. Scales are bfloat16."""
+    """Round to integers in words, as compressed-tensors packs them. Scales are bfloat16; groups may end early."""
     from compressed_tensors.compressors.pack_quantized.helpers import pack_to_int32
 
     rows, columns = W.shape
-    groups = W.float().reshape(rows, -1, group)
+    groups = torch.nn.functional.pad(W.float(), (0, -columns % group)).reshape(rows, -1, group)
     low, high = -(1 << (bits - 1)), (1 << (bits - 1)) - 1
     if symmetric:
-        scale, zero = groups.abs().amax(-1) / high, torch.zeros(rows, columns // group)
+        scale, zero = groups.abs().amax(-1) / high, torch.zeros(rows, groups.shape[1])
     else:
         scale = (groups.amax(-1) - groups.amin(-1)) / (high - low)
         zero = (low - groups.amin(-1) / scale).round().clamp(low, high)
@@ -75,13 +75,13 @@ def integers(W: torch.Tensor, bits: int, group: int, symmetric: bool = True) -> 
     Q = (groups / scale.float()[..., None] + zero[..., None]).round().clamp(low, high)
     W64 = (Q.double() - zero[..., None]).numpy() * scale.double().numpy()[..., None]
     stored = {
-        "weight_packed": pack_to_int32(Q.reshape(rows, columns).to(torch.int8), bits),
+        "weight_packed": pack_to_int32(Q.flatten(1)[:, :columns].to(torch.int8).contiguous(), bits),
         "weight_scale": scale,
         "weight_shape": torch.tensor([rows, columns]),
     }
     if not symmetric:
         stored["weight_zero_point"] = pack_to_int32(zero.to(torch.int8), bits, packed_dim=0).contiguous()
-    return stored, W64.reshape(rows, columns)
+    return stored, W64.reshape(rows, -1)[:, :columns]
 
 
 def _is_linear(name: str) -> bool:

@@ -85,6 +85,28 @@ WRAPPERS: dict[str, tuple[str, Callable[[], Any]]] = {
             image_token_index=250, boi_token_index=251, eoi_token_index=252,
         ),
     ),
+    "internvl": (
+        "InternVLForConditionalGeneration",
+        lambda: transformers.InternVLConfig(
+            text_config={**_TEXT, "model_type": "qwen2", "bos_token_id": 256, "eos_token_id": 257},
+            vision_config={**_TOWER, "image_size": [28, 28], "patch_size": [14, 14]},
+            image_token_id=250, tie_word_embeddings=False,
+        ),
+    ),
+    "glm4.5v": (
+        "Glm4vMoeForConditionalGeneration",
+        lambda: transformers.Glm4vMoeConfig(
+            text_config={**_TEXT, "n_routed_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 32,
+                         "n_shared_experts": 1, "first_k_dense_replace": 1, "use_qk_norm": False, "bos_token_id": 256,
+                         "eos_token_id": 257,
+                         "rope_parameters": {"rope_type": "default", "rope_theta": 1e4, "partial_rotary_factor": 0.5,
+                                             "mrope_section": [2, 1, 1]}},
+            vision_config={"depth": 2, "hidden_size": 32, "intermediate_size": 64, "num_heads": 2, "patch_size": 14,
+                           "image_size": 28, "out_hidden_size": 64},
+            image_token_id=250, video_token_id=251, image_start_token_id=252, image_end_token_id=253,
+            video_start_token_id=254, video_end_token_id=255,
+        ),
+    ),
 }  # fmt: skip
 """The class that `architectures` names, and the configuration, of models that take images, by short name."""
 

@@ -18,6 +18,8 @@ BESIDE = {
     "mistral3": ("model.vision_tower", "model.multi_modal_projector"),
     "gemma3": ("model.vision_tower", "model.multi_modal_projector"),
     "llama4": ("vision_model", "multi_modal_projector"),
+    "internvl": ("model.vision_tower", "model.multi_modal_projector"),
+    "glm4.5v": ("model.visual",),
 }
 
 

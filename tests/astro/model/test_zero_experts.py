@@ -9,6 +9,7 @@ from safetensors.torch import save_file
 from torch import nn
 from transformers.models.longcat_flash.modeling_longcat_flash import LongcatFlashExperts
 
+from astro.errors import UnsupportedError
 from astro.model.skeleton import Skeleton
 from astro.storage.checkpoint import Checkpoint
 from astro_dist import pipeline
@@ -83,6 +84,36 @@ def test_both_kinds_of_files_give_the_same_result(sources, run_config, tmp_path)
     assert not any(ZERO_EXPERT.search(key) for key in saved.entries)
     for key, tensor in saved.read(saved.entries).items():
         assert torch.equal(tensor, hub.read([key])[key]), key
+
+
+def fused(source, folder):
+    """Copy a checkpoint with the experts of a block in two tensors, and return its folder."""
+    folder.mkdir()
+    checkpoint = Checkpoint.open(source)
+    tensors = checkpoint.read(checkpoint.entries)
+    for block in range(2):
+        experts = f"model.layers.{block}.mlp.experts"
+        parts = {
+            part: [tensors.pop(key) for e in range(6) if (key := f"{experts}.{e}.{part}.weight") in tensors]
+            for part in ("gate_proj", "up_proj", "down_proj")
+        }
+        tensors[f"{experts}.gate_up_proj"] = torch.stack(
+            [torch.cat(rows) for rows in zip(parts["gate_proj"], parts["up_proj"], strict=True)]
+        )
+        tensors[f"{experts}.down_proj"] = torch.stack(parts["down_proj"])
+    save_file(tensors, folder / "model.safetensors", {"format": "pt"})
+    for file in source.glob("*.json"):
+        if "index" not in file.name:
+            (folder / file.name).write_bytes(file.read_bytes())
+    return folder
+
+
+def test_fused_experts_without_zero_experts_are_read_and_with_them_refused(sources, run_config, tmp_path):
+    saved, hub = (fused(source, tmp_path / f"fused-{source.name}") for source in sources)
+    assert torch.equal(streamed_logits(hub, IDS, tmp_path), logits_of(sources[0], IDS)[0])
+    prepare(run_config(model__source=str(hub), quantization__group_size=32))
+    with pytest.raises(UnsupportedError, match=r"gate_up_proj is \[6, 64, 64\]: its last 2 experts pass"):
+        prepare(run_config(model__source=str(saved), quantization__group_size=32))
 
 
 def test_user_is_told_what_is_left_out_and_who_reads_the_result(sources, run_config):

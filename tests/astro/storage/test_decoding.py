@@ -16,6 +16,7 @@ from transformers.integrations.mxfp4 import convert_moe_packed_tensors
 
 from astro.errors import CheckpointError, UnsupportedError
 from astro.storage import decoding
+from astro.storage.byte_store import FolderStore
 from astro.storage.checkpoint import Checkpoint, require_finite
 from astro.storage.source_quantization import without_quantization
 from tests.support.models import random_weights
@@ -186,6 +187,50 @@ def test_packed_integers_against_float64_and_compressed_tensors(tmp_path, bits, 
     W = decoded(tmp_path, tensors, groups("pack-quantized", **weights))
     assert torch.equal(W, rounded(W64))
     assert torch.allclose(W.float(), theirs(tensors, "pack-quantized", weights).float(), rtol=2**-6, atol=1e-6)
+
+
+@pytest.mark.parametrize("columns", [1, 70, 93])
+@pytest.mark.parametrize(("bits", "symmetric"), [(2, True), (3, True), (4, True), (4, False), (5, False), (8, True)])
+@pytest.mark.parametrize("in_groups", [True, False])
+def test_packed_integers_whose_columns_do_not_fill_the_words(tmp_path, bits, symmetric, columns, in_groups):
+    stored, W64 = integers(random_weights(40, columns), bits, 32 if in_groups else columns, symmetric)
+    tensors = {f"l.{ending}": tensor for ending, tensor in stored.items()}
+    form = {"strategy": "group", "group_size": 32} if in_groups else {"strategy": "channel"}
+    W = decoded(tmp_path, tensors, groups("pack-quantized", num_bits=bits, type="int", **form))
+    assert W.shape == (40, columns)
+    assert torch.equal(W, rounded(W64))
+
+
+def test_stored_shapes_are_read_once_for_layers_that_differ_by_numbers(tmp_path, monkeypatch):
+    """Rows of both 13 and 14 columns are two words, so that only the stored shape tells them apart."""
+    tensors, expected = {}, {}
+    for layer, columns in {"b.0.e.0.up": 13, "b.1.e.12.up": 13, "b.0.e.0.down": 14}.items():
+        stored, expected[f"{layer}.weight"] = integers(random_weights(8, columns), 4, columns)
+        tensors |= {f"{layer}.{ending}": tensor for ending, tensor in stored.items()}
+    form = groups("pack-quantized", num_bits=4, type="int", strategy="channel")
+    open_source(tmp_path, tensors, form)
+    read, fill = [], FolderStore.fill
+    monkeypatch.setattr(FolderStore, "fill", lambda store, spans: read.extend(spans) or fill(store, spans))
+    checkpoint = Checkpoint.open_source(tmp_path)
+    assert sum(len(span.view) == 16 for span in read) == 2
+    weights = checkpoint.read(expected)
+    assert all(torch.equal(weights[name], rounded(W64)) for name, W64 in expected.items())
+
+
+@pytest.mark.parametrize(
+    ("shape", "message"),
+    [
+        ([8, 96], r"l.weight_packed is \[8, 10\], but its weight_shape.*96 columns of 4 bits: expected \[8, 12\]"),
+        ([9, 80], r"l.weight_packed is \[8, 10\], but l.weight_shape says \[9, 80\]: expected 9 rows"),
+        ([8, 0], r"l.weight_shape holds \[8, 0\]: expected rows and columns"),
+        ([8], r"l.weight_shape holds \[8\]: expected rows and columns"),
+    ],
+)
+def test_stored_shapes_that_do_not_fit(tmp_path, shape, message):
+    tensors = {"l.weight_packed": torch.ones(8, 10).int(), "l.weight_scale": torch.ones(8, 1).bfloat16()}
+    tensors["l.weight_shape"] = torch.tensor(shape)
+    with pytest.raises(CheckpointError, match=message):
+        open_source(tmp_path, tensors, groups("pack-quantized", num_bits=4, type="int", strategy="channel"))
 
 
 def test_packed_integers_with_groups_in_another_order(tmp_path):
@@ -359,7 +404,7 @@ def test_scales_of_activations_are_left_out_whatever_their_number(tmp_path, name
     assert checkpoint.encoded.num_dropped == 1
 
 
-def test_packed_matrix_whose_last_group_is_partial(tmp_path):
+def test_packed_matrix_whose_last_group_is_partial_without_a_stored_shape(tmp_path):
     tensors = {"l.weight_packed": torch.ones(8, 13).int(), "l.weight_scale": torch.ones(8, 4).bfloat16()}
     form = groups("pack-quantized", num_bits=4, type="int", strategy="group", group_size=32)
     with pytest.raises(CheckpointError, match=r"l.weight_packed is \[8, 13\].*128 columns.*expected \[8, 16\]"):
