@@ -227,6 +227,7 @@ def status(
 ) -> None:
     """Tell what of a run is done, in flight and left; retries, fallbacks, time left."""
     from astro_dist.report.command_output import status_lines
+    from astro_dist.report.run_lines import finished_lines
     from astro_dist.report.status import read_status
     from astro_dist.run_directory.layout import RunLayout
 
@@ -241,7 +242,7 @@ def status(
     if as_json:
         _print_json(now.to_json())
     else:
-        _say(*status_lines(now))
+        _say(*status_lines(now), *finished_lines(now, root))
 
 
 @app.command()
@@ -269,10 +270,13 @@ def publish(
 @app.command()
 def report(run: Annotated[Path, typer.Argument(help="Run directory (output.dir).")]) -> None:
     """Write one HTML page and one parquet table of a run's layers, retries and fallbacks into its directory."""
+    from astro_dist.report.findings import Findings
     from astro_dist.report.html import write_report
+    from astro_dist.report.run_lines import report_lines
     from astro_dist.run_directory.layout import RunLayout
 
-    _say(f"written: {write_report(RunLayout.around(run).root)}")
+    findings = Findings.read(RunLayout.around(run).root)
+    _say(f"written: {write_report(findings)}", *report_lines(findings))
 
 
 @app.command()

@@ -87,7 +87,7 @@ class Checkpoint:
         absent = sorted(set(weight_map or ()) - set(entries))
         if weight_map is not None and absent:
             raise CheckpointError(
-                f"{store}/{INDEX_NAME}: names {len(absent)} tensor(s) that their shards do not hold, "
+                f"{store}/{INDEX_NAME}: names tensors that their shards do not hold ({len(absent)}), "
                 f"the first is {absent[0]!r} in {weight_map[absent[0]]}; index and shards are of different versions, "
                 "fetch the checkpoint again"
             )

@@ -10,6 +10,7 @@ from astro.errors import AstroError, DamagedError, RunError, StorageError
 from astro_dist.execution.executor import Event, Executor, Failed, Joined
 from astro_dist.execution.failure import Failure, FailureHistory, Kind, is_defect, kind_of
 from astro_dist.execution.patience import Patience
+from astro_dist.execution.work_log import WorkLog
 from astro_dist.report.progress import ProgressDisplay
 from astro_dist.run_directory.journal import Journal
 from astro_dist.run_directory.records import RunDirectory
@@ -123,6 +124,7 @@ class Driver:
         self._trouble = _Trouble()
         self._notes = _Notes(run.journal)
         self._joined = False
+        self._work = WorkLog(self._note)
 
     def run(self, schedule: Schedule) -> None:
         """Do every unit that is not finished.
@@ -133,6 +135,13 @@ class Driver:
         Raises:
             AstroError: A unit failed too often, or there is no worker left. What is finished is kept.
         """
+        try:
+            self._do_all(schedule)
+        finally:
+            self._work.close()
+        self._notes.write()
+
+    def _do_all(self, schedule: Schedule) -> None:
         self._on_finished(schedule)
         while not schedule.complete:
             if self._trouble.is_stale and not self._running:
@@ -146,7 +155,6 @@ class Driver:
             self._end_overdue(schedule)
             self._require_workers()
             self._require_progress()
-        self._notes.write()
 
     def _hand_out(self, schedule: Schedule) -> None:
         if self._trouble.is_stale or self._patience.postpones:
@@ -155,6 +163,7 @@ class Driver:
             self._running[worker] = _Running(call, time.monotonic())
             self._patience.saw_call()
             self._executor.submit(worker, call)
+            self._work.began(worker, call.unit)
             self._display.started(worker, call)
             if call.unit not in self._begun and not isinstance(call, ForwardChunk):
                 self._begun.add(call.unit)
@@ -173,6 +182,7 @@ class Driver:
 
     def _take_result(self, schedule: Schedule, worker: int, call: Call, result: Result) -> None:
         self._trouble.first, self._trouble.was_stuck = None, False
+        self._work.ended(worker)
         was_finished = call.unit in schedule.finished
         for spent in schedule.done(worker, call, result):
             self._run.drop(spent)
@@ -191,6 +201,7 @@ class Driver:
         worker, error = event.worker, event.error
         running = self._running.pop(worker, None)
         self._display.left(worker)
+        self._work.ended(worker)
         if isinstance(error, DamagedError) and self._run.is_sound(error.path):
             kind = "raised"  # only that worker could not read the file: nothing is to be made again
         unit, verb = (running.call.unit, running.call.verb) if running else ("start", "prepare")

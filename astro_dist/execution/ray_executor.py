@@ -17,6 +17,7 @@ from astro_dist.execution.executor import Event, Failed, Joined, Returned
 from astro_dist.execution.ray_address import require_answer, start_advice
 from astro_dist.execution.termination import keep_handler
 from astro_dist.schedule.calls import Call
+from astro_dist.wording import counted
 from astro_dist.worker.spec import WorkerSpec
 from astro_dist.worker.worker import Worker
 
@@ -104,8 +105,8 @@ class RayExecutor:
         if not self.num_workers:
             self.close()
             raise RunError(
-                f"execution.workers: auto, but the cluster has {gpus} GPUs and {cpus} CPUs on {len(nodes)} node(s), "
-                f"not enough for one worker of {config.cpu_threads} CPUs"
+                f"execution.workers: auto, but the cluster has {gpus} GPUs and {cpus} CPUs on "
+                f"{counted(len(nodes), 'node')}, not enough for one worker of {config.cpu_threads} CPUs"
                 f"{' and one GPU' if self.has_gpus else ''}; add nodes, lower threads_per_worker, or give a number of "
                 "workers for the cluster to grow to"
             )

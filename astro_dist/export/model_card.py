@@ -21,6 +21,7 @@ from astro_dist.run_directory.identity import Identity
 from astro_dist.run_directory.summary import Summary
 from astro_dist.run_directory.unit_record import BlockResult
 from astro_dist.source.model_info import BaseModel
+from astro_dist.wording import counted, percent
 
 __all__ = ["metadata", "model_card", "planned_card"]
 
@@ -115,6 +116,7 @@ def model_card(
     widths = {layer.bits for layer in layers}
     original, quantized = summary.perplexity.original, summary.perplexity.quantized
     change = quantized / original - 1 if original is not None and quantized is not None else None
+    reproduction, shortened = _without_places(config)
     steps = [_METHODS[config.regularizer.name], _METHODS[config.quantization.method]]
     text = _TEMPLATES.get_template("model_card.md.j2").render(
         metadata=metadata(config, base, widths, repository),
@@ -140,7 +142,10 @@ def model_card(
         devices=Counter(f"{block.device}, torch {block.torch}" for block in blocks),
         worked=in_words(sum(summary.phases_s.values())),
         took=in_words(summary.wall_s),
-        reproduction=yaml.safe_dump(_without_places(config), sort_keys=False),
+        reproduction=yaml.safe_dump(reproduction, sort_keys=False),
+        shortened=shortened,
+        percent=percent,
+        counted=counted,
     )
     return huggingface_hub.ModelCard(text)
 
@@ -207,7 +212,7 @@ def _method(config: RunConfig, summary: Summary) -> list[tuple[str, str]]:
         ("regularizer", f"{regularizer.name}, solver {regularizer.solver}" if regularizer.name != "none" else "none"),
         ("its strength β (layers solved together)", ", ".join(f"{b} ({count})" for b, count in summary.betas.items())),
         ("refinement passes after GPTQ", f"at most {q.refine_passes}"),
-        ("blocks", f"mode {execution.mode}, {execution.rounds} round(s)"),
+        ("blocks", f"mode {execution.mode}, {counted(execution.rounds, 'round')}"),
         *_coverage(summary),
         ("left as they are by configuration", ", ".join(q.ignore) or "nothing"),
         ("other settings for", ", ".join(q.overrides) or "nothing"),
@@ -233,14 +238,15 @@ def _are_served(layout: str, widths: Collection[int]) -> bool:
     return set(widths) <= set(_SERVED_BITS[layout])
 
 
-def _without_places(config: RunConfig) -> dict[str, Any]:
-    """Return the resolved configuration without what depends on the place where it ran."""
+def _without_places(config: RunConfig) -> tuple[dict[str, Any], bool]:
+    """Return the configuration without what depends on the place where it ran, and whether paths were shortened."""
+    shortened = False
     plain = config.plain()
     del plain["publish"], plain["model"]["cache_dir"], plain["execution"]["ray_address"]
     for section, key in (("model", "source"), ("calibration", "source"), ("output", "dir")):
         if PurePath(plain[section][key]).is_absolute():
-            plain[section][key] = PurePath(plain[section][key]).name
-    return plain
+            plain[section][key], shortened = PurePath(plain[section][key]).name, True
+    return plain, shortened
 
 
 def _linked(text: str, target: str | None) -> str:

@@ -6,6 +6,8 @@ from typing import Any, Self
 
 from rich.filesize import decimal
 
+from astro_dist.wording import percent
+
 __all__ = ["MULTI_TOKEN", "Coverage"]
 
 MULTI_TOKEN = "multi-token prediction"
@@ -42,11 +44,11 @@ class Coverage:
         """Say how much of the blocks is quantized, and what is left."""
         named = {kind: count for kind, count in self.left.items() if count >= _NAMED_SHARE * self.in_blocks}
         ordered = sorted(named, key=lambda kind: (-named[kind], kind))
-        kinds = [f"{kind} {_percent(named[kind] / self.in_blocks)}" for kind in ordered]
+        kinds = [f"{kind} {percent(named[kind] / self.in_blocks)}" for kind in ordered]
         small = sum(self.left.values()) - sum(named.values())
-        kinds += [f"norms and the like {_percent(small / self.in_blocks)}"] if small else []
+        kinds += [f"norms and the like {percent(small / self.in_blocks)}"] if small else []
         left = f"; left in 16 bits: {', '.join(kinds)}" if kinds else ""
-        return f"quantized {_percent(self.share)} of the blocks' weights{left}"
+        return f"quantized {percent(self.share)} of the blocks' weights{left}"
 
     @property
     def copied_in_words(self) -> str:
@@ -58,7 +60,7 @@ class Coverage:
         """Return sentences about what a user may not expect: few quantized weights, and a drafter in 16 bits."""
         notes = []
         if self.share < _FEW:
-            notes.append(f"WARNING: only {_percent(self.share)} of the blocks' weights are quantized. {self.in_words}")
+            notes.append(f"WARNING: only {percent(self.share)} of the blocks' weights are quantized. {self.in_words}")
         if MULTI_TOKEN in self.copied_bytes:
             notes.append(
                 f"the layers for {MULTI_TOKEN}, {decimal(self.copied_bytes[MULTI_TOKEN])}, are carried over in 16 "
@@ -78,9 +80,3 @@ class Coverage:
             content: JSON object with every field.
         """
         return cls(**{field.name: content[field.name] for field in dataclasses.fields(cls)})
-
-
-def _percent(share: float) -> str:
-    """Write a share; what is nearly all or nearly nothing keeps a decimal place."""
-    exact = 100 * share
-    return f"{exact:.0f} %" if 1 <= exact < 99 or exact in (0, 100) else f"{exact:.1f} %"

@@ -1,11 +1,13 @@
 """Put into words what a command found, for a person at a terminal."""
 
 import shlex
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from rich.filesize import decimal
 
 from astro_dist.console import in_words
+from astro_dist.wording import counted, percent
 
 if TYPE_CHECKING:  # some of them import torch or transformers, which the command at hand may not need
     from astro.quantization.layer_record import Fallbacks
@@ -18,6 +20,9 @@ if TYPE_CHECKING:  # some of them import torch or transformers, which the comman
 
 __all__ = [
     "coverage_lines",
+    "fallback_lines",
+    "figure_lines",
+    "next_line",
     "publication_line",
     "settings_line",
     "status_lines",
@@ -38,27 +43,46 @@ def summary_lines(summary: "Summary", config: "RunConfig") -> list[str]:
         summary: Figures of the run.
         config: Configuration of the run.
     """
-    lines = []
-    original, quantized = summary.perplexity.original, summary.perplexity.quantized
-    if original is not None and quantized is not None:
-        source, measured = config.calibration.source, summary.perplexity
-        parts = (f"{original:.3f} → {quantized:.3f}", measured.change_in_words, measured.sample_in_words)
-        lines.append(f"Hold-out perplexity {', '.join(filter(None, parts))} ({source})")
+    return [
+        *figure_lines(summary, config.calibration.source),
+        *coverage_lines(summary.coverage),
+        *fallback_lines(summary.fallbacks, config.experts.min_tokens),
+        *(f"note: {note}" for note in summary.notes),
+        f"Done in {in_words(summary.wall_s)} from reading the configuration on: {summary.model}",
+        next_line(summary, config.output.dir),
+    ]
+
+
+def figure_lines(summary: "Summary", source: str = "") -> list[str]:
+    """Say how good and how large a result is.
+
+    Args:
+        summary: Figures of the run.
+        source: Text that was held out, as the configuration names it; empty where it is not to be named.
+    """
+    lines, measured = [], summary.perplexity
+    if measured.original is not None and measured.quantized is not None:
+        change = f"{measured.original:.3f} → {measured.quantized:.3f}"
+        parts = filter(None, (change, measured.change_in_words, measured.sample_in_words))
+        lines.append(f"Hold-out perplexity {', '.join(parts)}{f' ({source})' if source else ''}")
         divergences = filter(None, (measured.divergence_in_words, summary.prediction_in_words))
         lines += filter(None, ["; ".join(divergences)])
-    share = summary.bytes_written / summary.bytes_read
-    root, model = (shlex.quote(str(place)) for place in (config.output.dir, config.output.dir / "model"))
-    return [
-        *lines,
-        f"{decimal(summary.bytes_written)} written, {share:.0%} of the source",
-        *coverage_lines(summary.coverage),
-        *_fallback_lines(summary.fallbacks),
-        *(f"note: {note}" for note in summary.notes),
-        f"Done in {summary.wall_s:.0f} s: {summary.model}",
-        publication_line(summary.publish)
-        if summary.publish is not None
-        else f"Next: astro-dist verify {model}; astro-dist report {root}; astro-dist publish {root} --repo ORG/NAME",
-    ]
+    share = percent(summary.bytes_written / summary.bytes_read)
+    mean = f"; {summary.average_bits:.3g} bits a quantized weight on average" if summary.widths_by else ""
+    return [*lines, f"{decimal(summary.bytes_written)} written, {share} of the source{mean}"]
+
+
+def next_line(summary: "Summary", root: Path) -> str:
+    """Say where a finished model was published, or what to do with it next.
+
+    Args:
+        summary: Figures of the run.
+        root: Folder of the run directory.
+    """
+    if summary.publish is not None:
+        return publication_line(summary.publish)
+    run, model = (shlex.quote(str(place)) for place in (root, root / "model"))
+    return f"Next: astro-dist verify {model}; astro-dist report {run}; astro-dist publish {run} --repo ORG/NAME"
 
 
 def settings_line(config: "RunConfig") -> str:
@@ -69,9 +93,10 @@ def settings_line(config: "RunConfig") -> str:
     """
     q, calibration, execution = config.quantization, config.calibration, config.execution
     bits = f"{q.average_bits:g} bits on average" if q.bits == "auto" else f"{q.bits} bits"
+    rounds = counted(execution.rounds, "round")
     return (
         f"{config.model.source}: {bits}, group size {q.group_size}, format {q.format}; mode {execution.mode}, "
-        f"{execution.rounds} round(s); calibration {calibration.samples} × {calibration.sequence_length} tokens"
+        f"{rounds}; calibration {calibration.samples} × {calibration.sequence_length} tokens"
     )
 
 
@@ -94,7 +119,7 @@ def status_lines(status: "Status") -> list[str]:
         status: State of the run.
     """
     time_left = f", about {in_words(status.seconds_left)} left" if status.seconds_left is not None else ""
-    workers = "" if status.state == "complete" else f"; {status.workers} workers up"
+    workers = "" if status.state == "complete" else f"; {counted(status.workers, 'worker')} up"
     lines = [
         f"{status.state}{', but damaged' if status.damaged else ''}: {status.blocks.done} of {status.blocks.total} "
         f"blocks, {status.units.done} of {status.units.total} units done{time_left}{workers}"
@@ -116,7 +141,7 @@ def status_lines(status: "Status") -> list[str]:
     for place in status.publish:
         commit = f"published as commit {place.commit[:12]}" if place.commit else "not published yet"
         lines.append(f"{place.place}: holds {place.files} of {place.total} files, {commit}")
-    return [*lines, *_fallback_lines(status.fallbacks)]
+    return [*lines, *fallback_lines(status.fallbacks, status.min_tokens)]
 
 
 def publication_line(published: "PublishedModel") -> str:
@@ -151,11 +176,18 @@ def verification_lines(verification: "Verification", against: str | None, show_a
     return [*lines, f"{verification.num_linears} packed layers and {tensors} are sound{compared}"]
 
 
-def _fallback_lines(fallbacks: "Fallbacks") -> list[str]:
+def fallback_lines(fallbacks: "Fallbacks", min_tokens: int) -> list[str]:
+    """Name the layers that could not be quantized just as the configuration asks.
+
+    Args:
+        fallbacks: Those layers.
+        min_tokens: Number of calibration tokens below which an expert's statistics are not used.
+    """
     return [
         *(f"fallback: the damping of {layer} had to be raised" for layer in fallbacks.damping_raised),
         *(
-            f"fallback: {policy} for {len(layers)} layers of experts that too few tokens reached, e.g. {layers[0]}"
+            f"fallback: {policy} for {counted(len(layers), 'layer')} of experts that fewer than {min_tokens} "
+            f"calibration tokens reached (experts.min_tokens: {min_tokens}), e.g. {layers[0]}"
             for policy, layers in fallbacks.experts.items()
         ),
     ]

@@ -9,6 +9,7 @@ from astro_dist.console import in_words
 from astro_dist.planning.forecast import Forecast
 from astro_dist.planning.units import BlockUnit, Plan
 from astro_dist.report.command_output import coverage_lines, settings_line
+from astro_dist.wording import percent
 
 __all__ = ["plan_card", "plan_table"]
 
@@ -31,9 +32,9 @@ def plan_card(forecast: Forecast) -> list[str]:
     lines = [
         settings_line(prepared.config),
         f"{_count(plan.weights)} weights quantized: {decimal(plan.read_bytes)} → {decimal(plan.written_bytes)} "
-        f"({100 * share:.0f} % of the source)",
+        f"({percent(share)} of the source)",
         f"{needed.workers} × {device}: about {in_words(needed.wall_s)}, {origin}; {needed.device_hours:.2g} "
-        f"device-hours, {100 * needed.efficiency:.0f} % of that at work",
+        f"device-hours, {percent(needed.efficiency)} of that at work",
         f"{decimal(int(needed.worker_bytes))} of memory a {'GPU' if is_gpu else 'worker'} · "
         f"{decimal(int(needed.disk_bytes))} of disk · {decimal(int(needed.moved_bytes))} read and written by workers",
         *coverage_lines(plan.coverage),

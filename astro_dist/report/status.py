@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from astro.config import Experts
 from astro.errors import DamagedError
 from astro.quantization.layer_record import Fallbacks
 from astro_dist.export.inventory import all_shards, damaged_files, read_inventory
@@ -91,6 +92,7 @@ class Status:
         retries: Failures of calls, which were done again or are to be.
         mended: Units that were found damaged, and are done again.
         fallbacks: Layers that could not be quantized just as the configuration asks.
+        min_tokens: Number of calibration tokens below which an expert's statistics are not used.
         publish: Places on the Hub, and what they hold.
         upload_failures: Failures since the last upload that worked.
         seconds_left: Time left, in seconds; None where the run does not go on, or this session has finished no unit.
@@ -105,6 +107,7 @@ class Status:
     retries: tuple[Failed, ...]
     mended: tuple[Damaged, ...]
     fallbacks: Fallbacks
+    min_tokens: int
     publish: tuple[Place, ...]
     upload_failures: tuple[UploadFailed | PublishFailed, ...]
     seconds_left: float | None
@@ -129,7 +132,8 @@ def read_status(root: Path) -> Status:
     Raises:
         ConfigError: The folder holds no run.
     """
-    run = RunDirectory(root, read_identity(root).key)
+    identity = read_identity(root)
+    run = RunDirectory(root, identity.key)
     events = run.journal.events()
     opened = [index for index, event in enumerate(events) if isinstance(event, Opened)]
     session = events[opened[-1] :] if opened else []
@@ -152,6 +156,7 @@ def read_status(root: Path) -> Status:
         retries=tuple(event for event in events if isinstance(event, Failed)),
         mended=last_of_each_unit(event for event in events if isinstance(event, Damaged)),
         fallbacks=Fallbacks.of(layer for block in blocks.values() for layer in block.layers),
+        min_tokens=identity.arithmetic.get("experts", {}).get("min_tokens", Experts.min_tokens),
         publish=_published(run),
         upload_failures=_upload_failures(events),
         seconds_left=_seconds_left(session, total - len(readable)) if running else None,

@@ -20,6 +20,7 @@ from astro_dist.run_directory.summary import Perplexity, RoundFigures, Summary, 
 from astro_dist.run_directory.unit_record import BlockResult, EvaluationResult, LossResult, WeightsResult
 from astro_dist.schedule.names import block_unit, evaluate_unit, head_unit, stream_names, weights_unit
 from astro_dist.source.model_info import BaseModel
+from astro_dist.wording import counted
 
 __all__ = ["Session", "summarize"]
 
@@ -61,9 +62,7 @@ def summarize(
     Raises:
         DamagedError: A record cannot be read.
     """
-    schemes = {name: (scheme,) for name, scheme in final_schemes(quantization, plan, run).items()}
-    final = LAYOUTS[quantization.format].server_notes(schemes, plan.ignore)
-    all_notes = [*notes, *(note for note in final if note not in notes)]
+    all_notes = _with_final_schemes(notes, plan, run, quantization)
     rounds = [[run.read(block_unit(r, unit.index), BlockResult) for unit in plan.blocks] for r in range(run.rounds)]
     layers = [[layer for block in blocks for layer in block.layers] for blocks in rounds]
     last = layers[-1]
@@ -99,6 +98,17 @@ def summarize(
     )
 
 
+def _with_final_schemes(notes: Sequence[str], plan: Plan, run: RunDirectory, quantization: Quantization) -> list[str]:
+    """Replace what was said before the run of every width that a layer might get by what is so of those that it got."""
+    server_notes = LAYOUTS[quantization.format].server_notes
+    linears = {linear.name: linear for unit in plan.blocks for linear in unit.linears}
+    possible = {name: quantization.possible_schemes(name, linear.columns) for name, linear in linears.items()}
+    settled = {name: (scheme,) for name, scheme in final_schemes(quantization, plan, run).items()}
+    before, final = server_notes(possible, plan.ignore), server_notes(settled, plan.ignore)
+    kept = [note for note in notes if note not in before or note in final]
+    return [*kept, *(note for note in final if note not in kept)]
+
+
 def _mean_error(layers: Sequence[LayerRecord]) -> float:
     return sum(layer.relative_error for layer in layers) / len(layers)
 
@@ -114,8 +124,8 @@ def _unmeasured(run: RunDirectory, num_blocks: int) -> list[str]:
     if not reasons:
         return []
     return [
-        f"in {len(reasons)} blocks tokens are weighted by their norm, because the loss's gradient could not be "
-        f"measured: {Counter(reasons).most_common(1)[0][0]}"
+        f"in {counted(len(reasons), 'block')} tokens are weighted by their norm, because the loss's gradient could not "
+        f"be measured: {Counter(reasons).most_common(1)[0][0]}"
     ]
 
 

@@ -26,6 +26,7 @@ __all__ = [
     "Started",
     "UploadFailed",
     "Uploaded",
+    "Worked",
     "last_of_each_unit",
 ]
 
@@ -152,6 +153,26 @@ class Passed(Event):
 
     NAME: ClassVar[str] = "passed"
     seconds: float
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Worked(Event):
+    """A worker did something of a unit, and then turned to another unit or to nothing.
+
+    Attributes:
+        worker: Number of the worker.
+        unit: Name of the unit.
+        begin: Time at which the first call was given out, in seconds since 1970.
+        end: Time at which the last call ended, in seconds since 1970.
+        busy_s: Time of the calls without the pauses between them, in seconds.
+    """
+
+    NAME: ClassVar[str] = "worked"
+    worker: int
+    unit: str
+    begin: float
+    end: float
+    busy_s: float
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -139,6 +139,16 @@ class RunLayout:
         """
         return self.inputs(stream, block) / f"{chunk}.safetensors"
 
+    def sample(self, stream: str, block: int, chunk: str) -> Path:
+        """Return the path of a few tokens of the hidden states of one chunk before a block.
+
+        Args:
+            stream: Name of the stream.
+            block: Index of the block.
+            chunk: Name of the chunk.
+        """
+        return self.root / "activations" / "samples" / stream / f"{block:04d}" / f"{chunk}.safetensors"
+
     def partial(self, round_index: int, block: int, name: str) -> Path:
         """Return the path of a file that workers hand each other while they solve a block.
 

@@ -15,11 +15,12 @@ from astro_dist.run_directory.published_model import PublishedModel
 from astro_dist.run_directory.records import read_own_json
 from astro_dist.run_directory.unit_record import LossResult
 from astro_dist.source.model_info import BaseModel
+from astro_dist.wording import nats, percent
 
-__all__ = ["Perplexity", "RoundFigures", "Summary", "UnitCounts", "perplexity_of", "read_summary"]
+__all__ = ["ENOUGH_TOKENS", "Perplexity", "RoundFigures", "Summary", "UnitCounts", "perplexity_of", "read_summary"]
 
 
-_ENOUGH_TOKENS = 1000
+ENOUGH_TOKENS = 1000
 """Number of held-out tokens below which figures say that they are too few."""
 
 
@@ -55,22 +56,30 @@ class Perplexity:
         if self.change is None:
             return ""
         error = "" if self.change_error is None else f" ± {100 * self.change_error:.1f}"
-        return f"{100 * self.change:+.1f} %{error}"
+        return f"{percent(self.change, 1, signed=True)}{error}"
 
     @property
     def sample_in_words(self) -> str:
         """Say how many tokens were predicted, and whether they are too few to judge; empty where it is not known."""
         if self.tokens is None:
             return ""
-        return f"{self.tokens:,} tokens{', too few to judge' if self.tokens < _ENOUGH_TOKENS else ''}"
+        return f"{self.tokens_in_words}{', too few to judge' if self.tokens < ENOUGH_TOKENS else ''}"
+
+    @property
+    def tokens_in_words(self) -> str:
+        """Say how many tokens were predicted; empty where it is not known."""
+        return "" if self.tokens is None else f"{self.tokens:,} tokens"
 
     @property
     def divergence_in_words(self) -> str:
         """Say how far the predictions are from the original's; empty where it is not known."""
         if self.divergence is None or self.agreement is None:
             return ""
-        error = "" if self.divergence_error is None else f" ± {self.divergence_error:.4f}"
-        return f"KL divergence {self.divergence:.4f}{error} nats a token, same first choice at {self.agreement:.1%}"
+        error = "" if self.divergence_error is None else f" ± {nats(self.divergence_error)}"
+        agreement = percent(self.agreement, 1)
+        return (
+            f"KL divergence {nats(self.divergence)}{error} nats a token, same first choice at {agreement} of the tokens"
+        )
 
     @classmethod
     def of(cls, original: LossResult | None, result: LossResult | None) -> Self:
@@ -191,10 +200,10 @@ class Summary:
 
     @property
     def prediction_in_words(self) -> str:
-        """Say what divergence was predicted from the errors of the layers; empty where none was."""
+        """Say what KL divergence was predicted from the errors of the layers; empty where none was."""
         if self.predicted_divergence is None:
             return ""
-        return f"the errors of the layers foretell {self.predicted_divergence:.4f} nats a token"
+        return f"predicted from layer errors: {nats(self.predicted_divergence)} nats a token"
 
     def to_json(self) -> dict[str, Any]:
         """Return the summary as the JSON object of its file."""

@@ -125,25 +125,30 @@ class LossResult(PlainRecord):
         negative_log_likelihood: Negative log-likelihood of all tokens together, in nats.
         tokens: Number of tokens that were predicted.
         sequences: Figures of each sequence; none in records of version 0.5.0.
+        hidden_errors: Mean relative error of the hidden states behind each block, measured on a few held-out tokens;
+            None where no sample is left. Empty for the source model, and in records up to version 0.7.0.
     """
 
     MARK: ClassVar[str] = "negative_log_likelihood"
     negative_log_likelihood: float
     tokens: int
     sequences: tuple[SequenceFigures, ...] = ()
+    hidden_errors: tuple[float | None, ...] = ()
 
     @classmethod
-    def of(cls, sequences: Sequence[SequenceFigures]) -> Self:
+    def of(cls, sequences: Sequence[SequenceFigures], hidden_errors: Sequence[float | None] = ()) -> Self:
         """Add up the figures of sequences.
 
         Args:
             sequences: Figures of every held-out sequence.
+            hidden_errors: Relative error of the hidden states behind each block.
         """
         total = sum(sequence.loss for sequence in sequences)
         return cls(
             negative_log_likelihood=total,
             tokens=sum(sequence.tokens for sequence in sequences),
             sequences=tuple(sequences),
+            hidden_errors=tuple(hidden_errors),
         )
 
     @classmethod
@@ -151,10 +156,11 @@ class LossResult(PlainRecord):
         """Read back what `to_json` returned.
 
         Args:
-            content: JSON object; only `sequences` may be missing.
+            content: JSON object; only `sequences` and `hidden_errors` may be missing.
         """
-        sequences = (SequenceFigures(**sequence) for sequence in content.get("sequences", ()))
-        return super().from_json({**content, "sequences": tuple(sequences)})
+        sequences = tuple(SequenceFigures(**sequence) for sequence in content.get("sequences", ()))
+        errors = tuple(content.get("hidden_errors", ()))
+        return super().from_json({**content, "sequences": sequences, "hidden_errors": errors})
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

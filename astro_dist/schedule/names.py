@@ -33,6 +33,7 @@ __all__ = [
     "evaluate_unit",
     "head_unit",
     "is_block_unit",
+    "is_evaluation_unit",
     "is_held_out",
     "part_file",
     "round_of_stream",
@@ -132,6 +133,11 @@ def evaluate_unit(block: int) -> str:
 def head_unit(stream: str) -> str:
     """Return the name of the unit that measures the loss at the end of a stream."""
     return f"head-{stream}"
+
+
+def is_evaluation_unit(unit: str) -> bool:
+    """Tell whether a unit measures on the held-out text, at a block of the result or at the end of a stream."""
+    return unit.startswith(("evaluate-", "head-"))
 
 
 def weights_unit(block: int) -> str:

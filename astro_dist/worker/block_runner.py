@@ -26,6 +26,7 @@ from astro_dist.planning.devices import memory_shortage
 from astro_dist.planning.units import BlockUnit
 from astro_dist.run_directory.layer_widths import layer_schemes
 from astro_dist.schedule.names import ORIGINAL, block_unit, is_held_out, round_of_stream
+from astro_dist.worker.hidden_samples import keep_sample
 from astro_dist.worker.prefetch import Prefetch
 from astro_dist.worker.recorded_calls import RecordedCalls
 from astro_dist.worker.spec import WorkerSpec
@@ -286,6 +287,8 @@ class BlockRunner:
     def save_state(self, stream: str, index: int, chunk: str, state: BlockState) -> None:
         """Write the state of a chunk before a block, unless it is there: other hardware may round otherwise.
 
+        Of a chunk that is held out, a sample is kept longer than the state.
+
         Args:
             stream: Stream in which the chunk travels.
             index: Index of the block.
@@ -294,6 +297,8 @@ class BlockRunner:
         """
         path = self.spec.run.hidden(stream, index, chunk)
         if not path.exists():
+            if index and is_held_out(chunk):
+                keep_sample(self.spec.run, stream, index, chunk, state.hidden)
             save_part(path, {_HIDDEN: state.hidden, **state.others})
 
     def _tokens_of(self, chunk: str) -> torch.Tensor:

@@ -64,6 +64,7 @@ from astro_dist.schedule.names import EMBED, ORIGINAL, block_unit, is_held_out, 
 from astro_dist.worker.block_runner import BlockRunner
 from astro_dist.worker.call_recorder import CallRecorder
 from astro_dist.worker.fed_block import FedBlock
+from astro_dist.worker.hidden_samples import hidden_errors
 from astro_dist.worker.spec import WorkerSpec
 from astro_dist.worker.split_solver import SplitSolver
 from astro_dist.worker.token_weigher import TokenWeigher, read_token_weights
@@ -282,7 +283,8 @@ class Worker:
     def evaluate_loss(self, call: EvaluateLoss) -> UnitRecord:
         """Measure what a stream's model predicts of the held-out text, from the last block's output.
 
-        A result is compared with the source model, whose last hidden states are still there.
+        A result is compared with the source model, whose last hidden states are still there, and so are samples of
+        those behind every block.
 
         Raises:
             NumericalError: The sum is not finite.
@@ -300,7 +302,8 @@ class Worker:
             raise NumericalError(
                 f"the loss on the held-out text is {total} (stream {call.stream}); a forward pass overflowed"
             )
-        return run.finish(call.unit, [], LossResult.of(sequences))
+        errors = hidden_errors(run, call.stream, last, runner.held_out) if call.stream != ORIGINAL else ()
+        return run.finish(call.unit, [], LossResult.of(sequences, errors))
 
     def _input_statistics(self, fed_block: FedBlock) -> Iterator[InputStatistics]:
         """The statistics of every input group of the open block, which all chunks have passed."""

@@ -99,7 +99,7 @@ def test_plan_writes_nothing(run, config):
 
 def test_plan_shows_equal_blocks_in_one_row_below_the_main_settings(run, config):
     out = " ".join(run("plan", config, "--verbose")[1].split())
-    assert "4 bits, group size 32, format compressed-tensors; mode blocks, 1 round(s); calibration 4 × 32 tokens" in out
+    assert "4 bits, group size 32, format compressed-tensors; mode blocks, 1 round; calibration 4 × 32 tokens" in out
     assert "block-0000" in out
     assert "block-0001" not in out
     assert "block-0002" in out

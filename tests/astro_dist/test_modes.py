@@ -13,6 +13,7 @@ from astro.storage.checkpoint import Checkpoint
 from astro_dist import pipeline
 from astro_dist.export.verify import verify_model
 from astro_dist.planning.validate import prepare
+from astro_dist.report.findings import Findings
 from astro_dist.report.html import write_report
 from astro_dist.report.status import read_status
 from astro_dist.run_directory.records import RunDirectory
@@ -230,12 +231,17 @@ def test_budget_is_spent_on_nats_where_the_loss_weighs_the_tokens(run_config, tm
     assert summary.widths_by == measure
     read_again = read_summary(folder / "summary.json")
     assert read_again == summary
+    assert not [note for note in summary.notes if "may choose" in note]
     blocks = RunDirectory(folder, "").blocks()
     last = [layer for (number, _), block in blocks.items() if number == 1 for layer in block.layers]
-    page, card = write_report(folder).read_text(), (model_of(summary) / "README.md").read_text()
-    for shown in ("foretell" in page, "Largest predicted costs" in page, "it predicts the KL divergence" in card):
+    page, card = write_report(Findings.read(folder)).read_text(), (model_of(summary) / "README.md").read_text()
+    for shown in (
+        "KL divergence predicted from layer errors" in page,
+        "Layers that are predicted to cost most" in page,
+        "it predicts the KL divergence" in card,
+    ):
         assert shown == (weights == "loss")
-    assert f"<td>{measure}</td>" in page
+    assert ("the nats that each layer" if weights == "loss" else "relative layer errors") in page
     if weights == "norm":
         assert summary.predicted_divergence is None
         return

@@ -84,7 +84,10 @@ def test_fallbacks_and_retries_are_listed(run):
     changed = dataclasses.replace(run, summary=summary)
     told = section(changed.card(None), "What was degraded, what to know")
     assert "- `model.layers.0.a`: its damping had to be raised" in told
-    assert "- `model.layers.1.experts.7.up_proj`: too few tokens reached it, rtn instead" in told
+    assert (
+        "- `model.layers.1.experts.7.up_proj`: fewer than 256 tokens reached it (`experts.min_tokens`), rtn instead"
+        in told
+    )
     assert "no server has a kernel for 3 bits" in told
     assert "2 calls failed and were done again" in told
 
@@ -131,3 +134,11 @@ def test_base_model_of_a_finished_run_can_be_corrected(run_config):
     assert "base_model: org/right" in (folder / "README.md").read_text()
     inventory = json.loads((folder.parent / "model.json").read_text())["files"]
     assert {file["name"]: file["sha256"] for file in inventory} == {p.name: sha256_of(p) for p in folder.iterdir()}
+
+
+def test_card_says_that_paths_are_shortened_only_where_they_are(run, monkeypatch, tmp_path):
+    words = "its absolute paths shortened here to their last part"
+    assert words in str(run.card(None))
+    places = {"model": {"source": "llama"}, "output": {"dir": "run"}}
+    relative = type(run.config).model_validate({**run.config.plain(), **places})
+    assert words not in str(dataclasses.replace(run, config=relative).card(None))

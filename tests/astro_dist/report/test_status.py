@@ -88,3 +88,20 @@ def test_journal_lines_that_a_full_disk_refused_are_written_later(run_config, tm
     lines = [json.loads(line) for line in (tmp_path / "run" / "journal.jsonl").read_text().splitlines()]
     assert [line["unit"] for line in lines if line["event"] == "finished"].count("embed") == 1
     assert lines == sorted(lines, key=lambda line: line["time"])
+
+
+def test_status_of_a_finished_run_says_its_figures_and_what_is_next(run_config, tmp_path):
+    summary = pipeline.quantize(run_config())
+    shown = CliRunner().invoke(cli.app, ["status", str(tmp_path / "run")]).output.splitlines()
+    assert shown[0] == "complete: 3 of 3 blocks, 10 of 10 units done"
+    assert shown[1].startswith(f"Hold-out perplexity {summary.perplexity.original:.3f} → ")
+    assert shown[2] == summary.perplexity.divergence_in_words
+    assert shown[3].endswith(" of the source")
+    assert shown[4].startswith(f"Next: astro-dist verify {tmp_path / 'run' / 'model'}; astro-dist report ")
+
+
+def test_status_of_a_damaged_summary_still_says_the_rest(run_config, tmp_path):
+    pipeline.quantize(run_config())
+    (tmp_path / "run" / "summary.json").write_text("{")
+    shown = CliRunner().invoke(cli.app, ["status", str(tmp_path / "run")])
+    assert (shown.exit_code, len(shown.output.splitlines())) == (0, 1)
