@@ -281,10 +281,8 @@ def test_quantize_publishes_and_says_where(run, config, online_hub):
     assert f"Published: {online_hub.address}/org/model/tree/main, commit {commit[:12]}, 10 files" in out
     code, out, _ = run("status", config.parent / "run")
     assert f"org/model@main: holds 10 of 10 files, published as commit {commit[:12]}" in out
-    assert (
-        f"{online_hub.address}/org/model/tree/main"
-        in Path(run("report", config.parent / "run")[1][9:].strip()).read_text()
-    )
+    written, *_ = run("report", config.parent / "run")[1].splitlines()
+    assert f"{online_hub.address}/org/model/tree/main" in Path(written.removeprefix("written: ")).read_text()
 
 
 def test_publish_prints_one_json_object(run, finished, online_hub):
