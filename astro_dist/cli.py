@@ -190,7 +190,7 @@ def init(
     if path.exists():
         raise ConfigError(f"{path}: is there already; name another file")
     path.write_text(starting_yaml(settings), encoding="utf-8")
-    _say(f"written: {path}", f"Next: astro-dist plan {path}; astro-dist quantize {path}")
+    _say(f"written: {path}", "Next:", f"  astro-dist plan {path}", f"  astro-dist quantize {path}")
 
 
 @app.command(name="config")
@@ -356,9 +356,12 @@ def _explain(message: str) -> None:
 
 
 def _say(*lines: str) -> None:
+    console = Console()
     for line in lines:
-        # Names of files and layers may hold what rich takes for markup.
-        Console().print(line, markup=False, highlight=False, soft_wrap=True)
+        # Names of files and layers may hold what rich takes for markup. A command is to be copied as it is, and so is
+        # all that no person looks at.
+        is_verbatim = line.startswith("  ") or not console.is_terminal
+        console.print(line, markup=False, highlight=False, soft_wrap=is_verbatim)
 
 
 def _print_json(content: dict[str, Any]) -> None:

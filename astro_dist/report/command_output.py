@@ -22,7 +22,7 @@ __all__ = [
     "coverage_lines",
     "fallback_lines",
     "figure_lines",
-    "next_line",
+    "next_lines",
     "publication_line",
     "settings_line",
     "status_lines",
@@ -49,7 +49,7 @@ def summary_lines(summary: "Summary", config: "RunConfig") -> list[str]:
         *fallback_lines(summary.fallbacks, config.experts.min_tokens),
         *(f"note: {note}" for note in summary.notes),
         f"Done in {in_words(summary.wall_s)} from reading the configuration on: {summary.model}",
-        next_line(summary, config.output.dir),
+        *next_lines(summary, config.output.dir),
     ]
 
 
@@ -72,17 +72,22 @@ def figure_lines(summary: "Summary", source: str = "") -> list[str]:
     return [*lines, f"{decimal(summary.bytes_written)} written, {share} of the source{mean}"]
 
 
-def next_line(summary: "Summary", root: Path) -> str:
-    """Say where a finished model was published, or what to do with it next.
+def next_lines(summary: "Summary", root: Path) -> list[str]:
+    """Say where a finished model was published, or which commands one may want next.
 
     Args:
         summary: Figures of the run.
         root: Folder of the run directory.
     """
     if summary.publish is not None:
-        return publication_line(summary.publish)
-    run, model = (shlex.quote(str(place)) for place in (root, root / "model"))
-    return f"Next: astro-dist verify {model}; astro-dist report {run}; astro-dist publish {run} --repo ORG/NAME"
+        return [publication_line(summary.publish)]
+    run = shlex.quote(str(root))
+    return [
+        "Next:",
+        f"  astro-dist report {run}",
+        f"  astro-dist verify {run}",
+        f"  astro-dist publish {run} --repo ORG/NAME",
+    ]
 
 
 def settings_line(config: "RunConfig") -> str:

@@ -3,7 +3,7 @@
 from pathlib import Path
 
 from astro.errors import DamagedError
-from astro_dist.report.command_output import fallback_lines, figure_lines, next_line
+from astro_dist.report.command_output import fallback_lines, figure_lines, next_lines
 from astro_dist.report.findings import Findings
 from astro_dist.report.layer_bars import short_name
 from astro_dist.report.status import Status
@@ -47,4 +47,4 @@ def finished_lines(status: Status, root: Path) -> list[str]:
         summary = read_summary(RunLayout(root).summary)
     except DamagedError:
         return []
-    return [*figure_lines(summary), next_line(summary, root)]
+    return [*figure_lines(summary), *next_lines(summary, root)]

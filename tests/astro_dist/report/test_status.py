@@ -97,7 +97,7 @@ def test_status_of_a_finished_run_says_its_figures_and_what_is_next(run_config, 
     assert shown[1].startswith(f"Hold-out perplexity {summary.perplexity.original:.3f} → ")
     assert shown[2] == summary.perplexity.divergence_in_words
     assert shown[3].endswith(" of the source")
-    assert shown[4].startswith(f"Next: astro-dist verify {tmp_path / 'run' / 'model'}; astro-dist report ")
+    assert shown[4:6] == ["Next:", f"  astro-dist report {tmp_path / 'run'}"]
 
 
 def test_status_of_a_damaged_summary_still_says_the_rest(run_config, tmp_path):
