@@ -205,13 +205,13 @@ class CostModel:
         """Count what it takes to sum the Hessians of one stage over one share of the chunks."""
         batches = self._batches(unit)
         stages = stages_of(batches)
-        stage = [batches[i] for i in stages[min(call.stage, len(stages) - 1)]]
+        stage = [batches[i] for i in stages[min(call.stage, len(stages) - 1)]] if stages else []
         square = sum((_PACKED_BYTES + 4.0 * self._compensated) * batch.square for batch in stage)
         chunks = self._shares[call.share]
         tokens = sum(self._tokens[chunk] for chunk in chunks)
         streams = 1 + self._compensated
         # A stage's inputs take the block's forward up to that stage; which worker has the block already is open.
-        passed = (call.stage + 1) / len(stages)
+        passed = (call.stage + 1) / max(len(stages), 1)
         moved = streams * self._activations(chunks) + square + unit.read_bytes
         sums = self._hessian(stage, tokens, self._compensated)
         # Layers of the stages before take their new weights from tiles.
