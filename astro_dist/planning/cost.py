@@ -123,7 +123,7 @@ class CostModel:
             case AccumulateHessians():
                 batches = self._batches(self._plan.blocks[call.block])
                 stages = stages_of(batches)
-                parts = tuple(self._parts(batches, index) for index in stages[call.stage])
+                parts = tuple(self._parts(batches, index) for index in (stages[call.stage] if stages else ()))
                 return BlockParts(parts, len(stages))
         return None
 
