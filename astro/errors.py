@@ -8,6 +8,7 @@ AstroError
 ├── NumericalError         a Hessian that cannot be factored, a value that is not finite
 └── RunError               a run that could not finish: a worker died
     ├── StorageError       the run directory cannot be written: a disk is full
+    ├── MemoryShortage     a device or a machine had less memory than a step wanted
     └── DamagedError       a file of the run directory is missing, or not as it was written
 
 Catch `AstroError` to catch everything that this project raises on purpose; whatever else comes out is a defect:
@@ -32,6 +33,7 @@ __all__ = [
     "ConfigError",
     "DamagedError",
     "InputError",
+    "MemoryShortage",
     "NumericalError",
     "RunError",
     "StorageError",
@@ -69,6 +71,10 @@ class RunError(AstroError):
 
 class StorageError(RunError):
     """A file of the run could not be written."""
+
+
+class MemoryShortage(RunError):
+    """A device or a machine had less memory than a step wanted. It would be short again for the same step."""
 
 
 class DamagedError(RunError):

@@ -20,12 +20,14 @@ from typing import Any
 import torch
 import transformers
 
-__all__ = ["configure_process", "keep_freed_memory", "peak_rss_bytes", "return_freed_memory"]
+__all__ = ["configure_process", "keep_freed_memory", "peak_rss_bytes", "return_freed_memory", "says_out_of_memory"]
 
 _TRIM_THRESHOLD, _MMAP_THRESHOLD = -1, -3
 _LARGEST_KEPT = 32 << 20
 """Size in bytes above which an array, such as a wide layer's Hessian, is given back as soon as it is freed. It is the
 largest value that every glibc takes."""
+_NO_MEMORY = ("out of memory", "can't allocate memory", "STATUS_ALLOC_FAILED")
+"""What messages say where memory could not be had: of CUDA and torch, of torch on a CPU, of cuBLAS and cuSOLVER."""
 _MOST_KEPT = 128 << 20
 """Bytes of free memory that are kept behind all memory that is in use."""
 
@@ -76,6 +78,17 @@ def return_freed_memory() -> None:
     trim = _of_c_library("malloc_trim")
     if trim is not None:
         trim(0)
+
+
+def says_out_of_memory(message: str) -> bool:
+    """Tell whether the message of an error means that memory could not be had, of a GPU or of the machine.
+
+    Only some of these errors have a class of their own: neither torch's on a CPU nor those of CUDA's libraries.
+
+    Args:
+        message: Message of the error.
+    """
+    return any(words in message for words in _NO_MEMORY)
 
 
 def peak_rss_bytes() -> int:

@@ -24,11 +24,12 @@ from astro_dist.export.assemble import assemble
 from astro_dist.export.finished_run import FinishedRun
 from astro_dist.export.inventory import all_shards, is_whole, replace_card, seal
 from astro_dist.export.model_card import planned_card
+from astro_dist.planning.compute_dtype import compute_dtype
 from astro_dist.planning.cost import CostModel
 from astro_dist.planning.devices import DEVICES, measure
 from astro_dist.planning.estimate import require_room
 from astro_dist.planning.outlook import Outlook
-from astro_dist.planning.validate import Prepared, compute_dtype, prepare, tokens_of
+from astro_dist.planning.validate import Prepared, prepare, tokens_of
 from astro_dist.publish.background_upload import BackgroundUpload
 from astro_dist.publish.publication import Publication
 from astro_dist.report.command_output import settings_line
@@ -112,6 +113,7 @@ def quantize(config: RunConfig) -> Summary:
     _log.info("%s; into %s", settings_line(config), root)
     asked = {"source": config.model.source, "revision": config.model.revision}
     prepared = prepare(config, begun_commit(root, asked))
+    config = prepared.config
     chunks = tokens_of(prepared)
     fingerprint = prepared.checkpoint.fingerprint()
     key = run_key(config, fingerprint, astro.__version__)
@@ -197,7 +199,7 @@ def _refuse_relative_paths(config: RunConfig) -> None:
 def _make_executor(config: RunConfig) -> Executor:
     if config.execution.executor == "local":
         workers = config.execution.workers if isinstance(config.execution.workers, int) else 1
-        return LocalExecutor(workers, config.execution.threads_per_worker, on_gpu=config.execution.device == "cuda")
+        return LocalExecutor(workers, config.execution.threads_per_worker, config.execution.device)
     from astro_dist.execution.ray_executor import RayExecutor  # Ray is slow to import and not needed for validation
 
     return RayExecutor(config.execution)

@@ -47,11 +47,11 @@ class Factor:
         Returns:
             The product, float32 [B, R, C].
         """
-        V = self.feedback * self.cost.take_along_dim(self.order, -1).sqrt().unsqueeze(-2)
-        # A P (V Vᵀ)⁻¹ with the columns in the order of the factor
+        # A P (N D² Nᵀ)⁻¹ with the columns in the order of the factor; D scales columns, so that N D is never formed.
         ordered = A.take_along_dim(self.order.unsqueeze(-2), -1)
-        half = torch.linalg.solve_triangular(V.mT, ordered, upper=False, left=False)
-        solved = torch.linalg.solve_triangular(V, half, upper=True, left=False)
+        N, cost = self.feedback, self.cost.take_along_dim(self.order, -1).unsqueeze(-2)
+        half = torch.linalg.solve_triangular(N.mT, ordered, upper=False, left=False, unitriangular=True)
+        solved = torch.linalg.solve_triangular(N, half.div_(cost), upper=True, left=False, unitriangular=True)
         result: torch.Tensor = solved.take_along_dim(self.order.argsort(-1).unsqueeze(-2), -1)
         return result
 

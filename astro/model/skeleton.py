@@ -22,6 +22,7 @@ from astro.model.experts import expert_layers, expert_owners, has_biases, is_gat
 from astro.model.linear_layer import LinearLayer
 from astro.model.model_class import auto_class_of, build_on_meta, find_blocks, names_beside_text, text_model
 from astro.model.zero_experts import cut_zero_experts, num_zero_experts, unread_keys
+from astro.process import says_out_of_memory
 
 __all__ = ["Skeleton"]
 
@@ -211,8 +212,12 @@ class Skeleton:
             read = {key: tensor for key, tensor in tensors.items() if key not in unread}
             info, _ = convert_and_load_state_dict_in_model(self.model, read, config, None)
         except RuntimeError as error:
+            if says_out_of_memory(str(error)):
+                raise  # which is no fault of the checkpoint
             raise CheckpointError(f"loading {type(self.model).__name__}: {error}") from error
         problems = [str(entry) for entry in (*info.mismatched_keys, *info.conversion_errors.items(), *info.error_msgs)]
+        if any(map(says_out_of_memory, problems)):  # transformers keeps it as a text
+            raise torch.OutOfMemoryError(next(filter(says_out_of_memory, problems)))
         if problems:
             raise CheckpointError(
                 f"a tensor does not fit {type(self.model).__name__}: {problems[0]:.300}; config.json and the shards "

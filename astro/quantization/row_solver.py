@@ -29,6 +29,7 @@ __all__ = [
     "Recipe",
     "SolvedRows",
     "compensate",
+    "factor_input_groups",
     "measure_width",
     "num_sample_rows",
     "prepare_input_groups",
@@ -36,6 +37,7 @@ __all__ = [
     "reproducible_share",
     "sample_rows",
     "solve_rows",
+    "with_regularizer",
 ]
 
 _SAMPLED_ROWS = 128
@@ -132,7 +134,9 @@ class InputGroups:
     Attributes:
         names: Name of each input group: those of its members, joined by '+'.
         H: Mean of xxᵀ, float32 [B, C, C].
-        drift: Mean of (x_s − x)xᵀ times the share that is made up for, float32 [B, C, C]; None where nothing is.
+        drift: Mean of (x_s − x)xᵀ, float32 [B, C, C]; None where nothing is made up for.
+        share: Share of the drift that is made up for, float32 [B]. It is kept apart, because a drift that is scaled
+            would be another matrix of columns × columns.
         scheme: The grid of all members.
         recipe: How they are quantized.
         factor: Factor of the damped H; None for rounding to nearest.
@@ -148,6 +152,7 @@ class InputGroups:
     names: tuple[str, ...]
     H: torch.Tensor
     drift: torch.Tensor | None
+    share: torch.Tensor
     scheme: LayerScheme
     recipe: Recipe
     factor: Factor | None
@@ -182,8 +187,23 @@ def prepare_input_groups(
     Args:
         names: Name of each input group: those of its members, joined by '+'.
         W: Weights of all members of each, float32 [B, R, C].
+        inputs: What calibration learned of their inputs.
+        scheme: The grid of all members.
+        recipe: How they are quantized.
+
+    Raises:
+        NumericalError: H is zero, or cannot be factored within the damping limit.
+    """
+    return with_regularizer(factor_input_groups(names, inputs, scheme, recipe), W)
+
+
+def factor_input_groups(names: Sequence[str], inputs: InputMoments, scheme: LayerScheme, recipe: Recipe) -> InputGroups:
+    """Compute what all rows of input groups share, but for the regularizer's operator.
+
+    Args:
+        names: Name of each input group: those of its members, joined by '+'.
         inputs: What calibration learned of their inputs. Where the share of the drift that is made up for is measured,
-            all of it is in the result.
+            it is 1 in the result.
         scheme: The grid of all members.
         recipe: How they are quantized.
 
@@ -191,24 +211,43 @@ def prepare_input_groups(
         NumericalError: H is zero, or cannot be factored within the damping limit.
     """
     seconds: dict[str, float] = {}
-    H, drift = inputs.H, inputs.drift
-    solver, regularization = recipe.solver, recipe.regularizer
-    group_size = scheme.columns_per_group(W.shape[-1])
+    H, drift, solver = inputs.H, inputs.drift, recipe.solver
     factor = None
     if solver.method == "gptq":
-        with timed(seconds, "factor", W.device):
-            in_order = torch.arange(W.shape[-1], device=H.device).expand(H.shape[:-1])
+        with timed(seconds, "factor", H.device):
+            in_order = torch.arange(H.shape[-1], device=H.device).expand(H.shape[:-1])
             order = gptq.activation_order(H) if solver.act_order == "static" else in_order
             factor = factorize(H, order, solver.damping, solver.max_damping, names)
-    if drift is not None:
-        drift = None if factor is None else drift * (1.0 if solver.compensation == "auto" else solver.compensation)
+    share = H.new_full((len(H),), 1.0 if solver.compensation == "auto" else solver.compensation)
     none = H.new_zeros(len(H), dtype=torch.float64)
     lacking = torch.tensor(list(inputs.lacks_statistics) or [False] * len(H), device=H.device)
-    input_groups = InputGroups(tuple(names), H, drift, scheme, recipe, factor, None, none, none, lacking, seconds)
+    if factor is None:
+        drift = None
+    return InputGroups(
+        tuple(names), H, drift, share, scheme, recipe, factor, None, none, none, lacking, seconds
+    )  # fmt: skip
+
+
+def with_regularizer(input_groups: InputGroups, W: torch.Tensor) -> InputGroups:
+    """Prepare the regularizer, if there is any; β becomes open where it is to be searched.
+
+    Its operator is a matrix of columns × columns. Who has to measure something else first does so before.
+
+    Args:
+        input_groups: The input groups, factored.
+        W: Weights of all members of each, float32 [B, R, C].
+
+    Raises:
+        NumericalError: H + ρI is not positive definite.
+    """
+    H, regularization = input_groups.H, input_groups.recipe.regularizer
     if regularization.name == "none" or regularization.beta == 0:
         return input_groups
-    with timed(seconds, "regularize", W.device):
-        problem = regularizer.prepare(H, mean_group_maximum(W, group_size), regularization, group_size, names)
+    group_size = input_groups.scheme.columns_per_group(W.shape[-1])
+    with timed(input_groups.seconds, "regularize", W.device):
+        unit = mean_group_maximum(W, group_size)
+        problem = regularizer.prepare(H, unit, regularization, group_size, input_groups.names)
+    lacking, none = input_groups.lacks_statistics, torch.zeros_like(input_groups.beta_gain)
     beta = None if regularization.beta == "auto" else torch.where(lacking, none, regularization.beta)
     return dataclasses.replace(input_groups, problem=problem, beta=beta)
 
@@ -286,7 +325,7 @@ def compensate(input_groups: InputGroups, W: torch.Tensor) -> torch.Tensor:
     if input_groups.drift is None or input_groups.factor is None:
         return W
     with timed(input_groups.seconds, "compensate", W.device):
-        return W + input_groups.factor.solve(W @ input_groups.drift)
+        return W + input_groups.factor.solve((W @ input_groups.drift).mul_(input_groups.share[:, None, None]))
 
 
 def reproducible_share(input_groups: InputGroups, W: torch.Tensor, spread: torch.Tensor) -> torch.Tensor:
@@ -301,7 +340,7 @@ def reproducible_share(input_groups: InputGroups, W: torch.Tensor, spread: torch
     It is measured on sampled rows, and lies between 0 and 1.
 
     Args:
-        input_groups: The input groups, prepared with the whole drift.
+        input_groups: The input groups, factored.
         W: Weights of all members of each, float32 [B, R, C].
         spread: How far the halves' drifts lie apart, Δ, as `DriftAccumulator.spread_` returns it, float32 [B, C, C].
 

@@ -6,7 +6,7 @@ import json
 import os
 import re
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, model_validator
@@ -27,7 +27,16 @@ _NO_ARITHMETIC: dict[str, frozenset[str] | None] = {
     "model": None,
     "calibration": frozenset({"source", "text_column"}),
     "execution": frozenset(
-        {"executor", "workers", "device", "ray_address", "max_retries", "call_timeout_s", "worker_timeout_s"}
+        {
+            "executor",
+            "workers",
+            "device",
+            "device_memory_gb",
+            "ray_address",
+            "max_retries",
+            "call_timeout_s",
+            "worker_timeout_s",
+        }
     ),
     "output": None,
     "publish": None,
@@ -90,9 +99,9 @@ class CalibrationConfig(_Section):
     """The number of sequences that the statistics are collected on."""
     sequence_length: int = Field(2048, ge=8)
     """The length of each sequence in tokens."""
-    chunk_samples: int = Field(8, ge=1)
+    chunk_samples: Annotated[int, Field(ge=1)] | Literal["auto"] = 8
     """The number of sequences that are computed and sent together. It changes the order of sums, and so the result in
-    its last bits."""
+    its last bits. `auto` is the largest of 8, 4, 2 and 1 with which a worker fits into `execution.device_memory_gb`."""
     holdout_samples: int = Field(16, ge=0)
     """The number of held-out sequences on which the perplexity before and after is measured; 0 measures none."""
     seed: int = Field(0, ge=0)
@@ -101,6 +110,12 @@ class CalibrationConfig(_Section):
     """How much each token counts. `loss` measures it: the root of the energy that the loss's gradient has at a layer's
     outputs, which takes one backward pass of the source model. `norm` gives every token the same energy, for free.
     With `none` all tokens count alike, and the few with massive activations own the statistics."""
+
+    @property
+    def settled_chunk_samples(self) -> int:
+        """The number of sequences that are computed together, once `auto` is settled by the plan."""
+        assert self.chunk_samples != "auto", "the size of chunks is not settled yet"
+        return self.chunk_samples
 
 
 class ExecutionConfig(_Section):
@@ -134,7 +149,11 @@ class ExecutionConfig(_Section):
     """The number of workers. `auto` starts one for each GPU of the cluster, or one for each `threads_per_worker` CPUs
     where there is no GPU."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
-    """The kind of device that workers compute on; `auto` is `cuda` where the cluster has GPUs."""
+    """The kind of device that workers compute on; `auto` is `cuda` where the cluster has GPUs, or, with the local
+    executor, this machine."""
+    device_memory_gb: float | None = Field(None, gt=0)
+    """The memory of a worker's device in gigabytes (1e9 bytes), such as 80 for an H100. `chunk_samples: auto` goes by
+    it. It is not read off the devices, so that the result does not depend on which are found."""
     ray_address: str = "auto"
     """The address of the Ray cluster. `auto` is the cluster in the variable RAY_ADDRESS, which `ray job submit` sets,
     or a private one on this machine where it is not set."""

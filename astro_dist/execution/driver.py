@@ -21,6 +21,8 @@ from astro_dist.schedule.schedule import Schedule, assign
 __all__ = ["Driver", "Limits"]
 
 _TICK_S = 1.0
+_START = "start"
+"""What stands for the unit where a worker could not start."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -204,7 +206,7 @@ class Driver:
         self._work.ended(worker)
         if isinstance(error, DamagedError) and self._run.is_sound(error.path):
             kind = "raised"  # only that worker could not read the file: nothing is to be made again
-        unit, verb = (running.call.unit, running.call.verb) if running else ("start", "prepare")
+        unit, verb = (running.call.unit, running.call.verb) if running else (_START, "prepare")
         failure = Failure(unit, verb, worker, kind, _one_line(error))
         self._note("failed", **dataclasses.asdict(failure))
         self._display.say(f"{unit}, {verb} on worker {worker}: {failure.cause}")
@@ -278,10 +280,12 @@ class Driver:
         if left < 0:
             first = self._trouble.first
             begin = f" It began with {_of(first[0])}." if first else ""
+            cause = "the cluster is down, or another job holds its CPUs or GPUs (see `ray status`)"
+            if first and first[0].unit == _START and first[0].kind != "lost":
+                cause = "the nodes are there, but none of them can start a worker"
             raise RunError(
-                f"no worker was up for {self._limits.worker_timeout_s:.0f} s (execution.worker_timeout_s); the cluster "
-                f"is down, or another job holds its CPUs or GPUs (see `ray status`).{begin} What is finished is kept; "
-                "run the same command to go on"
+                f"no worker was up for {self._limits.worker_timeout_s:.0f} s (execution.worker_timeout_s); "
+                f"{cause}.{begin} What is finished is kept; run the same command to go on"
             ) from (first[1] if first else None)
 
     def _require_progress(self) -> None:

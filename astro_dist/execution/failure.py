@@ -4,24 +4,41 @@ import dataclasses
 from collections import Counter
 from typing import Literal
 
-from astro.errors import AstroError, ConfigError, DamagedError, NumericalError, RunError, StorageError, UnsupportedError
+from astro.errors import (
+    AstroError,
+    ConfigError,
+    DamagedError,
+    MemoryShortage,
+    NumericalError,
+    RunError,
+    StorageError,
+    UnsupportedError,
+)
 from astro_dist.schedule.calls import Call, HeldCall
 
 __all__ = ["Failure", "FailureHistory", "Kind", "is_defect", "kind_of"]
 
-Kind = Literal["lost", "overdue", "raised", "storage", "damaged"]
+Kind = Literal["lost", "overdue", "raised", "memory", "storage", "damaged"]
 _FINAL = (NumericalError, ConfigError, UnsupportedError)
 """Errors that every worker would raise again, because the arithmetic is the same everywhere."""
 _DEFECTS = (
     ArithmeticError, AssertionError, AttributeError, LookupError, NameError, NotImplementedError, TypeError, ValueError,
 )  # fmt: skip
 """Errors by which Python says that code is wrong. Devices and networks fail with RuntimeError, OSError, MemoryError."""
+_MEMORY_RETRIES = 1
+"""Times that a call is tried again for which memory was too little: in a new process, whose memory is in one piece, and
+perhaps on a device of which others hold less. What fails there too would fail everywhere, and takes minutes each time.
+"""
 _KEPT = "What is finished is kept"
 _STORAGE_WAIT_S = 15.0
 _STORAGE_WAIT_GROWTH = 4.0
 _ADVICE = {
     "lost": "a worker that dies again and again on one unit often wants more memory: lower calibration.chunk_samples",
     "overdue": "it hangs, or execution.call_timeout_s is too short",
+    "memory": (
+        "lower calibration.chunk_samples, or set it to auto with execution.device_memory_gb (another output.dir then, "
+        "because it is part of the run's identity), or use devices with more memory"
+    ),
     "raised": "where it is a matter of one device or node, take that out of the cluster",
     "storage": "free space, or mend the folder",
     "damaged": "the storage of the run directory returns other bytes than were written",
@@ -37,8 +54,8 @@ class Failure:
         method: Description of the call, which is the `verb` of its class.
         worker: Number of the worker.
         kind: Way in which the call failed. `lost`: its worker or node died or was cut off. `overdue`: it took longer
-            than its deadline. `raised`: it raised an error. `storage`: the run directory could not be written.
-            `damaged`: a file of the run is not as it was written.
+            than its deadline. `raised`: it raised an error. `memory`: its device had less memory than it wanted.
+            `storage`: the run directory could not be written. `damaged`: a file of the run is not as it was written.
         cause: Reason, in one line.
     """
 
@@ -60,6 +77,8 @@ def kind_of(error: Exception, lost: bool) -> Kind:
         return "lost"
     if isinstance(error, StorageError):
         return "storage"
+    if isinstance(error, MemoryShortage):
+        return "memory"
     return "damaged" if isinstance(error, DamagedError) else "raised"
 
 
@@ -116,12 +135,15 @@ class FailureHistory:
         if failure.kind == "damaged" and isinstance(error, DamagedError):
             subject = str(error.path)
         self._attempts[subject] += 1
-        attempts = self._attempts[subject]
-        if attempts > self._max_retries:
+        attempts, limit = self._attempts[subject], f"execution.max_retries: {self._max_retries}"
+        retries = self._max_retries
+        if failure.kind == "memory" and retries > _MEMORY_RETRIES:
+            retries, limit = _MEMORY_RETRIES, "too little memory is seldom a matter of luck"
+        if attempts > retries:
             cause = failure.cause.removesuffix(f". {_KEPT}")
             raise RunError(
                 f"{failure.unit}, {failure.method} on worker {failure.worker}: {cause}. Attempt {attempts} of "
-                f"{self._max_retries + 1} (execution.max_retries: {self._max_retries}); {_ADVICE[failure.kind]}. "
+                f"{retries + 1} ({limit}); {_ADVICE[failure.kind]}. "
                 f"{_KEPT}; run the same command to go on"
             ) from error
         return _STORAGE_WAIT_S * _STORAGE_WAIT_GROWTH ** (attempts - 1) if failure.kind == "storage" else 0.0

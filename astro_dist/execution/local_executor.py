@@ -1,6 +1,7 @@
 """The executor whose workers are all in this process."""
 
 import os
+import traceback
 from collections import deque
 from typing import Any, Literal
 
@@ -9,6 +10,7 @@ import torch
 from astro.errors import ConfigError
 from astro_dist.execution.executor import Event, Failed, Joined, Returned
 from astro_dist.schedule.calls import Call
+from astro_dist.worker.device_check import gpu_trouble, has_gpu
 from astro_dist.worker.spec import WorkerSpec
 from astro_dist.worker.worker import Worker
 
@@ -27,25 +29,29 @@ class LocalExecutor:
 
     enforces_deadlines = False
 
-    def __init__(self, num_workers: int, threads: int | Literal["auto"] = "auto", on_gpu: bool = False) -> None:
+    def __init__(
+        self,
+        num_workers: int,
+        threads: int | Literal["auto"] = "auto",
+        device: Literal["auto", "cpu", "cuda"] = "cpu",
+    ) -> None:
         """Prepare to run workers; none is built.
 
         Args:
             num_workers: Number of workers.
             threads: Number of CPU threads of each worker; `auto` as in the configuration.
-            on_gpu: Whether the workers compute on the GPU of this machine.
+            device: Kind of device that the workers compute on; `auto` is a GPU where this machine has one.
 
         Raises:
-            ConfigError: A GPU is asked for, but torch can use none here.
+            ConfigError: This machine has a GPU that torch cannot use, or has none although one is asked for.
         """
-        if on_gpu and not torch.cuda.is_available():
-            raise ConfigError(
-                "execution.device: cuda, but this machine has no GPU that torch can use; set execution.device to auto "
-                "or cpu"
-            )
         self.num_workers = num_workers
-        self.has_gpus = on_gpu
-        share = (os.cpu_count() or 1) // torch.cuda.device_count() if on_gpu else 1
+        self.has_gpus = device == "cuda" or (device == "auto" and has_gpu())
+        trouble = gpu_trouble() if self.has_gpus else None
+        if trouble:  # a GPU that is there is never passed over in silence
+            begin = "this machine has a GPU" if device == "auto" else "a GPU of this machine is asked for"
+            raise ConfigError(f"execution.device: {device}: {begin}, but {trouble}")
+        share = (os.cpu_count() or 1) // max(torch.cuda.device_count(), 1) if self.has_gpus else 1
         self.threads = max(share, 1) if threads == "auto" else threads
         self._workers: dict[int, Worker] = {}
         self._events: deque[Event | tuple[int, Call]] = deque()
@@ -76,6 +82,7 @@ class LocalExecutor:
         try:
             result = self._workers[worker].do(call)
         except Exception as error:
+            traceback.clear_frames(error.__traceback__)  # tensors in them would take the memory of the next worker
             self.discard(worker)
             return Failed(worker, error, lost=False)
         self._busy.discard(worker)

@@ -155,7 +155,8 @@ class RayExecutor:
             self._replace(worker, starting)
             return Failed(worker, _explain(error), lost=True)
         if pending.kind == "placed":
-            self._calls[self._actors[worker].prepare.remote()] = _Pending(worker, "start")
+            # The first worker has everything to embed, for which it need not have compiled; the others wait for that.
+            self._calls[self._actors[worker].prepare.remote(warms_up=worker > 0)] = _Pending(worker, "start")
             return None
         self._idle.add(worker)
         return Joined(worker) if starting else Returned(worker, result)

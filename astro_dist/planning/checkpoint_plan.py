@@ -9,6 +9,7 @@ from collections.abc import Iterable, Mapping, Sequence
 
 from astro.config import Quantization
 from astro.errors import CheckpointError, ConfigError, UnsupportedError
+from astro.model.forward_shape import forward_shape
 from astro.model.linear_layer import LinearLayer
 from astro.model.skeleton import Skeleton
 from astro.storage.bit_packing import words_per_row
@@ -113,6 +114,7 @@ def make_plan(checkpoint: Checkpoint, skeleton: Skeleton, quantization: Quantiza
         other_matrices=tuple(name for block in blocks for name in block.other_matrices),
         indivisible_layers=tuple(name for block in blocks for name in block.indivisible_layers),
         expert_share=skeleton.expert_share,
+        forward_shape=forward_shape(skeleton),
         needless_ignore=needless,
         left_out=tuple(tensors.left_out),
     )

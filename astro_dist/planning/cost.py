@@ -1,4 +1,4 @@
-"""What a run costs, from headers and configuration alone: operations, bytes, time and memory. Nothing is read.
+"""What a run costs, from headers and configuration alone: operations, bytes, time and disk. Nothing is read.
 
 The layers of a block are solved in batches: input groups of one shape side by side.
 """
@@ -8,14 +8,13 @@ from typing import assert_never
 
 import torch
 
-from astro.calibration.hessian import summed_dtype
-from astro.linalg.tiling import row_tile
 from astro_dist.config.schema import RunConfig
 from astro_dist.planning.devices import Device
 from astro_dist.planning.predicted_groups import PredictedInputGroup, predicted_input_groups, stages_of, together
 from astro_dist.planning.solve_cost import SolveCost, dequantizing, packing, unpacking
 from astro_dist.planning.units import BlockUnit, Plan
 from astro_dist.planning.work import Work
+from astro_dist.planning.worker_memory import WorkerMemory
 from astro_dist.schedule.calls import (
     AccumulateHessians,
     Backward,
@@ -45,28 +44,12 @@ from astro_dist.schedule.sequential import shares
 
 __all__ = ["CostModel"]
 
-_LIBRARIES_BYTES = 800_000_000 if torch.version.cuda else 430_000_000
-"""Resident memory of a CPU worker before it does anything: Python, torch, transformers, Ray. A process that has
-imported `ray` and `astro_dist.worker.worker` peaks at 390 MB, and at 760 MB where torch is built for CUDA
-(`astro.process.peak_rss_bytes`); the rest is for what an actor of Ray holds besides."""
-_STATES = 6
-"""Hidden states that a block's forward holds at its peak: the residual, its norm, queries, keys, values and attention's
-output."""
-_LOGITS = 4
-"""Float32 copies of one sequence's logits that are held at the peak: logits and their float32 form, of the result and
-of the source, or the same and their gradients."""
 _PACKED_BYTES = 2.1
 """Bytes of a Hessian in a file for each of its elements. One half of the matrix is kept in float32, which is 2, and a
 little more for the squares on the diagonal: of 5120 columns 2.1 bytes are kept, in strips of 256 columns."""
-_AUTOGRAD = 2.0
-"""Size of what a backward pass keeps of a block, relative to the inputs and outputs of its layers."""
 _DIFFERENTIATED = 2.0
 """Forwards that a forward with gradients to its input alone is worth: one product forth, and one of the same size back
 for each layer."""
-_SQUARES, _TILES = 2.5, 9
-"""What a solve holds at its peak: matrices of columns × columns beside the Hessian (the factor, the regularizer's
-operator, one half while either is made), and arrays of a row tile (weights, target, both transposed, errors, integers,
-slopes, grid and figures). `tests/bench/memory.py` compares the sum with what a run takes."""
 
 
 class CostModel:
@@ -99,11 +82,8 @@ class CostModel:
         self._compensated = self._sequential and config.quantization.compensates
         self._sequence_length = config.calibration.sequence_length
         self._held_out = sum(n for chunk, n in self._tokens.items() if is_held_out(chunk))
-        self._calibration_tokens = sum(self._tokens.values()) - self._held_out
-        self._all_tokens = config.experts.policy == "all-tokens"
         self._weighs_by_loss = config.calibration.token_weights == "loss"
-        is_weighted = config.calibration.token_weights != "none"
-        self._summed_itemsize = summed_dtype(dtype, device_type, is_weighted).itemsize
+        self._memory = WorkerMemory(plan, config, dtype, device_type)
 
     def seconds(self, call: Call, device: Device) -> float:
         """Return how long a call takes on a device, in seconds.
@@ -143,21 +123,13 @@ class CostModel:
             case AccumulateHessians():
                 batches = self._batches(self._plan.blocks[call.block])
                 stages = stages_of(batches)
-                parts = tuple(self._parts(batches, index) for index in stages[call.stage])
+                parts = tuple(self._parts(batches, index) for index in (stages[call.stage] if stages else ()))
                 return BlockParts(parts, len(stages))
         return None
 
     def worker_bytes(self) -> int:
-        """Return the peak memory of a CPU worker in bytes, at its largest block.
-
-        What a worker takes of a GPU is less by the libraries.
-        """
-        blocks = max(self._block_bytes(unit) for unit in self._plan.blocks)
-        # Embeddings and head as they are stored, where that is not how they are used; the logits of one sequence.
-        stored = sum(unit.written_bytes for unit in self._plan.copies) / max(self._plan.outside_weights, 1)
-        outside = self._plan.outside_weights * (self._itemsize + (stored if stored != self._itemsize else 0))
-        logits = 4 * _LOGITS * self._sequence_length * self._plan.vocab_size
-        return int(_LIBRARIES_BYTES + max(blocks, outside + logits))
+        """Return the most that a worker holds, in bytes: of a GPU's memory, or, without one, of the machine's."""
+        return self._memory.bytes(max(self._tokens.values()) // self._sequence_length)
 
     def disk_bytes(self, workers: int) -> int:
         """Return what the run directory holds at most, in bytes.
@@ -186,44 +158,6 @@ class CostModel:
         """Elements of all shares of the stage with the largest Hessians."""
         stages = stages_of(batches)
         return float(len(self._shares) * max(sum(batches[i].square for i in stage) for stage in stages))
-
-    def _block_bytes(self, unit: BlockUnit) -> int:
-        batches = self._batches(unit)
-        weights = sum(batch.weights for batch in batches)
-        hessians = 0.0 if self._sequential else sum(self._statistics_bytes(batch) for batch in batches)
-        if any(batch.reach < 1 for batch in batches) and self._all_tokens:
-            # The inputs of the experts, should some of them see too few.
-            hessians += self._calibration_tokens * self._plan.hidden_size * self._itemsize
-        solving = max((self._solving_bytes(batch) for batch in batches), default=0.0)
-        widest = max([self._plan.hidden_size, *(batch.columns for batch in batches)])
-        tokens = max(self._tokens.values())
-        inputs = (3 * self._itemsize + 4) * (2 if self._compensated else 1)  # inputs in both streams, and their drift
-        forwarding = tokens * (_STATES * self._plan.hidden_size * self._itemsize + widest * inputs)
-        # Quantized layers wait as bytes until the shard is written.
-        phase = max(forwarding, solving + weights)
-        parameters: dict[str, float] = {}
-        for linear in unit.linears:
-            parameters[linear.parameter] = parameters.get(linear.parameter, 0.0) + linear.rows * linear.columns
-        if self._weighs_by_loss:
-            # Autograd keeps the inputs and the outputs of every layer, and about as much between them.
-            kept = sum(batch.reach * batch.count * (batch.rows + batch.columns) for batch in batches)
-            phase = max(phase, _AUTOGRAD * tokens * (kept + _STATES * self._plan.hidden_size) * self._itemsize)
-        # As it is read and as it is used, and again the largest parameter while it is put together from experts.
-        loading = unit.held_bytes + 2 * self._itemsize * max(parameters.values(), default=0.0)
-        # Layers that are not quantized are there too.
-        return int(max(weights * self._itemsize, unit.held_bytes) + max(hessians + phase, loading))
-
-    def _solving_bytes(self, batch: PredictedInputGroup) -> float:
-        tile = min(batch.count * batch.rows, row_tile(batch.columns, self._device_type))
-        # The drift, and while the share to make up for is measured the drift of half of the text, and their difference.
-        squares = _SQUARES + (4 if self._compensated else 2 if self._sequential else 0)
-        return 4.0 * (squares * batch.square + batch.weights + _TILES * tile * batch.columns)
-
-    def _statistics_bytes(self, batch: PredictedInputGroup) -> float:
-        """Size of a Hessian, or of the inputs that an expert keeps instead while they are smaller."""
-        hessians = 4.0 * batch.square
-        inputs = batch.count * self._calibration_tokens * batch.reach * batch.columns * self._summed_itemsize
-        return hessians if batch.reach == 1 else min(hessians, inputs)
 
     def _block_work(
         self,
@@ -271,13 +205,13 @@ class CostModel:
         """Count what it takes to sum the Hessians of one stage over one share of the chunks."""
         batches = self._batches(unit)
         stages = stages_of(batches)
-        stage = [batches[i] for i in stages[min(call.stage, len(stages) - 1)]]
+        stage = [batches[i] for i in stages[min(call.stage, len(stages) - 1)]] if stages else []
         square = sum((_PACKED_BYTES + 4.0 * self._compensated) * batch.square for batch in stage)
         chunks = self._shares[call.share]
         tokens = sum(self._tokens[chunk] for chunk in chunks)
         streams = 1 + self._compensated
         # A stage's inputs take the block's forward up to that stage; which worker has the block already is open.
-        passed = (call.stage + 1) / len(stages)
+        passed = (call.stage + 1) / max(len(stages), 1)
         moved = streams * self._activations(chunks) + square + unit.read_bytes
         sums = self._hessian(stage, tokens, self._compensated)
         # Layers of the stages before take their new weights from tiles.
@@ -308,7 +242,8 @@ class CostModel:
         return float(sum(batch.weights for batch in self._batches(unit)))
 
     def _forward(self, unit: BlockUnit, tokens: int) -> float:
-        return 2.0 * tokens * sum(batch.reach * batch.weights for batch in self._batches(unit))
+        runs_all = bool(self._plan.forward_shape.dense_experts)
+        return 2.0 * tokens * sum((1.0 if runs_all else batch.reach) * batch.weights for batch in self._batches(unit))
 
     def _hessian(self, batches: Iterable[PredictedInputGroup], tokens: int, drift: bool = False) -> Work:
         """XᵀX on and above the diagonal, and the drift. A GPU multiplies 16-bit inputs as they are, a drift as two."""

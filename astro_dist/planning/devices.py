@@ -9,10 +9,15 @@ from rich.filesize import decimal
 
 from astro.quantization.regularizer import PROX_PASSES, prox
 
-__all__ = ["DEVICES", "Device", "measure", "memory_shortage"]
+__all__ = ["CUDA_CONTEXT_BYTES", "DEVICES", "Device", "measure", "memory_shortage", "reserved_bytes"]
 
 _ACHIEVED = 0.6
 """Share of the makers' peak that large matrix products reach."""
+CUDA_CONTEXT_BYTES = 500_000_000
+"""Memory of a GPU that a process takes before it holds any tensor: CUDA's context, and the kernels of torch."""
+_RESERVE = 0.03
+"""Share of a GPU's memory that is not planned with: work spaces of libraries, gaps between tensors, and makers' round
+numbers, which are up to 2 % above what torch sees."""
 _GROUP_SIZE = 128
 """Number of columns in a group, where the regularizer's proximal map is timed."""
 
@@ -63,12 +68,21 @@ DEVICES: dict[str, Device] = {
 where there are several."""
 
 
+def reserved_bytes(memory_bytes: int) -> int:
+    """Return how much of a GPU's memory is kept free for what is not foretold.
+
+    Args:
+        memory_bytes: All memory of the GPU.
+    """
+    return int(_RESERVE * memory_bytes)
+
+
 def memory_shortage(needed_bytes: float, available_bytes: float, device: str) -> str | None:
     """Say that a device is too small for a worker.
 
     Args:
         needed_bytes: Memory that the worker needs.
-        available_bytes: Memory that the device has.
+        available_bytes: Memory that the device has for it, a reserve being left.
         device: How the message calls the device, such as "a h100".
 
     Returns:
@@ -77,8 +91,8 @@ def memory_shortage(needed_bytes: float, available_bytes: float, device: str) ->
     if needed_bytes <= available_bytes:
         return None
     return (
-        f"a worker needs about {decimal(int(needed_bytes))}, but {device} has {decimal(int(available_bytes))}; lower "
-        "calibration.chunk_samples, or use devices with more memory"
+        f"a worker needs about {decimal(int(needed_bytes))}, but {device} has {decimal(int(available_bytes))} for it; "
+        "lower calibration.chunk_samples or calibration.sequence_length, or use devices with more memory"
     )
 
 

@@ -4,6 +4,7 @@ import dataclasses
 import functools
 from typing import Any
 
+from astro.model.forward_shape import ForwardShape
 from astro.model.linear_layer import LinearLayer
 from astro_dist.planning.coverage import Coverage
 from astro_dist.schedule.names import block_name, copy_unit
@@ -90,6 +91,7 @@ class Plan:
         indivisible_layers: Names of the layers whose input width the group size does not divide, where the
             configuration says what to do with them.
         expert_share: Share of the tokens that reaches an expert, or 1 where there are no experts.
+        forward_shape: Sizes that the memory of a forward depends on.
         needless_ignore: Patterns of `quantization.ignore` for what is never quantized, such as lm_head.
         left_out: Names of the checkpoint tensors that the result does not have, because no model reads them.
     """
@@ -107,6 +109,7 @@ class Plan:
     other_matrices: tuple[str, ...] = ()
     indivisible_layers: tuple[str, ...] = ()
     expert_share: float = 1.0
+    forward_shape: ForwardShape = dataclasses.field(default_factory=ForwardShape)
     needless_ignore: tuple[str, ...] = ()
     left_out: tuple[str, ...] = ()
 

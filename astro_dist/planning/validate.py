@@ -22,7 +22,9 @@ from astro.quantization.bit_allocation import require_affordable
 from astro.storage.checkpoint import INDEX_NAME, SINGLE_NAME, Checkpoint
 from astro_dist.config.schema import RunConfig
 from astro_dist.planning.checkpoint_plan import make_plan
-from astro_dist.planning.devices import DEVICES, measure, memory_shortage
+from astro_dist.planning.chunk_size import chunk_note, settle_chunks
+from astro_dist.planning.compute_dtype import compute_dtype
+from astro_dist.planning.devices import DEVICES, measure, memory_shortage, reserved_bytes
 from astro_dist.planning.estimate import Estimate, estimate
 from astro_dist.planning.left_out import exact_expert_notes, zero_expert_notes
 from astro_dist.planning.source_notes import source_notes
@@ -31,7 +33,7 @@ from astro_dist.source.calibration_text import TokenChunks, is_file, read_docume
 from astro_dist.source.model_info import BaseModel, read_base_model
 from astro_dist.source.resolve import Source, resolve_source
 
-__all__ = ["Prepared", "compute_dtype", "forecast", "prepare", "require_text", "tokens_of"]
+__all__ = ["Prepared", "forecast", "prepare", "require_text", "tokens_of"]
 
 _ENOUGH_TOKENS = 4
 """Calibration tokens for each input of the widest layer below which a note says that they are few."""
@@ -42,7 +44,7 @@ class Prepared:
     """A run that has passed all checks; nothing has been started or written.
 
     Attributes:
-        config: Configuration of the run.
+        config: Configuration of the run, with everything settled that it left open.
         source: Where the model comes from.
         checkpoint: Opened checkpoint of the model.
         plan: Units of the run.
@@ -89,6 +91,8 @@ def prepare(config: RunConfig, commit: str | None = None) -> Prepared:
         )
     plan = make_plan(checkpoint, skeleton, config.quantization)
     plan = dataclasses.replace(plan, hidden_size=rehearse(skeleton))
+    is_open = config.calibration.chunk_samples == "auto"
+    config = settle_chunks(config, plan, checkpoint)
     linears = {linear.name: linear for unit in plan.blocks for linear in unit.linears}
     if config.quantization.bits == "auto":
         require_affordable(config.quantization, {name: c.rows * c.columns for name, c in linears.items()})
@@ -110,6 +114,8 @@ def prepare(config: RunConfig, commit: str | None = None) -> Prepared:
         *_plan_notes(config, plan, type(skeleton.model).__name__),
         *_file_notes(source, checkpoint),
     ]
+    if is_open:
+        notes.append(chunk_note(config, plan, checkpoint))
     if not _has_text(config):
         notes.append(f"calibration.source {config.calibration.source} is not there: `quantize` will refuse")
     untied = untied_weights(skeleton, checkpoint, plan.outside)
@@ -194,28 +200,11 @@ def forecast(prepared: Prepared, workers: int | None, device_name: str | None) -
     is_one_machine = kind == "cpu" and execution.cluster_address is None
     at_once = max(1, (os.cpu_count() or 1) // execution.cpu_threads) if is_one_machine else None
     needed = estimate(config, prepared.plan, dtype, count, device, at_once)
-    shortage = memory_shortage(needed.worker_bytes, device.memory_bytes or math.inf, f"a {device.name}")
+    available = device.memory_bytes - reserved_bytes(device.memory_bytes) or math.inf
+    shortage = memory_shortage(needed.worker_bytes, available, f"a {device.name}")
     if shortage:
         raise ConfigError(shortage)
     return needed
-
-
-def compute_dtype(config: RunConfig, plan: Plan, checkpoint: Checkpoint, device: str) -> torch.dtype:
-    """Return the dtype of forward passes.
-
-    Args:
-        config: Configuration of the run.
-        plan: Units of the run.
-        checkpoint: Opened checkpoint, whose dtype is taken where the configuration leaves the choice.
-        device: Type of the device, "cpu" or "cuda".
-    """
-    if config.execution.compute_dtype != "auto":
-        dtype: torch.dtype = getattr(torch, config.execution.compute_dtype)
-        return dtype
-    key = next(linear.key for unit in plan.blocks for linear in unit.linears)
-    stored = checkpoint.entries[key].float_dtype or torch.float32
-    # CPUs have no float16 arithmetic worth the name: float32 is exact for such weights, and faster.
-    return torch.float32 if stored == torch.float16 and device == "cpu" else stored
 
 
 def _require_storable(

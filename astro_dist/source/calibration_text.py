@@ -119,7 +119,8 @@ def tokenize(documents: Sequence[str], tokenizer: Any, config: CalibrationConfig
     ]
     calibration = _sequences(parts[0], tokenizer, config, config.samples, "samples")
     holdout = _sequences(parts[1], tokenizer, config, config.holdout_samples, "holdout_samples")
-    chunks = [*_chunks("c", calibration, config.chunk_samples), *_chunks("h", holdout, config.chunk_samples)]
+    size = config.settled_chunk_samples
+    chunks = [*_chunks("c", calibration, size), *_chunks("h", holdout, size)]
     digest = hashlib.sha256()
     for chunk in chunks:
         digest.update(chunk.name.encode() + chunk.tokens.tobytes())
@@ -128,12 +129,10 @@ def tokenize(documents: Sequence[str], tokenizer: Any, config: CalibrationConfig
 
 def chunk_tokens(config: CalibrationConfig) -> dict[str, int]:
     """Return the number of tokens of each chunk that a configuration asks for, by name, without reading any text."""
-    sizes = {}
+    sizes, size = {}, config.settled_chunk_samples
     for kind, count in (("c", config.samples), ("h", config.holdout_samples)):
-        for number, start in enumerate(range(0, count, config.chunk_samples)):
-            sizes[chunk_name(number, held_out=kind == "h")] = (
-                min(config.chunk_samples, count - start) * config.sequence_length
-            )
+        for number, start in enumerate(range(0, count, size)):
+            sizes[chunk_name(number, held_out=kind == "h")] = min(size, count - start) * config.sequence_length
     return sizes
 
 

@@ -1,6 +1,5 @@
 """The block that a worker holds on its device, and the hidden states that pass through it."""
 
-import os
 import platform
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
@@ -22,10 +21,10 @@ from astro.storage.atomic import load_tensors, save_tensors
 from astro.storage.byte_store import FolderStore
 from astro.storage.checked_tensors import load_part, save_part
 from astro.storage.checkpoint import Checkpoint
-from astro_dist.planning.devices import memory_shortage
 from astro_dist.planning.units import BlockUnit
 from astro_dist.run_directory.layer_widths import layer_schemes
 from astro_dist.schedule.names import ORIGINAL, block_unit, is_held_out, round_of_stream
+from astro_dist.worker.device_check import require_memory
 from astro_dist.worker.hidden_samples import keep_sample
 from astro_dist.worker.prefetch import Prefetch
 from astro_dist.worker.recorded_calls import RecordedCalls
@@ -326,22 +325,3 @@ class BlockRunner:
         layout = LAYOUTS[self.spec.quantization.format]
         shapes = {key: self.checkpoint.entries[key].shape for key in unit.keys}
         return unpack_block(layout, schemes, tensors, shapes, self.spec.compute_dtype, self.device)
-
-
-def require_memory(needed_bytes: int, device: torch.device) -> None:
-    """Refuse a device that is too small, before anything is loaded.
-
-    Args:
-        needed_bytes: Memory that a worker is expected to need, in bytes.
-        device: The device.
-
-    Raises:
-        RunError: The device has less memory; the message gives both sizes.
-    """
-    if device.type == "cuda":
-        total = torch.cuda.get_device_properties(device).total_memory
-    else:
-        total = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    shortage = memory_shortage(needed_bytes, total, "its device")
-    if shortage:
-        raise RunError(f"{platform.node()}: {shortage}")

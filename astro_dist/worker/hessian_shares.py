@@ -49,8 +49,8 @@ class BatchStatistics:
         H: Weighted mean of xxᵀ of each input group, float32 [B, C, C].
         drift: Weighted mean of (x_s − x)xᵀ of each input group, float32 [B, C, C]; None where errors are not
             compensated.
-        spread: How far the drifts of the even and the odd shares lie apart, float32 [B, C, C], see
-            `DriftAccumulator.spread_`; None where it was not just measured.
+        spread: How far the drifts of the even and the odd shares lie apart, float32 [B, C, C] in the memory of the
+            machine, see `DriftAccumulator.spread_`; None where it was not just measured.
         fallbacks: Policy that was used for each input group because too few tokens reached it; empty elsewhere.
     """
 
@@ -150,7 +150,9 @@ class HessianShares:
             energy = self._token_weights(block).energy_of(operand)
             finished.append(dataclasses.replace(statistics, gradient_energy=energy))
             if drift is not None and even is not None:
-                spreads.append(drift.spread_(even))
+                # It is needed once, after the Hessian is factored, which takes the device's memory.
+                spreads.append(drift.spread_(even).cpu())
+            del even
             drifts += [drift.finish_("+".join(names))] if drift is not None else []
         written = _save_sum(block, batch, finished, stacked(drifts) if drifts else None, seconds)
         return dataclasses.replace(written, spread=stacked(spreads)) if spreads else written
@@ -259,13 +261,17 @@ class HessianShares:
             add_seconds(seconds, note["seconds"])
             for i, (H, drift, even) in enumerate(merged):
                 totals = note["totals"][i]
-                partial = unpacked(tensors["hessian"][i].to(runner.device), block.columns(batch))
-                H.merge_(partial, note["num_tokens"][i], totals)
+                H.merge_(
+                    unpacked(tensors["hessian"][i].to(runner.device), block.columns(batch)),
+                    note["num_tokens"][i],
+                    totals,
+                )
                 if drift is not None:
                     of_share = tensors["drift"][i].to(runner.device)
                     drift.merge_(of_share, totals[0])
                     if even is not None and share % 2 == 0:
                         even.merge_(of_share, totals[0])
+                    del of_share  # before the next one is there
         return merged
 
     def _statistics(

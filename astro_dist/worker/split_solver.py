@@ -22,10 +22,11 @@ from astro.quantization.row_solver import (
     Figures,
     InputGroups,
     InputMoments,
+    factor_input_groups,
     measure_width,
-    prepare_input_groups,
     reproducible_share,
     solve_rows,
+    with_regularizer,
 )
 from astro.timing import add_seconds, clock_s
 from astro_dist.planning.units import BlockUnit
@@ -52,7 +53,9 @@ _USUAL_COMPENSATION = 0.25
 
 @dataclasses.dataclass(frozen=True)
 class _PreparedGroups:
-    """Input groups side by side that are ready to be solved; they are kept from call to call.
+    """Input groups side by side that are factored, and ready to be solved once they have their regularizer.
+
+    They are kept from call to call.
 
     Attributes:
         names: Name of each input group.
@@ -139,6 +142,7 @@ class SplitSolver:
     def merge_hessians(self, call: MergeHessians) -> None:
         """Add up the shares of a batch where there are any, see that it can be solved, and measure widths."""
         block, batch = self._turn_to(call.place), call.batch
+        self._prepared = self._with_betas = None  # makes room
         statistics = self._shares.merge(block, batch)
         errors: dict[str, dict[int, float]] = {}
         compensation: dict[str, float] = {}
@@ -226,16 +230,20 @@ class SplitSolver:
         return self._block
 
     def _prepared_for(self, block: BlockInParts, batch: int, tile: Tile) -> _PreparedGroups:
-        """The input groups of a tile, as the call before left them, or prepared from their statistics."""
-        if self._prepared is not None and self._prepared.names == tile.names:
-            return self._prepared
-        prepared = self._prepare_(block, tile, self._shares.read(block, batch))
-        if prepared.input_groups.drift is None:
-            return prepared
-        return self._compensate_(prepared, self._decided_compensation(block, batch, tile.names))
+        """The input groups of a tile with their regularizer, as a call before left them or from their statistics."""
+        prepared = self._prepared
+        if prepared is None or prepared.names != tile.names:
+            prepared = self._prepare_(block, tile, self._shares.read(block, batch))
+            if prepared.input_groups.drift is not None:
+                prepared = self._compensate_(prepared, self._decided_compensation(block, batch, tile.names))
+        if prepared.input_groups.problem is None:
+            # Its operator is as large as a Hessian, so it is not made before all that wants memory is over.
+            regularized = with_regularizer(prepared.input_groups, prepared.W)
+            self._prepared = prepared = dataclasses.replace(prepared, input_groups=regularized)
+        return prepared
 
     def _prepare_(self, block: BlockInParts, tile: Tile, statistics: BatchStatistics) -> _PreparedGroups:
-        """Prepare the input groups of a tile, and keep them for the next call."""
+        """Factor the Hessians of the input groups of a tile, and keep them for the next call."""
         runner = self._runner
         self._prepared = self._with_betas = None  # makes room
         weights = runner.weights(block.unit, [name for names in tile.members for name in names])
@@ -245,7 +253,7 @@ class SplitSolver:
             drift=statistics.drift.to(runner.device) if statistics.drift is not None else None,
             lacks_statistics=[fallback == "rtn" for fallback in statistics.fallbacks],
         )
-        input_groups = prepare_input_groups(tile.names, W, inputs, tile.scheme, runner.recipe(block.unit))
+        input_groups = factor_input_groups(tile.names, inputs, tile.scheme, runner.recipe(block.unit))
         self._prepared = _PreparedGroups(tile.names, input_groups, W)
         return self._prepared
 
@@ -269,15 +277,9 @@ class SplitSolver:
         return tuple(decided[name] for name in names)
 
     def _compensate_(self, prepared: _PreparedGroups, compensation: tuple[float, ...]) -> _PreparedGroups:
-        """Let input groups make up for shares of earlier errors, and keep them so.
-
-        A share that is configured is in their drift already, see `prepare_input_groups`.
-        """
-        input_groups = prepared.input_groups
-        assert input_groups.drift is not None
-        if self._runner.spec.quantization.compensation == "auto":
-            share = torch.tensor(compensation, device=input_groups.drift.device)[:, None, None]
-            input_groups = dataclasses.replace(input_groups, drift=input_groups.drift * share)
+        """Let input groups make up for shares of earlier errors, and keep them so."""
+        share = torch.tensor(compensation, dtype=torch.float32, device=prepared.W.device)
+        input_groups = dataclasses.replace(prepared.input_groups, share=share)
         self._prepared = dataclasses.replace(prepared, input_groups=input_groups)
         return self._prepared
 

@@ -5,7 +5,6 @@ What a worker makes for others is a file in the run directory. What it returns i
 
 import math
 import platform
-import shutil
 from collections.abc import Iterator
 from itertools import pairwise
 from typing import Any, assert_never
@@ -23,6 +22,7 @@ from astro.process import configure_process, keep_freed_memory, peak_rss_bytes
 from astro.quantization.block import quantize_block
 from astro.quantization.grid import QuantizedLinear
 from astro.quantization.layer_record import LayerRecord
+from astro.quantization.row_solver import Recipe
 from astro.storage.atomic import save_tensors
 from astro.timing import add_seconds, clock_s, timed
 from astro_dist.planning.units import BlockUnit
@@ -63,6 +63,8 @@ from astro_dist.schedule.calls import (
 from astro_dist.schedule.names import EMBED, ORIGINAL, block_unit, is_held_out, stream_names
 from astro_dist.worker.block_runner import BlockRunner
 from astro_dist.worker.call_recorder import CallRecorder
+from astro_dist.worker.compile_check import require_compiler, warm_up
+from astro_dist.worker.device_check import require_gpu, set_allocator, within_memory
 from astro_dist.worker.fed_block import FedBlock
 from astro_dist.worker.hidden_samples import hidden_errors
 from astro_dist.worker.spec import WorkerSpec
@@ -73,8 +75,6 @@ __all__ = ["Worker"]
 
 _PROBE_TOKENS = 8
 """Tokens of the short forward that shows what blocks return."""
-_COMPILERS = ("g++", "clang++", "c++")
-"""C++ compilers, of which torch.compile needs one."""
 
 
 class Worker:
@@ -94,21 +94,28 @@ class Worker:
         """Answer, which shows that the worker has a process."""
         return True
 
-    def prepare(self) -> None:
+    def prepare(self, warms_up: bool = False) -> None:
         """Open the source. It is called once before anything else; errors of a constructor would not arrive.
 
+        Args:
+            warms_up: Whether the loops that a run compiles are compiled now, and not by the first block.
+
         Raises:
-            RunError: The machine has no compiler, too little memory, or does not see what the driver sees.
+            RunError: The machine has no GPU that torch can use, no compiler or too little memory, or does not see what
+                the driver sees.
         """
-        configure_process(self._spec.threads, self._spec.compiles)
+        spec, device = self._spec, self._device
+        configure_process(spec.threads, spec.compiles)
         keep_freed_memory()
-        if self._spec.compiles and not any(map(shutil.which, _COMPILERS)):
-            raise RunError(
-                f"{platform.node()}: execution.compile wants a C++ compiler, and none of {', '.join(_COMPILERS)} is "
-                "there; install g++ on every node, or set execution.compile to false"
-            )
-        compiled.enable(self._spec.compiles)
-        self._runner = BlockRunner(self._spec)
+        if device.type == "cuda":
+            set_allocator()
+            require_gpu()
+        self._runner = BlockRunner(spec)
+        compiled.enable(spec.compiles)
+        if spec.compiles:
+            require_compiler(device)
+        if spec.compiles and warms_up:
+            warm_up(Recipe(spec.quantization, spec.regularization, torch.bfloat16), device)
         self._solver = SplitSolver(self._runner)
         self._weigher = TokenWeigher(self._runner)
 
@@ -136,6 +143,9 @@ class Worker:
         Raises:
             AstroError: The call failed. The worker is not to be used again.
         """
+        return within_memory(lambda: self._do(call), self._device)
+
+    def _do(self, call: Call) -> Result:
         match call:
             case Embed():
                 return self.embed()

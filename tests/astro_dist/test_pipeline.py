@@ -20,6 +20,7 @@ from astro.errors import (
     StorageError,
     UnsupportedError,
 )
+from astro.linalg import compiled
 from astro.storage.checkpoint import INDEX_NAME, Checkpoint
 from astro_dist import pipeline
 from astro_dist.execution import driver, failure, patience
@@ -30,6 +31,7 @@ from astro_dist.planning.validate import prepare
 from astro_dist.report.status import read_status
 from astro_dist.run_directory import beginning
 from astro_dist.run_directory.summary import Perplexity
+from astro_dist.worker import compile_check
 from astro_dist.worker.worker import Worker
 from tests.support.models import LLAMA, files_of, write_checkpoint
 
@@ -468,7 +470,7 @@ def test_going_on_on_another_kind_of_device_is_refused(run_config, tmp_path, mon
     monkeypatch.setattr(
         LocalExecutor,
         "__init__",
-        lambda self, *_, on_gpu: vars(self).update(num_workers=1, has_gpus=True, threads=1, _workers={}, _events=[]),
+        lambda self, *_: vars(self).update(num_workers=1, has_gpus=True, threads=1, _workers={}, _events=[]),
     )
     with pytest.raises(
         ConfigError, match="this run was begun on cpu and would go on on cuda; set execution.device: cpu"
@@ -487,7 +489,8 @@ def test_call_that_takes_long_in_this_process_is_progress(run_config, monkeypatc
 
 def test_worker_that_shall_compile_without_a_compiler_says_so(run_config, monkeypatch):
     monkeypatch.setenv("PATH", "/nowhere")
-    with pytest.raises(RunError, match=r"execution.compile wants a C\+\+ compiler, and none of g\+\+, clang"):
+    monkeypatch.setattr(compile_check, "_difference", compiled.fused(lambda A, B: A - 3 * B))  # one that is not there
+    with pytest.raises(RunError, match=r"loops cannot be compiled: .* none of g\+\+, clang\+\+, c\+\+: install"):
         pipeline.quantize(run_config(execution__compile=True, execution__max_retries=0))
 
 

@@ -203,7 +203,8 @@ def test_threads_that_a_node_decides_are_no_part_of_the_key(write):
 ELSEWHERE = {
     *(f"{section}.{key}" for section in ("model", "output", "publish") for key in MINIMAL_KEYS[section]),
     "calibration.source", "calibration.text_column", "execution.executor", "execution.workers", "execution.device",
-    "execution.ray_address", "execution.max_retries", "execution.call_timeout_s", "execution.worker_timeout_s",
+    "execution.device_memory_gb", "execution.ray_address", "execution.max_retries", "execution.call_timeout_s",
+    "execution.worker_timeout_s",
 }  # fmt: skip
 """Every key that may change without making another run of it."""
 

@@ -91,6 +91,16 @@ def test_first_failure_is_told_where_no_worker_comes_up_again():
         drive(executor, [CopyTensors(0)], worker_timeout_s=-1.0)
 
 
+def test_cluster_whose_nodes_cannot_start_a_worker_is_not_called_down():
+    cannot = RuntimeError("CUDA error: unknown error")
+    executor = Executor(Joined(0), Failed(0, cannot, lost=False))
+    with pytest.raises(
+        RunError, match=r"no worker was up .*; the nodes are there, but none .* CUDA error: unknown"
+    ) as e:
+        drive(executor, [CopyTensors(0)], worker_timeout_s=-1.0)
+    assert "cluster is down" not in str(e.value)
+
+
 def test_first_failure_is_raised_where_no_worker_ever_started():
     lost, later = RunError("the worker died (killed)"), RunError("does not see the run directory")
     executor = Executor(Failed(0, lost, lost=True), Failed(1, later, lost=False))

@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from astro.errors import ConfigError, DamagedError, NumericalError, RunError, StorageError
+from astro.errors import ConfigError, DamagedError, MemoryShortage, NumericalError, RunError, StorageError
 from astro_dist.execution.failure import Failure, FailureHistory, kind_of
 from astro_dist.schedule.calls import Forward, SolveRows
 
@@ -42,6 +42,15 @@ def test_damaged_files_count_for_themselves():
         judge(history, FORWARD[0], DamagedError(Path(name), "its checksum is wrong"))
     with pytest.raises(RunError, match="the storage of the run directory returns other bytes than were written"):
         judge(history, FORWARD[1], DamagedError(Path("a"), "its checksum is wrong"))
+
+
+def test_memory_that_is_too_little_is_not_tried_again_and_again():
+    history = FailureHistory(max_retries=9)
+    error = MemoryShortage("host: out of memory at solve of block-0003: 13.5 GiB more were wanted")
+    assert kind_of(error, lost=False) == "memory"
+    assert judge(history, FORWARD[0], error) == 0
+    with pytest.raises(RunError, match=r"Attempt 2 of 2 .*; lower calibration.chunk_samples, or set it to auto"):
+        judge(history, FORWARD[1], error)
 
 
 def test_full_disk_is_waited_for_ever_longer_and_the_advice_is_given_once():

@@ -16,7 +16,7 @@ from astro_dist.schedule.calls import Embed, EvaluateLoss, Forward
 from astro_dist.schedule.factory import schedule_of
 from astro_dist.schedule.schedule import RunShape
 from astro_dist.source.calibration_text import chunk_tokens
-from astro_dist.worker.block_runner import require_memory
+from astro_dist.worker.device_check import require_memory
 
 SLOW = Device("slow", 1e9, 4e9, 2e9, 1e-6, 10**9, 1e8)
 
@@ -79,10 +79,10 @@ def test_forecast_of_a_gpu_and_of_one_that_is_not_known(prepared):
 def test_device_that_is_too_small_is_refused(prepared, monkeypatch):
     monkeypatch.setitem(DEVICES, "toy", dataclasses.replace(DEVICES["h100"], name="toy", memory_bytes=10**8))
     with pytest.raises(
-        ConfigError, match=r"a worker needs about 4.* MB, but a toy has 100.0 MB; lower calibration.chunk_samples"
+        ConfigError, match=r"a worker needs about 5.* MB, but a toy has 97.0 MB for it; lower calibration.chunk_samples"
     ):
         forecast(prepared, 1, "toy")
-    with pytest.raises(RunError, match="a worker needs about 1.0 PB, but its device has"):
+    with pytest.raises(RunError, match="a worker needs about 1.0 PB, but this machine has"):
         require_memory(10**15, torch.device("cpu"))
 
 

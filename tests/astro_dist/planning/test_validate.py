@@ -4,7 +4,8 @@ import pytest
 import torch
 
 from astro.errors import ConfigError
-from astro_dist.planning.validate import compute_dtype, forecast, prepare
+from astro_dist.planning.compute_dtype import compute_dtype
+from astro_dist.planning.validate import forecast, prepare
 
 
 def test_nothing_is_written_by_preparing(run_config, tmp_path):

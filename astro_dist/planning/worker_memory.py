@@ -1,0 +1,118 @@
+"""The memory that a worker takes at its largest block, foretold from headers and configuration alone.
+
+A worker holds its block, the statistics of its layers, and either what a forward or a backward pass of one chunk takes,
+or what the solve of one batch of input groups takes.
+"""
+
+import torch
+
+from astro.calibration.hessian import summed_dtype
+from astro.linalg.tiling import row_tile
+from astro_dist.config.schema import RunConfig
+from astro_dist.planning.devices import CUDA_CONTEXT_BYTES
+from astro_dist.planning.forward_memory import ForwardMemory
+from astro_dist.planning.predicted_groups import PredictedInputGroup, predicted_input_groups, stages_of, together
+from astro_dist.planning.units import BlockUnit, Plan
+
+__all__ = ["WorkerMemory"]
+
+_LIBRARIES_BYTES = 800_000_000 if torch.version.cuda else 430_000_000
+"""Resident memory of a CPU worker before it does anything: Python, torch, transformers, Ray. A process that has
+imported `ray` and `astro_dist.worker.worker` peaks at 390 MB, and at 760 MB where torch is built for CUDA
+(`astro.process.peak_rss_bytes`); the rest is for what an actor of Ray holds besides."""
+_LOGITS = 4
+"""Float32 copies of one sequence's logits that are held at the peak: logits and their float32 form, of the result and
+of the source, or the same and their gradients."""
+_SQUARES, _TILES = 2.5, 9
+"""What a solve holds at its peak: matrices of columns × columns beside the Hessian (the factor, the regularizer's
+operator, one half while either is made), and arrays of a row tile (weights, target, both transposed, errors, integers,
+slopes, grid and figures). `tests/bench/memory.py` compares the sum with what a run takes, and
+`tests/astro_dist/planning/test_worker_memory.py` with tensors of the true sizes of large models."""
+
+
+class WorkerMemory:
+    """Foretells what a worker holds, for chunks of any size."""
+
+    def __init__(self, plan: Plan, config: RunConfig, dtype: torch.dtype, device_type: str) -> None:
+        """Look at a run.
+
+        Args:
+            plan: Units of the run.
+            config: Configuration of the run; the size of its chunks is not read.
+            dtype: Dtype of forward passes.
+            device_type: Type of the device, "cpu" or "cuda".
+        """
+        self._plan, self._device_type, self._itemsize = plan, device_type, dtype.itemsize
+        calibration = config.calibration
+        self._sequence_length = calibration.sequence_length
+        self._calibration_tokens = calibration.samples * calibration.sequence_length
+        self._sequential = config.execution.mode == "sequential"
+        self._compensated = self._sequential and config.quantization.compensates
+        self._all_tokens = config.experts.policy == "all-tokens"
+        self._weighs_by_loss = calibration.token_weights == "loss"
+        is_weighted = calibration.token_weights != "none"
+        self._summed_itemsize = summed_dtype(dtype, device_type, is_weighted).itemsize
+        self._forward = ForwardMemory(plan, calibration.sequence_length, dtype, device_type)
+        share = plan.expert_share
+        self._batches = [together(predicted_input_groups(unit.linears, share), device_type) for unit in plan.blocks]
+
+    def bytes(self, sequences: int) -> int:
+        """Return the most that a worker holds, in bytes: of a GPU's memory, or, without one, of the machine's.
+
+        Args:
+            sequences: Number of sequences in the largest chunk.
+        """
+        plan = self._plan
+        blocks = max(
+            self._block_bytes(unit, batches, sequences)
+            for unit, batches in zip(plan.blocks, self._batches, strict=True)
+        )
+        # Embeddings and head as they are stored, where that is not how they are used; the logits of one sequence.
+        stored = sum(unit.written_bytes for unit in plan.copies) / max(plan.outside_weights, 1)
+        outside = plan.outside_weights * (self._itemsize + (stored if stored != self._itemsize else 0))
+        logits = 4 * _LOGITS * self._sequence_length * plan.vocab_size
+        before = CUDA_CONTEXT_BYTES if self._device_type == "cuda" else _LIBRARIES_BYTES
+        return int(before + max(blocks, outside + logits))
+
+    def _block_bytes(self, unit: BlockUnit, batches: list[PredictedInputGroup], sequences: int) -> int:
+        weights = sum(batch.weights for batch in batches)
+        hessians = 0.0 if self._sequential else sum(self._statistics_bytes(batch) for batch in batches)
+        if any(batch.reach < 1 for batch in batches) and self._all_tokens:
+            # The inputs of the experts, should some of them see too few.
+            hessians += self._calibration_tokens * self._plan.hidden_size * self._itemsize
+        solving = max((self._solving_bytes(batch) for batch in batches), default=0.0)
+        forwarding = self._forward.forth(batches, sequences, num_streams=1 + self._compensated)
+        if self._sequential:
+            # The quantized weights of earlier stages, and the sums of a stage.
+            stages = ([batches[i] for i in stage] for stage in stages_of(batches))
+            sums = max((sum(map(self._share_bytes, stage)) for stage in stages), default=0.0)
+            forwarding += weights * self._itemsize + sums
+        else:
+            solving += weights  # quantized layers wait as bytes until the shard is written
+        phase = max(forwarding, solving)
+        if self._weighs_by_loss:
+            phase = max(phase, self._forward.back(batches, sequences))
+        parameters: dict[str, float] = {}
+        for linear in unit.linears:
+            parameters[linear.parameter] = parameters.get(linear.parameter, 0.0) + linear.rows * linear.columns
+        # As it is read and as it is used, and again the largest parameter while it is put together from experts.
+        loading = unit.held_bytes + 2 * self._itemsize * max(parameters.values(), default=0.0)
+        # Layers that are not quantized are there too.
+        return int(max(weights * self._itemsize, unit.held_bytes) + max(hessians + phase, loading))
+
+    def _solving_bytes(self, batch: PredictedInputGroup) -> float:
+        tile = min(batch.count * batch.rows, row_tile(batch.columns, self._device_type))
+        # In mode `sequential` the Hessian itself, and the drift; experts have none.
+        squares = _SQUARES + self._sequential + (self._compensated and batch.reach == 1)
+        return 4.0 * (squares * batch.square + batch.weights + _TILES * tile * batch.columns)
+
+    def _share_bytes(self, batch: PredictedInputGroup) -> float:
+        """Size of what is summed over a share: a Hessian, and its drift, to which a product as large is added."""
+        drift = 8.0 * batch.square if self._compensated and batch.reach == 1 else 0.0
+        return self._statistics_bytes(batch) + drift
+
+    def _statistics_bytes(self, batch: PredictedInputGroup) -> float:
+        """Size of a Hessian, or of the inputs that an expert keeps instead while they are smaller."""
+        hessians = 4.0 * batch.square
+        inputs = batch.count * self._calibration_tokens * batch.reach * batch.columns * self._summed_itemsize
+        return hessians if batch.reach == 1 else min(hessians, inputs)

@@ -1,0 +1,95 @@
+"""Whether loops can be compiled on a worker's machine, found out on tiny layers before any block is begun."""
+
+import platform
+import shutil
+import sysconfig
+from collections.abc import Callable, Iterator
+from ctypes.util import find_library
+from pathlib import Path
+
+import torch
+
+from astro.config import LayerScheme
+from astro.errors import NumericalError, RunError
+from astro.linalg import compiled
+from astro.quantization import beta_search
+from astro.quantization.row_solver import InputMoments, Recipe, prepare_input_groups, solve_rows
+
+__all__ = ["require_compiler", "warm_up"]
+
+_COMPILERS = {"cpu": ("g++", "clang++", "c++"), "cuda": ("gcc", "clang", "cc")}
+"""Compilers of which torch.compile needs one, by type of device: for C++ on a CPU, for C on a GPU, where Triton builds
+what starts its kernels."""
+_COLUMNS, _ROWS, _GROUP_SIZE = 64, 24, 16
+"""Size of the layer that is solved. No two of its sizes are equal, or a compiler could take them for the same."""
+
+
+def require_compiler(device: torch.device) -> None:
+    """Compile a tiny function for a device, which takes seconds. What was compiled before and kept on disk is not used.
+
+    Args:
+        device: Device of the worker.
+
+    Raises:
+        RunError: It does not work; the message names this machine and says what is missing.
+    """
+    X = torch.ones(4, 3, device=device)
+    from torch._inductor.utils import fresh_cache  # late, because it imports for seconds
+
+    with fresh_cache():
+        _compiled(lambda: _difference(X, X), device)
+
+
+def warm_up(recipe: Recipe, device: torch.device) -> None:
+    """Compile the loops of the solver on a tiny layer, as the blocks of the run will want them.
+
+    Args:
+        recipe: How the layers of the run are quantized.
+        device: Device of the worker.
+
+    Raises:
+        RunError: It does not work; the message names this machine and says what is missing.
+    """
+    generator = torch.Generator().manual_seed(0)
+    W = torch.randn(1, _ROWS, _COLUMNS, generator=generator).to(device)
+    inputs = InputMoments(torch.eye(_COLUMNS, device=device)[None] + 0.1)
+    prepared = prepare_input_groups(["warm-up"], W, inputs, LayerScheme(group_size=_GROUP_SIZE), recipe)
+    if prepared.beta is None:
+        prepared = beta_search.search(prepared, W)
+    _compiled(lambda: solve_rows(prepared, W), device)
+
+
+@compiled.fused
+def _difference(A: torch.Tensor, B: torch.Tensor) -> torch.Tensor:
+    """Return something elementwise, for a compiler."""
+    return torch.round(A * 2 - B)
+
+
+def _compiled(action: Callable[[], object], device: torch.device) -> None:
+    try:
+        action()
+    except torch.OutOfMemoryError:
+        raise
+    except Exception as error:  # compilers of several projects have errors of their own
+        missing = "; ".join(_missing(device)) or "a compiler, Python's headers and the driver's library are there"
+        raise RunError(
+            f"{platform.node()}: the innermost loops cannot be compiled: {_first_line(error)}. Seen here: {missing}. "
+            "Mend that on every node, or set execution.compile: false, which is slower on GPUs and, being part of the "
+            "run's identity, wants another output.dir"
+        ) from error
+
+
+def _missing(device: torch.device) -> Iterator[str]:
+    """What compilers want and this machine lacks, each with what to install."""
+    compilers = _COMPILERS["cuda" if device.type == "cuda" else "cpu"]
+    if not any(map(shutil.which, compilers)):
+        yield f"none of {', '.join(compilers)}: install gcc and g++"
+    if not (Path(sysconfig.get_path("include")) / "Python.h").is_file():
+        yield f"no Python.h in {sysconfig.get_path('include')}: install Python's headers (python3-dev)"
+    if device.type == "cuda" and find_library("cuda") is None:
+        yield "no libcuda.so that a linker finds: install the driver's libraries, or run ldconfig where they are"
+
+
+def _first_line(error: Exception) -> str:
+    text = str(error) if not isinstance(error, NumericalError) else str(error).partition("; see to")[0]
+    return next((line.strip() for line in text.splitlines() if line.strip()), type(error).__name__)

@@ -1,0 +1,134 @@
+"""What a worker finds out about its device before any call, and what it says where memory is too little."""
+
+import pickle
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+from astro.errors import MemoryShortage, RunError
+from astro_dist.worker import device_check
+from astro_dist.worker.device_check import gpu_trouble, has_gpu, require_memory, set_allocator, within_memory
+from astro_dist.worker.worker import Worker
+
+GPU = torch.device("cuda")
+OLD = "The NVIDIA driver on your system is too old (found version 11040). Please update your GPU driver"
+MODULE = """NVRM version: NVIDIA UNIX Open Kernel Module for x86_64  470.82.01  Release Build
+GCC version:  gcc version 12.3.0 (Ubuntu 12.3.0-1ubuntu1~22.04)
+"""
+
+
+@pytest.fixture
+def driver(tmp_path, monkeypatch):
+    """A machine with a driver of NVIDIA, a GPU, and a torch that is built for CUDA 13."""
+    (tmp_path / "version").write_text(MODULE)
+    (tmp_path / "gpus" / "0000:01:00.0").mkdir(parents=True)
+    monkeypatch.setattr(device_check, "_DRIVER_FILE", tmp_path / "version")
+    monkeypatch.setattr(device_check, "_GPU_FOLDER", tmp_path / "gpus")
+    monkeypatch.setattr(torch.version, "cuda", "13.0")
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    return tmp_path
+
+
+def failing(message):
+    def ones(*_, **__):
+        raise RuntimeError(message)
+
+    return ones
+
+
+def test_driver_that_is_too_old_is_named_beside_what_torch_wants(driver, monkeypatch):
+    monkeypatch.setattr(torch, "ones", failing(OLD))
+    trouble = gpu_trouble()
+    for words in ("CUDA 13.0", "too old (found version 11040)", "470.82.01", "at least 580.65", "device: cpu"):
+        assert words in trouble
+
+
+def test_driver_that_is_not_loaded_and_torch_without_cuda(driver, monkeypatch):
+    (driver / "version").unlink()
+    monkeypatch.setattr(torch, "ones", failing("Found no NVIDIA driver on your system."))
+    assert "no NVIDIA driver is loaded here" in gpu_trouble()
+    monkeypatch.setattr(torch.version, "cuda", None)
+    monkeypatch.setattr(torch.version, "hip", None)
+    assert "is built without CUDA" in gpu_trouble()
+
+
+def test_gpu_that_computes_is_no_trouble(driver, monkeypatch):
+    monkeypatch.setattr(torch, "ones", lambda *_, device: torch.zeros(1))
+    assert gpu_trouble() is None
+
+
+def test_gpu_that_is_hidden_is_not_there(driver, monkeypatch):
+    assert has_gpu()
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
+    assert not has_gpu()
+
+
+def test_worker_says_before_anything_else_that_its_gpu_cannot_be_used(driver, monkeypatch):
+    monkeypatch.setattr(torch, "ones", failing(OLD))
+    monkeypatch.setenv("PYTORCH_CUDA_ALLOC_CONF", "max_split_size_mb:512")
+    with pytest.raises(RunError, match=r".+: torch .* is built for CUDA 13.0 and can use no GPU: The NVIDIA driver on"):
+        Worker(SimpleNamespace(device="cuda", threads=1, compiles=False)).prepare()
+
+
+@pytest.mark.parametrize("name", [None, "PYTORCH_CUDA_ALLOC_CONF", "PYTORCH_ALLOC_CONF"])
+def test_allocation_is_set_unless_the_user_did(monkeypatch, name):
+    environment = {name: "backend:cudaMallocAsync"} if name else {}
+    monkeypatch.setattr(device_check.os, "environ", environment)
+    set_allocator()
+    usual = {"PYTORCH_CUDA_ALLOC_CONF": "expandable_segments:True"}
+    assert environment == ({name: "backend:cudaMallocAsync"} if name else usual)
+
+
+@pytest.fixture
+def card(monkeypatch):
+    """A GPU of 80 GB of which other processes hold 20, besides half a GB of this process's own."""
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (60 * 10**9, 80 * 10**9))
+    monkeypatch.setattr(torch.cuda, "memory_allocated", lambda device: 12 * 10**9)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "NVIDIA H100")
+    monkeypatch.setattr(torch.cuda, "empty_cache", lambda: None)
+
+
+def test_free_memory_counts_and_not_all_memory(card):
+    require_memory(58 * 10**9, GPU)  # a reserve of 2.4 GB is left, and the context of 0.5 GB is there
+    with pytest.raises(RunError, match=r"its NVIDIA H100, of whose 80.0 GB 60.0 GB are free, has 58.1 GB for it"):
+        require_memory(59 * 10**9, GPU)
+    with pytest.raises(RunError, match="Other processes hold the rest of it: `nvidia-smi` lists them"):
+        require_memory(77 * 10**9, GPU)
+    with pytest.raises(RunError) as caught:
+        require_memory(78 * 10**9, GPU)
+    assert "nvidia-smi" not in str(caught.value)
+
+
+OUT = "CUDA out of memory. Tried to allocate 13.50 GiB. GPU 0 has a total capacity of 79.10 GiB"
+
+
+@pytest.mark.parametrize(
+    ("error", "wanted"),
+    [
+        (torch.OutOfMemoryError(OUT), "13.50 GiB more were wanted"),
+        (RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 99 bytes"), "99 bytes more"),
+        (
+            RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling cublasCreate"),
+            "CUDA error: CUBLAS_STATUS_ALLOC_FAILED",
+        ),
+        (MemoryError(), "MemoryError"),
+    ],
+    ids=["torch", "cpu", "cublas", "python"],
+)
+def test_too_little_memory_says_how_much_was_wanted_and_free(card, error, wanted):
+    def action():
+        raise error
+
+    with pytest.raises(MemoryShortage) as caught:
+        within_memory(action, GPU)
+    message = str(caught.value)
+    assert f"out of memory: {wanted}" in message
+    assert "of the 80.0 GB of this NVIDIA H100 60.0 GB were free, and it held 12.0 GB" in message
+    assert caught.value.__context__ is None, "what failed would hold its tensors"
+    assert str(pickle.loads(pickle.dumps(caught.value))) == message
+
+
+def test_other_errors_pass():
+    with pytest.raises(RuntimeError, match="^shape mismatch$"):
+        within_memory(lambda: failing("shape mismatch")(), torch.device("cpu"))

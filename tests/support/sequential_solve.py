@@ -1,0 +1,115 @@
+"""The calls by which workers solve one input group in mode `sequential`, on a fake GPU at true sizes.
+
+    python -m tests.support.sequential_solve 16384 53248
+
+prints the most memory that each call holds, in multiples of a matrix of columns × columns of float32 and in GB.
+"""
+
+import sys
+from types import SimpleNamespace
+from typing import Any
+from unittest import mock
+
+import torch
+
+from astro.calibration.token_weights import TokenWeights
+from astro.config import Experts, Quantization, Regularizer, SolverSettings
+from astro.linalg.tiling import row_tiles
+from astro.quantization.beta_search import sample_tiles
+from astro.quantization.row_solver import Recipe
+from astro_dist.schedule.calls import MergeHessians, SolveRows, TryBetas
+from astro_dist.schedule.names import SUM
+from astro_dist.worker.split_block import Tile
+from astro_dist.worker.split_solver import SplitSolver
+from tests.support.device_memory import DEVICE, counted_memory
+
+__all__ = ["peaks_of_sequential_solve"]
+
+_NAME = "model.layers.0.mlp.down_proj"
+_SHARES = 4
+
+
+class _Parts:
+    """The files of one input group of one layer, which are made of nothing when they are read."""
+
+    def __init__(self, rows: int, columns: int, compensates: bool) -> None:
+        self.batches, self.unit, self.round_index = [[[_NAME]]], SimpleNamespace(index=0), 0
+        self._rows, self._columns, self._compensates = rows, columns, compensates
+        self._scheme = Quantization().scheme(_NAME, columns)
+        self._written: set[str] = set()
+
+    def columns(self, batch: int) -> int:
+        return self._columns
+
+    def tiles(self, batch: int) -> list[Tile]:
+        return [Tile(self._scheme, ((_NAME,),), rows) for rows in row_tiles(self._rows, self._columns, "cuda", 1)]
+
+    def sample_tiles(self, batch: int) -> list[Tile]:
+        return [Tile(self._scheme, ((_NAME,),), rows) for rows in sample_tiles(self._rows, self._columns, "cuda", 1)]
+
+    def is_there(self, batch: int, part: str) -> bool:
+        return part != SUM
+
+    def save(self, batch: int, part: str, tensors: Any, note: Any) -> None:
+        for tensor in tensors.values():
+            tensor.cpu()
+
+    def note(self, batch: int, part: str) -> Any:
+        return {"compensation": {_NAME: 0.5}}
+
+    def load(self, batch: int, part: str) -> tuple[dict[str, torch.Tensor], Any]:
+        C = self._columns
+        packed = sum(256 * (C - start) for start in range(0, C, 256))
+        tensors = {"hessian": torch.empty(1, packed)} | ({"drift": torch.empty(1, C, C)} if self._compensates else {})
+        if "sample" in part:
+            tile = self.sample_tiles(batch)[0].rows
+            return {"errors": torch.empty(1, 5, tile.stop - tile.start)}, {}
+        note = {"num_tokens": [65536], "totals": [[1.0, 1.0, 1.0]], "seconds": {}, "fallback": [""]}
+        return tensors, note
+
+
+def peaks_of_sequential_solve(rows: int, columns: int, compensation: str | float = "auto") -> dict[str, int]:
+    """Return the most bytes that each call holds on the device, by its name.
+
+    Args:
+        rows: Rows of the layer.
+        columns: Columns of the layer.
+        compensation: Setting of `quantization.compensation`.
+    """
+    settings = SolverSettings(compensation=compensation, refine_passes=1)  # more take time, and no memory
+    quantization = Quantization(compensation=compensation)
+    operand = SimpleNamespace(columns=columns, expert=None, names=[_NAME], parameter="")
+    spec = SimpleNamespace(
+        quantization=quantization, experts=Experts(), token_weights="none", shares=_SHARES,
+        chunks=tuple(f"c{number:04d}" for number in range(8)),
+    )  # fmt: skip
+    peaks: dict[str, int] = {}
+    with counted_memory() as memory:
+        device = DEVICE
+        runner = SimpleNamespace(
+            spec=spec,
+            device=device,
+            layers=lambda unit: SimpleNamespace(by_name={_NAME: operand}),
+            weights=lambda unit, names: {_NAME: torch.empty(rows, columns, dtype=torch.bfloat16, device=device)},
+            recipe=lambda unit: Recipe(settings, Regularizer(), torch.bfloat16),
+            widths=lambda round_index: (),
+        )
+        solver: Any = SplitSolver(runner)
+        block = _Parts(rows, columns, quantization.compensates)
+        solver._turn_to = lambda place, chunk=None: block
+        solver._shares._token_weights = lambda block: TokenWeights("none")
+        outcomes = mock.patch("astro.quantization.row_solver.InputGroups.outcomes_", return_value=[])
+        calls = (MergeHessians(0, 0, 0), TryBetas(0, 0, 0, 0), SolveRows(0, 0, 0, 0))
+        with outcomes:
+            for call in calls:
+                memory.restart()
+                solver.do(call)
+                peaks[call.verb] = memory.peak
+    return peaks
+
+
+if __name__ == "__main__":
+    num_rows, num_columns = map(int, sys.argv[1:3])
+    square = 4 * num_columns**2
+    for verb, peak in peaks_of_sequential_solve(num_rows, num_columns).items():
+        print(f"{verb:16} {peak / square:5.2f} squares {peak / 1e9:6.1f} GB")
