@@ -14,6 +14,8 @@ from astro.linalg import compiled
 from astro.linalg.panels import Panels
 from astro.quantization import gptq, refine
 
+pytestmark = pytest.mark.usefixtures("device")
+
 SHAPES = [(16, 40), (5, 1), (2, 16, 40), (3, 1, 7)]
 
 
