@@ -16,6 +16,7 @@ from astro.calibration.block_statistics import BlockStatistics
 from astro.calibration.starved_experts import InputStatistics
 from astro.errors import CheckpointError, NumericalError, RunError
 from astro.linalg import compiled
+from astro.quantization.column_ops import require_kernels
 from astro.model.block_call import BlockState
 from astro.model.perplexity import SequenceFigures, measure_sequences
 from astro.model.recording import count_outputs
@@ -74,7 +75,7 @@ __all__ = ["Worker"]
 _PROBE_TOKENS = 8
 """Tokens of the short forward that shows what blocks return."""
 _COMPILERS = ("g++", "clang++", "c++")
-"""C++ compilers, of which torch.compile needs one."""
+"""C++ compilers, of which torch.compile needs one. Triton needs a C compiler, which comes with each of them."""
 
 
 class Worker:
@@ -102,12 +103,14 @@ class Worker:
         """
         configure_process(self._spec.threads, self._spec.compiles)
         keep_freed_memory()
-        if self._spec.compiles and not any(map(shutil.which, _COMPILERS)):
+        if self._spec.column_loops != "plain" and not any(map(shutil.which, _COMPILERS)):
             raise RunError(
                 f"{platform.node()}: execution.compile wants a C++ compiler, and none of {', '.join(_COMPILERS)} is "
                 "there; install g++ on every node, or set execution.compile to false"
             )
-        compiled.enable(self._spec.compiles)
+        if self._spec.column_loops == "kernels":
+            require_kernels(self._device)
+        compiled.use(self._spec.column_loops)
         self._runner = BlockRunner(self._spec)
         self._solver = SplitSolver(self._runner)
         self._weigher = TokenWeigher(self._runner)
