@@ -65,7 +65,7 @@ def round_columns(  # type: ignore[no-untyped-def]
     T += layer * slope_stride
     W, E, Q = W + layer * layer_stride, E + layer * layer_stride, Q + layer * layer_stride
     group += layer * place_stride
-    for column in range(0, num_columns):
+    for column in range(num_columns):
         at = column * num_rows + rows
         k = layer * scale_stride + tl.load(group + column) * num_rows + rows
         s, z = tl.load(scale + k, mask=is_row, other=1.0), tl.load(zero + k, mask=is_row, other=0.0)
@@ -94,7 +94,7 @@ def move_scale(  # type: ignore[no-untyped-def]
     HV, change = HV + layer * num_columns * num_rows, change + layer * num_columns * num_rows
     row, own_damping = layer * num_rows + rows, tl.load(damping + layer)
     slope, curvature, met = tl.zeros([ROWS], tl.float32), tl.zeros([ROWS], tl.float32), tl.zeros([ROWS], tl.float32)
-    for column in range(0, num_columns):
+    for column in range(num_columns):
         at = column * num_rows + rows
         v, g = tl.load(V + at, mask=is_row, other=0.0), tl.load(G + at, mask=is_row, other=0.0)
         hv = tl.fma(own_damping, v, tl.load(HV + at, mask=is_row, other=0.0))
@@ -110,7 +110,7 @@ def move_scale(  # type: ignore[no-untyped-def]
     tl.store(scale + at_scale, s + step, mask=is_row)
     tl.store(gain + row, tl.load(gain + row, mask=is_row, other=0.0) + tl.where(moves, fall, 0.0), mask=is_row)
     tl.store(error + row, tl.load(error + row, mask=is_row, other=0.0) + met, mask=is_row)
-    for column in range(0, num_columns):
+    for column in range(num_columns):
         at = column * num_rows + rows
         v, g = tl.load(V + at, mask=is_row, other=0.0), tl.load(G + at, mask=is_row, other=0.0)
         hv = tl.fma(own_damping, v, tl.load(HV + at, mask=is_row, other=0.0))
@@ -143,7 +143,7 @@ def move_columns(  # type: ignore[no-untyped-def]
     s = tl.load(scale + at_scale, mask=is_row, other=1.0)
     least, most = tl.load(low + at_scale, mask=is_row, other=0.0), tl.load(high + at_scale, mask=is_row, other=0.0)
     gains = tl.zeros([ROWS], tl.float32)
-    for column in range(0, num_columns):
+    for column in range(num_columns):
         at, share = column * num_rows + rows, tl.load(steps + column)
         v, g = tl.load(V + at, mask=is_row, other=0.0), tl.load(G + at, mask=is_row, other=0.0)
         g -= _sum_of_moves(H + column * column_stride, before_stride, change, column, num_rows, rows, is_row)  # eq. 5

@@ -16,12 +16,12 @@ from astro.calibration.block_statistics import BlockStatistics
 from astro.calibration.starved_experts import InputStatistics
 from astro.errors import CheckpointError, NumericalError, RunError
 from astro.linalg import compiled
-from astro.quantization.column_ops import require_kernels
 from astro.model.block_call import BlockState
 from astro.model.perplexity import SequenceFigures, measure_sequences
 from astro.model.recording import count_outputs
 from astro.process import configure_process, keep_freed_memory, peak_rss_bytes
 from astro.quantization.block import quantize_block
+from astro.quantization.column_ops import require_kernels
 from astro.quantization.grid import QuantizedLinear
 from astro.quantization.layer_record import LayerRecord
 from astro.storage.atomic import save_tensors

@@ -132,7 +132,9 @@ def test_kernels_compile_for_a_gpu_and_wait_for_no_other_thread():
 
 @pytest.mark.skipif(HAS_TRITON, reason="Triton is there")
 def test_without_triton_the_switch_is_named():
-    with pytest.raises(NumericalError, match="need Triton, which comes with torch's builds for GPUs.*execution.compile"):
+    with pytest.raises(
+        NumericalError, match="need Triton, which comes with torch's builds for GPUs.*execution.compile"
+    ):
         column_ops.require_kernels(here())
 
 
