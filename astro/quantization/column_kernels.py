@@ -23,14 +23,14 @@ _ROUNDER = tl.constexpr(1.5 * 2**23)
 _TINY = tl.constexpr(2.0**-126)
 _HUGE = tl.constexpr(3.4028234663852886e38)
 _SIZES = [
-    "q_min", "q_max", "num_columns", "num_rows", "scale_stride", "layer_stride", "slope_stride", "matrix_stride", "before_stride",
-    "column_stride", "place_stride",
+    "q_min", "q_max", "num_columns", "num_rows", "scale_stride", "layer_stride", "slope_stride", "matrix_stride",
+    "before_stride", "column_stride", "place_stride",
 ]  # fmt: skip
 """Arguments for whose values no kernel of its own is compiled."""
 
 
 @triton.jit
-def _nearest(t, low, high):  # type: ignore[no-untyped-def]
+def _nearest(t, low, high):
     """The integer within bounds that is nearest. Bounds are integers of few digits, so that they may come first."""
     t = tl.maximum(t, low, propagate_nan=tl.PropagateNan.ALL)
     t = tl.minimum(t, high, propagate_nan=tl.PropagateNan.ALL)
@@ -38,8 +38,8 @@ def _nearest(t, low, high):  # type: ignore[no-untyped-def]
 
 
 @triton.jit
-def _sum_of_moves(M, before_stride, moves, column, num_rows, rows, is_row):  # type: ignore[no-untyped-def]
-    """Σ_{j<i} M_ji m_j for a column i and its rows, by rising j. M points to the couplings of the column, M_0i."""
+def _sum_of_moves(M, before_stride, moves, column, num_rows, rows, is_row):
+    """Σ_{j<i} M_ji m_j for a column i and its rows, by rising j. M points to M_0i."""
     total = tl.zeros_like(rows).to(tl.float32)
     for before in tl.range(0, column, loop_unroll_factor=8):
         move = tl.load(moves + before * num_rows + rows, mask=is_row, other=0.0)
@@ -48,16 +48,16 @@ def _sum_of_moves(M, before_stride, moves, column, num_rows, rows, is_row):  # t
 
 
 @triton.jit(do_not_specialize=_SIZES)
-def round_columns(  # type: ignore[no-untyped-def]
+def round_columns(
     M, T, W, scale, zero, group, E, Q,
     q_min, q_max, num_columns, num_rows, scale_stride, layer_stride, slope_stride, matrix_stride, before_stride,
     column_stride, place_stride, ROWS: tl.constexpr,
 ):  # fmt: skip
     """Round the columns of a block by GPTQ: eq. 1 to 3 of `gptq`.
 
-    M are couplings [B, P, P], of which the part above the diagonal is read; T is what the columns want [B, P, R], errors
-    of earlier blocks made up for; W weights; scale and zero those of all groups [B, G, R]; group the group of each
-    column, int64 [B, C]. Written are the errors E, and the integers Q, int8.
+    M are couplings [B, P, P], of which the part above the diagonal is read; T is what the columns want [B, P, R],
+    errors of earlier blocks made up for; W weights; scale and zero those of all groups [B, G, R]; group the group of
+    each column, int64 [B, C]. Written are the errors E, and the integers Q, int8.
     """
     rows, layer = tl.program_id(0) * ROWS + tl.arange(0, ROWS), tl.program_id(1).to(tl.int64)
     is_row = rows < num_rows
@@ -77,7 +77,7 @@ def round_columns(  # type: ignore[no-untyped-def]
 
 
 @triton.jit(do_not_specialize=_SIZES)
-def move_scale(  # type: ignore[no-untyped-def]
+def move_scale(
     V, E, E_rounded, G, HV, damping, scale, gain, error, change,
     caution, num_columns, num_rows, scale_stride, layer_stride, slope_stride,
     SCALE: tl.constexpr, ROWS: tl.constexpr,
@@ -124,7 +124,7 @@ def move_scale(  # type: ignore[no-untyped-def]
 
 
 @triton.jit(do_not_specialize=_SIZES)
-def move_columns(  # type: ignore[no-untyped-def]
+def move_columns(
     H, V, E, E_rounded, G, steps, scale, low, high, gain, change,
     caution, num_columns, num_rows, scale_stride, layer_stride, slope_stride, matrix_stride, before_stride,
     column_stride, place_stride, ROWS: tl.constexpr,

@@ -173,9 +173,11 @@ def _launch(
     kernels = _kernels()
     layers, num_columns, num_rows = E.shape
     grid = (-(-num_rows // kernels.ROWS), layers)
-    constants = {} if scale_dtype is None else {"SCALE": getattr(kernels.tl, str(scale_dtype).removeprefix("torch."))}
+    constants = {"ROWS": kernels.ROWS}
+    if scale_dtype is not None:
+        constants["SCALE"] = getattr(kernels.tl, str(scale_dtype).removeprefix("torch."))
     # Triton launches on the current device. What may be fused to one rounding is written out in the kernels.
     with torch.cuda.device(E.device if E.device.type == "cuda" else -1):
         getattr(kernels, name)[grid](
-            *arguments, num_columns, num_rows, *sizes, **constants, ROWS=kernels.ROWS, num_warps=1, enable_fp_fusion=False
-        )  # fmt: skip
+            *arguments, num_columns, num_rows, *sizes, **constants, num_warps=1, enable_fp_fusion=False
+        )

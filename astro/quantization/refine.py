@@ -258,17 +258,19 @@ class _StateByKernels(_State):
 
     def _move_scale(self, k: int, group: slice, G: torch.Tensor, sums: _Sums) -> torch.Tensor:
         V = self.V[..., group, :]
-        return column_ops.move_scale(
+        change: torch.Tensor = column_ops.move_scale(
             V, self.E[..., group, :], self._rounded(group), G, self.H[..., group, group] @ V, self.damping.flatten(),
             self.scale[..., k, :], sums.gain, sums.error, _CAUTION, self.scale_dtype,
         )  # fmt: skip
+        return change
 
     def _move_integers(self, k: int, block: slice, G: torch.Tensor, sums: _Sums) -> torch.Tensor:
-        return column_ops.move_columns(
+        change: torch.Tensor = column_ops.move_columns(
             self.H[..., block, block], self.V[..., block, :], self.E[..., block, :], self._rounded(block), G,
             self.caution[..., block, 0], self.scale[..., k, :], self.low[..., k, :], self.high[..., k, :], sums.gain,
             _CAUTION,
         )  # fmt: skip
+        return change
 
     def _rounded(self, columns: slice) -> torch.Tensor | None:
         """Columns of E in bfloat16, None where products take it as it is."""

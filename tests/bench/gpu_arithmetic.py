@@ -57,8 +57,8 @@ def machine(bench: Bench) -> None:
             pageable = torch.zeros(1 << 28, dtype=torch.uint8)
             pinned, there = pageable.pin_memory(), pageable.cuda()
             actions = {
-                "to_device_gb_s": pageable.cuda, "to_device_pinned_gb_s": lambda: there.copy_(pinned, non_blocking=True),
-                "to_host_gb_s": there.cpu, "to_host_pinned_gb_s": lambda: pinned.copy_(there, non_blocking=True),
+                "to_device_gb_s": pageable.cuda, "to_device_pinned_gb_s": lambda: there.copy_(pinned, True),
+                "to_host_gb_s": there.cpu, "to_host_pinned_gb_s": lambda: pinned.copy_(there, True),
             }  # fmt: skip
             found |= {name: round((1 << 28) / bench.seconds(action) / 1e9, 1) for name, action in actions.items()}
 
@@ -92,7 +92,7 @@ def arithmetic(bench: Bench) -> None:
             found["ok"] = all(x["ok"] for x in found.values())
     for loops in ("plain", "kernels") if device.type == "cuda" else ("plain",):
         with bench.finding(f"a whole input group, loops {loops}") as found:
-            compiled.use(loops)  # type: ignore[arg-type]
+            compiled.use(loops)
             _whole(three, bench, found)
     compiled.use("plain")
 
@@ -151,11 +151,9 @@ def _whole(H: torch.Tensor, bench: Bench, found: dict) -> None:
     (_, here), (layers, there), (same, _) = (results[name] for name in ("cpu", "device", "again"))
     found["error over the CPU's"] = [b.relative_error / a.relative_error for a, b in zip(here, there, strict=True)]
     found["betas"] = [[a.beta, b.beta] for a, b in zip(here, there, strict=True)]
-    files = [
-        {key: X.cpu() for n, linear in of.items() for key, X in LAYOUTS["compressed-tensors"].pack_linear(n, linear, torch.bfloat16).items()}
-        for of in (layers, same)
-    ]  # fmt: skip
-    found["same twice"] = all(torch.equal(files[0][key], files[1][key]) for key in files[0])
+    pack = LAYOUTS["compressed-tensors"].pack_linear
+    files = [[pack(name, linear, torch.bfloat16) for name, linear in of.items()] for of in (layers, same)]
+    found["same twice"] = all(torch.equal(a[key], b[key]) for a, b in zip(*files, strict=True) for key in a)
     found["ok"] = found["same twice"] and all(abs(ratio - 1) < 0.05 for ratio in found["error over the CPU's"])
 
 

@@ -1,4 +1,4 @@
-"""The steps of `gpu.py` about the loops over columns: their time, a peer's solve of the same layers, the widest input."""
+"""The steps of `gpu.py` about the loops over columns: their time, a peer's solve of the same layers, a wide input."""
 
 import importlib.machinery
 import importlib.util
@@ -82,7 +82,7 @@ def _profile(bench: Bench, way: str, W: torch.Tensor, H: torch.Tensor) -> None:
         with profile(activities=[ProfilerActivity.CUDA]) as watched:
             job()
             bench.wait()
-        kernels = [e for e in watched.key_averages() if e.device_type == torch.autograd.DeviceType.CUDA]
+        kernels = [e for e in watched.key_averages() if str(e.device_type) == "DeviceType.CUDA"]
         kernels.sort(key=lambda e: -e.self_device_time_total)
         found["launches"] = sum(e.count for e in kernels)
         found["busy_s"] = round(sum(e.self_device_time_total for e in kernels) / 1e6, 3)

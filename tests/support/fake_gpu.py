@@ -25,7 +25,7 @@ _PAGE = 512
 """Torch gives out memory of a GPU in multiples of so many bytes."""
 _ROOT = str(Path(__file__).parents[2] / "astro") + "/"
 _WAITS = ("aten::_local_scalar_dense", "aten::nonzero", "aten::equal", "aten::masked_select", "aten::_unique2")
-_DEVICE_OF = torch.Tensor.device.__get__  # type: ignore[attr-defined]
+_DEVICE_OF = torch.Tensor.device.__get__
 _GPU, _META = torch.device("cuda"), torch.device("meta")
 
 

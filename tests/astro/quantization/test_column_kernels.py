@@ -32,7 +32,8 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 from astro.quantization import column_kernels as kernels
 
-KINDS = {"group": "*i64", "Q": "*i8", "E_rounded": "*bf16", "caution": "fp32", "ROWS": "constexpr", "SCALE": "constexpr"}
+KINDS = {"group": "*i64", "Q": "*i8", "E_rounded": "*bf16", "caution": "fp32"}
+KINDS |= dict.fromkeys(("ROWS", "SCALE"), "constexpr")
 for kernel in (kernels.round_columns, kernels.move_scale, kernels.move_columns):
     sizes = {name: "i32" for name in kernels._SIZES}
     kinds = {name: KINDS.get(name) or sizes.get(name) or "*fp32" for name in kernel.arg_names}
@@ -53,7 +54,7 @@ def plain_again() -> Iterator[None]:
 
 
 def problem(columns=40, rows=35, layers=2, **changes):
-    """Layers side by side with their factor and grid; rows are more than a program has, and not a whole number of it."""
+    """Layers side by side with their factor and grid, with rows for a program and a part of one."""
     X = [correlated_inputs(3 * columns, columns, seed) for seed in range(layers)]
     H = torch.stack([x.T @ x / len(x) for x in X]).float()
     W = torch.stack([random_weights(rows, columns, seed + 1) for seed in range(layers)])
