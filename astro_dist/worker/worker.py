@@ -101,7 +101,7 @@ class Worker:
         Raises:
             RunError: The machine has no compiler, too little memory, or does not see what the driver sees.
         """
-        configure_process(self._spec.threads, self._spec.compiles)
+        configure_process(self._spec.threads, compiles=self._spec.column_loops == "compiled")
         keep_freed_memory()
         if self._spec.column_loops != "plain" and not any(map(shutil.which, _COMPILERS)):
             raise RunError(

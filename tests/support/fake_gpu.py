@@ -100,7 +100,9 @@ class _AsOnGpu(TorchFunctionMode):
 def fake_gpu() -> Iterator[FakeGpu]:
     """Compute on tensors without data in the body, as on a GPU with units for bfloat16."""
     watch = FakeGpu()
-    with torch.no_grad(), mock.patch.object(bf16_matmul, "_is_faster", return_value=True), watch, _AsOnGpu():
+    rounding = mock.patch.object(bf16_matmul, "_is_faster", return_value=True)
+    clocks = mock.patch.object(torch.cuda, "synchronize")  # clocks wait for the device, and there is none
+    with torch.no_grad(), rounding, clocks, watch, _AsOnGpu():
         yield watch
 
 
