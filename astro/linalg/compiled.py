@@ -85,7 +85,7 @@ def fused(function: Callable[P, T]) -> Callable[P, T]:
 
     @functools.wraps(function)
     def call(*args: P.args, **kwargs: P.kwargs) -> T:
-        if not is_enabled():
+        if _thread.loops != "compiled":
             return function(*args, **kwargs)
         try:
             return compiled()(*args, **kwargs)
