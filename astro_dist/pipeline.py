@@ -270,7 +270,7 @@ def _worker_spec(job: _Job, folder: Path, dtype: torch.dtype, executor: Executor
         compute_dtype=dtype,
         device=device,
         threads=threads,
-        compiles=config.execution.compiles(device),
+        column_loops=config.execution.column_loops(device),
         needed_bytes=needed_bytes,
     )
 

@@ -1,21 +1,29 @@
-"""Innermost loops become few kernels through torch.compile, in threads that ask for it.
+"""How the innermost loops run, which each thread chooses for itself.
 
 A GPU takes microseconds to start a kernel, as long as the work on a column of a tile takes, and a chain of elementwise
-operations reads and writes memory once for each link. A function that is marked with `fused` is compiled as a whole;
-its results are the same up to the last bits. It is compiled on its first call, which takes up to a minute, and torch
-keeps the result on disk.
+operations reads and writes memory once for each link. So there are three ways, whose results are the same up to the
+last bits:
+
+- "plain": as single operations of torch. This is the reference, and what a CPU does.
+- "compiled": functions that are marked with `fused` are compiled by torch as a whole. They are compiled on their first
+  call, which takes up to a minute, and torch keeps the result on disk.
+- "kernels": whole blocks of columns are settled by kernels that are written for it
+  (`astro.quantization.column_kernels`). They are compiled in seconds.
 """
 
 import functools
 import threading
 from collections.abc import Callable
-from typing import ParamSpec, TypeVar
+from typing import Literal, ParamSpec, TypeVar
 
 import torch
 
 from astro.errors import NumericalError
 
-__all__ = ["enable", "fused", "is_enabled"]
+__all__ = ["ColumnLoops", "fused", "is_enabled", "run_by_kernels", "use"]
+
+ColumnLoops = Literal["plain", "compiled", "kernels"]
+"""How the innermost loops run."""
 
 _VARIANTS = 64
 """Variants of a function that may be compiled. With more, torch would go on uncompiled, with other last bits."""
@@ -25,22 +33,22 @@ T = TypeVar("T")
 
 
 class _OfThread(threading.local):
-    """Whether the current thread compiles. Torch keeps its settings by thread as well."""
+    """What the current thread chose. Torch keeps its settings by thread as well."""
 
-    enabled = False
+    loops: ColumnLoops = "plain"
 
 
 _thread = _OfThread()
 
 
-def enable(on: bool) -> None:
-    """Switch compilation of marked functions on or off in this thread.
+def use(loops: ColumnLoops) -> None:
+    """Choose how the innermost loops run in this thread.
 
     Args:
-        on: Whether this thread compiles from now on.
+        loops: The way from now on.
     """
-    _thread.enabled = on
-    if on:
+    _thread.loops = loops
+    if loops == "compiled":
         torch._dynamo.config.recompile_limit = _VARIANTS
         torch._dynamo.config.fail_on_recompile_limit_hit = True
         # Sizes and offsets that are equal by chance in one call need not be in the next one.
@@ -51,11 +59,16 @@ def enable(on: bool) -> None:
 
 def is_enabled() -> bool:
     """Return whether this thread compiles marked functions."""
-    return _thread.enabled
+    return _thread.loops == "compiled"
+
+
+def run_by_kernels() -> bool:
+    """Return whether this thread settles blocks of columns by kernels that are written for it."""
+    return _thread.loops == "kernels"
 
 
 def fused(function: Callable[P, T]) -> Callable[P, T]:
-    """Mark a function that is compiled in threads where `enable` was called.
+    """Mark a function that is compiled in threads which chose that.
 
     Args:
         function: The function. It takes tensors, has no side effects and is elementwise, because the last bits of a
@@ -72,7 +85,7 @@ def fused(function: Callable[P, T]) -> Callable[P, T]:
 
     @functools.wraps(function)
     def call(*args: P.args, **kwargs: P.kwargs) -> T:
-        if not _thread.enabled:
+        if _thread.loops != "compiled":
             return function(*args, **kwargs)
         try:
             return compiled()(*args, **kwargs)

@@ -14,6 +14,7 @@ Shapes: R rows, C columns, B layers side by side; work arrays are transposed [B,
 contiguous.
 """
 
+import dataclasses
 from typing import NamedTuple
 
 import torch
@@ -22,6 +23,8 @@ from astro.linalg import compiled
 from astro.linalg.batching import add_product_
 from astro.linalg.cholesky import Factor
 from astro.linalg.panels import Panels, settle_apart
+from astro.linalg.tiling import every
+from astro.quantization import column_ops
 from astro.quantization.grid import Grid
 
 __all__ = ["activation_order", "solve"]
@@ -47,31 +50,50 @@ def solve(W: torch.Tensor, factor: Factor, grid: Grid) -> torch.Tensor:
     Returns:
         The integers in the original column order, int8 [B, R, C].
     """
-    N, order = factor.feedback, factor.order
-    num_columns = W.shape[-1]
+    order = factor.order
     group = torch.div(order, grid.group_size, rounding_mode="floor")
-    Wt, scale, zero = _columns(W.mT, order), grid.scale.mT.contiguous(), grid.zero.mT.contiguous()
+    Wt = _columns(W.mT, order)
+    transposed = dataclasses.replace(grid, scale=grid.scale.mT.contiguous(), zero=grid.zero.mT.contiguous())
+    settle = _settle_by_kernels if compiled.run_by_kernels() else _settle
+    return _columns(settle(Wt, factor.feedback, group, transposed), order.argsort(-1)).mT.contiguous()
+
+
+def _settle(Wt: torch.Tensor, N: torch.Tensor, group: torch.Tensor, grid: Grid) -> torch.Tensor:
+    """Return the integers [B, C, R] of weights in the order of their columns, with the group of each, [B, C]."""
+    num_columns = Wt.shape[-2]
     E = torch.empty_like(Wt)  # w − q of the columns already rounded
     Q = torch.empty_like(Wt, dtype=torch.int8)
     work = _block(Wt[..., :_BLOCK, :])
-    for start in range(0, num_columns, _BLOCK):
-        stop = min(start + _BLOCK, num_columns)
-        block = slice(start, stop)
-        if stop - start != work.size:
+    for block in every(num_columns, _BLOCK):
+        if block.stop - block.start != work.size:
             work = _block(Wt[..., block, :])
         columns = work.arrays
         columns.T.copy_(columns.W.copy_(Wt[..., block, :]))
-        if start:
-            add_product_(columns.T, N[..., :start, block].mT, E[..., :start, :])  # eq. 1, from earlier blocks
+        if block.start:  # eq. 1, from earlier blocks
+            add_product_(columns.T, N[..., : block.start, block].mT, E[..., : block.start, :])
         work.M.copy_(N[..., block, block])
-        columns.S.copy_(_columns(scale, group[..., block]))
-        Z = _columns(zero, group[..., block])
+        columns.S.copy_(_columns(grid.scale, group[..., block]))
+        Z = _columns(grid.zero, group[..., block])
         torch.sub(grid.q_min, Z, out=columns.low)
         torch.sub(grid.q_max, Z, out=columns.high)
         work.settle_()
         E[..., block, :] = columns.E
         Q[..., block, :] = columns.V.add_(Z)
-    return _columns(Q, order.argsort(-1)).mT.contiguous()
+    return Q
+
+
+def _settle_by_kernels(Wt: torch.Tensor, N: torch.Tensor, group: torch.Tensor, grid: Grid) -> torch.Tensor:
+    """Do the same with one kernel for each block, and one for the product with all columns before it."""
+    E, Q = torch.empty_like(Wt), torch.empty_like(Wt, dtype=torch.int8)
+    for block in every(Wt.shape[-2], _BLOCK):
+        T = W = Wt[..., block, :]
+        if block.start:  # eq. 1, from earlier blocks
+            T = torch.baddbmm(W, N[..., : block.start, block].mT, E[..., : block.start, :])
+        column_ops.round_columns(
+            N[..., block, block], T, W, grid.scale, grid.zero, group[..., block], E[..., block, :], Q[..., block, :],
+            grid.q_min, grid.q_max,
+        )  # fmt: skip
+    return Q
 
 
 class _Columns(NamedTuple):

@@ -36,6 +36,7 @@ from astro.linalg.batching import add_product_
 from astro.linalg.bf16_matmul import operand, product
 from astro.linalg.panels import Panels, settle_apart
 from astro.linalg.symmetric import squared_error
+from astro.quantization import column_ops
 from astro.quantization.grid import QuantizedLinear, grouped
 
 __all__ = ["refine"]
@@ -74,7 +75,7 @@ def refine(
     """
     Q, grid = quantized.Q, quantized.grid
     zero = grid.zero.mT.contiguous()
-    state = _State(
+    state = (_StateByKernels if compiled.run_by_kernels() else _State)(
         V=(grouped(Q.float(), grid.group_size) - grid.zero.unsqueeze(-1)).flatten(-2).mT.contiguous(),
         E=(W - grid.dequantize(Q)).mT.contiguous(),
         scale=grid.scale.mT.clone(memory_format=torch.contiguous_format),
@@ -115,6 +116,7 @@ class _State:
         group_size: Number of columns in a group.
         scale_dtype: Dtype in which scales are stored.
         diagonal: The diagonal of H + λI, [B, C, 1].
+        caution: `_CAUTION` over the diagonal, [B, C, 1].
         H_operand: H as `product` takes it.
         E_operand: E as `product` takes it, kept up to date. Where that is float32 it is E itself.
     """
@@ -129,6 +131,7 @@ class _State:
     group_size: int
     scale_dtype: torch.dtype
     diagonal: torch.Tensor = dataclasses.field(init=False)
+    caution: torch.Tensor = dataclasses.field(init=False)
     H_operand: torch.Tensor = dataclasses.field(init=False)
     E_operand: torch.Tensor = dataclasses.field(init=False)
     _work: dict[int, "Panels[_Columns]"] = dataclasses.field(init=False, default_factory=dict)
@@ -136,6 +139,7 @@ class _State:
     def __post_init__(self) -> None:
         self.H_operand, self.E_operand = operand(self.H), operand(self.E)
         self.diagonal = self.H.diagonal(dim1=-2, dim2=-1).unsqueeze(-1) + self.damping
+        self.caution = _CAUTION / self.diagonal
 
     def slopes(self, rows: slice) -> torch.Tensor:
         """Return rows of (H + λI) E."""
@@ -159,8 +163,8 @@ class _State:
             By how much the error of each layer fell, and about what it was before, both [B]. The latter is the sum of
             each group's share as the pass met it, which costs no product of its own.
         """
-        gain = torch.zeros_like(self.scale[..., 0, :])
-        error = torch.zeros_like(gain)
+        nothing = torch.zeros_like(self.scale[..., 0, :])
+        sums = _Sums(gain=nothing, error=nothing.clone())
         num_groups, size = self.scale.shape[-2], self.group_size
         step = max(1, _SPAN // size)
         for first in range(0, num_groups, step):
@@ -169,30 +173,30 @@ class _State:
             G = self.slopes(slice(first * size, stop))  # of the columns that are yet to come
             for k in range(first, last):
                 group = slice(k * size, (k + 1) * size)
-                error += torch.linalg.vecdot(self.E[..., group, :], G[..., :size, :], dim=-2)
-                scale_change, scale_gain = self._move_scale(k, group, G[..., :size, :])
-                gain += scale_gain
+                scale_change = self._move_scale(k, group, G[..., :size, :], sums)
                 for start in range(group.start, group.stop, _BLOCK):
                     block = slice(start, min(start + _BLOCK, group.stop))
-                    change, gain = self._move_integers(k, block, G[..., : block.stop - start, :], gain)
+                    change = self._move_integers(k, block, G[..., : block.stop - start, :], sums)
                     G = G[..., block.stop - start :, :]
                     if block.stop < stop:
                         # Beyond the group, of which this is all then, the change of its scale counts as well.
                         change = change if block.stop < group.stop else change.add_(scale_change)
                         add_product_(G, self.H[..., block.stop : stop, block], change, alpha=-1)
-        return gain.sum(-1), error.sum(-1)
+        return sums.gain.sum(-1), sums.error.sum(-1)
 
-    def _move_scale(self, k: int, group: slice, G: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    def _move_scale(self, k: int, group: slice, G: torch.Tensor, sums: "_Sums") -> torch.Tensor:
         """Refit a group's scale, and bring the group's slopes up to date.
 
         Args:
             k: The index of the group.
             group: Its columns.
             G: Their slopes, the rows of (H + λI) E, [B, g, R].
+            sums: What the pass has gained and met so far, which is added to.
 
         Returns:
-            The change of ŵ, [B, g, R], and by how much the error of each row fell, [B, R].
+            The change of ŵ, [B, g, R].
         """
+        sums.error.add_(torch.linalg.vecdot(self.E[..., group, :], G, dim=-2))
         V, s = self.V[..., group, :], self.scale[..., k, :]
         HV = (self.H[..., group, group] @ V).addcmul_(self.damping, V)
         slope, curvature = torch.linalg.vecdot(G, V, dim=-2), torch.linalg.vecdot(HV, V, dim=-2)
@@ -202,27 +206,26 @@ class _State:
         D = V * step.unsqueeze(-2)
         self.lower_(group, D)
         G.addcmul_(HV, step.unsqueeze(-2), value=-1)  # eq. 3
-        return D, gain
+        sums.gain.add_(gain)
+        return D
 
-    def _move_integers(
-        self, k: int, block: slice, G: torch.Tensor, gain: torch.Tensor
-    ) -> tuple[torch.Tensor, torch.Tensor]:
+    def _move_integers(self, k: int, block: slice, G: torch.Tensor, sums: "_Sums") -> torch.Tensor:
         """Choose the integers of some columns of a group anew, one column after the other.
 
         Args:
             k: The index of the group.
             block: The columns.
             G: Their slopes, the rows of (H + λI) E, [B, P, R].
-            gain: By how much the error of each row has fallen so far in this pass, [B, R].
+            sums: What the pass has gained so far, which is added to.
 
         Returns:
-            The change of ŵ, and the gain with that of these columns.
+            The change of ŵ, [B, P, R].
         """
         V, s = self.V[..., block, :], self.scale[..., k, :].unsqueeze(-2)
         size = V.shape[-2]
         work = self._work.get(size) or self._work.setdefault(size, _block(V))
         T, low, high, D = work.arrays
-        caution = _CAUTION / self.diagonal[..., block, :]
+        caution = self.caution[..., block, :]
         torch.div(G, s, out=T).mul_(caution)  # eq. 4
         torch.mul(self.H[..., block, block], caution.mT.neg(), out=work.M)  # eq. 5
         torch.sub(self.low[..., k, :].unsqueeze(-2), V, out=low)
@@ -233,7 +236,45 @@ class _State:
         gains = torch.linalg.vecdot(D, torch.sub(T.mul_(2), D, alpha=_CAUTION).div_(caution), dim=-2)  # eq. 7
         change = D * s
         self.lower_(block, change)
-        return change, torch.addcmul(gain, gains.nan_to_num_(), s.squeeze(-2).square())
+        sums.gain.addcmul_(gains.nan_to_num_(), s.squeeze(-2).square())
+        return change
+
+
+@dataclasses.dataclass(frozen=True)
+class _Sums:
+    """What a pass adds up for each row.
+
+    Attributes:
+        gain: By how much the error has fallen, [B, R].
+        error: The error, each group's share as the pass met it, [B, R].
+    """
+
+    gain: torch.Tensor
+    error: torch.Tensor
+
+
+class _StateByKernels(_State):
+    """The same, where all that is done to a group's scale or to a block of integers is one kernel."""
+
+    def _move_scale(self, k: int, group: slice, G: torch.Tensor, sums: _Sums) -> torch.Tensor:
+        V = self.V[..., group, :]
+        change: torch.Tensor = column_ops.move_scale(
+            V, self.E[..., group, :], self._rounded(group), G, self.H[..., group, group] @ V, self.damping.flatten(),
+            self.scale[..., k, :], sums.gain, sums.error, _CAUTION, self.scale_dtype,
+        )  # fmt: skip
+        return change
+
+    def _move_integers(self, k: int, block: slice, G: torch.Tensor, sums: _Sums) -> torch.Tensor:
+        change: torch.Tensor = column_ops.move_columns(
+            self.H[..., block, block], self.V[..., block, :], self.E[..., block, :], self._rounded(block), G,
+            self.caution[..., block, 0], self.scale[..., k, :], self.low[..., k, :], self.high[..., k, :], sums.gain,
+            _CAUTION,
+        )  # fmt: skip
+        return change
+
+    def _rounded(self, columns: slice) -> torch.Tensor | None:
+        """Columns of E in bfloat16, None where products take it as it is."""
+        return None if self.E_operand is self.E else self.E_operand[..., columns, :]
 
 
 class _Columns(NamedTuple):

@@ -139,9 +139,10 @@ class ExecutionConfig(_Section):
     threads_per_worker: int | Literal["auto"] = "auto"
     """The number of CPU threads that each worker computes with. `auto` is 1 without GPUs, where the number can change
     the result in its last bits; with GPUs it is the CPUs that a node has for each of its GPUs, and changes nothing."""
-    compile: bool | Literal["auto"] = "auto"
-    """Whether to compile the innermost loops of the solver (torch.compile, which needs a C++ compiler on every node).
-    `auto` compiles on GPUs."""
+    compile: bool | Literal["auto", "kernels"] = "auto"
+    """How the innermost loops of the solver run: `false` as single operations, `true` compiled by torch.compile, and
+    `kernels` as kernels that are written for them, on GPUs only. Both build code on every node, which needs a C++
+    compiler there. `auto` is `kernels` on GPUs and `false` on CPUs."""
 
     executor: Literal["ray", "local"] = "ray"
     """Where the workers live: `ray` starts actors on a cluster, `local` computes in this process, for debugging."""
@@ -170,13 +171,15 @@ class ExecutionConfig(_Section):
         """The number of threads of a worker without a GPU."""
         return 1 if self.threads_per_worker == "auto" else self.threads_per_worker
 
-    def compiles(self, device_type: str) -> bool:
-        """Say whether workers compile.
+    def column_loops(self, device_type: str) -> Literal["plain", "compiled", "kernels"]:
+        """Say how the innermost loops of workers run.
 
         Args:
             device_type: The kind of device that they compute on, "cpu" or "cuda".
         """
-        return device_type == "cuda" if self.compile == "auto" else self.compile
+        if self.compile == "kernels" or (self.compile == "auto" and device_type == "cuda"):
+            return "kernels"
+        return "compiled" if self.compile is True else "plain"
 
     @model_validator(mode="after")
     def _check(self) -> "ExecutionConfig":

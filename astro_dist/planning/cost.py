@@ -73,8 +73,8 @@ class CostModel:
             device_type: Type of the device, "cpu" or "cuda".
         """
         self._device_type = device_type
-        is_compiled = config.execution.compiles(device_type)
-        self._solve = SolveCost(config.quantization, config.regularizer, device_type, is_compiled)
+        loops = config.execution.column_loops(device_type)
+        self._solve = SolveCost(config.quantization, config.regularizer, device_type, loops)
         self._batches_of: dict[int, list[PredictedInputGroup]] = {}
         self._plan, self._tokens, self._itemsize = plan, dict(chunk_tokens), dtype.itemsize
         self._shares = shares(list(chunk_tokens), config.execution.hessian_shares)

@@ -4,6 +4,7 @@ Layers are solved in batches, each of input groups of one shape side by side. Th
 """
 
 from astro.config import PER_CHANNEL, Quantization, Regularizer
+from astro.linalg.compiled import ColumnLoops
 from astro.linalg.tiling import row_tiles
 from astro.quantization.beta_search import NUM_CANDIDATES, sample_tiles
 from astro.quantization.grid import num_candidates
@@ -18,13 +19,16 @@ _CANDIDATE_PASSES = 4
 """Elementwise operations for each candidate of a scale: divide, round, limit and weigh, as `grid._group_error` does
 them. Each element is read or written four times beside the sums. They are counted at the speed of the proximal map's
 passes."""
-_COLUMN_STEPS = (5.5, 4.0)
-"""Small dependent operations for a column in GPTQ, and in a pass of refinement: five calls of GPTQ (divide, round,
-limit, the error, what later columns take of it) and three of refinement (round, limit, what later columns take of it),
-and half a call and one more for what a block of columns takes besides."""
-_COMPILED_STEPS = (0.5, 0.6)
-"""The same where 16 columns are a kernel or two: 0.27 and 0.51 launches, counted, and in round numbers what a solve
-launches besides (`tests/bench/launches.py`)."""
+_COLUMN_STEPS = {"plain": (5.5, 4.0), "compiled": (0.5, 0.6), "kernels": (0.2, 0.1)}
+"""Small dependent operations for a column in GPTQ, and in a pass of refinement, by how the innermost loops run.
+
+- plain: five calls of GPTQ (divide, round, limit, the error, what later columns take of it) and three of refinement
+  (round, limit, what later columns take of it), and half a call and one more for what a block of columns takes besides.
+- compiled: 16 columns are a kernel or two: 0.27 and 0.51 launches, counted.
+- kernels: 128 columns are a kernel: 0.02 and 0.05 launches, counted. Its 8,128 multiplications and additions follow
+  each other, 4 clocks each, and so it takes as long as some five launches: 0.04 a column.
+
+To each is added, in round numbers, what a solve launches besides (`tests/bench/launches.py`)."""
 
 _PACK_PASSES, _UNPACK_PASSES, _DEQUANTIZE_PASSES = 2, 2, 2
 """Elementwise operations on each weight when it is packed, unpacked, and turned into a float, at the speed of the
@@ -51,7 +55,7 @@ class SolveCost:
     """Counts what the solve of a batch takes."""
 
     def __init__(
-        self, quantization: Quantization, regularization: Regularizer, device_type: str, is_compiled: bool
+        self, quantization: Quantization, regularization: Regularizer, device_type: str, loops: ColumnLoops
     ) -> None:
         """Look at the settings of a run.
 
@@ -59,11 +63,11 @@ class SolveCost:
             quantization: Grids and solver.
             regularization: What is done to the weights before they are rounded.
             device_type: Type of the device, "cpu" or "cuda".
-            is_compiled: Whether the innermost loops are compiled.
+            loops: How the innermost loops run.
         """
         self._quantization, self._regularization = quantization, regularization
         self._device_type = device_type
-        self._column_steps = _COMPILED_STEPS if is_compiled else _COLUMN_STEPS
+        self._column_steps = _COLUMN_STEPS[loops]
 
     def tiles(self, batch: PredictedInputGroup) -> list[slice]:
         """Return the tiles of all rows."""

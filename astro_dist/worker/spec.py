@@ -7,6 +7,7 @@ import torch
 
 from astro.calibration.token_weights import Kind
 from astro.config import Experts, Quantization, Regularizer
+from astro.linalg.compiled import ColumnLoops
 from astro.storage.checkpoint import Checkpoint
 from astro_dist.planning.units import Plan
 from astro_dist.run_directory.records import RunDirectory
@@ -34,7 +35,7 @@ class WorkerSpec:
         compute_dtype: Dtype of forward passes and activations.
         device: Type of the device, "cpu" or "cuda".
         threads: Number of CPU threads.
-        compiles: Whether the innermost loops are compiled.
+        column_loops: How the innermost loops run.
         needed_bytes: Memory that a worker is expected to need, in bytes.
     """
 
@@ -53,5 +54,5 @@ class WorkerSpec:
     compute_dtype: torch.dtype
     device: str
     threads: int
-    compiles: bool
+    column_loops: ColumnLoops
     needed_bytes: int

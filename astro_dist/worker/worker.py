@@ -20,6 +20,7 @@ from astro.model.perplexity import SequenceFigures, measure_sequences
 from astro.model.recording import count_outputs
 from astro.process import configure_process, keep_freed_memory, peak_rss_bytes
 from astro.quantization.block import quantize_block
+from astro.quantization.column_ops import require_kernels
 from astro.quantization.grid import QuantizedLinear
 from astro.quantization.layer_record import LayerRecord
 from astro.quantization.row_solver import Recipe
@@ -105,16 +106,19 @@ class Worker:
                 the driver sees.
         """
         spec, device = self._spec, self._device
-        configure_process(spec.threads, spec.compiles)
+        configure_process(spec.threads, compiles=spec.column_loops == "compiled")
         keep_freed_memory()
         if device.type == "cuda":
             set_allocator()
             require_gpu()
         self._runner = BlockRunner(spec)
-        compiled.enable(spec.compiles)
-        if spec.compiles:
+        compiled.use(spec.column_loops)
+        if spec.column_loops == "kernels":
+            require_kernels(device)
+        if spec.column_loops == "compiled":
             require_compiler(device)
-        if spec.compiles and warms_up:
+        # Kernels are compiled in seconds, so every worker finds out at once whether it can.
+        if spec.column_loops == "kernels" or (spec.column_loops == "compiled" and warms_up):
             warm_up(Recipe(spec.quantization, spec.regularization, torch.bfloat16), device)
         self._solver = SplitSolver(self._runner)
         self._weigher = TokenWeigher(self._runner)

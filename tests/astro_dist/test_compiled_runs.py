@@ -22,11 +22,11 @@ pytestmark = [
 @pytest.fixture(autouse=True)
 def plain_again():
     yield
-    compiled.enable(False)
+    compiled.use("plain")
 
 
 def test_one_graph_serves_all_numbers_of_rows_and_places():
-    compiled.enable(True)
+    compiled.use("compiled")
     before = counters["stats"]["unique_graphs"]
     for rows, groups, k in ((48, 5, 0), (48, 5, 1), (48, 5, 4), (64, 4, 3), (257, 9, 8), (4096, 2, 1)):
         block = refine._block(torch.zeros(1, groups * 32, rows)[:, k * 32 : k * 32 + 32])

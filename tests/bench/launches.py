@@ -1,16 +1,16 @@
 """How many kernels the solve of a block launches on a GPU, and how often the host waits, by phase and by line.
 
-    python tests/bench/launches.py [--shapes 70B] [--plain]
+    python tests/bench/launches.py [--shapes 70B] [--loops kernels|compiled|plain]
 
 It runs the arithmetic of one input group on the CPU, with few rows and at three widths, and counts the operators that
 are dispatched. An operator that only makes a view, or memory, launches nothing. How counts grow with the columns
 follows from two widths and is checked at the third. Rows do not matter within a tile, and tiles are those of a GPU. A
 sync is an operator that makes the host wait for a value.
 
-Code that a GPU's worker compiles counts as the kernels that torch makes of it for a CPU: two for a panel of refinement,
-else one. `--plain` counts it uncompiled. Every pass of refinement is done. Not counted are the forward of the block,
-the copies to files, and the inversion of a matrix, which takes some 1,400 operators at the widest. The output is
-Markdown.
+The innermost loops run as on a GPU, or as `--loops` says. A kernel of ours counts as one launch, and so does what torch
+compiles: as many as it makes of it for a CPU, two for a panel of refinement and else one. Every pass of refinement is
+done. Not counted are the forward of the block, the copies to files, and the inversion of a matrix, which takes some
+1,400 operators at the widest. The output is Markdown.
 """
 
 import argparse
@@ -100,12 +100,29 @@ def as_on_a_gpu(counter: Launches) -> Iterator[None]:
     multiply = as_kernels(counter, bf16_matmul.product, 1)
     with (
         mock.patch.object(bf16_matmul, "_is_faster", return_value=True),
+        mock.patch.object(refine, "column_ops", _OwnKernels(counter)),
+        mock.patch.object(gptq, "column_ops", _OwnKernels(counter)),
         mock.patch.dict(symmetric._STRIP, cpu=symmetric._STRIP["cuda"]),
         mock.patch.object(refine, "product", multiply),
         mock.patch.object(regularizer, "product", multiply),
         mock.patch.object(regularizer, "invert_", as_kernels(counter, regularizer.invert_, 0)),  # type: ignore[attr-defined]
     ):
         yield
+
+
+class _OwnKernels:
+    """Our kernels without Triton, and without numbers: what they write is nearly what it was, and stays finite."""
+
+    def __init__(self, counter: Launches) -> None:
+        self.round_columns = as_kernels(counter, self._round_columns, 1)
+        self.move_scale = as_kernels(counter, lambda V, E, E_rounded, G, HV, *rest: torch.zeros_like(HV), 1)
+        self.move_columns = as_kernels(counter, lambda H, V, *rest: torch.zeros(V.shape), 1)
+
+    @staticmethod
+    def _round_columns(*arguments):
+        _, _, W, _, _, _, E, Q, _, _ = arguments
+        E.copy_(W).mul_(0.01)
+        Q.fill_(1)
 
 
 @contextmanager
@@ -175,7 +192,7 @@ def _frames() -> list[tuple[str, str]]:
     return frames or [("elsewhere", "")]
 
 
-def run_group(columns: int, settings: Quantization, plain: bool) -> Launches:
+def run_group(columns: int, settings: Quantization, loops: compiled.ColumnLoops) -> Launches:
     """Count what is done for an input group, with one chunk, one tile and one tile of the sample."""
     generator = torch.Generator().manual_seed(0)
     W = torch.randn(ROWS, columns, generator=generator) * 0.02
@@ -185,7 +202,8 @@ def run_group(columns: int, settings: Quantization, plain: bool) -> Launches:
     for settings_of_beta in (Regularizer(), Regularizer(beta=1e-4)):
         sums = HessianAccumulator(columns, torch.device("cpu"))
         counter = Launches()
-        kernels = nullcontext() if plain else counted_kernels(counter)
+        kernels = counted_kernels(counter) if loops == "compiled" else nullcontext()
+        compiled.use("kernels" if loops == "kernels" else "plain")
         with torch.no_grad(), counter, HostCopies(counter), as_on_a_gpu(counter), kernels:
             sums.add_(X.bfloat16())
             H = sums.finish_("layer")
@@ -240,17 +258,17 @@ def main() -> None:
     parser.add_argument("--shapes", default="70B", choices=list(SHAPES))
     parser.add_argument("--chunks", type=int, default=64, help="of calibration text")
     parser.add_argument("--group-size", type=int, default=128)
-    parser.add_argument("--plain", action="store_true", help="nothing is compiled")
+    parser.add_argument("--loops", default="kernels", choices=["kernels", "compiled", "plain"])
     options = parser.parse_args()
     torch.set_num_threads(1)
     settings = Quantization(group_size=options.group_size, refine_tolerance=0.0)
-    counters = [run_group(columns, settings, options.plain) for columns in WIDTHS]
+    counters = [run_group(columns, settings, options.loops) for columns in WIDTHS]
     launches, syncs = (
         Lines(*(by_phase(getattr(counter, which)) for counter in counters)) for which in ("launches", "syncs")
     )
     groups = SHAPES[options.shapes]
     print(f"A block of {options.shapes}, group {options.group_size}, {settings.refine_passes} refinement passes, "
-          f"{options.chunks} chunks\n")  # fmt: skip
+          f"{options.chunks} chunks, loops {options.loops}\n")  # fmt: skip
     print("| phase | of a | launches: fixed | a column | syncs | launches a block | syncs a block |")
     print("|---|---|---|---|---|---|---|")
     sums = [0.0, 0.0]

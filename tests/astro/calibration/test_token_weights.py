@@ -25,18 +25,21 @@ from astro.model.skeleton import Skeleton
 from astro.storage.checkpoint import Checkpoint
 from tests.support.architectures import DENSE, EXPERTS, IDS
 from tests.support.dequantized import keys_of
+from tests.support.devices import here
 from tests.support.models import correlated_inputs, naive_hessian, write_checkpoint
 
 CPU = torch.device("cpu")
+on_every_device = pytest.mark.usefixtures("device")
 
 
 def weighed(X, weights, pieces):
-    accumulator = HessianAccumulator(X.shape[1], CPU)
+    accumulator = HessianAccumulator(X.shape[1], here())
     for part, w in zip(X.chunk(pieces), weights.chunk(pieces), strict=True):
         accumulator.add_(part, w)
     return accumulator
 
 
+@on_every_device
 def test_weighted_hessian_against_naive_float64():
     X = correlated_inputs(70, 48).float()
     weights = torch.rand(70, generator=torch.Generator().manual_seed(1)) ** 4
@@ -45,9 +48,10 @@ def test_weighted_hessian_against_naive_float64():
     torch.testing.assert_close(H.double(), expected, rtol=1e-4, atol=float(expected.abs().max()) * 1e-5)
 
 
+@on_every_device
 def test_weighted_shares_merge_to_the_same_bits():
     X, weights = correlated_inputs(60, 16).float(), torch.rand(60)
-    merged = HessianAccumulator(16, CPU)
+    merged = HessianAccumulator(16, here())
     for part, w in zip(X.chunk(3), weights.chunk(3), strict=True):
         share = weighed(part, w, 1)
         merged.merge_(share.partial, share.num_tokens, share.totals.tolist())
@@ -56,6 +60,7 @@ def test_weighted_shares_merge_to_the_same_bits():
     assert torch.equal(merged.finish_("x"), whole.finish_("x"))
 
 
+@on_every_device
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_effective_tokens_against_naive_float64(dtype):
     X, weights = correlated_inputs(70, 48).to(dtype), torch.rand(70) ** 3
@@ -64,15 +69,16 @@ def test_effective_tokens_against_naive_float64(dtype):
     assert float(weighed(X, weights, 3).effective_tokens()) == pytest.approx(expected, rel=1e-5)
     alike = float(weighed(X, norm_weights(X), 1).effective_tokens())
     assert alike == pytest.approx(70, rel=1e-5), "tokens of equal energy all count"
-    silent = HessianAccumulator(48, CPU)
+    silent = HessianAccumulator(48, here())
     silent.add_(torch.zeros(5, 48))
     assert silent.effective_tokens() == 0
 
 
+@on_every_device
 def test_weighted_drift_against_naive_float64():
     X, source = correlated_inputs(40, 12).float(), correlated_inputs(40, 12, seed=1).float()
     weights = torch.rand(40)
-    drift = DriftAccumulator(12, CPU)
+    drift = DriftAccumulator(12, here())
     for part in range(2):
         rows = slice(20 * part, 20 * part + 20)
         drift.add_(source[rows], X[rows], weights[rows])

@@ -11,6 +11,8 @@ from astro.formats import compressed_tensors as ct
 from astro.quantization.grid import QuantizedLinear, fit_grid
 from tests.support.models import random_weights
 
+pytestmark = pytest.mark.usefixtures("device")
+
 
 def linear(scheme, rows=16, columns=64):
     W = random_weights(rows, columns)

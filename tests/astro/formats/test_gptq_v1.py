@@ -11,6 +11,8 @@ from astro.formats import gptq_v1
 from astro.quantization.grid import QuantizedLinear, fit_grid
 from tests.support.models import random_weights
 
+pytestmark = pytest.mark.usefixtures("device")
+
 
 def linear(scheme, rows=32, columns=64):
     W = random_weights(rows, columns)

@@ -15,6 +15,8 @@ from astro.quantization.input_group import quantize_input_groups
 from astro.quantization.row_solver import InputMoments, Recipe
 from tests.support.models import correlated_inputs, random_weights
 
+pytestmark = pytest.mark.usefixtures("device")
+
 SCHEME, AUTO = LayerScheme(group_size=16, bits=3), Regularizer()
 RECIPE = Recipe(SolverSettings(), AUTO, torch.float16)
 PLAIN = SolverSettings(scale_search="minmax", refine_passes=0)

@@ -6,6 +6,8 @@ import torch
 from astro.linalg import bf16_matmul
 from tests.support.models import random_weights
 
+pytestmark = pytest.mark.usefixtures("device")
+
 
 @pytest.mark.parametrize("shape", [(40, 64), (3, 40, 64)])
 def test_product_is_off_by_the_rounding_of_its_factors_at_most(monkeypatch, shape):

@@ -14,6 +14,8 @@ from astro.linalg import compiled
 from astro.linalg.panels import Panels
 from astro.quantization import gptq, refine
 
+pytestmark = pytest.mark.usefixtures("device")
+
 SHAPES = [(16, 40), (5, 1), (2, 16, 40), (3, 1, 7)]
 
 
@@ -95,12 +97,12 @@ def test_every_column_takes_what_all_before_it_were_settled_to(columns):
 
 
 def test_only_the_thread_that_asked_for_it_compiles():
-    compiled.enable(True)
+    compiled.use("compiled")
     try:
         with ThreadPoolExecutor(1) as pool:
             assert (compiled.is_enabled(), pool.submit(compiled.is_enabled).result()) == (True, False)
     finally:
-        compiled.enable(False)
+        compiled.use("plain")
     assert not compiled.is_enabled()
 
 
@@ -111,6 +113,6 @@ def test_what_cannot_be_compiled_names_the_switch(monkeypatch):
 
     X = torch.ones(3)
     assert torch.equal(looks_at_values(X), X + 1)
-    monkeypatch.setattr(compiled._thread, "enabled", True)
+    monkeypatch.setattr(compiled._thread, "loops", "compiled")
     with pytest.raises(NumericalError, match=r"looks_at_values cannot be compiled: .*set execution\.compile to false"):
         looks_at_values(X)

@@ -6,6 +6,8 @@ import torch
 from astro.linalg.spd_inverse import invert_
 from tests.support.models import correlated_inputs
 
+pytestmark = pytest.mark.usefixtures("device")
+
 
 def matrices(columns, count=2):
     X = torch.stack([correlated_inputs(2 * columns, columns, seed) for seed in range(count)])

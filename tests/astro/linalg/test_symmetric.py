@@ -6,6 +6,8 @@ import torch
 from astro.linalg import symmetric
 from astro.linalg.symmetric import mirror_, packed, strips, unpacked
 
+pytestmark = pytest.mark.usefixtures("device")
+
 
 def random_symmetric(size, *layers):
     X = torch.randn(*layers, size, size, generator=torch.Generator().manual_seed(size))
@@ -13,9 +15,9 @@ def random_symmetric(size, *layers):
 
 
 @pytest.fixture(params=[256, 1024], ids=["cpu", "cuda"])
-def strip_of(monkeypatch, request):
+def strip_of(monkeypatch, request, device):
     """Strips of a CPU, and of a GPU."""
-    monkeypatch.setitem(symmetric._STRIP, "cpu", request.param)
+    monkeypatch.setitem(symmetric._STRIP, device.type, request.param)
 
 
 @pytest.mark.parametrize("shape", [(7,), (256, 2), (600,), (1100, 3)])

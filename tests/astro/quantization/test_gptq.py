@@ -8,7 +8,10 @@ from astro.linalg.cholesky import factorize
 from astro.linalg.symmetric import layer_error
 from astro.quantization.gptq import activation_order, solve
 from astro.quantization.grid import fit_grid
+from tests.support.devices import here
 from tests.support.models import correlated_inputs, random_weights
+
+pytestmark = pytest.mark.usefixtures("device")
 
 
 def problem(rows, columns, seed=0, scale_search="minmax", **changes):
@@ -17,6 +20,11 @@ def problem(rows, columns, seed=0, scale_search="minmax", **changes):
     W = random_weights(rows, columns, seed + 1)
     scheme = LayerScheme(**{"group_size": 8, "bits": 3, **changes})
     return W, H, fit_grid(W, scheme, SolverSettings(scale_search=scale_search), torch.float32)
+
+
+def ties(Q):
+    """How many integers may differ between tiles of other sizes: on a GPU their products round differently."""
+    return 0 if here().type == "cpu" else 0.01 * Q.numel()
 
 
 def published(W, H, order, grid, damping):
@@ -64,7 +72,7 @@ def test_rows_do_not_meet():
     whole = solve(W, factor, grid)
     for rows in (slice(0, 1), slice(3, 9)):
         part = solve(W[rows], factor, type(grid)(grid.scale[rows], grid.zero[rows], 3, 8, True))
-        assert torch.equal(part, whole[rows])
+        assert int(part.ne(whole[rows]).sum()) <= ties(part)
 
 
 def test_diagonal_hessian_is_rounding():

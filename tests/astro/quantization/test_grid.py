@@ -9,6 +9,8 @@ from astro.quantization import grid as grid_module
 from astro.quantization.grid import Grid, QuantizedLinear, require_finite_scales
 from tests.support.models import random_weights
 
+pytestmark = pytest.mark.usefixtures("device")
+
 
 def fit_grid(W, scale_dtype, cost=None, search="minmax", signed=True, **changes):
     settings = SolverSettings(scale_search=search, signed_scales=signed)

@@ -11,6 +11,8 @@ from astro.quantization.input_group import quantize_input_groups
 from astro.quantization.row_solver import InputMoments, Recipe
 from tests.support.models import correlated_inputs, random_weights
 
+pytestmark = pytest.mark.usefixtures("device")
+
 NONE, ASTRO = Regularizer(name="none"), Regularizer(beta=1e-3)
 
 

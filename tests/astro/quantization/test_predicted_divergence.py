@@ -7,9 +7,10 @@ from astro.calibration.hessian import HessianAccumulator
 from astro.calibration.token_weights import loss_weights, typical_energy
 from astro.linalg.symmetric import layer_error
 from astro.quantization.predicted_divergence import predicted_divergence
+from tests.support.devices import here
 from tests.support.models import correlated_inputs
 
-CPU = torch.device("cpu")
+pytestmark = pytest.mark.usefixtures("device")
 
 
 @pytest.mark.parametrize("size", [0.02, 0.1])
@@ -21,7 +22,7 @@ def test_against_the_divergence_of_a_layer_below_a_softmax_in_float64(size):
     W /= float((X @ W.T).std())
     Z = (X @ W.T).requires_grad_(True)
     log_p = torch.log_softmax(Z @ A / 3, -1)
-    drawn = torch.multinomial(log_p.detach().exp(), 1, generator=generator)
+    drawn = torch.multinomial(log_p.detach().exp().cpu(), 1, generator=generator).to(here())
     (gradient,) = torch.autograd.grad(-log_p.gather(-1, drawn).sum(), Z)
     energy = gradient.square().mean(-1)
 
@@ -29,7 +30,7 @@ def test_against_the_divergence_of_a_layer_below_a_softmax_in_float64(size):
     log_q = torch.log_softmax(X @ (W + delta).T @ A / 3, -1)
     divergence = float((log_p.exp() * (log_p - log_q)).sum(-1).mean().detach())
 
-    sums = HessianAccumulator(32, CPU)
+    sums = HessianAccumulator(32, here())
     sums.add_(X.float(), loss_weights(energy.float()))
     error = float(layer_error(W.float(), (W + delta).float(), sums.finish_("layer")).sum())
     predicted = predicted_divergence(typical_energy(energy.split(1500), 4000), error)

@@ -12,7 +12,10 @@ from astro.quantization import refine as refine_module
 from astro.quantization.gptq import activation_order, solve
 from astro.quantization.grid import QuantizedLinear, fit_grid
 from astro.quantization.refine import refine
+from tests.support.devices import here
 from tests.support.models import correlated_inputs, random_weights
+
+pytestmark = pytest.mark.usefixtures("device")
 
 DAMPING = 0.01
 
@@ -193,8 +196,10 @@ def test_rows_do_not_meet():
     whole = run(W, Q, grid, H, 2)
     part = dataclasses.replace(grid, scale=grid.scale[:5], zero=grid.zero[:5])
     alone = run(W[:5], Q[:5], part, H, 2)
-    assert torch.equal(alone[0], whole[0][:5])
-    assert torch.equal(alone[1].scale, whole[1].scale[:5])
+    # On a GPU products of other sizes round differently.
+    ties = 0 if here().type == "cpu" else 0.01
+    assert float(alone[0].ne(whole[0][:5]).float().mean()) <= ties
+    assert float(alone[1].scale.ne(whole[1].scale[:5]).float().mean()) <= ties
 
 
 def test_pass_that_gains_too_little_is_the_last():

@@ -16,6 +16,8 @@ from astro.quantization.regularizer import (
 )
 from tests.support.models import correlated_inputs, random_weights
 
+pytestmark = pytest.mark.usefixtures("device")
+
 G = 8
 
 

@@ -21,7 +21,10 @@ from astro.quantization.row_solver import (
     sample_rows,
     solve_rows,
 )
+from tests.support.devices import here
 from tests.support.models import correlated_inputs, random_weights
+
+pytestmark = pytest.mark.usefixtures("device")
 
 NONE = Regularizer(name="none")
 
@@ -97,7 +100,7 @@ def drifted(seed=0, size=0.3):
     X_source = correlated_inputs(400, 64, seed)
     noise = correlated_inputs(400, 64, seed + 50)
     X = X_source + size * noise * X_source.std() / noise.std()
-    drift = DriftAccumulator(64, torch.device("cpu"))
+    drift = DriftAccumulator(64, here())
     drift.add_(X_source.float(), X.float())
     return X_source, X, drift.finish_("a")
 
@@ -176,7 +179,7 @@ def test_candidates_tried_together_are_those_tried_alone(solver):
 
 
 def test_drift_that_is_not_finite_is_an_error():
-    drift = DriftAccumulator(4, torch.device("cpu"))
+    drift = DriftAccumulator(4, here())
     drift.add_(torch.full((2, 4), float("inf")), torch.ones(2, 4))
     with pytest.raises(NumericalError, match="a: its inputs in the source model hold NaN or Inf"):
         drift.finish_("a")

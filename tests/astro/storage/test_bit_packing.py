@@ -11,6 +11,8 @@ from astro.errors import CheckpointError
 from astro.storage import bit_packing
 from astro.storage.bit_packing import pack, unpack
 
+pytestmark = pytest.mark.usefixtures("device")
+
 
 def integers(rows, columns, bits, seed=0):
     generator = torch.Generator().manual_seed(seed)

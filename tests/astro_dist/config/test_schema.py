@@ -80,7 +80,7 @@ def test_resolved_config_reads_back_the_same(write):
         (MINIMAL + "regularizer: {beta: strong}\npublish: 7", "beta: expected a number or 'auto', .*a mapping, got 7"),
         (
             MINIMAL + "execution: {compile: perhaps}",
-            r"^\S+: execution.compile: expected true .* or 'auto', got 'perhaps'$",
+            r"^\S+: execution.compile: expected true .* or 'kernels', got 'perhaps'$",
         ),
         (MINIMAL + "quantization: {int: 4, str: 3}", r"unknown key quantization.int; .*unknown key quantization.str;"),
         (
