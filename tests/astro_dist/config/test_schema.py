@@ -47,7 +47,20 @@ def test_resolved_config_reads_back_the_same(write):
         ),
         (MINIMAL + "publish: {repo: me}", "publish.repo: expected ORG/NAME of a model repository, got 'me'"),
         (MINIMAL + "publish: {repository: a/b}", "unknown key publish.repository; known here: repo, private"),
-        (MINIMAL + "calibration: {samples: 0}", "calibration.samples: .*got 0"),
+        (MINIMAL + "calibration: {samples: 0}", "calibration.samples: expected auto or at least 1, got 0"),
+        (MINIMAL + "calibration: {text_column: a}", r"key calibration.text_column \(it is called column now\)"),
+        (
+            MINIMAL + "calibration: {sources: [{source: a, shar: 1}]}",
+            r"calibration.sources.0.shar \(did you mean share",
+        ),
+        (
+            MINIMAL + "calibration: {sources: [{source: a, share: 0.5}, {source: b, share: 0.4}]}",
+            "calibration.sources: the shares add up to 0.9, expected 1",
+        ),
+        (
+            MINIMAL + "calibration: {column: text, sources: [{source: a, share: 1}]}",
+            "calibration.column: write it into each of calibration.sources",
+        ),
         (MINIMAL + "execution: {workers: 0}", "workers: expected auto or at least 1, got 0"),
         (MINIMAL + "execution: {device: tpu}", "execution.device: .*got 'tpu'"),
         (MINIMAL + "execution: {mode: sequential, rounds: 2}", "rounds: only in mode blocks, got 2"),
@@ -194,7 +207,8 @@ def test_key_ignores_where_a_run_happens_but_not_what_it_computes(write):
 
 ELSEWHERE = {
     *(f"{section}.{key}" for section in ("model", "output", "publish") for key in MINIMAL_KEYS[section]),
-    "calibration.source", "calibration.text_column", "execution.executor", "execution.workers", "execution.device",
+    *(f"calibration.{key}" for key in ("source", "subset", "split", "revision", "column", "sources")),
+    "execution.executor", "execution.workers", "execution.device",
     "execution.ray_address", "execution.max_retries", "execution.call_timeout_s", "execution.worker_timeout_s",
 }  # fmt: skip
 """Every key that may change without making another run of it."""
