@@ -53,7 +53,8 @@ class Identity:
         texts = {name: str(content.get(name, "")) for name in ("key", "source_sha256", "tokens_sha256", "version")}
         arithmetic: Mapping[str, Any] = content.get("arithmetic", {})
         rest: dict[str, Any] = {name: content.get(name) for name in ("commit", "asked", "texts")}
-        return cls(**texts, **rest, arithmetic=arithmetic)
+        plain: dict[str, Any] = texts | rest
+        return cls(**plain, arithmetic=arithmetic)
 
     def is_same_run(self, other: "Identity") -> bool:
         """Tell whether two identities are of the same run. The key does not cover the tokens, so both are compared.

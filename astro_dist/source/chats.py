@@ -13,6 +13,11 @@ _ROLES = {"human": "user", "gpt": "assistant", "chatgpt": "assistant", "bard": "
 """Roles as tables with `from` and `value` call them, and what templates call them."""
 _TODAY = datetime.datetime(2024, 7, 26)
 """The day that a template is told: with today's, the same run would have other tokens tomorrow."""
+_DIRECTIVES = ("%a", "%A", "%b", "%B", "%d", "%-d", "%e", "%m", "%y", "%Y", "%H", "%I", "%M", "%S", "%p", "%j")
+_CLOCK = "{{% macro strftime_now(format) %}}{{{{ format{} }}}}{{% endmacro %}}".format(
+    "".join(f" | replace('{directive}', '{_TODAY.strftime(directive)}')" for directive in _DIRECTIVES)
+)
+"""Beginning of a template that asks for the time; in the rest this takes the place of the function that tells it."""
 
 
 class ChatRenderer:
@@ -50,11 +55,10 @@ class ChatRenderer:
         """
         try:
             messages = [_message(message) for message in chat]
-            return str(
-                self._tokenizer.apply_chat_template(
-                    messages, tokenize=False, date_string=_TODAY.strftime("%d %b %Y"), strftime_now=_TODAY.strftime
-                )
-            )
+            template = str(self._tokenizer.get_chat_template())
+            if "strftime_now" in template:
+                template = _CLOCK + template
+            return str(self._tokenizer.apply_chat_template(messages, chat_template=template, tokenize=False))
         except Exception as error:  # templates raise what they like
             self.refused += 1
             self.reason = self.reason or f"{type(error).__name__}: {error}"

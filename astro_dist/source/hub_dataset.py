@@ -66,8 +66,8 @@ def read_dataset(
         import datasets
     except ImportError as error:
         raise ConfigError(
-            f"calibration.source {name}: is no file here, and a dataset of the Hub is read with the package `datasets`, "
-            "which is not installed; run: pip install 'datasets>=4.6'"
+            f"calibration.source {name}: is no file here, and to read a dataset of the Hub the package `datasets` "
+            "is missing; run: pip install 'datasets>=4.6'"
         ) from error
     try:
         with _quiet(datasets), tempfile.TemporaryDirectory() as scratch:
@@ -137,7 +137,7 @@ def _data_files(source: TextSource, folder: Path, base: str) -> list[str]:
     from datasets.data_files import DataFilesDict, get_data_patterns, sanitize_patterns
     from datasets.utils.metadata import MetadataConfigs
 
-    card, subsets = folder / _CARD, {}
+    card, subsets = folder / _CARD, MetadataConfigs()
     if card.is_file():
         subsets = MetadataConfigs.from_dataset_card_data(huggingface_hub.DatasetCard.load(card).data)
     entry: Mapping[str, Any] = {"data_dir": source.subset or ""}
@@ -216,7 +216,7 @@ def _explain(error: Exception, source: TextSource) -> str:
         )
     if isinstance(error, (EntryNotFoundError, FileNotFoundError)):
         return (
-            f"no files that end in .{', .'.join(_READERS)} were found ({reason}); code in a dataset is never run: if it "
-            "has a script, try calibration.revision: refs/convert/parquet, where the Hub keeps what scripts gave"
+            f"no files that end in .{', .'.join(_READERS)} were found ({reason}); code in a dataset is never run: if "
+            "it has a script, try calibration.revision: refs/convert/parquet, where the Hub keeps what scripts gave"
         )
     return f"cannot be read: {reason}"

@@ -186,7 +186,7 @@ def test_no_code_of_a_dataset_runs(hub, tmp_path, file):
 
 def test_without_the_library_the_command_to_install_it_is_told(monkeypatch):
     monkeypatch.setitem(sys.modules, "datasets", None)
-    with pytest.raises(ConfigError, match="org/lines: is no file here, .*run: pip install 'datasets>=4.6'"):
+    with pytest.raises(ConfigError, match="org/lines: is no file here, .* missing; run: pip install 'datasets>=4.6'"):
         read_dataset(source(), 1000, 0)
 
 
