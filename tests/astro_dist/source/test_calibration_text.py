@@ -1,6 +1,8 @@
 """Text to chunks: fixed by the text, the tokenizer and the settings."""
 
+import gzip
 import json
+import re
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -211,3 +213,84 @@ def test_wrong_files_are_explained(tmp_path, name, message):
     pq.write_table(pa.table({"text": [1]}), tmp_path / "numbers.parquet")
     with pytest.raises(ConfigError, match=message):
         texts_of(CalibrationConfig(source=str(tmp_path / name)))
+
+
+def test_documents_are_packed_without_a_gap():
+    documents = ["a" * 5, "b" * 100, "c", "", "d" * 50]
+    config = settings(samples=4, holdout_samples=0, chunk_samples=4)
+    (chunk,) = tokenized(documents, byte_tokenizer(), config).chunks
+    assert byte_tokenizer().decode(chunk.tokens.ravel()) == ("a" * 5 + "b" * 100 + "c" + "d" * 50)[: 4 * 32]
+
+
+def test_empty_rows_are_left_out_and_do_not_count_as_documents(tmp_path):
+    rows = ["one", "", None, " \n", "two", "three", "four"]
+    pq.write_table(pa.table({"text": rows}), tmp_path / "a.parquet")
+    lines = [json.dumps({"text": row}) for row in rows] + ['{"id": 3}', ""]
+    (tmp_path / "a.jsonl").write_text("\n".join(lines))
+    for name in ("a.parquet", "a.jsonl"):
+        assert texts_of(CalibrationConfig(source=str(tmp_path / name))) == ["one", "two", "three", "four"]
+
+
+@pytest.mark.parametrize("name", ["a.jsonl", "a.json", "a.jsonl.gz", "a.parquet"])
+def test_a_table_of_one_giant_document_is_sampled_and_held_out(tmp_path, name):
+    text = " ".join(f"w{number:06d}" for number in range(100_000))
+    line = json.dumps({"text": text}) + "\n"
+    if name.endswith(".gz"):
+        with gzip.open(tmp_path / name, "wt") as file:
+            file.write(line)
+    elif name.endswith(".parquet"):
+        pq.write_table(pa.table({"text": [text]}), tmp_path / name, use_dictionary=False)
+    else:
+        (tmp_path / name).write_text(line)
+    config = settings(source=str(tmp_path / name), samples=8, holdout_samples=4)
+    read = texts_of(config)
+    assert len(read) > 50
+    assert 100_000 < sum(map(len, read)) < 200_000
+    assert all(piece in text for piece in read)
+    parts = {
+        held_out: "".join(
+            byte_tokenizer().decode(row)
+            for chunk in tokenized(read, byte_tokenizer(), config).chunks
+            if is_held_out(chunk.name) is held_out
+            for row in chunk.tokens
+        )
+        for held_out in (False, True)
+    }
+    words = {held_out: set(re.findall(r"w\d{6}", part)) for held_out, part in parts.items()}
+    assert words[True]
+    assert not words[True] & words[False]
+
+
+def test_a_large_file_of_lines_is_sampled_from_all_over_it(tmp_path):
+    with (tmp_path / "a.jsonl").open("w") as file:
+        for number in range(20_000):
+            file.write(json.dumps({"other": "y" * 300, "text": f"{number:05d} " + "x" * 50}) + "\n")
+    config = settings(source=str(tmp_path / "a.jsonl"), samples=8, holdout_samples=4)
+    numbers = [int(text[:5]) for text in texts_of(config)]
+    assert 1_500 < len(numbers) < 4_000
+    assert numbers == sorted(set(numbers))
+    assert numbers[0] < 500
+    assert numbers[-1] > 19_500
+    assert texts_of(config) == texts_of(config) != texts_of(config.model_copy(update={"seed": 1}))
+
+
+@pytest.mark.parametrize(
+    ("content", "column", "message"),
+    [('{"text": "a"}\n{"text": 3}\n', "auto", "line 2: column 'text' holds 3, expected text or a list of messages"),
+     ('{"text": "a"}\n{"text"\n', "auto", "line 2 is no JSON .*; expected one object on each line"),
+     ('[{"text": "a"}]\n', "auto", "line 1 holds .*, expected one JSON object on each line"),
+     ('{"text": "a"}\n', "prompt", "no column prompt, only text; see calibration.column"),
+     ('{"id": 1, "prompt": "a"}\n', "auto", "no column text or messages or conversations, only id, prompt"),
+     ("\n", "auto", "holds no text")],
+)  # fmt: skip
+def test_wrong_lines_are_explained(tmp_path, content, column, message):
+    (tmp_path / "a.jsonl").write_text(content)
+    with pytest.raises(ConfigError, match=f"a.jsonl: .*{message}"):
+        texts_of(CalibrationConfig(source=str(tmp_path / "a.jsonl"), column=column))
+
+
+@pytest.mark.parametrize("key", ["subset", "split", "revision"])
+def test_keys_of_datasets_are_refused_for_files(tmp_path, key):
+    (tmp_path / "a.txt").write_text("text")
+    with pytest.raises(ConfigError, match=f"calibration.{key}: only a dataset on the Hub has one, .*a.txt is none"):
+        texts_of(CalibrationConfig(source=str(tmp_path / "a.txt"), **{key: "x"}))
