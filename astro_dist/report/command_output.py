@@ -41,7 +41,8 @@ def summary_lines(summary: "Summary", config: "RunConfig") -> list[str]:
     lines = []
     original, quantized = summary.perplexity.original, summary.perplexity.quantized
     if original is not None and quantized is not None:
-        source, measured = config.calibration.source, summary.perplexity
+        source = " + ".join(text.source for text in config.calibration.texts)
+        measured = summary.perplexity
         parts = (f"{original:.3f} → {quantized:.3f}", measured.change_in_words, measured.sample_in_words)
         lines.append(f"Hold-out perplexity {', '.join(filter(None, parts))} ({source})")
         divergences = filter(None, (measured.divergence_in_words, summary.prediction_in_words))

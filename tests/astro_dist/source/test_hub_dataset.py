@@ -31,12 +31,8 @@ configs:
 
 
 @pytest.fixture
-def hub(online_hub, monkeypatch, tmp_path):
-    """A Hub that serves datasets to an empty cache."""
-    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path / "cache"))
-    monkeypatch.setattr(datasets.config, "HF_ENDPOINT", online_hub.address)
-    monkeypatch.setattr(datasets.config, "HF_HUB_OFFLINE", False)
-    return online_hub
+def hub(dataset_hub):
+    return dataset_hub
 
 
 @pytest.fixture
