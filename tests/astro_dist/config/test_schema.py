@@ -129,8 +129,9 @@ def test_wrong_configs_are_explained(write, text, message):
 
 
 def test_configs_that_a_finished_run_of_an_earlier_version_holds_are_read(write):
-    path = write(MINIMAL + "quantization: {odd_widths: keep, bits: 3}")
-    assert load_recorded_config(path).quantization.indivisible == "keep"
+    path = write(MINIMAL + "quantization: {odd_widths: keep, bits: 3}\ncalibration: {text_column: body}")
+    config = load_recorded_config(path)
+    assert (config.quantization.indivisible, config.calibration.column) == ("keep", "body")
     with pytest.raises(ConfigError, match=r"c.yaml: unknown key quantization.bit "):
         load_recorded_config(write(MINIMAL + "quantization: {bit: 3}"))
 
