@@ -121,15 +121,15 @@ class CalibrationConfig(_Section):
     sources: tuple[TextSource, ...] = ()
     """Several texts instead of one, each with its share of the sequences."""
     samples: int | Literal["auto"] = "auto"
-    """The number of sequences that the statistics are collected on. `auto` is 128, or as many as the text has."""
+    """The number of sequences that the statistics are collected on; `auto` is 128, or as many as the text has."""
     sequence_length: int = Field(2048, ge=8)
     """The length of each sequence in tokens."""
     chunk_samples: int = Field(8, ge=1)
     """The number of sequences that are computed and sent together. It changes the order of sums, and so the result in
     its last bits."""
     holdout_samples: int | Literal["auto"] = "auto"
-    """The number of held-out sequences on which the perplexity before and after is measured; 0 measures none. `auto` is
-    16, or as many as the quarter of the text has that is held out."""
+    """The number of held-out sequences on which the perplexity before and after is measured; 0 measures none, and
+    `auto` is 16, or as many as the quarter of the text has that is held out."""
     seed: int = Field(0, ge=0)
     """The seed that chooses which sequences of the text are taken."""
     token_weights: Literal["loss", "norm", "none"] = "loss"
