@@ -37,7 +37,7 @@ from astro_dist.report.progress import ProgressDisplay, Shape
 from astro_dist.report.summary import Session, summarize
 from astro_dist.run_directory.beginning import begin as begin_run
 from astro_dist.run_directory.beginning import is_begun, keep_side_files
-from astro_dist.run_directory.identity import Identity, begun_commit
+from astro_dist.run_directory.identity import Identity, begun_commit, begun_texts
 from astro_dist.run_directory.journal import Damaged
 from astro_dist.run_directory.layer_widths import settle_widths
 from astro_dist.run_directory.records import RunDirectory
@@ -47,7 +47,7 @@ from astro_dist.run_directory.unit_record import EmbedResult
 from astro_dist.schedule.calls import Call
 from astro_dist.schedule.names import EMBED, is_block_unit
 from astro_dist.schedule.schedule import Schedule
-from astro_dist.source.calibration_text import Chunk, as_tensors
+from astro_dist.source.calibration_text import Chunk, TokenChunks, as_tensors
 from astro_dist.worker.spec import WorkerSpec
 
 __all__ = ["quantize"]
@@ -72,18 +72,23 @@ class _Job:
         prepared: The run, after all checks.
         run: Run directory.
         fingerprint: SHA-256 of the source, hex.
-        chunks: Chunks of the calibration text.
+        tokens: Tokens of the calibration text.
     """
 
     prepared: Prepared
     run: RunDirectory
     fingerprint: str
-    chunks: Sequence[Chunk]
+    tokens: TokenChunks
 
     @property
     def config(self) -> RunConfig:
         """Return the configuration of the run."""
         return self.prepared.config
+
+    @property
+    def chunks(self) -> Sequence[Chunk]:
+        """Return the chunks of the calibration text."""
+        return self.tokens.chunks
 
     def schedule(self) -> Schedule:
         """Make the schedule from what the run directory holds."""
@@ -112,9 +117,8 @@ def quantize(config: RunConfig) -> Summary:
     root = config.output.dir.expanduser().absolute()
     _log.info("%s; into %s", settings_line(config), root)
     asked = {"source": config.model.source, "revision": config.model.revision}
-    prepared = prepare(config, begun_commit(root, asked))
+    prepared, chunks = tokens_of(prepare(config, begun_commit(root, asked)), begun_texts(root))
     config = prepared.config
-    chunks = tokens_of(prepared)
     fingerprint = prepared.checkpoint.fingerprint()
     key = run_key(config, fingerprint, astro.__version__)
     run = RunDirectory(root, key, rounds=config.execution.rounds)
@@ -126,6 +130,7 @@ def quantize(config: RunConfig) -> Summary:
         arithmetic=config.arithmetic(),
         commit=prepared.source.commit,
         asked=asked if prepared.source.commit else None,
+        texts={str(number): share.to_json() for number, share in enumerate(chunks.shares)},
     )
     begun = is_begun(run, identity)
     publication = Publication(run, config.publish) if config.publish.repo else None
@@ -138,7 +143,7 @@ def quantize(config: RunConfig) -> Summary:
     with run.locked():
         if not begun:
             begin_run(run, config, identity, as_tensors(chunks.chunks))
-        summary = _run(_Job(prepared, run, fingerprint, chunks.chunks), publication, begin)
+        summary = _run(_Job(prepared, run, fingerprint, chunks), publication, begin)
         return publication.finish() if publication else summary
 
 
@@ -262,6 +267,7 @@ def _worker_spec(job: _Job, folder: Path, dtype: torch.dtype, executor: Executor
         run=job.run,
         plan=job.prepared.plan,
         chunks=tuple(chunk.name for chunk in job.chunks),
+        num_leading=job.tokens.num_leading,
         shares=config.execution.hessian_shares,
         quantization=config.quantization,
         regularization=config.regularizer,

@@ -28,7 +28,10 @@ _ROWS = 256
 
 @dataclasses.dataclass(frozen=True)
 class SequenceFigures:
-    """What a model predicted of one sequence. Every token but the first is predicted from those before it.
+    """What a model predicted of one sequence. Every token of its text is predicted from those before it.
+
+    The tokens that a tokenizer puts in front are no text, so that no prediction of them counts. Where it puts none, the
+    first token of the text has nothing before it and is not predicted.
 
     Attributes:
         tokens: Number of tokens that were predicted.
@@ -63,6 +66,7 @@ def measure_sequences(
     hidden: torch.Tensor,
     num_outputs: int,
     source_hidden: torch.Tensor | None = None,
+    num_leading: int = 0,
 ) -> list[SequenceFigures]:
     """Measure what a model predicts of some sequences.
 
@@ -72,17 +76,19 @@ def measure_sequences(
         hidden: The output of the last block for them, [B, T, ...].
         num_outputs: Number of values that blocks return as a tuple.
         source_hidden: The same of the source model, [B, T, ...]; None where the model is the source.
+        num_leading: Number of tokens in front of every sequence that are no text.
     """
+    predicting, predicted = _text_positions(num_leading)
     figures = []
     for i in range(len(hidden)):  # one sequence at a time bounds the logits
         ids = input_ids[i : i + 1]
-        logits = run_head(skeleton, ids, hidden[i : i + 1], num_outputs)[0, :-1].float()
-        loss = float(cross_entropy(logits, ids[0, 1:], reduction="sum"))
+        logits = run_head(skeleton, ids, hidden[i : i + 1], num_outputs)[0, predicting].float()
+        loss = float(cross_entropy(logits, ids[0, predicted], reduction="sum"))
         tokens = len(logits)
         if source_hidden is None:
             figures.append(SequenceFigures(tokens, loss, 0.0, tokens))
             continue
-        source = run_head(skeleton, ids, source_hidden[i : i + 1], num_outputs)[0, :-1]
+        source = run_head(skeleton, ids, source_hidden[i : i + 1], num_outputs)[0, predicting]
         divergence, agreements = _compare(source, logits)
         figures.append(SequenceFigures(tokens, loss, divergence, agreements))
     return figures
@@ -122,6 +128,12 @@ def mean_per_token(sums: Sequence[float], tokens: Sequence[int]) -> Significant:
     return Significant(float(mean), float(residuals.std(correction=1) / len(sums) ** 0.5))
 
 
+def _text_positions(num_leading: int) -> tuple[slice, slice]:
+    """Return the positions that predict a token of the text, and the positions of these tokens."""
+    first = max(num_leading, 1)
+    return slice(first - 1, -1), slice(first, None)
+
+
 def _compare(source: torch.Tensor, logits: torch.Tensor) -> tuple[float, int]:
     """Return the sum of KL(source ‖ model) over tokens, and how often both find the same token most likely."""
     divergence, agreements = torch.zeros((), dtype=torch.float64, device=logits.device), 0
@@ -143,24 +155,28 @@ def gradient_scale(dtype: torch.dtype) -> float:
     return _FLOAT16_SCALE if dtype == torch.float16 else 1.0
 
 
-def loss_gradient(skeleton: Skeleton, input_ids: torch.Tensor, hidden: torch.Tensor, num_outputs: int) -> torch.Tensor:
+def loss_gradient(
+    skeleton: Skeleton, input_ids: torch.Tensor, hidden: torch.Tensor, num_outputs: int, num_leading: int = 0
+) -> torch.Tensor:
     """Return the gradient of the loss with respect to the last block's output times `gradient_scale`, [B, T, ...].
 
-    The loss is the negative log-likelihood of each next token of the text, summed over all tokens.
+    The loss is the negative log-likelihood of each next token of the text, summed over all of these.
 
     Args:
         skeleton: The model, everything outside its blocks loaded.
         input_ids: The tokens of the sequences, int64 [B, T].
         hidden: The output of the last block for them, [B, T, ...].
         num_outputs: Number of values that blocks return as a tuple.
+        num_leading: Number of tokens in front of every sequence that are no text.
     """
+    predicting, predicted = _text_positions(num_leading)
     gradients: list[torch.Tensor] = []
     scale = gradient_scale(hidden.dtype)
     for i in range(len(hidden)):  # one sequence at a time bounds the logits
         ids = input_ids[i : i + 1]
         with torch.enable_grad():
             start = hidden[i : i + 1].detach().requires_grad_(True)
-            logits = run_head(skeleton, ids, start, num_outputs)[0, :-1].float()
-            loss = cross_entropy(logits, ids[0, 1:], reduction="sum")
+            logits = run_head(skeleton, ids, start, num_outputs)[0, predicting].float()
+            loss = cross_entropy(logits, ids[0, predicted], reduction="sum")
             gradients += torch.autograd.grad(loss * scale, start)
     return torch.cat(gradients)

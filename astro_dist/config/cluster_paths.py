@@ -5,6 +5,7 @@ from pathlib import Path
 
 from astro.errors import ConfigError
 from astro_dist.config.schema import RunConfig
+from astro_dist.config.text_place import PYTHON_DOCS, is_dataset
 
 __all__ = ["require_absolute_paths"]
 
@@ -27,8 +28,10 @@ def require_absolute_paths(config: RunConfig) -> None:
         paths["model.source"] = Path(source)
     if config.model.cache_dir is not None:
         paths["model.cache_dir"] = config.model.cache_dir
-    if config.calibration.source != "python-docs":
-        paths["calibration.source"] = Path(config.calibration.source)
+    for i, text in enumerate(config.calibration.texts):
+        if text.source != PYTHON_DOCS and not is_dataset(text.source):
+            key = f"sources.{i}.source" if config.calibration.sources else "source"
+            paths[f"calibration.{key}"] = Path(text.source)
     for name, path in paths.items():
         if not path.expanduser().is_absolute():
             raise ConfigError(f"{name}: {path} is relative; on a cluster give an absolute path that every node sees")

@@ -35,7 +35,11 @@ def type_at(location: tuple[int | str, ...]) -> Any:
     """
     kind: Any = RunConfig
     for part in location:
-        kind = typing.get_args(kind)[1] if typing.get_origin(kind) is dict else fields_of(kind).get(str(part))
+        origin, inner = typing.get_origin(kind), typing.get_args(kind)
+        if origin is dict:
+            kind = inner[1]
+        else:
+            kind = inner[0] if isinstance(part, int) and inner else fields_of(kind).get(str(part))
     return kind
 
 

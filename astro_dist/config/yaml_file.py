@@ -16,8 +16,8 @@ from astro_dist.config.schema import PublishConfig, RunConfig
 
 __all__ = ["load_config", "load_recorded_config", "make_config", "make_target"]
 
-_FORMER_KEYS = {"odd_widths": "indivisible"}
-"""Names in the section `quantization` that version 0.5.0 wrote otherwise, and their names now."""
+_FORMER_KEYS = {"quantization": {"odd_widths": "indivisible"}, "calibration": {"text_column": "column"}}
+"""Names that earlier versions wrote otherwise, and their names now, by section."""
 
 _MARKER = re.compile(r"int|float|bool|str|literal\[.*\]")
 """Pattern of what pydantic puts into a path for the branch of a union that it tried."""
@@ -108,9 +108,9 @@ def load_recorded_config(path: Path, assignments: list[str] | None = None) -> Ru
     content = _read_mapping(path)
     for assignment in assignments or []:
         _assign(content, assignment)
-    section = content.get("quantization")
-    if isinstance(section, dict):
-        content["quantization"] = {_FORMER_KEYS.get(key, key): value for key, value in section.items()}
+    for name, now in _FORMER_KEYS.items():
+        if isinstance(section := content.get(name), dict):
+            content[name] = {now.get(key, key): value for key, value in section.items()}
     try:
         return RunConfig.model_validate(content)
     except ValidationError as error:
@@ -241,6 +241,7 @@ def _expected(item: Any) -> str | None:
 
 
 def _suggest(location: tuple[int | str, ...]) -> str:
-    if location[0] == "quantization" and location[-1] in _FORMER_KEYS:
-        return f" (it is called {_FORMER_KEYS[str(location[-1])]} now)"
+    now = _FORMER_KEYS.get(str(location[0]), {}).get(str(location[-1]))
+    if now:
+        return f" (it is called {now} now)"
     return suggestion(str(location[-1]), fields_of(type_at(location[:-1])))

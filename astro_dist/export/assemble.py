@@ -41,9 +41,9 @@ def assemble(source: Path, plan: Plan, run: RunDirectory, config: RunConfig, is_
             total += entry.size_bytes
     index = {"metadata": {"total_size": total}, "weight_map": dict(sorted(weight_map.items()))}
     write_json(run.model / INDEX_NAME, index)
-    text = Path(config.calibration.source).expanduser().resolve()
+    texts = {Path(text.source).expanduser().resolve() for text in config.calibration.texts}
     listed = list_folder(source, without=[run.root] if source != run.source else [])
-    beside = [name for name in side_files(listed) if (source / name).resolve() != text]
+    beside = [name for name in side_files(listed) if (source / name).resolve() not in texts]
     for name in beside:
         _copy(source / name, run.model / name)
     content = without_quantization(read_json(source / "config.json"))

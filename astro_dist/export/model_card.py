@@ -16,6 +16,7 @@ from astro.formats import LAYOUTS
 from astro.formats.server_limits import FUSED_EXPERTS, TRANSPOSED
 from astro.quantization.layer_record import LayerRecord, predicted_nats
 from astro_dist.config.schema import RunConfig
+from astro_dist.config.text_place import PYTHON_DOCS
 from astro_dist.console import in_words
 from astro_dist.run_directory.identity import Identity
 from astro_dist.run_directory.summary import Summary
@@ -116,7 +117,7 @@ def model_card(
     widths = {layer.bits for layer in layers}
     original, quantized = summary.perplexity.original, summary.perplexity.quantized
     change = quantized / original - 1 if original is not None and quantized is not None else None
-    reproduction, shortened = _without_places(config)
+    reproduction, shortened = _without_places(config, identity)
     steps = [_METHODS[config.regularizer.name], _METHODS[config.quantization.method]]
     text = _TEMPLATES.get_template("model_card.md.j2").render(
         metadata=metadata(config, base, widths, repository),
@@ -133,7 +134,7 @@ def model_card(
         change=change,
         method=[(name, _cell(value)) for name, value in _method(config, summary)],
         kinds=_by_kind(layers),
-        text=PurePath(config.calibration.source).name,
+        text=_texts(config, identity, summary.python),
         is_served=_are_served(config.quantization.format, widths),
         is_low=min(widths) < _TRIED_BITS,
         is_doubtful=bool({FUSED_EXPERTS, TRANSPOSED} & set(summary.notes)),
@@ -238,15 +239,38 @@ def _are_served(layout: str, widths: Collection[int]) -> bool:
     return set(widths) <= set(_SERVED_BITS[layout])
 
 
-def _without_places(config: RunConfig) -> tuple[dict[str, Any], bool]:
-    """Return the configuration without what depends on the place where it ran, and whether paths were shortened."""
+def _without_places(config: RunConfig, identity: Identity) -> tuple[dict[str, Any], bool]:
+    """Return the resolved configuration with commits of datasets, without what depends on the place where it ran.
+
+    The second value tells whether paths were shortened.
+    """
     shortened = False
     plain = config.plain()
     del plain["publish"], plain["model"]["cache_dir"], plain["execution"]["ray_address"]
-    for section, key in (("model", "source"), ("calibration", "source"), ("output", "dir")):
-        if PurePath(plain[section][key]).is_absolute():
-            plain[section][key], shortened = PurePath(plain[section][key]).name, True
+    texts = plain["calibration"]["sources"] or [plain["calibration"]]
+    for section, key in ((plain["model"], "source"), (plain["output"], "dir"), *((text, "source") for text in texts)):
+        if PurePath(section[key]).is_absolute():
+            section[key], shortened = PurePath(section[key]).name, True
+    for number, text in enumerate(texts):
+        text["revision"] = (identity.texts or {}).get(str(number), {}).get("commit", text["revision"])
     return plain, shortened
+
+
+def _texts(config: RunConfig, identity: Identity, python: str) -> str:
+    """Say in words which texts the sequences are of."""
+    recorded = identity.texts or {}
+    parts = []
+    for number, text in enumerate(config.calibration.texts):
+        taken = recorded.get(str(number), {})
+        name = f"`{PurePath(text.source).name}`"
+        if text.source == PYTHON_DOCS:
+            name = f"the Python language reference of CPython {python} (`pydoc_data.topics`)"
+        elif "commit" in taken:
+            subset = f"subset `{text.subset}`, " if text.subset else ""
+            link = f"[{text.source}](https://huggingface.co/datasets/{text.source})"
+            name = f"{link} ({subset}split `{text.split}`, commit `{taken['commit']}`)"
+        parts.append(f"{name}, {taken['samples']} of them" if config.calibration.sources and taken else name)
+    return "; ".join(parts)
 
 
 def _linked(text: str, target: str | None) -> str:

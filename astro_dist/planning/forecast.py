@@ -44,5 +44,5 @@ def plan(config: RunConfig, workers: int | None = None, device: str | None = Non
         InputError: Something that the user gave is wrong; `quantize` would refuse it too.
     """
     prepared = prepare(config)
-    require_text(prepared)
+    prepared = require_text(prepared)
     return Forecast(prepared, forecast(prepared, workers, device))

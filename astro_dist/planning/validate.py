@@ -20,7 +20,8 @@ from astro.model.tied_weights import untied_weights
 from astro.process import configure_process
 from astro.quantization.bit_allocation import require_affordable
 from astro.storage.checkpoint import INDEX_NAME, SINGLE_NAME, Checkpoint
-from astro_dist.config.schema import RunConfig
+from astro_dist.config.schema import CalibrationConfig, RunConfig
+from astro_dist.config.text_place import is_file
 from astro_dist.planning.checkpoint_plan import make_plan
 from astro_dist.planning.chunk_size import chunk_note, settle_chunks
 from astro_dist.planning.compute_dtype import compute_dtype
@@ -29,7 +30,7 @@ from astro_dist.planning.estimate import Estimate, estimate
 from astro_dist.planning.left_out import exact_expert_notes, zero_expert_notes
 from astro_dist.planning.source_notes import source_notes
 from astro_dist.planning.units import Plan
-from astro_dist.source.calibration_text import TokenChunks, is_file, read_documents, tokenize
+from astro_dist.source.calibration_text import TokenChunks, read_texts, tokenize
 from astro_dist.source.model_info import BaseModel, read_base_model
 from astro_dist.source.resolve import Source, resolve_source
 
@@ -116,8 +117,7 @@ def prepare(config: RunConfig, commit: str | None = None) -> Prepared:
     ]
     if is_open:
         notes.append(chunk_note(config, plan, checkpoint))
-    if not _has_text(config):
-        notes.append(f"calibration.source {config.calibration.source} is not there: `quantize` will refuse")
+    notes += [f"calibration.source {name} is not there: `quantize` will refuse" for name in _missing_texts(config)]
     untied = untied_weights(skeleton, checkpoint, plan.outside)
     if untied:
         notes.append(
@@ -129,45 +129,60 @@ def prepare(config: RunConfig, commit: str | None = None) -> Prepared:
     return Prepared(config, source, checkpoint, plan, base, tuple(notes), tensor_parallel, tuple(untied))
 
 
-def tokens_of(prepared: Prepared) -> TokenChunks:
+def tokens_of(
+    prepared: Prepared, commits: Mapping[tuple[str, str | None], str] | None = None
+) -> tuple[Prepared, TokenChunks]:
     """Read and tokenize the calibration text of a run.
 
     Args:
         prepared: The run.
+        commits: Commits of datasets that the run was begun with, by name and revision in the configuration.
 
     Returns:
-        The tokens in chunks.
+        The run, whose configuration says how many sequences there are, and the tokens in chunks.
 
     Raises:
         InputError: The text, the tokenizer or their settings cannot be used.
     """
     config, source = prepared.config, prepared.source.folder
-    documents = read_documents(config.calibration)
     try:
         tokenizer = transformers.AutoTokenizer.from_pretrained(source, trust_remote_code=config.model.trust_remote_code)
     except Exception as error:  # tokenizers raises bare Exceptions for files it cannot parse
         raise CheckpointError(f"{source}: its tokenizer cannot be loaded: {error}") from error
-    chunks = tokenize(documents, tokenizer, config.calibration)
+    chunks = tokenize(read_texts(config.calibration, tokenizer, commits), tokenizer, config.calibration)
     largest = max(int(chunk.tokens.max()) for chunk in chunks.chunks)
     if largest >= prepared.plan.vocab_size:
         raise CheckpointError(
             f"{source}: its tokenizer gives token {largest}, but the model has a vocabulary of "
             f"{prepared.plan.vocab_size}; tokenizer and config.json are of different models"
         )
-    return chunks
+    return _with_text(prepared, chunks.settled(config.calibration), chunks.notes), chunks
 
 
-def require_text(prepared: Prepared) -> None:
+def require_text(prepared: Prepared) -> Prepared:
     """Refuse a calibration text that the run would refuse, if this machine has the text.
 
     Args:
         prepared: The run.
 
+    Returns:
+        The run, whose configuration says how many sequences there are, or would be if the text has enough.
+
     Raises:
         InputError: The text, the tokenizer or their settings cannot be used.
     """
-    if _has_text(prepared.config):
-        tokens_of(prepared)
+    if not _missing_texts(prepared.config):
+        return tokens_of(prepared)[0]
+    calibration = prepared.config.calibration
+    counts = {"samples": calibration.most_samples, "holdout_samples": calibration.most_holdout_samples}
+    return _with_text(prepared, calibration.model_copy(update=counts), ())
+
+
+def _with_text(prepared: Prepared, calibration: CalibrationConfig, notes: Sequence[str]) -> Prepared:
+    """Return a run whose numbers of sequences are settled."""
+    config = prepared.config.model_copy(update={"calibration": calibration})
+    all_notes = (*prepared.notes, *notes, *_text_notes(config, prepared.plan))
+    return dataclasses.replace(prepared, config=config, notes=all_notes)
 
 
 def forecast(prepared: Prepared, workers: int | None, device_name: str | None) -> Estimate:
@@ -240,7 +255,6 @@ def _plan_notes(config: RunConfig, plan: Plan, class_name: str) -> Iterator[str]
         )
     yield from plan.coverage.notes()
     yield from exact_expert_notes(plan.other_matrices)
-    yield from _text_notes(config, plan)
     if plan.other_matrices:
         yield (
             f"{len(plan.other_matrices)} matrices that are gates, no linear layers, or held in 16 bits by servers, "
@@ -264,7 +278,7 @@ def _text_notes(config: RunConfig, plan: Plan) -> Iterator[str]:
     """Say whether there is too little calibration text for the widest layer."""
     linears = [linear for unit in plan.blocks for linear in unit.linears]
     widest = max(linears, key=lambda linear: linear.columns)
-    tokens = config.calibration.samples * config.calibration.sequence_length
+    tokens = config.calibration.most_samples * config.calibration.sequence_length
     if tokens < _ENOUGH_TOKENS * widest.columns and config.quantization.method == "gptq":
         what = "its Hessian is singular" if tokens < widest.columns else "its Hessian is a rough estimate"
         yield (
@@ -273,6 +287,7 @@ def _text_notes(config: RunConfig, plan: Plan) -> Iterator[str]:
         )
 
 
-def _has_text(config: RunConfig) -> bool:
-    text = config.calibration.source
-    return not is_file(text) or Path(text).expanduser().is_file()
+def _missing_texts(config: RunConfig) -> list[str]:
+    """List the calibration texts that are files and not on this machine."""
+    files = [text.source for text in config.calibration.texts if is_file(text.source)]
+    return [name for name in files if not Path(name).expanduser().is_file()]

@@ -45,7 +45,7 @@ class WorkerMemory:
         self._plan, self._device_type, self._itemsize = plan, device_type, dtype.itemsize
         calibration = config.calibration
         self._sequence_length = calibration.sequence_length
-        self._calibration_tokens = calibration.samples * calibration.sequence_length
+        self._calibration_tokens = calibration.most_samples * calibration.sequence_length
         self._sequential = config.execution.mode == "sequential"
         self._compensated = self._sequential and config.quantization.compensates
         self._all_tokens = config.experts.policy == "all-tokens"

@@ -44,7 +44,7 @@ def summary_lines(summary: "Summary", config: "RunConfig") -> list[str]:
         config: Configuration of the run.
     """
     return [
-        *figure_lines(summary, config.calibration.source),
+        *figure_lines(summary, " + ".join(text.source for text in config.calibration.texts)),
         *coverage_lines(summary.coverage),
         *fallback_lines(summary.fallbacks, config.experts.min_tokens),
         *(f"note: {note}" for note in summary.notes),

@@ -9,7 +9,7 @@ from astro.errors import ConfigError, DamagedError
 from astro_dist.run_directory.layout import RunLayout
 from astro_dist.run_directory.records import read_own_json
 
-__all__ = ["Identity", "begun_commit", "read_identity"]
+__all__ = ["Identity", "begun_commit", "begun_texts", "read_identity"]
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -25,6 +25,8 @@ class Identity:
         commit: Commit of the Hub repository that the source was read from; None for other sources.
         asked: Repository and revision as the configuration names them, under "source" and "revision"; None for other
             sources.
+        texts: What was taken of each calibration text, by its number from "0" on: its place as the configuration names
+            it, the commit of a dataset on the Hub, and the number of its sequences.
     """
 
     key: str
@@ -34,6 +36,7 @@ class Identity:
     arithmetic: Mapping[str, Any]
     commit: str | None = None
     asked: Mapping[str, Any] | None = None
+    texts: Mapping[str, Mapping[str, Any]] | None = None
 
     def to_json(self) -> dict[str, Any]:
         """Return the identity as the JSON object of run.json."""
@@ -48,8 +51,10 @@ class Identity:
             content: JSON object with at least the key.
         """
         texts = {name: str(content.get(name, "")) for name in ("key", "source_sha256", "tokens_sha256", "version")}
-        arithmetic = content.get("arithmetic", {})
-        return cls(**texts, arithmetic=arithmetic, commit=content.get("commit"), asked=content.get("asked"))
+        arithmetic: Mapping[str, Any] = content.get("arithmetic", {})
+        rest: dict[str, Any] = {name: content.get(name) for name in ("commit", "asked", "texts")}
+        plain: dict[str, Any] = texts | rest
+        return cls(**plain, arithmetic=arithmetic)
 
     def is_same_run(self, other: "Identity") -> bool:
         """Tell whether two identities are of the same run. The key does not cover the tokens, so both are compared.
@@ -115,6 +120,21 @@ def begun_commit(root: Path, asked: Mapping[str, Any]) -> str | None:
         return None
     begun = read_identity(root)
     return begun.commit if begun.asked == asked else None
+
+
+def begun_texts(root: Path) -> dict[tuple[str, str | None], str]:
+    """Return the commits of the datasets with which the run in a folder was begun, by name and revision as asked.
+
+    Args:
+        root: Folder of the run directory.
+
+    Raises:
+        ConfigError: The run.json of the folder cannot be read.
+    """
+    if not RunLayout(root).identity.is_file():
+        return {}
+    texts = (read_identity(root).texts or {}).values()
+    return {(text["source"], text.get("revision")): text["commit"] for text in texts if text.get("commit")}
 
 
 def _flatten(content: Any, prefix: str = "") -> dict[str, Any]:

@@ -1,24 +1,23 @@
-"""Turn text into fixed chunks of token sequences: the same text, tokenizer and settings give the same tokens."""
+"""Turn texts into fixed chunks of token sequences: the same texts, tokenizer and settings give the same tokens."""
 
-import array
 import dataclasses
 import hashlib
 import random
-from collections.abc import Sequence
-from pathlib import Path
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 import torch
 
-from astro.errors import CheckpointError, ConfigError
-from astro_dist.config.schema import CalibrationConfig
+from astro.errors import ConfigError
+from astro_dist.config.schema import CalibrationConfig, TextSource
 from astro_dist.schedule.names import chunk_name
-from astro_dist.source.long_wait import LongWait
-from astro_dist.source.text_files import SUFFIXES, cut_text, read_file
+from astro_dist.source.documents import CalibrationText, Document, Wanted, read_text
+from astro_dist.source.text_shares import Demand, apportion, settle
+from astro_dist.source.text_tokens import TextTokenizer
 
-__all__ = ["Chunk", "TokenChunks", "as_tensors", "chunk_tokens", "is_file", "read_documents", "tokenize"]
+__all__ = ["Chunk", "TextShare", "TokenChunks", "as_tensors", "chunk_tokens", "read_texts", "tokenize"]
 
 Tokens = npt.NDArray[np.int64]
 _HOLDOUT_EVERY = 4
@@ -26,8 +25,8 @@ _HOLDOUT_EVERY = 4
 _CHARACTERS_PER_TOKEN_WANTED = 64
 """Characters for each needed token above which a text is sampled before it is tokenized. That leaves some ten times the
 tokens that are needed."""
-_PIECE_CHARACTERS = 1 << 18
-"""Characters that are tokenized together: a tokenizer needs a hundred bytes of memory for each."""
+_LEAST_SAMPLES = 8
+"""Sequences to calibrate on that a text must have if nobody said how many there shall be."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -44,16 +43,68 @@ class Chunk:
 
 
 @dataclasses.dataclass(frozen=True)
+class TextShare:
+    """What a run really took of one text.
+
+    Attributes:
+        source: Place of the text, as the configuration names it, and the share that was asked for.
+        commit: Commit of the dataset's repository on the Hub; None for other texts.
+        samples: Number of its sequences to calibrate on.
+        holdout_samples: Number of its held-out sequences.
+    """
+
+    source: TextSource
+    commit: str | None
+    samples: int
+    holdout_samples: int
+
+    def to_json(self) -> dict[str, Any]:
+        """Return what run.json records of the text."""
+        plain = {**self.source.model_dump(mode="json"), "commit": self.commit}
+        counts = {"samples": self.samples, "holdout_samples": self.holdout_samples}
+        return {name: value for name, value in plain.items() if value is not None} | counts
+
+
+@dataclasses.dataclass(frozen=True)
 class TokenChunks:
     """Token chunks are the whole text of a run, calibration first.
 
     Attributes:
         chunks: Chunks in the order in which they pass through the model.
         sha256: SHA-256 of all names and tokens, hex.
+        num_leading: Number of tokens that the tokenizer puts in front of every sequence, and that are no text.
+        shares: What was taken of each text.
+        notes: Sentences that the user should read.
     """
 
     chunks: tuple[Chunk, ...]
     sha256: str
+    num_leading: int
+    shares: tuple[TextShare, ...]
+    notes: tuple[str, ...]
+
+    def settled(self, config: CalibrationConfig) -> CalibrationConfig:
+        """Return the section of the configuration with the numbers of sequences that there really are.
+
+        Args:
+            config: Section of the configuration.
+        """
+        samples = sum(share.samples for share in self.shares)
+        holdout_samples = sum(share.holdout_samples for share in self.shares)
+        return config.model_copy(update={"samples": samples, "holdout_samples": holdout_samples})
+
+
+@dataclasses.dataclass(frozen=True)
+class _Taken:
+    """Sequences to calibrate on, or held out.
+
+    Attributes:
+        sequences: Their tokens, int64 [N, T].
+        counts: Number of sequences of each text.
+    """
+
+    sequences: Tokens
+    counts: list[int]
 
 
 def as_tensors(chunks: Sequence[Chunk]) -> dict[str, torch.Tensor]:
@@ -61,141 +112,151 @@ def as_tensors(chunks: Sequence[Chunk]) -> dict[str, torch.Tensor]:
     return {chunk.name: torch.from_numpy(chunk.tokens) for chunk in chunks}
 
 
-def is_file(source: str) -> bool:
-    """Tell whether a calibration source names a file; if not, it names the text that ships with Python, or nothing."""
-    return Path(source).suffix in SUFFIXES
-
-
-def read_documents(config: CalibrationConfig) -> list[str]:
-    """Read the documents of a calibration source; of a large file a sample, many times as much as the run needs.
+def read_texts(
+    config: CalibrationConfig, tokenizer: Any, commits: Mapping[tuple[str, str | None], str] | None = None
+) -> list[CalibrationText]:
+    """Read the documents of every text; of a large one a sample, many times as much as the run needs.
 
     Args:
-        config: Section of the configuration that names the source and says how many tokens are needed.
+        config: Section of the configuration that names the texts and says how many tokens are needed.
+        tokenizer: Tokenizer of the model, as transformers loads it.
+        commits: Commits of datasets that the run was begun with, by name and revision in the configuration.
 
     Raises:
-        ConfigError: The source is unknown, cannot be read, or holds no text.
+        ConfigError: A source is unknown, cannot be read, or holds no text.
     """
-    if config.source == "python-docs":
-        from pydoc_data import topics  # 465,000 characters that ship with CPython; not needed otherwise
-
-        documents = [text for _, text in sorted(topics.topics.items())]
-    else:
-        num_tokens = (config.samples + config.holdout_samples) * config.sequence_length
-        path, limit = Path(config.source).expanduser(), _CHARACTERS_PER_TOKEN_WANTED * num_tokens
-        documents = read_file(path, config.text_column, limit, config.seed)
-    documents = [text for text in documents if text.strip()]
-    if not documents:
-        raise ConfigError(f"calibration.source {config.source}: holds no text")
-    return documents
+    needed = (config.most_samples + config.most_holdout_samples) * config.sequence_length
+    limit = _CHARACTERS_PER_TOKEN_WANTED * needed
+    return [
+        read_text(
+            text,
+            Wanted(round(limit * text.share), config.seed, (commits or {}).get((text.source, text.revision))),
+            tokenizer,
+        )
+        for text in config.texts
+    ]
 
 
-def tokenize(documents: Sequence[str], tokenizer: Any, config: CalibrationConfig) -> TokenChunks:
+def tokenize(texts: Sequence[CalibrationText], tokenizer: Any, config: CalibrationConfig) -> TokenChunks:
     """Cut documents into sequences, hold out every fourth document, and take as many sequences as are asked for.
 
-    Fewer than four documents are each split at three quarters of their length instead. Sequences begin with the tokens
-    that the tokenizer puts in front of every text, such as BOS.
+    Fewer than four documents are each split at three quarters of their length instead. Documents are packed: each
+    begins where the one before ends, so that short ones share a sequence and long ones fill several. Sequences begin
+    with the tokens that the tokenizer puts in front of every text, such as BOS.
 
     Args:
-        documents: Texts.
+        texts: Documents of each text, with the share of the sequences that it has.
         tokenizer: Tokenizer of the model, as transformers loads it.
         config: Section of the configuration with the number and length of the sequences and the seed that chooses them.
 
     Raises:
-        ConfigError: The text is too short, or the sequences are.
+        ConfigError: A text is too short, or the sequences are.
         CheckpointError: The tokenizer changes the tokens of a text where it puts others in front.
     """
-    if len(documents) < _HOLDOUT_EVERY:
-        cuts = [len(text) * (_HOLDOUT_EVERY - 1) // _HOLDOUT_EVERY for text in documents]
-        parts = [
-            [text[:cut] for text, cut in zip(documents, cuts, strict=True)],
-            [text[cut:] for text, cut in zip(documents, cuts, strict=True)],
-        ]
-    else:
-        rest = [text for i, text in enumerate(documents) if i % _HOLDOUT_EVERY != _HOLDOUT_EVERY - 1]
-        parts = [rest, list(documents[_HOLDOUT_EVERY - 1 :: _HOLDOUT_EVERY])]
-    parts = [
-        _enough(part, count * config.sequence_length, config.seed)
-        for part, count in zip(parts, (config.samples, config.holdout_samples), strict=True)
+    of_text = TextTokenizer(tokenizer)
+    body = config.sequence_length - len(of_text.leading)
+    if body < 1:
+        raise ConfigError(
+            f"calibration.sequence_length: {config.sequence_length} tokens have no room for text, the tokenizer begins "
+            f"every text with {len(of_text.leading)} tokens"
+        )
+    notes = [note for text in texts for note in text.notes]
+    taken = []
+    for demand, parts in zip(
+        _demands(config), zip(*(_split(text.documents) for text in texts), strict=True), strict=True
+    ):
+        taken.append(_take(demand, texts, parts, of_text, config.seed))
+        if sum(taken[-1].counts) < demand.count:
+            notes.append(
+                f"calibration.{demand.option}: {sum(taken[-1].counts)} sequences of {demand.length} tokens instead of "
+                f"{demand.count}, because the text has no more; more text gives a better result"
+            )
+    if of_text.num_lookalikes:
+        notes.append(
+            f"calibration text: {of_text.num_lookalikes} places look like special tokens of the model and are read as "
+            "plain text"
+        )
+    chunks = [
+        chunk
+        for kind, part in zip("ch", taken, strict=True)
+        for chunk in _chunks(kind, part.sequences, config.settled_chunk_samples)
     ]
-    calibration = _sequences(parts[0], tokenizer, config, config.samples, "samples")
-    holdout = _sequences(parts[1], tokenizer, config, config.holdout_samples, "holdout_samples")
-    size = config.settled_chunk_samples
-    chunks = [*_chunks("c", calibration, size), *_chunks("h", holdout, size)]
     digest = hashlib.sha256()
     for chunk in chunks:
         digest.update(chunk.name.encode() + chunk.tokens.tobytes())
-    return TokenChunks(tuple(chunks), digest.hexdigest())
+    of_texts = zip(texts, *(part.counts for part in taken), strict=True)
+    shares = tuple(TextShare(text.source, text.commit, *counts) for text, *counts in of_texts)
+    return TokenChunks(tuple(chunks), digest.hexdigest(), len(of_text.leading), shares, tuple(notes))
 
 
 def chunk_tokens(config: CalibrationConfig) -> dict[str, int]:
     """Return the number of tokens of each chunk that a configuration asks for, by name, without reading any text."""
     sizes, size = {}, config.settled_chunk_samples
-    for kind, count in (("c", config.samples), ("h", config.holdout_samples)):
+    for kind, count in (("c", config.most_samples), ("h", config.most_holdout_samples)):
         for number, start in enumerate(range(0, count, size)):
             sizes[chunk_name(number, held_out=kind == "h")] = min(size, count - start) * config.sequence_length
     return sizes
 
 
-def _sequences(documents: Sequence[str], tokenizer: Any, config: CalibrationConfig, count: int, option: str) -> Tokens:
-    length = config.sequence_length
-    prefix = _leading_tokens(tokenizer)
-    body = length - len(prefix)
-    if body < 1:
-        raise ConfigError(
-            f"calibration.sequence_length: {length} tokens have no room for text, the tokenizer begins every text with "
-            f"{len(prefix)} tokens"
-        )
-    tokens = _tokens_of(documents if count else (), tokenizer)
-    available = len(tokens) // body
-    if available < count:
-        beside = f" beside {config.holdout_samples} held out" if option == "samples" else ""
-        part = "three quarters" if option == "samples" else "a quarter"
-        raise ConfigError(
-            f"calibration.{option}: {count} sequences of {length} tokens{beside} asked for, but the text of "
-            f"{config.source} gives {available} ({part} of it, so much is for that); use more text, fewer samples or "
-            "shorter sequences"
-        )
-    chosen = sorted(random.Random(config.seed).sample(range(available), count))
-    rows = [[*prefix, *tokens[i * body : (i + 1) * body]] for i in chosen]
-    return np.array(rows, dtype=np.int64).reshape(count, length)
+def _demands(config: CalibrationConfig) -> tuple[Demand, Demand]:
+    """Return what is asked for to calibrate on, and what is held out."""
+    length, is_auto = config.sequence_length, config.holdout_samples == "auto"
+    return (
+        Demand("samples", config.most_samples, _LEAST_SAMPLES, config.samples == "auto", "three quarters", length),
+        Demand("holdout_samples", config.most_holdout_samples, 1, is_auto, "a quarter", length),
+    )
 
 
-def _enough(documents: list[str], num_tokens: int, seed: int) -> list[str]:
+def _split(documents: Sequence[Document]) -> tuple[list[Document], list[Document]]:
+    """Return the documents to calibrate on, and those that are held out."""
+    if len(documents) >= _HOLDOUT_EVERY:
+        rest = [text for i, text in enumerate(documents) if i % _HOLDOUT_EVERY != _HOLDOUT_EVERY - 1]
+        return rest, list(documents[_HOLDOUT_EVERY - 1 :: _HOLDOUT_EVERY])
+    cuts = [len(document.text) * (_HOLDOUT_EVERY - 1) // _HOLDOUT_EVERY for document in documents]
+    cut = list(zip(documents, cuts, strict=True))
+    return (
+        [dataclasses.replace(document, text=document.text[:place]) for document, place in cut],
+        [dataclasses.replace(document, text=document.text[place:]) for document, place in cut],
+    )
+
+
+def _enough(documents: list[Document], num_tokens: int, seed: int) -> list[Document]:
     """Choose the documents to tokenize: all, or a random part of a large text, still much more than is needed."""
     limit = _CHARACTERS_PER_TOKEN_WANTED * num_tokens
-    if len(documents) < 2 or sum(map(len, documents)) <= limit:
+    if len(documents) < 2 or sum(len(document.text) for document in documents) <= limit:
         return documents
     chosen, size = [], 0
     for index in random.Random(seed).sample(range(len(documents)), len(documents)):
         if size < limit:
             chosen.append(index)
-            size += len(documents[index])
+            size += len(documents[index].text)
     return [documents[index] for index in sorted(chosen)]
 
 
-def _tokens_of(documents: Sequence[str], tokenizer: Any) -> "array.array[int]":
-    """Return the tokens of all documents, one after the other."""
-    tokens, done = array.array("q"), 0
-    wait = LongWait("calibration text: tokenized", sum(map(len, documents)) / 1e6, "million characters")
-    for text in documents:
-        for piece in cut_text(text, _PIECE_CHARACTERS):
-            tokens.extend(tokenizer(piece, add_special_tokens=False, verbose=False)["input_ids"])
-            done += len(piece)
-            wait.reached(done / 1e6)
-    return tokens
-
-
-def _leading_tokens(tokenizer: Any) -> list[int]:
-    """Return the tokens that a tokenizer puts in front of every text: BOS, or several, as GLM's do, or none."""
-    whole = list(tokenizer("a", verbose=False)["input_ids"])
-    text = list(tokenizer("a", add_special_tokens=False, verbose=False)["input_ids"])
-    start = next((start for start in range(len(whole)) if whole[start : start + len(text)] == text), None)
-    if start is None or not text:
-        raise CheckpointError(
-            f"its tokenizer makes {text} of the text 'a' alone, and {whole} with the tokens that belong around it, so "
-            "that nothing tells which of these come first; give the model's own tokenizer"
-        )
-    return whole[:start]
+def _take(
+    demand: Demand,
+    texts: Sequence[CalibrationText],
+    parts: Sequence[list[Document]],
+    tokenizer: TextTokenizer,
+    seed: int,
+) -> _Taken:
+    """Take the sequences that are asked for from the parts of all texts that are for them."""
+    shares = [text.source.share for text in texts]
+    tokens = []
+    for documents, count in zip(parts, apportion(demand.count, shares), strict=True):
+        enough = _enough(documents, count * demand.length, seed) if count else []
+        tokens.append(tokenizer.tokens_of(enough))
+    body = demand.length - len(tokenizer.leading)
+    available = [len(of_one) // body for of_one in tokens]
+    counts = settle(demand, [text.source.source for text in texts], shares, available)
+    rows = [
+        [*tokenizer.leading, *of_one[i * body : (i + 1) * body]]
+        for of_one, num, count in zip(tokens, available, counts, strict=True)
+        for i in sorted(random.Random(seed).sample(range(num), count))
+    ]
+    if len(texts) > 1:  # so that chunks are alike
+        rows = random.Random(seed).sample(rows, len(rows))
+    return _Taken(np.array(rows, dtype=np.int64).reshape(len(rows), demand.length), counts)
 
 
 def _chunks(prefix: str, sequences: Tokens, size: int) -> list[Chunk]:

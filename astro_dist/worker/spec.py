@@ -27,6 +27,7 @@ class WorkerSpec:
         run: Run directory.
         plan: Units of the run.
         chunks: Names of the chunks in the order in which they travel.
+        num_leading: Number of tokens that the tokenizer puts in front of every sequence, and that are no text.
         shares: Number of shares of the calibration chunks in mode `sequential`.
         quantization: Grids and solver.
         regularization: Settings of what is done to the weights before they are rounded.
@@ -46,6 +47,7 @@ class WorkerSpec:
     run: RunDirectory
     plan: Plan
     chunks: tuple[str, ...]
+    num_leading: int
     shares: int
     quantization: Quantization
     regularization: Regularizer

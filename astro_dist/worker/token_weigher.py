@@ -46,7 +46,9 @@ class TokenWeigher:
         with runner.outside_loaded():
             for chunk in call.chunks:
                 hidden, num_outputs = runner.state(ORIGINAL, last, chunk).hidden, runner.recording(chunk).num_outputs
-                gradient = loss_gradient(runner.skeleton, runner.input_ids(chunk), hidden, num_outputs)
+                gradient = loss_gradient(
+                    runner.skeleton, runner.input_ids(chunk), hidden, num_outputs, runner.spec.num_leading
+                )
                 runner.save_state(GRADIENT, last, chunk, BlockState(gradient))
 
     def backward(self, call: Backward) -> None:

@@ -310,7 +310,9 @@ class Worker:
             for chunk in runner.held_out:
                 hidden, num_outputs = runner.state(call.stream, last, chunk).hidden, runner.recording(chunk).num_outputs
                 source = runner.state(ORIGINAL, last, chunk).hidden if call.stream != ORIGINAL else None
-                sequences += measure_sequences(runner.skeleton, runner.input_ids(chunk), hidden, num_outputs, source)
+                sequences += measure_sequences(
+                    runner.skeleton, runner.input_ids(chunk), hidden, num_outputs, source, self._spec.num_leading
+                )
         total = sum(sequence.loss + sequence.divergence for sequence in sequences)
         if not math.isfinite(total):
             raise NumericalError(

@@ -35,6 +35,17 @@ def online_hub(monkeypatch):
     server.close()
 
 
+@pytest.fixture
+def dataset_hub(online_hub, monkeypatch, tmp_path):
+    """A Hub that serves datasets too, to an empty cache."""
+    import datasets  # slow to import, and needed by few tests
+
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setattr(datasets.config, "HF_ENDPOINT", online_hub.address)
+    monkeypatch.setattr(datasets.config, "HF_HUB_OFFLINE", False)
+    return online_hub
+
+
 @pytest.fixture(scope="session")
 def first_run(tmp_path_factory):
     """A finished run of the tiny Llama; never changed."""

@@ -336,7 +336,7 @@ def test_plan_of_a_run_on_gpus_asks_which(run, config):
         ("publish.revision=w4", "publish.repo: missing"),
         ("calibration.samples=100000", "calibration.samples: 100000 sequences of 32 tokens"),
         ("calibration.sequence_length=4096", "is more than the 128 positions of this model"),
-        ("calibration.source={folder}/text.csv", "text.csv: expected python-docs, a .txt file or a .parquet file"),
+        ("calibration.source={folder}/text.csv", "text.csv: expected python-docs, a file (*.txt, *.parquet, *.jsonl"),
     ],
 )
 def test_plan_refuses_what_a_run_would_refuse(run, config, tmp_path, assignment, message):

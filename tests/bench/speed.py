@@ -38,14 +38,14 @@ def write_tokens(options: argparse.Namespace, path: Path) -> None:
     from safetensors.torch import save_file
 
     from astro_dist.config.schema import CalibrationConfig
-    from astro_dist.source.calibration_text import as_tensors, read_documents, tokenize
+    from astro_dist.source.calibration_text import as_tensors, read_texts, tokenize
 
     config = CalibrationConfig(
         source=str(options.text), samples=options.samples, holdout_samples=options.samples,
         sequence_length=options.sequence_length,
     )  # fmt: skip
     tokenizer = transformers.AutoTokenizer.from_pretrained(options.model)
-    save_file(as_tensors(tokenize(read_documents(config), tokenizer, config).chunks), path)
+    save_file(as_tensors(tokenize(read_texts(config, tokenizer), tokenizer, config).chunks), path)
 
 
 def our_perplexity(options: argparse.Namespace, run: Path, tokens: Path) -> float:

@@ -11,6 +11,7 @@ from collections import defaultdict
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
+from tests.support.hub_datasets import Datasets
 from tests.support.hub_writing import Writing
 
 LARGE = 1000
@@ -93,7 +94,7 @@ class HubServer:
 
 
 def _handler(hub):
-    class Handler(Writing, BaseHTTPRequestHandler):
+    class Handler(Datasets, Writing, BaseHTTPRequestHandler):
         protocol_version = "HTTP/1.1"
         disable_nagle_algorithm = True  # else every answer waits 40 ms for an acknowledgement
         server_hub = hub
@@ -103,7 +104,7 @@ def _handler(hub):
 
         def do_GET(self):
             path = self.path.partition("?")[0]
-            if self.wants_to_write(path):
+            if self.serves_dataset() or self.wants_to_write(path):
                 return
             api = re.fullmatch(r"/api/models/([^/]+/[^/]+?)(?:/revision/(.+))?", path)
             resolve = re.fullmatch(r"/([^/]+/[^/]+)/resolve/([^/]+)/(.+)", path)
@@ -195,6 +196,7 @@ def _handler(hub):
             for name, value in (*dict(headers).items(), ("Content-Length", str(len(body)))):
                 self.send_header(name, value)
             self.end_headers()
-            self.wfile.write(body)
+            if self.command != "HEAD":
+                self.wfile.write(body)
 
     return Handler

@@ -38,6 +38,26 @@ def test_divergence_from_the_source_equals_a_naive_sum(monkeypatch):
     assert (same.divergence, same.agreements, same.tokens) == (0.0, 599, 599)
 
 
+@pytest.mark.parametrize(("num_leading", "skipped"), [(0, 1), (1, 1), (2, 2), (4, 4)])
+def test_only_tokens_of_the_text_are_predicted(monkeypatch, num_leading, skipped):
+    generator = torch.Generator().manual_seed(0)
+    ids = torch.randint(11, (2, 7), generator=generator)
+    source = 3 * torch.randn(2, 7, 11, generator=generator)
+    logits = source + torch.randn(2, 7, 11, generator=generator)
+    monkeypatch.setattr(perplexity, "run_head", lambda skeleton, ids, hidden, num_outputs: hidden)
+    figures = perplexity.measure_sequences(None, ids, logits, 0, source, num_leading)
+    log_p, log_q = source.double().log_softmax(-1), logits.double().log_softmax(-1)
+    for i, of_sequence in enumerate(figures):
+        positions = range(skipped, 7)
+        loss = -sum(float(log_q[i, t - 1, ids[i, t]]) for t in positions)
+        divergence = sum(float((log_p[i, t - 1].exp() * (log_p[i, t - 1] - log_q[i, t - 1])).sum()) for t in positions)
+        assert of_sequence.tokens == 7 - skipped
+        assert of_sequence.loss == pytest.approx(loss, rel=1e-5)
+        assert of_sequence.divergence == pytest.approx(divergence, rel=1e-5)
+    gradient = perplexity.loss_gradient(None, ids, logits, 0, num_leading)
+    assert (gradient.abs().sum(-1) > 0).tolist() == [[skipped - 1 <= t < 6 for t in range(7)]] * 2
+
+
 def test_errors_are_those_of_sequences_and_of_differences():
     generator = torch.Generator().manual_seed(0)
     before = 100 + 30 * torch.rand(400, generator=generator, dtype=torch.float64)  # texts differ much

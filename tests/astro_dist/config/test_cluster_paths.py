@@ -22,6 +22,18 @@ def test_what_every_machine_understands_passes(source):
     require_absolute_paths(config(source))
 
 
+@pytest.mark.parametrize("text", ["python-docs", "/data/a.jsonl", "wikitext", "org/name"])
+def test_text_that_every_machine_finds_passes(text):
+    require_absolute_paths(config(text=text))
+
+
+def test_one_relative_path_of_several_texts_is_refused():
+    sources = [{"source": "org/name", "share": 0.5}, {"source": "data/a.jsonl", "share": 0.5}]
+    content = {"model": {"source": "/m"}, "output": {"dir": "/r"}, "calibration": {"sources": sources}}
+    with pytest.raises(ConfigError, match=r"^calibration.sources.1.source: data/a.jsonl is relative"):
+        require_absolute_paths(RunConfig.model_validate(content))
+
+
 @pytest.mark.parametrize(
     ("changed", "key"),
     [

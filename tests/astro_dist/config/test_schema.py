@@ -47,7 +47,20 @@ def test_resolved_config_reads_back_the_same(write):
         ),
         (MINIMAL + "publish: {repo: me}", "publish.repo: expected ORG/NAME of a model repository, got 'me'"),
         (MINIMAL + "publish: {repository: a/b}", "unknown key publish.repository; known here: repo, private"),
-        (MINIMAL + "calibration: {samples: 0}", "calibration.samples: .*got 0"),
+        (MINIMAL + "calibration: {samples: 0}", "calibration.samples: expected auto or at least 1, got 0"),
+        (MINIMAL + "calibration: {text_column: a}", r"key calibration.text_column \(it is called column now\)"),
+        (
+            MINIMAL + "calibration: {sources: [{source: a, shar: 1}]}",
+            r"calibration.sources.0.shar \(did you mean share",
+        ),
+        (
+            MINIMAL + "calibration: {sources: [{source: a, share: 0.5}, {source: b, share: 0.4}]}",
+            "calibration.sources: the shares add up to 0.9, expected 1",
+        ),
+        (
+            MINIMAL + "calibration: {column: text, sources: [{source: a, share: 1}]}",
+            "calibration.column: write it into each of calibration.sources",
+        ),
         (MINIMAL + "execution: {workers: 0}", "workers: expected auto or at least 1, got 0"),
         (MINIMAL + "execution: {device: tpu}", "execution.device: .*got 'tpu'"),
         (MINIMAL + "execution: {mode: sequential, rounds: 2}", "rounds: only in mode blocks, got 2"),
@@ -116,8 +129,9 @@ def test_wrong_configs_are_explained(write, text, message):
 
 
 def test_configs_that_a_finished_run_of_an_earlier_version_holds_are_read(write):
-    path = write(MINIMAL + "quantization: {odd_widths: keep, bits: 3}")
-    assert load_recorded_config(path).quantization.indivisible == "keep"
+    path = write(MINIMAL + "quantization: {odd_widths: keep, bits: 3}\ncalibration: {text_column: body}")
+    config = load_recorded_config(path)
+    assert (config.quantization.indivisible, config.calibration.column) == ("keep", "body")
     with pytest.raises(ConfigError, match=r"c.yaml: unknown key quantization.bit "):
         load_recorded_config(write(MINIMAL + "quantization: {bit: 3}"))
 
@@ -202,9 +216,9 @@ def test_threads_that_a_node_decides_are_no_part_of_the_key(write):
 
 ELSEWHERE = {
     *(f"{section}.{key}" for section in ("model", "output", "publish") for key in MINIMAL_KEYS[section]),
-    "calibration.source", "calibration.text_column", "execution.executor", "execution.workers", "execution.device",
-    "execution.device_memory_gb", "execution.ray_address", "execution.max_retries", "execution.call_timeout_s",
-    "execution.worker_timeout_s",
+    *(f"calibration.{key}" for key in ("source", "subset", "split", "revision", "column", "sources")),
+    "execution.executor", "execution.workers", "execution.device", "execution.device_memory_gb",
+    "execution.ray_address", "execution.max_retries", "execution.call_timeout_s", "execution.worker_timeout_s",
 }  # fmt: skip
 """Every key that may change without making another run of it."""
 

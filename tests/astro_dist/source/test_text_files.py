@@ -7,7 +7,8 @@ import pyarrow.parquet as pq
 import pytest
 
 from astro.errors import ConfigError
-from astro_dist.source.text_files import cut_text, read_file
+from astro_dist.source.sampling import cut_text
+from astro_dist.source.text_files import read_file
 
 
 def numbered(count):
@@ -17,14 +18,14 @@ def numbered(count):
 def test_small_files_are_read_whole(tmp_path):
     text = numbered(5000)
     (tmp_path / "a.txt").write_text(text)
-    assert read_file(tmp_path / "a.txt", "text", len(text), 0) == [text]
+    assert read_file(tmp_path / "a.txt", "text", len(text), 0).rows == [text]
 
 
 @pytest.mark.parametrize("separator", [" ", "\n", "\r\n"])
 def test_pieces_of_a_large_text_hold_whole_words_once(tmp_path, separator):
     words = numbered(40_000).split()
     (tmp_path / "a.txt").write_bytes(separator.join(words).encode())
-    pieces = read_file(tmp_path / "a.txt", "text", 100_000, 0)
+    pieces = read_file(tmp_path / "a.txt", "text", 100_000, 0).rows
     found = [word for piece in pieces for word in piece.split()]
     assert "\r" not in "".join(pieces)
     assert set(found) <= set(words)
@@ -37,13 +38,13 @@ def test_pieces_of_a_large_text_hold_whole_words_once(tmp_path, separator):
 def test_a_sample_of_everything_is_the_text(tmp_path):
     text = numbered(1000)
     (tmp_path / "a.txt").write_text(text)
-    assert "".join(read_file(tmp_path / "a.txt", "text", len(text) - 1, 0)) == text
+    assert "".join(read_file(tmp_path / "a.txt", "text", len(text) - 1, 0).rows) == text
 
 
 def test_text_without_spaces_is_cut_between_characters(tmp_path):
     text = "漢字é𝄞" * 20_000
     (tmp_path / "a.txt").write_text(text, encoding="utf-8")
-    pieces = read_file(tmp_path / "a.txt", "text", 20_000, 1)
+    pieces = read_file(tmp_path / "a.txt", "text", 20_000, 1).rows
     assert len(pieces) == 64
     assert all(piece in text for piece in pieces)
 
@@ -58,7 +59,7 @@ def test_memory_does_not_grow_with_the_file(tmp_path):
     with (tmp_path / "a.txt").open("wb") as file:
         file.truncate(8_000_000_000)  # a hole: it takes no room on the disk
     tracemalloc.start()
-    pieces = read_file(tmp_path / "a.txt", "text", 100_000, 0)
+    pieces = read_file(tmp_path / "a.txt", "text", 100_000, 0).rows
     peak = tracemalloc.get_traced_memory()[1]
     tracemalloc.stop()
     assert sum(map(len, pieces)) < 130_000
@@ -68,7 +69,7 @@ def test_memory_does_not_grow_with_the_file(tmp_path):
 def test_a_large_column_is_sampled_from_all_over_it(tmp_path):
     texts = [f"{number:05d} " + "x" * 200 for number in range(20_000)]
     pq.write_table(pa.table({"text": texts, "other": texts}), tmp_path / "a.parquet", use_dictionary=False)
-    read = read_file(tmp_path / "a.parquet", "text", 200_000, 0)
+    read = read_file(tmp_path / "a.parquet", "text", 200_000, 0).rows
     numbers = [int(text[:5]) for text in read]
     assert 300_000 < sum(map(len, read)) < 500_000
     assert numbers == sorted(set(numbers))
@@ -78,7 +79,7 @@ def test_a_large_column_is_sampled_from_all_over_it(tmp_path):
 
 def test_a_column_of_one_giant_text_is_sampled(tmp_path):
     pq.write_table(pa.table({"text": [numbered(100_000)]}), tmp_path / "a.parquet", use_dictionary=False)
-    read = read_file(tmp_path / "a.parquet", "text", 50_000, 0)
+    read = read_file(tmp_path / "a.parquet", "text", 50_000, 0).rows
     assert len(read) > 50
     assert 60_000 < sum(map(len, read)) < 140_000
 
