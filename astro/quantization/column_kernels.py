@@ -38,6 +38,14 @@ def _nearest(t, low, high):
 
 
 @triton.jit
+def _to_bfloat16(x):
+    """The bfloat16 that is nearest, halves to even. Triton's interpreter would cut digits off where a GPU rounds."""
+    bits = x.to(tl.int32, bitcast=True)
+    bits = (bits + 0x7FFF + ((bits >> 16) & 1)) & -65536
+    return bits.to(tl.float32, bitcast=True).to(tl.bfloat16)
+
+
+@triton.jit
 def _sum_of_moves(M, before_stride, moves, column, num_rows, rows, is_row):
     """Σ_{j<i} M_ji m_j for a column i and its rows, by rising j. M points to M_0i."""
     total = tl.zeros_like(rows).to(tl.float32)
@@ -119,7 +127,7 @@ def move_scale(
         tl.store(change + at, moved, mask=is_row)
         tl.store(E + at, left, mask=is_row)
         if E_rounded is not None:
-            tl.store(E_rounded + layer * layer_stride + at, left.to(tl.bfloat16), mask=is_row)
+            tl.store(E_rounded + layer * layer_stride + at, _to_bfloat16(left), mask=is_row)
         tl.store(G + at, tl.fma(-hv, step, g), mask=is_row)  # eq. 3
 
 
@@ -155,7 +163,7 @@ def move_columns(
         tl.store(change + at, moved, mask=is_row)
         tl.store(E + at, left, mask=is_row)
         if E_rounded is not None:
-            tl.store(E_rounded + layer * layer_stride + at, left.to(tl.bfloat16), mask=is_row)
+            tl.store(E_rounded + layer * layer_stride + at, _to_bfloat16(left), mask=is_row)
         gains = tl.fma(d, tl.div_rn(2 * t - caution * d, share), gains)  # eq. 7
     # For the least of scales what is wanted is infinite.
     gains = tl.minimum(tl.where(gains == gains, gains, 0.0), _HUGE)

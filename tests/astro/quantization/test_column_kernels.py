@@ -96,8 +96,7 @@ def test_refinement_is_that_of_the_plain_loop(monkeypatch, symmetric, group_size
         lambda: refine_module.refine(W, QuantizedLinear(Q, grid), H, damping, settings, torch.float16)
     )
     assert float(plain[0].Q.ne(Q).float().mean()) > 0.02
-    # Errors that are rounded to bfloat16 may fall the other way more often.
-    assert float(kernels[0].Q.ne(plain[0].Q).float().mean()) < (1e-2 if is_rounded else 2e-3)
+    assert float(kernels[0].Q.ne(plain[0].Q).float().mean()) < 2e-3
     assert float(kernels[0].grid.scale.ne(plain[0].grid.scale).float().mean()) < 3e-2
     torch.testing.assert_close(kernels[1].sum(), plain[1].sum(), rtol=1e-3, atol=0)
 
@@ -119,7 +118,8 @@ def test_what_is_not_finite_stays_so():
     M, W, one = torch.zeros(1, 2, 2), torch.tensor([[[1.0, torch.nan], [torch.nan, 1.0]]]), torch.ones(1, 1, 2)
     E, Q = torch.zeros_like(W), torch.zeros_like(W, dtype=torch.int8)
     column_ops.round_columns(M, W, W, one, 0 * one, torch.zeros(1, 2, dtype=torch.long), E, Q, -8, 7)
-    assert torch.isnan(E).tolist() == torch.isnan(W).tolist()
+    assert torch.isnan(E)[torch.isnan(W)].all()  # and in later columns of the row: 0 times NaN is NaN
+    assert not torch.isnan(E[0, 0, 0])
 
 
 @pytest.mark.skipif(not HAS_TRITON, reason="Triton is not there")
