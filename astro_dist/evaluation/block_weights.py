@@ -89,7 +89,7 @@ class BlockWeights:
         """Open a model that this project packed; None for any other."""
         config = read_json(folder / "config.json", "a checkpoint folder must hold it").get("quantization_config")
         layout = LAYOUTS.get(str(config.get("quant_method"))) if isinstance(config, dict) else None
-        if layout is None:
+        if layout is None or config is None:
             return None
         checkpoint = Checkpoint.open(store)
         stems = {stem for key in checkpoint.entries if (stem := stem_of(key, layout.MARK)) is not None}

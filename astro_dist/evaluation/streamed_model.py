@@ -81,7 +81,7 @@ class StreamedModel:
     @property
     def held_bytes(self) -> int:
         """Memory that the whole model would take, in bytes."""
-        return self._weights.num_weights * self.dtype.itemsize
+        return int(self._weights.num_weights * self.dtype.itemsize)
 
     def waves(self, batches: Sequence[torch.Tensor], copies: int = 1) -> list[Sequence[torch.Tensor]]:
         """Cut batches into waves whose hidden states fit into the memory that they may take.
