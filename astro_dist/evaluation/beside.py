@@ -126,20 +126,21 @@ def _continue(
     show, title = output
     is_whole = model.keep_if_it_fits()
     title(f"{what}: {model.name}" + ("" if is_whole else " (larger than the free memory: each token reads all blocks)"))
-    tokens, text = list[int](), ""
-    for token in greedy_tokens(model, prompt):
-        if token in ends:
-            break
-        tokens.append(token)
-        now = str(model.tokenizer.decode(tokens, skip_special_tokens=True))
-        if not now.endswith("�"):  # the first bytes of a character, whose others are in the next token
-            show(now[len(text) :])
-            text = now
-        if len(tokens) >= request.num_tokens:
-            break
+    shown = ""
+
+    def is_enough(tokens: Sequence[int]) -> bool:
+        nonlocal shown
+        text = str(model.tokenizer.decode(list(tokens), skip_special_tokens=True))
+        # The first bytes of a character wait for the others, which are in the next token.
+        if len(text) > len(shown) and not text.endswith("�"):
+            show(text[len(shown) :])
+            shown = text
+        return tokens[-1] in ends
+
+    tokens = greedy_tokens(model, prompt, request.num_tokens, is_enough)
     model.release()
     show("\n")
-    return Continued(model.name, text, tokens)
+    return Continued(model.name, str(model.tokenizer.decode(tokens, skip_special_tokens=True)), tokens)
 
 
 def _prompt_tokens(model: StreamedModel, request: TryRequest) -> list[int]:

@@ -119,11 +119,11 @@ class HarnessModel(TemplateLM):  # type: ignore[misc]
             )
         prompts = [self.tok_encode(request.args[0])[-room:] for request in requests]
 
-        def is_finished(number: int, tokens: Sequence[int]) -> bool:
+        def is_enough(number: int, tokens: Sequence[int]) -> bool:
             text = self._decoded(tokens)
-            return len(tokens) >= limits[number] or any(stop in text for stop in stops[number] if stop)
+            return any(stop in text for stop in stops[number] if stop)
 
-        made = greedy_sequences(self._model, prompts, is_finished, self._batch_tokens)
+        made = greedy_sequences(self._model, prompts, limits, is_enough, self._batch_tokens)
         return [
             str(postprocess_generated_text(self._decoded(tokens), stop, None))
             for tokens, stop in zip(made, stops, strict=True)
