@@ -46,7 +46,7 @@ class Continued:
     Attributes:
         model: Folder or repository of the model.
         text: Text behind the prompt.
-        tokens: Tokens of that text.
+        tokens: Tokens of that text, with the one that ended it, if any.
     """
 
     model: str
@@ -130,17 +130,20 @@ def _continue(
 
     def is_enough(tokens: Sequence[int]) -> bool:
         nonlocal shown
+        if tokens[-1] in ends:
+            return True
         text = str(model.tokenizer.decode(list(tokens), skip_special_tokens=True))
         # The first bytes of a character wait for the others, which are in the next token.
         if len(text) > len(shown) and not text.endswith("�"):
             show(text[len(shown) :])
             shown = text
-        return tokens[-1] in ends
+        return False
 
     tokens = greedy_tokens(model, prompt, request.num_tokens, is_enough)
     model.release()
     show("\n")
-    return Continued(model.name, str(model.tokenizer.decode(tokens, skip_special_tokens=True)), tokens)
+    text = model.tokenizer.decode([token for token in tokens if token not in ends], skip_special_tokens=True)
+    return Continued(model.name, str(text), tokens)
 
 
 def _prompt_tokens(model: StreamedModel, request: TryRequest) -> list[int]:

@@ -39,7 +39,7 @@ def test_both_continue_as_transformers_does(finished, llama):
 
 
 def test_original_of_a_run_is_its_source(finished, first_run):
-    beside, _, titles = run_it(finished, REQUEST)
+    beside, _, _ = run_it(finished, REQUEST)
     assert beside.original.model == str(first_run.parent / "llama")
     same, _, _ = run_it(first_run.parent / "llama", dataclasses.replace(REQUEST, against=beside.original.model))
     assert same.num_equal == len(same.original.tokens) == 6

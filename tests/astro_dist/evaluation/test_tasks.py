@@ -2,7 +2,6 @@
 
 import importlib.util
 import json
-import sys
 
 import pytest
 
@@ -50,9 +49,7 @@ def test_scores_are_those_of_the_harness(llama, tmp_path, monkeypatch, is_kept):
     from astro_dist.evaluation.judge_settings import JudgeSettings, find_model
     from astro_dist.evaluation.streamed_model import StreamedModel
 
-    monkeypatch.setenv("HF_HOME", str(tmp_path / "cache"))
-    for name in [name for name in sys.modules if name.partition(".")[0] == "datasets"]:
-        monkeypatch.delitem(sys.modules, name)
+    monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", tmp_path / "cache")
     folder = tmp_path / "tasks"
     folder.mkdir()
     accuracy = [{"metric": "acc"}, {"metric": "acc_norm"}]
