@@ -73,10 +73,11 @@ def test_scores_are_those_of_the_harness(llama, tmp_path, monkeypatch, is_kept):
     names = {"tiny_choice": 0, "tiny_letters": 1, "tiny_answer": 1, "tiny_text": None}
     scores = run_tasks(model, names, 256, limit=8, include=folder)
     assert {(score.task, score.shots, score.samples) for score in scores} >= {("tiny_letters", 1, 8)}
+    manager = TaskManager(include_path=str(folder), include_defaults=False)
     for name, shots in names.items():
         results = lm_eval.simple_evaluate(
             model="hf", model_args={"pretrained": str(llama), "dtype": "float32"}, tasks=[name], num_fewshot=shots,
-            limit=8, device="cpu", task_manager=TaskManager(include_path=str(folder)), bootstrap_iters=0,
+            limit=8, device="cpu", task_manager=manager, bootstrap_iters=0,
         )  # fmt: skip
         found = {score.metric: score.value for score in scores if score.task == name}
         expected = {key.split(",")[0]: value for key, value in results["results"][name].items() if "," in key}
