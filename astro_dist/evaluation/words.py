@@ -8,6 +8,7 @@ from rich.filesize import decimal
 from rich.table import Table
 
 from astro_dist.console import in_words
+from astro_dist.wording import nats, percent
 
 if TYPE_CHECKING:  # some of them import torch, which the command at hand may not need
     from astro_dist.evaluation.beside import Beside
@@ -102,7 +103,7 @@ def _divergence(run: "RunFigures") -> str:
     value, error = run.perplexity.divergence, run.perplexity.divergence_error
     if value is None:
         return "not measured"
-    return f"{value:.4f}{'' if error is None else f' ± {error:.4f}'}"
+    return f"{nats(value)}{'' if error is None else f' ± {nats(error)}'}"
 
 
 _ROWS: "dict[str, Callable[[RunFigures], str]]" = {
@@ -110,13 +111,13 @@ _ROWS: "dict[str, Callable[[RunFigures], str]]" = {
     "bits": lambda run: f"{run.bits:.3g}",
     "group size": lambda run: "rows" if run.group_size == -1 else str(run.group_size),
     "mode": lambda run: run.mode,
-    "size": lambda run: f"{decimal(run.size_bytes)} ({run.share:.0%})",
+    "size": lambda run: f"{decimal(run.size_bytes)} ({percent(run.share)})",
     "perplexity": _perplexity,
     "change": lambda run: run.perplexity.change_in_words or "-",
     "KL, nats a token": _divergence,
-    "same first choice": lambda run: "-" if run.perplexity.agreement is None else f"{run.perplexity.agreement:.1%}",
+    "same first choice": lambda run: "-" if run.perplexity.agreement is None else percent(run.perplexity.agreement, 1),
     "time": lambda run: in_words(run.wall_s) + (", last session" if run.resumed else ""),
-    "worst layer": lambda run: f"{run.worst_layer.split('+')[0]}: {run.worst_error:.2%}",
+    "worst layer": lambda run: f"{run.worst_layer.split('+')[0]}: {percent(run.worst_error, 2)}",
     "fallbacks": lambda run: str(run.fallbacks),
 }
 """The rows of the table of runs: their titles, and the text of a cell."""
