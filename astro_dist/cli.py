@@ -70,6 +70,11 @@ _Assignments = Annotated[
 _Json = Annotated[bool, typer.Option("--json", help="One JSON object on stdout and nothing else.")]
 _Debug = Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")]
 
+_Device = Annotated[str, typer.Option(help="cpu, cuda, or auto for a GPU where there is one.")]
+_Dtype = Annotated[str, typer.Option(help="Dtype of forward passes; auto for the model's own.")]
+_HiddenGb = Annotated[float, typer.Option("--hidden-gb", help="Memory for hidden states between blocks, in GB.")]
+_Trust = Annotated[bool, typer.Option("--trust-remote-code", help="Code that the model ships may run.")]
+
 
 def _show_version(asked: bool) -> None:
     if asked:
@@ -299,6 +304,88 @@ def verify(
         _say(*verification_lines(verification, against, show_all))
 
 
+@app.command()
+def evaluate(  # noqa: PLR0913 - every option is a parameter
+    model: Annotated[
+        str, typer.Argument(help="Run directory, folder of a model, or ORG/NAME\\[@REVISION] on the Hub.")
+    ],
+    text: Annotated[str | None, typer.Option(help="Perplexity on this .parquet, .jsonl or .txt file.")] = None,
+    column: Annotated[str, typer.Option(help="Column of the file, or key of its objects.")] = "text",
+    window: Annotated[int, typer.Option(min=2, help="Tokens of a window.")] = 2048,
+    tasks: Annotated[
+        str | None, typer.Option(help="Tasks of lm-evaluation-harness: arc_easy,mmlu:5, or `paper` for Astro's table.")
+    ] = None,
+    include: Annotated[Path | None, typer.Option(help="Folder with more tasks; code that they name runs.")] = None,
+    limit: Annotated[int | None, typer.Option(min=1, help="Windows of the text, and questions of a task.")] = None,
+    against: Annotated[str | None, typer.Option(help="Compare predictions on the text with this model's.")] = None,
+    device: _Device = "auto",
+    dtype: _Dtype = "auto",
+    hidden_gb: _HiddenGb = 4.0,
+    trust: _Trust = False,
+    as_json: _Json = False,
+) -> None:
+    """Judge a model by its perplexity on a text and by tasks, with one block of it in memory at a time."""
+    from astro_dist.evaluation.judge import JudgeRequest, judge
+    from astro_dist.evaluation.judge_settings import JudgeSettings
+    from astro_dist.evaluation.words import judgement_lines, task_table
+
+    settings = JudgeSettings(device=device, dtype=dtype, hidden_gb=hidden_gb, trust_remote_code=trust)
+    request = JudgeRequest(
+        text=text, column=column, window=window, tasks=tasks, include=include, limit=limit, against=against
+    )
+    judgement = judge(model, request, settings)
+    if as_json:
+        _print_json(judgement.to_json())
+        return
+    _say(*judgement_lines(judgement))
+    if judgement.tasks:
+        Console().print(task_table(judgement))
+
+
+@app.command()
+def compare(
+    runs: Annotated[list[Path], typer.Argument(help="Run directories of finished runs.", metavar="RUN...")],
+    as_json: _Json = False,
+) -> None:
+    """Show finished runs beside each other: bits, size, what they lost, time, worst layer, fallbacks."""
+    from astro_dist.evaluation.comparison import compare_runs
+    from astro_dist.evaluation.words import comparison_table
+
+    comparison = compare_runs(runs)
+    if as_json:
+        _print_json(comparison.to_json())
+        return
+    Console().print(comparison_table(comparison))
+    _say(*(f"note: {note}" for note in comparison.notes))
+
+
+@app.command("try")
+def try_prompt(  # noqa: PLR0913 - every option is a parameter
+    model: Annotated[str, typer.Argument(help="Run directory of a finished run; another model needs --against.")],
+    prompt: Annotated[str, typer.Argument(help="Text to continue.")],
+    tokens: Annotated[int, typer.Option(min=1, help="Largest number of new tokens.")] = 60,
+    against: Annotated[str | None, typer.Option(help="The original; without it the source of the run.")] = None,
+    chat: Annotated[bool, typer.Option("--chat", help="The prompt is a message in the model's chat template.")] = False,
+    device: _Device = "auto",
+    dtype: _Dtype = "auto",
+    trust: _Trust = False,
+    as_json: _Json = False,
+) -> None:
+    """Let the original and the quantized model continue a prompt, each token the most likely one."""
+    from astro_dist.evaluation.beside import TryRequest, continue_beside
+    from astro_dist.evaluation.judge_settings import JudgeSettings
+    from astro_dist.evaluation.words import beside_line
+
+    settings = JudgeSettings(device=device, dtype=dtype, trust_remote_code=trust)
+    request = TryRequest(prompt=prompt, num_tokens=tokens, against=against, chat=chat)
+    show, title = (_ignore, _ignore) if as_json else (_stream, _say)
+    beside = continue_beside(model, request, settings, show, title)
+    if as_json:
+        _print_json(beside.to_json())
+    else:
+        _say(beside_line(beside))
+
+
 def main() -> None:
     """Run a command and turn its errors into one readable paragraph and an exit code."""
     _print_whatever_the_encoding()
@@ -362,6 +449,15 @@ def _say(*lines: str) -> None:
         # all that no person looks at.
         is_verbatim = line.startswith("  ") or not console.is_terminal
         console.print(line, markup=False, highlight=False, soft_wrap=is_verbatim)
+
+
+def _stream(text: str) -> None:
+    sys.stdout.write(text)
+    sys.stdout.flush()
+
+
+def _ignore(text: str) -> None:
+    """Show nothing of a text that --json will hold."""
 
 
 def _print_json(content: dict[str, Any]) -> None:

@@ -2,23 +2,22 @@
 
 import dataclasses
 import shlex
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
 
 from astro.config import LayerScheme
 from astro.errors import CheckpointError, InputError
-from astro.formats import LAYOUTS, Layout
+from astro.formats import Layout
 from astro.formats.block_shard import packed_keys, stem_of, unpack_layer
 from astro.model.linear_layer import LinearLayer
 from astro.model.skeleton import Skeleton
-from astro.storage.atomic import read_json
 from astro.storage.checkpoint import Checkpoint, require_finite
 from astro_dist.config.schema import ModelConfig
 from astro_dist.export.inventory import describe, read_inventory
+from astro_dist.export.packed_layers import is_of_packed, is_packed, linear_layers, packed_layers, read_packing
 from astro_dist.planning.unquantized import copied_matrices
 from astro_dist.run_directory.identity import read_identity
 from astro_dist.run_directory.layout import RunLayout
@@ -88,14 +87,14 @@ def verify_model(model: Path | str, against: Path | str | None = None) -> Verifi
     skeleton = Skeleton(opened.folder, torch.float32)
     source = Checkpoint.open_source(resolve_source(ModelConfig(source=str(against))).store) if against else None
     path = opened.folder / "config.json"
-    packing, config = _read_packing(path)
+    packing, config = read_packing(path)
     stems = {stem for key in checkpoint.entries if (stem := stem_of(key, packing.MARK)) is not None}
     require_finite(checkpoint, _unused(checkpoint, skeleton, stems))
-    layers, unpacked = _layers(checkpoint, skeleton, stems)
+    layers, unpacked = packed_layers(checkpoint, skeleton, stems)
     try:
         schemes = packing.read_schemes(config, [name for layer in layers for name in layer.config_names])
         copied = copied_matrices(
-            skeleton, checkpoint.entries, (k for k in checkpoint.entries if not _is_packed(k, stems))
+            skeleton, checkpoint.entries, (k for k in checkpoint.entries if not is_packed(k, stems))
         )
         missing = [name for name in dict.fromkeys((*unpacked, *copied)) if not packing.is_ignored(config, name)]
     except InputError as error:
@@ -124,7 +123,7 @@ def verify_model(model: Path | str, against: Path | str | None = None) -> Verifi
 
 def _unused(checkpoint: Checkpoint, skeleton: Skeleton, stems: set[str]) -> set[str]:
     """Return the names of the tensors that belong neither to the model's class nor to a packed layer."""
-    loose = (key for key in checkpoint.entries if not _is_of_packed(key, stems))
+    loose = (key for key in checkpoint.entries if not is_of_packed(key, stems))
     return {key for key in loose if skeleton.shape_of(skeleton.target_of(key)[0]) is None}
 
 
@@ -142,7 +141,7 @@ class _OriginalModel:
         """
         self._checkpoint = checkpoint
         try:
-            self._layers = {layer.stem: layer for layer in _linear_layers(checkpoint, skeleton)}
+            self._layers = {layer.stem: layer for layer in linear_layers(checkpoint, skeleton)}
         except CheckpointError as error:
             raise CheckpointError(f"{checkpoint.store}: {error}; it is not the source of this model") from error
         self._last_tensor: dict[str, torch.Tensor] = {}
@@ -159,25 +158,6 @@ class _OriginalModel:
         if W.shape != W_hat.shape:
             raise CheckpointError(f"{store}: {layer.key} is {list(W.shape)}, the quantized layer {list(W_hat.shape)}")
         return float(torch.linalg.vector_norm(W_hat - W) / torch.linalg.vector_norm(W).clamp(min=1e-30))
-
-
-def _read_packing(path: Path) -> tuple[Layout, dict[str, Any]]:
-    """Read the layout of a model and its quantization_config from its config.json.
-
-    Raises:
-        CheckpointError: The model is not quantized, or in a layout that is not known.
-    """
-    config = read_json(path, "a checkpoint folder must hold it").get("quantization_config")
-    method = config.get("quant_method") if isinstance(config, dict) else config
-    packing = LAYOUTS.get(str(method))
-    if config is None:
-        raise CheckpointError(f"{path}: has no quantization_config, so this is no quantized model")
-    if packing is None:
-        raise CheckpointError(
-            f"{path}: its quantization_config has quant_method {method!r:.80}; verify reads results of "
-            f"astro-dist alone, which have {' or '.join(LAYOUTS)}"
-        )
-    return packing, config
 
 
 def _require_as_written(root: Path) -> None:
@@ -211,60 +191,6 @@ def _resolve(model: str) -> Source:
     if Path(model).expanduser().exists() or not revision:
         return resolve_source(ModelConfig(source=model))
     return resolve_source(ModelConfig(source=name, revision=revision))
-
-
-def _layers(checkpoint: Checkpoint, skeleton: Skeleton, stems: set[str]) -> tuple[list[LinearLayer], list[str]]:
-    """Return the packed layers, and the names of the linear layers that are not packed.
-
-    Raises:
-        CheckpointError: The model and the tensors do not fit each other.
-    """
-    for stem in sorted(stems):
-        if f"{stem}.weight" in checkpoint.entries:
-            raise CheckpointError(f"{checkpoint.store}: {stem}.weight is there beside its packed tensors")
-    loose = {key: skeleton.target_of(key) for key in checkpoint.entries if not _is_packed(key, stems)}
-    for key, (target, conversion) in loose.items():
-        shape, expected = checkpoint.entries[key].shape, skeleton.shape_of(target)
-        if conversion is None and expected is not None and shape != expected:
-            raise CheckpointError(f"{checkpoint.store}: {key} should be {list(expected)}, got {list(shape)}")
-    weights = [f"{stem}.weight" for stem in stems]
-    skeleton.require_covered({target for target, _ in (*loose.values(), *map(skeleton.target_of, weights))})
-    linears = _linear_layers(checkpoint, skeleton, [*loose, *weights])
-    layers = [layer for layer in linears if layer.stem in stems]
-    packed = {name for layer in layers for name in layer.config_names}
-    modules = (name for name, module in skeleton.model.named_modules() if isinstance(module, nn.Linear))
-    names = dict.fromkeys((*modules, *(name for layer in linears for name in layer.config_names)))
-    return layers, [name for name in names if name not in packed]
-
-
-def _linear_layers(checkpoint: Checkpoint, skeleton: Skeleton, keys: Iterable[str] | None = None) -> list[LinearLayer]:
-    """Find the linear layers whose weights are among some tensors of a checkpoint, or among all of them."""
-    by_block: dict[int | None, list[str]] = {}
-    for key in checkpoint.entries if keys is None else keys:
-        by_block.setdefault(skeleton.block_of(skeleton.target_of(key)[0]), []).append(key)
-    shapes = {key: entry.shape for key, entry in checkpoint.entries.items()}
-    layers = [
-        layer
-        for index in range(len(skeleton.blocks))
-        for layer in skeleton.linear_layers(index, by_block.get(index, []), shapes)[0]
-    ]
-    for key in by_block.get(None, []):
-        target = skeleton.target_of(key)[0]
-        module = skeleton.model.get_submodule(target.rpartition(".")[0]) if skeleton.shape_of(target) else None
-        if isinstance(module, nn.Linear) and target.endswith(".weight"):
-            layers.append(LinearLayer.plain(target.removesuffix(".weight"), key, *module.weight.shape))
-    return layers
-
-
-def _is_packed(key: str, stems: set[str]) -> bool:
-    """Tell whether a tensor is one of those that a packed layer is stored as."""
-    return _is_of_packed(key, stems) and not key.endswith((".weight", "_weight", ".bias", "_bias"))
-
-
-def _is_of_packed(key: str, stems: set[str]) -> bool:
-    """Tell whether a tensor belongs to a packed layer, its bias included. Joined experts have `_` for the last dot."""
-    parent, _, name = key.rpartition(".")
-    return parent in stems or f"{parent}.{name.partition('_')[0]}" in stems
 
 
 def _check_linear(checkpoint: Checkpoint, packing: Layout, layer: LinearLayer, scheme: LayerScheme) -> torch.Tensor:

@@ -25,14 +25,14 @@ from astro_dist.planning.unquantized import (
 )
 from astro_dist.planning.weight_count import coverage_of, is_multi_token
 
-__all__ = ["make_plan"]
+__all__ = ["TensorPlaces", "assign_tensors", "make_plan"]
 
 _COPY_BYTES = 1 << 30
 """Size in bytes up to which copied tensors are put into one shard."""
 
 
 @dataclasses.dataclass(frozen=True)
-class _Tensors:
+class TensorPlaces:
     """Names of the checkpoint's tensors, by where they belong.
 
     Attributes:
@@ -84,7 +84,7 @@ def make_plan(checkpoint: Checkpoint, skeleton: Skeleton, quantization: Quantiza
         UnsupportedError: A block cannot be quantized, or the checkpoint is quantized already.
         CheckpointError: A block's tensor is missing, or has another shape than in the model.
     """
-    tensors = _assign(checkpoint, skeleton)
+    tensors = assign_tensors(checkpoint, skeleton)
     copies, blocks = _plan_copies(checkpoint, skeleton, tensors), []
     for index in range(len(skeleton.blocks)):
         file = _shard_name(len(copies) + index, len(copies) + len(skeleton.blocks))
@@ -120,10 +120,19 @@ def make_plan(checkpoint: Checkpoint, skeleton: Skeleton, quantization: Quantiza
     )
 
 
-def _assign(checkpoint: Checkpoint, skeleton: Skeleton) -> _Tensors:
-    """Find where each tensor belongs, and refuse those that do not fit the model."""
+def assign_tensors(checkpoint: Checkpoint, skeleton: Skeleton) -> TensorPlaces:
+    """Find where each tensor belongs, and refuse those that do not fit the model.
+
+    Args:
+        checkpoint: Opened checkpoint of the model.
+        skeleton: The model on the meta device.
+
+    Raises:
+        CheckpointError: A tensor has another shape than in the model, or one that text needs is missing.
+        UnsupportedError: A weight is stored as integers, and config.json does not say how it is quantized.
+    """
     unread = skeleton.unread(checkpoint.entries)
-    tensors = _Tensors({}, [], [], [], [key for key in checkpoint.entries if key in unread])
+    tensors = TensorPlaces({}, [], [], [], [key for key in checkpoint.entries if key in unread])
     targets: set[str] = set()
     # Tables of integers (routing by token, positions) are what the model has integers for.
     floats = {name for name, tensor in skeleton.model.state_dict().items() if tensor.is_floating_point()}
@@ -166,7 +175,7 @@ def _assign(checkpoint: Checkpoint, skeleton: Skeleton) -> _Tensors:
     return tensors
 
 
-def _plan_copies(checkpoint: Checkpoint, skeleton: Skeleton, tensors: _Tensors) -> list[CopyUnit]:
+def _plan_copies(checkpoint: Checkpoint, skeleton: Skeleton, tensors: TensorPlaces) -> list[CopyUnit]:
     """Cut the copied tensors into units of about the same size."""
     shards = _cut(checkpoint, tensors.copied)
     num_shards = len(shards) + len(skeleton.blocks)

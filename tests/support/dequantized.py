@@ -29,6 +29,7 @@ def write_dequantized(source: Path, quantized: Path, target: Path) -> int:
         layers += skeleton.linear_layers(index, keys_of(skeleton, checkpoint, index))[0]
     config = read_json(quantized / "config.json")["quantization_config"]
     layout = LAYOUTS[config["quant_method"]]
+    layers = [layer for layer in layers if f"{layer.stem}{layer.joint}{layout.MARK}" in result.entries]
     names = {layer.config_names[0]: layer.name for layer in layers}
     schemes = {
         names[name]: scheme for name, scheme in layout.read_schemes(config, list(names)).items() if name in names

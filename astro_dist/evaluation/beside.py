@@ -1,0 +1,170 @@
+"""A prompt continued by the original and by the result that was made of it, so that a person sees the difference."""
+
+import dataclasses
+import shlex
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from astro.errors import CheckpointError, ConfigError
+from astro.process import configure_process
+from astro.storage.atomic import read_json
+from astro_dist.config.yaml_file import load_recorded_config
+from astro_dist.evaluation.greedy import greedy_tokens
+from astro_dist.evaluation.judge_settings import JudgeSettings, find_model
+from astro_dist.evaluation.streamed_model import StreamedModel
+from astro_dist.run_directory.identity import read_identity
+from astro_dist.run_directory.layout import RunLayout
+from astro_dist.source.resolve import Source, resolve_source
+
+__all__ = ["Beside", "Continued", "TryRequest", "continue_beside"]
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class TryRequest:
+    """What shall be continued.
+
+    Attributes:
+        prompt: Text to continue.
+        num_tokens: Largest number of new tokens.
+        against: Model whose continuation stands beside; None for the source of the run.
+        chat: Whether the prompt is a user's message in the model's own chat template.
+    """
+
+    prompt: str
+    num_tokens: int = 60
+    against: str | None = None
+    chat: bool = False
+
+
+@dataclasses.dataclass(frozen=True)
+class Continued:
+    """What a model made of a prompt.
+
+    Attributes:
+        model: Folder or repository of the model.
+        text: Text behind the prompt.
+        tokens: Tokens of that text, with the one that ended it, if any.
+    """
+
+    model: str
+    text: str
+    tokens: Sequence[int]
+
+
+@dataclasses.dataclass(frozen=True)
+class Beside:
+    """The continuations of both models.
+
+    Attributes:
+        original: What the original makes of the prompt.
+        quantized: What the result makes of it.
+        num_equal: Number of tokens at the beginning that both have.
+    """
+
+    original: Continued
+    quantized: Continued
+    num_equal: int
+
+    def to_json(self) -> dict[str, Any]:
+        """Return both as a JSON object."""
+        return dataclasses.asdict(self)
+
+
+def continue_beside(
+    name: str, request: TryRequest, settings: JudgeSettings, show: Callable[[str], None], title: Callable[[str], None]
+) -> Beside:
+    """Let the original and then the result continue a prompt, each token the most likely one.
+
+    Args:
+        name: Run directory, or a model with `against`.
+        request: What shall be continued.
+        settings: Device, dtype and memory.
+        show: Function that gets each piece of text as soon as it is known.
+        title: Function that gets a line before the first piece of a model.
+
+    Raises:
+        InputError: There is no such model, or it is not known what it was made of.
+    """
+    quantized, original = find_model(name), _original(name, request.against)
+    configure_process(torch.get_num_threads())
+    before = _continue(original, "original", request, settings, (show, title))
+    after = _continue(quantized, "quantized", request, settings, (show, title))
+    pairs = zip(before.tokens, after.tokens, strict=False)
+    num_equal = next((place for place, (a, b) in enumerate(pairs) if a != b), None)
+    shorter = min(len(before.tokens), len(after.tokens))
+    return Beside(before, after, shorter if num_equal is None else num_equal)
+
+
+def _original(name: str, against: str | None) -> Source:
+    """Find the model to stand beside: the one that is named, or the source of the run."""
+    if against is not None:
+        return find_model(against)
+    root = Path(name).expanduser().absolute()
+    if not RunLayout(root).identity.is_file():
+        raise ConfigError(f"{name}: is no run directory, so that its original is not known; name it with --against")
+    return resolve_source(load_recorded_config(root / "config.yaml").model, read_identity(root).commit)
+
+
+def _continue(
+    source: Source,
+    what: str,
+    request: TryRequest,
+    settings: JudgeSettings,
+    output: tuple[Callable[[str], None], Callable[[str], None]],
+) -> Continued:
+    model = StreamedModel(source, settings)
+    prompt, ends = _prompt_tokens(model, request), _end_tokens(model, source.folder)
+    longest = model.longest
+    if longest is not None and len(prompt) + request.num_tokens > longest:
+        raise ConfigError(
+            f"--tokens {request.num_tokens}: with the {len(prompt)} tokens of the prompt more than the {longest} "
+            f"positions of {model.name}; ask for fewer"
+        )
+    show, title = output
+    is_whole = model.keep_if_it_fits()
+    title(f"{what}: {model.name}" + ("" if is_whole else " (larger than the free memory: each token reads all blocks)"))
+    shown = ""
+
+    def is_enough(tokens: Sequence[int]) -> bool:
+        nonlocal shown
+        if tokens[-1] in ends:
+            return True
+        text = str(model.tokenizer.decode(list(tokens), skip_special_tokens=True))
+        # The first bytes of a character wait for the others, which are in the next token.
+        if len(text) > len(shown) and not text.endswith("�"):
+            show(text[len(shown) :])
+            shown = text
+        return False
+
+    tokens = greedy_tokens(model, prompt, request.num_tokens, is_enough)
+    model.release()
+    show("\n")
+    text = model.tokenizer.decode([token for token in tokens if token not in ends], skip_special_tokens=True)
+    return Continued(model.name, str(text), tokens)
+
+
+def _prompt_tokens(model: StreamedModel, request: TryRequest) -> list[int]:
+    if not request.chat:
+        tokens = list(model.tokenizer(request.prompt)["input_ids"])
+    elif model.tokenizer.chat_template is None:
+        raise ConfigError(f"--chat: the tokenizer of {model.name} has no chat template; try without --chat")
+    else:
+        message = [{"role": "user", "content": request.prompt}]
+        text = model.tokenizer.apply_chat_template(message, add_generation_prompt=True, tokenize=False)
+        tokens = list(model.tokenizer(str(text), add_special_tokens=False)["input_ids"])
+    if not tokens:
+        raise ConfigError(f"the prompt {shlex.quote(request.prompt)} has no tokens; write something to continue")
+    if max(tokens) >= model.skeleton.limits()[0]:
+        raise CheckpointError(f"{model.name}: its tokenizer gives tokens that the model does not have")
+    return tokens
+
+
+def _end_tokens(model: StreamedModel, folder: Path) -> set[int]:
+    """Return the tokens that end a text: the tokenizer's, and those of generation_config.json."""
+    path = folder / "generation_config.json"
+    told = read_json(path).get("eos_token_id") if path.is_file() else None
+    ends = told if isinstance(told, list) else [told]
+    return {int(end) for end in (*ends, model.tokenizer.eos_token_id) if end is not None}

@@ -1,0 +1,153 @@
+"""The weights of a model, block by block, whether its file holds them as they are, encoded, or packed by this project.
+
+A packed layer is unpacked in float32 and put where the model holds it, so that no value is rounded to the file's scales
+first. A quantized model of others is decoded to 16 bits, as a source is.
+"""
+
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from pathlib import Path
+
+import torch
+from torch import nn
+
+from astro.config import LayerScheme
+from astro.errors import CheckpointError
+from astro.formats import LAYOUTS, Layout
+from astro.formats.block_shard import packed_keys, stem_of, unpack_layer
+from astro.model.linear_layer import LinearLayer
+from astro.model.skeleton import Skeleton
+from astro.storage.atomic import read_json
+from astro.storage.byte_store import Store
+from astro.storage.checkpoint import Checkpoint
+from astro_dist.export.packed_layers import is_packed, packed_layers
+from astro_dist.planning.checkpoint_plan import assign_tensors
+
+__all__ = ["BlockWeights"]
+
+_View = Callable[[torch.Tensor], torch.Tensor]
+"""A function that finds a layer's part of a parameter, as a view of it."""
+
+
+class BlockWeights:
+    """Fills a skeleton from the files of a model, a part at a time.
+
+    Attributes:
+        skeleton: The model, on the meta device but for what is filled.
+        dtype: Dtype of most weights in the files, after decoding.
+        num_weights: Number of weights that text needs.
+    """
+
+    def __init__(self, store: Store, folder: Path, skeleton: Skeleton) -> None:
+        """Read the headers.
+
+        Args:
+            store: Store of the model's files.
+            folder: Folder on this machine with the model's config.json.
+            skeleton: The model on the meta device.
+
+        Raises:
+            CheckpointError: A tensor that text needs is missing, or does not fit the model.
+        """
+        self.skeleton = skeleton
+        self._layout: Layout | None = None
+        self._stems: set[str] = set()
+        self._schemes: Mapping[str, LayerScheme] = {}
+        self._checkpoint = self._open_packed(store, folder) or Checkpoint.open_source(store)
+        self._places = assign_tensors(self._checkpoint, skeleton)
+        entries = self._checkpoint.entries
+        self.dtype = entries[self._places.outside[0]].float_dtype or torch.float32
+        text = (p for name, p in skeleton.model.named_parameters() if not skeleton.is_beside_text(name))
+        self.num_weights = sum(parameter.numel() for parameter in text)
+
+    def outside(self) -> dict[str, torch.Tensor]:
+        """Read embeddings, norm and head, by checkpoint name."""
+        return self._checkpoint.read(self._places.outside)
+
+    def fill_block(self, index: int, device: torch.device) -> nn.Module:
+        """Fill a block and return it.
+
+        Args:
+            index: Index of the block.
+            device: Device that the block is put on.
+
+        Raises:
+            CheckpointError: A tensor is missing or damaged.
+        """
+        block, skeleton = self.skeleton.blocks[index], self.skeleton
+        keys = self._places.by_block.get(index, [])
+        by_parameter = self._packed_parameters(index, keys)
+        apart = {layer.key for layers in by_parameter.values() for layer in layers}
+        apart |= {_bias(layer) for layers in by_parameter.values() for layer in layers if layer.expert is not None}
+        loose = [key for key in keys if not is_packed(key, self._stems) and key not in apart]
+        skeleton.load(block, self._checkpoint.read(loose), device)
+        for parameter, layers in by_parameter.items():
+            self._fill_parameter(parameter, layers, device)
+        skeleton.require_filled(block, f"block {index} of {self._checkpoint.store}")
+        return block
+
+    def _open_packed(self, store: Store, folder: Path) -> Checkpoint | None:
+        """Open a model that this project packed; None for any other."""
+        config = read_json(folder / "config.json", "a checkpoint folder must hold it").get("quantization_config")
+        layout = LAYOUTS.get(str(config.get("quant_method"))) if isinstance(config, dict) else None
+        if layout is None or config is None:
+            return None
+        checkpoint = Checkpoint.open(store)
+        stems = {stem for key in checkpoint.entries if (stem := stem_of(key, layout.MARK)) is not None}
+        try:
+            layers, _ = packed_layers(checkpoint, self.skeleton, stems)
+            schemes = layout.read_schemes(config, [name for layer in layers for name in layer.config_names])
+        except (CheckpointError, KeyError, TypeError, ValueError, AttributeError) as error:
+            if layout is LAYOUTS["compressed-tensors"]:  # of another tool; it is decoded as a source would be
+                return None
+            raise CheckpointError(f"{store}: cannot be unpacked: {error}") from error
+        self._layout, self._stems, self._schemes = layout, stems, schemes
+        return checkpoint
+
+    def _packed_parameters(self, index: int, keys: Sequence[str]) -> dict[str, list[LinearLayer]]:
+        """Return the layers in each parameter of a block that holds a packed layer; experts share a parameter."""
+        stems = {stem for key in keys if self._layout and (stem := stem_of(key, self._layout.MARK)) is not None}
+        if not stems:
+            return {}
+        names = [*(key for key in keys if not is_packed(key, stems)), *(f"{stem}.weight" for stem in stems)]
+        shapes = {key: self._checkpoint.entries[key].shape for key in keys}
+        layers, _ = self.skeleton.linear_layers(index, names, shapes)
+        parameters = dict.fromkeys(layer.parameter for layer in layers if layer.stem in stems)
+        return {name: [layer for layer in layers if layer.parameter == name] for name in parameters}
+
+    def _fill_parameter(self, name: str, layers: Sequence[LinearLayer], device: torch.device) -> None:
+        """Put the weights of layers into the parameter that holds them all, and the biases of experts beside it."""
+        self._set(name, device, ((layer.view, self._weight(layer)) for layer in layers))
+        biases = [layer for layer in layers if layer.expert is not None and _bias(layer) in self._checkpoint.entries]
+        if biases and self.skeleton.shape_of(f"{name}_bias") is not None:
+            read = self._checkpoint.read([_bias(layer) for layer in biases])
+            self._set(f"{name}_bias", device, ((layer.stored_bias, read[_bias(layer)]) for layer in biases))
+
+    def _weight(self, layer: LinearLayer) -> torch.Tensor:
+        """Return the weight of a layer [rows, columns]: unpacked in float32, or as it is stored."""
+        if layer.stem not in self._stems:
+            return layer.stored(self._checkpoint.read([layer.key])[layer.key])
+        assert self._layout is not None
+        scheme, entries = self._schemes[layer.config_names[0]], self._checkpoint.entries
+        keys = [key for key in packed_keys(self._layout, layer, scheme).values() if key in entries]
+        W = unpack_layer(self._layout, layer, self._checkpoint.read(keys), scheme).dequantize()
+        if W.shape != (layer.rows, layer.columns):
+            raise CheckpointError(
+                f"{self._checkpoint.store}: {layer.stem} is packed as {list(W.shape)}, the model has "
+                f"{[layer.rows, layer.columns]}"
+            )
+        return W
+
+    def _set(self, name: str, device: torch.device, parts: Iterable[tuple[_View, torch.Tensor]]) -> None:
+        """Replace a parameter by a new one, whose parts are given with the functions that find their places in it."""
+        owner, _, leaf = name.rpartition(".")
+        module = self.skeleton.model.get_submodule(owner)
+        before = module.get_parameter(leaf)
+        values = torch.zeros(before.shape, dtype=before.dtype, device=device)
+        for view, part in parts:
+            view(values).copy_(part)
+        module._parameters[leaf] = nn.Parameter(values, requires_grad=False)
+
+
+def _bias(layer: LinearLayer) -> str:
+    """Name of the bias that is stored beside a packed layer of an expert."""
+    return f"{layer.stem}{layer.joint}bias"

@@ -1,0 +1,103 @@
+"""The judgement of a model: its perplexity on a text, its scores in tasks, or both."""
+
+import dataclasses
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from astro.errors import ConfigError
+from astro.process import configure_process, peak_rss_bytes
+from astro_dist.evaluation.judge_settings import JudgeSettings, find_model
+from astro_dist.evaluation.streamed_model import StreamedModel
+from astro_dist.evaluation.tasks import TaskScore, require_harness, run_tasks, tasks_of
+from astro_dist.evaluation.text_loss import TextLoss, measure_text
+from astro_dist.evaluation.text_windows import cut_windows, read_rows
+
+__all__ = ["JudgeRequest", "Judgement", "judge"]
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class JudgeRequest:
+    """What shall be found out about a model.
+
+    Attributes:
+        text: File of text to measure the perplexity on; None for none.
+        column: Column or key of the file that holds the text.
+        window: Number of tokens of a window.
+        tasks: Names of tasks, see `tasks_of`; None for none.
+        include: Folder with more tasks; None for none.
+        limit: Largest number of windows, and of questions of each task; None for all.
+        against: Model to compare the predictions on the text with; None for none.
+    """
+
+    text: str | None = None
+    column: str = "text"
+    window: int = 2048
+    tasks: str | None = None
+    include: Path | None = None
+    limit: int | None = None
+    against: str | None = None
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Judgement:
+    """What was found out about a model.
+
+    Attributes:
+        model: Folder or repository of the model.
+        text: What it predicts of the text; None where there was no text.
+        tasks: Its scores in tasks.
+        dtype: Dtype of the forward passes, such as "torch.float32".
+        device: Kind of the device, "cpu" or "cuda".
+        peak_rss_bytes: Largest resident memory of the process, files that it mapped included, in bytes.
+    """
+
+    model: str
+    text: TextLoss | None
+    tasks: Sequence[TaskScore]
+    dtype: str
+    device: str
+    peak_rss_bytes: int
+
+    def to_json(self) -> dict[str, Any]:
+        """Return the judgement as a JSON object."""
+        return dataclasses.asdict(self)
+
+
+def judge(name: str, request: JudgeRequest, settings: JudgeSettings) -> Judgement:
+    """Judge a model, with one block of it in memory at a time.
+
+    Args:
+        name: Run directory, folder of a model, or ORG/NAME[@REVISION] on the Hub.
+        request: What shall be found out.
+        settings: Device, dtype and memory.
+
+    Raises:
+        InputError: The model, the text or a task cannot be used.
+        NumericalError: A forward pass overflowed.
+    """
+    if request.text is None and request.tasks is None:
+        raise ConfigError("nothing to judge by: give --text FILE, --tasks NAMES, or both")
+    if request.against is not None and request.text is None:
+        raise ConfigError("--against: compares predictions on a text; give --text FILE too")
+    tasks = tasks_of(request.tasks) if request.tasks is not None else {}
+    if tasks:
+        require_harness()
+    rows = read_rows(request.text, request.column) if request.text is not None else []
+    configure_process(torch.get_num_threads())
+    model = StreamedModel(find_model(name), settings)
+    against = StreamedModel(find_model(request.against), settings) if request.against else None
+    text = None
+    if request.text is not None:
+        windows = cut_windows(request.text, rows, model.tokenizer, request.window, request.limit)
+        text = measure_text(model, windows, settings.batch_tokens, against)
+    return Judgement(
+        model=model.name,
+        text=text,
+        tasks=run_tasks(model, tasks, settings.batch_tokens, request.limit, request.include) if tasks else (),
+        dtype=str(model.dtype),
+        device=model.device.type,
+        peak_rss_bytes=peak_rss_bytes(),
+    )

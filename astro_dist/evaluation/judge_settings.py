@@ -1,0 +1,112 @@
+"""Where and how a model is judged: device, dtype and memory. And which model a user means."""
+
+import dataclasses
+import os
+from pathlib import Path
+
+import torch
+
+from astro.errors import ConfigError
+from astro_dist.config.schema import ModelConfig
+from astro_dist.run_directory.layout import RunLayout
+from astro_dist.source.resolve import Source, resolve_source
+
+__all__ = ["JudgeSettings", "available_bytes", "find_model"]
+
+_DTYPES = ("auto", "float32", "bfloat16", "float16")
+_DEVICES = ("auto", "cpu", "cuda")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class JudgeSettings:
+    """Settings under which models are judged.
+
+    Attributes:
+        device: Device of forward passes: "cpu", "cuda", or "auto" for a GPU where there is one.
+        dtype: Dtype of forward passes, or "auto" for that of the model.
+        hidden_gb: Memory for hidden states that wait between blocks, in GB.
+        trust_remote_code: Whether code that the model ships may run.
+    """
+
+    device: str = "auto"
+    dtype: str = "auto"
+    hidden_gb: float = 4.0
+    trust_remote_code: bool = False
+
+    def __post_init__(self) -> None:
+        """Check the values.
+
+        Raises:
+            ConfigError: A value is not known, or the device is not there.
+        """
+        if self.device not in _DEVICES:
+            raise ConfigError(f"--device {self.device}: expected one of {', '.join(_DEVICES)}")
+        if self.dtype not in _DTYPES:
+            raise ConfigError(f"--dtype {self.dtype}: expected one of {', '.join(_DTYPES)}")
+        if self.device == "cuda" and not torch.cuda.is_available():
+            raise ConfigError("--device cuda: torch sees no GPU here; install torch for CUDA, or take --device cpu")
+        if not self.hidden_gb > 0:
+            raise ConfigError(f"--hidden-gb {self.hidden_gb}: expected more than 0")
+
+    @property
+    def torch_device(self) -> torch.device:
+        """The device itself."""
+        is_gpu = self.device == "cuda" or (self.device == "auto" and torch.cuda.is_available())
+        return torch.device("cuda" if is_gpu else "cpu")
+
+    @property
+    def hidden_bytes(self) -> float:
+        """Memory for hidden states, in bytes."""
+        return self.hidden_gb * 1e9
+
+    @property
+    def batch_tokens(self) -> int:
+        """Number of tokens that pass through a block together: enough for a GPU, few for a CPU's memory."""
+        return 16384 if self.torch_device.type == "cuda" else 2048
+
+    def compute_dtype(self, stored: torch.dtype) -> torch.dtype:
+        """Return the dtype of forward passes.
+
+        Args:
+            stored: Dtype of the weights.
+        """
+        if self.dtype != "auto":
+            dtype: torch.dtype = getattr(torch, self.dtype)
+            return dtype
+        # As in a run: CPUs have no float16 arithmetic worth the name.
+        return torch.float32 if stored == torch.float16 and self.torch_device.type == "cpu" else stored
+
+
+def available_bytes(device: torch.device) -> int:
+    """Return the memory of a device that is free, in bytes.
+
+    Args:
+        device: The device.
+    """
+    if device.type == "cuda":
+        return int(torch.cuda.mem_get_info(device)[0])
+    for line in Path("/proc/meminfo").read_text().splitlines() if Path("/proc/meminfo").is_file() else ():
+        if line.startswith("MemAvailable:"):
+            return 1024 * int(line.split()[1])
+    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // 2
+
+
+def find_model(name: str) -> Source:
+    """Find a model: the result of a run, a folder, or a repository.
+
+    Args:
+        name: Run directory, folder of a model, ORG/NAME[@REVISION] on the Hub, or an address of an object store.
+
+    Raises:
+        InputError: There is no model of this name, or the run has none yet.
+    """
+    path = Path(name).expanduser()
+    layout = RunLayout(path.absolute())
+    if layout.identity.is_file():
+        if not layout.inventory.is_file():
+            raise ConfigError(f"{name}: its run is not finished; `astro-dist status {name}` tells how far it is")
+        return resolve_source(ModelConfig(source=str(layout.model)))
+    repository, _, revision = name.partition("@")
+    if revision and "://" not in name and not path.exists():
+        return resolve_source(ModelConfig(source=repository, revision=revision))
+    return resolve_source(ModelConfig(source=name))

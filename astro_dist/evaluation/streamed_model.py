@@ -1,0 +1,228 @@
+"""A model whose blocks pass through memory one after the other, so that a machine judges what it could not hold.
+
+All batches of token sequences pass through a block before the next block is read: one reading of the model serves them
+all. What waits between blocks are hidden states, in memory; more sequences than it is meant to take are done in several
+waves, each of which reads the model once. The blocks are called as they are in a run, see `astro.model.recording`.
+"""
+
+import logging
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+
+import torch
+import transformers
+
+from astro.errors import CheckpointError
+from astro.model.block_call import BlockCall, BlockState, forward
+from astro.model.call_file import differing_tensors, with_tensors
+from astro.model.recording import count_outputs, record, run_head
+from astro.model.rehearsal import rehearse
+from astro.model.skeleton import Skeleton
+from astro.process import return_freed_memory
+from astro_dist.evaluation.block_weights import BlockWeights
+from astro_dist.evaluation.judge_settings import JudgeSettings, available_bytes
+from astro_dist.source.long_wait import LongWait
+from astro_dist.source.resolve import Source
+
+__all__ = ["StreamedModel"]
+
+_log = logging.getLogger("astro_dist")
+
+_PROBE_TOKENS = 8
+"""Tokens with which it is found out what blocks return."""
+_KEPT_SHARE = 0.5
+"""Share of the memory that is free up to which a model that is read again and again is kept."""
+
+
+class StreamedModel:
+    """Runs token sequences through a model block by block.
+
+    Attributes:
+        name: What messages call the model: its folder or repository.
+        skeleton: The model, on the meta device but for what is loaded.
+        dtype: Dtype of forward passes.
+        device: Device of forward passes.
+        tokenizer: The model's own tokenizer.
+        num_readings: Number of times that the blocks were read so far.
+    """
+
+    def __init__(self, source: Source, settings: JudgeSettings) -> None:
+        """Read the headers and the tokenizer of a model.
+
+        Args:
+            source: Where the files of the model are.
+            settings: Device, dtype and limits.
+
+        Raises:
+            InputError: The model cannot be read, or its blocks cannot be run one by one.
+        """
+        self.name, self.device = str(source.store), settings.torch_device
+        trusted = settings.trust_remote_code
+        skeleton = Skeleton(source.folder, torch.float32, trusted)
+        self._weights = BlockWeights(source.store, source.folder, skeleton)
+        self.dtype = settings.compute_dtype(self._weights.dtype)
+        if self.dtype != torch.float32:
+            skeleton = Skeleton(source.folder, self.dtype, trusted)
+            self._weights = BlockWeights(source.store, source.folder, skeleton)
+        self.skeleton = skeleton
+        self.tokenizer = _tokenizer(source.folder, trusted)
+        self.num_readings = 0
+        self._settings = settings
+        self._token_bytes = rehearse(skeleton) * self.dtype.itemsize
+        self._num_outputs: int | None = None
+        self._is_kept = False
+
+    @property
+    def longest(self) -> int | None:
+        """Number of tokens of the longest sequence that the model has positions for; None where it does not say."""
+        return self.skeleton.limits()[1]
+
+    @property
+    def held_bytes(self) -> int:
+        """Memory that the whole model would take, in bytes."""
+        return int(self._weights.num_weights * self.dtype.itemsize)
+
+    def waves(self, batches: Sequence[torch.Tensor], copies: int = 1) -> list[Sequence[torch.Tensor]]:
+        """Cut batches into waves whose hidden states fit into the memory that they may take.
+
+        Args:
+            batches: Tokens, each int64 [B, T].
+            copies: Number of models whose hidden states are in memory together.
+
+        Returns:
+            The waves; at least one batch is in each.
+        """
+        limit, waves, size = self._settings.hidden_bytes, list[list[torch.Tensor]](), 0
+        for batch in batches:
+            num_bytes = batch.numel() * self._token_bytes * copies
+            if not waves or size + num_bytes > limit:
+                waves.append([])
+                size = 0
+            waves[-1].append(batch)
+            size += num_bytes
+        if len(waves) > 1:
+            _log.info(
+                "the hidden states would take %.1f GB at once; for at most %.1f GB (--hidden-gb) the model is read %d "
+                "times", sum(batch.numel() for batch in batches) * self._token_bytes * copies / 1e9, limit / 1e9,
+                len(waves),
+            )  # fmt: skip
+        return [*waves]
+
+    def keep_if_it_fits(self) -> bool:
+        """Load all of the model and keep it, if there is room, because it will be read again and again.
+
+        Returns:
+            Whether the whole model is in memory now.
+        """
+        if not self._is_kept and self.held_bytes <= _KEPT_SHARE * available_bytes(self.device):
+            self.skeleton.load(self.skeleton.model, self._weights.outside(), self.device)
+            self.skeleton.tie()
+            for index in range(len(self.skeleton.blocks)):
+                self._weights.fill_block(index, self.device)
+            self._is_kept = True
+            self.num_readings += 1
+        return self._is_kept
+
+    def release(self) -> None:
+        """Take everything out of memory that was kept."""
+        self._is_kept = False
+        self.skeleton.model.to("meta")
+        self.skeleton.model.tie_weights()
+        return_freed_memory()
+
+    @torch.no_grad()
+    def last_hidden(self, batches: Sequence[torch.Tensor]) -> list[torch.Tensor]:
+        """Run batches through all blocks, and return what the last one makes of each, on the CPU [B, T, ...].
+
+        Args:
+            batches: Tokens, each int64 [B, T]. Shorter sequences are filled up behind their end with any tokens: no
+                token looks at those behind it.
+        """
+        states, calls = self._embedded(batches)
+        wait = LongWait(f"{self.name}: through", len(self.skeleton.blocks), f"blocks, {len(batches)} batches each")
+        self.num_readings += not self._is_kept
+        for index, block in enumerate(self.skeleton.blocks):
+            if not self._is_kept:
+                self._weights.fill_block(index, self.device)
+            for number, state in enumerate(states):
+                call = calls.call(number, index)
+                output = forward(block, state.to(self.device), call)
+                states[number] = output.to(torch.device("cpu"))
+            if not self._is_kept:
+                block.to("meta")
+                return_freed_memory()
+            wait.reached(index + 1)
+        return [state.hidden for state in states]
+
+    @contextmanager
+    def head_loaded(self) -> Iterator[None]:
+        """Hold embeddings, norm and head on the device while the body of a `with` statement runs."""
+        if self._is_kept:
+            yield
+            return
+        self.skeleton.load(self.skeleton.model, self._weights.outside(), self.device)
+        self.skeleton.tie()
+        try:
+            yield
+        finally:
+            self.release()
+
+    @property
+    def num_outputs(self) -> int:
+        """Number of values that blocks return as a tuple; known once something was run."""
+        assert self._num_outputs is not None
+        return self._num_outputs
+
+    def logits(self, input_ids: torch.Tensor, hidden: torch.Tensor) -> torch.Tensor:
+        """Return the logits that follow from the last block's output, float32 [B, T, V]; the head is loaded.
+
+        Args:
+            input_ids: Tokens, int64 [B, T]. A part of a sequence is enough, because each token has its own logits.
+            hidden: Output of the last block for these tokens, [B, T, ...].
+        """
+        ids, hidden = input_ids.to(self.device), hidden.to(self.device)
+        return run_head(self.skeleton, ids, hidden, self.num_outputs).float()
+
+    def _embedded(self, batches: Sequence[torch.Tensor]) -> "tuple[list[BlockState], _Calls]":
+        """Return the hidden states of batches before the first block, and what blocks are called with for each."""
+        states, calls = list[BlockState](), _Calls()
+        with self.head_loaded():
+            if self._num_outputs is None:
+                first = self._weights.fill_block(0, self.device)
+                probe = batches[0][:1, :_PROBE_TOKENS].to(self.device)
+                self._num_outputs = count_outputs(self.skeleton, probe)
+                if not self._is_kept:
+                    first.to("meta")
+            for batch in batches:
+                hidden, made = record(self.skeleton, batch.to(self.device), self._num_outputs)
+                states.append(BlockState(hidden.cpu()))
+                calls.add(batch.shape, made)
+        return states, calls
+
+
+class _Calls:
+    """What blocks are called with for each batch. What batches of one shape share is held once."""
+
+    def __init__(self) -> None:
+        self._first: dict[torch.Size, list[BlockCall]] = {}
+        self._batches: list[tuple[torch.Size, list[dict[str, torch.Tensor]]]] = []
+
+    def add(self, shape: torch.Size, calls: list[BlockCall]) -> None:
+        """Take the calls of the next batch, one for each block."""
+        first = self._first.setdefault(shape, calls)
+        different = [differing_tensors(call, known) for call, known in zip(calls, first, strict=True)]
+        self._batches.append((shape, different))
+
+    def call(self, batch: int, block: int) -> BlockCall:
+        """Return the call of a block for a batch, by their numbers."""
+        shape, different = self._batches[batch]
+        call = self._first[shape][block]
+        return with_tensors(call, different[block]) if different[block] else call
+
+
+def _tokenizer(folder: Path, trust_remote_code: bool) -> transformers.PreTrainedTokenizerBase:
+    try:
+        return transformers.AutoTokenizer.from_pretrained(folder, trust_remote_code=trust_remote_code)
+    except Exception as error:  # tokenizers raises bare Exceptions for files it cannot parse
+        raise CheckpointError(f"{folder}: its tokenizer cannot be loaded: {error}") from error

@@ -1,0 +1,124 @@
+"""The perplexity of a model on a text, and how far it is from that of another model on the same tokens."""
+
+import dataclasses
+import math
+import time
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+
+from astro.errors import ConfigError, NumericalError
+from astro.model.perplexity import SequenceFigures, mean_per_token, measure_sequences
+from astro_dist.evaluation.streamed_model import StreamedModel
+from astro_dist.evaluation.text_windows import TextWindows, require_known
+from astro_dist.run_directory.summary import Perplexity
+from astro_dist.run_directory.unit_record import LossResult
+
+__all__ = ["TextLoss", "measure_text"]
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class TextLoss:
+    """What a model predicts of a text.
+
+    Attributes:
+        model: Folder or repository of the model.
+        text: Where the text is from.
+        window: Number of tokens of a window.
+        windows: Number of windows.
+        unused_tokens: Number of tokens of the text that are in no window.
+        perplexity: Perplexity, of all predicted tokens.
+        error: Standard error of the perplexity over the windows; None for a single window.
+        against: Folder or repository of the model that it was compared with; None where there was none.
+        compared: Perplexities of both, the change and the divergence; None where there was no other model.
+        num_readings: Number of times that the model's blocks were read.
+        wall_s: Time that it took, in seconds.
+    """
+
+    model: str
+    text: str
+    window: int
+    windows: int
+    unused_tokens: int
+    perplexity: float
+    error: float | None
+    against: str | None
+    compared: Perplexity | None
+    num_readings: int
+    wall_s: float
+
+    def to_json(self) -> dict[str, Any]:
+        """Return the figures as a JSON object."""
+        return dataclasses.asdict(self)
+
+
+def measure_text(model: StreamedModel, text: TextWindows, batch_tokens: int, against: StreamedModel | None) -> TextLoss:
+    """Measure what a model predicts of a text.
+
+    Args:
+        model: The model.
+        text: Windows of the text.
+        batch_tokens: Number of tokens that pass through a block together, at least one window.
+        against: Model with the same tokens to compare with, such as the source of a result; None for none.
+
+    Raises:
+        ConfigError: A window is longer than the model's positions.
+        NumericalError: The loss is not finite.
+    """
+    begin, length = time.perf_counter(), text.input_ids.shape[1]
+    for each in filter(None, (model, against)):
+        if each.longest is not None and length > each.longest:
+            raise ConfigError(
+                f"--window {length}: more than the {each.longest} positions of {each.name}; take shorter windows"
+            )
+        require_known(text.input_ids, each.skeleton.limits()[0], each.name)
+    batches = text.input_ids.split(max(batch_tokens // length, 1))
+    sequences, others = list[SequenceFigures](), list[SequenceFigures]()
+    for wave in model.waves(batches, copies=2 if against else 1):
+        hidden_before = against.last_hidden(wave) if against else None
+        if against and hidden_before is not None:
+            others += _figures(against, wave, hidden_before, None)
+        sequences += _figures(model, wave, model.last_hidden(wave), hidden_before)
+    loss = _total(model, sequences)
+    mean = mean_per_token([each.loss for each in sequences], [each.tokens for each in sequences])
+    perplexity = math.exp(min(mean.value, 700.0))  # near the largest float
+    return TextLoss(
+        model=model.name,
+        text=text.source,
+        window=length,
+        windows=len(text.input_ids),
+        unused_tokens=text.num_tokens - text.input_ids.numel(),
+        perplexity=perplexity,
+        error=None if mean.error is None else perplexity * mean.error,
+        against=against.name if against else None,
+        compared=Perplexity.of(_total(against, others), loss) if against else None,
+        num_readings=model.num_readings,
+        wall_s=round(time.perf_counter() - begin, 2),
+    )
+
+
+def _figures(
+    model: StreamedModel,
+    batches: Sequence[torch.Tensor],
+    hidden: Sequence[torch.Tensor],
+    source_hidden: Sequence[torch.Tensor] | None,
+) -> list[SequenceFigures]:
+    """Measure the batches of a wave from the last block's outputs."""
+    figures: list[SequenceFigures] = []
+    with model.head_loaded(), torch.no_grad():
+        for number, (ids, states) in enumerate(zip(batches, hidden, strict=True)):
+            source = None if source_hidden is None else source_hidden[number].to(model.device)
+            ids, states = ids.to(model.device), states.to(model.device)
+            figures += measure_sequences(model.skeleton, ids, states, model.num_outputs, source)
+    return figures
+
+
+def _total(model: StreamedModel, sequences: Sequence[SequenceFigures]) -> LossResult:
+    loss = LossResult.of(sequences)
+    if not math.isfinite(loss.negative_log_likelihood):
+        raise NumericalError(
+            f"{model.name}: its loss on the text is {loss.negative_log_likelihood}; a forward pass overflowed in "
+            f"{model.dtype}, or its weights hold NaN: try --dtype float32"
+        )
+    return loss

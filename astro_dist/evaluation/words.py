@@ -1,0 +1,123 @@
+"""What was found out about models, in words and tables for a terminal."""
+
+from collections.abc import Callable
+from pathlib import PurePath
+from typing import TYPE_CHECKING
+
+from rich.filesize import decimal
+from rich.table import Table
+
+from astro_dist.console import in_words
+from astro_dist.wording import nats, percent
+
+if TYPE_CHECKING:  # some of them import torch, which the command at hand may not need
+    from astro_dist.evaluation.beside import Beside
+    from astro_dist.evaluation.comparison import Comparison, RunFigures
+    from astro_dist.evaluation.judge import Judgement
+    from astro_dist.evaluation.text_loss import TextLoss
+
+__all__ = ["beside_line", "comparison_table", "judgement_lines", "task_table"]
+
+
+def judgement_lines(judgement: "Judgement") -> list[str]:
+    """Describe how a model was judged, and its perplexity.
+
+    Args:
+        judgement: What was found out.
+    """
+    dtype = judgement.dtype.removeprefix("torch.")
+    head = (
+        f"{judgement.model}, in {dtype} on {judgement.device}, block by block; most memory "
+        f"{decimal(judgement.peak_rss_bytes)}"
+    )
+    return [head, *(_text_lines(judgement.text) if judgement.text else [])]
+
+
+def _text_lines(text: "TextLoss") -> list[str]:
+    error = "" if text.error is None else f" ± {text.error:.3f}"
+    unused = f", {text.unused_tokens:,} tokens are left over" if text.unused_tokens else ""
+    lines = [
+        f"Perplexity {text.perplexity:.4f}{error} ({text.text}, {text.windows} windows of {text.window} tokens"
+        f"{unused}; {in_words(text.wall_s)})"
+    ]
+    compared = text.compared
+    if compared is not None and compared.original is not None:
+        lines.append(f"{compared.original:.4f} in {text.against}, so that it changes by {compared.change_in_words}")
+        lines.append(f"{compared.divergence_in_words}, of {compared.sample_in_words}")
+    return lines
+
+
+def task_table(judgement: "Judgement") -> Table:
+    """Make the table of a model's scores in tasks.
+
+    Args:
+        judgement: What was found out.
+    """
+    table = Table("task", "examples", "figure", "score", "±", "questions", "in %")
+    for score in judgement.tasks:
+        is_share = 0 <= score.value <= 1
+        table.add_row(
+            score.task,
+            "-" if score.shots is None else str(score.shots),
+            score.metric,
+            f"{score.value:.4f}",
+            "-" if score.error is None else f"{score.error:.4f}",
+            "-" if score.samples is None else f"{score.samples:,}",
+            f"{100 * score.value:.1f}" if is_share else "-",
+        )
+    return table
+
+
+def comparison_table(comparison: "Comparison") -> Table:
+    """Make the table of runs, one in each column.
+
+    Args:
+        comparison: Figures of the runs.
+    """
+    table = Table("", *(PurePath(run.run).name or run.run for run in comparison.runs))
+    for title, cell in _ROWS.items():
+        table.add_row(title, *(cell(run) for run in comparison.runs))
+    return table
+
+
+def beside_line(beside: "Beside") -> str:
+    """Say how far two continuations are the same.
+
+    Args:
+        beside: The continuations.
+    """
+    count = max(len(beside.original.tokens), len(beside.quantized.tokens))
+    if beside.original.tokens == beside.quantized.tokens:
+        return f"Both continue with the same {count} tokens"
+    return f"The first {beside.num_equal} of {count} tokens are the same"
+
+
+def _perplexity(run: "RunFigures") -> str:
+    measured = run.perplexity
+    if measured.quantized is None or measured.original is None:
+        return "not measured"
+    return f"{measured.original:.2f} → {measured.quantized:.2f}"
+
+
+def _divergence(run: "RunFigures") -> str:
+    value, error = run.perplexity.divergence, run.perplexity.divergence_error
+    if value is None:
+        return "not measured"
+    return f"{nats(value)}{'' if error is None else f' ± {nats(error)}'}"
+
+
+_ROWS: "dict[str, Callable[[RunFigures], str]]" = {
+    "model": lambda run: run.base,
+    "bits": lambda run: f"{run.bits:.3g}",
+    "group size": lambda run: "rows" if run.group_size == -1 else str(run.group_size),
+    "mode": lambda run: run.mode,
+    "size": lambda run: f"{decimal(run.size_bytes)} ({percent(run.share)})",
+    "perplexity": _perplexity,
+    "change": lambda run: run.perplexity.change_in_words or "-",
+    "KL, nats a token": _divergence,
+    "same first choice": lambda run: "-" if run.perplexity.agreement is None else percent(run.perplexity.agreement, 1),
+    "time": lambda run: in_words(run.wall_s) + (", last session" if run.resumed else ""),
+    "worst layer": lambda run: f"{run.worst_layer.split('+')[0]}: {percent(run.worst_error, 2)}",
+    "fallbacks": lambda run: str(run.fallbacks),
+}
+"""The rows of the table of runs: their titles, and the text of a cell."""

@@ -1,0 +1,73 @@
+"""The commands evaluate, compare and try as a user runs them."""
+
+import json
+import sys
+
+import pytest
+
+from astro_dist import cli
+
+
+@pytest.fixture
+def run(monkeypatch, capsys):
+    """Run a command in this process: exit code, stdout, stderr."""
+
+    def call(*arguments):
+        monkeypatch.setattr(sys, "argv", ["astro-dist", *map(str, arguments)])
+        with pytest.raises(SystemExit) as end:
+            cli.main()
+        captured = capsys.readouterr()
+        return end.value.code or 0, captured.out, captured.err
+
+    return call
+
+
+def test_evaluate_says_how_a_result_differs_from_its_source(run, finished, first_run, tmp_path):
+    (tmp_path / "text.txt").write_text("some words and more words " * 20)
+    options = ("--text", tmp_path / "text.txt", "--window", 32, "--limit", 5)
+    code, out, _ = run("evaluate", finished, *options, "--against", first_run.parent / "llama")
+    assert code == 0
+    assert "in float32 on cpu, block by block" in out
+    assert "5 windows of 32 tokens, 360 tokens are left over" in out
+    assert "so that it changes by" in out
+    assert "KL divergence" in out
+    code, out, _ = run("evaluate", finished, *options, "--json")
+    assert code == 0
+    assert json.loads(out)["text"]["windows"] == 5
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ((), "nothing to judge by: give --text FILE, --tasks NAMES, or both"),
+        (("--tasks", "piqa", "--against", "x"), "give --text FILE too"),
+        (("--text", "a.csv"), "expected a file whose name ends in"),
+        (("--text", "a.txt", "--device", "tpu"), "--device tpu: expected one of auto, cpu, cuda"),
+        (("--text", "a.txt", "--dtype", "int4"), "--dtype int4: expected one of"),
+        (("--text", "a.txt", "--hidden-gb", "0"), "--hidden-gb 0.0: expected more than 0"),
+    ],
+)
+def test_evaluate_refuses_what_it_cannot_do(run, llama, options, message):
+    code, _, err = run("evaluate", llama, *options)
+    assert code == 2
+    assert message in err
+
+
+def test_compare_prints_a_table(run, finished, first_run, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "120")
+    code, out, _ = run("compare", finished, first_run)
+    assert code == 0
+    for word in ("finished", "perplexity", "KL, nats a token", "worst layer", "fallbacks", "4"):
+        assert word in out
+    code, out, _ = run("compare", finished, "--json")
+    assert json.loads(out)["runs"][0]["bits"] == 4.0
+
+
+def test_try_shows_both_continuations(run, finished):
+    code, out, _ = run("try", finished, "Once upon", "--tokens", 4)
+    assert code == 0
+    assert "original: " in out
+    assert "quantized: " in out
+    assert "tokens" in out.splitlines()[-1]
+    code, out, _ = run("try", finished, "Once upon", "--tokens", 4, "--json")
+    assert len(json.loads(out)["original"]["tokens"]) == 4
