@@ -40,6 +40,7 @@ from astro_dist.run_directory.beginning import is_begun, keep_side_files
 from astro_dist.run_directory.identity import Identity, begun_commit, begun_texts
 from astro_dist.run_directory.journal import Damaged
 from astro_dist.run_directory.layer_widths import settle_widths
+from astro_dist.run_directory.local_activations import local_activations, open_activations
 from astro_dist.run_directory.records import RunDirectory
 from astro_dist.run_directory.resume import make_schedule
 from astro_dist.run_directory.summary import Summary, read_summary
@@ -73,12 +74,14 @@ class _Job:
         run: Run directory.
         fingerprint: SHA-256 of the source, hex.
         tokens: Tokens of the calibration text.
+        activations_stamp: Stamp of the folder of local activations; empty where the run has none.
     """
 
     prepared: Prepared
     run: RunDirectory
     fingerprint: str
     tokens: TokenChunks
+    activations_stamp: str
 
     @property
     def config(self) -> RunConfig:
@@ -121,7 +124,9 @@ def quantize(config: RunConfig) -> Summary:
     config = prepared.config
     fingerprint = prepared.checkpoint.fingerprint()
     key = run_key(config, fingerprint, astro.__version__)
-    run = RunDirectory(root, key, rounds=config.execution.rounds)
+    parent = config.output.activations_dir
+    local = local_activations(parent, root, key) if parent else None
+    run = RunDirectory(root, key, rounds=config.execution.rounds, local=local)
     identity = Identity(
         key=key,
         source_sha256=fingerprint,
@@ -143,8 +148,21 @@ def quantize(config: RunConfig) -> Summary:
     with run.locked():
         if not begun:
             begin_run(run, config, identity, as_tensors(chunks.chunks))
-        summary = _run(_Job(prepared, run, fingerprint, chunks), publication, begin)
+        stamp = _open_activations(run, is_new=not begun)
+        summary = _run(_Job(prepared, run, fingerprint, chunks, stamp), publication, begin)
         return publication.finish() if publication else summary
+
+
+def _open_activations(run: RunDirectory, is_new: bool) -> str:
+    """Make the folder of local activations ready, and return its stamp; say so where it is lost."""
+    if run.local is None:
+        return ""
+    stamp, is_lost = open_activations(run.local, is_new)
+    if is_lost and not run.inventory.is_file():
+        reason = f"{run.local} is missing; what was in it and is still needed is computed again"
+        run.journal.note("damaged", unit="activations", reason=reason)
+        _log.warning("damaged: activations: %s", reason)
+    return stamp
 
 
 def _run(job: _Job, publication: Publication | None, begin: float) -> Summary:
@@ -220,7 +238,10 @@ def _execute(
     _refuse_other_arithmetic(run, dtype, device)
     cost = CostModel(plan, config, {chunk.name: chunk.tokens.size for chunk in job.chunks}, dtype, device)
     if not schedule.finished:
-        require_room(cost.disk_bytes(executor.num_workers), run.root)
+        needed, kept = cost.disk_bytes(executor.num_workers), cost.kept_bytes()
+        require_room(needed if run.local is None else kept, run.root)
+        if run.local is not None:
+            require_room(needed - kept, run.local, "output.activations_dir")
     spec = _worker_spec(job, folder, dtype, executor, cost.worker_bytes())
     blocks = len(plan.blocks) * run.rounds
     run.journal.note(
@@ -265,6 +286,7 @@ def _worker_spec(job: _Job, folder: Path, dtype: torch.dtype, executor: Executor
         fingerprint=job.fingerprint,
         trust_remote_code=config.model.trust_remote_code,
         run=job.run,
+        activations_stamp=job.activations_stamp,
         plan=job.prepared.plan,
         chunks=tuple(chunk.name for chunk in job.chunks),
         num_leading=job.tokens.num_leading,

@@ -28,6 +28,8 @@ def require_absolute_paths(config: RunConfig) -> None:
         paths["model.source"] = Path(source)
     if config.model.cache_dir is not None:
         paths["model.cache_dir"] = config.model.cache_dir
+    if config.output.activations_dir is not None:
+        paths["output.activations_dir"] = config.output.activations_dir
     for i, text in enumerate(config.calibration.texts):
         if text.source != PYTHON_DOCS and not is_dataset(text.source):
             key = f"sources.{i}.source" if config.calibration.sources else "source"

@@ -274,6 +274,10 @@ class OutputConfig(_Section):
     dir: Path
     """The run directory; the quantized model grows in its folder `model`. On a cluster every node must see it under
     this absolute path."""
+    activations_dir: Path | None = None
+    """A folder on a fast local disk for the activations of unfinished blocks, where all workers are on the node of the
+    command; where it is not given, they are in the run directory. A run goes on without it, and computes again what was
+    in it."""
 
 
 class PublishConfig(_Section):

@@ -9,7 +9,7 @@ from typing import assert_never
 import torch
 
 from astro_dist.config.schema import RunConfig
-from astro_dist.planning.devices import Device
+from astro_dist.planning.devices import Device, reads_weights_ahead
 from astro_dist.planning.predicted_groups import PredictedInputGroup, predicted_input_groups, stages_of, together
 from astro_dist.planning.solve_cost import SolveCost, dequantizing, packing, unpacking
 from astro_dist.planning.units import BlockUnit, Plan
@@ -110,7 +110,8 @@ class CostModel:
             case DifferentiateLoss():
                 tokens = sum(self._tokens[chunk] for chunk in call.chunks)
                 moved = 2.0 * self._activations(call.chunks)
-                return Work(_DIFFERENTIATED * 2.0 * tokens * plan.outside_weights, moved_bytes=moved)
+                compute = _DIFFERENTIATED * 2.0 * tokens * plan.outside_weights
+                return Work(compute, moved_bytes=moved, behind_bytes=moved / 2)  # gradients are written behind
         return self._block_work(call, plan.blocks[call.block])
 
     def result(self, call: Call) -> Result:
@@ -130,6 +131,10 @@ class CostModel:
     def worker_bytes(self) -> int:
         """Return the most that a worker holds, in bytes: of a GPU's memory, or, without one, of the machine's."""
         return self._memory.bytes(max(self._tokens.values()) // self._sequence_length)
+
+    def host_bytes(self) -> int:
+        """Return the peak memory in bytes that a worker on a GPU takes of its host, see `WorkerMemory.of_host`."""
+        return self._memory.of_host(max(self._tokens.values()) // self._sequence_length)
 
     def disk_bytes(self, workers: int) -> int:
         """Return what the run directory holds at most, in bytes.
@@ -154,6 +159,10 @@ class CostModel:
         tiles = sum(1.1 * batch.weights for batch in largest)
         return int(self._plan.written_bytes + kept + (4 + 3 * self._compensated) * inputs + squares + tiles)
 
+    def kept_bytes(self) -> int:
+        """Return how much of `disk_bytes` are no activations: the result, and an earlier round."""
+        return self._plan.written_bytes * (1 if self._sequential else min(self._rounds, 2))
+
     def _widest(self, batches: list[PredictedInputGroup]) -> float:
         """Elements of all shares of the stage with the largest Hessians."""
         stages = stages_of(batches)
@@ -175,20 +184,26 @@ class CostModel:
         """Count what a call for a block does."""
         match call:
             case OpenBlock():
+                if call.was_foretold and reads_weights_ahead(self._device_type):
+                    return Work()
                 if call.round_index == 0:
                     return Work(moved_bytes=unit.read_bytes)
                 return unpacking(self._weights(unit)) + Work(moved_bytes=unit.written_bytes)
             case Backward():
                 forwards = _DIFFERENTIATED * self._forward(unit, self._tokens[call.chunk])
-                return Work(forwards, moved_bytes=3.0 * self._activations([call.chunk]))
+                return _behind(Work(forwards), 3.0 * self._activations([call.chunk]))
             case Forward() | ForwardChunk():
                 tokens = self._tokens[call.chunk]
-                passed = Work(self._forward(unit, tokens), moved_bytes=2.0 * self._activations([call.chunk]))
+                moved = (1.0 + self._writes_output(call)) * self._activations([call.chunk])
+                passed = _behind(Work(self._forward(unit, tokens)), moved)
                 counts = isinstance(call, Forward) and not is_held_out(call.chunk)
                 return passed + self._hessian(self._batches(unit), tokens) if counts else passed
             case SolveBlock():
                 solved = (self._solve.whole(batch, call.round_index) for batch in self._batches(unit))
-                return sum(solved, packing(self._weights(unit)) + Work(moved_bytes=unit.written_bytes))
+                work = sum(solved, packing(self._weights(unit)) + Work(moved_bytes=unit.written_bytes))
+                if call.following is None or not reads_weights_ahead(self._device_type):
+                    return work
+                return _behind(work, self._plan.blocks[call.following].read_bytes)
             case WriteBlock():
                 # Tiles hold a byte a weight. Then all workers read the block back at once, before chunks pass it.
                 rewritten = packing(self._weights(unit)) + unpacking(self._weights(unit))
@@ -212,12 +227,12 @@ class CostModel:
         streams = 1 + self._compensated
         # A stage's inputs take the block's forward up to that stage; which worker has the block already is open.
         passed = (call.stage + 1) / max(len(stages), 1)
-        moved = streams * self._activations(chunks) + square + unit.read_bytes
         sums = self._hessian(stage, tokens, self._compensated)
         # Layers of the stages before take their new weights from tiles.
         earlier = float(sum(batches[i].weights for before in stages[: call.stage] for i in before))
         sums += dequantizing(earlier) + Work(moved_bytes=earlier)
-        return sums + Work(streams * passed * self._forward(unit, tokens), moved_bytes=moved)
+        computed = sums + Work(streams * passed * self._forward(unit, tokens), moved_bytes=square + unit.read_bytes)
+        return _behind(computed, streams * self._activations(chunks))
 
     def _part_work(self, call: PartCall, unit: BlockUnit) -> Work:
         """Count what a call does by which several workers solve a block."""
@@ -240,6 +255,16 @@ class CostModel:
     def _weights(self, unit: BlockUnit) -> float:
         """Number of a block's quantized weights."""
         return float(sum(batch.weights for batch in self._batches(unit)))
+
+    def _writes_output(self, call: Forward | ForwardChunk) -> bool:
+        """Whether the output of a chunk is written. The waves that weigh the calibration tokens have done so already.
+
+        The last block's output is wanted of held-out chunks only.
+        """
+        if isinstance(call, ForwardChunk) or is_held_out(call.chunk):
+            return True
+        is_there = self._weighs_by_loss and call.round_index == 0
+        return not is_there and call.block + 1 < len(self._plan.blocks)
 
     def _forward(self, unit: BlockUnit, tokens: int) -> float:
         runs_all = bool(self._plan.forward_shape.dense_experts)
@@ -269,6 +294,11 @@ class CostModel:
 
     def _activations(self, chunks: Iterable[str]) -> float:
         return float(sum(self._tokens[chunk] for chunk in chunks) * self._plan.hidden_size * self._itemsize)
+
+
+def _behind(work: Work, moved_bytes: float) -> Work:
+    """Return work with bytes that are moved while it is computed."""
+    return work + Work(moved_bytes=moved_bytes, behind_bytes=moved_bytes)
 
 
 def _total_square(batches: Iterable[PredictedInputGroup]) -> float:

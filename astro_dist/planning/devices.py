@@ -9,7 +9,15 @@ from rich.filesize import decimal
 
 from astro.quantization.regularizer import PROX_PASSES, prox
 
-__all__ = ["CUDA_CONTEXT_BYTES", "DEVICES", "Device", "measure", "memory_shortage", "reserved_bytes"]
+__all__ = [
+    "CUDA_CONTEXT_BYTES",
+    "DEVICES",
+    "Device",
+    "measure",
+    "memory_shortage",
+    "reads_weights_ahead",
+    "reserved_bytes",
+]
 
 _ACHIEVED = 0.6
 """Share of the makers' peak that large matrix products reach."""
@@ -94,6 +102,15 @@ def memory_shortage(needed_bytes: float, available_bytes: float, device: str) ->
         f"a worker needs about {decimal(int(needed_bytes))}, but {device} has {decimal(int(available_bytes))} for it; "
         "lower calibration.chunk_samples or calibration.sequence_length, or use devices with more memory"
     )
+
+
+def reads_weights_ahead(device_type: str) -> bool:
+    """Say whether a worker reads the next block's weights while it solves: not where that takes the solve's memory.
+
+    Args:
+        device_type: Type of the device, "cpu" or "cuda".
+    """
+    return device_type == "cuda"
 
 
 def measure(threads: int, size: int = 1024, seconds: float = 0.1) -> Device:

@@ -30,6 +30,7 @@ class Estimate:
         workers_at_once: Number of workers that the time is counted with: no more than a single machine has cores for.
         device: Name of the device that each worker has.
         worker_bytes: Peak memory of a worker; on a GPU an upper bound for the device.
+        host_bytes: Peak memory that a worker on a GPU takes of its host; 0 on CPUs, where it is `worker_bytes`.
         disk_bytes: Bytes that the run directory takes at most.
         moved_bytes: Bytes that all workers read and write, over the network where the folders are elsewhere.
         wall_s: Seconds from the first call to the end of the last, once the workers are up.
@@ -42,6 +43,7 @@ class Estimate:
     workers_at_once: int
     device: str
     worker_bytes: int
+    host_bytes: int
     disk_bytes: int
     moved_bytes: int
     wall_s: float
@@ -82,6 +84,7 @@ def estimate(
         workers_at_once=at_once,
         device=device.name,
         worker_bytes=cost.worker_bytes(),
+        host_bytes=cost.host_bytes() if device.memory_bytes else 0,
         disk_bytes=cost.disk_bytes(workers),
         moved_bytes=int(moved[0]),
         wall_s=simulated.wall_s,
@@ -91,12 +94,13 @@ def estimate(
     )
 
 
-def require_room(needed_bytes: int, folder: Path) -> None:
+def require_room(needed_bytes: int, folder: Path, key: str = "output.dir") -> None:
     """Refuse a run that does not fit on the disk of its directory.
 
     Args:
         needed_bytes: Bytes that the run takes on the disk at most.
-        folder: Run directory, which need not exist yet.
+        folder: Run directory, or folder of its activations, which need not exist yet.
+        key: Key of the configuration that names the folder.
 
     Raises:
         ConfigError: The disk has too little space; the message says what would help.
@@ -105,7 +109,7 @@ def require_room(needed_bytes: int, folder: Path) -> None:
     free = shutil.disk_usage(existing).free
     if needed_bytes > free:
         raise ConfigError(
-            f"output.dir {folder}: the run needs about {decimal(needed_bytes)} there, which is "
+            f"{key} {folder}: the run needs about {decimal(needed_bytes)} there, which is "
             f"{decimal(needed_bytes - free)} more than is free; free space, choose another folder, or lower "
             "calibration.samples"
         )

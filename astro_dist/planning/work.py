@@ -18,6 +18,7 @@ class Work:
         elements: Number of elements that elementwise operations go through: proximal map, candidates of scales.
         steps: Number of small operations that wait for each other: columns of GPTQ and refinement.
         moved_bytes: Bytes that are read from and written to the shared folder.
+        behind_bytes: Those of them that are moved while the device computes.
     """
 
     compute: float = 0.0
@@ -26,6 +27,7 @@ class Work:
     elements: float = 0.0
     steps: float = 0.0
     moved_bytes: float = 0.0
+    behind_bytes: float = 0.0
 
     def __add__(self, other: "Work") -> "Work":
         counts = zip(dataclasses.astuple(self), dataclasses.astuple(other), strict=True)
@@ -34,12 +36,17 @@ class Work:
     def seconds(self, device: Device, half: bool) -> float:
         """Return the time that the work takes on a device.
 
+        What is moved while the device computes takes no time of its own where computing takes longer, and all of the
+        time where it does not.
+
         Args:
             device: The device.
             half: Whether forward passes run in 16 bits.
         """
         rate = device.bfloat16 if half else device.float32
-        return (
+        computing = (
             self.compute / rate + self.rounded / max(device.bfloat16, device.float32) + self.exact / device.float32
-            + self.elements / device.elements + self.steps * device.step_s + self.moved_bytes / device.storage
+            + self.elements / device.elements + self.steps * device.step_s
         )  # fmt: skip
+        behind, alone = self.behind_bytes, self.moved_bytes - self.behind_bytes
+        return max(computing, behind / device.storage) + alone / device.storage

@@ -20,6 +20,11 @@ _LIBRARIES_BYTES = 800_000_000 if torch.version.cuda else 430_000_000
 """Resident memory of a CPU worker before it does anything: Python, torch, transformers, Ray. A process that has
 imported `ray` and `astro_dist.worker.worker` peaks at 390 MB, and at 760 MB where torch is built for CUDA
 (`astro.process.peak_rss_bytes`); the rest is for what an actor of Ray holds besides."""
+_TRAVELLING = 3
+"""Hidden states of other chunks that are held meanwhile: an input that is read ahead, an output that is computed ahead,
+and an output that is being written."""
+_PINNED = 2
+"""Largest size of a pinned buffer relative to what it is asked for."""
 _LOGITS = 4
 """Float32 copies of one sequence's logits that are held at the peak: logits and their float32 form, of the result and
 of the source, or the same and their gradients."""
@@ -74,6 +79,21 @@ class WorkerMemory:
         before = CUDA_CONTEXT_BYTES if self._device_type == "cuda" else _LIBRARIES_BYTES
         return int(before + max(blocks, outside + logits))
 
+    def of_host(self, sequences: int) -> int:
+        """Return the most that a worker on a GPU takes of its host's memory, in bytes.
+
+        Pinned memory comes in powers of two. The next block's weights are there as they are read, and pinned.
+
+        Args:
+            sequences: Number of sequences in the largest chunk.
+        """
+        weights = max((unit.held_bytes for unit in self._plan.blocks), default=0)
+        return int(_LIBRARIES_BYTES + weights + _PINNED * (weights + _TRAVELLING * self._state_bytes(sequences)))
+
+    def _state_bytes(self, sequences: int) -> float:
+        """Size of the hidden states of a chunk."""
+        return float(sequences * self._sequence_length * self._plan.hidden_size * self._itemsize)
+
     def _block_bytes(self, unit: BlockUnit, batches: list[PredictedInputGroup], sequences: int) -> int:
         weights = sum(batch.weights for batch in batches)
         hessians = 0.0 if self._sequential else sum(self._statistics_bytes(batch) for batch in batches)
@@ -89,9 +109,11 @@ class WorkerMemory:
             forwarding += weights * self._itemsize + sums
         else:
             solving += weights  # quantized layers wait as bytes until the shard is written
-        phase = max(forwarding, solving)
+        travelling = _TRAVELLING * self._state_bytes(sequences)
+        phase = max(forwarding + travelling, solving)
         if self._weighs_by_loss:
-            phase = max(phase, self._forward.back(batches, sequences))
+            # Gradients are read beside the states.
+            phase = max(phase, self._forward.back(batches, sequences) + travelling + self._state_bytes(sequences))
         parameters: dict[str, float] = {}
         for linear in unit.linears:
             parameters[linear.parameter] = parameters.get(linear.parameter, 0.0) + linear.rows * linear.columns

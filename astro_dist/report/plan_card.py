@@ -28,6 +28,7 @@ def plan_card(forecast: Forecast) -> list[str]:
     share = plan.written_bytes / plan.read_bytes
     origin = "projected, never measured on a GPU" if is_gpu else "from the speed of this machine"
     device = needed.device.upper() if is_gpu else "CPU worker" if needed.workers == 1 else "CPU workers"
+    host = f", {decimal(needed.host_bytes)} of its host's" if is_gpu else ""
     limit = prepared.tensor_parallel.in_words
     lines = [
         settings_line(prepared.config),
@@ -35,7 +36,7 @@ def plan_card(forecast: Forecast) -> list[str]:
         f"({percent(share)} of the source)",
         f"{needed.workers} × {device}: about {in_words(needed.wall_s)}, {origin}; {needed.device_hours:.2g} "
         f"device-hours, {percent(needed.efficiency)} of that at work",
-        f"{decimal(int(needed.worker_bytes))} of memory a {'GPU' if is_gpu else 'worker'} · "
+        f"{decimal(int(needed.worker_bytes))} of memory a {'GPU' if is_gpu else 'worker'}{host} · "
         f"{decimal(int(needed.disk_bytes))} of disk · {decimal(int(needed.moved_bytes))} read and written by workers",
         *coverage_lines(plan.coverage),
         limit[0].upper() + limit[1:],

@@ -23,10 +23,17 @@ class RunLayout:
     Attributes:
         root: Folder of the run directory.
         rounds: Number of passes over the model; the shards of the last one are the model.
+        local: Folder outside of `root` with the activations; None where they are in `root`.
     """
 
     root: Path
     rounds: int = dataclasses.field(default=1, kw_only=True)
+    local: Path | None = dataclasses.field(default=None, kw_only=True)
+
+    @property
+    def activations(self) -> Path:
+        """Return the path of the folder of the activations, and of parts of blocks that workers hand each other."""
+        return self.root / "activations" if self.local is None else self.local
 
     @classmethod
     def around(cls, folder: Path) -> Self:
@@ -99,9 +106,9 @@ class RunLayout:
         return self.root / "report"
 
     @property
-    def leftovers(self) -> tuple[Path, Path]:
+    def leftovers(self) -> tuple[Path, ...]:
         """Return the folders that a complete run does not need: inputs of blocks, and shards of earlier rounds."""
-        return self.root / "activations", self.root / "rounds"
+        return self.root / "activations", self.root / "rounds", self.activations
 
     def record(self, unit: str) -> Path:
         """Return the path of the record of a unit.
@@ -127,7 +134,7 @@ class RunLayout:
             stream: Name of the stream.
             block: Index of the block.
         """
-        return self.root / "activations" / (stream if block else "embedded") / f"{block:04d}"
+        return self.activations / (stream if block else "embedded") / f"{block:04d}"
 
     def hidden(self, stream: str, block: int, chunk: str) -> Path:
         """Return the path of the hidden states of one chunk before a block.
@@ -157,7 +164,7 @@ class RunLayout:
             block: Index of the block.
             name: Name of the file without its suffix; see `part_file`.
         """
-        return self.root / "activations" / "parts" / f"{round_index}-{block:04d}" / f"{name}.safetensors"
+        return self.activations / "parts" / f"{round_index}-{block:04d}" / f"{name}.safetensors"
 
     def token_weights(self, block: int) -> Path:
         """Return the file of the weights that the loss gives the calibration tokens at a block's layers.
@@ -174,7 +181,7 @@ class RunLayout:
             batch: Number of sequences in a chunk.
             length: Number of tokens in a sequence.
         """
-        return self.root / "activations" / f"calls-{batch}x{length}.safetensors"
+        return self.activations / f"calls-{batch}x{length}.safetensors"
 
     def chunk_call(self, chunk: str, block: int) -> Path:
         """Return the path of the file with those arguments of a block that are others for a chunk than `calls` holds.
@@ -183,4 +190,4 @@ class RunLayout:
             chunk: Name of the chunk.
             block: Index of the block.
         """
-        return self.root / "activations" / "calls" / f"{chunk}-{block:04d}.safetensors"
+        return self.activations / "calls" / f"{chunk}-{block:04d}.safetensors"

@@ -170,7 +170,7 @@ class RunDirectory(RunLayout):
         Args:
             path: Path of the file, in the run directory.
         """
-        name = str(path.relative_to(self.root))
+        name = str(path.relative_to(self.root)) if path.is_relative_to(self.root) else ""
         entries = [file for record in self.readable_records() for file in record.files if file.name == name]
         if entries:
             return self._is_intact(entries[0])
@@ -295,8 +295,9 @@ class RunDirectory(RunLayout):
 
     def _sweep(self) -> None:
         """Delete files that were left half written."""
-        for partial in self.root.rglob(f".*{PARTIAL_SUFFIX}"):
-            partial.unlink(missing_ok=True)
+        for folder in (self.root, *([self.local] if self.local else [])):
+            for partial in folder.rglob(f".*{PARTIAL_SUFFIX}"):
+                partial.unlink(missing_ok=True)
 
     def _is_intact(self, file: FileRecord) -> bool:
         path = self.root / file.name

@@ -1,5 +1,6 @@
 """The schedule of mode `blocks`, where every block is quantized on its own, in one or more rounds."""
 
+import dataclasses
 from collections.abc import Iterator
 
 from astro_dist.schedule.block_state import RoundBlock, State
@@ -21,6 +22,7 @@ from astro_dist.schedule.calls import (
     WriteBlock,
     copy_calls,
 )
+from astro_dist.schedule.foretold_blocks import ForetoldBlocks
 from astro_dist.schedule.names import (
     EMBED,
     ORIGINAL,
@@ -107,6 +109,7 @@ class BlockSchedule:
         self._open_blocks: dict[int, RoundBlock] = {}  # by worker
         self._split: list[RoundBlock] = []
         self._taken: set[Call] = set()
+        self._foretold = ForetoldBlocks()
 
     @property
     def complete(self) -> bool:
@@ -118,17 +121,20 @@ class BlockSchedule:
         block = self._open_blocks.get(worker)
         if block is not None:
             call = self._continue(block, idle)
+            if isinstance(call, SolveBlock):
+                return dataclasses.replace(call, following=self._foretold.foretell(worker, self._waiting()))
             if call is not None or self._has_later(block):
                 return call
         for call in self._candidates():
             if call in self._taken or (block and not self._is_waited_for(call, block)):
                 continue
             self._release(worker)
+            foretold = self._foretold.take(worker)
             if isinstance(call, OpenBlock):
                 self._open_blocks[worker] = self._blocks[call.place]
                 self._open_blocks[worker].move(State.OPENING)
-            else:
-                self._taken.add(call)
+                return dataclasses.replace(call, was_foretold=call.place == (0, foretold))
+            self._taken.add(call)
             return call
         return None
 
@@ -169,6 +175,7 @@ class BlockSchedule:
         """Take note that a call came to nothing, and that the worker has lost its block; see `Schedule`."""
         self._taken.discard(call)
         self._release(worker)
+        self._foretold.take(worker)
 
     def holds(self, worker: int) -> bool:
         """Tell whether a worker has a block open; see `Schedule`."""
@@ -189,6 +196,10 @@ class BlockSchedule:
             return ending(*block.place)
         chunk = chunks[block.next_chunk]
         return Forward(*block.place, chunk, block.evaluates) if chunk in self._ready[block.place] else None
+
+    def _waiting(self) -> list[int]:
+        """The blocks of the first round that wait for a worker."""
+        return [block for block in range(self._num_blocks) if self._blocks[0, block].state is State.WAITING]
 
     def _has_later(self, block: RoundBlock) -> bool:
         """Whether a later block of the same round is open."""

@@ -152,9 +152,11 @@ class OpenBlock(_RoundCall):
         round_index: Index of the round; the number of rounds for the pass after the last round.
         block: Index of the block.
         evaluates: Whether the block is one of the result, which only held-out chunks pass through.
+        was_foretold: Whether the worker was told before, so that it may have read the block already.
     """
 
     evaluates: bool = False
+    was_foretold: bool = dataclasses.field(default=False, compare=False)
     verb: ClassVar[str] = "open block"
 
     @property
@@ -186,8 +188,16 @@ class Forward(_RoundCall):
 
 @dataclasses.dataclass(frozen=True)
 class SolveBlock(_RoundCall):
-    """Quantize the open block, which all chunks have passed, and write its shard."""
+    """Quantize the open block, which all chunks have passed, and write its shard.
 
+    Attributes:
+        round_index: Index of the round.
+        block: Index of the block.
+        following: Index of the block of the source that the worker will probably open next, whose weights it may read
+            meanwhile; None where nothing is foretold.
+    """
+
+    following: int | None = dataclasses.field(default=None, compare=False)
     verb: ClassVar[str] = "solve block"
 
 

@@ -1,9 +1,11 @@
 """The block that a worker holds on its device, and the hidden states that pass through it."""
 
 import platform
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from concurrent.futures import Future
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -19,14 +21,18 @@ from astro.quantization.grid import QuantizedLinear
 from astro.quantization.row_solver import Recipe
 from astro.storage.atomic import load_tensors, save_tensors
 from astro.storage.byte_store import FolderStore
-from astro.storage.checked_tensors import load_part, save_part
+from astro.storage.checked_tensors import load_part
 from astro.storage.checkpoint import Checkpoint
+from astro.storage.device_copies import DeviceCopies
+from astro.storage.part_writer import PartWriter
+from astro_dist.planning.devices import reads_weights_ahead
 from astro_dist.planning.units import BlockUnit
 from astro_dist.run_directory.layer_widths import layer_schemes
+from astro_dist.run_directory.local_activations import require_same_activations
 from astro_dist.schedule.names import ORIGINAL, block_unit, is_held_out, round_of_stream
 from astro_dist.worker.device_check import require_memory
 from astro_dist.worker.hidden_samples import keep_sample
-from astro_dist.worker.prefetch import Prefetch
+from astro_dist.worker.prefetch import Prefetch, ReadAhead
 from astro_dist.worker.recorded_calls import RecordedCalls
 from astro_dist.worker.spec import WorkerSpec
 
@@ -62,12 +68,17 @@ class BlockRunner:
             raise RunError(
                 f"{platform.node()}: does not see {spec.run.root}; output.dir must be a folder all nodes see"
             )
+        if spec.run.local is not None:
+            require_same_activations(spec.run.local, spec.activations_stamp)
         require_memory(spec.needed_bytes, self.device)
         self.checkpoint, store = spec.checkpoint, spec.checkpoint.store
         if store.revision is None and Checkpoint.open(store).fingerprint() != spec.fingerprint:
             raise RunError(f"{platform.node()}: {store} is not the checkpoint that the driver sees under this path")
         self.skeleton = Skeleton(spec.folder, spec.compute_dtype, spec.trust_remote_code)
-        self._prefetch = Prefetch()
+        self._copies = DeviceCopies(self.device)
+        self._prefetch = Prefetch(self._copies)
+        self._weights_ahead: ReadAhead[int, dict[str, torch.Tensor]] = ReadAhead()
+        self._writer = PartWriter(self._copies)
         self._tokens: dict[str, torch.Tensor] | None = None
         self._loaded: tuple[str, int] | None = None
         self._layers: tuple[int, BlockLayers] | None = None
@@ -96,7 +107,7 @@ class BlockRunner:
         if self._loaded == (stream, index):
             return unit
         self.close()
-        tensors = self.checkpoint.read(unit.keys) if stream == ORIGINAL else self._read_result(stream, unit)
+        tensors = self._read_source(unit) if stream == ORIGINAL else self._read_result(stream, unit)
         block = self.skeleton.blocks[index]
         self.skeleton.load(block, tensors, self.device)
         self.skeleton.require_filled(block, unit.name)
@@ -107,6 +118,19 @@ class BlockRunner:
                 origin = str(self.checkpoint.store) if stream == ORIGINAL else f"the shard of {stream}"
                 raise CheckpointError(f"{origin}: {name} of {unit.name} holds NaN or Inf")
         return unit
+
+    def expect_block(self, index: int) -> None:
+        """Begin to read the weights of a block of the source that will probably be loaded next, where there is room.
+
+        The memory of the host is free for them while a GPU solves. Where the solve is done in that memory they are not
+        read ahead.
+
+        Args:
+            index: Index of the block.
+        """
+        if reads_weights_ahead(self.device.type):
+            keys = self.spec.plan.blocks[index].keys
+            self._weights_ahead.expect(index, lambda: self._copies.pinned(self.checkpoint.read(keys)))
 
     def close(self) -> None:
         """Take the block off the device."""
@@ -125,6 +149,7 @@ class BlockRunner:
             with_block: Block of the source that is loaded with them, if any.
         """
         self.close()
+        self._weights_ahead.forget()
         skeleton = self.skeleton
         tensors = self._read_outside() | self.checkpoint.read(with_block.keys if with_block else ())
         skeleton.load(skeleton.model, tensors, self.device)
@@ -208,17 +233,6 @@ class BlockRunner:
         save_tensors(path, tensors)
         return path
 
-    def forward_chunk(self, stream: str, index: int, chunk: str) -> None:
-        """Pass one chunk through the block of a stream, and keep the output as the input of the next block.
-
-        Args:
-            stream: Name of the stream.
-            index: Index of the block.
-            chunk: Name of the chunk.
-        """
-        self.load(stream, index)
-        self.save_state(stream, index + 1, chunk, self.forward(index, self.state(stream, index, chunk), chunk))
-
     def forward(self, index: int, state: BlockState, chunk: str) -> BlockState:
         """Return what the loaded block makes of the state before it.
 
@@ -268,23 +282,38 @@ class BlockRunner:
         Raises:
             DamagedError: The file is missing, or not as it was written.
         """
-        tensors = self._prefetch.take(self.spec.run.hidden(stream, index, chunk))
+        state = self.states((stream, index, chunk))[0]
         if then is not None:
-            self.expect_state(then[0], index, then[1])
-        return BlockState(tensors.pop(_HIDDEN), tensors).to(self.device)
+            self.expect_states((then[0], index, then[1]))
+        return state
 
-    def expect_state(self, stream: str, index: int, chunk: str) -> None:
-        """Begin to read the state that will be wanted next; `state` returns it.
+    def states(self, *places: tuple[str, int, str]) -> list[BlockState]:
+        """Return several states at once.
 
         Args:
-            stream: Stream in which the chunk travels.
-            index: Index of the block.
-            chunk: Name of the chunk.
+            places: Stream, index of the block and name of the chunk of each.
+
+        Raises:
+            DamagedError: A file is missing, or not as it was written.
         """
-        self._prefetch.expect(self.spec.run.hidden(stream, index, chunk))
+        tensors = self._prefetch.take(*(self.spec.run.hidden(*place) for place in places))
+        return [BlockState(of_place.pop(_HIDDEN), of_place) for of_place in tensors]
+
+    def expect_states(self, *places: tuple[str, int, str]) -> "Future[Any] | None":
+        """Begin to read the states that will be wanted next; `states` returns them.
+
+        Args:
+            places: Stream, index of the block and name of the chunk of each.
+
+        Returns:
+            The reading of the states; None where not all of them are there yet.
+        """
+        paths = [self.spec.run.hidden(*place) for place in places]
+        self._prefetch.expect(*paths)
+        return self._prefetch.reading(*paths)
 
     def save_state(self, stream: str, index: int, chunk: str, state: BlockState) -> None:
-        """Write the state of a chunk before a block, unless it is there: other hardware may round otherwise.
+        """Begin to write the state of a chunk before a block, unless it is there: other hardware may round otherwise.
 
         Of a chunk that is held out, a sample is kept longer than the state.
 
@@ -292,18 +321,49 @@ class BlockRunner:
             stream: Stream in which the chunk travels.
             index: Index of the block.
             chunk: Name of the chunk.
-            state: The state.
+            state: The state, which nobody may change before `finish_writing` has returned.
         """
         path = self.spec.run.hidden(stream, index, chunk)
         if not path.exists():
             if index and is_held_out(chunk):
                 keep_sample(self.spec.run, stream, index, chunk, state.hidden)
-            save_part(path, {_HIDDEN: state.hidden, **state.others})
+            self.begin_writing(path, {_HIDDEN: state.hidden, **state.others})
+
+    def begin_writing(self, path: Path, tensors: Mapping[str, torch.Tensor], note: str = "") -> None:
+        """Begin to write a file that other calls will read.
+
+        Args:
+            path: Where the file belongs.
+            tensors: Tensors by name, which nobody may change before `finish_writing` has returned.
+            note: Text that is kept beside the tensors.
+
+        Raises:
+            StorageError: A file that was begun before could not be written.
+        """
+        self._writer.begin(path, tensors, note)
+
+    @property
+    def writing(self) -> "Future[None] | None":
+        """The file that was begun last; None where every file is whole."""
+        return self._writer.last
+
+    def finish_writing(self) -> None:
+        """Wait until every file that was begun is whole.
+
+        Raises:
+            StorageError: One of them could not be written.
+        """
+        self._writer.finish()
 
     def _tokens_of(self, chunk: str) -> torch.Tensor:
         if self._tokens is None:
             self._tokens, _ = load_part(self.spec.run.tokens)
         return self._tokens[chunk]
+
+    def _read_source(self, unit: BlockUnit) -> dict[str, torch.Tensor]:
+        """The tensors of a block of the source, which may have been read already."""
+        tensors = self._weights_ahead.take(unit.index)  # those of another block are let go of
+        return self.checkpoint.read(unit.keys) if tensors is None else tensors
 
     def _read_outside(self) -> dict[str, torch.Tensor]:
         """Read embeddings, norm and head; of a remote source from what was copied of it already."""
@@ -318,6 +378,7 @@ class BlockRunner:
     def _read_result(self, stream: str, unit: BlockUnit) -> dict[str, torch.Tensor]:
         round_index = round_of_stream(stream)
         assert round_index is not None
+        self._weights_ahead.forget()
         self.spec.run.require_intact(block_unit(round_index, unit.index))
         tensors, _ = load_tensors(self.spec.run.shard(round_index, unit.file))
         by_name = layer_schemes(self.spec.run, self.spec.quantization, unit, round_index)

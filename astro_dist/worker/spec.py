@@ -25,6 +25,7 @@ class WorkerSpec:
         fingerprint: Fingerprint of the source.
         trust_remote_code: Whether code of the checkpoint may run.
         run: Run directory.
+        activations_stamp: Stamp of the folder of local activations; empty where the run has none.
         plan: Units of the run.
         chunks: Names of the chunks in the order in which they travel.
         num_leading: Number of tokens that the tokenizer puts in front of every sequence, and that are no text.
@@ -45,6 +46,7 @@ class WorkerSpec:
     fingerprint: str
     trust_remote_code: bool
     run: RunDirectory
+    activations_stamp: str
     plan: Plan
     chunks: tuple[str, ...]
     num_leading: int

@@ -4,9 +4,9 @@ The gradient of the loss passes back through the source's blocks. In each block 
 every input group, chunk by chunk; once all chunks have passed, these become weights.
 """
 
+import dataclasses
 import json
-from collections.abc import Iterable, Mapping
-from itertools import pairwise
+from collections.abc import Iterable, Mapping, Sequence
 
 import torch
 
@@ -21,6 +21,7 @@ from astro_dist.run_directory.unit_record import UnitRecord, WeightsResult
 from astro_dist.schedule.calls import Backward, DifferentiateLoss, WeighTokens
 from astro_dist.schedule.names import ENERGY, GRADIENT, ORIGINAL, is_held_out
 from astro_dist.worker.block_runner import BlockRunner
+from astro_dist.worker.chunk_pipeline import ChunkPipeline, Passage
 
 __all__ = ["TokenWeigher", "read_token_weights"]
 
@@ -29,16 +30,34 @@ _TOKENS, _EXPERT, _TYPICAL = "tokens", "expert", "typical"
 it alone, and the energy of all tokens together at either."""
 
 
+@dataclasses.dataclass(frozen=True)
+class _PassedBack:
+    """What came of a chunk's gradient on its way back through a block.
+
+    Attributes:
+        gradient: Gradient of the loss with respect to the block's input; empty where none passes.
+        energies: Energies by kind and name of the layer or the input group.
+        reason: Why nothing was measured; empty where it was.
+        seconds: Time that it took.
+    """
+
+    gradient: BlockState
+    energies: dict[str, torch.Tensor]
+    reason: str
+    seconds: float
+
+
 class TokenWeigher:
     """Takes the gradient of the loss back through blocks, and turns what it measured into weights."""
 
-    def __init__(self, runner: BlockRunner) -> None:
+    def __init__(self, runner: BlockRunner, pipeline: ChunkPipeline) -> None:
         """Begin with nothing.
 
         Args:
             runner: Runner of the worker's blocks.
+            pipeline: Passes chunks through these blocks.
         """
-        self._runner = runner
+        self._runner, self._pipeline = runner, pipeline
 
     def differentiate_loss(self, call: DifferentiateLoss) -> None:
         """Write the gradient of the loss with respect to the last block's output."""
@@ -56,16 +75,22 @@ class TokenWeigher:
 
         Where no gradient passes through a block, an empty one is handed on; the blocks before it measure nothing.
         """
-        runner, block, chunk, start = self._runner, call.block, call.chunk, clock_s(self._runner.device)
-        state = runner.state(ORIGINAL, block, chunk)  # the one that was expected, so it comes first
-        gradient = runner.state(GRADIENT, block + 1, chunk)
+        block = call.block
+        passage = Passage(
+            (Backward, block),
+            lambda chunk: [(ORIGINAL, block, chunk), (GRADIENT, block + 1, chunk)],
+            lambda chunk, states: self._pass_back(block, chunk, states),
+            lambda chunk, passed: self._save(block, chunk, passed),
+        )
+        self._pipeline.run(passage, call.chunk)
+
+    def _pass_back(self, block: int, chunk: str, states: Sequence[BlockState]) -> _PassedBack:
+        runner, start = self._runner, clock_s(self._runner.device)
+        state, gradient = states
         energies: dict[str, torch.Tensor] = {}
         reason = "no gradient passes through a block behind it"
         if gradient.hidden.numel():
             unit, reason = runner.load(ORIGINAL, block), ""
-            following = dict(pairwise(runner.spec.chunks)).get(chunk)
-            if following is not None and not is_held_out(following):
-                runner.expect_state(ORIGINAL, block, following)
             try:
                 passed = pass_back(
                     runner.layers(unit), lambda before: runner.forward(block, before, chunk), state, gradient
@@ -75,10 +100,13 @@ class TokenWeigher:
                 energies |= {f"{_EXPERT}.{name}": energy for name, energy in passed.of_experts.items()}
             except UnsupportedError as error:
                 gradient, reason = BlockState(gradient.hidden.new_empty(0)), str(error)
-        note = json.dumps({"reason": reason, "seconds": clock_s(runner.device) - start})
-        save_part(runner.spec.run.hidden(ENERGY, block + 1, chunk), energies, note)
+        return _PassedBack(gradient, energies, reason, clock_s(runner.device) - start)
+
+    def _save(self, block: int, chunk: str, passed: _PassedBack) -> None:
+        runner, note = self._runner, json.dumps({"reason": passed.reason, "seconds": passed.seconds})
+        runner.begin_writing(runner.spec.run.hidden(ENERGY, block + 1, chunk), passed.energies, note)
         if block:
-            runner.save_state(GRADIENT, block, chunk, gradient)
+            runner.save_state(GRADIENT, block, chunk, passed.gradient)
 
     def weigh(self, call: WeighTokens) -> UnitRecord:
         """Write the weights of all tokens at a block's input groups, and the record of that."""

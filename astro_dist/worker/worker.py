@@ -5,8 +5,7 @@ What a worker makes for others is a file in the run directory. What it returns i
 
 import math
 import platform
-from collections.abc import Iterator
-from itertools import pairwise
+from collections.abc import Iterator, Sequence
 from typing import Any, assert_never
 
 import torch
@@ -64,6 +63,7 @@ from astro_dist.schedule.calls import (
 from astro_dist.schedule.names import EMBED, ORIGINAL, block_unit, is_held_out, stream_names
 from astro_dist.worker.block_runner import BlockRunner
 from astro_dist.worker.call_recorder import CallRecorder
+from astro_dist.worker.chunk_pipeline import ChunkPipeline, Passage
 from astro_dist.worker.compile_check import require_compiler, warm_up
 from astro_dist.worker.device_check import require_gpu, set_allocator, within_memory
 from astro_dist.worker.fed_block import FedBlock
@@ -90,6 +90,7 @@ class Worker:
         self._spec = spec
         self._device = torch.device(spec.device)
         self._fed_block: FedBlock | None = None
+        self._last: type[Call] | None = None
 
     def is_up(self) -> bool:
         """Answer, which shows that the worker has a process."""
@@ -121,7 +122,8 @@ class Worker:
         if spec.column_loops == "kernels" or (spec.column_loops == "compiled" and warms_up):
             warm_up(Recipe(spec.quantization, spec.regularization, torch.bfloat16), device)
         self._solver = SplitSolver(self._runner)
-        self._weigher = TokenWeigher(self._runner)
+        self._pipeline = ChunkPipeline(self._runner)
+        self._weigher = TokenWeigher(self._runner, self._pipeline)
 
     def describe(self) -> dict[str, Any]:
         """Return where this worker runs and the most memory that it ever used, as JSON types."""
@@ -142,12 +144,21 @@ class Worker:
             call: The call; a file of the run holds whatever else it needs.
 
         Returns:
-            What the schedule reads of the result, see `Result`.
+            What the schedule reads of the result, see `Result`. Every file of the call is whole by then.
 
         Raises:
             AstroError: The call failed. The worker is not to be used again.
         """
-        return within_memory(lambda: self._do(call), self._device)
+        return within_memory(lambda: self._do_whole(call), self._device)
+
+    def _do_whole(self, call: Call) -> Result:
+        """Do a call, and wait until its files are whole."""
+        if type(call) is not self._last:
+            self._pipeline.forget()  # what was computed ahead is of no use, and takes memory
+            self._last = type(call)
+        result = self._do(call)
+        self._runner.finish_writing()
+        return result
 
     def _do(self, call: Call) -> Result:
         match call:
@@ -202,6 +213,7 @@ class Worker:
             for chunk in spec.chunks:
                 hidden = recorder.record(chunk, runner.input_ids(chunk))
                 runner.save_state(ORIGINAL, 0, chunk, BlockState(hidden))
+            runner.finish_writing()
             recorder.save()
         return spec.run.finish(EMBED, [], EmbedResult(compute_dtype=str(spec.compute_dtype), device=spec.device))
 
@@ -233,22 +245,28 @@ class Worker:
     def forward(self, call: Forward) -> None:
         """Pass one chunk through the open block and keep the output; a calibration chunk adds to the statistics."""
         fed_block, start, runner = self._require_fed_block(call), clock_s(self._device), self._runner
-        block, chunk = call.block, call.chunk
-        stream = stream_names(self._spec.run.rounds)[call.round_index]
-        following = dict(pairwise(self._spec.chunks)).get(chunk)
-        state = runner.state(stream, block, chunk, (stream, following) if following else None)
-        if is_held_out(chunk):
-            output = runner.forward(block, state, chunk)
-        else:
-            output = fed_block.statistics.run(lambda: runner.forward(block, state, chunk), chunk)
-        if block + 1 < len(self._spec.plan.blocks) or is_held_out(chunk):
-            runner.save_state(stream, block + 1, chunk, output)
+        stream, block = stream_names(self._spec.run.rounds)[call.round_index], call.block
+        is_last = block + 1 == len(self._spec.plan.blocks)
+
+        def compute(chunk: str, states: Sequence[BlockState]) -> BlockState:
+            if is_held_out(chunk):
+                return runner.forward(block, states[0], chunk)
+            return fed_block.statistics.run(lambda: runner.forward(block, states[0], chunk), chunk)
+
+        def save(chunk: str, output: BlockState) -> None:
+            if not is_last or is_held_out(chunk):
+                runner.save_state(stream, block + 1, chunk, output)
+
+        place = (Forward, *call.place)
+        self._pipeline.run(Passage(place, lambda chunk: [(stream, block, chunk)], compute, save), call.chunk, True)
         fed_block.seconds["forward"] += clock_s(self._device) - start
 
     def solve_block(self, call: SolveBlock) -> UnitRecord:
         """Quantize the open block's original weights and write its shard: in the last round a file of the model."""
         fed_block, spec, runner = self._require_fed_block(call), self._spec, self._runner
         unit = fed_block.unit
+        if call.following is not None:
+            runner.expect_block(call.following)
         schemes = layer_schemes(spec.run, spec.quantization, unit, call.round_index)
         weights, widths = runner.weights(unit, unit.by_name), runner.widths(call.round_index)
         statistics, recipe = self._input_statistics(fed_block), runner.recipe(unit)
@@ -276,9 +294,16 @@ class Worker:
 
     def forward_chunk(self, call: ForwardChunk) -> float:
         """Pass one chunk through a block of a stream, and return the seconds that it took."""
-        start = clock_s(self._device)
+        start, runner, stream, block = clock_s(self._device), self._runner, call.stream, call.block
         self._release()
-        self._runner.forward_chunk(call.stream, call.block, call.chunk)
+        runner.load(stream, block)
+        passage = Passage(
+            (ForwardChunk, stream, block),
+            lambda chunk: [(stream, block, chunk)],
+            lambda chunk, states: runner.forward(block, states[0], chunk),
+            lambda chunk, output: runner.save_state(stream, block + 1, chunk, output),
+        )
+        self._pipeline.run(passage, call.chunk)
         return clock_s(self._device) - start
 
     def do_part(self, call: AccumulateHessians | PartCall) -> BlockParts | None:

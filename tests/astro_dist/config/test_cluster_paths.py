@@ -7,11 +7,11 @@ from astro_dist.config.cluster_paths import require_absolute_paths
 from astro_dist.config.schema import RunConfig
 
 
-def config(source="/models/x", output="/runs/r", text="python-docs", cache=None):
+def config(source="/models/x", output="/runs/r", text="python-docs", cache=None, local=None):
     return RunConfig.model_validate(
         {
             "model": {"source": source, "cache_dir": cache},
-            "output": {"dir": output},
+            "output": {"dir": output, "activations_dir": local},
             "calibration": {"source": text},
         }
     )
@@ -43,6 +43,7 @@ def test_one_relative_path_of_several_texts_is_refused():
         ({"source": "a/b/c"}, "model.source"),
         ({"text": "text.txt"}, "calibration.source"),
         ({"cache": "cache"}, "model.cache_dir"),
+        ({"local": "local"}, "output.activations_dir"),
     ],
 )
 def test_relative_path_is_refused_by_its_key(changed, key):

@@ -10,6 +10,9 @@ from astro_dist.planning.solve_cost import dequantizing, packing, unpacking
 from astro_dist.planning.validate import prepare
 from astro_dist.schedule.calls import (
     AccumulateHessians,
+    Backward,
+    Forward,
+    ForwardChunk,
     MergeHessians,
     OpenBlock,
     SolveBlock,
@@ -22,9 +25,9 @@ from astro_dist.source.calibration_text import chunk_tokens
 AUTO = {"quantization__bits": "auto", "quantization__average_bits": 3.5, "execution__rounds": 2}
 
 
-def cost_of(config, dtype=torch.float32):
+def cost_of(config, dtype=torch.float32, device="cpu"):
     prepared = prepare(config)
-    return CostModel(prepared.plan, config, chunk_tokens(config.calibration), dtype, "cpu"), prepared.plan
+    return CostModel(prepared.plan, config, chunk_tokens(config.calibration), dtype, device), prepared.plan
 
 
 def solved(config, round_index=0):
@@ -95,3 +98,41 @@ def test_rounding_to_nearest_packs_too(run_config):
     weights = sum(linear.rows * linear.columns for linear in cost_of(plain)[1].blocks[0].linears)
     # Besides, there is a single scale to try for each group.
     assert solved(plain).elements == 4 * weights + packing(weights).elements
+
+
+@pytest.mark.parametrize("device", ["cpu", "cuda"])
+def test_weights_that_a_gpu_reads_ahead_are_moved_while_it_solves(run_config, device):
+    cost, plan = cost_of(run_config(), device=device)
+    alone, foretelling = cost.work(SolveBlock(0, 0)), cost.work(SolveBlock(0, 0, following=1))
+    opening = cost.work(OpenBlock(0, 1, was_foretold=True))
+    read = plan.blocks[1].read_bytes
+    if device == "cpu":
+        assert (foretelling, opening.moved_bytes) == (alone, read)
+    else:
+        assert opening.moved_bytes == 0
+        assert (foretelling.moved_bytes - alone.moved_bytes, foretelling.behind_bytes) == (read, read)
+    assert cost.work(OpenBlock(0, 1)).moved_bytes == read
+
+
+def test_states_are_moved_while_chunks_pass(run_config):
+    cost, _ = cost_of(run_config())
+    state = 4 * 48 * 64 * 4
+    for call, states in [
+        (Forward(0, 0, "c0000"), 2),
+        (Forward(0, 2, "c0000"), 1),  # the last block's output is of no use
+        (ForwardChunk("original", 0, "c0000", "weights-0000"), 2),
+        (Backward(0, "c0000"), 3),
+    ]:
+        work = cost.work(call)
+        assert work.moved_bytes == work.behind_bytes == states * state
+    weighed, _ = cost_of(run_config(calibration__token_weights="loss"))
+    assert weighed.work(Forward(0, 0, "c0000")).moved_bytes == state, "the waves have written the outputs"
+    assert weighed.work(Forward(0, 0, "h0000")).moved_bytes == 2 * 3 * 48 * 64 * 4
+
+
+def test_host_of_a_gpu_holds_the_next_block_and_states_on_their_way(run_config):
+    cost, plan = cost_of(run_config(), device="cuda")
+    larger, _ = cost_of(run_config(calibration__chunk_samples=6), device="cuda")
+    state, libraries = 48 * 64 * 4, cost.host_bytes() - 3 * plan.blocks[0].held_bytes - 2 * 3 * 4 * 48 * 64 * 4
+    assert larger.host_bytes() - cost.host_bytes() == 2 * 3 * 2 * state
+    assert 1e8 < libraries < 1e9

@@ -7,10 +7,14 @@ import torch
 
 from astro.errors import DamagedError
 from astro.storage.checked_tensors import save_part
+from astro.storage.device_copies import DeviceCopies
 from astro_dist import pipeline
-from astro_dist.schedule.names import ORIGINAL
+from astro_dist.schedule.names import GRADIENT
 from astro_dist.worker.prefetch import Prefetch
-from astro_dist.worker.token_weigher import TokenWeigher
+
+
+def prefetch():
+    return Prefetch(DeviceCopies(torch.device("cpu")))
 
 
 def part(path, value):
@@ -19,51 +23,61 @@ def part(path, value):
 
 
 def test_file_is_read_before_it_is_asked_for(tmp_path):
-    ahead, first, second = Prefetch(), part(tmp_path / "a", 1.0), part(tmp_path / "b", 2.0)
+    ahead, first, second = prefetch(), part(tmp_path / "a", 1.0), part(tmp_path / "b", 2.0)
     ahead.expect(first)
-    assert ahead._next[1].exception() is None  # waits
+    assert ahead._ahead._next[1].exception() is None  # waits
     first.unlink()
-    assert torch.equal(ahead.take(first)["x"], torch.ones(3))
-    assert torch.equal(ahead.take(second)["x"], torch.full((3,), 2.0))
+    assert torch.equal(ahead.take(first)[0]["x"], torch.ones(3))
+    assert torch.equal(ahead.take(second)[0]["x"], torch.full((3,), 2.0))
 
 
 def test_other_file_than_expected(tmp_path):
-    ahead, first, second = Prefetch(), part(tmp_path / "a", 1.0), part(tmp_path / "b", 2.0)
+    ahead, first, second = prefetch(), part(tmp_path / "a", 1.0), part(tmp_path / "b", 2.0)
     ahead.expect(first)
-    assert torch.equal(ahead.take(second)["x"], torch.full((3,), 2.0))
+    assert torch.equal(ahead.take(second)[0]["x"], torch.full((3,), 2.0))
     part(first, 3.0)
-    assert torch.equal(ahead.take(first)["x"], torch.full((3,), 3.0)), "what was not taken is not kept"
+    assert torch.equal(ahead.take(first)[0]["x"], torch.full((3,), 3.0)), "what was not taken is not kept"
 
 
 @pytest.mark.parametrize("mended", [True, False])
 def test_file_that_was_damaged_when_it_was_read_ahead(tmp_path, mended):
-    ahead, path = Prefetch(), part(tmp_path / "a", 1.0)
+    ahead, path = prefetch(), part(tmp_path / "a", 1.0)
     path.write_bytes(path.read_bytes()[:-1])
     ahead.expect(path)
-    assert isinstance(ahead._next[1].exception(), DamagedError)
+    assert isinstance(ahead._ahead._next[1].exception(), DamagedError)
     if mended:
         part(path, 4.0)
-        assert torch.equal(ahead.take(path)["x"], torch.full((3,), 4.0))
+        assert torch.equal(ahead.take(path)[0]["x"], torch.full((3,), 4.0))
     else:
         with pytest.raises(DamagedError, match="cannot be read"):
             ahead.take(path)
 
 
 def test_file_that_is_not_there_yet(tmp_path):
-    ahead = Prefetch()
+    ahead = prefetch()
     ahead.expect(tmp_path / "folder" / "a")
     ahead.expect(tmp_path / "a")
     part(tmp_path / "a", 5.0)
-    assert torch.equal(ahead.take(tmp_path / "a")["x"], torch.full((3,), 5.0))
+    assert torch.equal(ahead.take(tmp_path / "a")[0]["x"], torch.full((3,), 5.0))
+
+
+def test_two_files_that_are_wanted_together(tmp_path):
+    ahead, first, second = prefetch(), part(tmp_path / "a", 1.0), part(tmp_path / "b", 2.0)
+    ahead.expect(first, tmp_path / "c")
+    assert ahead.reading(first, tmp_path / "c") is None, "one of them is not there yet"
+    ahead.expect(first, second)
+    ahead.reading(first, second).result()
+    first.unlink()
+    assert [float(tensors["x"][0]) for tensors in ahead.take(first, second)] == [1.0, 2.0]
 
 
 @pytest.mark.parametrize("mode", ["blocks", "sequential"])
 def test_run_reads_ahead(run_config, monkeypatch, mode):
     hits, real = [], Prefetch.take
 
-    def take(self, path):
-        hits.append(self._next is not None and self._next[0] == path)
-        return real(self, path)
+    def take(self, *paths):
+        hits.append(self.reading(*paths) is not None)
+        return real(self, *paths)
 
     monkeypatch.setattr(Prefetch, "take", take)
     pipeline.quantize(run_config(execution__mode=mode))
@@ -71,17 +85,17 @@ def test_run_reads_ahead(run_config, monkeypatch, mode):
 
 
 def test_gradients_pass_back_while_the_next_input_is_read(run_config, monkeypatch):
-    expected, real = [], TokenWeigher.backward
+    hits, real = [], Prefetch.take
 
-    def backward(self, call):
-        ahead = self._runner._prefetch._next
-        inputs = self._runner.spec.run.hidden(ORIGINAL, call.block, call.chunk)
-        expected.append(ahead is not None and ahead[0] == inputs)
-        real(self, call)
+    def take(self, *paths):
+        if len(paths) == 2:
+            assert paths[1].parts[-3] == GRADIENT
+            hits.append(self.reading(*paths) is not None)
+        return real(self, *paths)
 
-    monkeypatch.setattr(TokenWeigher, "backward", backward)
-    pipeline.quantize(run_config(calibration__token_weights="loss", calibration__chunk_samples=2))
-    assert expected == [False, True, True] * 3, "the first of three chunks has none before it"
+    monkeypatch.setattr(Prefetch, "take", take)
+    pipeline.quantize(run_config(calibration__token_weights="loss", calibration__chunk_samples=1))
+    assert hits == [False, False, True, True, True, True] * 3, "the third chunk is the first that is seen to follow"
 
 
 def test_reading_has_one_thread_and_leaves_those_at_work_alone(tmp_path):
@@ -89,13 +103,13 @@ def test_reading_has_one_thread_and_leaves_those_at_work_alone(tmp_path):
     torch.set_num_threads(2)
     try:
         torch.ones(1 << 20).sum()
-        ahead = Prefetch()
+        ahead = prefetch()
         ahead.expect(path)
         ahead.take(path)
-        assert ahead._pool.submit(torch.get_num_threads).result() == 1
+        assert ahead._ahead._pool.submit(torch.get_num_threads).result() == 1
         assert torch.get_num_threads() == 2
         tasks = len(os.listdir("/proc/self/task"))
-        ahead._pool.submit(lambda: torch.ones(1 << 22).sum()).result()
+        ahead._ahead._pool.submit(lambda: torch.ones(1 << 22).sum()).result()
         assert len(os.listdir("/proc/self/task")) == tasks
     finally:
         torch.set_num_threads(before)

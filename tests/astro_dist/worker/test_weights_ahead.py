@@ -1,0 +1,38 @@
+"""The next block's weights are read while one is solved, where that does not take the solve's memory."""
+
+import threading
+
+import pytest
+
+from astro.storage.checkpoint import Checkpoint
+from astro_dist import pipeline
+from astro_dist.schedule.calls import SolveBlock
+from astro_dist.worker import block_runner
+from astro_dist.worker.worker import Worker
+from tests.support.models import files_of
+
+
+@pytest.mark.parametrize("is_ahead", [True, False])
+def test_weights_are_read_in_a_thread_of_their_own_with_the_same_bytes(run_config, tmp_path, monkeypatch, is_ahead):
+    pipeline.quantize(run_config(output__dir=str(tmp_path / "plain")))
+    monkeypatch.setattr(block_runner, "reads_weights_ahead", lambda device_type: is_ahead)
+    elsewhere, real = [], Checkpoint.read
+
+    def read(self, names):
+        if threading.current_thread() is not threading.main_thread():
+            elsewhere.append(len(list(names)))
+        return real(self, names)
+
+    monkeypatch.setattr(Checkpoint, "read", read)
+    pipeline.quantize(run_config())
+    assert len(elsewhere) == 2 * is_ahead, "of three blocks the second and the third"
+    assert files_of(tmp_path / "run" / "model") == files_of(tmp_path / "plain" / "model")
+
+
+def test_a_wrong_guess_costs_nothing_but_a_read(run_config, tmp_path, monkeypatch):
+    pipeline.quantize(run_config(output__dir=str(tmp_path / "plain")))
+    monkeypatch.setattr(block_runner, "reads_weights_ahead", lambda device_type: True)
+    real = Worker.solve_block
+    monkeypatch.setattr(Worker, "solve_block", lambda self, call: real(self, SolveBlock(*call.place, following=0)))
+    pipeline.quantize(run_config())
+    assert files_of(tmp_path / "run" / "model") == files_of(tmp_path / "plain" / "model")
