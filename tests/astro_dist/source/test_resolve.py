@@ -234,11 +234,10 @@ def test_revision_of_a_folder_is_refused(run_config):
         prepare(run_config(model__revision="main"))
 
 
-@pytest.mark.parametrize("read", [verify_model, lambda folder: resolve_source(ModelConfig(source=str(folder)))])
-def test_a_run_directory_is_no_model_and_the_message_names_its_result(tmp_path, read):
+def test_a_run_directory_is_no_model_and_the_message_names_its_result(tmp_path):
     (tmp_path / "run.json").write_text("{}")
     with pytest.raises(ConfigError, match=f"is a run directory and no model; its result is {tmp_path}/model"):
-        read(tmp_path)
+        resolve_source(ModelConfig(source=str(tmp_path)))
 
 
 def test_repository_that_holds_pickles_is_refused(hub, remote_config, tmp_path):
