@@ -15,7 +15,9 @@ from astro.errors import ConfigError, NumericalError
 from astro_dist import pipeline
 from astro_dist.export.verify import verify_model
 from astro_dist.planning.cost import CostModel
+from astro_dist.planning.predicted_groups import predicted_input_groups, together
 from astro_dist.planning.validate import prepare
+from astro_dist.planning.worker_memory import WorkerMemory
 from tests.support.architectures import EXPERTS
 from tests.support.models import LLAMA, files_of, write_checkpoint
 
@@ -170,9 +172,11 @@ def test_inputs_that_experts_keep_are_counted_as_they_are_kept(experts_config):
     sizes, kept = {}, {}
     for weights in ("norm", "none"):
         prepared = prepare(experts_config("mixtral", calibration__token_weights=weights))
-        cost = CostModel(prepared.plan, prepared.config, {"c0000": 8}, torch.bfloat16, "cpu")
-        experts = [batch for batch in cost._batches(prepared.plan.blocks[0]) if batch.reach < 1]
-        sizes[weights] = sum(map(cost._statistics_bytes, experts))
+        plan = prepared.plan
+        memory = WorkerMemory(plan, prepared.config, torch.bfloat16, "cpu")
+        batches = together(predicted_input_groups(plan.blocks[0].linears, plan.expert_share), "cpu")
+        experts = [batch for batch in batches if batch.reach < 1]
+        sizes[weights] = sum(map(memory._statistics_bytes, experts))
         accumulator = HessianAccumulator(64, torch.device("cpu"), keep_inputs=True)
         accumulator.add_(torch.ones(8, 64, dtype=torch.bfloat16), torch.ones(8) if weights == "norm" else None)
         kept[weights] = sum(X.nbytes for X in accumulator._kept)
