@@ -171,7 +171,8 @@ def test_inputs_that_experts_keep_are_counted_as_they_are_kept(experts_config):
     """Weighted inputs are kept in float32 on a CPU, whatever the compute dtype."""
     sizes, kept = {}, {}
     for weights in ("norm", "none"):
-        prepared = prepare(experts_config("mixtral", calibration__token_weights=weights))
+        sizes_of_text = {"calibration__samples": 1, "calibration__sequence_length": 8}
+        prepared = prepare(experts_config("mixtral", calibration__token_weights=weights, **sizes_of_text))
         plan = prepared.plan
         memory = WorkerMemory(plan, prepared.config, torch.bfloat16, "cpu")
         batches = together(predicted_input_groups(plan.blocks[0].linears, plan.expert_share), "cpu")
