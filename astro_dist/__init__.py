@@ -17,12 +17,17 @@ if TYPE_CHECKING:
 __all__ = ["RunConfig", "plan", "quantize", "run_config", "status"]
 
 _PLACES = {
+    "__version__": ("astro", "__version__"),
     "RunConfig": ("astro_dist.config.schema", "RunConfig"),
     "plan": ("astro_dist.planning.forecast", "plan"),
     "quantize": ("astro_dist.pipeline", "quantize"),
     "run_config": ("astro_dist.planning.settings", "run_config"),
     "status": ("astro_dist.report.status", "read_status"),
 }
+
+
+def __dir__() -> list[str]:
+    return sorted(_PLACES)
 
 
 def __getattr__(name: str) -> Any:

@@ -151,8 +151,8 @@ def plan(
 ) -> None:
     """Tell what a run will need, from the headers alone: bytes, memory, disk, time.
 
-    Reads no weight and begins no run. Refuses what `quantize` would refuse, the calibration text too where it is on
-    this machine.
+    Reads no weight and begins no run. Refuses what `quantize` would refuse; a note says where the calibration text
+    is not on this machine.
     """
     from astro_dist.planning.forecast import plan as foretell
     from astro_dist.report.plan_card import plan_card, plan_table
@@ -188,9 +188,9 @@ def init(
 ) -> None:
     """Write a YAML file for a model, with a comment at each key and a group size that fits the model."""
     from astro_dist.config.explanation import starting_yaml
-    from astro_dist.planning.starting_config import starting_config
+    from astro_dist.planning.settings import run_config
 
-    settings = starting_config(model)
+    settings = run_config(model)
     path = file or Path(f"{settings.output.dir.name}.yaml")
     if path.exists():
         raise ConfigError(f"{path}: is there already; name another file")

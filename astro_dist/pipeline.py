@@ -122,6 +122,8 @@ def quantize(config: RunConfig) -> Summary:
     asked = {"source": config.model.source, "revision": config.model.revision}
     prepared, chunks = tokens_of(prepare(config, begun_commit(root, asked)), begun_texts(root))
     config = prepared.config
+    for note in prepared.notes:
+        _log.info("note: %s", note)
     fingerprint = prepared.checkpoint.fingerprint()
     key = run_key(config, fingerprint, astro.__version__)
     parent = config.output.activations_dir

@@ -14,7 +14,7 @@ from typing import Any
 import yaml
 
 from astro.errors import ConfigError
-from astro_dist.config.keys import fields_of, suggestion
+from astro_dist.config.keys import fields_of, section_suggestion, suggestion
 from astro_dist.config.schema import RunConfig
 
 __all__ = ["commented_defaults", "commented_yaml", "explain", "json_schema", "starting_yaml"]
@@ -50,7 +50,7 @@ def explain(key: str) -> str:
     section, _, name = key.partition(".")
     sections = fields_of(RunConfig)
     if section not in sections:
-        raise ConfigError(f"no section {section!r}{suggestion(section, sections)}")
+        raise ConfigError(f"no section {section!r}{section_suggestion(section)}")
     keys, docs = fields_of(sections[section]), _docs(sections[section])
     if not name:
         lines = [f"{section}: {_docs(RunConfig)[section]}", ""]

@@ -9,7 +9,7 @@ from typing import Any
 
 from astro_dist.config.schema import RunConfig
 
-__all__ = ["fields_of", "suggestion", "type_at"]
+__all__ = ["fields_of", "section_suggestion", "suggestion", "type_at"]
 
 
 @cache
@@ -53,6 +53,17 @@ def suggestion(name: str, names: Iterable[str]) -> str:
     names = list(names)
     close = difflib.get_close_matches(name, names, n=1)
     return f" (did you mean {close[0]}?)" if close else f"; known here: {', '.join(names)}"
+
+
+def section_suggestion(name: str) -> str:
+    """Return the end of a sentence about a section that does not exist: a key of that name, a similar section, or all.
+
+    Args:
+        name: Name that does not exist.
+    """
+    sections = fields_of(RunConfig)
+    keys = [f"{section}.{name}" for section, kind in sections.items() if name in fields_of(kind)]
+    return f" (did you mean {' or '.join(keys)}?)" if keys else suggestion(name, sections)
 
 
 def _of_class(kind: Any) -> dict[str, Any]:

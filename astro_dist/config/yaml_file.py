@@ -11,7 +11,7 @@ import yaml
 from pydantic import ValidationError
 
 from astro.errors import ConfigError
-from astro_dist.config.keys import fields_of, suggestion, type_at
+from astro_dist.config.keys import fields_of, section_suggestion, suggestion, type_at
 from astro_dist.config.schema import PublishConfig, RunConfig
 
 __all__ = ["load_config", "load_recorded_config", "make_config", "make_target"]
@@ -89,7 +89,7 @@ def make_config(content: dict[str, Any], assignments: Sequence[str] | None, orig
         assigned = ", ".join(assignment.partition("=")[0] for assignment in assignments or [])
         by_origin = {
             origin: [complaint for complaint in complaints if complaint in of_content],
-            f"{origin} with --set {assigned}": [text for text in complaints if text not in of_content],
+            f"{origin} with {assigned}": [text for text in complaints if text not in of_content],
         }
         raise ConfigError("; ".join(f"{origin}: {'; '.join(texts)}" for origin, texts in by_origin.items() if texts))
     return RunConfig.model_validate(assigned_content)
@@ -244,4 +244,6 @@ def _suggest(location: tuple[int | str, ...]) -> str:
     now = _FORMER_KEYS.get(str(location[0]), {}).get(str(location[-1]))
     if now:
         return f" (it is called {now} now)"
+    if len(location) == 1:
+        return section_suggestion(str(location[0]))
     return suggestion(str(location[-1]), fields_of(type_at(location[:-1])))

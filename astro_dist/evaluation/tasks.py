@@ -72,10 +72,7 @@ def require_harness() -> None:
         ConfigError: It is not installed.
     """
     if importlib.util.find_spec("lm_eval") is None:
-        raise ConfigError(
-            "--tasks: needs lm-evaluation-harness, which is not installed; run pip install 'astro-dist[eval]' (or "
-            "pip install lm_eval)"
-        )
+        raise ConfigError("--tasks: needs lm-evaluation-harness, which is not installed; run pip install lm_eval")
 
 
 def run_tasks(

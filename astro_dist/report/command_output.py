@@ -85,6 +85,8 @@ def next_lines(summary: "Summary", root: Path) -> list[str]:
     return [
         "Next:",
         f"  astro-dist report {run}",
+        f"  astro-dist try {run} 'The capital of France is'",
+        f"  astro-dist evaluate {run} --text FILE",
         f"  astro-dist verify {run}",
         f"  astro-dist publish {run} --repo ORG/NAME",
     ]
@@ -99,9 +101,11 @@ def settings_line(config: "RunConfig") -> str:
     q, calibration, execution = config.quantization, config.calibration, config.execution
     bits = f"{q.average_bits:g} bits on average" if q.bits == "auto" else f"{q.bits} bits"
     rounds = counted(execution.rounds, "round")
+    up_to = "up to " if calibration.samples == "auto" else ""
+    samples = f"{up_to}{calibration.most_samples}"
     return (
         f"{config.model.source}: {bits}, group size {q.group_size}, format {q.format}; mode {execution.mode}, "
-        f"{rounds}; calibration {calibration.samples} × {calibration.sequence_length} tokens"
+        f"{rounds}; calibration {samples} × {calibration.sequence_length} tokens"
     )
 
 
@@ -172,7 +176,8 @@ def verification_lines(verification: "Verification", against: str | None, show_a
         shown = ranked if show_all else ranked[:_NAMED_LAYERS]
         which = "" if len(shown) == len(ranked) else f", the {len(shown)} largest of {len(ranked)} (--all shows all)"
         lines = [
-            f"Weight errors ‖ŵ − w‖ / ‖w‖, w of {against}{which}; 0.1 to 0.2 is usual at 4 bits:",
+            f"Weight errors ‖ŵ − w‖ / ‖w‖, w of {against}{which}; usual at 4 bits is 0.1 to 0.2, and "
+            "twice that with one bit less:",
             *(f"{name}: {error:.5f}" for name, error in shown),
             f"mean {sum(errors.values()) / len(errors):.5f}, largest {ranked[0][1]:.5f}",
         ]

@@ -34,8 +34,8 @@ def plan_card(forecast: Forecast) -> list[str]:
         settings_line(prepared.config),
         f"{_count(plan.weights)} weights quantized: {decimal(plan.read_bytes)} → {decimal(plan.written_bytes)} "
         f"({percent(share)} of the source)",
-        f"{needed.workers} × {device}: about {in_words(needed.wall_s)}, {origin}; {needed.device_hours:.2g} "
-        f"device-hours, {percent(needed.efficiency)} of that at work",
+        f"{needed.workers} × {device}: about {in_words(needed.wall_s)} once workers are up, {origin}; "
+        f"{needed.device_hours:.2g} device-hours, {percent(needed.efficiency)} of that at work",
         f"{decimal(int(needed.worker_bytes))} of memory a {'GPU' if is_gpu else 'worker'}{host} · "
         f"{decimal(int(needed.disk_bytes))} of disk · {decimal(int(needed.moved_bytes))} read and written by workers",
         *coverage_lines(plan.coverage),

@@ -1,5 +1,6 @@
 """What `report` and `status` say of a run's result at a terminal."""
 
+import shlex
 from pathlib import Path
 
 from astro.errors import DamagedError
@@ -35,12 +36,14 @@ def report_lines(findings: Findings) -> list[str]:
 
 
 def finished_lines(status: Status, root: Path) -> list[str]:
-    """Say the figures of a run and the next command; nothing where it is not complete or its figures are damaged.
+    """Say the figures of a run and the next commands; nothing while it goes on, or where its figures are damaged.
 
     Args:
         status: State of the run.
         root: Folder of the run directory.
     """
+    if status.state == "stopped":
+        return ["To go on:", f"  astro-dist quantize {shlex.quote(str(RunLayout(root).config))}"]
     if status.state != "complete":
         return []
     try:

@@ -182,7 +182,7 @@ def test_wrong_assignments_are_explained(write, assignment):
 
 @pytest.mark.parametrize("assignment", ["quantization.bits=5", "quantization.bit=4", "excution.mode=blocks"])
 def test_it_is_said_whether_the_file_or_an_assignment_is_wrong(write, assignment):
-    with pytest.raises(ConfigError, match=rf"^\S+\.yaml with --set {assignment.partition('=')[0]}: "):
+    with pytest.raises(ConfigError, match=rf"^\S+\.yaml with {assignment.partition('=')[0]}: "):
         load_config(write(MINIMAL), [assignment])
     with pytest.raises(ConfigError, match=r"\.yaml: quantization.bits: expected .*, got 5$"):
         load_config(write(MINIMAL + "quantization: {bits: 5}"), ["quantization.group_size=64"])

@@ -9,7 +9,7 @@ from astro.errors import ConfigError
 from astro_dist.evaluation.tasks import PAPER_TASKS, require_harness, run_tasks, tasks_of
 
 needs_harness = pytest.mark.skipif(
-    importlib.util.find_spec("lm_eval") is None, reason="lm_eval is not installed; pip install 'astro-dist[eval]'"
+    importlib.util.find_spec("lm_eval") is None, reason="lm_eval is not installed; pip install lm_eval"
 )
 LETTERS = ["A", "B", "C", "D"]
 

@@ -45,7 +45,7 @@ def test_a_file_is_read_and_options_win_over_it(llama, tmp_path):
     [
         ("nothing", {}, "nothing: there is no such file or folder; give the YAML file of a run, or a model"),
         ("nothing.yaml", {}, "nothing.yaml: no such configuration file"),
-        ("a/b", {"bits": 5}, "a/b with --set quantization.bits: quantization.bits: expected 2, 3, 4 or 8, got 5"),
+        ("a/b", {"bits": 5}, "a/b with quantization.bits: quantization.bits: expected 2, 3, 4 or 8, got 5"),
         ("a/b", {"mode": "fast"}, "execution.mode: expected 'blocks' or 'sequential', got 'fast'"),
         ("/nowhere/model", {}, "/nowhere/model: no such folder"),
     ],

@@ -15,7 +15,7 @@ def test_card_for_gpus_says_that_it_was_never_measured(card):
     lines = card(8, "h100")
     assert lines[2].startswith("8 × H100: about ")
     assert "projected, never measured on a GPU" in lines[2]
-    assert " of memory a GPU · " in lines[3]
+    assert " of memory a GPU, " in lines[3]
 
 
 def test_card_for_this_machine(card):
