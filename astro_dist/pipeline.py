@@ -33,8 +33,10 @@ from astro_dist.planning.validate import Prepared, prepare, tokens_of
 from astro_dist.publish.background_upload import BackgroundUpload
 from astro_dist.publish.publication import Publication
 from astro_dist.report.command_output import settings_line
-from astro_dist.report.progress import ProgressDisplay, Shape
+from astro_dist.report.progress import ProgressDisplay
+from astro_dist.report.run_figures import Shape
 from astro_dist.report.summary import Session, summarize
+from astro_dist.report.tracking import Tracking
 from astro_dist.run_directory.beginning import begin as begin_run
 from astro_dist.run_directory.beginning import is_begun, keep_side_files
 from astro_dist.run_directory.identity import Identity, begun_commit, begun_texts
@@ -75,6 +77,7 @@ class _Job:
         fingerprint: SHA-256 of the source, hex.
         tokens: Tokens of the calibration text.
         activations_stamp: Stamp of the folder of local activations; empty where the run has none.
+        tracking: Library that logs the figures of the session, if any.
     """
 
     prepared: Prepared
@@ -82,6 +85,7 @@ class _Job:
     fingerprint: str
     tokens: TokenChunks
     activations_stamp: str
+    tracking: Tracking
 
     @property
     def config(self) -> RunConfig:
@@ -117,6 +121,7 @@ def quantize(config: RunConfig) -> Summary:
     """
     begin = time.perf_counter()
     _refuse_relative_paths(config)
+    tracking = Tracking(config.output.track)
     root = config.output.dir.expanduser().absolute()
     _log.info("%s; into %s", settings_line(config), root)
     asked = {"source": config.model.source, "revision": config.model.revision}
@@ -151,7 +156,8 @@ def quantize(config: RunConfig) -> Summary:
         if not begun:
             begin_run(run, config, identity, as_tensors(chunks.chunks))
         stamp = _open_activations(run, is_new=not begun)
-        summary = _run(_Job(prepared, run, fingerprint, chunks, stamp), publication, begin)
+        with tracking:
+            summary = _run(_Job(prepared, run, fingerprint, chunks, stamp, tracking), publication, begin)
         return publication.finish() if publication else summary
 
 
@@ -181,6 +187,7 @@ def _run(job: _Job, publication: Publication | None, begin: float) -> Summary:
         _log.info("%s: this run was finished already; nothing was done, and the figures are those of then", run.root)
         run.drop_leftovers()
         return _renamed(job)
+    job.tracking.begin(job.config, sum(map(is_block_unit, schedule.finished)))
     folder = prepared.source.folder
     if prepared.source.is_remote:
         folder = keep_side_files(run, folder)
@@ -197,6 +204,7 @@ def _run(job: _Job, publication: Publication | None, begin: float) -> Summary:
     names = assemble(folder, prepared.plan, run, job.config, is_untied=bool(prepared.untied))
     session = Session(workers, time.perf_counter() - begin, resumed)
     summary = summarize(prepared.plan, run, job.config.quantization, prepared.notes, prepared.base, session)
+    job.tracking.log_summary(summary)
     write_json(run.summary, summary.to_json())
     seal(run, all_shards(run), names, job.card())
     run.drop_leftovers()
@@ -238,7 +246,8 @@ def _execute(
     device = "cuda" if executor.has_gpus else "cpu"
     dtype = compute_dtype(config, plan, job.prepared.checkpoint, device)
     _refuse_other_arithmetic(run, dtype, device)
-    cost = CostModel(plan, config, {chunk.name: chunk.tokens.size for chunk in job.chunks}, dtype, device)
+    tokens = {chunk.name: chunk.tokens.size for chunk in job.chunks}
+    cost = CostModel(plan, config, tokens, dtype, device)
     if not schedule.finished:
         needed, kept = cost.disk_bytes(executor.num_workers), cost.kept_bytes()
         require_room(needed if run.local is None else kept, run.root)
@@ -251,13 +260,14 @@ def _execute(
         workers=executor.num_workers, compute_dtype=str(dtype),
     )  # fmt: skip
     blocks_done = sum(map(is_block_unit, schedule.finished))
-    shape = Shape(len(plan.blocks), run.rounds, [chunk.name for chunk in job.chunks])
+    shape = Shape(len(plan.blocks), run.rounds, tokens)
     display = ProgressDisplay(shape, schedule.finished, _outlook(config, schedule, cost, executor.num_workers, device))
     if uploads:
         uploads.say = display.say
 
     def on_finished(now: Schedule) -> None:
         settle_widths(run, config.quantization, len(plan.blocks), now.finished)
+        job.tracking.log_figures(display.figures())
         if uploads:
             uploads.offer(now.finished)
 

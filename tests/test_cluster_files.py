@@ -14,6 +14,8 @@ import yaml
 
 from astro_dist import cli
 from astro_dist.config.yaml_file import load_config
+from astro_dist.execution.ray_executor import METRIC_PREFIX
+from astro_dist.report.run_figures import FIGURES
 
 ROOT = Path(__file__).parents[1]
 CLUSTER = ROOT / "cluster"
@@ -97,3 +99,14 @@ def test_commands_parse_and_their_configurations_hold(command):
     config = ROOT / "configs" / Path(arguments[0]).name
     if config.suffix == ".yaml":
         load_config(config)
+
+
+def test_dashboard_asks_for_every_metric_that_a_run_sets_and_for_no_other():
+    text = (CLUSTER / "grafana-dashboard.json").read_text()
+    panels = json.loads(text)["panels"]
+    asked = [target["expr"] for panel in panels for target in panel["targets"]]
+    assert all('{run=~"$run"}' in expression for expression in asked)
+    names = {name for expression in asked for name in re.findall(r"ray_\w+", expression)}
+    assert names == {f"ray_{METRIC_PREFIX}{name}" for name in FIGURES}
+    assert set(re.findall(r"ray_\w+", text)) == names, "a variable asks for another one"
+    assert len({panel["id"] for panel in panels}) == len(panels)

@@ -278,6 +278,9 @@ class OutputConfig(_Section):
     """A folder on a fast local disk for the activations of unfinished blocks, where all workers are on the node of the
     command; where it is not given, they are in the run directory. A run goes on without it, and computes again what was
     in it."""
+    track: Literal["trackio", "wandb", "mlflow"] | None = None
+    """The library that logs the run's figures when a block is done, and the summary at the end; where it is not given,
+    none. It must be installed where the command runs. Its own settings, such as WANDB_PROJECT, say where it logs to."""
 
 
 class PublishConfig(_Section):

@@ -154,6 +154,7 @@ class Driver:
             while event is not None:  # take all that has happened before any call counts as late
                 self._take(schedule, event)
                 event = self._executor.wait(0.0)
+            self._executor.report(self._display.figures())
             self._end_overdue(schedule)
             self._require_workers()
             self._require_progress()

@@ -3,6 +3,7 @@
 import dataclasses
 from typing import Any, Protocol
 
+from astro_dist.report.run_figures import RunFigures
 from astro_dist.schedule.calls import Call, Result
 from astro_dist.worker.spec import WorkerSpec
 
@@ -110,6 +111,13 @@ class Executor(Protocol):
 
         Returns:
             The keyword arguments of `BlockResult` that say so, by number of the worker.
+        """
+
+    def report(self, figures: RunFigures) -> None:
+        """Let those who watch the executor's workers see how far the run is, where anybody can.
+
+        Args:
+            figures: Figures of this moment.
         """
 
     def close(self) -> None:

@@ -9,6 +9,7 @@ import torch
 
 from astro.errors import ConfigError
 from astro_dist.execution.executor import Event, Failed, Joined, Returned
+from astro_dist.report.run_figures import RunFigures
 from astro_dist.schedule.calls import Call
 from astro_dist.worker.device_check import gpu_trouble, has_gpu
 from astro_dist.worker.spec import WorkerSpec
@@ -103,6 +104,9 @@ class LocalExecutor:
     def describe(self) -> dict[int, dict[str, Any]]:
         """Ask each worker where it runs and how much memory it used; see `Executor`."""
         return {number: worker.describe() for number, worker in self._workers.items()}
+
+    def report(self, figures: RunFigures) -> None:
+        """Do nothing: nobody watches this process but by the display; see `Executor`."""
 
     def close(self) -> None:
         """Drop the workers."""

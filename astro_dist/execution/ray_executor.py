@@ -10,18 +10,23 @@ from typing import Any, Literal
 
 import ray
 from ray.exceptions import RayActorError, RayError, RayTaskError
+from ray.util.metrics import Gauge
 
 from astro.errors import ConfigError, RunError
 from astro_dist.config.schema import ExecutionConfig
 from astro_dist.execution.executor import Event, Failed, Joined, Returned
 from astro_dist.execution.ray_address import require_answer, start_advice
 from astro_dist.execution.termination import keep_handler
+from astro_dist.report.run_figures import FIGURES, RunFigures
 from astro_dist.schedule.calls import Call
 from astro_dist.wording import counted
 from astro_dist.worker.spec import WorkerSpec
 from astro_dist.worker.worker import Worker
 
-__all__ = ["RayExecutor"]
+__all__ = ["METRIC_PREFIX", "RayExecutor"]
+
+METRIC_PREFIX = "astro_dist_"
+"""What the names of a run's metrics begin with, behind Ray's own `ray_`."""
 
 _LOOK_AROUND_S = 5.0
 """Seconds between two looks for nodes that have joined the cluster."""
@@ -86,6 +91,7 @@ class RayExecutor:
         self._calls: dict[Any, _Pending] = {}
         self._next, self._looked_around = 0, time.monotonic()
         self._postponed: list[float] = []
+        self._gauges: dict[str, Gauge] | None = None
         self._started_here = not ray.is_initialized()
         if self._started_here:
             _connect(config)
@@ -177,6 +183,15 @@ class RayExecutor:
             with contextlib.suppress(RayError):
                 descriptions[worker] = ray.get(reference, timeout=_DESCRIBE_TIMEOUT_S)
         return descriptions
+
+    def report(self, figures: RunFigures) -> None:
+        """Set a gauge of Ray's metrics for each figure, tagged with the name of the run directory; see `Executor`."""
+        if self._gauges is None:
+            self._gauges = {
+                name: Gauge(f"{METRIC_PREFIX}{name}", description, ("run",)) for name, description in FIGURES.items()
+            }
+        for name, value in figures.numbers().items():
+            self._gauges[name].set(value, {"run": self._spec.run.root.name})
 
     def close(self) -> None:
         """End the actors, and the cluster if it is a private one."""

@@ -247,7 +247,7 @@ def _without_places(config: RunConfig, identity: Identity) -> tuple[dict[str, An
     shortened = False
     plain = config.plain()
     del plain["publish"], plain["model"]["cache_dir"], plain["execution"]["ray_address"]
-    del plain["output"]["activations_dir"]
+    del plain["output"]["activations_dir"], plain["output"]["track"]
     texts = plain["calibration"]["sources"] or [plain["calibration"]]
     for section, key in ((plain["model"], "source"), (plain["output"], "dir"), *((text, "source") for text in texts)):
         if PurePath(section[key]).is_absolute():

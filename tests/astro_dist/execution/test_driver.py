@@ -33,6 +33,9 @@ class Executor:
     def wait(self, timeout_s):
         return self.events.popleft() if self.events else None
 
+    def report(self, figures):
+        pass
+
 
 class Schedule:
     """Copies tensors; None in place of a call is a time in which none can be made, until the state is read anew."""

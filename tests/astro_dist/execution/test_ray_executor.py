@@ -3,6 +3,7 @@
 import os
 import signal
 import time
+import urllib.request
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -22,6 +23,7 @@ from astro.errors import (
 from astro_dist import pipeline
 from astro_dist.config.schema import ExecutionConfig
 from astro_dist.execution.ray_executor import RayExecutor
+from astro_dist.report.run_figures import FIGURES
 from astro_dist.schedule.calls import Backward, WeighTokens
 from astro_dist.worker.worker import Worker
 from tests.support.models import files_of
@@ -215,3 +217,19 @@ def test_errors_survive_the_way_through_a_cluster(cluster, kind):
 
     with pytest.raises(kind, match="what, where and what to do"):
         ray.get(fail.remote())
+
+
+def test_figures_of_a_run_are_metrics_of_the_cluster(cluster, run_config, tmp_path):
+    """Ray's agent of the node offers them to Prometheus, a few seconds later."""
+    blocks = pipeline.quantize(run_config(execution__executor="ray", execution__workers=1)).units.blocks
+    (node,) = [node for node in ray.nodes() if node["Alive"]]
+    url, samples, due = f"http://{node['NodeManagerAddress']}:{node['MetricsExportPort']}/metrics", {}, time.time() + 60
+    while samples.get("ray_astro_dist_share_done") != 1 and time.time() < due:
+        time.sleep(0.5)
+        with urllib.request.urlopen(url, timeout=10) as answer:
+            lines = answer.read().decode().splitlines()
+        ours = [line for line in lines if line.startswith("ray_astro_dist_") and 'run="run"' in line]
+        samples = {line.partition("{")[0]: float(line.rpartition(" ")[2]) for line in ours}
+    assert samples.keys() == {f"ray_astro_dist_{name}" for name in FIGURES}
+    assert samples["ray_astro_dist_blocks"] == samples["ray_astro_dist_blocks_done"] == blocks
+    assert samples["ray_astro_dist_tokens_per_second"] > 0

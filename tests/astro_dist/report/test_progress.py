@@ -7,7 +7,8 @@ import pytest
 from rich.console import Console
 
 from astro_dist.report import progress
-from astro_dist.report.progress import ProgressDisplay, Shape
+from astro_dist.report.progress import ProgressDisplay
+from astro_dist.report.run_figures import FigureCounter, Shape
 from astro_dist.run_directory.unit_record import BlockResult
 from astro_dist.schedule.calls import Forward, SolveBlock
 from astro_dist.schedule.names import block_unit
@@ -33,7 +34,9 @@ def display(monkeypatch):
         file = io.StringIO()
         console = Console(file=file, width=width or 300, height=40, force_terminal=width is not None, color_system=None)
         monkeypatch.setattr(progress, "Console", lambda stderr: console)
-        shown = ProgressDisplay(Shape(30, 1, ["c0000", "c0001", "h0000"]), {block_unit(0, 0)}, HalfDone())
+        shown = ProgressDisplay(
+            Shape(30, 1, {"c0000": 4096, "c0001": 4096, "h0000": 4096}), {block_unit(0, 0)}, HalfDone()
+        )
         shown.text = file.getvalue
         return shown
 
@@ -56,7 +59,8 @@ def picture(display, width):
 
 
 @pytest.mark.parametrize("width", [80, 140])
-def test_terminal_shows_bar_figures_and_workers(display, width):
+def test_terminal_shows_bar_figures_and_workers(display, width, monkeypatch):
+    monkeypatch.setattr(FigureCounter, "_tokens_per_second", lambda self: 1234.4)
     shown = display(width)
     for worker in range(2):
         shown.joined(worker)
@@ -69,7 +73,8 @@ def test_terminal_shows_bar_figures_and_workers(display, width):
     assert lines[0].startswith("2/30 blocks ━")
     assert "about 90 s left" in lines[0]
     assert len(lines[0]) == width
-    assert lines[1].strip() == "largest layer error 0.0123 (model.layers.1.self_attn.q_proj) · 2.0 GB a worker"
+    figures = "1,234 tokens/s · 2.0 GB a worker · largest layer error 0.0123 (model.layers.1.self_attn.q_proj)"
+    assert lines[1].strip() == (figures if len(figures) <= width else f"{figures[: width - 1]}…")
     assert lines[2].strip() == "worker 0   block 3 of 30 · calibrating 2/2"
     assert len(lines) == 3
 
