@@ -50,7 +50,7 @@ the fingerprint of the one, and the run directory holds the hash of the tokens o
 """
 _TEXT_KEYS = ("source", "subset", "split", "revision", "column")
 """The keys that say where one text of calibration is."""
-_SAMPLES, _HOLDOUT_SAMPLES = 128, 16
+_SAMPLES, _HOLDOUT_SAMPLES, _SEQUENCE_LENGTH = 128, 16, 2048
 """What `samples` and `holdout_samples` are where they are left to the text and it has enough."""
 _SHARE_TOLERANCE = 0.011
 """How far the sum of shares may be from 1, so that three times 0.33 is right."""
@@ -131,8 +131,8 @@ class CalibrationConfig(_Section):
     """Several texts instead of one, each with its share of the sequences."""
     samples: int | Literal["auto"] = "auto"
     """The number of sequences that the statistics are collected on; `auto` is 128, or as many as the text has."""
-    sequence_length: int = Field(2048, ge=8)
-    """The length of each sequence in tokens."""
+    sequence_length: Annotated[int, Field(ge=8)] | Literal["auto"] = "auto"
+    """The length of each sequence in tokens; `auto` is 2048, or as many as the model has positions."""
     chunk_samples: Annotated[int, Field(ge=1)] | Literal["auto"] = 8
     """The number of sequences that are computed and sent together. It changes the order of sums, and so the result in
     its last bits. `auto` is the largest of 8, 4, 2 and 1 with which a worker fits into `execution.device_memory_gb`."""
@@ -147,10 +147,21 @@ class CalibrationConfig(_Section):
     With `none` all tokens count alike, and the few with massive activations own the statistics."""
 
     @property
+    def settled_sequence_length(self) -> int:
+        """The length of each sequence in tokens, once `auto` is settled by the plan."""
+        assert self.sequence_length != "auto", "the length of sequences is not settled yet"
+        return self.sequence_length
+
+    @property
     def settled_chunk_samples(self) -> int:
         """The number of sequences that are computed together, once `auto` is settled by the plan."""
         assert self.chunk_samples != "auto", "the size of chunks is not settled yet"
         return self.chunk_samples
+
+    @property
+    def longest_sequence(self) -> int:
+        """The length of each sequence in tokens, if the model has so many positions."""
+        return _SEQUENCE_LENGTH if self.sequence_length == "auto" else self.sequence_length
 
     @property
     def texts(self) -> tuple[TextSource, ...]:

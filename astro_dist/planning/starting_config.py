@@ -2,6 +2,7 @@
 
 import dataclasses
 import logging
+import os
 import re
 from collections.abc import Sequence
 from pathlib import Path
@@ -35,11 +36,9 @@ def starting_config(source: str, assignments: Sequence[str] = ()) -> RunConfig:
     content: dict[str, Any] = {"model": {"source": source}, "output": {"dir": "."}}
     config = make_config(content, assignments, source)
     assigned = {assignment.partition("=")[0].strip() for assignment in assignments}
-    headers = _read_headers(config)
+    input_widths = _input_widths(config)
     if "quantization.group_size" not in assigned:
-        content["quantization"] = _fitting(headers.input_widths)
-    if headers.positions is not None and headers.positions < config.calibration.sequence_length:
-        content["calibration"] = {"sequence_length": headers.positions}
+        content["quantization"] = _fitting(input_widths)
     config = make_config(content, assignments, source)
     if "output.dir" not in assigned:
         content["output"]["dir"] = str(Path("runs") / run_name(source, config.quantization))
@@ -53,26 +52,16 @@ def run_name(source: str, quantization: Quantization) -> str:
         source: Source of the model.
         quantization: Grid of its weights.
     """
-    model = re.sub(r"[^\w.-]+", "-", source.partition("?")[0].removeprefix("demo:").rstrip("/").rpartition("/")[2])
+    folder = Path(source).expanduser()
+    place = os.path.abspath(folder) if folder.is_dir() else source.partition("?")[0].removeprefix("demo:")  # of `.` too
+    model = re.sub(r"[^\w.-]+", "-", place.rstrip("/").rpartition("/")[2])
     bits = f"{quantization.average_bits:g}" if quantization.bits == "auto" else quantization.bits
     group = "" if quantization.group_size == PER_CHANNEL else f"g{quantization.group_size}"
     return f"{model}-w{bits}{group}"
 
 
-@dataclasses.dataclass(frozen=True)
-class _Headers:
-    """What the headers of a checkpoint say about a model.
-
-    Attributes:
-        input_widths: Number of inputs of each linear layer that would be quantized.
-        positions: Largest number of tokens of a sequence; None where the model sets no limit.
-    """
-
-    input_widths: tuple[int, ...]
-    positions: int | None
-
-
-def _read_headers(config: RunConfig) -> _Headers:
+def _input_widths(config: RunConfig) -> tuple[int, ...]:
+    """Return the number of inputs of each linear layer that would be quantized, by the headers of the checkpoint."""
     # They import torch, which a wrong key need not wait for.
     import torch
 
@@ -86,8 +75,7 @@ def _read_headers(config: RunConfig) -> _Headers:
     skeleton = Skeleton(source.folder, torch.float32, config.model.trust_remote_code)
     whatever_divides = dataclasses.replace(config.quantization, indivisible="per-channel")
     plan = make_plan(checkpoint, skeleton, whatever_divides)
-    widths = tuple(linear.columns for unit in plan.blocks for linear in unit.linears)
-    return _Headers(widths, skeleton.limits()[1])
+    return tuple(linear.columns for unit in plan.blocks for linear in unit.linears)
 
 
 def _fitting(input_widths: Sequence[int]) -> dict[str, Any]:

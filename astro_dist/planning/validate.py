@@ -84,12 +84,7 @@ def prepare(config: RunConfig, commit: str | None = None) -> Prepared:
     source = resolve_source(config.model, commit)
     checkpoint = Checkpoint.open_source(source.store)
     skeleton = Skeleton(source.folder, torch.float32, config.model.trust_remote_code)
-    limit = skeleton.limits()[1]
-    if limit is not None and config.calibration.sequence_length > limit:
-        raise ConfigError(
-            f"calibration.sequence_length: {config.calibration.sequence_length} is more than the {limit} positions "
-            "of this model (max_position_embeddings)"
-        )
+    asked, config = config.calibration, _with_length(config, skeleton.limits()[1])
     plan = make_plan(checkpoint, skeleton, config.quantization)
     plan = dataclasses.replace(plan, hidden_size=rehearse(skeleton))
     is_open = config.calibration.chunk_samples == "auto"
@@ -115,6 +110,10 @@ def prepare(config: RunConfig, commit: str | None = None) -> Prepared:
         *_plan_notes(config, plan, type(skeleton.model).__name__),
         *_file_notes(source, checkpoint),
     ]
+    if config.calibration.settled_sequence_length < asked.longest_sequence:
+        notes.append(
+            f"calibration.sequence_length: auto is {config.calibration.sequence_length}, all positions of the model"
+        )
     if is_open:
         notes.append(chunk_note(config, plan, checkpoint))
     notes += [f"calibration.source {name} is not there: `quantize` will refuse" for name in _missing_texts(config)]
@@ -222,6 +221,20 @@ def forecast(prepared: Prepared, workers: int | None, device_name: str | None) -
     return needed
 
 
+def _with_length(config: RunConfig, positions: int | None) -> RunConfig:
+    """Return the configuration with a length of sequences that the model has positions for; refuse a longer one."""
+    calibration, longest = config.calibration, config.calibration.longest_sequence
+    if calibration.sequence_length == "auto":
+        length = min(longest, positions or longest)
+        return config.model_copy(update={"calibration": calibration.model_copy(update={"sequence_length": length})})
+    if positions is not None and longest > positions:
+        raise ConfigError(
+            f"calibration.sequence_length: {longest} is more than the {positions} positions of this model "
+            "(max_position_embeddings); give fewer, or auto"
+        )
+    return config
+
+
 def _require_storable(
     config: RunConfig, linears: Mapping[str, LinearLayer], schemes: Mapping[str, Sequence[LayerScheme]]
 ) -> None:
@@ -278,7 +291,7 @@ def _text_notes(config: RunConfig, plan: Plan) -> Iterator[str]:
     """Say whether there is too little calibration text for the widest layer."""
     linears = [linear for unit in plan.blocks for linear in unit.linears]
     widest = max(linears, key=lambda linear: linear.columns)
-    tokens = config.calibration.most_samples * config.calibration.sequence_length
+    tokens = config.calibration.most_samples * config.calibration.settled_sequence_length
     if tokens < _ENOUGH_TOKENS * widest.columns and config.quantization.method == "gptq":
         what = "its Hessian is singular" if tokens < widest.columns else "its Hessian is a rough estimate"
         yield (

@@ -101,11 +101,11 @@ def settings_line(config: "RunConfig") -> str:
     q, calibration, execution = config.quantization, config.calibration, config.execution
     bits = f"{q.average_bits:g} bits on average" if q.bits == "auto" else f"{q.bits} bits"
     rounds = counted(execution.rounds, "round")
-    up_to = "up to " if calibration.samples == "auto" else ""
-    samples = f"{up_to}{calibration.most_samples}"
+    is_open = "auto" in (calibration.samples, calibration.sequence_length)
+    most = f"{'up to ' if is_open else ''}{calibration.most_samples} × {calibration.longest_sequence} tokens"
     return (
         f"{config.model.source}: {bits}, group size {q.group_size}, format {q.format}; mode {execution.mode}, "
-        f"{rounds}; calibration {samples} × {calibration.sequence_length} tokens"
+        f"{rounds}; calibration {most}"
     )
 
 

@@ -6,13 +6,14 @@ import transformers
 from astro.errors import InputError
 from astro_dist.planning.settings import run_config
 from astro_dist.planning.starting_config import run_name
+from astro_dist.planning.validate import prepare
 from tests.support.models import LLAMA, write_checkpoint
 
 
 def test_a_model_and_nothing_else_gets_groups_and_sequences_that_fit(llama):
     config = run_config(llama)
     assert config.quantization.group_size == 64  # 128 does not divide layers of 64 inputs
-    assert config.calibration.sequence_length == LLAMA["max_position_embeddings"]
+    assert prepare(config).config.calibration.sequence_length == LLAMA["max_position_embeddings"]
     assert str(config.output.dir) == "runs/llama-w4g64"
 
 
@@ -70,6 +71,13 @@ def test_an_unknown_key_of_a_program_is_an_error_of_the_program():
 )  # fmt: skip
 def test_names_of_runs_come_from_the_model_and_the_grid(source, name, run_config):
     assert run_name(source, run_config(quantization__group_size=128).quantization) == name
+
+
+@pytest.mark.parametrize("source", [".", "./", "../my model"])
+def test_names_of_runs_in_a_folder_are_the_folders(source, run_config, tmp_path, monkeypatch):
+    (tmp_path / "my model").mkdir()
+    monkeypatch.chdir(tmp_path / "my model")
+    assert run_name(source, run_config(quantization__group_size=128).quantization) == "my-model-w4g128"
 
 
 def test_names_of_runs_tell_widths(run_config):

@@ -4,6 +4,7 @@ import pytest
 import torch
 
 from astro.errors import ConfigError
+from astro_dist.config.schema import run_key
 from astro_dist.planning.compute_dtype import compute_dtype
 from astro_dist.planning.validate import forecast, prepare
 
@@ -16,6 +17,14 @@ def test_nothing_is_written_by_preparing(run_config, tmp_path):
 def test_sequences_beyond_the_positions_of_the_model_are_refused(run_config):
     with pytest.raises(ConfigError, match=r"calibration.sequence_length: 1000000 is more than the \d+ positions"):
         prepare(run_config(calibration__sequence_length=1000000))
+
+
+def test_sequences_of_automatic_length_fit_into_the_positions_of_the_model(run_config):
+    prepared = prepare(run_config(calibration__sequence_length="auto"))
+    assert prepared.config.calibration.sequence_length == 128
+    assert "calibration.sequence_length: auto is 128, all positions of the model" in prepared.notes
+    explicit = prepare(run_config(calibration__sequence_length=128)).config
+    assert run_key(prepared.config, "", "") == run_key(explicit, "", "")
 
 
 def test_a_revision_without_a_repository_is_refused(run_config):
