@@ -291,13 +291,14 @@ def verify(
     ],
     against: Annotated[str | None, typer.Option(help="The source it was made from: also each layer's error.")] = None,
     show_all: Annotated[bool, typer.Option("--all", help="Show every layer's error, not the ten largest.")] = False,
+    trust: _Trust = False,
     as_json: _Json = False,
 ) -> None:
     """Read a written model again: every tensor is there, shapes fit, scales are finite, index and config agree."""
     from astro_dist.export.verify import verify_model
     from astro_dist.report.command_output import verification_lines
 
-    verification = verify_model(model, against)
+    verification = verify_model(model, against, trust)
     if as_json:
         _print_json(verification.to_json())
     else:

@@ -51,7 +51,7 @@ def build_on_meta(folder: Path, dtype: torch.dtype, trust_remote_code: bool) -> 
             model = _from_config(config, dtype, trust_remote_code)
     except Exception as error:  # transformers raises many kinds for a config it cannot use
         hint = (
-            " It ships its own code, which runs only with model.trust_remote_code: true."
+            " It ships its own code, which runs only with model.trust_remote_code: true, or with --trust-remote-code."
             if "auto_map" in content
             else ""
         )

@@ -13,8 +13,9 @@ from astro.process import configure_process
 from astro.storage.atomic import read_json
 from astro_dist.config.yaml_file import load_recorded_config
 from astro_dist.evaluation.greedy import greedy_tokens
-from astro_dist.evaluation.judge_settings import JudgeSettings, find_model
+from astro_dist.evaluation.judge_settings import JudgeSettings
 from astro_dist.evaluation.streamed_model import StreamedModel
+from astro_dist.export.named_model import find_model
 from astro_dist.run_directory.identity import read_identity
 from astro_dist.run_directory.layout import RunLayout
 from astro_dist.source.resolve import Source, resolve_source

@@ -9,11 +9,12 @@ import torch
 
 from astro.errors import ConfigError
 from astro.process import configure_process, peak_rss_bytes
-from astro_dist.evaluation.judge_settings import JudgeSettings, find_model
+from astro_dist.evaluation.judge_settings import JudgeSettings
 from astro_dist.evaluation.streamed_model import StreamedModel
 from astro_dist.evaluation.tasks import TaskScore, require_harness, run_tasks, tasks_of
 from astro_dist.evaluation.text_loss import TextLoss, measure_text
 from astro_dist.evaluation.text_windows import cut_windows, read_rows
+from astro_dist.export.named_model import find_model
 
 __all__ = ["JudgeRequest", "Judgement", "judge"]
 

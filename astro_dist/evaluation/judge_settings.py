@@ -1,4 +1,4 @@
-"""Where and how a model is judged: device, dtype and memory. And which model a user means."""
+"""Where and how a model is judged: device, dtype and memory."""
 
 import dataclasses
 import os
@@ -7,11 +7,8 @@ from pathlib import Path
 import torch
 
 from astro.errors import ConfigError
-from astro_dist.config.schema import ModelConfig
-from astro_dist.run_directory.layout import RunLayout
-from astro_dist.source.resolve import Source, resolve_source
 
-__all__ = ["JudgeSettings", "available_bytes", "find_model"]
+__all__ = ["JudgeSettings", "available_bytes"]
 
 _DTYPES = ("auto", "float32", "bfloat16", "float16")
 _DEVICES = ("auto", "cpu", "cuda")
@@ -89,24 +86,3 @@ def available_bytes(device: torch.device) -> int:
         if line.startswith("MemAvailable:"):
             return 1024 * int(line.split()[1])
     return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // 2
-
-
-def find_model(name: str) -> Source:
-    """Find a model: the result of a run, a folder, or a repository.
-
-    Args:
-        name: Run directory, folder of a model, ORG/NAME[@REVISION] on the Hub, or an address of an object store.
-
-    Raises:
-        InputError: There is no model of this name, or the run has none yet.
-    """
-    path = Path(name).expanduser()
-    layout = RunLayout(path.absolute())
-    if layout.identity.is_file():
-        if not layout.inventory.is_file():
-            raise ConfigError(f"{name}: its run is not finished; `astro-dist status {name}` tells how far it is")
-        return resolve_source(ModelConfig(source=str(layout.model)))
-    repository, _, revision = name.partition("@")
-    if revision and "://" not in name and not path.exists():
-        return resolve_source(ModelConfig(source=repository, revision=revision))
-    return resolve_source(ModelConfig(source=name))

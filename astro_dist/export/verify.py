@@ -1,7 +1,6 @@
 """Read a written model again and compare it with what its own config promises and its loaders ask for."""
 
 import dataclasses
-import shlex
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -17,13 +16,14 @@ from astro.model.skeleton import Skeleton
 from astro.storage.checkpoint import Checkpoint, require_finite
 from astro_dist.config.schema import ModelConfig
 from astro_dist.export.inventory import describe, read_inventory
+from astro_dist.export.named_model import find_model
 from astro_dist.export.packed_layers import is_of_packed, is_packed, linear_layers, packed_layers, read_packing
 from astro_dist.planning.unquantized import copied_matrices
 from astro_dist.run_directory.identity import read_identity
 from astro_dist.run_directory.layout import RunLayout
 from astro_dist.run_directory.records import RunDirectory
 from astro_dist.run_directory.unit_record import FileRecord
-from astro_dist.source.resolve import Source, resolve_source
+from astro_dist.source.resolve import resolve_source
 
 __all__ = ["Verification", "verify_model"]
 
@@ -36,6 +36,7 @@ class Verification:
         model: Folder or repository of the model.
         num_linears: Number of packed layers.
         num_tensors: Number of tensors.
+        not_finite: Names of the tensors that hold NaN or Inf, and that the model's class does not read. A drafter may.
         checksums_compared: Whether every file was compared with the SHA-256 that the run recorded.
         relative_weight_errors: ‖Ŵ − W‖_F / ‖W‖_F of each layer by name; empty where no source was given.
     """
@@ -43,6 +44,7 @@ class Verification:
     model: str
     num_linears: int
     num_tensors: int
+    not_finite: tuple[str, ...]
     checksums_compared: bool
     relative_weight_errors: Mapping[str, float]
 
@@ -52,44 +54,47 @@ class Verification:
             "model": self.model,
             "linears": self.num_linears,
             "tensors": self.num_tensors,
+            "not_finite": list(self.not_finite),
             "checksums_compared": self.checksums_compared,
             "relative_weight_errors": dict(self.relative_weight_errors),
         }
 
 
-def verify_model(model: Path | str, against: Path | str | None = None) -> Verification:
+def verify_model(model: Path | str, against: Path | str | None = None, trust_remote_code: bool = False) -> Verification:
     """Check a quantized model.
 
     The model is built as the class that `architectures` in its config.json names. Every parameter that text needs has
-    its tensor, or is a linear layer with all of its packed tensors in the right shapes; every float is finite and no
-    scale zero; no layer is there twice. Every matrix that is not packed, known to that class or not, is named in the
-    config's ignore list, as readers ask. In a run directory every file has the SHA-256 that it was written with.
+    its tensor, or is a linear layer with all of its packed tensors in the right shapes; every float that it reads is
+    finite and no scale zero; no layer is there twice. Every matrix that is not packed, known to that class or not, is
+    named in the config's ignore list, as readers ask. In a run directory every file has the SHA-256 that it was written
+    with.
 
     Args:
         model: Folder of a quantized model or of its run, or ORG/NAME[@REVISION] of a model on the Hub, which is read by
             ranges.
         against: Source of the model, as `model.source` names it, to measure each layer's error too; None for no error.
+        trust_remote_code: Whether code that the model ships may run.
 
     Returns:
         What was checked.
 
     Raises:
+        ConfigError: The model is of a run that is not finished.
         CheckpointError: Something is wrong with the model; the message names the first such thing.
     """
-    layout = RunLayout(Path(str(model)).expanduser())
-    opened = _resolve(str(layout.model if layout.identity.is_file() else model))
+    opened = find_model(str(model))
     root = opened.folder.resolve().parent
     layout = RunLayout(root)
     is_of_run = not opened.is_remote and layout.identity.is_file() and opened.folder.resolve() == layout.model
     if is_of_run:
         _require_as_written(root)
     checkpoint = Checkpoint.open(opened.store)
-    skeleton = Skeleton(opened.folder, torch.float32)
+    skeleton = Skeleton(opened.folder, torch.float32, trust_remote_code)
     source = Checkpoint.open_source(resolve_source(ModelConfig(source=str(against))).store) if against else None
     path = opened.folder / "config.json"
     packing, config = read_packing(path)
     stems = {stem for key in checkpoint.entries if (stem := stem_of(key, packing.MARK)) is not None}
-    require_finite(checkpoint, _unused(checkpoint, skeleton, stems))
+    not_finite = require_finite(checkpoint, _unused(checkpoint, skeleton, stems))
     layers, unpacked = packed_layers(checkpoint, skeleton, stems)
     try:
         schemes = packing.read_schemes(config, [name for layer in layers for name in layer.config_names])
@@ -116,6 +121,7 @@ def verify_model(model: Path | str, against: Path | str | None = None) -> Verifi
         model=str(opened.store),
         num_linears=len(layers),
         num_tensors=len(checkpoint.entries),
+        not_finite=tuple(not_finite),
         checksums_compared=is_of_run,
         relative_weight_errors=errors,
     )
@@ -164,13 +170,10 @@ def _require_as_written(root: Path) -> None:
     """Compare every file of a run's model with what the run wrote.
 
     Raises:
-        CheckpointError: The run is not finished, or a file is not as it was written.
+        CheckpointError: A file is not as it was written.
     """
     run = RunDirectory(root, read_identity(root).key)
     folder = run.model
-    if not run.inventory.is_file():
-        command = f"astro-dist status {shlex.quote(str(run.root))}"
-        raise CheckpointError(f"{folder}: its run is not finished; `{command}` tells how far it is")
     files = read_inventory(run)
     wrong = [file.name for file in files if not _is_there(folder, file)]
     if wrong:
@@ -184,13 +187,6 @@ def _require_as_written(root: Path) -> None:
 def _is_there(folder: Path, file: FileRecord) -> bool:
     path = folder / file.name
     return path.is_file() and path.stat().st_size == file.size_bytes and describe(folder, file.name) == file
-
-
-def _resolve(model: str) -> Source:
-    name, _, revision = model.partition("@")
-    if Path(model).expanduser().exists() or not revision:
-        return resolve_source(ModelConfig(source=model))
-    return resolve_source(ModelConfig(source=name, revision=revision))
 
 
 def _check_linear(checkpoint: Checkpoint, packing: Layout, layer: LinearLayer, scheme: LayerScheme) -> torch.Tensor:

@@ -183,6 +183,11 @@ def verification_lines(verification: "Verification", against: str | None, show_a
         ]
     compared = ", every file has the SHA-256 that it was written with" if verification.checksums_compared else ""
     tensors = f"{verification.num_tensors} tensors"
+    if unsound := verification.not_finite:
+        lines.append(
+            f"note: {counted(len(unsound), 'tensor')} that the model's class does not read, with NaN or Inf, "
+            f"the first is {unsound[0]}; a mask may hold them, but a drafter for speculation that does is damaged"
+        )
     return [*lines, f"{verification.num_linears} packed layers and {tensors} are sound{compared}"]
 
 

@@ -157,8 +157,8 @@ def tokenize(texts: Sequence[CalibrationText], tokenizer: Any, config: Calibrati
     body = config.settled_sequence_length - len(of_text.leading)
     if body < 1:
         raise ConfigError(
-            f"calibration.sequence_length: {config.settled_sequence_length} tokens have no room for text, the tokenizer begins "
-            f"every text with {len(of_text.leading)} tokens"
+            f"calibration.sequence_length: {config.settled_sequence_length} tokens have no room for text, the "
+            f"tokenizer begins every text with {len(of_text.leading)} tokens"
         )
     notes = [note for text in texts for note in text.notes]
     taken = []

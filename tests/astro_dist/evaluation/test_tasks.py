@@ -46,8 +46,9 @@ def test_scores_are_those_of_the_harness(llama, tmp_path, monkeypatch, is_kept):
     import lm_eval
     from lm_eval.tasks import TaskManager
 
-    from astro_dist.evaluation.judge_settings import JudgeSettings, find_model
+    from astro_dist.evaluation.judge_settings import JudgeSettings
     from astro_dist.evaluation.streamed_model import StreamedModel
+    from astro_dist.export.named_model import find_model
 
     monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", tmp_path / "cache")
     folder = tmp_path / "tasks"
@@ -89,8 +90,9 @@ def test_scores_are_those_of_the_harness(llama, tmp_path, monkeypatch, is_kept):
 @pytest.mark.slow
 @pytest.mark.filterwarnings("ignore")
 def test_unknown_task_is_refused(llama):
-    from astro_dist.evaluation.judge_settings import JudgeSettings, find_model
+    from astro_dist.evaluation.judge_settings import JudgeSettings
     from astro_dist.evaluation.streamed_model import StreamedModel
+    from astro_dist.export.named_model import find_model
 
     model = StreamedModel(find_model(str(llama)), JudgeSettings(device="cpu"))
     with pytest.raises(ConfigError, match="knows no such task"):

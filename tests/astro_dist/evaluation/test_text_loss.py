@@ -10,10 +10,11 @@ from safetensors.torch import load_file, save_file
 
 from astro.errors import CheckpointError, ConfigError, NumericalError
 from astro_dist import pipeline
-from astro_dist.evaluation.judge_settings import JudgeSettings, find_model
+from astro_dist.evaluation.judge_settings import JudgeSettings
 from astro_dist.evaluation.streamed_model import StreamedModel
 from astro_dist.evaluation.text_loss import measure_text
 from astro_dist.evaluation.text_windows import TextWindows, cut_windows
+from astro_dist.export.named_model import find_model
 from astro_dist.run_directory.summary import read_summary
 from tests.support.architectures import DENSE, EXPERTS, STATEFUL
 from tests.support.dequantized import write_dequantized

@@ -5,9 +5,10 @@ import torch
 import transformers
 
 from astro_dist.evaluation.greedy import greedy_sequences, greedy_tokens
-from astro_dist.evaluation.judge_settings import JudgeSettings, find_model
+from astro_dist.evaluation.judge_settings import JudgeSettings
 from astro_dist.evaluation.streamed_model import StreamedModel
 from astro_dist.evaluation.token_scores import Continuation, fill_batches, score_continuations
+from astro_dist.export.named_model import find_model
 from tests.support.architectures import DENSE, EXPERTS, STATEFUL
 from tests.support.models import write_checkpoint
 

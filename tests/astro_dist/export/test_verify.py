@@ -8,10 +8,11 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from astro.errors import CheckpointError
+from astro.errors import CheckpointError, ConfigError
 from astro.storage.checkpoint import INDEX_NAME
 from astro_dist import pipeline
 from astro_dist.export.verify import verify_model
+from astro_dist.report.command_output import verification_lines
 
 
 @pytest.fixture
@@ -87,8 +88,22 @@ def test_checksums_are_those_of_the_folder_that_is_meant(run_model, tmp_path):
 
 def test_model_of_a_run_that_is_not_finished(run_model):
     (run_model.parent / "model.json").unlink()
-    with pytest.raises(CheckpointError, match="its run is not finished; `astro-dist status"):
-        verify_model(run_model)
+    for name in (run_model, run_model.parent):
+        with pytest.raises(ConfigError, match="its run is not finished; `astro-dist status"):
+            verify_model(name)
+
+
+def test_nan_in_what_the_class_does_not_read_is_said(model):
+    index = json.loads((model / INDEX_NAME).read_text())
+    for number, value in ((8, float("nan")), (9, 1.0)):
+        name = f"mtp.layers.{number}.norm.weight"
+        save_file({name: torch.full((64,), value)}, model / f"extra-{number}.safetensors")
+        index["weight_map"][name] = f"extra-{number}.safetensors"
+    (model / INDEX_NAME).write_text(json.dumps(index))
+    verification = verify_model(model)
+    assert verification.not_finite == ("mtp.layers.8.norm.weight",)
+    assert verification.to_json()["not_finite"] == ["mtp.layers.8.norm.weight"]
+    assert "1 tensor that the model's class does not read" in verification_lines(verification, None)[0]
 
 
 def test_model_that_lost_a_shard(model):
