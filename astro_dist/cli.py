@@ -310,9 +310,18 @@ def evaluate(  # noqa: PLR0913 - every option is a parameter
     model: Annotated[
         str, typer.Argument(help="Run directory, folder of a model, or ORG/NAME\\[@REVISION] on the Hub.")
     ],
-    text: Annotated[str | None, typer.Option(help="Perplexity on this .parquet, .jsonl or .txt file.")] = None,
-    column: Annotated[str, typer.Option(help="Column of the file, or key of its objects.")] = "text",
+    text: Annotated[
+        str | None, typer.Option(help="Perplexity on this .parquet, .jsonl or .txt file, or dataset on the Hub.")
+    ] = None,
+    column: Annotated[str, typer.Option(help="Column of the text, or key of its objects.")] = "text",
+    subset: Annotated[str | None, typer.Option(help="Subset of a dataset on the Hub.")] = None,
+    split: Annotated[str, typer.Option(help="Split of a dataset on the Hub.")] = "test",
+    revision: Annotated[str | None, typer.Option(help="Branch, tag or commit of a dataset; main if not given.")] = None,
     window: Annotated[int, typer.Option(min=2, help="Tokens of a window.")] = 2048,
+    bos: Annotated[
+        bool,
+        typer.Option("--bos", help="The tokenizer's first tokens lead every window, as Gemma wants; else the text."),
+    ] = False,
     tasks: Annotated[
         str | None, typer.Option(help="Tasks of lm-evaluation-harness: arc_easy,mmlu:5, or `paper` for Astro's table.")
     ] = None,
@@ -326,13 +335,17 @@ def evaluate(  # noqa: PLR0913 - every option is a parameter
     as_json: _Json = False,
 ) -> None:
     """Judge a model by its perplexity on a text and by tasks, with one block of it in memory at a time."""
+    from astro_dist.config.schema import TextSource
     from astro_dist.evaluation.judge import JudgeRequest, judge
     from astro_dist.evaluation.judge_settings import JudgeSettings
     from astro_dist.evaluation.words import judgement_lines, task_table
 
     settings = JudgeSettings(device=device, dtype=dtype, hidden_gb=hidden_gb, trust_remote_code=trust)
+    source = None
+    if text is not None:
+        source = TextSource(source=text, column=column, subset=subset, split=split, revision=revision, share=1.0)
     request = JudgeRequest(
-        text=text, column=column, window=window, tasks=tasks, include=include, limit=limit, against=against
+        text=source, window=window, leads_each=bos, tasks=tasks, include=include, limit=limit, against=against
     )
     judgement = judge(model, request, settings)
     if as_json:

@@ -9,12 +9,14 @@ import torch
 
 from astro.errors import ConfigError
 from astro.process import configure_process, peak_rss_bytes
+from astro_dist.config.schema import TextSource
 from astro_dist.evaluation.judge_settings import JudgeSettings
 from astro_dist.evaluation.streamed_model import StreamedModel
 from astro_dist.evaluation.tasks import TaskScore, require_harness, run_tasks, tasks_of
 from astro_dist.evaluation.text_loss import TextLoss, measure_text
-from astro_dist.evaluation.text_windows import cut_windows, read_rows
+from astro_dist.evaluation.text_windows import WindowCut, cut_windows
 from astro_dist.export.named_model import find_model
+from astro_dist.source.whole_text import read_rows, require_place
 
 __all__ = ["JudgeRequest", "Judgement", "judge"]
 
@@ -24,18 +26,18 @@ class JudgeRequest:
     """What shall be found out about a model.
 
     Attributes:
-        text: File of text to measure the perplexity on; None for none.
-        column: Column or key of the file that holds the text.
+        text: Text to measure the perplexity on, and its column; None for none.
         window: Number of tokens of a window.
+        leads_each: Whether the tokenizer's first tokens stand in front of every window, and not once.
         tasks: Names of tasks, see `tasks_of`; None for none.
         include: Folder with more tasks; None for none.
         limit: Largest number of windows, and of questions of each task; None for all.
         against: Model to compare the predictions on the text with; None for none.
     """
 
-    text: str | None = None
-    column: str = "text"
+    text: TextSource | None = None
     window: int = 2048
+    leads_each: bool = False
     tasks: str | None = None
     include: Path | None = None
     limit: int | None = None
@@ -86,13 +88,15 @@ def judge(name: str, request: JudgeRequest, settings: JudgeSettings) -> Judgemen
     tasks = tasks_of(request.tasks) if request.tasks is not None else {}
     if tasks:
         require_harness()
-    rows = read_rows(request.text, request.column) if request.text is not None else []
+    if request.text is not None:
+        require_place(request.text, "--text")
     configure_process(torch.get_num_threads())
     model = StreamedModel(find_model(name), settings)
     against = StreamedModel(find_model(request.against), settings) if request.against else None
     text = None
     if request.text is not None:
-        windows = cut_windows(request.text, rows, model.tokenizer, request.window, request.limit)
+        cut = WindowCut(request.window, request.limit, request.leads_each)
+        windows = cut_windows(request.text.source, read_rows(request.text, "--text"), model.tokenizer, cut)
         text = measure_text(model, windows, settings.batch_tokens, against)
     return Judgement(
         model=model.name,

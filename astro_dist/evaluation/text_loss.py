@@ -27,7 +27,8 @@ class TextLoss:
         text: Where the text is from.
         window: Number of tokens of a window.
         windows: Number of windows.
-        unused_tokens: Number of tokens of the text that are in no window.
+        unused_tokens: Number of tokens behind the last window; None where the text was not read to its end.
+        leading_tokens: Number of tokens in front of every window that are no text.
         perplexity: Perplexity, of all predicted tokens.
         error: Standard error of the perplexity over the windows; None for a single window.
         against: Folder or repository of the model that it was compared with; None where there was none.
@@ -40,7 +41,8 @@ class TextLoss:
     text: str
     window: int
     windows: int
-    unused_tokens: int
+    unused_tokens: int | None
+    leading_tokens: int
     perplexity: float
     error: float | None
     against: str | None
@@ -78,8 +80,8 @@ def measure_text(model: StreamedModel, text: TextWindows, batch_tokens: int, aga
     for wave in model.waves(batches, copies=2 if against else 1):
         hidden_before = against.last_hidden(wave) if against else None
         if against and hidden_before is not None:
-            others += _figures(against, wave, hidden_before, None)
-        sequences += _figures(model, wave, model.last_hidden(wave), hidden_before)
+            others += _figures(against, wave, hidden_before, num_leading=text.num_leading)
+        sequences += _figures(model, wave, model.last_hidden(wave), hidden_before, text.num_leading)
     loss = _total(model, sequences)
     mean = mean_per_token([each.loss for each in sequences], [each.tokens for each in sequences])
     perplexity = math.exp(min(mean.value, 700.0))  # near the largest float
@@ -88,7 +90,8 @@ def measure_text(model: StreamedModel, text: TextWindows, batch_tokens: int, aga
         text=text.source,
         window=length,
         windows=len(text.input_ids),
-        unused_tokens=text.num_tokens - text.input_ids.numel(),
+        unused_tokens=text.unused_tokens,
+        leading_tokens=text.num_leading,
         perplexity=perplexity,
         error=None if mean.error is None else perplexity * mean.error,
         against=against.name if against else None,
@@ -102,7 +105,8 @@ def _figures(
     model: StreamedModel,
     batches: Sequence[torch.Tensor],
     hidden: Sequence[torch.Tensor],
-    source_hidden: Sequence[torch.Tensor] | None,
+    source_hidden: Sequence[torch.Tensor] | None = None,
+    num_leading: int = 0,
 ) -> list[SequenceFigures]:
     """Measure the batches of a wave from the last block's outputs."""
     figures: list[SequenceFigures] = []
@@ -110,7 +114,7 @@ def _figures(
         for number, (ids, states) in enumerate(zip(batches, hidden, strict=True)):
             source = None if source_hidden is None else source_hidden[number].to(model.device)
             ids, states = ids.to(model.device), states.to(model.device)
-            figures += measure_sequences(model.skeleton, ids, states, model.num_outputs, source)
+            figures += measure_sequences(model.skeleton, ids, states, model.num_outputs, source, num_leading)
     return figures
 
 

@@ -2,23 +2,42 @@
 
 Documents are joined by an empty line, tokenized once, and cut into windows of one length; what is left behind the last
 window is not used. Their figures for WikiText-2 come from its test split with every row, the empty ones too, and
-windows of 2048 tokens.
+windows of 2048 tokens. What their tokenizer puts in front stands in front of the text, once. Some models, such as
+Gemma, predict nothing of use without it: for them it can stand in front of every window.
 """
 
+import array
 import dataclasses
-import json
-from pathlib import Path
+from collections.abc import Iterable, Iterator
 
 import torch
 import transformers
 
 from astro.errors import CheckpointError, ConfigError
+from astro_dist.source.long_wait import LongWait
+from astro_dist.source.sampling import cut_text
+from astro_dist.source.text_tokens import leading_tokens
 
-__all__ = ["SUFFIXES", "TextWindows", "cut_windows", "read_rows", "require_known"]
+__all__ = ["TextWindows", "WindowCut", "cut_windows", "require_known"]
 
-SUFFIXES = (".parquet", ".jsonl", ".txt")
-"""Endings of the names of files that can be read."""
 _JOINT = "\n\n"
+_PIECE_CHARACTERS = 1 << 22
+"""Characters that are tokenized together: more than any text of the papers has, and little enough for memory."""
+
+
+@dataclasses.dataclass(frozen=True)
+class WindowCut:
+    """How a text is cut.
+
+    Attributes:
+        length: Number of tokens of a window.
+        limit: Largest number of windows, taken from the beginning; None for all.
+        leads_each: Whether the tokens that the tokenizer puts in front of a text stand in front of every window.
+    """
+
+    length: int
+    limit: int | None = None
+    leads_each: bool = False
 
 
 @dataclasses.dataclass(frozen=True)
@@ -28,60 +47,59 @@ class TextWindows:
     Attributes:
         source: Where the text is from, in words.
         input_ids: Tokens of the windows, int64 [N, T].
-        num_tokens: Number of tokens of the whole text.
+        unused_tokens: Number of tokens behind the last window; None where the text was not read to its end.
+        num_leading: Number of tokens in front of every window that are no text, and whose predictions do not count.
     """
 
     source: str
     input_ids: torch.Tensor
-    num_tokens: int
-
-
-def read_rows(source: str, column: str) -> list[str]:
-    """Read every row of a file of text, in order, the empty ones too.
-
-    Args:
-        source: Path of a .parquet, .jsonl or .txt file; a .txt file is one row.
-        column: Name of the column, or of the key of each JSON object, that holds the text.
-
-    Raises:
-        ConfigError: The file is not there, is of another kind, or has no such column.
-    """
-    path = Path(source).expanduser()
-    if path.suffix not in SUFFIXES:
-        raise ConfigError(f"--text {source}: expected a file whose name ends in {', '.join(SUFFIXES)}")
-    try:
-        if path.suffix == ".txt":
-            return [path.read_text(encoding="utf-8")]
-        return _jsonl_rows(path, column) if path.suffix == ".jsonl" else _parquet_rows(path, column)
-    except (OSError, ValueError, KeyError, NotImplementedError) as error:
-        raise ConfigError(f"--text {path}: cannot be read: {error}") from error
+    unused_tokens: int | None
+    num_leading: int = 0
 
 
 def cut_windows(
-    source: str, rows: list[str], tokenizer: transformers.PreTrainedTokenizerBase, length: int, limit: int | None
+    source: str, rows: Iterable[str], tokenizer: transformers.PreTrainedTokenizerBase, cut: WindowCut
 ) -> TextWindows:
-    """Tokenize a text once and cut it into windows.
+    """Tokenize a text once and cut it into windows. With a limit, no more of a long text is read than is needed.
 
     Args:
         source: Where the text is from, in words.
         rows: The documents.
-        tokenizer: Tokenizer of the model, which may put its first token in front of the text.
-        length: Number of tokens of a window.
-        limit: Largest number of windows, taken from the beginning; None for all.
+        tokenizer: Tokenizer of the model, which may put its first tokens in front of the text.
+        cut: How it is cut.
 
     Raises:
-        ConfigError: The text has too few tokens for a window.
+        ConfigError: The text has too few tokens for a window, or a window no room for text.
+        CheckpointError: The tokenizer changes the tokens of a text where it puts others in front.
     """
-    encoded = tokenizer(_JOINT.join(rows), verbose=False)
-    tokens = torch.tensor(encoded["input_ids"], dtype=torch.int64).flatten()
-    count = len(tokens) // length
+    leading = leading_tokens(tokenizer) if cut.leads_each else []
+    body = cut.length - len(leading)
+    if body < 1:
+        raise ConfigError(
+            f"--window {cut.length}: has no room for text, the tokenizer begins every text with {len(leading)} tokens"
+        )
+    needed = None if cut.limit is None else cut.limit * body
+    tokens, is_whole, done = array.array("q"), True, 0
+    wait = LongWait(f"--text {source}: tokenized", None, "million characters")
+    for number, piece in enumerate(_pieces(rows)):
+        if needed is not None and len(tokens) >= needed:
+            is_whole = False
+            break
+        is_first = number == 0 and not cut.leads_each
+        tokens.extend(tokenizer(piece, add_special_tokens=is_first, verbose=False)["input_ids"])
+        done += len(piece)
+        wait.reached(done / 1e6)
+    count = len(tokens) // body
     if not count:
         raise ConfigError(
-            f"--text {source}: has {len(tokens)} tokens, expected at least one window of {length}; use more text, or "
+            f"--text {source}: has {len(tokens)} tokens, expected at least one window of {body}; use more text, or "
             "shorter windows with --window"
         )
-    count = min(count, limit or count)
-    return TextWindows(source, tokens[: count * length].view(count, length), len(tokens))
+    count = min(count, cut.limit or count)
+    text = torch.tensor(tokens[: count * body], dtype=torch.int64).view(count, body)
+    in_front = torch.tensor(leading, dtype=torch.int64).expand(count, -1)
+    unused = len(tokens) - count * body if is_whole else None
+    return TextWindows(source, torch.cat((in_front, text), dim=1), unused, len(leading))
 
 
 def require_known(input_ids: torch.Tensor, vocab_size: int, name: str) -> None:
@@ -103,29 +121,16 @@ def require_known(input_ids: torch.Tensor, vocab_size: int, name: str) -> None:
         )
 
 
-def _jsonl_rows(path: Path, column: str) -> list[str]:
-    rows = []
-    with path.open(encoding="utf-8") as file:
-        for number, line in enumerate(file, 1):
-            if not line.strip():
-                continue
-            content = json.loads(line)
-            text = content.get(column) if isinstance(content, dict) else content
-            if not isinstance(text, str):
-                raise ValueError(f"line {number}: expected an object with a text under {column!r} (--column)")
-            rows.append(text)
-    return rows
-
-
-def _parquet_rows(path: Path, column: str) -> list[str]:
-    import pyarrow
-    import pyarrow.parquet  # slow to import, only for parquet files
-
-    schema = pyarrow.parquet.read_schema(path)
-    if column not in schema.names:
-        raise ValueError(f"it has no column {column!r}, only {', '.join(schema.names)}; see --column")
-    kind = schema.field(column).type
-    if not (pyarrow.types.is_string(kind) or pyarrow.types.is_large_string(kind)):
-        raise ValueError(f"column {column!r} holds {kind}, expected text; see --column")
-    values = pyarrow.parquet.read_table(path, columns=[column]).column(0).to_pylist()
-    return [value or "" for value in values]
+def _pieces(rows: Iterable[str]) -> Iterator[str]:
+    """Join documents, and cut them only where they are longer than any text of the papers."""
+    waiting: list[str] = []
+    size = 0
+    for number, row in enumerate(rows):
+        waiting += [_JOINT, row] if number else [row]
+        size += len(row) + len(_JOINT)
+        if size > _PIECE_CHARACTERS:
+            *whole, last = cut_text("".join(waiting), _PIECE_CHARACTERS)
+            yield from whole
+            waiting, size = [last], len(last)
+    if waiting:
+        yield "".join(waiting)

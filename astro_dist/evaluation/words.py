@@ -36,9 +36,10 @@ def judgement_lines(judgement: "Judgement") -> list[str]:
 def _text_lines(text: "TextLoss") -> list[str]:
     error = "" if text.error is None else f" ± {text.error:.3f}"
     unused = f", {text.unused_tokens:,} tokens are left over" if text.unused_tokens else ""
+    leading = f", the first {text.leading_tokens} of each no text" if text.leading_tokens else ""
     lines = [
         f"Perplexity {text.perplexity:.4f}{error} ({text.text}, {text.windows} windows of {text.window} tokens"
-        f"{unused}; {in_words(text.wall_s)})"
+        f"{leading}{unused}; {in_words(text.wall_s)})"
     ]
     compared = text.compared
     if compared is not None and compared.original is not None:

@@ -25,7 +25,7 @@ from astro_dist.source.hub_errors import without_secrets
 from astro_dist.source.rows import Row, Rows, as_row, choose_column, size_of
 from astro_dist.source.sampling import NUM_PIECES, SMALLEST_PIECE, sampled
 
-__all__ = ["read_dataset"]
+__all__ = ["read_dataset", "rows_in_order"]
 
 _READERS = {
     "parquet": "parquet", "jsonl": "json", "json": "json", "ndjson": "json", "csv": "csv", "arrow": "arrow",
@@ -61,27 +61,52 @@ def read_dataset(
     Raises:
         ConfigError: The package `datasets` is not installed, or the dataset cannot be read; the message says why.
     """
-    name, notes = source.source, list[str]()
+    notes = list[str]()
+    with _split(source, "calibration.source", commit, notes) as (table, folder):
+        rows = _read(table, source.column, max(num_characters, NUM_PIECES * SMALLEST_PIECE), seed)
+    return rows, folder.name, notes
+
+
+def rows_in_order(source: TextSource, option: str) -> Iterator[tuple[Any, str]]:
+    """Yield every row of a split in its order, the empty ones too, each with the name of its column.
+
+    Args:
+        source: Name, subset, split, revision and column.
+        option: Option or key that names the dataset, for messages.
+
+    Raises:
+        ConfigError: The package `datasets` is not installed, or the dataset cannot be read; the message says why.
+    """
+    with _split(source, option, None, []) as (table, _):
+        column = choose_column(_columns(table), source.column)
+        for example in table.select_columns([column]):
+            yield example[column], column
+
+
+@contextlib.contextmanager
+def _split(source: TextSource, option: str, commit: str | None, notes: list[str]) -> Iterator[tuple[Any, Path]]:
+    """Open the table of a split, with the folder of its commit. What goes wrong becomes an error that says so."""
+    name = source.source
     try:
         import datasets
     except ImportError as error:
         raise ConfigError(
-            f"calibration.source {name}: is no file here, and to read a dataset of the Hub the package `datasets` "
-            "is missing; run: pip install 'datasets>=4.6'"
+            f"{option} {name}: is no file here, and to read a dataset of the Hub the package `datasets` is missing; "
+            "run: pip install 'datasets>=4.6'"
         ) from error
     try:
         with _quiet(datasets), tempfile.TemporaryDirectory() as scratch:
             folder = _snapshot(name, commit or source.revision or "main", _SMALL_FILES)
-            commit = folder.name
             places = _places(source, folder, notes)
-            reader = _reader(places)
             # The cache of `datasets` is not asked: it does not tell one commit from another.
-            rows = datasets.load_dataset(reader, data_files=places, split="train", streaming=True, cache_dir=scratch)
-            return _read(rows, source.column, max(num_characters, NUM_PIECES * SMALLEST_PIECE), seed), commit, notes
+            table = datasets.load_dataset(
+                _reader(places), data_files=places, split="train", streaming=True, cache_dir=scratch
+            )
+            yield table, folder
     except ConfigError:
         raise
     except Exception as error:  # of whichever library reads such files, or speaks with the Hub
-        raise ConfigError(f"calibration.source {name}: {_explain(error, source)}") from error
+        raise ConfigError(f"{option} {name}: {_explain(error, source)}") from error
 
 
 @contextlib.contextmanager
@@ -145,20 +170,28 @@ def _data_files(source: TextSource, folder: Path, base: str) -> list[str]:
         subset = source.subset or subsets.get_default_config_name()
         if subset not in subsets:
             missing = f"has no subset {subset!r}" if subset else "has several subsets and no default one"
-            raise ValueError(f"it {missing}; set calibration.subset to one of {', '.join(subsets)}")
+            raise ValueError(f"it {missing}; set `subset` to one of {', '.join(subsets)}")
         entry = subsets[subset]
     place = f"{base}/{entry['data_dir']}".rstrip("/") if entry.get("data_dir") else base
     patterns = sanitize_patterns(entry["data_files"]) if "data_files" in entry else get_data_patterns(place)
     splits = {str(split): found for split, found in patterns.items()}
     if source.split not in splits:
-        raise ValueError(f"it has no split {source.split!r}; set calibration.split to one of {', '.join(splits)}")
+        raise ValueError(f"it has no split {source.split!r}; set `split` to one of {', '.join(splits)}")
     endings = [f".{ending}" for ending in _READERS]
     files = DataFilesDict.from_patterns(
         {source.split: splits[source.split]}, base_path=place, allowed_extensions=endings
     )
+    astray = next((file for file in files[source.split] if not _is_inside(file, base)), None)
+    if astray is not None:
+        raise ValueError(f"its card names {astray}, which is no file of the dataset; such a file is never read")
     if not files[source.split]:
         raise FileNotFoundError(f"{', '.join(map(str, splits[source.split]))} in {base}")
     return sorted(set(files[source.split]))
+
+
+def _is_inside(file: str, base: str) -> bool:
+    """Tell whether the path or address of a file is below that of its dataset."""
+    return file.startswith(f"{base}/") and ".." not in file.split("/")
 
 
 def _require_all_parts(files: list[str]) -> None:
@@ -179,7 +212,7 @@ def _reader(files: list[str]) -> str:
 
 def _read(table: Any, asked: str, num_characters: int, seed: int) -> Rows:
     """Read rows that are not empty until there are enough."""
-    column = choose_column(list(table.features or next(iter(table))), asked)
+    column = choose_column(_columns(table), asked)
     table = table.select_columns([column]).reshard()
     # Not its own shuffling, which mixes rows, in a way that changed between versions.
     order = random.Random(seed).sample(range(table.num_shards), table.num_shards)
@@ -197,13 +230,18 @@ def _read(table: Any, asked: str, num_characters: int, seed: int) -> Rows:
     return Rows(taken, column)
 
 
+def _columns(table: Any) -> list[str]:
+    """Return the names of a table's columns; of rows without a schema those of the first, none where there is none."""
+    return list(table.features or next(iter(table), {}))
+
+
 def _explain(error: Exception, source: TextSource) -> str:
     """Say what went wrong and what to do."""
     name, reason = source.source, without_secrets(" ".join(str(error).split()))
     if isinstance(error, GatedRepoError):
         return f"access has to be asked for at https://huggingface.co/datasets/{name}; then set HF_TOKEN"
     if isinstance(error, RevisionNotFoundError):
-        return f"it has no branch, tag or commit {source.revision or 'main'!r}; correct calibration.revision"
+        return f"it has no branch, tag or commit {source.revision or 'main'!r}; correct `revision`"
     if isinstance(error, RepositoryNotFoundError):
         return (
             "there is no such file here, and the Hub has no such dataset, or shows it to its owners only; correct the "
@@ -217,6 +255,6 @@ def _explain(error: Exception, source: TextSource) -> str:
     if isinstance(error, (EntryNotFoundError, FileNotFoundError)):
         return (
             f"no files that end in .{', .'.join(_READERS)} were found ({reason}); code in a dataset is never run: if "
-            "it has a script, try calibration.revision: refs/convert/parquet, where the Hub keeps what scripts gave"
+            "it has a script, try `revision`: refs/convert/parquet, where the Hub keeps what scripts gave"
         )
     return f"cannot be read: {reason}"

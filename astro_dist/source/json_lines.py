@@ -9,7 +9,10 @@ from typing import IO, cast
 from astro_dist.source.rows import Row, Rows, as_row, choose_column, size_of
 from astro_dist.source.sampling import sampled
 
-__all__ = ["read_json_lines"]
+__all__ = ["json_objects", "read_json_lines"]
+
+_ENCODING = "utf-8-sig"
+"""UTF-8, with or without the mark at the beginning that some editors write."""
 
 
 def read_json_lines(path: Path, asked: str, num_characters: int, seed: int) -> Rows:
@@ -35,20 +38,27 @@ def read_json_lines(path: Path, asked: str, num_characters: int, seed: int) -> R
 
 
 def _open(path: Path) -> IO[str]:
-    return (
-        cast(IO[str], gzip.open(path, "rt", encoding="utf-8")) if path.suffix == ".gz" else path.open(encoding="utf-8")
-    )
+    if path.suffix == ".gz":
+        return cast(IO[str], gzip.open(path, "rt", encoding=_ENCODING))
+    return path.open(encoding=_ENCODING)
 
 
 def _column(path: Path, asked: str) -> str:
-    _, first = next(_objects(path), (0, None))
+    _, first = next(json_objects(path), (0, None))
     if first is None:
         return asked
     return choose_column(list(first), asked)
 
 
-def _objects(path: Path) -> Iterator[tuple[int, dict[str, object]]]:
-    """Yield the number of each line that is not blank, and its object."""
+def json_objects(path: Path) -> Iterator[tuple[int, dict[str, object]]]:
+    """Yield the number of each line that is not blank, and its object.
+
+    Args:
+        path: Path of a .jsonl, .json or .jsonl.gz file.
+
+    Raises:
+        ValueError: A line is no JSON object.
+    """
     with _open(path) as file:
         for number, line in enumerate(file, 1):
             if not line.strip():
@@ -63,7 +73,7 @@ def _objects(path: Path) -> Iterator[tuple[int, dict[str, object]]]:
 
 
 def _rows(path: Path, column: str) -> Iterator[Row]:
-    for number, content in _objects(path):
+    for number, content in json_objects(path):
         try:
             row = as_row(content.get(column), column)
         except ValueError as error:

@@ -14,12 +14,12 @@ _EVERY_S = 10.0
 class LongWait:
     """Logs how much of something is done: nothing in the first ten seconds, then a line every ten seconds."""
 
-    def __init__(self, what: str, total: float, unit: str) -> None:
+    def __init__(self, what: str, total: float | None, unit: str) -> None:
         """Begin to wait.
 
         Args:
             what: Phrase that says what is waited for, such as "calibration text: tokenized".
-            total: Amount of the whole, in units.
+            total: Amount of the whole, in units; None where it is not known.
             unit: Name of the unit, such as "million characters".
         """
         self._what, self._total, self._unit = what, total, unit
@@ -34,4 +34,5 @@ class LongWait:
         now = time.monotonic()
         if now - self._said >= _EVERY_S:
             self._said = now
-            _log.info("%s %.1f of %.1f %s", self._what, done, self._total, self._unit)
+            of_total = "" if self._total is None else f" of {self._total:.1f}"
+            _log.info("%s %.1f%s %s", self._what, done, of_total, self._unit)

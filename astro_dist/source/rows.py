@@ -39,7 +39,7 @@ def choose_column(names: Sequence[str], asked: str) -> str:
     wanted = _AUTO if asked == "auto" else (asked,)
     chosen = next((name for name in wanted if name in names), None)
     if chosen is None:
-        raise ValueError(f"it has no column {' or '.join(wanted)}, only {', '.join(names)}; see calibration.column")
+        raise ValueError(f"it has no column {' or '.join(wanted)}, only {', '.join(names)}; see `column`")
     return chosen
 
 
@@ -63,9 +63,7 @@ def as_row(value: Any, column: str) -> Row | None:
     if isinstance(value, list) and all(isinstance(message, dict) for message in value):
         # Tables hold every key in every message, templates ask which are there.
         return [{key: entry for key, entry in message.items() if entry is not None} for message in value]
-    raise ValueError(
-        f"column {column!r} holds {value!r:.60}, expected text or a list of messages; see calibration.column"
-    )
+    raise ValueError(f"column {column!r} holds {value!r:.60}, expected text or a list of messages; see `column`")
 
 
 def size_of(row: Row) -> int:
@@ -74,6 +72,13 @@ def size_of(row: Row) -> int:
     Args:
         row: Text or chat.
     """
-    if isinstance(row, str):
-        return len(row)
-    return sum(len(entry) for message in row for entry in message.values() if isinstance(entry, str))
+    return _num_characters(row)
+
+
+def _num_characters(value: Any) -> int:
+    """Return the number of characters of all texts in a value; the content of a message may be a list of parts."""
+    if isinstance(value, str):
+        return len(value)
+    if isinstance(value, dict):
+        return sum(map(_num_characters, value.values()))
+    return sum(map(_num_characters, value)) if isinstance(value, list) else 0

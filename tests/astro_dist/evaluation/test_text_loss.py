@@ -13,7 +13,7 @@ from astro_dist import pipeline
 from astro_dist.evaluation.judge_settings import JudgeSettings
 from astro_dist.evaluation.streamed_model import StreamedModel
 from astro_dist.evaluation.text_loss import measure_text
-from astro_dist.evaluation.text_windows import TextWindows, cut_windows
+from astro_dist.evaluation.text_windows import TextWindows, WindowCut, cut_windows
 from astro_dist.export.named_model import find_model
 from astro_dist.run_directory.summary import read_summary
 from tests.support.architectures import DENSE, EXPERTS, STATEFUL
@@ -26,7 +26,7 @@ CPU = JudgeSettings(device="cpu", dtype="float32")
 
 def windows(count=3, length=24):
     tokens = torch.randint(0, 250, (count, length), generator=torch.Generator().manual_seed(3))
-    return TextWindows("random", tokens, tokens.numel() + 5)
+    return TextWindows("random", tokens, 5)
 
 
 def whole_perplexity(folder, input_ids):
@@ -82,7 +82,7 @@ def test_little_memory_for_hidden_states_changes_no_figure(llama, caplog):
 def test_perplexity_of_a_result_is_what_its_run_measured(finished):
     tokens = load_file(finished / "tokens.safetensors")
     held_out = torch.cat([tokens[name] for name in sorted(tokens) if name.startswith("h")])
-    text, source = TextWindows("held out", held_out, held_out.numel()), finished.parent
+    text, source = TextWindows("held out", held_out, 0), finished.parent
     measured = read_summary(finished / "summary.json").perplexity
     config = (finished / "config.yaml").read_text()
     source = next(line.split(": ")[1] for line in config.splitlines() if line.strip().startswith("source:"))
@@ -127,17 +127,17 @@ def test_weights_that_are_not_finite_are_told(llama):
 def test_windows_that_do_not_fit_are_refused(llama):
     with pytest.raises(ConfigError, match="--window 200: more than the 128 positions"):
         measure_text(streamed(llama), windows(length=200), 48, None)
-    text = TextWindows("random", torch.full((1, 8), 260), 8)
+    text = TextWindows("random", torch.full((1, 8), 260), 0)
     with pytest.raises(CheckpointError, match="gives token 260, but the model has a vocabulary of 260"):
         measure_text(streamed(llama), text, 48, None)
 
 
 def test_text_is_joined_and_cut_as_in_the_papers(llama):
     tokenizer = streamed(llama).tokenizer
-    text = cut_windows("x.parquet", ["", " = A = ", "b" * 12], tokenizer, 8, None)
+    text = cut_windows("x.parquet", ["", " = A = ", "b" * 12], tokenizer, WindowCut(8))
     expected = list(b"\n\n = A = \n\nbbbbbbbbbbbb")
     made = list(tokenizer.decode(text.input_ids.flatten().tolist()).encode())
-    assert (made, text.num_tokens) == (expected[:16], len(expected))
-    assert cut_windows("x", ["b" * 40], tokenizer, 8, 2).input_ids.shape == (2, 8)
+    assert (made, text.unused_tokens) == (expected[:16], len(expected) - 16)
+    assert cut_windows("x", ["b" * 40], tokenizer, WindowCut(8, 2)).input_ids.shape == (2, 8)
     with pytest.raises(ConfigError, match="has 3 tokens, expected at least one window of 8"):
-        cut_windows("x", ["abc"], tokenizer, 8, None)
+        cut_windows("x", ["abc"], tokenizer, WindowCut(8))

@@ -203,7 +203,7 @@ def test_files(tmp_path):
     ("name", "message"),
     [("a.csv", r"a.csv: expected python-docs, a file \(\*.txt, \*.parquet, .*\), or a dataset"),
      ("no.txt", "cannot be read"), ("bad.parquet", "cannot be read"),
-     ("column.parquet", "no column text or messages or conversations, only other; see calibration.column"),
+     ("column.parquet", "no column text or messages or conversations, only other; see `column`"),
      ("numbers.parquet", "holds int64, expected text"), ("empty.txt", "holds no text")],
 )  # fmt: skip
 def test_wrong_files_are_explained(tmp_path, name, message):
@@ -279,7 +279,7 @@ def test_a_large_file_of_lines_is_sampled_from_all_over_it(tmp_path):
     [('{"text": "a"}\n{"text": 3}\n', "auto", "line 2: column 'text' holds 3, expected text or a list of messages"),
      ('{"text": "a"}\n{"text"\n', "auto", "line 2 is no JSON .*; expected one object on each line"),
      ('[{"text": "a"}]\n', "auto", "line 1 holds .*, expected one JSON object on each line"),
-     ('{"text": "a"}\n', "prompt", "no column prompt, only text; see calibration.column"),
+     ('{"text": "a"}\n', "prompt", "no column prompt, only text; see `column`"),
      ('{"id": 1, "prompt": "a"}\n', "auto", "no column text or messages or conversations, only id, prompt"),
      ("\n", "auto", "holds no text")],
 )  # fmt: skip

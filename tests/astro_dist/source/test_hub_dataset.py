@@ -148,14 +148,14 @@ def test_a_dataset_without_a_card_is_read_by_the_names_of_its_files(hub, tmp_pat
     ("keys", "message"),
     [
         ({"name": "org/nothing"}, "no such file here, and the Hub has no such dataset"),
-        ({"subset": "short", "revision": "v9"}, "no branch, tag or commit 'v9'; correct calibration.revision"),
-        ({}, "has several subsets and no default one; set calibration.subset to one of long, short"),
-        ({"subset": "shor"}, "has no subset 'shor'; set calibration.subset to one of long, short"),
+        ({"subset": "short", "revision": "v9"}, "no branch, tag or commit 'v9'; correct `revision`"),
+        ({}, "has several subsets and no default one; set `subset` to one of long, short"),
+        ({"subset": "shor"}, "has no subset 'shor'; set `subset` to one of long, short"),
         (
             {"subset": "short", "split": "train_sft"},
-            "no split 'train_sft'; set calibration.split to one of train, test",
+            "no split 'train_sft'; set `split` to one of train, test",
         ),
-        ({"subset": "short", "column": "prompt"}, "no column prompt, only id, text; see calibration.column"),
+        ({"subset": "short", "column": "prompt"}, "no column prompt, only id, text; see `column`"),
         ({"subset": "short", "column": "id"}, "column 'id' holds 0, expected text or a list of messages"),
     ],
 )
@@ -178,6 +178,32 @@ def test_no_code_of_a_dataset_runs(hub, tmp_path, file):
     with pytest.raises(ConfigError, match="org/code: no files that end in .* code in a dataset is never run"):
         read_dataset(source("org/code"), 1000, 0)
     assert not (tmp_path / "ran").exists()
+
+
+@pytest.mark.parametrize("place", ["{folder}/secret.jsonl", "../../secret.jsonl"])
+def test_files_outside_a_dataset_are_never_read(hub, tmp_path, monkeypatch, place):
+    (tmp_path / "secret.jsonl").write_text('{"text": "a secret"}\n')
+    (tmp_path / "astray").mkdir()
+    files = place.format(folder=tmp_path)
+    (tmp_path / "astray" / "README.md").write_text(
+        f"---\nconfigs:\n- config_name: a\n  data_files: [{{split: train, path: {files}}}]\n---\n"
+    )
+    hub.publish("org/astray", tmp_path / "astray")
+    with pytest.raises(ConfigError, match="org/astray: "):
+        read_dataset(source("org/astray"), 1000, 0)
+    go_offline(monkeypatch, hub)
+    shallow = tmp_path / "cache" / "datasets--org--astray" / "snapshots" / "secret.jsonl"
+    shallow.parent.parent.joinpath("secret.jsonl").write_text('{"text": "a secret"}\n')
+    with pytest.raises(ConfigError, match="which is no file of the dataset; such a file is never read"):
+        read_dataset(source("org/astray"), 1000, 0)
+
+
+def test_chats_of_parts_are_counted(hub, tmp_path):
+    rows = [{"messages": [{"role": "user", "content": [{"type": "text", "text": "x" * 1000}]}]} for _ in range(500)]
+    (tmp_path / "parts").mkdir()
+    (tmp_path / "parts" / "train.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    hub.publish("org/parts", tmp_path / "parts")
+    assert len(read_dataset(source("org/parts"), 1000, 0)[0].rows) < 100  # 64 kB are the least that is read
 
 
 def test_without_the_library_the_command_to_install_it_is_told(monkeypatch):
