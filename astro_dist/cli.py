@@ -194,6 +194,8 @@ def init(
     path = file or Path(f"{settings.output.dir.name}.yaml")
     if path.exists():
         raise ConfigError(f"{path}: is there already; name another file")
+    if not path.parent.is_dir():
+        raise ConfigError(f"{path}: there is no folder {path.parent}; make it, or name another file")
     path.write_text(starting_yaml(settings), encoding="utf-8")
     _say(f"written: {path}", "Next:", f"  astro-dist plan {path}", f"  astro-dist quantize {path}")
 

@@ -42,6 +42,8 @@ SCALE_DTYPE: torch.dtype | None = None
 """Scales are stored in the dtype that the model's weights have."""
 READER_PACKAGES = "compressed-tensors"
 """What transformers needs besides itself to read the layout."""
+_ORDERED = (None, "static", "weight")
+"""Values of `actorder` under which columns that share a scale lie side by side."""
 
 
 def suffixes(scheme: LayerScheme) -> tuple[str, ...]:
@@ -149,15 +151,23 @@ def read_schemes(config: Mapping[str, Any], names: Sequence[str]) -> dict[str, L
         names: Module names of the packed layers.
 
     Raises:
-        CheckpointError: The method or format is another, or not exactly one entry of `config_groups` names a layer.
+        CheckpointError: The method or format is another, as is the order of columns, or not exactly one entry of
+            `config_groups` names a layer.
     """
     if (config["quant_method"], config["format"]) != ("compressed-tensors", "pack-quantized"):
         raise CheckpointError(
             f"expected compressed-tensors pack-quantized, got {config['quant_method']} {config['format']}"
         )
+    if config.get("transform_config"):
+        raise CheckpointError("its layers are in a rotated basis (transform_config), which is not read here")
     by_name: dict[str, LayerScheme] = {}
     for config_group in config["config_groups"].values():
         weights = config_group["weights"]
+        if weights.get("actorder") not in _ORDERED:
+            raise CheckpointError(
+                f"expected columns in order, got actorder {weights['actorder']!r}: the group of each column is in "
+                "weight_g_idx, which is not read here"
+            )
         size = PER_CHANNEL if weights["strategy"] == "channel" else weights["group_size"]
         scheme = LayerScheme(bits=weights["num_bits"], group_size=size, symmetric=weights["symmetric"])
         for name in names if config_group["targets"] == ["Linear"] else config_group["targets"]:

@@ -168,6 +168,11 @@ def _scaled(name: str, stored: Mapping[str, StoredTensor], quantization: SourceQ
 def _encoded(
     name: str, shape: tuple[int, ...], numbers: Numbers, scheme: WeightScheme, parts: Mapping[str, StoredTensor]
 ) -> EncodedTensor:
+    if not scheme.symmetric and "zero_point" not in parts and numbers in (Numbers.INT8, Numbers.PACKED):
+        raise CheckpointError(
+            f"{parts['weight'].file}: tensor {parts['weight'].name} is asymmetric by config.json, but there is no "
+            f"{name}_zero_point; the checkpoint is incomplete, fetch it again"
+        )
     # A model of float16 stores its scales in it, and its weights lie within its range.
     dtype = "F16" if parts["scale"].dtype == "F16" else "BF16"
     bits = 4 if numbers is Numbers.FLOAT4 else scheme.bits or 8

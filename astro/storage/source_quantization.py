@@ -32,10 +32,12 @@ class WeightScheme:
     Attributes:
         bits: Bits of a number; None where the dtype of the stored tensor tells them.
         block: Rows and columns that share a scale; None for a scale by tensor, row or column.
+        symmetric: Whether zero is the same number in all blocks, so that no zero points are stored.
     """
 
     bits: int | None
     block: tuple[int, int] | None
+    symmetric: bool = True
 
 
 @dataclasses.dataclass(frozen=True)
@@ -153,7 +155,10 @@ def _config_groups(section: Mapping[str, Any]) -> Iterator[tuple[tuple[str, ...]
     for group in section["config_groups"].values():
         weights = group.get("weights")
         if weights:
-            yield tuple(group.get("targets") or ()), WeightScheme(int(weights["num_bits"]), _block(weights))
+            yield (
+                tuple(group.get("targets") or ()),
+                WeightScheme(int(weights["num_bits"]), _block(weights), weights.get("symmetric") is not False),
+            )
 
 
 def _block(weights: Mapping[str, Any]) -> tuple[int, int] | None:

@@ -147,12 +147,6 @@ class CalibrationConfig(_Section):
     With `none` all tokens count alike, and the few with massive activations own the statistics."""
 
     @property
-    def settled_sequence_length(self) -> int:
-        """The length of each sequence in tokens, once `auto` is settled by the plan."""
-        assert self.sequence_length != "auto", "the length of sequences is not settled yet"
-        return self.sequence_length
-
-    @property
     def settled_chunk_samples(self) -> int:
         """The number of sequences that are computed together, once `auto` is settled by the plan."""
         assert self.chunk_samples != "auto", "the size of chunks is not settled yet"

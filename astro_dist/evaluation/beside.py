@@ -11,6 +11,7 @@ import torch
 from astro.errors import CheckpointError, ConfigError
 from astro.process import configure_process
 from astro.storage.atomic import read_json
+from astro.storage.checkpoint import Checkpoint
 from astro_dist.config.yaml_file import load_recorded_config
 from astro_dist.evaluation.greedy import greedy_tokens
 from astro_dist.evaluation.judge_settings import JudgeSettings
@@ -103,10 +104,17 @@ def _original(name: str, against: str | None) -> Source:
     """Find the model to stand beside: the one that is named, or the source of the run."""
     if against is not None:
         return find_model(against)
-    root = Path(name).expanduser().absolute()
-    if not RunLayout(root).identity.is_file():
+    layout = RunLayout.around(Path(name).expanduser().absolute())
+    if not layout.identity.is_file():
         raise ConfigError(f"{name}: is no run directory, so that its original is not known; name it with --against")
-    return resolve_source(load_recorded_config(root / "config.yaml").model, read_identity(root).commit)
+    identity = read_identity(layout.root)
+    source = resolve_source(load_recorded_config(layout.config).model, identity.commit)
+    if Checkpoint.open(source.store).fingerprint() != identity.source_sha256:
+        raise ConfigError(
+            f"{source.store}: is not what {name} was made of any more (another fingerprint); name the original with "
+            "--against"
+        )
+    return source
 
 
 def _continue(

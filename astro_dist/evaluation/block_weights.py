@@ -96,12 +96,24 @@ class BlockWeights:
         try:
             layers, _ = packed_layers(checkpoint, self.skeleton, stems)
             schemes = layout.read_schemes(config, [name for layer in layers for name in layer.config_names])
+            self._require_in_blocks(stems)
         except (CheckpointError, KeyError, TypeError, ValueError, AttributeError) as error:
             if layout is LAYOUTS["compressed-tensors"]:  # of another tool; it is decoded as a source would be
                 return None
-            raise CheckpointError(f"{store}: cannot be unpacked: {error}") from error
+            is_said = isinstance(error, CheckpointError)
+            reason = error if is_said else f"its quantization_config is incomplete: {error!r}"
+            raise CheckpointError(
+                f"{store}: cannot be unpacked: {reason}; in this layout the results of astro-dist alone are read, give "
+                "the original model or one in another layout"
+            ) from error
         self._layout, self._stems, self._schemes = layout, stems, schemes
         return checkpoint
+
+    def _require_in_blocks(self, stems: Iterable[str]) -> None:
+        """Refuse packed layers outside of blocks, which this project never packs."""
+        for stem in stems:
+            if self.skeleton.block_of(self.skeleton.target_of(f"{stem}.weight")[0]) is None:
+                raise CheckpointError(f"{stem} is packed, and in no block")
 
     def _packed_parameters(self, index: int, keys: Sequence[str]) -> dict[str, list[LinearLayer]]:
         """Return the layers in each parameter of a block that holds a packed layer; experts share a parameter."""

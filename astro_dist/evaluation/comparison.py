@@ -7,6 +7,7 @@ from typing import Any
 
 from astro.quantization.layer_record import LayerRecord
 from astro_dist.export.finished_run import FinishedRun
+from astro_dist.run_directory.layout import RunLayout
 from astro_dist.run_directory.summary import Perplexity
 from astro_dist.run_directory.unit_record import BlockResult
 from astro_dist.schedule.names import block_of_unit
@@ -96,7 +97,7 @@ def compare_runs(roots: Sequence[Path]) -> Comparison:
 
 
 def _figures(root: Path) -> RunFigures:
-    finished = FinishedRun.open(root.expanduser().absolute())
+    finished = FinishedRun.open(RunLayout.around(root.expanduser().absolute()).root)
     summary, config = finished.summary, finished.config
     layers = _last_layers(finished)
     worst = max(layers, key=lambda layer: layer.relative_error)

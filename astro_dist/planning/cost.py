@@ -80,7 +80,7 @@ class CostModel:
         self._shares = shares(list(chunk_tokens), config.execution.hessian_shares)
         self._sequential, self._rounds = config.execution.mode == "sequential", config.execution.rounds
         self._compensated = self._sequential and config.quantization.compensates
-        self._sequence_length = config.calibration.settled_sequence_length
+        self._sequence_length = config.calibration.longest_sequence
         self._held_out = sum(n for chunk, n in self._tokens.items() if is_held_out(chunk))
         self._weighs_by_loss = config.calibration.token_weights == "loss"
         self._memory = WorkerMemory(plan, config, dtype, device_type)

@@ -110,7 +110,7 @@ def prepare(config: RunConfig, commit: str | None = None) -> Prepared:
         *_plan_notes(config, plan, type(skeleton.model).__name__),
         *_file_notes(source, checkpoint),
     ]
-    if config.calibration.settled_sequence_length < asked.longest_sequence:
+    if config.calibration.longest_sequence < asked.longest_sequence:
         notes.append(
             f"calibration.sequence_length: auto is {config.calibration.sequence_length}, all positions of the model"
         )
@@ -291,7 +291,7 @@ def _text_notes(config: RunConfig, plan: Plan) -> Iterator[str]:
     """Say whether there is too little calibration text for the widest layer."""
     linears = [linear for unit in plan.blocks for linear in unit.linears]
     widest = max(linears, key=lambda linear: linear.columns)
-    tokens = config.calibration.most_samples * config.calibration.settled_sequence_length
+    tokens = config.calibration.most_samples * config.calibration.longest_sequence
     if tokens < _ENOUGH_TOKENS * widest.columns and config.quantization.method == "gptq":
         what = "its Hessian is singular" if tokens < widest.columns else "its Hessian is a rough estimate"
         yield (

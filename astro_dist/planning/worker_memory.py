@@ -49,15 +49,15 @@ class WorkerMemory:
         """
         self._plan, self._device_type, self._itemsize = plan, device_type, dtype.itemsize
         calibration = config.calibration
-        self._sequence_length = calibration.settled_sequence_length
-        self._calibration_tokens = calibration.most_samples * calibration.settled_sequence_length
+        self._sequence_length = calibration.longest_sequence
+        self._calibration_tokens = calibration.most_samples * calibration.longest_sequence
         self._sequential = config.execution.mode == "sequential"
         self._compensated = self._sequential and config.quantization.compensates
         self._all_tokens = config.experts.policy == "all-tokens"
         self._weighs_by_loss = calibration.token_weights == "loss"
         is_weighted = calibration.token_weights != "none"
         self._summed_itemsize = summed_dtype(dtype, device_type, is_weighted).itemsize
-        self._forward = ForwardMemory(plan, calibration.settled_sequence_length, dtype, device_type)
+        self._forward = ForwardMemory(plan, calibration.longest_sequence, dtype, device_type)
         share = plan.expert_share
         self._batches = [together(predicted_input_groups(unit.linears, share), device_type) for unit in plan.blocks]
 

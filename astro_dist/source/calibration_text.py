@@ -125,7 +125,7 @@ def read_texts(
     Raises:
         ConfigError: A source is unknown, cannot be read, or holds no text.
     """
-    needed = (config.most_samples + config.most_holdout_samples) * config.settled_sequence_length
+    needed = (config.most_samples + config.most_holdout_samples) * config.longest_sequence
     limit = _CHARACTERS_PER_TOKEN_WANTED * needed
     return [
         read_text(
@@ -154,10 +154,10 @@ def tokenize(texts: Sequence[CalibrationText], tokenizer: Any, config: Calibrati
         CheckpointError: The tokenizer changes the tokens of a text where it puts others in front.
     """
     of_text = TextTokenizer(tokenizer)
-    body = config.settled_sequence_length - len(of_text.leading)
+    body = config.longest_sequence - len(of_text.leading)
     if body < 1:
         raise ConfigError(
-            f"calibration.sequence_length: {config.settled_sequence_length} tokens have no room for text, the "
+            f"calibration.sequence_length: {config.longest_sequence} tokens have no room for text, the "
             f"tokenizer begins every text with {len(of_text.leading)} tokens"
         )
     notes = [note for text in texts for note in text.notes]
@@ -194,13 +194,13 @@ def chunk_tokens(config: CalibrationConfig) -> dict[str, int]:
     sizes, size = {}, config.settled_chunk_samples
     for kind, count in (("c", config.most_samples), ("h", config.most_holdout_samples)):
         for number, start in enumerate(range(0, count, size)):
-            sizes[chunk_name(number, held_out=kind == "h")] = min(size, count - start) * config.settled_sequence_length
+            sizes[chunk_name(number, held_out=kind == "h")] = min(size, count - start) * config.longest_sequence
     return sizes
 
 
 def _demands(config: CalibrationConfig) -> tuple[Demand, Demand]:
     """Return what is asked for to calibrate on, and what is held out."""
-    length, is_auto = config.settled_sequence_length, config.holdout_samples == "auto"
+    length, is_auto = config.longest_sequence, config.holdout_samples == "auto"
     return (
         Demand("samples", config.most_samples, _LEAST_SAMPLES, config.samples == "auto", "three quarters", length),
         Demand("holdout_samples", config.most_holdout_samples, 1, is_auto, "a quarter", length),

@@ -348,6 +348,17 @@ def test_fp8_without_a_scale(tmp_path):
         open_source(tmp_path, {"l.weight": torch.ones(4, 4).to(torch.float8_e4m3fn)}, BLOCKS_128)
 
 
+@pytest.mark.parametrize("form", ["pack-quantized", "int-quantized"])
+def test_asymmetric_weight_without_zero_points(tmp_path, form):
+    stored, _ = integers(random_weights(8, 96), 8, 96, symmetric=False)
+    tensors = {f"l.{ending}": tensor for ending, tensor in stored.items() if ending != "weight_zero_point"}
+    if form == "int-quantized":
+        tensors = {"l.weight": torch.ones(8, 96, dtype=torch.int8), "l.weight_scale": tensors["l.weight_scale"]}
+    config = groups(form, num_bits=8, type="int", strategy="channel", symmetric=False)
+    with pytest.raises(CheckpointError, match="is asymmetric by config.json, but there is no l.weight_zero_point"):
+        open_source(tmp_path, tensors, config)
+
+
 def test_packed_weight_without_a_scale(tmp_path):
     with pytest.raises(CheckpointError, match="l.weight_packed is packed, but there is no l.weight_scale"):
         open_source(

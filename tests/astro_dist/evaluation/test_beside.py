@@ -10,7 +10,7 @@ from astro.errors import ConfigError
 from astro_dist.evaluation.beside import TryRequest, continue_beside
 from astro_dist.evaluation.judge_settings import JudgeSettings
 from astro_dist.evaluation.words import beside_line
-from tests.support.models import byte_tokenizer
+from tests.support.models import LLAMA, byte_tokenizer, write_checkpoint
 
 CPU = JudgeSettings(device="cpu", dtype="float32")
 REQUEST = TryRequest(prompt="Once upon", num_tokens=6)
@@ -44,6 +44,15 @@ def test_original_of_a_run_is_its_source(finished, first_run):
     same, _, _ = run_it(first_run.parent / "llama", dataclasses.replace(REQUEST, against=beside.original.model))
     assert same.num_equal == len(same.original.tokens) == 6
     assert beside_line(same) == "Both continue with the same 6 tokens"
+
+
+def test_original_must_be_what_the_run_was_made_of(finished, first_run, tmp_path):
+    assert run_it(finished / "model", REQUEST)[0].original.model == str(first_run.parent / "llama")
+    other = write_checkpoint(tmp_path / "other", transformers.LlamaConfig(**LLAMA | {"rms_norm_eps": 0.1}))
+    config = finished / "config.yaml"
+    config.write_text(config.read_text().replace(str(first_run.parent / "llama"), str(other)))
+    with pytest.raises(ConfigError, match="is not what .* was made of any more .*--against"):
+        run_it(finished, REQUEST)
 
 
 def test_token_that_ends_a_text_ends_it(first_run, tmp_path):

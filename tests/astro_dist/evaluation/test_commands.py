@@ -62,7 +62,7 @@ def test_compare_prints_a_table(run, finished, first_run, monkeypatch):
     assert code == 0
     for word in ("finished", "perplexity", "KL, nats a token", "worst layer", "fallbacks", "4"):
         assert word in out
-    code, out, _ = run("compare", finished, "--json")
+    code, out, _ = run("compare", finished / "model", "--json")
     assert json.loads(out)["runs"][0]["bits"] == 4.0
 
 
