@@ -1,14 +1,12 @@
 """Where and how a model is judged: device, dtype and memory."""
 
 import dataclasses
-import os
-from pathlib import Path
 
 import torch
 
 from astro.errors import ConfigError
 
-__all__ = ["JudgeSettings", "available_bytes"]
+__all__ = ["JudgeSettings"]
 
 _DTYPES = ("auto", "float32", "bfloat16", "float16")
 _DEVICES = ("auto", "cpu", "cuda")
@@ -72,17 +70,3 @@ class JudgeSettings:
             return dtype
         # As in a run: CPUs have no float16 arithmetic worth the name.
         return torch.float32 if stored == torch.float16 and self.torch_device.type == "cpu" else stored
-
-
-def available_bytes(device: torch.device) -> int:
-    """Return the memory of a device that is free, in bytes.
-
-    Args:
-        device: The device.
-    """
-    if device.type == "cuda":
-        return int(torch.cuda.mem_get_info(device)[0])
-    for line in Path("/proc/meminfo").read_text().splitlines() if Path("/proc/meminfo").is_file() else ():
-        if line.startswith("MemAvailable:"):
-            return 1024 * int(line.split()[1])
-    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // 2

@@ -21,7 +21,8 @@ from astro.model.rehearsal import rehearse
 from astro.model.skeleton import Skeleton
 from astro.process import return_freed_memory
 from astro_dist.evaluation.block_weights import BlockWeights
-from astro_dist.evaluation.judge_settings import JudgeSettings, available_bytes
+from astro_dist.evaluation.free_memory import available_bytes
+from astro_dist.evaluation.judge_settings import JudgeSettings
 from astro_dist.source.long_wait import LongWait
 from astro_dist.source.resolve import Source
 

@@ -391,6 +391,8 @@ def test_init_writes_a_file_that_plan_takes(run, llama, tmp_path, monkeypatch):
     assert run("plan", "llama-w4g64.yaml", "--set", "calibration.samples=4")[0] == 0
     code, _, err = run("init", llama)
     assert (code, "llama-w4g64.yaml: is there already" in err) == (2, True)
+    code, _, err = run("init", llama, "none/a.yaml")
+    assert (code, "none/a.yaml: there is no folder none; make it" in err) == (2, True)
 
 
 def test_config_explains_keys_and_prints_a_schema(run):
