@@ -9,7 +9,7 @@ from lm_eval.api.model import TemplateLM
 from lm_eval.models.utils import handle_stop_sequences, normalize_gen_kwargs, postprocess_generated_text
 from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
 
-from astro.errors import ConfigError, UnsupportedError
+from astro.errors import CheckpointError, ConfigError, UnsupportedError
 from astro_dist.evaluation.greedy import greedy_sequences
 from astro_dist.evaluation.streamed_model import StreamedModel
 from astro_dist.evaluation.token_scores import Continuation, score_continuations
@@ -41,7 +41,16 @@ class HarnessModel(TemplateLM):  # type: ignore[misc]
 
     @property
     def eot_token_id(self) -> int:
-        """The token that ends a text."""
+        """The token that ends a text.
+
+        Raises:
+            CheckpointError: The tokenizer has none.
+        """
+        if self.tokenizer.eos_token_id is None:
+            raise CheckpointError(
+                f"{self._model.name}: its tokenizer names no token that ends a text, which tasks ask for; set eos_token "
+                "in its tokenizer_config.json"
+            )
         return int(self.tokenizer.eos_token_id)
 
     @property

@@ -5,7 +5,7 @@ import json
 
 import pytest
 
-from astro.errors import ConfigError
+from astro.errors import CheckpointError, ConfigError
 from astro_dist.evaluation.tasks import PAPER_TASKS, require_harness, run_tasks, tasks_of
 
 needs_harness = pytest.mark.skipif(
@@ -97,3 +97,17 @@ def test_unknown_task_is_refused(llama):
     model = StreamedModel(find_model(str(llama)), JudgeSettings(device="cpu"))
     with pytest.raises(ConfigError, match="knows no such task"):
         run_tasks(model, {"no_such_task_at_all": None}, 256)
+
+
+@needs_harness
+@pytest.mark.filterwarnings("ignore")
+def test_a_tokenizer_that_ends_no_text_is_refused(llama):
+    from astro_dist.evaluation.harness_model import HarnessModel
+    from astro_dist.evaluation.judge_settings import JudgeSettings
+    from astro_dist.evaluation.streamed_model import StreamedModel
+    from astro_dist.export.named_model import find_model
+
+    model = StreamedModel(find_model(str(llama)), JudgeSettings(device="cpu"))
+    model.tokenizer.eos_token = None
+    with pytest.raises(CheckpointError, match="names no token that ends a text"):
+        _ = HarnessModel(model, 256).eot_token_id
