@@ -48,8 +48,8 @@ class HarnessModel(TemplateLM):  # type: ignore[misc]
         """
         if self.tokenizer.eos_token_id is None:
             raise CheckpointError(
-                f"{self._model.name}: its tokenizer names no token that ends a text, which tasks ask for; set eos_token "
-                "in its tokenizer_config.json"
+                f"{self._model.name}: its tokenizer names no token that ends a text, which tasks ask for; set "
+                "eos_token in its tokenizer_config.json"
             )
         return int(self.tokenizer.eos_token_id)
 
