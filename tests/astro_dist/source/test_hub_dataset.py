@@ -192,8 +192,8 @@ def test_files_outside_a_dataset_are_never_read(hub, tmp_path, monkeypatch, plac
     with pytest.raises(ConfigError, match="org/astray: "):
         read_dataset(source("org/astray"), 1000, 0)
     go_offline(monkeypatch, hub)
-    shallow = tmp_path / "cache" / "datasets--org--astray" / "snapshots" / "secret.jsonl"
-    shallow.parent.parent.joinpath("secret.jsonl").write_text('{"text": "a secret"}\n')
+    in_cache = tmp_path / "cache" / "datasets--org--astray" / "secret.jsonl"  # above the folders of commits
+    in_cache.write_text('{"text": "a secret"}\n')
     with pytest.raises(ConfigError, match="which is no file of the dataset; such a file is never read"):
         read_dataset(source("org/astray"), 1000, 0)
 
