@@ -32,10 +32,10 @@ from astro.calibration.starved_experts import InputStatistics
 from astro.config import Quantization, Regularizer
 from astro.formats import LAYOUTS
 from astro.linalg import bf16_matmul, compiled, symmetric
-from astro.linalg.tiling import row_tiles
+from astro.linalg.tiling import TILE_ELEMENTS, row_tiles
 from astro.quantization import beta_search, gptq, refine, regularizer
 from astro.quantization.block import quantize_block
-from astro.quantization.row_solver import Recipe
+from astro.quantization.recipe import Recipe
 from astro_dist.planning.devices import DEVICES
 
 ROOT = Path(__file__).parents[2]
@@ -249,7 +249,7 @@ def times(phase: str, rows: int, columns: int, chunks: int) -> int:
     """Return how often a phase is done for an input group."""
     of = TIMES.get(phase, "tile")
     tiles = {"tile": row_tiles, "sample tile": beta_search.sample_tiles}.get(of)
-    return len(tiles(rows, columns, "cuda")) if tiles else chunks if of == "chunk" else 1
+    return len(tiles(rows, columns, TILE_ELEMENTS["cuda"])) if tiles else chunks if of == "chunk" else 1
 
 
 def main() -> None:
