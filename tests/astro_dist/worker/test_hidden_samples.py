@@ -1,9 +1,12 @@
 """The error of the hidden states behind every block is measured on its way, in both modes and every round."""
 
+import threading
+
 import pytest
 import torch
 import transformers
 
+from astro.storage import part_writer
 from astro.storage.checked_tensors import save_part
 from astro_dist import pipeline
 from astro_dist.run_directory.layout import RunLayout
@@ -59,3 +62,20 @@ def test_runs_record_what_the_whole_models_give(run_config, tmp_path, changes, m
     for block, (source, result) in enumerate(zip(*states, strict=True)):
         expected = ((result - source).norm(dim=-1) / source.norm(dim=-1)).mean()
         assert results[-1][block] == pytest.approx(float(expected), rel=1e-2)
+
+
+def test_samples_are_written_while_the_worker_goes_on(run_config, monkeypatch):
+    threads, real = {}, part_writer.save_part
+
+    def save(path, tensors, note=""):
+        threads.setdefault(threading.current_thread().name.partition("_")[0], []).append(path)
+        real(path, tensors, note)
+
+    monkeypatch.setattr(part_writer, "save_part", save)
+    monkeypatch.setattr("astro.storage.checked_tensors.save_part", save)
+    config = run_config()
+    pipeline.quantize(config)
+    samples = {path for path in threads["writer"] if "sample" in str(path)}
+    run = RunLayout(config.output.dir)
+    assert run.sample("original", 1, "h0000") in samples
+    assert run.sample("round-0", 2, "h0000") in samples
