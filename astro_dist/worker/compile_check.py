@@ -90,7 +90,7 @@ def _compiled(action: Callable[[], object], device: torch.device) -> None:
     try:
         action()
     except Exception as error:  # compilers of several projects have errors of their own
-        if isinstance(error, MemoryError | RuntimeError) and says_out_of_memory(str(error)):
+        if isinstance(error, MemoryError) or says_out_of_memory(str(error)):
             raise
         missing = "; ".join(_missing(device)) or "a compiler, Python's headers and the driver's library are there"
         raise RunError(
