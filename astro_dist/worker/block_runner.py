@@ -59,8 +59,7 @@ class BlockRunner:
             RunError: This machine does not see the run directory, sees another source than the driver, or has too
                 little memory.
         """
-        self.spec = spec
-        self.device = torch.device(spec.device)
+        self.spec, self.device = spec, torch.device(spec.device)
         require_same_files(spec)
         require_memory(spec.needed_bytes, self.device)
         self.checkpoint = spec.checkpoint
@@ -111,8 +110,7 @@ class BlockRunner:
     def expect_block(self, index: int) -> None:
         """Begin to read the weights of a block of the source that will probably be loaded next, where there is room.
 
-        The memory of the host is free for them while a GPU solves. Where the solve is done in that memory they are not
-        read ahead.
+        The memory of the host is free for them while a GPU solves; a CPU solves in it.
 
         Args:
             index: Index of the block.
