@@ -89,7 +89,7 @@ def prepare(config: RunConfig, commit: str | None = None) -> Prepared:
     plan = make_plan(checkpoint, skeleton, config.quantization)
     plan = dataclasses.replace(plan, hidden_size=rehearse(skeleton))
     is_open = config.calibration.chunk_samples == "auto"
-    asked = config.execution.tile_weights
+    asked_tile = config.execution.tile_weights
     config = settle_tiles(settle_chunks(config, plan, checkpoint), plan, checkpoint)
     linears = {linear.name: linear for unit in plan.blocks for linear in unit.linears}
     if config.quantization.bits == "auto":
@@ -118,7 +118,7 @@ def prepare(config: RunConfig, commit: str | None = None) -> Prepared:
         )
     if is_open:
         notes.append(chunk_note(config, plan, checkpoint))
-    if config.execution.tile_weights != asked:
+    if config.execution.tile_weights != asked_tile:
         notes.append(tile_note(config))
     notes += [f"calibration.source {name} is not there: `quantize` will refuse" for name in _missing_texts(config)]
     untied = untied_weights(skeleton, checkpoint, plan.outside)
