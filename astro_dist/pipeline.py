@@ -311,6 +311,7 @@ def _worker_spec(job: _Job, folder: Path, dtype: torch.dtype, executor: Executor
         device=device,
         threads=threads,
         column_loops=config.execution.column_loops(device),
+        tile_elements=config.execution.tile_elements(device),
         needed_bytes=needed_bytes,
     )
 

@@ -1,7 +1,7 @@
 """Layers of equal shape are solved side by side, as experts are: a single loop over columns serves them all.
 
 Functions that work on them take a leading dimension, B layers. Which layers are solved together is a part of the
-arithmetic: it depends only on the model, the settings and the type of device.
+arithmetic: it depends only on the model, the settings and the size of a tile.
 """
 
 from collections.abc import Sequence
@@ -13,12 +13,12 @@ from astro.linalg.tiling import cut, most_layers
 __all__ = ["add_product_", "batches", "first_of", "stacked"]
 
 
-def batches(shapes: Sequence[tuple[object, int, int]], device_type: str) -> list[range]:
+def batches(shapes: Sequence[tuple[object, int, int]], tile_elements: int) -> list[range]:
     """Choose the layers that are solved together: neighbours of equal kind and shape.
 
     Args:
         shapes: Kind, rows and columns of each layer. The kind is any value that must be equal besides the shape.
-        device_type: Type of the device, "cpu" or "cuda".
+        tile_elements: Weights of a tile.
 
     Returns:
         The indices of the layers of each batch, in order.
@@ -30,7 +30,7 @@ def batches(shapes: Sequence[tuple[object, int, int]], device_type: str) -> list
         while last < len(shapes) and shapes[last] == shapes[first]:
             last += 1
         _, rows, columns = shapes[first]
-        parts = cut(last - first, -(-(last - first) // most_layers(rows, columns, device_type)))
+        parts = cut(last - first, -(-(last - first) // most_layers(rows, columns, tile_elements)))
         result += [range(first + part.start, first + part.stop) for part in parts]
         first = last
     return result

@@ -1,6 +1,7 @@
 """Rows are cut into tiles, and each tile is solved by itself.
 
-Where the cuts are is a part of the arithmetic: it depends only on the model and the type of device.
+Where the cuts are is a part of the arithmetic: it depends only on the model and the size of a tile. That follows from
+the type of device, or, for GPUs, from the configuration; never from the card that is found.
 """
 
 from typing import TYPE_CHECKING
@@ -8,12 +9,12 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:  # it takes seconds, which callers that only cut need not wait for
     import torch
 
-__all__ = ["cut", "every", "most_layers", "near_rows", "row_tile", "row_tiles"]
+__all__ = ["TILE_ELEMENTS", "cut", "every", "most_layers", "near_rows", "row_tile", "row_tiles"]
 
 _LEAST_ROWS = 1024
-_ELEMENTS = {"cpu": 1 << 20, "cuda": 1 << 27}
-"""Weights of a tile by type of device. Fewer would save memory, but a column of few rows takes no less time than the
-calls for it, on a GPU much more than on a CPU."""
+TILE_ELEMENTS = {"cpu": 1 << 20, "cuda": 1 << 27}
+"""Weights of a tile by type of device, where nothing else is asked for. Fewer would save memory, but a column of few
+rows takes no less time than the calls for it, on a GPU much more than on a CPU."""
 _NEAR_ELEMENTS = 1 << 18
 """Elements on which a CPU works at once. With more, every operation of an elementwise chain would fetch them from
 memory again."""
@@ -46,7 +47,7 @@ def every(size: int, width: int) -> list[slice]:
     return [slice(start, min(start + width, size)) for start in range(0, size, width)]
 
 
-def most_layers(num_rows: int, num_columns: int, device_type: str) -> int:
+def most_layers(num_rows: int, num_columns: int, tile_elements: int) -> int:
     """Return how many layers of equal shape are solved side by side at most.
 
     Neither the weights of that many layers nor their Hessians have more elements than a tile, unless those of a single
@@ -55,40 +56,40 @@ def most_layers(num_rows: int, num_columns: int, device_type: str) -> int:
     Args:
         num_rows: Rows of a layer.
         num_columns: Columns of a layer.
-        device_type: Type of the device, "cpu" or "cuda".
+        tile_elements: Weights of a tile.
 
     Returns:
         The number of layers, at least 1.
     """
-    return max(1, _ELEMENTS[device_type] // (max(num_rows, num_columns) * num_columns))
+    return max(1, tile_elements // (max(num_rows, num_columns) * num_columns))
 
 
-def row_tile(num_columns: int, device_type: str) -> int:
+def row_tile(num_columns: int, tile_elements: int) -> int:
     """Return how many rows are solved at once at most.
 
     Args:
         num_columns: Columns of the layer.
-        device_type: Type of the device, "cpu" or "cuda".
+        tile_elements: Weights of a tile.
 
     Returns:
         The number of rows.
     """
-    return max(_LEAST_ROWS, _ELEMENTS[device_type] // num_columns)
+    return max(_LEAST_ROWS, tile_elements // num_columns)
 
 
-def row_tiles(num_rows: int, num_columns: int, device_type: str, copies: int = 1) -> list[slice]:
+def row_tiles(num_rows: int, num_columns: int, tile_elements: int, copies: int = 1) -> list[slice]:
     """Return the tiles in which the rows of a layer are solved.
 
     Args:
         num_rows: Rows of the layer.
         num_columns: Columns of the layer.
-        device_type: Type of the device, "cpu" or "cuda".
+        tile_elements: Weights of a tile.
         copies: How many copies of each of its rows a tile holds.
 
     Returns:
         The rows of each tile, in order.
     """
-    return cut(num_rows, -(-num_rows * copies // row_tile(num_columns, device_type)))
+    return cut(num_rows, -(-num_rows * copies // row_tile(num_columns, tile_elements)))
 
 
 def near_rows(X: "torch.Tensor") -> list[slice]:

@@ -42,9 +42,21 @@ class SavingAttention(TorchFunctionMode):
         args, kwargs = _with_all_heads(args, kwargs)
         output = func(*args, **kwargs)
         if output.grad_fn is not None and torch.are_deterministic_algorithms_enabled():
-            output.grad_fn.register_prehook(lambda *_: torch.use_deterministic_algorithms(True))
-            output.grad_fn.register_hook(lambda *_: torch.use_deterministic_algorithms(True, warn_only=True))
+            node = _node_of_attention(output.grad_fn)
+            node.register_prehook(lambda *_: torch.use_deterministic_algorithms(True))
+            node.register_hook(lambda *_: torch.use_deterministic_algorithms(True, warn_only=True))
         return output
+
+
+def _node_of_attention(last: Any) -> Any:
+    """Return the node whose backward pass is that of attention; the last one where no kernel of its own was taken.
+
+    Kernels that want heads of a multiple of 8 numbers are given padded ones, and what was padded is cut off behind.
+    """
+    node = last
+    while node is not None and "Attention" not in node.name():
+        node = node.next_functions[0][0] if node.next_functions else None
+    return last if node is None else node
 
 
 def _with_all_heads(args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:

@@ -26,16 +26,16 @@ _LEAST_GAIN = 2e-3
 """Share of the layer error that a β must save on the sample, beyond one standard error, to be used."""
 
 
-def sample_tiles(num_rows: int, num_columns: int, device_type: str, num_input_groups: int = 1) -> list[slice]:
+def sample_tiles(num_rows: int, num_columns: int, tile_elements: int, num_input_groups: int = 1) -> list[slice]:
     """Cut the sampled rows of input groups side by side into tiles, each solved under all candidates at once.
 
     Args:
         num_rows: Rows of all members of an input group together.
         num_columns: Number of their inputs.
-        device_type: "cpu" or "cuda".
+        tile_elements: Weights of a tile.
         num_input_groups: Number of input groups side by side.
     """
-    return row_tiles(num_sample_rows(num_rows), num_columns, device_type, copies=num_input_groups * NUM_CANDIDATES)
+    return row_tiles(num_sample_rows(num_rows), num_columns, tile_elements, copies=num_input_groups * NUM_CANDIDATES)
 
 
 def try_betas(input_groups: InputGroups, W: torch.Tensor, tile: slice) -> torch.Tensor:
@@ -91,5 +91,5 @@ def search(input_groups: InputGroups, W: torch.Tensor) -> InputGroups:
         input_groups: The input groups, prepared from all rows, their β open.
         W: Weights of all members of each, float32 [B, R, C].
     """
-    tiles = sample_tiles(W.shape[1], W.shape[2], W.device.type, len(W))
+    tiles = sample_tiles(W.shape[1], W.shape[2], input_groups.recipe.tile_elements_on(W.device), len(W))
     return choose(input_groups, torch.cat([try_betas(input_groups, W, tile) for tile in tiles], dim=-1))

@@ -12,7 +12,7 @@ from astro.linalg.batching import batches, stacked
 from astro.quantization.grid import QuantizedLinear
 from astro.quantization.input_group import quantize_input_groups
 from astro.quantization.layer_record import LayerRecord
-from astro.quantization.row_solver import InputMoments, Recipe
+from astro.quantization.recipe import InputMoments, Recipe
 
 __all__ = ["COUNTED", "apart", "quantize_block", "side_by_side"]
 
@@ -44,9 +44,9 @@ def quantize_block(
     quantized: dict[str, QuantizedLinear] = {}
     records: list[LayerRecord] = []
     shapes = {name: (weight.shape[0], weight.shape[1]) for name, weight in weights.items()}
-    device_type = next(iter(weights.values())).device.type if weights else "cpu"
+    tile_elements = recipe.tile_elements_on(next(iter(weights.values())).device) if weights else 1
     remaining = iter(statistics)
-    for batch in side_by_side(input_groups, shapes, schemes, device_type):
+    for batch in side_by_side(input_groups, shapes, schemes, tile_elements):
         of_batch = list(itertools.islice(remaining, len(batch)))
         H, tokens = stacked([inputs.H for inputs in of_batch]), [inputs.num_tokens for inputs in of_batch]
         moments = InputMoments(H, lacks_statistics=[inputs.fallback == "rtn" for inputs in of_batch])
@@ -67,7 +67,7 @@ def side_by_side(
     input_groups: Sequence[Sequence[str]],
     shapes: Mapping[str, tuple[int, int]],
     schemes: Mapping[str, LayerScheme],
-    device_type: str,
+    tile_elements: int,
 ) -> list[range]:
     """Find which input groups are solved side by side: neighbours of one shape with the same grids.
 
@@ -75,7 +75,7 @@ def side_by_side(
         input_groups: Names of the layers that share an input, for each input.
         shapes: Rows and columns of each layer by name.
         schemes: The grid of each layer by name.
-        device_type: "cpu" or "cuda".
+        tile_elements: Weights of a tile.
 
     Returns:
         Indices of the input groups of each batch, in order.
@@ -84,7 +84,7 @@ def side_by_side(
     for names in input_groups:
         members = tuple((schemes[name], shapes[name]) for name in names)
         kinds.append((members, sum(rows for _, (rows, _) in members), shapes[names[0]][1]))
-    return batches(kinds, device_type)
+    return batches(kinds, tile_elements)
 
 
 def apart(

@@ -17,15 +17,8 @@ from astro.linalg.tiling import row_tiles
 from astro.quantization import beta_search
 from astro.quantization.grid import Grid, QuantizedLinear
 from astro.quantization.layer_record import LayerRecord
-from astro.quantization.row_solver import (
-    InputGroupOutcome,
-    InputMoments,
-    Recipe,
-    SolvedRows,
-    measure_width,
-    prepare_input_groups,
-    solve_rows,
-)
+from astro.quantization.recipe import InputGroupOutcome, InputMoments, Recipe, SolvedRows
+from astro.quantization.row_solver import measure_width, prepare_input_groups, solve_rows
 
 __all__ = ["merge_rows", "quantize_input_groups", "stack"]
 
@@ -73,7 +66,7 @@ def quantize_input_groups(
     prepared = prepare_input_groups(names, W, inputs, scheme, recipe)
     if prepared.beta is None:
         prepared = beta_search.search(prepared, W)
-    tiles = row_tiles(W.shape[1], W.shape[2], W.device.type, copies=len(W))
+    tiles = row_tiles(W.shape[1], W.shape[2], recipe.tile_elements_on(W.device), copies=len(W))
     solved = [solve_rows(prepared, W[:, rows]) for rows in tiles]
     errors = {bits: measure_width(prepared, W, bits) for bits in widths}
     rows = [[(name, len(weight)) for name, weight in members.items()] for members in input_groups]

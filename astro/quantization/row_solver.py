@@ -12,22 +12,18 @@ from collections.abc import Sequence
 
 import torch
 
-from astro.config import LayerScheme, Regularizer, SolverSettings
+from astro.config import LayerScheme
 from astro.linalg.cholesky import Factor, factorize
 from astro.linalg.symmetric import layer_error
 from astro.quantization import gptq, regularizer
 from astro.quantization.grid import Grid, QuantizedLinear, fit_grid, grouped, require_finite_scales
+from astro.quantization.recipe import Figures, InputGroupOutcome, InputMoments, Recipe, SolvedRows
 from astro.quantization.refine import refine
 from astro.quantization.regularizer import Problem, mean_group_maximum
 from astro.timing import timed
 
 __all__ = [
-    "Figures",
-    "InputGroupOutcome",
     "InputGroups",
-    "InputMoments",
-    "Recipe",
-    "SolvedRows",
     "compensate",
     "factor_input_groups",
     "measure_width",
@@ -43,88 +39,6 @@ __all__ = [
 _SAMPLED_ROWS = 128
 """Rows, evenly spaced over the input group, that β and widths are measured on; where there are few, one in eight."""
 _TINY = torch.finfo(torch.float32).tiny
-
-
-@dataclasses.dataclass(frozen=True)
-class Recipe:
-    """How layers are quantized, apart from their grids: the same for all layers of a block.
-
-    Attributes:
-        solver: How weights are put on their grid.
-        regularizer: What is done to the weights before.
-        scale_dtype: Dtype in which scales are stored.
-    """
-
-    solver: SolverSettings
-    regularizer: Regularizer
-    scale_dtype: torch.dtype
-
-
-@dataclasses.dataclass(frozen=True)
-class InputMoments:
-    """What calibration learned of the inputs of input groups side by side.
-
-    Attributes:
-        H: Weighted mean of xxᵀ over the calibration tokens, float32 [B, C, C].
-        drift: Weighted mean of (x_s − x)xᵀ, x_s the same tokens' inputs in the source model, float32 [B, C, C]; None
-            where errors made before are not made up for.
-        lacks_statistics: Which input groups have no statistics, their H being the identity; where it is empty, none.
-    """
-
-    H: torch.Tensor
-    drift: torch.Tensor | None = None
-    lacks_statistics: Sequence[bool] = ()
-
-
-@dataclasses.dataclass(frozen=True)
-class Figures:
-    """What is measured of each row, float32 [B, R].
-
-    Attributes:
-        error: The layer error ‖(ŵ − w)X‖².
-        energy: What it is relative to, ‖wX‖².
-        maximum_before: Mean group maximum of the original weights.
-        maximum_after: Mean group maximum of the regularized weights.
-    """
-
-    error: torch.Tensor
-    energy: torch.Tensor
-    maximum_before: torch.Tensor
-    maximum_after: torch.Tensor
-
-
-@dataclasses.dataclass(frozen=True)
-class SolvedRows:
-    """Some rows on their grid.
-
-    Attributes:
-        Q: The integers, int8 [B, R, C].
-        grid: Scale and zero point of each group of columns.
-        figures: What was measured of each row.
-    """
-
-    Q: torch.Tensor
-    grid: Grid
-    figures: Figures
-
-
-@dataclasses.dataclass(frozen=True)
-class InputGroupOutcome:
-    """What was decided for all rows of an input group.
-
-    Attributes:
-        beta: Strength of the regularization.
-        beta_gain: Share of the sampled rows' error before refinement that it saved against 0; 0 if not searched.
-        damping: Share of the mean diagonal that the Hessian needed.
-        factorizations: Number of factorizations that were tried.
-        seconds: Time by phase.
-    """
-
-    beta: float
-    beta_gain: float
-    damping: float
-    factorizations: int
-    seconds: dict[str, float]
 
 
 @dataclasses.dataclass(frozen=True)

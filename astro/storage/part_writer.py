@@ -64,8 +64,12 @@ class PartWriter:
             while self._unfinished:
                 self._finish_oldest()
         finally:
-            while self._unfinished:
-                self._unfinished.popleft().exception()
+            self.give_up()
+
+    def give_up(self) -> None:
+        """Wait until nothing is written any more, whether that worked or not: who began it has failed."""
+        while self._unfinished:
+            self._unfinished.popleft().exception()
 
     def _finish_oldest(self) -> None:
         self._unfinished.popleft().result()

@@ -12,8 +12,10 @@ import yaml
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from astro.config import Experts, Quantization, Regularizer, SolverSettings
+from astro.linalg.tiling import TILE_ELEMENTS
 
 __all__ = [
+    "MOST_TILE_WEIGHTS",
     "CalibrationConfig",
     "ExecutionConfig",
     "ModelConfig",
@@ -54,6 +56,8 @@ _SAMPLES, _HOLDOUT_SAMPLES, _SEQUENCE_LENGTH = 128, 16, 2048
 """What `samples` and `holdout_samples` are where they are left to the text and it has enough."""
 _SHARE_TOLERANCE = 0.011
 """How far the sum of shares may be from 1, so that three times 0.33 is right."""
+MOST_TILE_WEIGHTS = 1 << 30
+"""The largest tile. Libraries count the elements of an array in 31 bits, and a solve holds nine such arrays."""
 _REPOSITORY = re.compile(r"[\w.-]+/[\w.-]+")
 
 
@@ -195,7 +199,7 @@ class CalibrationConfig(_Section):
 class ExecutionConfig(_Section):
     """The section `execution` says who does the work, and in which order.
 
-    The keys up to `compile` can change the bytes of the result; those after it cannot.
+    The keys up to `tile_weights` can change the bytes of the result; those after it cannot.
     """
 
     mode: Literal["blocks", "sequential"] = "blocks"
@@ -217,6 +221,10 @@ class ExecutionConfig(_Section):
     """How the innermost loops of the solver run: `false` as single operations, `true` compiled by torch.compile, and
     `kernels` as kernels that are written for them, on GPUs only. Both build code on every node, which needs a C++
     compiler there. `auto` is `kernels` on GPUs and `false` on CPUs."""
+    tile_weights: int | Literal["auto"] = "auto"
+    """The number of weights that a GPU solves at once; more take more memory and fewer steps, above all for experts.
+    `auto` is the largest of 2³⁰, 2²⁹ and 2²⁸ with which a worker fits into `device_memory_gb`, and else 2²⁷. A CPU does
+    not go by it."""
 
     executor: Literal["ray", "local"] = "ray"
     """Where the workers live: `ray` starts actors on a cluster, `local` computes in this process, for debugging."""
@@ -227,8 +235,9 @@ class ExecutionConfig(_Section):
     """The kind of device that workers compute on; `auto` is `cuda` where the cluster has GPUs, or, with the local
     executor, this machine."""
     device_memory_gb: float | None = Field(None, gt=0)
-    """The memory of a worker's device in gigabytes (1e9 bytes), such as 80 for an H100. `chunk_samples: auto` goes by
-    it. It is not read off the devices, so that the result does not depend on which are found."""
+    """The memory of a worker's device in gigabytes (1e9 bytes), such as 80 for an H100. `chunk_samples: auto` and
+    `tile_weights: auto` go by it. It is not read off the devices, so that the result does not depend on which are
+    found."""
     ray_address: str = "auto"
     """The address of the Ray cluster. `auto` is the cluster in the variable RAY_ADDRESS, which `ray job submit` sets,
     or a private one on this machine where it is not set."""
@@ -255,12 +264,26 @@ class ExecutionConfig(_Section):
             return "kernels"
         return "compiled" if self.compile is True else "plain"
 
+    def tile_elements(self, device_type: str) -> int:
+        """Return the number of weights that workers solve at once, once `auto` is settled by the plan.
+
+        Args:
+            device_type: The kind of device that they compute on, "cpu" or "cuda".
+        """
+        if device_type == "cpu" or self.tile_weights == "auto":
+            return TILE_ELEMENTS[device_type]
+        return self.tile_weights
+
     @model_validator(mode="after")
     def _check(self) -> "ExecutionConfig":
         if isinstance(self.workers, int) and self.workers < 1:
             raise ValueError(f"workers: expected auto or at least 1, got {self.workers}")
         if isinstance(self.threads_per_worker, int) and self.threads_per_worker < 1:
             raise ValueError(f"threads_per_worker: expected auto or at least 1, got {self.threads_per_worker}")
+        if self.tile_weights != "auto" and not TILE_ELEMENTS["cpu"] <= self.tile_weights <= MOST_TILE_WEIGHTS:
+            raise ValueError(
+                f"tile_weights: expected auto or {TILE_ELEMENTS['cpu']} to {MOST_TILE_WEIGHTS}, got {self.tile_weights}"
+            )
         if self.call_timeout_s != "auto" and not self.call_timeout_s > 0:  # NaN is not
             raise ValueError(f"call_timeout_s: expected auto or more than 0, got {self.call_timeout_s}")
         if self.mode == "sequential" and self.rounds > 1:
@@ -359,6 +382,8 @@ class RunConfig(_Section):
         }
         if deciding["execution"]["threads_per_worker"] == "auto":  # on GPUs the number of a node decides nothing
             deciding["execution"]["threads_per_worker"] = self.execution.cpu_threads
+        if deciding["execution"]["tile_weights"] == "auto":  # no memory is named by which it could be settled
+            deciding["execution"]["tile_weights"] = self.execution.tile_elements("cuda")
         return deciding
 
     def to_yaml(self) -> str:

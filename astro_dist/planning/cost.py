@@ -74,7 +74,8 @@ class CostModel:
         """
         self._device_type = device_type
         loops = config.execution.column_loops(device_type)
-        self._solve = SolveCost(config.quantization, config.regularizer, device_type, loops)
+        self._tile_elements = config.execution.tile_elements(device_type)
+        self._solve = SolveCost(config.quantization, config.regularizer, self._tile_elements, loops)
         self._batches_of: dict[int, list[PredictedInputGroup]] = {}
         self._plan, self._tokens, self._itemsize = plan, dict(chunk_tokens), dtype.itemsize
         self._shares = shares(list(chunk_tokens), config.execution.hessian_shares)
@@ -280,7 +281,7 @@ class CostModel:
     def _batches(self, unit: BlockUnit) -> list[PredictedInputGroup]:
         if unit.index not in self._batches_of:
             input_groups = predicted_input_groups(unit.linears, self._plan.expert_share)
-            self._batches_of[unit.index] = together(input_groups, self._device_type)
+            self._batches_of[unit.index] = together(input_groups, self._tile_elements)
         return self._batches_of[unit.index]
 
     def _parts(self, batches: list[PredictedInputGroup], index: int) -> BatchParts:

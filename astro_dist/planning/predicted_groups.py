@@ -66,12 +66,12 @@ def predicted_input_groups(linears: Iterable[LinearLayer], expert_share: float) 
     return list(input_groups.values())
 
 
-def together(input_groups: Sequence[PredictedInputGroup], device_type: str) -> list[PredictedInputGroup]:
+def together(input_groups: Sequence[PredictedInputGroup], tile_elements: int) -> list[PredictedInputGroup]:
     """Put input groups of equal stage and shape side by side, as they are solved.
 
     Args:
         input_groups: Input groups of a block.
-        device_type: Type of the device, "cpu" or "cuda".
+        tile_elements: Weights of a tile.
 
     Returns:
         The input groups that are solved together, each with its count.
@@ -79,7 +79,7 @@ def together(input_groups: Sequence[PredictedInputGroup], device_type: str) -> l
     batched = []
     for stage in stages_of(input_groups):
         shapes = [(input_groups[i].reach, input_groups[i].rows, input_groups[i].columns) for i in stage]
-        for batch in batches(shapes, device_type):
+        for batch in batches(shapes, tile_elements):
             batched.append(dataclasses.replace(input_groups[stage[batch.start]], count=len(batch)))
     return batched
 

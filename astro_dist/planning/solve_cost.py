@@ -55,27 +55,27 @@ class SolveCost:
     """Counts what the solve of a batch takes."""
 
     def __init__(
-        self, quantization: Quantization, regularization: Regularizer, device_type: str, loops: ColumnLoops
+        self, quantization: Quantization, regularization: Regularizer, tile_elements: int, loops: ColumnLoops
     ) -> None:
         """Look at the settings of a run.
 
         Args:
             quantization: Grids and solver.
             regularization: What is done to the weights before they are rounded.
-            device_type: Type of the device, "cpu" or "cuda".
+            tile_elements: Weights of a tile.
             loops: How the innermost loops run.
         """
         self._quantization, self._regularization = quantization, regularization
-        self._device_type = device_type
+        self._tile_elements = tile_elements
         self._column_steps = _COLUMN_STEPS[loops]
 
     def tiles(self, batch: PredictedInputGroup) -> list[slice]:
         """Return the tiles of all rows."""
-        return row_tiles(batch.rows, batch.columns, self._device_type, copies=batch.count)
+        return row_tiles(batch.rows, batch.columns, self._tile_elements, copies=batch.count)
 
     def sample_tiles(self, batch: PredictedInputGroup) -> list[slice]:
         """Return the tiles of the sampled rows; none where β is not searched."""
-        tiles = sample_tiles(batch.rows, batch.columns, self._device_type, batch.count)
+        tiles = sample_tiles(batch.rows, batch.columns, self._tile_elements, batch.count)
         return tiles if self._regularization.is_searched else []
 
     def whole(self, batch: PredictedInputGroup, round_index: int) -> Work:

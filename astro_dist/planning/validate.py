@@ -29,6 +29,7 @@ from astro_dist.planning.devices import DEVICES, measure, memory_shortage, reser
 from astro_dist.planning.estimate import Estimate, estimate
 from astro_dist.planning.left_out import exact_expert_notes, zero_expert_notes
 from astro_dist.planning.source_notes import source_notes
+from astro_dist.planning.tile_size import settle_tiles, tile_note
 from astro_dist.planning.units import Plan
 from astro_dist.source.calibration_text import TokenChunks, read_texts, tokenize
 from astro_dist.source.model_info import BaseModel, read_base_model
@@ -88,7 +89,8 @@ def prepare(config: RunConfig, commit: str | None = None) -> Prepared:
     plan = make_plan(checkpoint, skeleton, config.quantization)
     plan = dataclasses.replace(plan, hidden_size=rehearse(skeleton))
     is_open = config.calibration.chunk_samples == "auto"
-    config = settle_chunks(config, plan, checkpoint)
+    asked_tile = config.execution.tile_weights
+    config = settle_tiles(settle_chunks(config, plan, checkpoint), plan, checkpoint)
     linears = {linear.name: linear for unit in plan.blocks for linear in unit.linears}
     if config.quantization.bits == "auto":
         require_affordable(config.quantization, {name: c.rows * c.columns for name, c in linears.items()})
@@ -116,6 +118,8 @@ def prepare(config: RunConfig, commit: str | None = None) -> Prepared:
         )
     if is_open:
         notes.append(chunk_note(config, plan, checkpoint))
+    if config.execution.tile_weights != asked_tile:
+        notes.append(tile_note(config))
     notes += [f"calibration.source {name} is not there: `quantize` will refuse" for name in _missing_texts(config)]
     untied = untied_weights(skeleton, checkpoint, plan.outside)
     if untied:

@@ -59,7 +59,8 @@ class WorkerMemory:
         self._summed_itemsize = summed_dtype(dtype, device_type, is_weighted).itemsize
         self._forward = ForwardMemory(plan, calibration.longest_sequence, dtype, device_type)
         share = plan.expert_share
-        self._batches = [together(predicted_input_groups(unit.linears, share), device_type) for unit in plan.blocks]
+        self._tile_elements = tile = config.execution.tile_elements(device_type)
+        self._batches = [together(predicted_input_groups(unit.linears, share), tile) for unit in plan.blocks]
 
     def bytes(self, sequences: int) -> int:
         """Return the most that a worker holds, in bytes: of a GPU's memory, or, without one, of the machine's.
@@ -123,7 +124,7 @@ class WorkerMemory:
         return int(max(weights * self._itemsize, unit.held_bytes) + max(hessians + phase, loading))
 
     def _solving_bytes(self, batch: PredictedInputGroup) -> float:
-        tile = min(batch.count * batch.rows, row_tile(batch.columns, self._device_type))
+        tile = min(batch.count * batch.rows, row_tile(batch.columns, self._tile_elements))
         # In mode `sequential` the Hessian itself, and the drift; experts have none.
         squares = _SQUARES + self._sequential + (self._compensated and batch.reach == 1)
         return 4.0 * (squares * batch.square + batch.weights + _TILES * tile * batch.columns)

@@ -1,6 +1,5 @@
 """The block that a worker holds on its device, and the hidden states that pass through it."""
 
-import platform
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import Future
 from contextlib import contextmanager
@@ -9,32 +8,30 @@ from typing import Any
 
 import torch
 
-from astro.errors import CheckpointError, RunError
+from astro.errors import CheckpointError
 from astro.formats import LAYOUTS
-from astro.formats.block_shard import kept_keys, pack_block, unpack_block
+from astro.formats.block_shard import kept_keys, pack_block
 from astro.model.activations import BlockLayers
 from astro.model.block_call import BlockState, forward
 from astro.model.call_file import Recording
 from astro.model.skeleton import Skeleton
 from astro.process import return_freed_memory
 from astro.quantization.grid import QuantizedLinear
-from astro.quantization.row_solver import Recipe
-from astro.storage.atomic import load_tensors, save_tensors
-from astro.storage.byte_store import FolderStore
+from astro.quantization.recipe import Recipe
+from astro.storage.atomic import save_tensors
 from astro.storage.checked_tensors import load_part
-from astro.storage.checkpoint import Checkpoint
 from astro.storage.device_copies import DeviceCopies
 from astro.storage.part_writer import PartWriter
 from astro_dist.planning.devices import reads_weights_ahead
 from astro_dist.planning.units import BlockUnit
-from astro_dist.run_directory.layer_widths import layer_schemes
-from astro_dist.run_directory.local_activations import require_same_activations
-from astro_dist.schedule.names import ORIGINAL, block_unit, is_held_out, round_of_stream
+from astro_dist.schedule.names import ORIGINAL, is_held_out
 from astro_dist.worker.device_check import require_memory
-from astro_dist.worker.hidden_samples import keep_sample
-from astro_dist.worker.prefetch import Prefetch, ReadAhead
+from astro_dist.worker.hidden_samples import sample_of
+from astro_dist.worker.prefetch import Prefetch
 from astro_dist.worker.recorded_calls import RecordedCalls
+from astro_dist.worker.same_files import require_same_files
 from astro_dist.worker.spec import WorkerSpec
+from astro_dist.worker.stored_weights import StoredWeights
 
 __all__ = ["BlockRunner"]
 
@@ -62,23 +59,14 @@ class BlockRunner:
             RunError: This machine does not see the run directory, sees another source than the driver, or has too
                 little memory.
         """
-        self.spec = spec
-        self.device = torch.device(spec.device)
-        if not (spec.run.root / "run.json").is_file():
-            raise RunError(
-                f"{platform.node()}: does not see {spec.run.root}; output.dir must be a folder all nodes see"
-            )
-        if spec.run.local is not None:
-            require_same_activations(spec.run.local, spec.activations_stamp)
+        self.spec, self.device = spec, torch.device(spec.device)
+        require_same_files(spec)
         require_memory(spec.needed_bytes, self.device)
-        self.checkpoint, store = spec.checkpoint, spec.checkpoint.store
-        if store.revision is None and Checkpoint.open(store).fingerprint() != spec.fingerprint:
-            raise RunError(f"{platform.node()}: {store} is not the checkpoint that the driver sees under this path")
+        self.checkpoint = spec.checkpoint
         self.skeleton = Skeleton(spec.folder, spec.compute_dtype, spec.trust_remote_code)
-        self._copies = DeviceCopies(self.device)
-        self._prefetch = Prefetch(self._copies)
-        self._weights_ahead: ReadAhead[int, dict[str, torch.Tensor]] = ReadAhead()
-        self._writer = PartWriter(self._copies)
+        copies = DeviceCopies(self.device)
+        self._prefetch, self._writer = Prefetch(copies), PartWriter(copies)
+        self._weights = StoredWeights(spec, self.device, copies)
         self._tokens: dict[str, torch.Tensor] | None = None
         self._loaded: tuple[str, int] | None = None
         self._layers: tuple[int, BlockLayers] | None = None
@@ -107,7 +95,7 @@ class BlockRunner:
         if self._loaded == (stream, index):
             return unit
         self.close()
-        tensors = self._read_source(unit) if stream == ORIGINAL else self._read_result(stream, unit)
+        tensors = self._weights.of_source(unit) if stream == ORIGINAL else self._weights.of_result(stream, unit)
         block = self.skeleton.blocks[index]
         self.skeleton.load(block, tensors, self.device)
         self.skeleton.require_filled(block, unit.name)
@@ -122,15 +110,13 @@ class BlockRunner:
     def expect_block(self, index: int) -> None:
         """Begin to read the weights of a block of the source that will probably be loaded next, where there is room.
 
-        The memory of the host is free for them while a GPU solves. Where the solve is done in that memory they are not
-        read ahead.
+        The memory of the host is free for them while a GPU solves; a CPU solves in it.
 
         Args:
             index: Index of the block.
         """
         if reads_weights_ahead(self.device.type):
-            keys = self.spec.plan.blocks[index].keys
-            self._weights_ahead.expect(index, lambda: self._copies.pinned(self.checkpoint.read(keys)))
+            self._weights.expect(self.spec.plan.blocks[index])
 
     def close(self) -> None:
         """Take the block off the device."""
@@ -149,9 +135,8 @@ class BlockRunner:
             with_block: Block of the source that is loaded with them, if any.
         """
         self.close()
-        self._weights_ahead.forget()
         skeleton = self.skeleton
-        tensors = self._read_outside() | self.checkpoint.read(with_block.keys if with_block else ())
+        tensors = self._weights.outside() | self.checkpoint.read(with_block.keys if with_block else ())
         skeleton.load(skeleton.model, tensors, self.device)
         skeleton.tie()
         try:
@@ -200,7 +185,7 @@ class BlockRunner:
         spec = self.spec
         layout_dtype: torch.dtype | None = LAYOUTS[spec.quantization.format].SCALE_DTYPE
         scale_dtype = layout_dtype if layout_dtype is not None else self._stored_dtype(unit)
-        return Recipe(spec.quantization, spec.regularization, scale_dtype)
+        return Recipe(spec.quantization, spec.regularization, scale_dtype, spec.tile_elements)
 
     def _stored_dtype(self, unit: BlockUnit) -> torch.dtype:
         """Dtype of a block's weights in the source."""
@@ -326,7 +311,7 @@ class BlockRunner:
         path = self.spec.run.hidden(stream, index, chunk)
         if not path.exists():
             if index and is_held_out(chunk):
-                keep_sample(self.spec.run, stream, index, chunk, state.hidden)
+                self.begin_writing(self.spec.run.sample(stream, index, chunk), sample_of(state.hidden))
             self.begin_writing(path, {_HIDDEN: state.hidden, **state.others})
 
     def begin_writing(self, path: Path, tensors: Mapping[str, torch.Tensor], note: str = "") -> None:
@@ -355,34 +340,11 @@ class BlockRunner:
         """
         self._writer.finish()
 
+    def give_up_writing(self) -> None:
+        """Wait until nothing is written any more: the call that began it has failed."""
+        self._writer.give_up()
+
     def _tokens_of(self, chunk: str) -> torch.Tensor:
         if self._tokens is None:
             self._tokens, _ = load_part(self.spec.run.tokens)
         return self._tokens[chunk]
-
-    def _read_source(self, unit: BlockUnit) -> dict[str, torch.Tensor]:
-        """The tensors of a block of the source, which may have been read already."""
-        tensors = self._weights_ahead.take(unit.index)  # those of another block are let go of
-        return self.checkpoint.read(unit.keys) if tensors is None else tensors
-
-    def _read_outside(self) -> dict[str, torch.Tensor]:
-        """Read embeddings, norm and head; of a remote source from what was copied of it already."""
-        wanted, tensors = set(self.spec.plan.outside), dict[str, torch.Tensor]()
-        for unit in self.spec.plan.copies:
-            is_near = isinstance(self.checkpoint.store, FolderStore)
-            if not is_near and wanted.intersection(unit.keys) and self.spec.run.finished(unit.name):
-                copied, _ = load_tensors(self.spec.run.model / unit.file)
-                tensors |= {key: copied[key] for key in wanted.intersection(copied)}
-        return tensors | self.checkpoint.read(wanted - tensors.keys())
-
-    def _read_result(self, stream: str, unit: BlockUnit) -> dict[str, torch.Tensor]:
-        round_index = round_of_stream(stream)
-        assert round_index is not None
-        self._weights_ahead.forget()
-        self.spec.run.require_intact(block_unit(round_index, unit.index))
-        tensors, _ = load_tensors(self.spec.run.shard(round_index, unit.file))
-        by_name = layer_schemes(self.spec.run, self.spec.quantization, unit, round_index)
-        schemes = {linear: by_name[linear.name] for linear in unit.linears}
-        layout = LAYOUTS[self.spec.quantization.format]
-        shapes = {key: self.checkpoint.entries[key].shape for key in unit.keys}
-        return unpack_block(layout, schemes, tensors, shapes, self.spec.compute_dtype, self.device)

@@ -1,4 +1,4 @@
-"""Whether loops can be compiled on a worker's machine, found out on tiny layers before any block is begun."""
+"""Whether the innermost loops can run on a worker's machine, found out on tiny layers before any block is begun."""
 
 import platform
 import shutil
@@ -12,10 +12,13 @@ import torch
 from astro.config import LayerScheme
 from astro.errors import NumericalError, RunError
 from astro.linalg import compiled
+from astro.process import says_out_of_memory
 from astro.quantization import beta_search
-from astro.quantization.row_solver import InputMoments, Recipe, prepare_input_groups, solve_rows
+from astro.quantization.column_ops import require_kernels
+from astro.quantization.recipe import InputMoments, Recipe
+from astro.quantization.row_solver import prepare_input_groups, solve_rows
 
-__all__ = ["require_compiler", "warm_up"]
+__all__ = ["require_loops"]
 
 _COMPILERS = {"cpu": ("g++", "clang++", "c++"), "cuda": ("gcc", "clang", "cc")}
 """Compilers of which torch.compile needs one, by type of device: for C++ on a CPU, for C on a GPU, where Triton builds
@@ -24,15 +27,37 @@ _COLUMNS, _ROWS, _GROUP_SIZE = 64, 24, 16
 """Size of the layer that is solved. No two of its sizes are equal, or a compiler could take them for the same."""
 
 
-def require_compiler(device: torch.device) -> None:
-    """Compile a tiny function for a device, which takes seconds. What was compiled before and kept on disk is not used.
+def require_loops(loops: compiled.ColumnLoops, recipe: Recipe, device: torch.device, warms_up: bool) -> None:
+    """Choose how the innermost loops run in this thread, and make sure that they can.
 
     Args:
+        loops: How they run.
+        recipe: How the layers of the run are quantized.
         device: Device of the worker.
+        warms_up: Whether all loops that torch.compile is to compile are compiled now, which takes up to a minute, and
+            not only a tiny function. Kernels take seconds, so they are always compiled.
 
     Raises:
-        RunError: It does not work; the message names this machine and says what is missing.
+        RunError: They cannot; the message names this machine and says what is missing.
     """
+    compiled.use(loops)
+    if loops == "kernels":
+        _require_kernels(device)
+    if loops == "compiled":
+        _require_compiler(device)
+    if loops == "kernels" or (loops == "compiled" and warms_up):
+        _warm_up(recipe, device)
+
+
+def _require_kernels(device: torch.device) -> None:
+    try:
+        require_kernels(device)
+    except NumericalError as error:
+        raise RunError(f"{platform.node()}: {error}") from error
+
+
+def _require_compiler(device: torch.device) -> None:
+    """Compile a tiny function, which takes seconds. What was compiled before and kept on disk is not used."""
     X = torch.ones(4, 3, device=device)
     from torch._inductor.utils import fresh_cache  # late, because it imports for seconds
 
@@ -40,23 +65,19 @@ def require_compiler(device: torch.device) -> None:
         _compiled(lambda: _difference(X, X), device)
 
 
-def warm_up(recipe: Recipe, device: torch.device) -> None:
-    """Compile the loops of the solver on a tiny layer, as the blocks of the run will want them.
-
-    Args:
-        recipe: How the layers of the run are quantized.
-        device: Device of the worker.
-
-    Raises:
-        RunError: It does not work; the message names this machine and says what is missing.
-    """
+def _warm_up(recipe: Recipe, device: torch.device) -> None:
+    """Compile the loops of the solver on a tiny layer, as the blocks of the run will want them."""
     generator = torch.Generator().manual_seed(0)
     W = torch.randn(1, _ROWS, _COLUMNS, generator=generator).to(device)
     inputs = InputMoments(torch.eye(_COLUMNS, device=device)[None] + 0.1)
-    prepared = prepare_input_groups(["warm-up"], W, inputs, LayerScheme(group_size=_GROUP_SIZE), recipe)
-    if prepared.beta is None:
-        prepared = beta_search.search(prepared, W)
-    _compiled(lambda: solve_rows(prepared, W), device)
+
+    def solve() -> None:
+        prepared = prepare_input_groups(["warm-up"], W, inputs, LayerScheme(group_size=_GROUP_SIZE), recipe)
+        if prepared.beta is None:
+            prepared = beta_search.search(prepared, W)  # which is the first to round columns
+        solve_rows(prepared, W)
+
+    _compiled(solve, device)
 
 
 @compiled.fused
@@ -68,9 +89,9 @@ def _difference(A: torch.Tensor, B: torch.Tensor) -> torch.Tensor:
 def _compiled(action: Callable[[], object], device: torch.device) -> None:
     try:
         action()
-    except torch.OutOfMemoryError:
-        raise
     except Exception as error:  # compilers of several projects have errors of their own
+        if isinstance(error, MemoryError) or says_out_of_memory(str(error)):
+            raise
         missing = "; ".join(_missing(device)) or "a compiler, Python's headers and the driver's library are there"
         raise RunError(
             f"{platform.node()}: the innermost loops cannot be compiled: {_first_line(error)}. Seen here: {missing}. "

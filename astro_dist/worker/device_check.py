@@ -57,6 +57,11 @@ def gpu_trouble() -> str | None:
     try:
         torch.ones(1, device="cuda").add_(1).item()
     except (RuntimeError, AssertionError) as error:
+        if says_out_of_memory(str(error)):
+            return (
+                f"not even a tiny sum fits into the memory of its GPU: {_first_line(error)}; end what holds it "
+                "(`nvidia-smi` lists the processes), or take other GPUs (CUDA_VISIBLE_DEVICES)"
+            )
         least = _LEAST_DRIVERS.get(cuda.split(".")[0])
         newer = f"a driver of at least {least}" if least else "a driver for that CUDA"
         return (

@@ -10,11 +10,11 @@ from collections.abc import Sequence
 import torch
 
 from astro.linalg.tiling import cut
-from astro.storage.checked_tensors import load_part, save_part
+from astro.storage.checked_tensors import load_part
 from astro_dist.run_directory.layout import RunLayout
 from astro_dist.schedule.names import ORIGINAL
 
-__all__ = ["hidden_errors", "keep_sample"]
+__all__ = ["hidden_errors", "sample_of"]
 
 _TOKENS = 16
 """Number of tokens of a sequence that are kept, at most."""
@@ -22,18 +22,14 @@ _SAMPLE = "sample"
 """Name of the tensor in a file."""
 
 
-def keep_sample(run: RunLayout, stream: str, index: int, chunk: str, hidden: torch.Tensor) -> None:
-    """Keep a few tokens of the hidden states of a chunk.
+def sample_of(hidden: torch.Tensor) -> dict[str, torch.Tensor]:
+    """Return the tensors of a file that keeps a few tokens of the hidden states of a chunk.
 
     Args:
-        run: Layout of the run directory.
-        stream: Name of the stream in which the chunk travels.
-        index: Index of the block that the hidden states are the input of; the number of blocks behind the last.
-        chunk: Name of the chunk.
         hidden: Hidden states [B, T, ...].
     """
     places = [piece.stop - 1 for piece in cut(hidden.shape[1], _TOKENS)]
-    save_part(run.sample(stream, index, chunk), {_SAMPLE: hidden[:, places].flatten(0, 1).flatten(1)})
+    return {_SAMPLE: hidden[:, places].flatten(0, 1).flatten(1)}
 
 
 def hidden_errors(run: RunLayout, stream: str, num_blocks: int, chunks: Sequence[str]) -> tuple[float | None, ...]:

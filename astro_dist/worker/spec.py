@@ -38,6 +38,7 @@ class WorkerSpec:
         device: Type of the device, "cpu" or "cuda".
         threads: Number of CPU threads.
         column_loops: How the innermost loops run.
+        tile_elements: Weights that are solved at once.
         needed_bytes: Memory that a worker is expected to need, in bytes.
     """
 
@@ -59,4 +60,5 @@ class WorkerSpec:
     device: str
     threads: int
     column_loops: ColumnLoops
+    tile_elements: int
     needed_bytes: int

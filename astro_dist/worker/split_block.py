@@ -21,7 +21,7 @@ from astro.quantization.block import COUNTED, apart, side_by_side
 from astro.quantization.grid import Grid, QuantizedLinear
 from astro.quantization.input_group import merge_rows
 from astro.quantization.layer_record import LayerRecord
-from astro.quantization.row_solver import Figures, InputGroupOutcome, SolvedRows
+from astro.quantization.recipe import Figures, InputGroupOutcome, SolvedRows
 from astro.storage.checked_tensors import load_part, read_part_note, save_part
 from astro.timing import add_seconds
 from astro_dist.planning.units import BlockUnit
@@ -95,7 +95,6 @@ class BlockInParts:
         self.layout: list[list[list[str]]] = []
         self.batches: list[list[list[str]]] = []
         self.stages: list[list[int]] = []
-        self._device_type = torch.device(spec.device).type
         self._solved: dict[int, tuple[dict[str, QuantizedLinear], list[LayerRecord]]] = {}
 
     def lay_out(self, stages: Sequence[Sequence[Sequence[str]]]) -> None:
@@ -107,7 +106,7 @@ class BlockInParts:
         shapes = {linear.name: (linear.rows, linear.columns) for linear in self.unit.linears}
         self.layout = [[list(names) for names in input_groups] for input_groups in stages]
         for input_groups in self.layout:
-            together = side_by_side(input_groups, shapes, self.schemes, self._device_type)
+            together = side_by_side(input_groups, shapes, self.schemes, self._spec.tile_elements)
             self.stages.append(list(range(len(self.batches), len(self.batches) + len(together))))
             self.batches += [[input_groups[i] for i in batch] for batch in together]
 
@@ -203,12 +202,12 @@ class BlockInParts:
         path = self._path(batch, part)
         return path in path.parent.glob("*")
 
-    def _cut(self, batch: int, tiles: Callable[[int, int, str, int], list[slice]]) -> list[Tile]:
+    def _cut(self, batch: int, tiles: Callable[[int, int, int, int], list[slice]]) -> list[Tile]:
         cut: list[Tile] = []
         for scheme, stacks in apart(self.batches[batch], self.schemes):
             shapes = [self.unit.by_name[name] for name in stacks[0]]
             rows, members = sum(linear.rows for linear in shapes), tuple(tuple(names) for names in stacks)
-            parts = tiles(rows, shapes[0].columns, self._device_type, len(stacks))
+            parts = tiles(rows, shapes[0].columns, self._spec.tile_elements, len(stacks))
             cut += [Tile(scheme, members, part) for part in parts]
         return cut
 

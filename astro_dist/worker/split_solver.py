@@ -18,10 +18,9 @@ from astro.quantization import beta_search
 from astro.quantization.grid import QuantizedLinear
 from astro.quantization.input_group import stack
 from astro.quantization.layer_record import LayerRecord
+from astro.quantization.recipe import Figures, InputMoments
 from astro.quantization.row_solver import (
-    Figures,
     InputGroups,
-    InputMoments,
     factor_input_groups,
     measure_width,
     reproducible_share,

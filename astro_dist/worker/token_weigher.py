@@ -18,7 +18,7 @@ from astro.storage.checked_tensors import load_part, save_part
 from astro.timing import clock_s
 from astro_dist.planning.units import BlockUnit
 from astro_dist.run_directory.unit_record import UnitRecord, WeightsResult
-from astro_dist.schedule.calls import Backward, DifferentiateLoss, WeighTokens
+from astro_dist.schedule.calls import Backward, DifferentiateLoss, WeighingCall, WeighTokens
 from astro_dist.schedule.names import ENERGY, GRADIENT, ORIGINAL, is_held_out
 from astro_dist.worker.block_runner import BlockRunner
 from astro_dist.worker.chunk_pipeline import ChunkPipeline, Passage
@@ -58,6 +58,17 @@ class TokenWeigher:
             pipeline: Passes chunks through these blocks.
         """
         self._runner, self._pipeline = runner, pipeline
+
+    def do(self, call: WeighingCall) -> UnitRecord | None:
+        """Do one of the calls that measure token weights; a record comes of the last one of a block."""
+        match call:
+            case DifferentiateLoss():
+                self.differentiate_loss(call)
+            case Backward():
+                self.backward(call)
+            case WeighTokens():
+                return self.weigh(call)
+        return None
 
     def differentiate_loss(self, call: DifferentiateLoss) -> None:
         """Write the gradient of the loss with respect to the last block's output."""

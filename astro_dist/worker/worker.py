@@ -3,7 +3,6 @@
 What a worker makes for others is a file in the run directory. What it returns is a small record.
 """
 
-import math
 import platform
 from collections.abc import Iterator, Sequence
 from typing import Any, assert_never
@@ -12,17 +11,14 @@ import torch
 
 from astro.calibration.block_statistics import BlockStatistics
 from astro.calibration.starved_experts import InputStatistics
-from astro.errors import CheckpointError, NumericalError, RunError
-from astro.linalg import compiled
+from astro.errors import CheckpointError, RunError
 from astro.model.block_call import BlockState
-from astro.model.perplexity import SequenceFigures, measure_sequences
 from astro.model.recording import count_outputs
 from astro.process import configure_process, keep_freed_memory, peak_rss_bytes
 from astro.quantization.block import quantize_block
-from astro.quantization.column_ops import require_kernels
 from astro.quantization.grid import QuantizedLinear
 from astro.quantization.layer_record import LayerRecord
-from astro.quantization.row_solver import Recipe
+from astro.quantization.recipe import Recipe
 from astro.storage.atomic import save_tensors
 from astro.timing import add_seconds, clock_s, timed
 from astro_dist.planning.units import BlockUnit
@@ -32,7 +28,6 @@ from astro_dist.run_directory.unit_record import (
     CopyResult,
     EmbedResult,
     EvaluationResult,
-    LossResult,
     UnitRecord,
 )
 from astro_dist.schedule.calls import (
@@ -64,10 +59,10 @@ from astro_dist.schedule.names import EMBED, ORIGINAL, block_unit, is_held_out, 
 from astro_dist.worker.block_runner import BlockRunner
 from astro_dist.worker.call_recorder import CallRecorder
 from astro_dist.worker.chunk_pipeline import ChunkPipeline, Passage
-from astro_dist.worker.compile_check import require_compiler, warm_up
+from astro_dist.worker.compile_check import require_loops
 from astro_dist.worker.device_check import require_gpu, set_allocator, within_memory
 from astro_dist.worker.fed_block import FedBlock
-from astro_dist.worker.hidden_samples import hidden_errors
+from astro_dist.worker.loss_evaluation import evaluate_loss
 from astro_dist.worker.spec import WorkerSpec
 from astro_dist.worker.split_solver import SplitSolver
 from astro_dist.worker.token_weigher import TokenWeigher, read_token_weights
@@ -106,6 +101,9 @@ class Worker:
             RunError: The machine has no GPU that torch can use, no compiler or too little memory, or does not see what
                 the driver sees.
         """
+        within_memory(lambda: self._prepare(warms_up), self._device)
+
+    def _prepare(self, warms_up: bool) -> None:
         spec, device = self._spec, self._device
         configure_process(spec.threads, compiles=spec.column_loops == "compiled")
         keep_freed_memory()
@@ -113,14 +111,8 @@ class Worker:
             set_allocator()
             require_gpu()
         self._runner = BlockRunner(spec)
-        compiled.use(spec.column_loops)
-        if spec.column_loops == "kernels":
-            require_kernels(device)
-        if spec.column_loops == "compiled":
-            require_compiler(device)
-        # Kernels are compiled in seconds, so every worker finds out at once whether it can.
-        if spec.column_loops == "kernels" or (spec.column_loops == "compiled" and warms_up):
-            warm_up(Recipe(spec.quantization, spec.regularization, torch.bfloat16), device)
+        recipe = Recipe(spec.quantization, spec.regularization, torch.bfloat16)
+        require_loops(spec.column_loops, recipe, device, warms_up)
         self._solver = SplitSolver(self._runner)
         self._pipeline = ChunkPipeline(self._runner)
         self._weigher = TokenWeigher(self._runner, self._pipeline)
@@ -156,8 +148,12 @@ class Worker:
         if type(call) is not self._last:
             self._pipeline.forget()  # what was computed ahead is of no use, and takes memory
             self._last = type(call)
-        result = self._do(call)
-        self._runner.finish_writing()
+        try:
+            result = self._do(call)
+            self._runner.finish_writing()
+        except Exception:
+            self._runner.give_up_writing()  # a worker that takes its place may be in this very process
+            raise
         return result
 
     def _do(self, call: Call) -> Result:
@@ -193,14 +189,7 @@ class Worker:
     def weigh_tokens(self, call: WeighingCall) -> UnitRecord | None:
         """Do one of the calls that measure token weights; a record comes of the last one of a block."""
         self._release()
-        match call:
-            case DifferentiateLoss():
-                self._weigher.differentiate_loss(call)
-            case Backward():
-                self._weigher.backward(call)
-            case WeighTokens():
-                return self._weigher.weigh(call)
-        return None
+        return self._weigher.do(call)
 
     def embed(self) -> UnitRecord:
         """Make every chunk's hidden states before the first block, and record what else blocks are called with."""
@@ -320,31 +309,9 @@ class Worker:
         return self._finish_block(call.round_index, unit, quantized, records, seconds)
 
     def evaluate_loss(self, call: EvaluateLoss) -> UnitRecord:
-        """Measure what a stream's model predicts of the held-out text, from the last block's output.
-
-        A result is compared with the source model, whose last hidden states are still there, and so are samples of
-        those behind every block.
-
-        Raises:
-            NumericalError: The sum is not finite.
-        """
-        run, runner, last = self._spec.run, self._runner, len(self._spec.plan.blocks)
+        """Measure what a stream's model predicts of the held-out text."""
         self._release()
-        sequences: list[SequenceFigures] = []
-        with runner.outside_loaded():
-            for chunk in runner.held_out:
-                hidden, num_outputs = runner.state(call.stream, last, chunk).hidden, runner.recording(chunk).num_outputs
-                source = runner.state(ORIGINAL, last, chunk).hidden if call.stream != ORIGINAL else None
-                sequences += measure_sequences(
-                    runner.skeleton, runner.input_ids(chunk), hidden, num_outputs, source, self._spec.num_leading
-                )
-        total = sum(sequence.loss + sequence.divergence for sequence in sequences)
-        if not math.isfinite(total):
-            raise NumericalError(
-                f"the loss on the held-out text is {total} (stream {call.stream}); a forward pass overflowed"
-            )
-        errors = hidden_errors(run, call.stream, last, runner.held_out) if call.stream != ORIGINAL else ()
-        return run.finish(call.unit, [], LossResult.of(sequences, errors))
+        return evaluate_loss(self._runner, call)
 
     def _input_statistics(self, fed_block: FedBlock) -> Iterator[InputStatistics]:
         """The statistics of every input group of the open block, which all chunks have passed."""

@@ -11,7 +11,7 @@ like any other. The steps, in the order of their worth:
 |---|---|
 | machine | versions, driver, compiler, rates of products and copies, Cholesky batched and one by one |
 | arithmetic | each part of the solve against float64 and against the CPU, and twice the same |
-| loops | microseconds a column: plain, compiled, as kernels and as CUDA graphs, at several numbers of rows |
+| loops | microseconds a column, and of the host alone: plain, compiled and as kernels, at several numbers of rows |
 | runs | a small model on CPU and GPU: errors within 2 %, bytes the same twice, for every kind of loops |
 | block8b, block70b, experts, block405b | a block by phase with clocks that wait, beside plan and floor, and its peak |
 | ray | two actors on one GPU: the bytes of one process |

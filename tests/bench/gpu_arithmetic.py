@@ -21,8 +21,8 @@ from astro.linalg.symmetric import layer_error, packed, unpacked
 from astro.quantization import gptq, regularizer
 from astro.quantization.grid import QuantizedLinear, fit_grid
 from astro.quantization.input_group import quantize_input_groups
+from astro.quantization.recipe import InputMoments, Recipe
 from astro.quantization.refine import refine
-from astro.quantization.row_solver import InputMoments, Recipe
 
 PACKAGES = ("torch", "triton", "transformers", "ray", "pydantic", "safetensors", "compressed-tensors", "llmcompressor")
 

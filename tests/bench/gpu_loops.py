@@ -17,8 +17,8 @@ from astro.linalg.symmetric import layer_error
 from astro.quantization import gptq
 from astro.quantization.grid import QuantizedLinear, fit_grid
 from astro.quantization.input_group import quantize_input_groups
+from astro.quantization.recipe import InputMoments, Recipe
 from astro.quantization.refine import refine
-from astro.quantization.row_solver import InputMoments, Recipe
 
 PLAIN = {"scale_search": "mse", "signed_scales": False, "refine_passes": 0}
 

@@ -1,6 +1,6 @@
 """How many kernels the solve of a block launches on a GPU, and how often the host waits, by phase and by line.
 
-    python tests/bench/launches.py [--shapes 70B] [--loops kernels|compiled|plain]
+    python tests/bench/launches.py [--shapes 70B] [--loops kernels|compiled|plain] [--host]
 
 It runs the arithmetic of one input group on the CPU, with few rows and at three widths, and counts the operators that
 are dispatched. An operator that only makes a view, or memory, launches nothing. How counts grow with the columns
@@ -11,10 +11,15 @@ The innermost loops run as on a GPU, or as `--loops` says. A kernel of ours coun
 compiles: as many as it makes of it for a CPU, two for a panel of refinement and else one. Every pass of refinement is
 done. Not counted are the forward of the block, the copies to files, and the inversion of a matrix, which takes some
 1,400 operators at the widest. The output is Markdown.
+
+With `--host` it measures instead what it costs the host to launch, a column: on one row, so that hardly anything is
+computed, by the clock of the process. Of kernels it leaves Triton's own launcher out.
 """
 
 import argparse
+import dataclasses
 import sys
+import time
 from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager, nullcontext
@@ -32,10 +37,12 @@ from astro.calibration.starved_experts import InputStatistics
 from astro.config import Quantization, Regularizer
 from astro.formats import LAYOUTS
 from astro.linalg import bf16_matmul, compiled, symmetric
-from astro.linalg.tiling import row_tiles
-from astro.quantization import beta_search, gptq, refine, regularizer
+from astro.linalg.cholesky import factorize
+from astro.linalg.tiling import TILE_ELEMENTS, row_tiles
+from astro.quantization import beta_search, column_ops, gptq, refine, regularizer
 from astro.quantization.block import quantize_block
-from astro.quantization.row_solver import Recipe
+from astro.quantization.grid import QuantizedLinear, fit_grid
+from astro.quantization.recipe import Recipe
 from astro_dist.planning.devices import DEVICES
 
 ROOT = Path(__file__).parents[2]
@@ -249,7 +256,44 @@ def times(phase: str, rows: int, columns: int, chunks: int) -> int:
     """Return how often a phase is done for an input group."""
     of = TIMES.get(phase, "tile")
     tiles = {"tile": row_tiles, "sample tile": beta_search.sample_tiles}.get(of)
-    return len(tiles(rows, columns, "cuda")) if tiles else chunks if of == "chunk" else 1
+    return len(tiles(rows, columns, TILE_ELEMENTS["cuda"])) if tiles else chunks if of == "chunk" else 1
+
+
+def host_times(loops: compiled.ColumnLoops) -> tuple[float, float]:
+    """Return the microseconds of the host for a column of GPTQ, and for one of a pass of refinement."""
+    torch.set_num_threads(1)
+    torch.set_flush_denormal(True)  # memory that a kernel would fill may hold anything
+    columns, passes = 512, 8
+    generator = torch.Generator().manual_seed(0)
+    X = torch.randn(3 * columns, columns, generator=generator)
+    H, W = (X.T @ X / len(X))[None], torch.randn(1, 1, columns, generator=generator)
+    factor = factorize(H, gptq.activation_order(H), 0.01, 1.0, ["host"])
+    settings = Quantization(group_size=128, refine_tolerance=0.0)
+    grid = fit_grid(W, settings.scheme("host", columns), settings, torch.bfloat16, factor.cost)
+    quantized = QuantizedLinear(gptq.solve(W, factor, grid), grid)
+    damping = factor.damping.float() * H.diagonal(dim1=-2, dim2=-1).mean(-1)
+
+    def refined(num_passes: int) -> None:
+        each = dataclasses.replace(settings, refine_passes=num_passes)
+        refine.refine(W, quantized, H, damping, each, torch.bfloat16)
+
+    compiled.use(loops)
+    with mock.patch.object(column_ops, "_launch", return_value=None) if loops == "kernels" else nullcontext():
+        actions = (lambda: gptq.solve(W, factor, grid), lambda: refined(passes), lambda: refined(0))
+        solving, all_passes, none = map(_least_s, actions)
+    compiled.use("plain")
+    return solving / columns * 1e6, (all_passes - none) / passes / columns * 1e6
+
+
+def _least_s(action: Callable[[], object], times: int = 25) -> float:
+    """Return the least of several measurements, in seconds of the process."""
+    action()
+    seconds = []
+    for _ in range(times):
+        start = time.process_time()
+        action()
+        seconds.append(time.process_time() - start)
+    return min(seconds)
 
 
 def main() -> None:
@@ -259,7 +303,12 @@ def main() -> None:
     parser.add_argument("--chunks", type=int, default=64, help="of calibration text")
     parser.add_argument("--group-size", type=int, default=128)
     parser.add_argument("--loops", default="kernels", choices=["kernels", "compiled", "plain"])
+    parser.add_argument("--host", action="store_true", help="measure the host instead of counting")
     options = parser.parse_args()
+    if options.host:
+        solving, refining = host_times(options.loops)
+        print(f"{options.loops}: {solving:.1f} µs a column of GPTQ, {refining:.1f} of a pass of refinement")
+        return
     torch.set_num_threads(1)
     settings = Quantization(group_size=options.group_size, refine_tolerance=0.0)
     counters = [run_group(columns, settings, options.loops) for columns in WIDTHS]

@@ -23,7 +23,7 @@ from astro.calibration.hessian import HessianAccumulator
 from astro.config import Quantization, Regularizer
 from astro.linalg.symmetric import layer_error
 from astro.quantization.input_group import quantize_input_groups
-from astro.quantization.row_solver import InputMoments, Recipe
+from astro.quantization.recipe import InputMoments, Recipe
 
 NONE, AUTO = Regularizer(name="none"), Regularizer()
 PLAIN = {"scale_search": "mse", "signed_scales": False, "refine_passes": 0}

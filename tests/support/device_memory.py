@@ -91,7 +91,7 @@ def counted_memory() -> Iterator[CountedMemory]:
             if hasattr(module, "first_of"):
                 stack.enter_context(mock.patch.object(module, "first_of", nothing))
         stack.enter_context(mock.patch.object(regularizer, "near_rows", lambda X: [slice(0, X.shape[-2])]))
-        for sizes in (symmetric._STRIP, tiling._ELEMENTS):
+        for sizes in (symmetric._STRIP, tiling.TILE_ELEMENTS):
             stack.enter_context(mock.patch.dict(sizes, meta=sizes["cuda"]))
         stack.enter_context(mock.patch.object(bf16_matmul, "_is_faster", return_value=True))
         stack.enter_context(mock.patch.object(panels.Panels, "settle_", nothing))

@@ -14,9 +14,9 @@ import torch
 
 from astro.calibration.token_weights import TokenWeights
 from astro.config import Experts, Quantization, Regularizer, SolverSettings
-from astro.linalg.tiling import row_tiles
+from astro.linalg.tiling import TILE_ELEMENTS, row_tiles
 from astro.quantization.beta_search import sample_tiles
-from astro.quantization.row_solver import Recipe
+from astro.quantization.recipe import Recipe
 from astro_dist.schedule.calls import MergeHessians, SolveRows, TryBetas
 from astro_dist.schedule.names import SUM
 from astro_dist.worker.split_block import Tile
@@ -42,10 +42,16 @@ class _Parts:
         return self._columns
 
     def tiles(self, batch: int) -> list[Tile]:
-        return [Tile(self._scheme, ((_NAME,),), rows) for rows in row_tiles(self._rows, self._columns, "cuda", 1)]
+        return [
+            Tile(self._scheme, ((_NAME,),), rows)
+            for rows in row_tiles(self._rows, self._columns, TILE_ELEMENTS["cuda"], 1)
+        ]
 
     def sample_tiles(self, batch: int) -> list[Tile]:
-        return [Tile(self._scheme, ((_NAME,),), rows) for rows in sample_tiles(self._rows, self._columns, "cuda", 1)]
+        return [
+            Tile(self._scheme, ((_NAME,),), rows)
+            for rows in sample_tiles(self._rows, self._columns, TILE_ELEMENTS["cuda"], 1)
+        ]
 
     def is_there(self, batch: int, part: str) -> bool:
         return part != SUM

@@ -12,7 +12,7 @@ from astro.errors import NumericalError
 from astro.linalg.batching import batches, first_of
 from astro.quantization.block import apart, quantize_block, side_by_side
 from astro.quantization.input_group import quantize_input_groups
-from astro.quantization.row_solver import InputMoments, Recipe
+from astro.quantization.recipe import InputMoments, Recipe
 from tests.support.models import correlated_inputs, random_weights
 
 pytestmark = pytest.mark.usefixtures("device")
@@ -119,11 +119,11 @@ def test_group_that_cannot_be_solved_is_named():
 
 def test_batches_are_of_neighbours_of_one_shape_and_bounded():
     shapes = [("a", 64, 64), *[("e", 512, 256)] * 9, *[("e", 256, 512)] * 2, ("f", 256, 512), ("w", 4096, 4096)]
-    assert batches(shapes, "cpu") == [
+    assert batches(shapes, 1 << 20) == [
         range(1), range(1, 5), range(5, 10), range(10, 12), range(12, 13), range(13, 14),
     ]  # fmt: skip
-    assert batches(shapes, "cuda")[1] == range(1, 10)
-    assert batches([], "cpu") == []
+    assert batches(shapes, 1 << 27)[1] == range(1, 10)
+    assert batches([], 1 << 20) == []
 
 
 def test_schemes_part_what_is_side_by_side():
@@ -131,7 +131,7 @@ def test_schemes_part_what_is_side_by_side():
     shapes = {name: (8, 16) for group in names for name in group}
     wide = dataclasses.replace(SCHEME, bits=8)
     schemes = {name: wide if name in ("2.gate", "2.up") or name.endswith("up") else SCHEME for name in shapes}
-    assert side_by_side(names, shapes, schemes, "cpu") == [range(2), range(2, 3), range(3, 4)]
+    assert side_by_side(names, shapes, schemes, 1 << 20) == [range(2), range(2, 3), range(3, 4)]
     assert apart(names[:2], schemes) == [(SCHEME, [["0.gate"], ["1.gate"]]), (wide, [["0.up"], ["1.up"]])]
 
 

@@ -5,7 +5,7 @@ import torch
 from torch.nn.functional import scaled_dot_product_attention as attention
 from torch.overrides import TorchFunctionMode
 
-from astro.model.attention import SavingAttention, saved_memory
+from astro.model.attention import SavingAttention, _node_of_attention, saved_memory
 
 
 class Calls(TorchFunctionMode):
@@ -67,6 +67,16 @@ def test_only_the_backward_pass_of_attention_raises_where_it_has_no_order():
         assert warns_only == {"before": True, "attention": False, "behind": True}
     finally:
         torch.use_deterministic_algorithms(False)
+
+
+def test_attention_is_found_behind_what_cuts_off_its_padding():
+    """As torch does on a GPU where a head has another size than a multiple of 8."""
+    Q = grouped_heads(torch.float32)[0].requires_grad_()
+    output = attention(Q, Q, Q)
+    assert "Attention" in output.grad_fn.name()
+    assert _node_of_attention(output[..., :6].transpose(1, 2).grad_fn) is output.grad_fn
+    other = (Q * 2).grad_fn
+    assert _node_of_attention(other) is other
 
 
 def test_a_cpu_computes_as_ever():

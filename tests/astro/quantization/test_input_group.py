@@ -8,7 +8,7 @@ from astro.errors import NumericalError
 from astro.linalg import tiling
 from astro.linalg.symmetric import layer_error
 from astro.quantization.input_group import quantize_input_groups
-from astro.quantization.row_solver import InputMoments, Recipe
+from astro.quantization.recipe import InputMoments, Recipe
 from tests.support.models import correlated_inputs, random_weights
 
 pytestmark = pytest.mark.usefixtures("device")

@@ -9,10 +9,9 @@ from astro.errors import NumericalError
 from astro.linalg import tiling
 from astro.linalg.symmetric import layer_error
 from astro.quantization import beta_search
+from astro.quantization.recipe import InputMoments, Recipe
 from astro.quantization.regularizer import regularize
 from astro.quantization.row_solver import (
-    InputMoments,
-    Recipe,
     compensate,
     measure_width,
     prepare_input_groups,
@@ -74,7 +73,7 @@ def test_tiles_of_the_sample_do_not_change_the_choice(monkeypatch):
     W, H = random_weights(128, 64), hessian()
     whole = prepared(W, H, Regularizer(), scale_search="minmax", refine_passes=0)
     monkeypatch.setattr(tiling, "row_tile", lambda *_: 34)  # less than seven of the sixteen rows under five candidates
-    assert len(beta_search.sample_tiles(128, 64, "cpu")) == 3
+    assert len(beta_search.sample_tiles(128, 64, 1 << 20)) == 3
     cut = prepared(W, H, Regularizer(), scale_search="minmax", refine_passes=0)
     assert cut.beta == whole.beta
     torch.testing.assert_close(cut.beta_gain, whole.beta_gain, rtol=1e-4, atol=0)

@@ -48,6 +48,17 @@ def test_finish_waits_until_the_file_is_whole(tmp_path, slow_disk):
     assert behind.last is None
 
 
+def test_nothing_is_written_any_more_once_it_was_given_up(tmp_path, slow_disk):
+    behind = writer()
+    (tmp_path / "file").write_text("")
+    behind.begin(tmp_path / "file" / "a", {"x": torch.ones(3)})
+    behind.begin(tmp_path / "b", {"x": torch.ones(3)})
+    threading.Timer(0.05, slow_disk.set).start()
+    behind.give_up()  # without an error: that of who began it counts
+    assert (tmp_path / "b").exists()
+    assert behind.last is None
+
+
 def test_memory_is_bounded(tmp_path, slow_disk):
     behind = writer()
     for name in "ab":

@@ -252,4 +252,5 @@ def test_keys_that_decide_bytes(write):
     }  # fmt: skip
     assert arithmetic["execution"].keys() == {
         "mode", "rounds", "hessian_shares", "compute_dtype", "threads_per_worker", "compile",
+        "tile_weights",
     }  # fmt: skip

@@ -7,10 +7,10 @@ import torch
 
 from astro.calibration.starved_experts import InputStatistics
 from astro.linalg import compiled
-from astro.linalg.tiling import row_tiles
+from astro.linalg.tiling import TILE_ELEMENTS, row_tiles
 from astro.quantization import gptq, refine
 from astro.quantization.block import quantize_block
-from astro.quantization.row_solver import Recipe
+from astro.quantization.recipe import Recipe
 from astro_dist.planning.cost import CostModel
 from astro_dist.planning.predicted_groups import predicted_input_groups
 from astro_dist.source.calibration_text import chunk_tokens
@@ -68,7 +68,7 @@ def test_a_block_is_solved_on_one_device_without_waiting_and_in_the_memory_foret
     assert not gpu.mixed
     assert not [place for place in gpu.waits if place.startswith(LOOPS)]
     groups = predicted_input_groups(plan.blocks[0].linears, 1.0)
-    tiles = sum(len(row_tiles(group.rows, group.columns, "cuda")) for group in groups)
+    tiles = sum(len(row_tiles(group.rows, group.columns, TILE_ELEMENTS["cuda"])) for group in groups)
     assert gpu.waits["quantization/refine.py:refine"] == config.quantization.refine_passes * tiles
     cost = CostModel(plan, config, chunk_tokens(config.calibration), torch.bfloat16, "cuda")
     foretold = cost.worker_bytes()

@@ -56,7 +56,7 @@ def passes(request, tmp_path):
         forth = peak_bytes(lambda: forward(block, state, call))
     layers, gradient = BlockLayers(skeleton.model, plan.blocks[0].linears), BlockState(torch.ones_like(hidden))
     back = peak_bytes(lambda: pass_back(layers, lambda before: forward(block, before, call), state, gradient))
-    batches = together(predicted_input_groups(plan.blocks[0].linears, plan.expert_share), "cpu")
+    batches = together(predicted_input_groups(plan.blocks[0].linears, plan.expert_share), 1 << 20)
     memory = ForwardMemory(plan, LENGTH, torch.float32, "cpu")
     return forth, memory.forth(batches, SEQUENCES, 1), back, memory.back(batches, SEQUENCES)
 

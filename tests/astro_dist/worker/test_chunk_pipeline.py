@@ -153,6 +153,20 @@ def test_error_of_the_writer_is_one_of_the_call(run_config, monkeypatch):
     assert '"unit": "round-0-block-0000", "method": "forward"' in failed
 
 
+def test_call_that_fails_waits_until_nothing_is_written_any_more():
+    """The worker in its place may be in this very process, and make the same files."""
+    seen, worker = [], Worker(SimpleNamespace(device="cpu"))
+    worker._pipeline = SimpleNamespace(forget=lambda: None)
+    worker._runner = SimpleNamespace(
+        finish_writing=lambda: seen.append("finished"), give_up_writing=lambda: seen.append("given up")
+    )
+    worker._do = lambda call: None if call.block else 1 / 0
+    worker.do(ForwardChunk("original", 1, "c0000", "unit"))
+    with pytest.raises(ZeroDivisionError):
+        worker.do(ForwardChunk("original", 0, "c0000", "unit"))
+    assert seen == ["finished", "given up"]
+
+
 def test_file_is_written_while_the_next_chunk_is_computed(run_config, monkeypatch):
     """No file is whole before the next chunk has been computed, so that a run that does not overlap would stand still.
 

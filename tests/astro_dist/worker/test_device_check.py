@@ -53,6 +53,24 @@ def test_driver_that_is_not_loaded_and_torch_without_cuda(driver, monkeypatch):
     assert "is built without CUDA" in gpu_trouble()
 
 
+@pytest.mark.parametrize("message", ["CUDA error: out of memory", "CUDA out of memory. Tried to allocate 2.00 MiB"])
+def test_gpu_that_others_fill_is_no_matter_of_drivers(driver, monkeypatch, message):
+    monkeypatch.setattr(torch, "ones", failing(message))
+    trouble = gpu_trouble()
+    assert message in trouble
+    assert "nvidia-smi" in trouble
+    assert "Install" not in trouble
+
+
+def test_worker_that_finds_too_little_memory_at_its_start_says_so(monkeypatch):
+    def open_source(spec):
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 3.00 GiB. GPU 0 has")
+
+    monkeypatch.setattr("astro_dist.worker.worker.BlockRunner", open_source)
+    with pytest.raises(MemoryShortage, match=r"3.00 GiB more were wanted"):
+        Worker(SimpleNamespace(device="cpu", threads=1, column_loops="plain")).prepare()
+
+
 def test_gpu_that_computes_is_no_trouble(driver, monkeypatch):
     monkeypatch.setattr(torch, "ones", lambda *_, device: torch.zeros(1))
     assert gpu_trouble() is None
@@ -68,7 +86,7 @@ def test_worker_says_before_anything_else_that_its_gpu_cannot_be_used(driver, mo
     monkeypatch.setattr(torch, "ones", failing(OLD))
     monkeypatch.setenv("PYTORCH_CUDA_ALLOC_CONF", "max_split_size_mb:512")
     with pytest.raises(RunError, match=r".+: torch .* is built for CUDA 13.0 and can use no GPU: The NVIDIA driver on"):
-        Worker(SimpleNamespace(device="cuda", threads=1, compiles=False)).prepare()
+        Worker(SimpleNamespace(device="cuda", threads=1, column_loops="plain")).prepare()
 
 
 @pytest.mark.parametrize("name", [None, "PYTORCH_CUDA_ALLOC_CONF", "PYTORCH_ALLOC_CONF"])

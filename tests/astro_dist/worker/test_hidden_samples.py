@@ -1,24 +1,32 @@
 """The error of the hidden states behind every block is measured on its way, in both modes and every round."""
 
+import threading
+
 import pytest
 import torch
 import transformers
 
+from astro.storage import part_writer
+from astro.storage.checked_tensors import save_part
 from astro_dist import pipeline
 from astro_dist.run_directory.layout import RunLayout
 from astro_dist.run_directory.records import RunDirectory
 from astro_dist.run_directory.unit_record import LossResult
 from astro_dist.schedule.names import head_unit
 from astro_dist.worker import hidden_samples
-from astro_dist.worker.hidden_samples import hidden_errors, keep_sample
+from astro_dist.worker.hidden_samples import hidden_errors, sample_of
+
+
+def keep(run, stream, index, chunk, hidden):
+    save_part(run.sample(stream, index, chunk), sample_of(hidden))
 
 
 def test_errors_are_those_of_the_kept_tokens(tmp_path):
     run, generator = RunLayout(tmp_path), torch.Generator().manual_seed(0)
     source = torch.randn(2, 40, 8, generator=generator)
     drift = torch.randn(2, 40, 8, generator=generator)
-    keep_sample(run, "original", 1, "h0000", source)
-    keep_sample(run, "round-0", 1, "h0000", source + drift)
+    keep(run, "original", 1, "h0000", source)
+    keep(run, "round-0", 1, "h0000", source + drift)
     last = [40 * (i + 1) // 16 - 1 for i in range(16)]
     expected = (drift[:, last].double().norm(dim=-1) / source[:, last].double().norm(dim=-1)).mean()
     assert hidden_errors(run, "round-0", 2, ["h0000"]) == (pytest.approx(float(expected)), None)
@@ -26,8 +34,8 @@ def test_errors_are_those_of_the_kept_tokens(tmp_path):
 
 def test_lanes_of_hidden_states_count_together(tmp_path):
     run = RunLayout(tmp_path)
-    keep_sample(run, "original", 1, "h0000", torch.full((1, 3, 2, 4), 2.0))
-    keep_sample(run, "round-0", 1, "h0000", torch.full((1, 3, 2, 4), 2.5))
+    keep(run, "original", 1, "h0000", torch.full((1, 3, 2, 4), 2.0))
+    keep(run, "round-0", 1, "h0000", torch.full((1, 3, 2, 4), 2.5))
     assert hidden_errors(run, "round-0", 1, ["h0000"]) == (0.25,)
 
 
@@ -54,3 +62,20 @@ def test_runs_record_what_the_whole_models_give(run_config, tmp_path, changes, m
     for block, (source, result) in enumerate(zip(*states, strict=True)):
         expected = ((result - source).norm(dim=-1) / source.norm(dim=-1)).mean()
         assert results[-1][block] == pytest.approx(float(expected), rel=1e-2)
+
+
+def test_samples_are_written_while_the_worker_goes_on(run_config, monkeypatch):
+    threads, real = {}, part_writer.save_part
+
+    def save(path, tensors, note=""):
+        threads.setdefault(threading.current_thread().name.partition("_")[0], []).append(path)
+        real(path, tensors, note)
+
+    monkeypatch.setattr(part_writer, "save_part", save)
+    monkeypatch.setattr("astro.storage.checked_tensors.save_part", save)
+    config = run_config()
+    pipeline.quantize(config)
+    samples = {path for path in threads["writer"] if "sample" in str(path)}
+    run = RunLayout(config.output.dir)
+    assert run.sample("original", 1, "h0000") in samples
+    assert run.sample("round-0", 2, "h0000") in samples
