@@ -25,7 +25,7 @@ def test_names_tell_examples():
 
 def test_missing_harness_is_told(monkeypatch):
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
-    with pytest.raises(ConfigError, match=r"pip install 'astro-dist\[eval\]'"):
+    with pytest.raises(ConfigError, match="run pip install lm_eval"):
         require_harness()
 
 
