@@ -15,7 +15,6 @@ from astro.errors import ConfigError, NumericalError
 from astro_dist import pipeline
 from astro_dist.export.verify import verify_model
 from astro_dist.planning.cost import CostModel
-from astro_dist.planning.predicted_groups import predicted_input_groups, together
 from astro_dist.planning.validate import prepare
 from astro_dist.planning.worker_memory import WorkerMemory
 from tests.support.architectures import EXPERTS
@@ -173,10 +172,8 @@ def test_inputs_that_experts_keep_are_counted_as_they_are_kept(experts_config):
     for weights in ("norm", "none"):
         sizes_of_text = {"calibration__samples": 1, "calibration__sequence_length": 8}
         prepared = prepare(experts_config("mixtral", calibration__token_weights=weights, **sizes_of_text))
-        plan = prepared.plan
-        memory = WorkerMemory(plan, prepared.config, torch.bfloat16, "cpu")
-        batches = together(predicted_input_groups(plan.blocks[0].linears, plan.expert_share), "cpu")
-        experts = [batch for batch in batches if batch.reach < 1]
+        memory = WorkerMemory(prepared.plan, prepared.config, torch.bfloat16, "cpu")
+        experts = [batch for batch in memory._batches[0] if batch.reach < 1]
         sizes[weights] = sum(map(memory._statistics_bytes, experts))
         accumulator = HessianAccumulator(64, torch.device("cpu"), keep_inputs=True)
         accumulator.add_(torch.ones(8, 64, dtype=torch.bfloat16), torch.ones(8) if weights == "norm" else None)
