@@ -126,7 +126,7 @@ def test_job_that_is_stopped_goes_on_when_it_is_submitted_again(server, config, 
     slow = [*submit, "--no-follow", "--set", "calibration.samples=60", "--set", "calibration.sequence_length=96"]
     started = run_until_the_agent_is_up(slow, environment)
     assert started.returncode == 0, started.stderr
-    job = started.stdout.split()[-1]
+    job = started.stdout.split("submitted as ")[1].split()[0]
     record = tmp_path / "run" / "records" / "round-0-block-0000.json"
     for _ in range(600):
         if record.is_file():
