@@ -138,7 +138,7 @@ def test_worker_that_hangs_is_given_up_and_past_the_retries_the_error_names_the_
 
 
 def test_worker_that_hangs_at_its_start_is_given_up(cluster, monkeypatch):
-    monkeypatch.setattr(Worker, "prepare", lambda self: time.sleep(3600))
+    monkeypatch.setattr(Worker, "prepare", lambda self, warms_up: time.sleep(3600))
     monkeypatch.setattr("astro_dist.execution.ray_executor._START_TIMEOUT_S", 0.5)
     executor = RayExecutor(ExecutionConfig(workers=1))
     executor.start(SimpleNamespace(threads=1, device="cpu"))
@@ -159,7 +159,7 @@ def test_more_workers_than_the_cluster_has_wait_for_room(cluster, run_config, wa
 
 def test_cluster_without_room_for_a_worker(cluster):
     with pytest.raises(
-        RunError, match=r"the cluster has 0 GPUs and 3 CPUs on 1 node\(s\), not enough for one worker of 4"
+        RunError, match=r"the cluster has 0 GPUs and 3 CPUs on 1 node, not enough for one worker of 4"
     ):
         RayExecutor(ExecutionConfig(threads_per_worker=4))
 
