@@ -78,8 +78,8 @@ import sys, time
 from astro_dist.execution import termination
 termination._GRACE_S = 0.3
 with termination.Termination().handled():
-    print("ready", file=sys.stderr, flush=True)
     try:
+        print("ready", file=sys.stderr, flush=True)  # the signal may come at once
         time.sleep(60)
     finally:
         time.sleep(60)
