@@ -158,9 +158,7 @@ def test_more_workers_than_the_cluster_has_wait_for_room(cluster, run_config, wa
 
 
 def test_cluster_without_room_for_a_worker(cluster):
-    with pytest.raises(
-        RunError, match=r"the cluster has 0 GPUs and 3 CPUs on 1 node, not enough for one worker of 4"
-    ):
+    with pytest.raises(RunError, match=r"the cluster has 0 GPUs and 3 CPUs on 1 node, not enough for one worker of 4"):
         RayExecutor(ExecutionConfig(threads_per_worker=4))
 
 
