@@ -11,7 +11,7 @@ import torch
 import transformers
 
 from astro_dist.evaluation.streamed_model import StreamedModel
-from astro_dist.evaluation.token_scores import fill_batches, padded
+from astro_dist.evaluation.token_scores import pass_sequences
 
 __all__ = ["greedy_sequences", "greedy_tokens"]
 
@@ -97,14 +97,10 @@ def _streamed(
 def _next_tokens(model: StreamedModel, sequences: Sequence[tuple[int, ...]], batch_tokens: int) -> list[int]:
     """Return the token that follows each sequence, by one pass through the blocks for each wave."""
     chosen: dict[tuple[int, ...], int] = {}
-    batches = fill_batches(list(dict.fromkeys(sequences)), batch_tokens)
-    waiting = iter(batches)
-    for wave in model.waves([padded(batch) for batch in batches]):
-        hidden = model.last_hidden(wave)
-        with model.head_loaded(), torch.no_grad():
-            for states in hidden:
-                for row, tokens in enumerate(next(waiting)):
-                    end = len(tokens)
-                    logits = model.logits(torch.tensor([tokens[-1:]]), states[row : row + 1, end - 1 : end])
-                    chosen[tokens] = int(logits[0, -1].argmax())
+
+    def choose(tokens: tuple[int, ...], states: torch.Tensor) -> None:
+        logits = model.logits(torch.tensor([tokens[-1:]]), states[:, -1:])
+        chosen[tokens] = int(logits[0, -1].argmax())
+
+    pass_sequences(model, list(dict.fromkeys(sequences)), batch_tokens, choose)
     return [chosen[tokens] for tokens in sequences]

@@ -1,14 +1,14 @@
 """How likely a model finds given tokens behind others, for many sequences that share one pass through the blocks."""
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 
 from astro.errors import NumericalError
 from astro_dist.evaluation.streamed_model import StreamedModel
 
-__all__ = ["Continuation", "Score", "fill_batches", "padded", "score_continuations"]
+__all__ = ["Continuation", "Score", "fill_batches", "pass_sequences", "score_continuations"]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -54,19 +54,40 @@ def score_continuations(model: StreamedModel, asked: Sequence[Continuation], bat
     for number, continuation in enumerate(asked):
         by_input.setdefault(continuation.tokens[:-1], []).append(number)
     scores: dict[int, Score] = {}
-    batches = fill_batches(list(by_input), batch_tokens)
+
+    def score(tokens: tuple[int, ...], states: torch.Tensor) -> None:
+        numbers = by_input[tokens]
+        start = len(tokens) - max(asked[number].num_scored for number in numbers)
+        logits = model.logits(torch.tensor([tokens[start:]]), states[:, start:])[0]
+        scores.update({number: _score(asked[number], logits) for number in numbers})
+
+    pass_sequences(model, list(by_input), batch_tokens, score)
+    return [scores[number] for number in range(len(asked))]
+
+
+def pass_sequences(
+    model: StreamedModel,
+    sequences: Sequence[tuple[int, ...]],
+    batch_tokens: int,
+    judge: Callable[[tuple[int, ...], torch.Tensor], None],
+) -> None:
+    """Pass sequences through all blocks, those of about the same length together.
+
+    Args:
+        model: The model.
+        sequences: Tokens of each sequence, no two alike.
+        batch_tokens: Number of tokens that pass through a block together, at least one sequence.
+        judge: Function that is called with the tokens of each sequence and its last hidden states [1, T, ...], while
+            the head is loaded.
+    """
+    batches = fill_batches(sequences, batch_tokens)
     waiting = iter(batches)
-    for wave in model.waves([padded(batch) for batch in batches]):
+    for wave in model.waves([_padded(batch) for batch in batches]):
         hidden = model.last_hidden(wave)
         with model.head_loaded(), torch.no_grad():
             for states in hidden:
                 for row, tokens in enumerate(next(waiting)):
-                    numbers = by_input[tokens]
-                    end, longest = len(tokens), max(asked[number].num_scored for number in numbers)
-                    ids = torch.tensor([tokens[end - longest :]])
-                    logits = model.logits(ids, states[row : row + 1, end - longest : end])[0]
-                    scores |= {number: _score(asked[number], logits) for number in numbers}
-    return [scores[number] for number in range(len(asked))]
+                    judge(tokens, states[row : row + 1, : len(tokens)])
 
 
 def fill_batches(sequences: Sequence[tuple[int, ...]], batch_tokens: int) -> list[list[tuple[int, ...]]]:
@@ -84,12 +105,8 @@ def fill_batches(sequences: Sequence[tuple[int, ...]], batch_tokens: int) -> lis
     return batches
 
 
-def padded(batch: Sequence[tuple[int, ...]]) -> torch.Tensor:
-    """Return sequences as one tensor, int64 [B, T]; the shorter ones are filled up behind their end.
-
-    Args:
-        batch: Tokens of each sequence.
-    """
+def _padded(batch: Sequence[tuple[int, ...]]) -> torch.Tensor:
+    """Sequences as one tensor, int64 [B, T]; the shorter ones are filled up behind their end."""
     length = max(map(len, batch))
     # A token that the sequence has anyway means nothing special to any model.
     return torch.tensor([[*tokens, *tokens[-1:] * (length - len(tokens))] for tokens in batch])
