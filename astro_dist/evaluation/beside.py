@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from astro.errors import CheckpointError, ConfigError
+from astro.errors import ConfigError
 from astro.process import configure_process
 from astro.storage.atomic import read_json
 from astro.storage.checkpoint import Checkpoint
@@ -20,6 +20,7 @@ from astro_dist.export.named_model import find_model
 from astro_dist.run_directory.identity import read_identity
 from astro_dist.run_directory.layout import RunLayout
 from astro_dist.source.resolve import Source, resolve_source
+from astro_dist.source.text_tokens import require_known
 
 __all__ = ["Beside", "Continued", "TryRequest", "continue_beside"]
 
@@ -166,8 +167,7 @@ def _prompt_tokens(model: StreamedModel, request: TryRequest) -> list[int]:
         tokens = list(model.tokenizer(str(text), add_special_tokens=False)["input_ids"])
     if not tokens:
         raise ConfigError(f"the prompt {shlex.quote(request.prompt)} has no tokens; write something to continue")
-    if max(tokens) >= model.skeleton.limits()[0]:
-        raise CheckpointError(f"{model.name}: its tokenizer gives tokens that the model does not have")
+    require_known(max(tokens), model.skeleton.limits()[0], model.name)
     return tokens
 
 

@@ -11,9 +11,10 @@ import torch
 from astro.errors import ConfigError, NumericalError
 from astro.model.perplexity import SequenceFigures, mean_per_token, measure_sequences
 from astro_dist.evaluation.streamed_model import StreamedModel
-from astro_dist.evaluation.text_windows import TextWindows, require_known
+from astro_dist.evaluation.text_windows import TextWindows
 from astro_dist.run_directory.summary import Perplexity
 from astro_dist.run_directory.unit_record import LossResult
+from astro_dist.source.text_tokens import require_known
 
 __all__ = ["TextLoss", "measure_text"]
 
@@ -74,7 +75,7 @@ def measure_text(model: StreamedModel, text: TextWindows, batch_tokens: int, aga
             raise ConfigError(
                 f"--window {length}: more than the {each.longest} positions of {each.name}; take shorter windows"
             )
-        require_known(text.input_ids, each.skeleton.limits()[0], each.name)
+        require_known(int(text.input_ids.max()), each.skeleton.limits()[0], each.name)
     batches = text.input_ids.split(max(batch_tokens // length, 1))
     sequences, others = list[SequenceFigures](), list[SequenceFigures]()
     for wave in model.waves(batches, copies=2 if against else 1):

@@ -13,12 +13,12 @@ from collections.abc import Iterable, Iterator
 import torch
 import transformers
 
-from astro.errors import CheckpointError, ConfigError
+from astro.errors import ConfigError
 from astro_dist.source.long_wait import LongWait
 from astro_dist.source.sampling import cut_text
 from astro_dist.source.text_tokens import leading_tokens
 
-__all__ = ["TextWindows", "WindowCut", "cut_windows", "require_known"]
+__all__ = ["TextWindows", "WindowCut", "cut_windows"]
 
 _JOINT = "\n\n"
 _PIECE_CHARACTERS = 1 << 22
@@ -100,25 +100,6 @@ def cut_windows(
     in_front = torch.tensor(leading, dtype=torch.int64).expand(count, -1)
     unused = len(tokens) - count * body if is_whole else None
     return TextWindows(source, torch.cat((in_front, text), dim=1), unused, len(leading))
-
-
-def require_known(input_ids: torch.Tensor, vocab_size: int, name: str) -> None:
-    """Refuse tokens that a model does not have.
-
-    Args:
-        input_ids: The tokens.
-        vocab_size: Number of tokens that the model has.
-        name: What the message calls the model.
-
-    Raises:
-        CheckpointError: A token is too large.
-    """
-    largest = int(input_ids.max())
-    if largest >= vocab_size:
-        raise CheckpointError(
-            f"{name}: its tokenizer gives token {largest}, but the model has a vocabulary of {vocab_size}; tokenizer "
-            "and config.json are of different models"
-        )
 
 
 def _pieces(rows: Iterable[str]) -> Iterator[str]:

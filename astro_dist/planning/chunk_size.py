@@ -10,7 +10,7 @@ from astro.errors import ConfigError
 from astro.storage.checkpoint import Checkpoint
 from astro_dist.config.schema import RunConfig
 from astro_dist.planning.compute_dtype import compute_dtype
-from astro_dist.planning.devices import reserved_bytes
+from astro_dist.planning.devices import usable_bytes
 from astro_dist.planning.units import Plan
 from astro_dist.planning.worker_memory import WorkerMemory
 
@@ -41,7 +41,7 @@ def settle_chunks(config: RunConfig, plan: Plan, checkpoint: Checkpoint) -> RunC
             "such as 80 for an H100; it is not read off the devices, so that the result is the same on all"
         )
     needed = {sequences: _worker_bytes(config, plan, checkpoint, sequences) for sequences in _CHOICES}
-    available = int(gigabytes * 1e9) - reserved_bytes(int(gigabytes * 1e9))
+    available = usable_bytes(int(gigabytes * 1e9))
     fitting = next((sequences for sequences in _CHOICES if needed[sequences] <= available), None)
     if fitting is None:
         raise ConfigError(

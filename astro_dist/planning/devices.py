@@ -16,7 +16,7 @@ __all__ = [
     "measure",
     "memory_shortage",
     "reads_weights_ahead",
-    "reserved_bytes",
+    "usable_bytes",
 ]
 
 _ACHIEVED = 0.6
@@ -76,13 +76,13 @@ DEVICES: dict[str, Device] = {
 where there are several."""
 
 
-def reserved_bytes(memory_bytes: int) -> int:
-    """Return how much of a GPU's memory is kept free for what is not foretold.
+def usable_bytes(memory_bytes: int) -> int:
+    """Return how much of a GPU's memory is planned with; the rest is kept free for what is not foretold.
 
     Args:
         memory_bytes: All memory of the GPU.
     """
-    return int(_RESERVE * memory_bytes)
+    return memory_bytes - int(_RESERVE * memory_bytes)
 
 
 def memory_shortage(needed_bytes: float, available_bytes: float, device: str) -> str | None:

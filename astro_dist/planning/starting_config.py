@@ -23,8 +23,8 @@ _GROUP_SIZES = (128, 64, 32)
 def starting_config(source: str, assignments: Sequence[str] = ()) -> RunConfig:
     """Make the configuration of a run from a model and some keys; all others get defaults that suit the model.
 
-    Where no group size is given, the largest of 128, 64 and 32 that divides all layers is taken. Where no run directory
-    is given, it is named after the model and the grid. The checkpoint's headers are read for that.
+    Where no group size is given, the largest of 128, 64 and 32 that divides all layers is taken, for which the
+    checkpoint's headers are read. Where no run directory is given, it is named after the model and the grid.
 
     Args:
         source: Source of the model, as `model.source` takes it.
@@ -36,10 +36,9 @@ def starting_config(source: str, assignments: Sequence[str] = ()) -> RunConfig:
     content: dict[str, Any] = {"model": {"source": source}, "output": {"dir": "."}}
     config = make_config(content, assignments, source)
     assigned = {assignment.partition("=")[0].strip() for assignment in assignments}
-    input_widths = _input_widths(config)
     if "quantization.group_size" not in assigned:
-        content["quantization"] = _fitting(input_widths)
-    config = make_config(content, assignments, source)
+        content["quantization"] = _fitting(_input_widths(config))
+        config = make_config(content, assignments, source)
     if "output.dir" not in assigned:
         content["output"]["dir"] = str(Path("runs") / run_name(source, config.quantization))
     return make_config(content, assignments, source)

@@ -9,7 +9,7 @@ from astro.linalg.tiling import TILE_ELEMENTS
 from astro.storage.checkpoint import Checkpoint
 from astro_dist.config.schema import MOST_TILE_WEIGHTS, RunConfig
 from astro_dist.planning.compute_dtype import compute_dtype
-from astro_dist.planning.devices import reserved_bytes
+from astro_dist.planning.devices import usable_bytes
 from astro_dist.planning.units import Plan
 from astro_dist.planning.worker_memory import WorkerMemory
 
@@ -27,8 +27,7 @@ def settle_tiles(config: RunConfig, plan: Plan, checkpoint: Checkpoint) -> RunCo
     execution = config.execution
     if execution.tile_weights != "auto" or execution.device_memory_gb is None or execution.device == "cpu":
         return config
-    memory_bytes = int(execution.device_memory_gb * 1e9)
-    available = memory_bytes - reserved_bytes(memory_bytes)
+    available = usable_bytes(int(execution.device_memory_gb * 1e9))
     dtype = compute_dtype(config, plan, checkpoint, "cuda")
     size = MOST_TILE_WEIGHTS
     while size > TILE_ELEMENTS["cuda"]:

@@ -25,7 +25,7 @@ from astro_dist.config.text_place import is_file
 from astro_dist.planning.checkpoint_plan import make_plan
 from astro_dist.planning.chunk_size import chunk_note, settle_chunks
 from astro_dist.planning.compute_dtype import compute_dtype
-from astro_dist.planning.devices import DEVICES, measure, memory_shortage, reserved_bytes
+from astro_dist.planning.devices import DEVICES, measure, memory_shortage, usable_bytes
 from astro_dist.planning.estimate import Estimate, estimate
 from astro_dist.planning.left_out import exact_expert_notes, zero_expert_notes
 from astro_dist.planning.source_notes import source_notes
@@ -34,6 +34,7 @@ from astro_dist.planning.units import Plan
 from astro_dist.source.calibration_text import TokenChunks, read_texts, tokenize
 from astro_dist.source.model_info import BaseModel, read_base_model
 from astro_dist.source.resolve import Source, resolve_source
+from astro_dist.source.text_tokens import require_known
 
 __all__ = ["Prepared", "forecast", "prepare", "require_text", "tokens_of"]
 
@@ -153,12 +154,7 @@ def tokens_of(
     except Exception as error:  # tokenizers raises bare Exceptions for files it cannot parse
         raise CheckpointError(f"{source}: its tokenizer cannot be loaded: {error}") from error
     chunks = tokenize(read_texts(config.calibration, tokenizer, commits), tokenizer, config.calibration)
-    largest = max(int(chunk.tokens.max()) for chunk in chunks.chunks)
-    if largest >= prepared.plan.vocab_size:
-        raise CheckpointError(
-            f"{source}: its tokenizer gives token {largest}, but the model has a vocabulary of "
-            f"{prepared.plan.vocab_size}; tokenizer and config.json are of different models"
-        )
+    require_known(max(int(chunk.tokens.max()) for chunk in chunks.chunks), prepared.plan.vocab_size, source)
     return _with_text(prepared, chunks.settled(config.calibration), chunks.notes), chunks
 
 
@@ -218,7 +214,7 @@ def forecast(prepared: Prepared, workers: int | None, device_name: str | None) -
     is_one_machine = kind == "cpu" and execution.cluster_address is None
     at_once = max(1, (os.cpu_count() or 1) // execution.cpu_threads) if is_one_machine else None
     needed = estimate(config, prepared.plan, dtype, count, device, at_once)
-    available = device.memory_bytes - reserved_bytes(device.memory_bytes) or math.inf
+    available = usable_bytes(device.memory_bytes) or math.inf
     shortage = memory_shortage(needed.worker_bytes, available, f"a {device.name}")
     if shortage:
         raise ConfigError(shortage)

@@ -11,7 +11,7 @@ from astro_dist.config.schema import RunConfig
 from astro_dist.config.yaml_file import load_recorded_config
 from astro_dist.report.status import Status, read_status
 from astro_dist.run_directory.identity import Identity, read_identity
-from astro_dist.run_directory.journal import Event, Opened
+from astro_dist.run_directory.journal import Event, last_session
 from astro_dist.run_directory.records import RunDirectory
 from astro_dist.run_directory.summary import Summary, read_summary
 from astro_dist.run_directory.unit_record import BlockResult, LossResult, UnitRecord, WeightsResult
@@ -74,8 +74,7 @@ class Findings:
     @property
     def session(self) -> Sequence[Event]:
         """Return the events of the last session."""
-        opened = [index for index, event in enumerate(self.events) if isinstance(event, Opened)]
-        return self.events[opened[-1] :] if opened else ()
+        return last_session(self.events)
 
     @property
     def rounds(self) -> dict[tuple[int, int], BlockResult]:

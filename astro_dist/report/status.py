@@ -19,13 +19,13 @@ from astro_dist.run_directory.journal import (
     Failed,
     Finished,
     Joined,
-    Opened,
     Published,
     PublishFailed,
     Started,
     Uploaded,
     UploadFailed,
     last_of_each_unit,
+    last_session,
 )
 from astro_dist.run_directory.records import RunDirectory
 
@@ -135,14 +135,13 @@ def read_status(root: Path) -> Status:
     identity = read_identity(root)
     run = RunDirectory(root, identity.key)
     events = run.journal.events()
-    opened = [index for index, event in enumerate(events) if isinstance(event, Opened)]
-    session = events[opened[-1] :] if opened else []
+    session = last_session(events)
     start = next((event for event in reversed(events) if isinstance(event, Started)), None)
     recorded = run.recorded_units()
     readable = {record.unit for record in run.readable_records()}
     blocks = run.blocks()
     running = run.is_locked()
-    workers, in_flight = _at_work(session if running else [])
+    workers, in_flight = _at_work(session if running else ())
     total = start.units if start else len(recorded)
     complete = run.summary.is_file() and run.inventory.is_file() and len(recorded) == total
     lost = [str(run.record(unit).relative_to(root)) for unit in recorded if unit not in readable]

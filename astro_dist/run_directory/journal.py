@@ -4,7 +4,7 @@ import dataclasses
 import json
 import os
 import time
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any, ClassVar, TypeVar
 
@@ -28,6 +28,7 @@ __all__ = [
     "Uploaded",
     "Worked",
     "last_of_each_unit",
+    "last_session",
 ]
 
 
@@ -264,6 +265,16 @@ class Journal:
             kind: Class of the events.
         """
         return [event for event in self.events() if isinstance(event, kind)]
+
+
+def last_session(events: Sequence[Event]) -> Sequence[Event]:
+    """Return the events of the last session; none where no session was begun.
+
+    Args:
+        events: Events, the oldest first.
+    """
+    opened = [index for index, event in enumerate(events) if isinstance(event, Opened)]
+    return events[opened[-1] :] if opened else ()
 
 
 def last_of_each_unit(events: Iterable[UnitEvent]) -> tuple[UnitEvent, ...]:

@@ -9,6 +9,7 @@ from typing import Any
 
 from astro.errors import ConfigError
 from astro_dist.source.json_lines import read_json_lines
+from astro_dist.source.parquet_column import column_values, open_parquet
 from astro_dist.source.rows import Row, Rows, as_row, choose_column
 from astro_dist.source.sampling import NUM_PIECES, SMALLEST_PIECE, piece_size, sampled
 
@@ -16,7 +17,6 @@ __all__ = ["read_file"]
 
 _SEAM_BYTES = 256
 """Bytes in which the end of a word is looked for where a text is cut. Some scripts have no spaces."""
-_BATCH_ROWS = 256
 
 
 def read_file(path: Path, column: str, num_characters: int, seed: int) -> Rows:
@@ -72,10 +72,9 @@ def _seam(window: bytes) -> int:
 
 
 def _read_parquet(path: Path, asked: str, num_characters: int, seed: int) -> Rows:
-    import pyarrow.parquet  # slow to import, only for parquet files
+    import pyarrow.types  # slow to import, only for parquet files
 
-    # Without a buffer size and with read-ahead, pyarrow would read whole row groups, which may be gigabytes.
-    with pyarrow.parquet.ParquetFile(path, buffer_size=1 << 20, pre_buffer=False) as file:
+    with open_parquet(path) as file:
         column = choose_column(file.schema_arrow.names, asked)
         kind, types = file.schema_arrow.field(column).type, pyarrow.types
         is_text = types.is_string(kind) or types.is_large_string(kind)
@@ -86,11 +85,10 @@ def _read_parquet(path: Path, asked: str, num_characters: int, seed: int) -> Row
 
 def _rows(file: Any, column: str) -> Iterator[Row]:
     """Yield the rows of a column that are not empty, a few in memory at a time."""
-    for batch in file.iter_batches(_BATCH_ROWS, columns=[column], use_threads=False):
-        for value in batch.column(0).to_pylist():
-            row = as_row(value, column)
-            if row is not None:
-                yield row
+    for value in column_values(file, column):
+        row = as_row(value, column)
+        if row is not None:
+            yield row
 
 
 def _column_bytes(file: Any, column: str) -> int:

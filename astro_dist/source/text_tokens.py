@@ -10,7 +10,7 @@ from astro_dist.source.documents import Document
 from astro_dist.source.long_wait import LongWait
 from astro_dist.source.sampling import cut_text
 
-__all__ = ["TextTokenizer", "leading_tokens"]
+__all__ = ["TextTokenizer", "leading_tokens", "require_known"]
 
 _PIECE_CHARACTERS = 1 << 18
 """Characters that are tokenized together: a tokenizer needs a hundred bytes of memory for each."""
@@ -103,3 +103,21 @@ def leading_tokens(tokenizer: Any) -> list[int]:
             "that nothing tells which of these come first; give the model's own tokenizer"
         )
     return whole[:start]
+
+
+def require_known(largest: int, vocab_size: int, name: object) -> None:
+    """Refuse tokens that a model does not have.
+
+    Args:
+        largest: Largest of the tokens.
+        vocab_size: Number of tokens that the model has.
+        name: What the message calls the model.
+
+    Raises:
+        CheckpointError: The token is too large.
+    """
+    if largest >= vocab_size:
+        raise CheckpointError(
+            f"{name}: its tokenizer gives token {largest}, but the model has a vocabulary of {vocab_size}; tokenizer "
+            "and config.json are of different models"
+        )

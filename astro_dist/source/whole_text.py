@@ -8,11 +8,10 @@ from astro.errors import ConfigError
 from astro_dist.config.schema import TextSource
 from astro_dist.config.text_place import FILE_SUFFIXES, PYTHON_DOCS, is_dataset, is_file
 from astro_dist.source.json_lines import json_objects
+from astro_dist.source.parquet_column import column_values, open_parquet
 from astro_dist.source.rows import choose_column
 
 __all__ = ["read_rows", "require_place"]
-
-_BATCH_ROWS = 256
 
 
 def require_place(source: TextSource, option: str) -> None:
@@ -77,15 +76,10 @@ def _rows(source: TextSource, option: str) -> Iterator[str]:
 
 
 def _parquet_rows(path: Path, asked: str) -> Iterator[str]:
-    import pyarrow.parquet  # slow to import, only for parquet files
-
-    with pyarrow.parquet.ParquetFile(path, buffer_size=1 << 20, pre_buffer=False) as file:
+    with open_parquet(path) as file:
         column = choose_column(file.schema_arrow.names, asked)
-        number = 0
-        for batch in file.iter_batches(_BATCH_ROWS, columns=[column], use_threads=False):
-            for value in batch.column(0).to_pylist():
-                number += 1
-                yield _text(value, column, f"row {number}")
+        for number, value in enumerate(column_values(file, column), 1):
+            yield _text(value, column, f"row {number}")
 
 
 def _text(value: object, column: str, place: str) -> str:

@@ -17,7 +17,7 @@ from rich.filesize import decimal
 
 from astro.errors import MemoryShortage, RunError
 from astro.process import says_out_of_memory
-from astro_dist.planning.devices import CUDA_CONTEXT_BYTES, memory_shortage, reserved_bytes
+from astro_dist.planning.devices import CUDA_CONTEXT_BYTES, memory_shortage, usable_bytes
 
 __all__ = ["gpu_trouble", "has_gpu", "require_gpu", "require_memory", "set_allocator", "within_memory"]
 
@@ -107,10 +107,11 @@ def require_memory(needed_bytes: int, device: torch.device) -> None:
         gc.collect()  # a worker before this one may have been in this very process
         torch.cuda.empty_cache()
         free, total = torch.cuda.mem_get_info(device)
-        available = free + CUDA_CONTEXT_BYTES - reserved_bytes(total)  # the context is there by now
+        usable = usable_bytes(total)
+        available = free - (total - usable) + CUDA_CONTEXT_BYTES  # the context is there by now
         name = torch.cuda.get_device_name(device)
         place = f"its {name}, of whose {decimal(total)} {decimal(free)} are free,"
-        if needed_bytes <= total - reserved_bytes(total):
+        if needed_bytes <= usable:
             beside = ". Other processes hold the rest of it: `nvidia-smi` lists them"
     else:
         available = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
