@@ -12,7 +12,7 @@ ORDERS = {
     "astro": "errors timing process < config linalg storage < model < calibration < quantization < formats",
     "astro_dist": (
         "console wording < config < schedule < source < planning < run_directory < worker export < evaluation publish"
-        " < report < execution < pipeline < cli < __main__ __init__"
+        " < report < execution < pipeline < commands < cli < __main__ __init__"
     ),
 }
 """Each room may import the rooms that stand left of the sign `<` before it, and itself."""

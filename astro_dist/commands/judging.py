@@ -1,0 +1,107 @@
+"""The commands that judge models: perplexity and tasks, runs beside each other, a prompt continued."""
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich.console import Console
+
+from astro_dist.commands.output import AsJson, Trust, ignore, print_json, say_lines, stream
+
+__all__ = ["compare", "evaluate", "try_prompt"]
+
+_Device = Annotated[str, typer.Option(help="cpu, cuda, or auto for a GPU where there is one.")]
+_Dtype = Annotated[str, typer.Option(help="_Dtype of forward passes; auto for the model's own.")]
+_HiddenGb = Annotated[float, typer.Option("--hidden-gb", help="Memory for hidden states between blocks, in GB.")]
+
+
+def evaluate(  # noqa: PLR0913 - every option is a parameter
+    model: Annotated[
+        str, typer.Argument(help="Run directory, folder of a model, or ORG/NAME\\[@REVISION] on the Hub.")
+    ],
+    text: Annotated[
+        str | None, typer.Option(help="Perplexity on this .parquet, .jsonl or .txt file, or dataset on the Hub.")
+    ] = None,
+    column: Annotated[str, typer.Option(help="Column of the text, or key of its objects.")] = "text",
+    subset: Annotated[str | None, typer.Option(help="Subset of a dataset on the Hub.")] = None,
+    split: Annotated[str, typer.Option(help="Split of a dataset on the Hub.")] = "test",
+    revision: Annotated[str | None, typer.Option(help="Branch, tag or commit of a dataset; main if not given.")] = None,
+    window: Annotated[int, typer.Option(min=2, help="Tokens of a window.")] = 2048,
+    bos: Annotated[
+        bool,
+        typer.Option("--bos", help="The tokenizer's first tokens lead every window, as Gemma wants; else the text."),
+    ] = False,
+    tasks: Annotated[
+        str | None, typer.Option(help="Tasks of lm-evaluation-harness: arc_easy,mmlu:5, or `paper` for Astro's table.")
+    ] = None,
+    include: Annotated[Path | None, typer.Option(help="Folder with more tasks; code that they name runs.")] = None,
+    limit: Annotated[int | None, typer.Option(min=1, help="Windows of the text, and questions of a task.")] = None,
+    against: Annotated[str | None, typer.Option(help="Compare predictions on the text with this model's.")] = None,
+    device: _Device = "auto",
+    dtype: _Dtype = "auto",
+    hidden_gb: _HiddenGb = 4.0,
+    trust: Trust = False,
+    as_json: AsJson = False,
+) -> None:
+    """Judge a model by its perplexity on a text and by tasks, with one block of it in memory at a time."""
+    from astro_dist.config.schema import TextSource
+    from astro_dist.evaluation.judge import JudgeRequest, judge
+    from astro_dist.evaluation.judge_settings import JudgeSettings
+    from astro_dist.evaluation.words import judgement_lines, task_table
+
+    settings = JudgeSettings(device=device, dtype=dtype, hidden_gb=hidden_gb, trust_remote_code=trust)
+    source = None
+    if text is not None:
+        source = TextSource(source=text, column=column, subset=subset, split=split, revision=revision, share=1.0)
+    request = JudgeRequest(
+        text=source, window=window, leads_each=bos, tasks=tasks, include=include, limit=limit, against=against
+    )
+    judgement = judge(model, request, settings)
+    if as_json:
+        print_json(judgement.to_json())
+        return
+    say_lines(*judgement_lines(judgement))
+    if judgement.tasks:
+        Console().print(task_table(judgement))
+
+
+def compare(
+    runs: Annotated[list[Path], typer.Argument(help="Run directories of finished runs.", metavar="RUN...")],
+    as_json: AsJson = False,
+) -> None:
+    """Show finished runs beside each other: bits, size, what they lost, time, worst layer, fallbacks."""
+    from astro_dist.evaluation.comparison import compare_runs
+    from astro_dist.evaluation.words import comparison_table
+
+    comparison = compare_runs(runs)
+    if as_json:
+        print_json(comparison.to_json())
+        return
+    Console().print(comparison_table(comparison))
+    say_lines(*(f"note: {note}" for note in comparison.notes))
+
+
+def try_prompt(  # noqa: PLR0913 - every option is a parameter
+    model: Annotated[str, typer.Argument(help="Run directory of a finished run; another model needs --against.")],
+    prompt: Annotated[str, typer.Argument(help="Text to continue.")],
+    tokens: Annotated[int, typer.Option(min=1, help="Largest number of new tokens.")] = 60,
+    against: Annotated[str | None, typer.Option(help="The original; without it the source of the run.")] = None,
+    chat: Annotated[bool, typer.Option("--chat", help="The prompt is a message in the model's chat template.")] = False,
+    device: _Device = "auto",
+    dtype: _Dtype = "auto",
+    trust: Trust = False,
+    as_json: AsJson = False,
+) -> None:
+    """Let the original and the quantized model continue a prompt, each token the most likely one."""
+    from astro_dist.evaluation.beside import TryRequest, continue_beside
+    from astro_dist.evaluation.judge_settings import JudgeSettings
+    from astro_dist.evaluation.words import beside_line
+
+    settings = JudgeSettings(device=device, dtype=dtype, trust_remote_code=trust)
+    request = TryRequest(prompt=prompt, num_tokens=tokens, against=against, chat=chat)
+    show, title = (ignore, ignore) if as_json else (stream, say_lines)
+    beside = continue_beside(model, request, settings, show, title)
+    if as_json:
+        print_json(beside.to_json())
+    else:
+        say_lines(beside_line(beside))
