@@ -9,7 +9,9 @@ import pytest
 
 ROOT = Path(__file__).parents[1]
 ORDERS = {
-    "astro": "errors timing process < config linalg storage < model < calibration < quantization < formats",
+    "astro": (
+        "errors timing process < config activation_config linalg storage < model < calibration < quantization < formats"
+    ),
     "astro_dist": (
         "console wording < config < schedule < source < planning < run_directory < worker export < evaluation publish"
         " < report < execution < pipeline < commands < cli < __main__ __init__"

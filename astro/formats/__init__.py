@@ -15,6 +15,7 @@ from typing import Any, Literal, Protocol
 
 import torch
 
+from astro.activation_config import ActivationScheme
 from astro.config import LayerScheme
 from astro.formats import compressed_tensors, gptq_v1
 from astro.model.linear_layer import LinearLayer
@@ -81,7 +82,11 @@ class Layout(Protocol):
         """
 
     def quantization_config(
-        self, schemes: Mapping[str, LayerScheme], ignore: Sequence[str], act_order: Literal["static", "none"]
+        self,
+        schemes: Mapping[str, LayerScheme],
+        ignore: Sequence[str],
+        act_order: Literal["static", "none"],
+        inputs: ActivationScheme | None = None,
     ) -> dict[str, Any]:
         """Return the `quantization_config` that config.json holds.
 
@@ -89,6 +94,20 @@ class Layout(Protocol):
             schemes: Bits, group size and symmetry of every quantized layer, by module name.
             ignore: Names of the linear modules that are not quantized.
             act_order: Order in which the solver visited columns.
+            inputs: Grid to which servers round the inputs of every quantized layer; None where they stay as they are.
+
+        Raises:
+            ConfigError: The layout cannot say that inputs are rounded.
+        """
+
+    def read_inputs(self, config: Mapping[str, Any]) -> ActivationScheme | None:
+        """Read to which grid servers round the inputs of quantized layers; None where they stay as they are.
+
+        Args:
+            config: The `quantization_config` of config.json.
+
+        Raises:
+            CheckpointError: Inputs are rounded otherwise than one scale a token, or not alike in all layers.
         """
 
     def read_schemes(self, config: Mapping[str, Any], names: Sequence[str]) -> dict[str, LayerScheme]:

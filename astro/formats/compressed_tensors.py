@@ -15,8 +15,9 @@ from typing import Any, Literal
 
 import torch
 
+from astro.activation_config import ActivationScheme
 from astro.config import PER_CHANNEL, LayerScheme
-from astro.errors import CheckpointError
+from astro.errors import CheckpointError, ConfigError
 from astro.formats.fused_layers import mixed_layers
 from astro.formats.server_limits import (
     conversion_notes,
@@ -31,7 +32,8 @@ from astro.storage.bit_packing import pack, unpack
 
 __all__ = [
     "MARK", "METHOD", "READER_PACKAGES", "SCALE_DTYPE", "fusion_refusal", "is_ignored", "pack_linear",
-    "quantization_config", "read_schemes", "reader_notes", "refusal", "server_notes", "suffixes", "unpack_linear",
+    "quantization_config", "read_inputs", "read_schemes", "reader_notes", "refusal", "server_notes", "suffixes",
+    "unpack_linear",
 ]  # fmt: skip
 
 METHOD = "compressed-tensors"
@@ -118,7 +120,10 @@ def unpack_linear(name: str, tensors: Mapping[str, torch.Tensor], scheme: LayerS
 
 
 def quantization_config(
-    schemes: Mapping[str, LayerScheme], ignore: Sequence[str], act_order: Literal["static", "none"]
+    schemes: Mapping[str, LayerScheme],
+    ignore: Sequence[str],
+    act_order: Literal["static", "none"],
+    inputs: ActivationScheme | None = None,
 ) -> dict[str, Any]:
     """Return the `quantization_config` that config.json holds.
 
@@ -126,12 +131,18 @@ def quantization_config(
         schemes: Bits, group size and symmetry of every quantized layer, by module name.
         ignore: Names of the linear modules that are not quantized.
         act_order: Order in which the solver visited columns.
+        inputs: Grid to which servers round the inputs of every quantized layer; None where they stay as they are.
     """
+    rounded = {} if inputs is None else {"input_activations": _inputs(inputs)}
     members: dict[LayerScheme, list[str]] = {}
     for name, scheme in schemes.items():
         members.setdefault(scheme, []).append(name)
     config_groups = {
-        f"group_{i}": {"targets": ["Linear"] if len(members) == 1 else names, "weights": _weights(scheme, act_order)}
+        f"group_{i}": {
+            "targets": ["Linear"] if len(members) == 1 else names,
+            "weights": _weights(scheme, act_order),
+            **rounded,
+        }
         for i, (scheme, names) in enumerate(members.items())
     }
     return {
@@ -141,6 +152,21 @@ def quantization_config(
         "config_groups": config_groups,
         "ignore": list(ignore),
     }
+
+
+def read_inputs(config: Mapping[str, Any]) -> ActivationScheme | None:
+    """Read to which grid servers round the inputs of quantized layers; None where they stay as they are.
+
+    Args:
+        config: The `quantization_config` of config.json.
+
+    Raises:
+        CheckpointError: Inputs are rounded otherwise than one scale a token, or not alike in all layers.
+    """
+    every = {_read_inputs(config_group.get("input_activations")) for config_group in config["config_groups"].values()}
+    if len(every) > 1:
+        raise CheckpointError("its config_groups round the inputs of layers differently, which is not read here")
+    return next(iter(every), None)
 
 
 def read_schemes(config: Mapping[str, Any], names: Sequence[str]) -> dict[str, LayerScheme]:
@@ -223,3 +249,21 @@ def _weights(scheme: LayerScheme, act_order: str) -> dict[str, Any]:
         "actorder": "static" if act_order == "static" and not per_channel else None,
         "dynamic": False,
     }
+
+
+def _inputs(scheme: ActivationScheme) -> dict[str, Any]:
+    """Say that each token's inputs get a scale as they come, in the words of compressed-tensors."""
+    return {"num_bits": scheme.bits, "type": scheme.type, "strategy": "token", "dynamic": True, "symmetric": True}
+
+
+def _read_inputs(args: Mapping[str, Any] | None) -> ActivationScheme | None:
+    if args is None:
+        return None
+    try:
+        scheme = ActivationScheme(args["num_bits"], args["type"])
+    except ConfigError as error:
+        raise CheckpointError(f"input_activations: {error}") from error
+    written = _inputs(scheme)
+    if any(args.get(key) != value for key, value in written.items()):
+        raise CheckpointError(f"input_activations: expected {written}, got {dict(args)}; others are not read here")
+    return scheme

@@ -19,8 +19,9 @@ from typing import Any, Literal
 
 import torch
 
+from astro.activation_config import ActivationScheme
 from astro.config import LayerScheme
-from astro.errors import CheckpointError
+from astro.errors import CheckpointError, ConfigError
 from astro.formats.fused_layers import fused_name, mixed_layers
 from astro.formats.server_limits import conversion_notes, group_size_notes, low_width_notes
 from astro.model.linear_layer import LinearLayer
@@ -29,7 +30,8 @@ from astro.storage.bit_packing import pack, unpack
 
 __all__ = [
     "MARK", "METHOD", "READER_PACKAGES", "SCALE_DTYPE", "fusion_refusal", "is_ignored", "pack_linear",
-    "quantization_config", "read_schemes", "reader_notes", "refusal", "server_notes", "suffixes", "unpack_linear",
+    "quantization_config", "read_inputs", "read_schemes", "reader_notes", "refusal", "server_notes", "suffixes",
+    "unpack_linear",
 ]  # fmt: skip
 
 METHOD = "gptq"
@@ -116,7 +118,10 @@ def unpack_linear(name: str, tensors: Mapping[str, torch.Tensor], scheme: LayerS
 
 
 def quantization_config(
-    schemes: Mapping[str, LayerScheme], ignore: Sequence[str], act_order: Literal["static", "none"]
+    schemes: Mapping[str, LayerScheme],
+    ignore: Sequence[str],
+    act_order: Literal["static", "none"],
+    inputs: ActivationScheme | None = None,
 ) -> dict[str, Any]:
     """Return the `quantization_config` that config.json holds: the commonest scheme, and what differs from it.
 
@@ -124,7 +129,13 @@ def quantization_config(
         schemes: Bits and group size of every quantized layer, by module name.
         ignore: Names of the linear modules that are not quantized.
         act_order: Order in which the solver visited columns; the layout has no field for a static one.
+        inputs: None, because the layout has no field for inputs that are rounded.
+
+    Raises:
+        ConfigError: Inputs are to be rounded.
     """
+    if inputs is not None:
+        raise ConfigError(f"inputs as {inputs.in_words}: the GPTQ layout cannot say so; use compressed-tensors")
     commonest, _ = Counter(schemes.values()).most_common(1)[0]
     changes = {
         name: {"bits": scheme.bits, "group_size": scheme.group_size}
@@ -145,6 +156,11 @@ def quantization_config(
         "lm_head": False,
         **({"dynamic": dynamic} if dynamic else {}),
     }
+
+
+def read_inputs(config: Mapping[str, Any]) -> ActivationScheme | None:
+    """Return None: the layout has no field for inputs that are rounded; see `Layout`."""
+    return None
 
 
 def read_schemes(config: Mapping[str, Any], names: Sequence[str]) -> dict[str, LayerScheme]:

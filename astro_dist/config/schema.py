@@ -10,6 +10,7 @@ from typing import Any, Literal
 import yaml
 from pydantic import Field, model_validator
 
+from astro.activation_config import Activations
 from astro.config import Experts, Quantization, Regularizer, SolverSettings
 from astro_dist.config.calibration import CalibrationConfig, TextSource
 from astro_dist.config.execution import MOST_TILE_WEIGHTS, ExecutionConfig
@@ -133,6 +134,8 @@ class RunConfig(Section):
     """Where the source model comes from."""
     quantization: Quantization = Quantization()
     """The grid of the weights, and how they are rounded to it."""
+    activations: Activations = Activations()
+    """What servers do with the inputs of quantized layers."""
     regularizer: Regularizer = Regularizer()
     """How weights are moved before they are rounded."""
     experts: Experts = Experts()
@@ -152,6 +155,11 @@ class RunConfig(Section):
             raise ValueError(
                 "quantization.bits: auto wants execution.mode: blocks and execution.rounds of at least 2; the first "
                 "round measures what each width costs"
+            )
+        if self.activations.scheme is not None and self.quantization.format == "gptq":
+            raise ValueError(
+                f"activations.bits: {self.activations.bits} wants quantization.format: compressed-tensors, because the "
+                "GPTQ layout has no field for rounded inputs"
             )
         return self
 

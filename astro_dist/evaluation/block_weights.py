@@ -10,6 +10,7 @@ from pathlib import Path
 import torch
 from torch import nn
 
+from astro.activation_config import ActivationScheme
 from astro.config import LayerScheme
 from astro.errors import CheckpointError
 from astro.formats import LAYOUTS, Layout
@@ -35,6 +36,7 @@ class BlockWeights:
         skeleton: The model, on the meta device but for what is filled.
         dtype: Dtype of most weights in the files, after decoding.
         num_weights: Number of weights that text needs.
+        inputs: Grid to which servers round the inputs of packed layers; None where they stay as they are.
     """
 
     def __init__(self, store: Store, folder: Path, skeleton: Skeleton) -> None:
@@ -52,6 +54,7 @@ class BlockWeights:
         self._layout: Layout | None = None
         self._stems: set[str] = set()
         self._schemes: Mapping[str, LayerScheme] = {}
+        self.inputs: ActivationScheme | None = None
         self._checkpoint = self._open_packed(store, folder) or Checkpoint.open_source(store)
         self._places = assign_tensors(self._checkpoint, skeleton)
         entries = self._checkpoint.entries
@@ -96,6 +99,7 @@ class BlockWeights:
         try:
             layers, _ = packed_layers(checkpoint, self.skeleton, stems)
             schemes = layout.read_schemes(config, [name for layer in layers for name in layer.config_names])
+            inputs = layout.read_inputs(config)
             self._require_in_blocks(stems)
         except (CheckpointError, KeyError, TypeError, ValueError, AttributeError) as error:
             if layout is LAYOUTS["compressed-tensors"]:  # of another tool; it is decoded as a source would be
@@ -106,7 +110,7 @@ class BlockWeights:
                 f"{store}: cannot be unpacked: {reason}; in this layout the results of astro-dist alone are read, give "
                 "the original model or one in another layout"
             ) from error
-        self._layout, self._stems, self._schemes = layout, stems, schemes
+        self._layout, self._stems, self._schemes, self.inputs = layout, stems, schemes, inputs
         return checkpoint
 
     def _require_in_blocks(self, stems: Iterable[str]) -> None:

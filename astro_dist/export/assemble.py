@@ -54,8 +54,8 @@ def assemble(source: Path, plan: Plan, run: RunDirectory, config: RunConfig, is_
     layout, final = LAYOUTS[config.quantization.format], final_schemes(config.quantization, plan, run)
     linears = (linear for unit in plan.blocks for linear in unit.linears)
     schemes = {name: final[linear.name] for linear in linears for name in linear.config_names}
-    act_order = config.quantization.act_order
-    content["quantization_config"] = layout.quantization_config(schemes, plan.ignore, act_order)
+    act_order, inputs = config.quantization.act_order, config.activations.scheme
+    content["quantization_config"] = layout.quantization_config(schemes, plan.ignore, act_order, inputs)
     write_json(run.model / "config.json", content)
     return [INDEX_NAME, "config.json", *beside]
 

@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 
+from astro.activation_config import ActivationScheme
 from astro.config import LayerScheme
 from astro.errors import CheckpointError, InputError
 from astro.formats import Layout
@@ -36,6 +37,7 @@ class Verification:
         model: Folder or repository of the model.
         num_linears: Number of packed layers.
         num_tensors: Number of tensors.
+        inputs: Grid to which servers round the inputs of packed layers; None where they stay as they are.
         not_finite: Names of the tensors that hold NaN or Inf, and that the model's class does not read. A drafter may.
         checksums_compared: Whether every file was compared with the SHA-256 that the run recorded.
         relative_weight_errors: ‖Ŵ − W‖_F / ‖W‖_F of each layer by name; empty where no source was given.
@@ -44,6 +46,7 @@ class Verification:
     model: str
     num_linears: int
     num_tensors: int
+    inputs: ActivationScheme | None
     not_finite: tuple[str, ...]
     checksums_compared: bool
     relative_weight_errors: Mapping[str, float]
@@ -54,6 +57,7 @@ class Verification:
             "model": self.model,
             "linears": self.num_linears,
             "tensors": self.num_tensors,
+            "inputs": None if self.inputs is None else self.inputs.in_words,
             "not_finite": list(self.not_finite),
             "checksums_compared": self.checksums_compared,
             "relative_weight_errors": dict(self.relative_weight_errors),
@@ -98,6 +102,7 @@ def verify_model(model: Path | str, against: Path | str | None = None, trust_rem
     layers, unpacked = packed_layers(checkpoint, skeleton, stems)
     try:
         schemes = packing.read_schemes(config, [name for layer in layers for name in layer.config_names])
+        inputs = packing.read_inputs(config)
         copied = copied_matrices(
             skeleton, checkpoint.entries, (k for k in checkpoint.entries if not is_packed(k, stems))
         )
@@ -121,6 +126,7 @@ def verify_model(model: Path | str, against: Path | str | None = None, trust_rem
         model=str(opened.store),
         num_linears=len(layers),
         num_tensors=len(checkpoint.entries),
+        inputs=inputs,
         not_finite=tuple(not_finite),
         checksums_compared=is_of_run,
         relative_weight_errors=errors,

@@ -188,6 +188,8 @@ def verification_lines(verification: "Verification", against: str | None, show_a
             f"note: {counted(len(unsound), 'tensor')} that the model's class does not read, with NaN or Inf, "
             f"the first is {unsound[0]}; a mask may hold them, but a drafter for speculation that does is damaged"
         )
+    if verification.inputs is not None:
+        lines.append(f"config.json tells servers to round the inputs of packed layers: {verification.inputs.in_words}")
     return [*lines, f"{verification.num_linears} packed layers and {tensors} are sound{compared}"]
 
 

@@ -5,6 +5,7 @@ import torch
 from compressed_tensors.compressors import PackedQuantizationCompressor
 from compressed_tensors.quantization import QuantizationArgs, QuantizationConfig, QuantizationScheme
 
+from astro.activation_config import ActivationScheme
 from astro.config import LayerScheme, Override, Quantization, SolverSettings
 from astro.errors import CheckpointError
 from astro.formats import compressed_tensors as ct
@@ -69,6 +70,36 @@ def test_config_is_accepted_by_the_library(group_size, symmetric):
     weights = parsed.config_groups["group_0"].weights
     assert (weights.num_bits, weights.symmetric, parsed.ignore) == (4, symmetric, ["lm_head"])
     assert weights.group_size == (32 if group_size == 32 else None)
+
+
+@pytest.mark.parametrize(
+    "inputs", [ActivationScheme(8, "int"), ActivationScheme(4, "int"), ActivationScheme(8, "float")]
+)
+def test_rounded_inputs_are_named_in_every_group_and_read_back(inputs):
+    schemes = {"m.q": LayerScheme(group_size=32), "m.k": LayerScheme(bits=8)}
+    config = ct.quantization_config(schemes, ["lm_head"], "static", inputs)
+    parsed = QuantizationConfig.model_validate(config)
+    assert config["format"] == "pack-quantized"
+    assert len(parsed.config_groups) == 2
+    for group in parsed.config_groups.values():
+        args = group.input_activations
+        assert (args.num_bits, args.type, args.strategy) == (inputs.bits, inputs.type, "token")
+        assert (args.dynamic, args.symmetric) == (True, True)
+    assert ct.read_inputs(config) == inputs
+    assert ct.read_schemes(config, list(schemes)) == schemes
+    assert ct.read_inputs(ct.quantization_config(schemes, [], "static")) is None
+
+
+def test_inputs_that_are_rounded_otherwise_are_refused():
+    schemes = {"m.q": LayerScheme(group_size=32), "m.k": LayerScheme(bits=8)}
+    config = ct.quantization_config(schemes, [], "static", ActivationScheme(8, "int"))
+    config["config_groups"]["group_1"]["input_activations"] = None
+    with pytest.raises(CheckpointError, match="round the inputs of layers differently"):
+        ct.read_inputs(config)
+    for change, message in (({"dynamic": False}, "expected .*'dynamic': True.*, got"), ({"num_bits": 6}, "got 6")):
+        args = config["config_groups"]["group_0"]["input_activations"] | change
+        with pytest.raises(CheckpointError, match=message):
+            ct.read_inputs({"config_groups": {"group_0": {"input_activations": args}}})
 
 
 @pytest.mark.parametrize(

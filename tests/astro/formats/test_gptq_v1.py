@@ -5,6 +5,7 @@ import re
 import pytest
 import torch
 
+from astro.activation_config import ActivationScheme
 from astro.config import LayerScheme, Override, Quantization, SolverSettings
 from astro.errors import CheckpointError, ConfigError
 from astro.formats import gptq_v1
@@ -131,3 +132,9 @@ def test_rows_and_columns_have_to_fill_whole_words():
     assert gptq_v1.refusal(24, 64, LayerScheme(bits=4)) is None
     assert "24 x 64 weights of 3 bits do not fill" in str(gptq_v1.refusal(24, 64, LayerScheme(bits=3)))
     assert "64 x 24 weights of 3 bits do not fill" in str(gptq_v1.refusal(64, 24, LayerScheme(bits=3)))
+
+
+def test_rounded_inputs_have_no_place():
+    with pytest.raises(ConfigError, match="inputs as int8 per token: the GPTQ layout cannot say so"):
+        gptq_v1.quantization_config({"a": LayerScheme()}, [], "static", ActivationScheme(8, "int"))
+    assert gptq_v1.read_inputs(gptq_v1.quantization_config({"a": LayerScheme()}, [], "static")) is None

@@ -47,6 +47,12 @@ def test_resolved_config_reads_back_the_same(write):
         ),
         (MINIMAL + "publish: {repo: me}", "publish.repo: expected ORG/NAME of a model repository, got 'me'"),
         (MINIMAL + "publish: {repository: a/b}", "unknown key publish.repository; known here: repo, private"),
+        (MINIMAL + "activations: {bits: 6}", "activations.bits: expected 16, 8 or 4, got 6"),
+        (MINIMAL + "activations: {type: float}", "activations.type: float is FP8 and wants bits: 8, got bits: 16"),
+        (
+            MINIMAL + "quantization: {format: gptq}\nactivations: {bits: 8}",
+            "activations.bits: 8 wants quantization.format: compressed-tensors",
+        ),
         (MINIMAL + "calibration: {samples: 0}", "calibration.samples: expected auto or at least 1, got 0"),
         (MINIMAL + "calibration: {text_column: a}", r"key calibration.text_column \(it is called column now\)"),
         (
@@ -246,7 +252,7 @@ def test_key_that_nobody_has_listed_counts(monkeypatch, path):
 
 def test_keys_that_decide_bytes(write):
     arithmetic = load_config(write(MINIMAL)).arithmetic()
-    assert arithmetic.keys() == {"quantization", "regularizer", "experts", "calibration", "execution"}
+    assert arithmetic.keys() == {"quantization", "activations", "regularizer", "experts", "calibration", "execution"}
     assert arithmetic["calibration"].keys() == {
         "samples", "sequence_length", "chunk_samples", "holdout_samples", "seed", "token_weights",
     }  # fmt: skip

@@ -8,9 +8,13 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from astro.activation_config import ActivationScheme
 from astro.errors import CheckpointError, ConfigError
+from astro.model.skeleton import Skeleton
+from astro.storage.byte_store import FolderStore
 from astro.storage.checkpoint import INDEX_NAME
 from astro_dist import pipeline
+from astro_dist.evaluation.block_weights import BlockWeights
 from astro_dist.export.verify import verify_model
 from astro_dist.report.command_output import verification_lines
 
@@ -140,3 +144,22 @@ def test_wrong_source(model, tmp_path):
     save_file({"x": torch.ones(2)}, tmp_path / "model.safetensors")
     with pytest.raises(CheckpointError, match="it is not the source of this model"):
         verify_model(model, tmp_path)
+
+
+def test_rounded_inputs_are_read_back(run_config, tmp_path):
+    config = run_config(calibration__holdout_samples=0, activations__bits=8)
+    model = Path(pipeline.quantize(config).model).rename(tmp_path / "alone")
+    verified = verify_model(model)
+    assert (verified.inputs, verified.to_json()["inputs"]) == (ActivationScheme(8, "int"), "int8 per token")
+    assert "round the inputs of packed layers: int8 per token" in verification_lines(verified, None, False)[-2]
+    assert BlockWeights(FolderStore(model), model, Skeleton(model, torch.float32)).inputs == verified.inputs
+    change_groups(model, lambda group: group["input_activations"].update(dynamic=False))
+    with pytest.raises(CheckpointError, match=r"config\.json: input_activations: expected .*'dynamic': True"):
+        verify_model(model)
+
+
+def change_groups(model, change):
+    content = json.loads((model / "config.json").read_text())
+    for group in content["quantization_config"]["config_groups"].values():
+        change(group)
+    (model / "config.json").write_text(json.dumps(content))
