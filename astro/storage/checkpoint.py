@@ -7,11 +7,12 @@ The weights of a quantized source are decoded while they are read. Nobody else k
 shape of what `read` returns, and the scales are hidden.
 """
 
+import copy
 import hashlib
 import itertools
 from collections.abc import Collection, Iterable, Iterator, Mapping
 from pathlib import Path, PurePosixPath
-from typing import Any
+from typing import Any, Self
 
 import torch
 
@@ -23,6 +24,7 @@ from astro.storage.encoded_tensor import EncodedTensor, Slice
 from astro.storage.other_kinds import what_it_is
 from astro.storage.packed_shapes import read_packed_shapes
 from astro.storage.shard_header import StoredTensor, TensorEntry, read_bytes, read_store_header
+from astro.storage.slice_decoder import SliceDecoder
 from astro.storage.source_quantization import read_quantization
 
 __all__ = ["INDEX_NAME", "SINGLE_NAME", "Checkpoint", "require_finite"]
@@ -56,7 +58,7 @@ class Checkpoint:
             stored: Every tensor by name.
             encoded: What of it is decoded while it is read.
         """
-        self.store = store
+        self.store, self._decoder = store, SliceDecoder(torch.device("cpu"))
         self.stored = dict(sorted(stored.items()))
         self.encoded = encoded
         entries: dict[str, TensorEntry] = {name: e for name, e in stored.items() if name not in encoded.hidden}
@@ -116,6 +118,16 @@ class Checkpoint:
         except CheckpointError as error:
             raise CheckpointError(f"{store}/{error}") from error
 
+    def decoding_on(self, device: torch.device) -> Self:
+        """Return this checkpoint, but decoding on a device. It cannot travel to another process then.
+
+        Args:
+            device: Device that decodes what `read` returns on the CPU.
+        """
+        decoding = copy.copy(self)
+        decoding._decoder = SliceDecoder(device)
+        return decoding
+
     def place(self, name: str) -> str:
         """Return the path of the file that holds a tensor, for messages.
 
@@ -163,7 +175,7 @@ class Checkpoint:
         for entry, part in self._filled(sorted(encoded, key=lambda e: (e.file, e.sources[0].start)), _SLICE_ELEMENTS):
             if entry.name not in tensors:
                 tensors[entry.name] = torch.empty(entry.shape, dtype=entry.torch_dtype)
-            tensors[entry.name][part.first : part.last] = entry.decode(part)
+            tensors[entry.name][part.first : part.last] = self._decoder.decode(entry, part)
         return tensors
 
     def pieces(self, name: str, num_elements: int) -> Iterator[torch.Tensor]:

@@ -77,6 +77,7 @@ class BlockWeights:
             CheckpointError: A tensor is missing or damaged.
         """
         block, skeleton = self.skeleton.blocks[index], self.skeleton
+        self._checkpoint = self._checkpoint.decoding_on(device)
         keys = self._places.by_block.get(index, [])
         by_parameter = self._packed_parameters(index, keys)
         apart = {layer.key for layers in by_parameter.values() for layer in layers}

@@ -3,6 +3,7 @@
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import Future
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -59,9 +60,10 @@ class BlockRunner:
             RunError: This machine does not see the run directory, sees another source than the driver, or has too
                 little memory.
         """
-        self.spec, self.device = spec, torch.device(spec.device)
+        self.device = torch.device(spec.device)
         require_same_files(spec)
         require_memory(spec.needed_bytes, self.device)
+        self.spec = spec = replace(spec, checkpoint=spec.checkpoint.decoding_on(self.device))
         self.checkpoint = spec.checkpoint
         self.skeleton = Skeleton(spec.folder, spec.compute_dtype, spec.trust_remote_code)
         copies = DeviceCopies(self.device)

@@ -1,5 +1,7 @@
 """Decoding is what the formats say: against float64, element by element, and against the libraries' own decoders."""
 
+import contextlib
+import dataclasses
 import doctest
 import itertools
 import json
@@ -19,6 +21,8 @@ from astro.storage import decoding
 from astro.storage.byte_store import FolderStore
 from astro.storage.checkpoint import Checkpoint, require_finite
 from astro.storage.source_quantization import without_quantization
+from tests.support.devices import on_device
+from tests.support.fake_gpu import fake_gpu
 from tests.support.models import random_weights
 from tests.support.quantized_sources import E2M1, fp4, fp8, integers, mxfp4_experts
 
@@ -309,6 +313,40 @@ def test_slices_together_are_the_whole(tmp_path, monkeypatch, case, num_elements
     monkeypatch.setattr("astro.storage.checkpoint._SLICE_ELEMENTS", num_elements)
     monkeypatch.setattr("astro.storage.checkpoint._BATCH_BYTES", 10_000)
     assert torch.equal(checkpoint.read(["l.weight"])["l.weight"], W)
+
+
+@pytest.mark.parametrize("case", range(4))
+def test_every_device_decodes_the_same_bits(tmp_path, device, case):
+    with on_device(torch.device("cpu")):  # files are written from there
+        checkpoint = open_source(tmp_path, *list(cases())[case])
+    W = checkpoint.decoding_on(device).read(["l.weight"])["l.weight"]
+    assert torch.equal(W, checkpoint.read(["l.weight"])["l.weight"])
+
+
+@pytest.mark.parametrize("case", range(4))
+def test_decoding_mixes_no_devices_and_does_not_wait(tmp_path, case):
+    entry = open_source(tmp_path, *list(cases())[case]).entries["l.weight"]
+    with fake_gpu() as watch:
+        for part in entry.slices(5000):
+            moved = {role: tensor.to("cuda") for role, tensor in part.parts.items()}
+            decoded = entry.decode(dataclasses.replace(part, parts=moved))
+            assert decoded.device.type == "cuda"
+    assert not watch.mixed
+    assert not watch.waits
+
+
+def test_decoding_has_a_stream_of_its_own(tmp_path, monkeypatch):
+    """What is read ahead is decoded while the device is at work on something else, for which nobody waits here."""
+    checkpoint = open_source(tmp_path, *next(cases()))
+    entered, to = [], torch.Tensor.to
+    monkeypatch.setattr(torch.cuda, "Stream", lambda device: f"beside {device}")
+    monkeypatch.setattr(torch.cuda, "stream", lambda stream: entered.append(stream) or contextlib.nullcontext())
+    monkeypatch.setattr(
+        torch.Tensor, "to", lambda X, place, *rest: X.clone() if place == torch.device("cuda") else to(X, place, *rest)
+    )
+    W = checkpoint.decoding_on(torch.device("cuda")).read(["l.weight"])["l.weight"]
+    assert entered == ["beside cuda"]
+    assert torch.equal(W, checkpoint.read(["l.weight"])["l.weight"])
 
 
 def test_bytes_are_read_once_whatever_the_slices(tmp_path, monkeypatch):
