@@ -1,0 +1,354 @@
+"""Training that leaves no outlier channels in activations: rounded inputs with learned clips, and kurtosis of outputs.
+
+Source: Nrusimha et al., arXiv 2404.03605. A layer's inputs are rounded while it is trained, so that the layer before
+learns to make inputs that a few bits hold. Alone, that moves the difficulty into the weights; so the kurtosis of a
+layer's outputs is added to the loss. Weights are trained as they are, and quantized afterwards.
+
+Both are hooks on the linear layers of a model. Its class, its parameters and their names stay what they were.
+
+Shapes: T tokens, C columns (inputs of a layer), R rows (outputs), L regularized layers. n = 2^b − 1 is the number of
+steps between the clips c⁻ and c⁺. The equations are numbered here:
+
+(1) s = n / (c⁺ − c⁻)
+(2) v = (clamp(x, c⁻, c⁺) − c⁻) · s,  q = rint(v),  x̂ = q / s + c⁻
+(3) ∂x̂/∂x  = 1 for c⁻ < x < c⁺, else 0                              (straight through the rounding)
+(4) ∂x̂/∂c⁺ = 1 for x ≥ c⁺, 0 for x ≤ c⁻, else (q − v) / n           (clipped at the end; what s gives)
+(5) ∂x̂/∂c⁻ = 1 for x ≤ c⁻, 0 for x ≥ c⁺, else (v − q) / n
+(6) K(y) = 1/R Σ_r ((y_r − μ) / (σ + ε))⁴, μ and σ the mean and the standard deviation of the R features of a token
+(7) loss = cross-entropy + λ Σ_layers Σ_tokens K(y), a mean over sequences
+
+(3) to (5) are the exact derivatives of x̂ = clamp(x, c⁻, c⁺) + (q − v) (c⁺ − c⁻) / n with q − v held fixed.
+The paper does not say over which tokens (7) sums. Here it is those of one sequence, so that neither the number of
+workers nor that of sequences in a batch changes the objective.
+"""
+
+import contextlib
+import dataclasses
+from collections.abc import Callable, Iterator, Mapping
+from fnmatch import fnmatchcase
+from pathlib import Path
+from typing import Annotated, Any, ClassVar, Literal
+
+import torch
+from annotated_types import Ge, Le
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import nn
+from torch.autograd.function import once_differentiable
+from transformers.pytorch_utils import Conv1D
+
+from astro.errors import CheckpointError, ConfigError, NumericalError
+from astro.model.exact_layers import is_held_exact
+from astro.model.experts import expert_owners, is_gate, num_experts
+from astro.model.model_class import find_blocks
+from astro.model.residual_writers import residual_writers
+from astro.storage.atomic import write_atomic
+
+__all__ = ["CLIPS_FILE", "ActivationRegularization", "ActivationRegularizer", "kurtosis_sum", "round_clipped"]
+
+CLIPS_FILE = "activation_clips.safetensors"
+"""Name of the file with the learned clips, beside the weights."""
+_KEY_SUFFIX = ".input_clips"
+_EPSILON = 1e-5
+"""ε of (6): small beside the standard deviation of any real output. The paper does not tell its value."""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class ActivationRegularization:
+    """What is done to the linear layers of the blocks while a model is trained."""
+
+    __pydantic_config__: ClassVar[Any] = {"extra": "forbid"}
+
+    input_bits: Annotated[int, Ge(2), Le(8)] | None = 4
+    """The width to which the inputs of layers are rounded while they are trained, from 2 to 8 bits; with nothing
+    (`null`), inputs stay as they are."""
+    clip: float = 4.0
+    """The clips of every layer at the start: minus and plus this number. They are learned, with the learning rate of
+    the weights, without momentum and without decay."""
+    kurtosis: float = 1e-5
+    """How much the kurtosis of outputs counts in the loss: λ, times the sum over the tokens of a sequence and over the
+    layers; 0 leaves it out."""
+    layers: tuple[str, ...] = ("*",)
+    """The layers whose inputs are rounded and whose outputs count, as shell patterns for names of linear layers. Only
+    layers inside blocks can be meant; routers and other gates never are."""
+    outputs: Literal["all", "residual"] = "all"
+    """Whose outputs count: those of `all` these layers, or of those that write to the `residual` stream, such as o_proj
+    and down_proj."""
+
+    def __post_init__(self) -> None:
+        if not self.clip > 0:
+            raise ConfigError(f"clip: expected more than 0, got {self.clip}")
+        if not self.kurtosis >= 0:
+            raise ConfigError(f"kurtosis: expected 0 or more, got {self.kurtosis}")
+        if not self.layers:
+            raise ConfigError("layers: names no layer; for plain training set input_bits: null and kurtosis: 0")
+
+    @property
+    def is_off(self) -> bool:
+        """Whether a model is trained as if there were no regularization."""
+        return self.input_bits is None and self.kurtosis == 0
+
+
+def round_clipped(x: torch.Tensor, clips: torch.Tensor, bits: int) -> torch.Tensor:
+    """Clamp and round inputs to 2^bits levels between two learned clips, equations (1) and (2).
+
+    Args:
+        x: Inputs of a layer [..., C].
+        clips: c⁻ and c⁺ [2], which get gradients by (4) and (5).
+        bits: Number of bits.
+
+    Returns:
+        The rounded inputs x̂ [..., C], in the dtype of `x`.
+    """
+    rounded: torch.Tensor = _RoundClipped.apply(x, clips, 2**bits - 1)
+    return rounded
+
+
+def kurtosis_sum(y: torch.Tensor) -> torch.Tensor:
+    """Add up the kurtosis of each token, equation (6).
+
+    Args:
+        y: Outputs of a layer [..., R].
+
+    Returns:
+        The sum over all tokens, float32 (float64 of such outputs), without dimensions.
+    """
+    total: torch.Tensor = _KurtosisSum.apply(y)
+    return total
+
+
+class ActivationRegularizer:
+    """Regularizes the linear layers of a model while it is trained, from construction until `detach`.
+
+    Attributes:
+        settings: What is done to the layers.
+        names: Names of the regularized layers in the model's order.
+        output_names: Names of those whose outputs count.
+        left_out: Names of the parameters that hold the experts of a block together. They are no linear layers, so
+            nothing is done to them.
+        clips: Learned clips, c⁻ and c⁺ of each layer, float32 [L, 2]; no parameter of the model. It asks for a gradient
+            only where inputs are rounded.
+    """
+
+    def __init__(self, model: nn.Module, settings: ActivationRegularization, device: torch.device) -> None:
+        """Find the layers and put hooks on them.
+
+        Args:
+            model: A causal language model of transformers, which can be run.
+            settings: What is done to the layers.
+            device: Device of the clips: the one on which the model will be trained.
+
+        Raises:
+            ConfigError: A pattern matches no linear layer of the blocks.
+            UnsupportedError: The blocks of the model cannot be found.
+        """
+        self.settings = settings
+        layers, self.left_out = _linear_layers(model)
+        for pattern in settings.layers:
+            if not any(fnmatchcase(name, pattern) for name in layers):
+                known = f", e.g. {next(reversed(layers))}" if layers else ""
+                raise ConfigError(f"layers: {pattern!r} matches no linear layer of the blocks{known}")
+        chosen = {n: m for n, m in layers.items() if any(fnmatchcase(n, pattern) for pattern in settings.layers)}
+        self.names = tuple(chosen)
+        self.output_names: tuple[str, ...] = ()
+        if settings.kurtosis:
+            writers = residual_writers(model) if settings.outputs == "residual" else set(chosen)
+            self.output_names = tuple(name for name in chosen if name in writers)
+            if not self.output_names:
+                raise ConfigError("outputs: residual, but none of the chosen layers writes to the residual stream")
+        start = torch.tensor([[-settings.clip, settings.clip]], device=device).repeat(len(chosen), 1)
+        self.clips = nn.Parameter(start, requires_grad=settings.input_bits is not None)
+        self._collected: list[torch.Tensor] = []
+        self._rounds_inputs = True
+        self._hooks = []
+        for index, (name, layer) in enumerate(chosen.items()):
+            if settings.input_bits is not None:
+                self._hooks.append(layer.register_forward_pre_hook(self._rounding(index, settings.input_bits)))
+            if name in self.output_names:
+                self._hooks.append(layer.register_forward_hook(self._collect))
+
+    def penalty(self, num_sequences: int) -> torch.Tensor:
+        """Return what the forwards since the last call add to the loss, the second part of equation (7).
+
+        Args:
+            num_sequences: Number of sequences that these forwards saw.
+        """
+        collected, self._collected = self._collected, []
+        if not collected:
+            return torch.zeros((), device=self.clips.device)
+        return self.settings.kurtosis / num_sequences * torch.stack(collected).sum()
+
+    def parameter_group(self) -> dict[str, Any]:
+        """Return the clips as a group of AdamW: its rate, but neither momentum (β₁ = 0) nor decay."""
+        return {"params": [self.clips], "betas": (0.0, 0.999), "weight_decay": 0.0}
+
+    def require_open(self) -> None:
+        """Refuse clips that have met.
+
+        Raises:
+            NumericalError: c⁻ is not below c⁺ in some layer, or a clip is not finite.
+        """
+        low, high = self.clips.detach().cpu().unbind(1)
+        for name, below, above in zip(self.names, low.tolist(), high.tolist(), strict=True):
+            if not below < above or not abs(above) + abs(below) < float("inf"):
+                raise NumericalError(
+                    f"{name}: its learned clips are {below:g} and {above:g}, expected the first below the second; "
+                    "lower the learning rate, or go on from an earlier checkpoint"
+                )
+
+    @contextlib.contextmanager
+    def paused(self) -> Iterator[None]:
+        """Leave the inputs as they are while the body of a `with` statement runs, to measure the model in 16 bits."""
+        self._rounds_inputs = False
+        try:
+            yield
+        finally:
+            self._rounds_inputs = True
+
+    def detach(self) -> None:
+        """Take all hooks off the model."""
+        for hook in self._hooks:
+            hook.remove()
+        self._hooks = []
+
+    def save(self, path: Path) -> None:
+        """Write the clips: for each layer `NAME.input_clips`, float32 [2] with c⁻ and c⁺.
+
+        The header's metadata tells `bits`, the width they were learned for.
+
+        Args:
+            path: Path of the file, see `CLIPS_FILE`.
+
+        Raises:
+            StorageError: The file cannot be written.
+        """
+        clips = self.clips.detach().float().cpu()
+        tensors = {f"{name}{_KEY_SUFFIX}": clips[i].clone() for i, name in enumerate(self.names)}
+        metadata = {"bits": str(self.settings.input_bits), "format": "pt"}
+        write_atomic(path, lambda partial: save_file(tensors, partial, metadata))
+
+    def load(self, path: Path) -> None:
+        """Take the clips from a file that `save` wrote.
+
+        Args:
+            path: Path of the file.
+
+        Raises:
+            CheckpointError: The file cannot be read, or is of other layers.
+        """
+        try:
+            with safe_open(path, "pt") as file:
+                stored = {key.removesuffix(_KEY_SUFFIX): file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
+        except (OSError, SafetensorError) as error:
+            raise CheckpointError(f"{path}: cannot be read: {error}") from error
+        self._set(stored, path)
+
+    def _set(self, stored: Mapping[str, torch.Tensor], path: Path) -> None:
+        different = set(stored) ^ set(self.names)
+        if different:
+            raise CheckpointError(
+                f"{path}: holds the clips of {len(stored)} layers, expected those of {len(self.names)}; "
+                f"{min(different)} is in one of both only; set regularization.layers as it was"
+            )
+        with torch.no_grad():
+            self.clips.copy_(torch.stack([stored[name] for name in self.names]))
+
+    def _rounding(self, index: int, bits: int) -> Callable[..., tuple[Any, ...] | None]:
+        """Return the hook that rounds the inputs of one layer."""
+
+        def hook(_: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...] | None:
+            if not self._rounds_inputs:
+                return None
+            return (round_clipped(args[0], self.clips[index], bits), *args[1:])
+
+        return hook
+
+    def _collect(self, _: nn.Module, __: tuple[Any, ...], y: torch.Tensor) -> None:
+        if torch.is_grad_enabled():  # who only evaluates asks for no penalty
+            self._collected.append(kurtosis_sum(y))
+
+
+def _linear_layers(model: nn.Module) -> tuple[dict[str, nn.Module], tuple[str, ...]]:
+    """Return the linear layers of all blocks by name, without gates, and the parameters that hold experts together."""
+    layers: dict[str, nn.Module] = {}
+    joined: list[str] = []
+    prefix, blocks = find_blocks(model)
+    for index, block in enumerate(blocks):
+        block_name = f"{prefix}.{index}"
+        experts, owners = num_experts(block), expert_owners(block, block_name)
+        for name, module in block.named_modules(prefix=block_name):
+            if isinstance(module, nn.Linear):
+                parent = model.get_submodule(name.rpartition(".")[0])
+                if not is_held_exact(name, parent) and not is_gate(name, module, experts, owners):
+                    layers[name] = module
+            elif isinstance(module, Conv1D):
+                layers[name] = module
+            else:
+                named = module.named_parameters(recurse=False)
+                joined += [f"{name}.{key}" for key, value in named if value.ndim == 3 and len(value) == experts]
+    return layers, tuple(joined)
+
+
+class _RoundClipped(torch.autograd.Function):
+    """Equations (1) and (2) forward, (3) to (5) backward. It keeps x alone, and rounds it again on the way back."""
+
+    @staticmethod
+    def forward(ctx: Any, x: torch.Tensor, clips: torch.Tensor, steps: int) -> torch.Tensor:
+        ctx.save_for_backward(x, clips)
+        ctx.steps = steps
+        v, scale = _scaled(x, clips, steps)
+        return (v.round_() / scale + clips[0]).to(x.dtype)  # round: halves to even, as rint
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *gradients: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, None]:
+        x, clips = ctx.saved_tensors
+        (gradient,) = gradients
+        v, _ = _scaled(x, clips, ctx.steps)
+        low, high = (v <= 0), (v >= ctx.steps)
+        inside = ~(low | high)
+        g = gradient.to(v.dtype)
+        of_rounding = (g * (v.round() - v)).sum() / ctx.steps  # Σ g (q − v) / n; clipped elements have q = v
+        clip_gradient = torch.stack(((g * low).sum() - of_rounding, (g * high).sum() + of_rounding))
+        return gradient * inside, clip_gradient.to(clips.dtype), None
+
+
+def _scaled(x: torch.Tensor, clips: torch.Tensor, steps: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return v of equation (2) and s, in float32 at least."""
+    dtype = torch.promote_types(x.dtype, clips.dtype)
+    low, high = clips.to(dtype)
+    scale = steps / (high - low)
+    v = (x.to(dtype).clamp(low, high) - low) * scale
+    return v.clamp_(0, steps), scale  # the product of the last element may be a little above n
+
+
+class _KurtosisSum(torch.autograd.Function):
+    """Equation (6). It keeps y alone."""
+
+    @staticmethod
+    def forward(ctx: Any, y: torch.Tensor) -> torch.Tensor:
+        ctx.save_for_backward(y)
+        centered, deviation = _centered(y)
+        return (centered / (deviation + _EPSILON)).pow(4).mean(-1).sum()
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *gradients: torch.Tensor) -> torch.Tensor:
+        (y,) = ctx.saved_tensors
+        (gradient,) = gradients
+        a, deviation = _centered(y)
+        S = deviation + _EPSILON
+        cubes = a.pow(3)
+        moment = a.pow(4).mean(-1, keepdim=True)
+        # ∂K/∂y_r = 4/R [(a_r³ − mean a³) / S⁴ − mean a⁴ / S⁵ · a_r / σ], with ∂σ/∂y_r = a_r / (R σ)
+        from_mean = (cubes - cubes.mean(-1, keepdim=True)) / S.pow(4)
+        # Of a token whose outputs are all equal a is 0, and so is its gradient.
+        from_deviation = moment / S.pow(5) * a / deviation.where(deviation > 0, 1)
+        return (gradient * 4 / y.shape[-1] * (from_mean - from_deviation)).to(y.dtype)
+
+
+def _centered(y: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return y − μ and σ [..., 1], in float32 at least."""
+    exact = y.to(torch.promote_types(y.dtype, torch.float32))
+    centered = exact - exact.mean(-1, keepdim=True)
+    return centered, centered.square().mean(-1, keepdim=True).sqrt()
