@@ -100,7 +100,7 @@ def round_clipped(x: torch.Tensor, clips: torch.Tensor, bits: int) -> torch.Tens
     Returns:
         The rounded inputs x̂ [..., C], in the dtype of `x`.
     """
-    rounded: torch.Tensor = _RoundClipped.apply(x, clips, 2**bits - 1)
+    rounded: torch.Tensor = _RoundClipped.apply(x, clips, 2**bits - 1)  # type: ignore[no-untyped-call]
     return rounded
 
 
@@ -113,7 +113,7 @@ def kurtosis_sum(y: torch.Tensor) -> torch.Tensor:
     Returns:
         The sum over all tokens, float32 (float64 of such outputs), without dimensions.
     """
-    total: torch.Tensor = _KurtosisSum.apply(y)
+    total: torch.Tensor = _KurtosisSum.apply(y)  # type: ignore[no-untyped-call]
     return total
 
 
@@ -344,7 +344,8 @@ class _KurtosisSum(torch.autograd.Function):
         from_mean = (cubes - cubes.mean(-1, keepdim=True)) / S.pow(4)
         # Of a token whose outputs are all equal a is 0, and so is its gradient.
         from_deviation = moment / S.pow(5) * a / deviation.where(deviation > 0, 1)
-        return (gradient * 4 / y.shape[-1] * (from_mean - from_deviation)).to(y.dtype)
+        whole: torch.Tensor = gradient * 4 / y.shape[-1] * (from_mean - from_deviation)
+        return whole.to(y.dtype)
 
 
 def _centered(y: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
