@@ -49,8 +49,8 @@ __all__ = ["CLIPS_FILE", "ActivationRegularization", "ActivationRegularizer", "k
 CLIPS_FILE = "activation_clips.safetensors"
 """Name of the file with the learned clips, beside the weights."""
 _KEY_SUFFIX = ".input_clips"
-_EPSILON = 1e-5
-"""ε of (6): small beside the standard deviation of any real output. The paper does not tell its value."""
+_EPSILON = 1e-8
+"""ε of (6): small beside the standard deviation of any output. The paper does not tell its value."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -338,13 +338,12 @@ class _KurtosisSum(torch.autograd.Function):
         (gradient,) = gradients
         a, deviation = _centered(y)
         S = deviation + _EPSILON
-        cubes = a.pow(3)
-        moment = a.pow(4).mean(-1, keepdim=True)
-        # ∂K/∂y_r = 4/R [(a_r³ − mean a³) / S⁴ − mean a⁴ / S⁵ · a_r / σ], with ∂σ/∂y_r = a_r / (R σ)
-        from_mean = (cubes - cubes.mean(-1, keepdim=True)) / S.pow(4)
-        # Of a token whose outputs are all equal a is 0, and so is its gradient.
-        from_deviation = moment / S.pow(5) * a / deviation.where(deviation > 0, 1)
-        whole: torch.Tensor = gradient * 4 / y.shape[-1] * (from_mean - from_deviation)
+        z = a / S
+        cubes, moment = z.pow(3), z.pow(4).mean(-1, keepdim=True)
+        # ∂K/∂y_r = 4/(R S) [z_r³ − mean z³ − mean z⁴ · a_r / σ], because ∂σ/∂y_r = a_r / (R σ). A token whose
+        # outputs are all equal has a = 0 and the gradient 0.
+        bracket = cubes - cubes.mean(-1, keepdim=True) - moment * a / deviation.where(deviation > 0, 1)
+        whole: torch.Tensor = gradient * 4 / y.shape[-1] * bracket / S
         return whole.to(y.dtype)
 
 

@@ -14,6 +14,7 @@ import typer
 import astro
 from astro.errors import AstroError, InputError
 from astro_dist.commands.configuration import env, explain_config, init
+from astro_dist.commands.inspecting import inspect
 from astro_dist.commands.judging import compare, evaluate, try_prompt
 from astro_dist.commands.result import publish, report, status, verify
 from astro_dist.commands.run import plan, quantize, submit
@@ -52,6 +53,7 @@ _COMMANDS: dict[str, Callable[..., None]] = {
     "report": report,
     "verify": verify,
     "evaluate": evaluate,
+    "inspect": inspect,
     "compare": compare,
     "try": try_prompt,
 }

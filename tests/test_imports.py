@@ -10,8 +10,8 @@ import pytest
 ROOT = Path(__file__).parents[1]
 ORDERS = {
     "astro": (
-        "errors timing process < config activation_config linalg storage < model < calibration"
-        " activation_regularization < quantization < formats"
+        "errors timing process < config activation_config linalg storage < model"
+        " < activation_regularization < calibration < quantization < formats"
     ),
     "astro_dist": (
         "console wording < config < schedule < source < planning < run_directory < worker export < evaluation publish"

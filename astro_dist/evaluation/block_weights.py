@@ -66,6 +66,18 @@ class BlockWeights:
         """Read embeddings, norm and head, by checkpoint name."""
         return self._checkpoint.read(self._places.outside)
 
+    def linear_layers(self, index: int) -> list[LinearLayer]:
+        """Return the linear layers of a block, without gates.
+
+        Args:
+            index: Index of the block.
+        """
+        keys = self._places.by_block.get(index, [])
+        stems = self._stems_of(keys)
+        names = [*(key for key in keys if not is_packed(key, stems)), *(f"{stem}.weight" for stem in stems)]
+        shapes = {key: self._checkpoint.entries[key].shape for key in keys}
+        return self.skeleton.linear_layers(index, names, shapes)[0]
+
     def fill_block(self, index: int, device: torch.device) -> nn.Module:
         """Fill a block and return it.
 
@@ -122,14 +134,15 @@ class BlockWeights:
 
     def _packed_parameters(self, index: int, keys: Sequence[str]) -> dict[str, list[LinearLayer]]:
         """Return the layers in each parameter of a block that holds a packed layer; experts share a parameter."""
-        stems = {stem for key in keys if self._layout and (stem := stem_of(key, self._layout.MARK)) is not None}
-        if not stems:
+        if not self._stems_of(keys):
             return {}
-        names = [*(key for key in keys if not is_packed(key, stems)), *(f"{stem}.weight" for stem in stems)]
-        shapes = {key: self._checkpoint.entries[key].shape for key in keys}
-        layers, _ = self.skeleton.linear_layers(index, names, shapes)
-        parameters = dict.fromkeys(layer.parameter for layer in layers if layer.stem in stems)
+        layers = self.linear_layers(index)
+        parameters = dict.fromkeys(layer.parameter for layer in layers if layer.stem in self._stems)
         return {name: [layer for layer in layers if layer.parameter == name] for name in parameters}
+
+    def _stems_of(self, keys: Iterable[str]) -> set[str]:
+        """Return the stems of the packed layers that some tensors belong to."""
+        return {stem for key in keys if self._layout and (stem := stem_of(key, self._layout.MARK)) is not None}
 
     def _fill_parameter(self, name: str, layers: Sequence[LinearLayer], device: torch.device) -> None:
         """Put the weights of layers into the parameter that holds them all, and the biases of experts beside it."""

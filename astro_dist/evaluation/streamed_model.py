@@ -6,8 +6,8 @@ waves, each of which reads the model once. The blocks are called as they are in 
 """
 
 import logging
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
 
 import torch
@@ -16,6 +16,7 @@ import transformers
 from astro.errors import CheckpointError
 from astro.model.block_call import BlockCall, BlockState, forward
 from astro.model.call_file import differing_tensors, with_tensors
+from astro.model.linear_layer import LinearLayer
 from astro.model.recording import count_outputs, record, run_head
 from astro.model.rehearsal import rehearse
 from astro.model.skeleton import Skeleton
@@ -132,13 +133,25 @@ class StreamedModel:
         self.skeleton.model.tie_weights()
         return_freed_memory()
 
+    def linear_layers(self, index: int) -> list[LinearLayer]:
+        """Return the linear layers of a block, without gates, whether its files hold them packed or not.
+
+        Args:
+            index: Index of the block.
+        """
+        return self._weights.linear_layers(index)
+
     @torch.no_grad()
-    def last_hidden(self, batches: Sequence[torch.Tensor]) -> list[torch.Tensor]:
+    def last_hidden(
+        self, batches: Sequence[torch.Tensor], watched: Callable[[int], AbstractContextManager[object]] | None = None
+    ) -> list[torch.Tensor]:
         """Run batches through all blocks, and return what the last one makes of each, on the CPU [B, T, ...].
 
         Args:
             batches: Tokens, each int64 [B, T]. Shorter sequences are filled up behind their end with any tokens: no
                 token looks at those behind it.
+            watched: Function that returns the context in which a block runs while it is loaded, by its index; None
+                where nothing watches.
         """
         states, calls = self._embedded(batches)
         wait = LongWait(f"{self.name}: through", len(self.skeleton.blocks), f"blocks, {len(batches)} batches each")
@@ -146,10 +159,11 @@ class StreamedModel:
         for index, block in enumerate(self.skeleton.blocks):
             if not self._is_kept:
                 self._weights.fill_block(index, self.device)
-            for number, state in enumerate(states):
-                call = calls.call(number, index)
-                output = forward(block, state.to(self.device), call)
-                states[number] = output.to(torch.device("cpu"))
+            with watched(index) if watched else nullcontext():
+                for number, state in enumerate(states):
+                    call = calls.call(number, index)
+                    output = forward(block, state.to(self.device), call)
+                    states[number] = output.to(torch.device("cpu"))
             if not self._is_kept:
                 block.to("meta")
                 return_freed_memory()

@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 
 from astro.quantization.layer_record import LayerRecord
 
-__all__ = ["LEVELS", "Cell", "HeatMap", "Strip", "heat_map"]
+__all__ = ["LEVELS", "Cell", "HeatMap", "Strip", "heat_map", "map_of_kinds"]
 
 LEVELS = 9
 """Number of colours, which stand for equal steps of the error's logarithm."""
@@ -49,7 +49,7 @@ class Strip:
 
 @dataclasses.dataclass(frozen=True)
 class HeatMap:
-    """The errors of all layers of a round.
+    """The errors, or other figures, of all layers.
 
     Attributes:
         strips: Strips from the first layer of a block to the last; kinds with several layers in a block have two.
@@ -84,10 +84,18 @@ def heat_map(blocks: Mapping[int, Sequence[LayerRecord]]) -> HeatMap | None:
     for index, layers in blocks.items():
         for layer in layers:
             kinds.setdefault(layer.kind, {}).setdefault(index, []).append(layer.relative_error)
-    if not kinds:
-        return None
+    return map_of_kinds(kinds) if kinds else None
+
+
+def map_of_kinds(kinds: Mapping[str, Mapping[int, Sequence[float]]]) -> HeatMap:
+    """Make the heat map of any figure that layers have.
+
+    Args:
+        kinds: Figures of the layers of each kind by index of the block; at least one.
+    """
     colours = _Colours.of([error for by_block in kinds.values() for members in by_block.values() for error in members])
     strips = [strip for kind, by_block in kinds.items() for strip in _strips(kind, by_block, colours)]
+    blocks = {index for by_block in kinds.values() for index in by_block}
     return HeatMap(tuple(strips), min(blocks), max(blocks), colours.least, colours.most)
 
 

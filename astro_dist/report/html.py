@@ -30,16 +30,17 @@ from astro_dist.report.work_time import phase_parts, timeline
 from astro_dist.run_directory.journal import Damaged, Event, Failed, PublishFailed, UploadFailed
 from astro_dist.wording import counted
 
-__all__ = ["write_report"]
+__all__ = ["TEMPLATES", "write_report"]
 
-_TEMPLATES = jinja2.Environment(
+TEMPLATES = jinja2.Environment(
     loader=jinja2.PackageLoader("astro_dist", "report/templates"),
     autoescape=True,
     undefined=jinja2.StrictUndefined,
     trim_blocks=True,
     lstrip_blocks=True,
 )
-_TEMPLATES.globals |= {"counted": counted, "decimal": decimal, "in_words": in_words, "levels": LEVELS}
+"""The templates of all pages."""
+TEMPLATES.globals |= {"counted": counted, "decimal": decimal, "in_words": in_words, "levels": LEVELS}
 
 
 def write_report(findings: Findings) -> Path:
@@ -60,7 +61,7 @@ def write_report(findings: Findings) -> Path:
         table = pyarrow.Table.from_pylist(rows)
         write_atomic(run.report / "layers.parquet", lambda partial: pyarrow.parquet.write_table(table, partial))
     layers = findings.layers
-    page = _TEMPLATES.get_template("page.html.j2").render(
+    page = TEMPLATES.get_template("page.html.j2").render(
         findings=findings,
         status=status,
         summary=summary,
