@@ -146,6 +146,34 @@ class Layout(Protocol):
             ignore: Names of the linear modules that are not quantized.
         """
 
+    def inputs_refusal(
+        self,
+        layers: Iterable[LinearLayer],
+        schemes: Mapping[str, Sequence[LayerScheme]],
+        inputs: ActivationScheme | None,
+    ) -> str | None:
+        """Say why no server takes some layers with rounded inputs, and what it would take; None where one does.
+
+        Args:
+            layers: The layers that are quantized.
+            schemes: Every scheme that each of them may get, by module name; see `server_notes`.
+            inputs: Grid of their inputs; None where they stay as they are.
+        """
+
+    def inputs_notes(
+        self,
+        layers: Iterable[LinearLayer],
+        schemes: Mapping[str, Sequence[LayerScheme]],
+        inputs: ActivationScheme | None,
+    ) -> list[str]:
+        """Say where servers leave inputs in 16 bits that they are told to round, one sentence each.
+
+        Args:
+            layers: The layers that are quantized, none of which is refused.
+            schemes: Every scheme that each of them may get, by module name; see `server_notes`.
+            inputs: Grid of their inputs; None where they stay as they are.
+        """
+
     def reader_notes(self, layers: Iterable[LinearLayer]) -> list[str]:
         """Say what transformers cannot read of some layers, or reads wrongly, whatever their schemes.
 

@@ -19,6 +19,7 @@ from astro.activation_config import ActivationScheme
 from astro.config import PER_CHANNEL, LayerScheme
 from astro.errors import CheckpointError, ConfigError
 from astro.formats.fused_layers import mixed_layers
+from astro.formats.rounded_inputs import inputs_notes, inputs_refusal
 from astro.formats.server_limits import (
     conversion_notes,
     group_size_notes,
@@ -31,9 +32,9 @@ from astro.quantization.grid import Grid, QuantizedLinear
 from astro.storage.bit_packing import pack, unpack
 
 __all__ = [
-    "MARK", "METHOD", "READER_PACKAGES", "SCALE_DTYPE", "fusion_refusal", "is_ignored", "pack_linear",
-    "quantization_config", "read_inputs", "read_schemes", "reader_notes", "refusal", "server_notes", "suffixes",
-    "unpack_linear",
+    "MARK", "METHOD", "READER_PACKAGES", "SCALE_DTYPE", "fusion_refusal", "inputs_notes", "inputs_refusal",
+    "is_ignored", "pack_linear", "quantization_config", "read_inputs", "read_schemes", "reader_notes", "refusal",
+    "server_notes", "suffixes", "unpack_linear",
 ]  # fmt: skip
 
 METHOD = "compressed-tensors"

@@ -29,9 +29,9 @@ from astro.quantization.grid import Grid, QuantizedLinear
 from astro.storage.bit_packing import pack, unpack
 
 __all__ = [
-    "MARK", "METHOD", "READER_PACKAGES", "SCALE_DTYPE", "fusion_refusal", "is_ignored", "pack_linear",
-    "quantization_config", "read_inputs", "read_schemes", "reader_notes", "refusal", "server_notes", "suffixes",
-    "unpack_linear",
+    "MARK", "METHOD", "READER_PACKAGES", "SCALE_DTYPE", "fusion_refusal", "inputs_notes", "inputs_refusal",
+    "is_ignored", "pack_linear", "quantization_config", "read_inputs", "read_schemes", "reader_notes", "refusal",
+    "server_notes", "suffixes", "unpack_linear",
 ]  # fmt: skip
 
 METHOD = "gptq"
@@ -134,8 +134,8 @@ def quantization_config(
     Raises:
         ConfigError: Inputs are to be rounded.
     """
-    if inputs is not None:
-        raise ConfigError(f"inputs as {inputs.in_words}: the GPTQ layout cannot say so; use compressed-tensors")
+    if refusal := inputs_refusal([], {}, inputs):
+        raise ConfigError(refusal)
     commonest, _ = Counter(schemes.values()).most_common(1)[0]
     changes = {
         name: {"bits": scheme.bits, "group_size": scheme.group_size}
@@ -206,6 +206,20 @@ def server_notes(schemes: Mapping[str, Sequence[LayerScheme]], ignore: Sequence[
     """Say what servers are known to refuse about some layers, one sentence each; see `Layout`."""
     below = "vLLM has no kernel for them in this layout; GPTQModel and transformers with it load them"
     return [*low_width_notes(schemes, below), *group_size_notes(schemes)]
+
+
+def inputs_refusal(
+    layers: Iterable[LinearLayer], schemes: Mapping[str, Sequence[LayerScheme]], inputs: ActivationScheme | None
+) -> str | None:
+    """Say that the layout has no field for rounded inputs, whatever the layers; see `Layout`."""
+    return f"inputs as {inputs.in_words}: the GPTQ layout cannot say so; use compressed-tensors" if inputs else None
+
+
+def inputs_notes(
+    layers: Iterable[LinearLayer], schemes: Mapping[str, Sequence[LayerScheme]], inputs: ActivationScheme | None
+) -> list[str]:
+    """Return no note, because inputs are never rounded in this layout; see `Layout`."""
+    return []
 
 
 def reader_notes(layers: Iterable[LinearLayer]) -> list[str]:

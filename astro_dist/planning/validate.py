@@ -105,8 +105,13 @@ def prepare(config: RunConfig, commit: str | None = None) -> Prepared:
             f"quantization.overrides or ignore: {mixed} in format {config.quantization.format}; write the pattern so "
             "that it names all of them or none"
         )
+    inputs = config.activations.scheme
+    refusal = layout.inputs_refusal(linears.values(), schemes, inputs)
+    if refusal:
+        raise UnsupportedError(f"activations: {refusal}")
     notes = [
         *layout.server_notes(schemes, plan.ignore),
+        *layout.inputs_notes(linears.values(), schemes, inputs),
         *layout.reader_notes(linears.values()),
         *zero_expert_notes(skeleton, plan.left_out),
         *source_notes(checkpoint.encoded, [scheme for possible in schemes.values() for scheme in possible]),

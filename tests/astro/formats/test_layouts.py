@@ -55,4 +55,7 @@ def test_usual_layers_are_stored_and_served_without_a_note(name):
     layout = LAYOUTS[name]
     assert layout.refusal(32, 64, SCHEME) is None
     assert layout.server_notes({"m.q": [SCHEME]}, []) == []
-    assert layout.reader_notes([LinearLayer.plain("m.q", "m.q.weight", 32, 64)]) == []
+    layers = [LinearLayer.plain("m.q", "m.q.weight", 32, 64)]
+    assert layout.reader_notes(layers) == []
+    assert layout.inputs_refusal(layers, {"m.q": [SCHEME]}, None) is None
+    assert layout.inputs_notes(layers, {"m.q": [SCHEME]}, None) == []

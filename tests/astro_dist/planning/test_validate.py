@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from astro.errors import ConfigError
+from astro.errors import ConfigError, UnsupportedError
 from astro_dist.config.schema import run_key
 from astro_dist.planning.compute_dtype import compute_dtype
 from astro_dist.planning.validate import forecast, prepare
@@ -60,3 +60,11 @@ def test_gptq_with_one_scheme_for_fused_layers_is_content(run_config):
     prepare(
         run_config(quantization__format="gptq", quantization__overrides=overrides, quantization__ignore=["*.o_proj"])
     )
+
+
+def test_inputs_that_no_server_rounds_are_refused_before_the_start(run_config):
+    with pytest.raises(UnsupportedError, match="activations: .*q_proj with .*, groups of 32: vLLM"):
+        prepare(run_config(activations__bits=8, activations__type="float"))
+    notes = prepare(run_config(activations__bits=8)).notes
+    assert any("leaves inputs in 16 bits where weights have groups" in note for note in notes)
+    assert not any("inputs in 16 bits" in note for note in prepare(run_config()).notes)
