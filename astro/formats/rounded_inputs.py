@@ -23,6 +23,8 @@ _FP8_TILE = 128
 """Outputs of a layer are a multiple of this where CUTLASS multiplies int4 weights with FP8 inputs."""
 _FP8_EXPERT_TILE = 256
 """The same for the inputs of experts, whose weights CUTLASS stores in another order."""
+_LEAST_INT4_GROUP = 64
+"""Columns of a group that Humming needs at least where it multiplies with int4 inputs."""
 _OTHER_KERNELS = (4, 8)
 """Widths of weights for which vLLM has kernels that it prefers to Humming's, and that leave inputs in 16 bits."""
 
@@ -86,6 +88,11 @@ def _integer_refusal(layer: LinearLayer, scheme: LayerScheme, inputs: Activation
         return (
             f"{layer.name} with {_in_words(scheme)}: vLLM rounds inputs of such weights to 8 bits, not to 4; take "
             "activations.bits: 8, or weights of at most 4 bits"
+        )
+    if inputs.bits == 4 and PER_CHANNEL < scheme.group_size < _LEAST_INT4_GROUP:
+        return (
+            f"{layer.name} with {_in_words(scheme)}: vLLM rounds inputs of such small groups to 8 bits, not to 4; take "
+            f"groups of at least {_LEAST_INT4_GROUP}, or group_size: -1"
         )
     if not scheme.symmetric and scheme.bits == inputs.bits:
         return (

@@ -12,6 +12,7 @@ from tests.support.dequantized import write_dequantized
 OPTIONS = {
     "--model": "folder with SmolLM2-135M, in safetensors",
     "--vllm-python": "the Python of an environment with vLLM for CPUs",
+    "--humming": "a folder with the packages humming-kernels, cuda-bindings and cuda-pathfinder",
     "--gptqmodel-python": "the Python of an environment with transformers, optimum and GPTQModel",
 }
 # Quick, because the readers are tested and not the quality; good enough for text that makes sense.

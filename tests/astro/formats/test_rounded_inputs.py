@@ -33,6 +33,8 @@ def asked(function, scheme, inputs, name="m.o_proj", rows=256, columns=512):
         ({"group_size": -1}, FP8, "one scale a row: .* in groups of 128"),
         ({"symmetric": False}, FP8, "asymmetric 4-bit weights, groups of 128: vLLM multiplies FP8"),
         ({"bits": 8}, INT4, "vLLM rounds inputs of such weights to 8 bits, not to 4; take activations.bits: 8"),
+        ({"bits": 3, "group_size": 32}, INT4, "of such small groups to 8 bits, not to 4; take groups of at least 64"),
+        ({"bits": 3, "group_size": 64}, INT4, None),
         ({"symmetric": False}, INT4, r"int4 per token \(Humming\) refuses asymmetric weights of the same width"),
         ({"bits": 8, "symmetric": False}, INT8, r"int8 per token \(Humming\) refuses asymmetric"),
     ],
