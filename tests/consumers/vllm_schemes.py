@@ -78,7 +78,8 @@ def _pretended(capability, backend):
             stack.enter_context(mock.patch.object(platform, name, value))
         stack.enter_context(mock.patch.object(linear_kernels, "_get_linear_backend", return_value=backend))
         if not has_humming():
-            stack.enter_context(mock.patch.object(sys.modules[HummingLinearKernel.__module__], "has_humming", return_value=True))
+            module = sys.modules[HummingLinearKernel.__module__]
+            stack.enter_context(mock.patch.object(module, "has_humming", return_value=True))
         yield
 
 
