@@ -50,6 +50,7 @@ from astro_dist.run_directory.unit_record import EmbedResult
 from astro_dist.schedule.calls import Call
 from astro_dist.schedule.names import EMBED, is_block_unit
 from astro_dist.schedule.schedule import Schedule
+from astro_dist.schedule.unit_words import UnitWords
 from astro_dist.source.calibration_text import Chunk, TokenChunks, as_tensors
 from astro_dist.worker.spec import WorkerSpec
 
@@ -177,10 +178,11 @@ def _run(job: _Job, publication: Publication | None, begin: float) -> Summary:
     """Do what is not finished of a run; `begin` is when the session began, on the performance counter."""
     prepared, run = job.prepared, job.run
     known = len(run.journal.of_kind(Damaged))
+    words = UnitWords(len(prepared.plan.blocks), run.rounds)
     schedule = job.schedule()
     whole = schedule.complete and is_whole(run, all_shards(run))
     for event in run.journal.of_kind(Damaged)[known:]:
-        _log.warning("damaged: %s: %s", event.unit, event.reason)
+        _log.warning("damaged: %s: %s", words.unit(event.unit), event.reason)
     resumed = len(schedule.finished)
     workers: Mapping[int, Mapping[str, Any]] = {}
     if whole:

@@ -1,18 +1,23 @@
 """The commands that judge models: perplexity and tasks, runs beside each other, a prompt continued."""
 
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 from rich.console import Console
 
+from astro.errors import ConfigError
 from astro_dist.commands.output import AsJson, Trust, ignore, print_json, say_lines, stream
+
+if TYPE_CHECKING:
+    from astro_dist.evaluation.judge import Pool
 
 __all__ = ["compare", "evaluate", "try_prompt"]
 
 _Device = Annotated[str, typer.Option(help="cpu, cuda, or auto for a GPU where there is one.")]
 _Dtype = Annotated[str, typer.Option(help="_Dtype of forward passes; auto for the model's own.")]
-_HiddenGb = Annotated[float, typer.Option("--hidden-gb", help="Memory for hidden states between blocks, in GB.")]
+_HiddenGb = Annotated[float, typer.Option("--hidden-gb", help="Memory of each worker for hidden states, in GB.")]
 
 
 def evaluate(  # noqa: PLR0913 - every option is a parameter
@@ -37,6 +42,10 @@ def evaluate(  # noqa: PLR0913 - every option is a parameter
     include: Annotated[Path | None, typer.Option(help="Folder with more tasks; code that they name runs.")] = None,
     limit: Annotated[int | None, typer.Option(min=1, help="Windows of the text, and questions of a task.")] = None,
     against: Annotated[str | None, typer.Option(help="Compare predictions on the text with this model's.")] = None,
+    workers: Annotated[
+        str | None,
+        typer.Option(help="Workers that share a text: a number, or auto for all that Ray has room for."),
+    ] = None,
     device: _Device = "auto",
     dtype: _Dtype = "auto",
     hidden_gb: _HiddenGb = 4.0,
@@ -56,13 +65,25 @@ def evaluate(  # noqa: PLR0913 - every option is a parameter
     request = JudgeRequest(
         text=source, window=window, leads_each=bos, tasks=tasks, include=include, limit=limit, against=against
     )
-    judgement = judge(model, request, settings)
+    with _pool(workers, device) as pool:
+        judgement = judge(model, request, settings, pool)
     if as_json:
         print_json(judgement.to_json())
         return
     say_lines(*judgement_lines(judgement))
     if judgement.tasks:
         Console().print(task_table(judgement))
+
+
+def _pool(workers: str | None, device: str) -> "AbstractContextManager[Pool | None]":
+    """Return the workers that measure a text; None stands for this process."""
+    if workers is None:
+        return nullcontext()
+    if workers != "auto" and not (workers.isdigit() and int(workers)):
+        raise ConfigError(f"--workers {workers}: expected auto or at least 1")
+    from astro_dist.execution.measuring_pool import MeasuringPool
+
+    return MeasuringPool("auto" if workers == "auto" else int(workers), device)
 
 
 def compare(

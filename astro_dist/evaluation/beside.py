@@ -91,6 +91,7 @@ def continue_beside(
     Raises:
         InputError: There is no such model, or it is not known what it was made of.
     """
+    settings.require_device()
     quantized, original = find_model(name), _original(name, request.against)
     configure_process(torch.get_num_threads())
     before = _continue(original, "original", request, settings, (show, title))

@@ -62,6 +62,11 @@ class BlockWeights:
         text = (p for name, p in skeleton.model.named_parameters() if not skeleton.is_beside_text(name))
         self.num_weights = sum(parameter.numel() for parameter in text)
 
+    @property
+    def fingerprint(self) -> str:
+        """Fingerprint of the files, 64 hexadecimal digits."""
+        return self._checkpoint.fingerprint()
+
     def outside(self) -> dict[str, torch.Tensor]:
         """Read embeddings, norm and head, by checkpoint name."""
         return self._checkpoint.read(self._places.outside)

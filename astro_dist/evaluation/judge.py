@@ -3,7 +3,7 @@
 import dataclasses
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 
@@ -14,11 +14,12 @@ from astro_dist.evaluation.judge_settings import JudgeSettings
 from astro_dist.evaluation.streamed_model import StreamedModel
 from astro_dist.evaluation.tasks import TaskScore, require_harness, run_tasks, tasks_of
 from astro_dist.evaluation.text_loss import TextLoss, measure_text
+from astro_dist.evaluation.text_share import Measured, measure_here
 from astro_dist.evaluation.text_windows import WindowCut, cut_windows
 from astro_dist.export.named_model import find_model
 from astro_dist.source.whole_text import read_rows, require_place
 
-__all__ = ["JudgeRequest", "Judgement", "judge"]
+__all__ = ["JudgeRequest", "Judgement", "Pool", "judge"]
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -54,7 +55,7 @@ class Judgement:
         tasks: Its scores in tasks.
         dtype: Dtype of the forward passes, such as "torch.float32".
         device: Kind of the device, "cpu" or "cuda".
-        peak_rss_bytes: Largest resident memory of the process, files that it mapped included, in bytes.
+        peak_rss_bytes: Largest resident memory of a process that judged, files that it mapped included, in bytes.
     """
 
     model: str
@@ -69,13 +70,30 @@ class Judgement:
         return dataclasses.asdict(self)
 
 
-def judge(name: str, request: JudgeRequest, settings: JudgeSettings) -> Judgement:
+class Pool(Protocol):
+    """Workers that measure a text instead of this process."""
+
+    def settle(self, settings: JudgeSettings) -> JudgeSettings:
+        """Start, and return the settings of each worker."""
+
+    def measure(
+        self,
+        model: StreamedModel,
+        against: StreamedModel | None,
+        batches: Sequence[torch.Tensor],
+        num_leading: int,
+    ) -> Measured:
+        """Measure batches; see `Measure`."""
+
+
+def judge(name: str, request: JudgeRequest, settings: JudgeSettings, pool: Pool | None = None) -> Judgement:
     """Judge a model, with one block of it in memory at a time.
 
     Args:
         name: Run directory, folder of a model, or ORG/NAME[@REVISION] on the Hub.
         request: What shall be found out.
         settings: Device, dtype and memory.
+        pool: Workers that measure the text; None where this process does. Tasks are always run by this process.
 
     Raises:
         InputError: The model, the text or a task cannot be used.
@@ -90,19 +108,26 @@ def judge(name: str, request: JudgeRequest, settings: JudgeSettings) -> Judgemen
         require_harness()
     if request.text is not None:
         require_place(request.text, "--text")
+    if pool is not None and (tasks or request.text is None):
+        raise ConfigError("--workers: share a text among them; tasks are run by one process, leave out one of both")
     configure_process(torch.get_num_threads())
-    model = StreamedModel(find_model(name), settings)
-    against = StreamedModel(find_model(request.against), settings) if request.against else None
+    source, other = find_model(name), find_model(request.against) if request.against else None
+    if pool is None:
+        settings.require_device()
+    else:
+        settings = pool.settle(settings)
+    model, against = StreamedModel(source, settings), StreamedModel(other, settings) if other else None
     text = None
     if request.text is not None:
         cut = WindowCut(request.window, request.limit, request.leads_each)
         windows = cut_windows(request.text.source, read_rows(request.text, "--text"), model.tokenizer, cut)
-        text = measure_text(model, windows, settings.batch_tokens, against)
+        measure = pool.measure if pool else measure_here
+        text = measure_text(model, windows, settings.batch_tokens, against, measure)
     return Judgement(
         model=model.name,
         text=text,
         tasks=run_tasks(model, tasks, settings.batch_tokens, request.limit, request.include) if tasks else (),
         dtype=str(model.dtype),
         device=model.device.type,
-        peak_rss_bytes=peak_rss_bytes(),
+        peak_rss_bytes=(text.peak_rss_bytes if text else 0) or peak_rss_bytes(),
     )

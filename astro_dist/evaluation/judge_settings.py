@@ -19,7 +19,7 @@ class JudgeSettings:
     Attributes:
         device: Device of forward passes: "cpu", "cuda", or "auto" for a GPU where there is one.
         dtype: Dtype of forward passes, or "auto" for that of the model.
-        hidden_gb: Memory for hidden states that wait between blocks, in GB.
+        hidden_gb: Memory for hidden states that wait between blocks, in GB, of each process that measures.
         trust_remote_code: Whether code that the model ships may run.
     """
 
@@ -32,16 +32,23 @@ class JudgeSettings:
         """Check the values.
 
         Raises:
-            ConfigError: A value is not known, or the device is not there.
+            ConfigError: A value is not known.
         """
         if self.device not in _DEVICES:
             raise ConfigError(f"--device {self.device}: expected one of {', '.join(_DEVICES)}")
         if self.dtype not in _DTYPES:
             raise ConfigError(f"--dtype {self.dtype}: expected one of {', '.join(_DTYPES)}")
-        if self.device == "cuda" and not torch.cuda.is_available():
-            raise ConfigError("--device cuda: torch sees no GPU here; install torch for CUDA, or take --device cpu")
         if not self.hidden_gb > 0:
             raise ConfigError(f"--hidden-gb {self.hidden_gb}: expected more than 0")
+
+    def require_device(self) -> None:
+        """Refuse a GPU that this process does not have.
+
+        Raises:
+            ConfigError: There is none.
+        """
+        if self.device == "cuda" and not torch.cuda.is_available():
+            raise ConfigError("--device cuda: torch sees no GPU here; install torch for CUDA, or take --device cpu")
 
     @property
     def torch_device(self) -> torch.device:

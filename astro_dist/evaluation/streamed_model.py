@@ -6,7 +6,7 @@ waves, each of which reads the model once. The blocks are called as they are in 
 """
 
 import logging
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
 
@@ -36,11 +36,15 @@ _PROBE_TOKENS = 8
 _KEPT_SHARE = 0.5
 """Share of the memory that is free up to which a model that is read again and again is kept."""
 
+Watched = Callable[[int], AbstractContextManager[object]]
+"""A function that returns the context in which a block of an index runs."""
+
 
 class StreamedModel:
     """Runs token sequences through a model block by block.
 
     Attributes:
+        source: Where its files are.
         name: What messages call the model: its folder or repository.
         skeleton: The model, on the meta device but for what is loaded.
         dtype: Dtype of forward passes.
@@ -59,7 +63,7 @@ class StreamedModel:
         Raises:
             InputError: The model cannot be read, or its blocks cannot be run one by one.
         """
-        self.name, self.device = str(source.store), settings.torch_device
+        self.source, self.name, self.device = source, str(source.store), settings.torch_device
         trusted = settings.trust_remote_code
         skeleton = Skeleton(source.folder, torch.float32, trusted)
         self._weights = BlockWeights(source.store, source.folder, skeleton)
@@ -79,6 +83,11 @@ class StreamedModel:
     def longest(self) -> int | None:
         """Number of tokens of the longest sequence that the model has positions for; None where it does not say."""
         return self.skeleton.limits()[1]
+
+    @property
+    def fingerprint(self) -> str:
+        """Fingerprint of the files, 64 hexadecimal digits."""
+        return self._weights.fingerprint
 
     @property
     def held_bytes(self) -> int:
@@ -141,17 +150,33 @@ class StreamedModel:
         """
         return self._weights.linear_layers(index)
 
+    def last_hidden(self, batches: Sequence[torch.Tensor], watched: Watched | None = None) -> list[torch.Tensor]:
+        """Run batches through all blocks, and return what the last one makes of each; see `pass_blocks`."""
+        passing = self.pass_blocks(batches, watched)
+        while True:
+            try:
+                next(passing)
+            except StopIteration as end:
+                hidden: list[torch.Tensor] = end.value
+                return hidden
+
     @torch.no_grad()
-    def last_hidden(
-        self, batches: Sequence[torch.Tensor], watched: Callable[[int], AbstractContextManager[object]] | None = None
-    ) -> list[torch.Tensor]:
-        """Run batches through all blocks, and return what the last one makes of each, on the CPU [B, T, ...].
+    def pass_blocks(
+        self, batches: Sequence[torch.Tensor], watched: Watched | None = None
+    ) -> Generator[int, None, list[torch.Tensor]]:
+        """Run batches through all blocks, and yield after each.
 
         Args:
             batches: Tokens, each int64 [B, T]. Shorter sequences are filled up behind their end with any tokens: no
                 token looks at those behind it.
             watched: Function that returns the context in which a block runs while it is loaded, by its index; None
                 where nothing watches.
+
+        Yields:
+            The number of blocks that all batches have passed.
+
+        Returns:
+            What the last block makes of each batch, on the CPU [B, T, ...].
         """
         states, calls = self._embedded(batches)
         wait = LongWait(f"{self.name}: through", len(self.skeleton.blocks), f"blocks, {len(batches)} batches each")
@@ -168,6 +193,7 @@ class StreamedModel:
                 block.to("meta")
                 return_freed_memory()
             wait.reached(index + 1)
+            yield index + 1
         return [state.hidden for state in states]
 
     @contextmanager

@@ -3,20 +3,25 @@
 import dataclasses
 import math
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 
 from astro.errors import ConfigError, NumericalError
-from astro.model.perplexity import SequenceFigures, mean_per_token, measure_sequences
+from astro.model.perplexity import SequenceFigures, mean_per_token
 from astro_dist.evaluation.streamed_model import StreamedModel
+from astro_dist.evaluation.text_share import Measured, measure_here
 from astro_dist.evaluation.text_windows import TextWindows
 from astro_dist.run_directory.summary import Perplexity
 from astro_dist.run_directory.unit_record import LossResult
 from astro_dist.source.text_tokens import require_known
 
-__all__ = ["TextLoss", "measure_text"]
+__all__ = ["Measure", "TextLoss", "measure_text"]
+
+Measure = Callable[[StreamedModel, StreamedModel | None, Sequence[torch.Tensor], int], Measured]
+"""A function that measures batches: of a model, of one to compare with, and with so many tokens in front that are no
+text."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -35,6 +40,7 @@ class TextLoss:
         against: Folder or repository of the model that it was compared with; None where there was none.
         compared: Perplexities of both, the change and the divergence; None where there was no other model.
         num_readings: Number of times that the model's blocks were read.
+        peak_rss_bytes: Largest resident memory of a worker, in bytes; 0 where this process measured.
         wall_s: Time that it took, in seconds.
     """
 
@@ -49,6 +55,7 @@ class TextLoss:
     against: str | None
     compared: Perplexity | None
     num_readings: int
+    peak_rss_bytes: int
     wall_s: float
 
     def to_json(self) -> dict[str, Any]:
@@ -56,7 +63,13 @@ class TextLoss:
         return dataclasses.asdict(self)
 
 
-def measure_text(model: StreamedModel, text: TextWindows, batch_tokens: int, against: StreamedModel | None) -> TextLoss:
+def measure_text(
+    model: StreamedModel,
+    text: TextWindows,
+    batch_tokens: int,
+    against: StreamedModel | None,
+    measure: Measure = measure_here,
+) -> TextLoss:
     """Measure what a model predicts of a text.
 
     Args:
@@ -64,6 +77,7 @@ def measure_text(model: StreamedModel, text: TextWindows, batch_tokens: int, aga
         text: Windows of the text.
         batch_tokens: Number of tokens that pass through a block together, at least one window.
         against: Model with the same tokens to compare with, such as the source of a result; None for none.
+        measure: Function that measures the batches, in this process or elsewhere.
 
     Raises:
         ConfigError: A window is longer than the model's positions.
@@ -77,14 +91,9 @@ def measure_text(model: StreamedModel, text: TextWindows, batch_tokens: int, aga
             )
         require_known(int(text.input_ids.max()), each.skeleton.limits()[0], each.name)
     batches = text.input_ids.split(max(batch_tokens // length, 1))
-    sequences, others = list[SequenceFigures](), list[SequenceFigures]()
-    for wave in model.waves(batches, copies=2 if against else 1):
-        hidden_before = against.last_hidden(wave) if against else None
-        if against and hidden_before is not None:
-            others += _figures(against, wave, hidden_before, num_leading=text.num_leading)
-        sequences += _figures(model, wave, model.last_hidden(wave), hidden_before, text.num_leading)
-    loss = _total(model, sequences)
-    mean = mean_per_token([each.loss for each in sequences], [each.tokens for each in sequences])
+    measured = measure(model, against, batches, text.num_leading)
+    loss = _total(model, measured.sequences)
+    mean = mean_per_token([each.loss for each in measured.sequences], [each.tokens for each in measured.sequences])
     perplexity = math.exp(min(mean.value, 700.0))  # near the largest float
     return TextLoss(
         model=model.name,
@@ -96,27 +105,11 @@ def measure_text(model: StreamedModel, text: TextWindows, batch_tokens: int, aga
         perplexity=perplexity,
         error=None if mean.error is None else perplexity * mean.error,
         against=against.name if against else None,
-        compared=Perplexity.of(_total(against, others), loss) if against else None,
-        num_readings=model.num_readings,
+        compared=Perplexity.of(_total(against, measured.against), loss) if against else None,
+        num_readings=measured.num_readings,
+        peak_rss_bytes=measured.peak_rss_bytes,
         wall_s=round(time.perf_counter() - begin, 2),
     )
-
-
-def _figures(
-    model: StreamedModel,
-    batches: Sequence[torch.Tensor],
-    hidden: Sequence[torch.Tensor],
-    source_hidden: Sequence[torch.Tensor] | None = None,
-    num_leading: int = 0,
-) -> list[SequenceFigures]:
-    """Measure the batches of a wave from the last block's outputs."""
-    figures: list[SequenceFigures] = []
-    with model.head_loaded(), torch.no_grad():
-        for number, (ids, states) in enumerate(zip(batches, hidden, strict=True)):
-            source = None if source_hidden is None else source_hidden[number].to(model.device)
-            ids, states = ids.to(model.device), states.to(model.device)
-            figures += measure_sequences(model.skeleton, ids, states, model.num_outputs, source, num_leading)
-    return figures
 
 
 def _total(model: StreamedModel, sequences: Sequence[SequenceFigures]) -> LossResult:

@@ -26,9 +26,10 @@ def judgement_lines(judgement: "Judgement") -> list[str]:
         judgement: What was found out.
     """
     dtype = judgement.dtype.removeprefix("torch.")
+    whose = " of a worker" if judgement.text and judgement.text.peak_rss_bytes else ""
     head = (
         f"{judgement.model}, in {dtype} on {judgement.device}, block by block; most memory "
-        f"{decimal(judgement.peak_rss_bytes)}"
+        f"{decimal(judgement.peak_rss_bytes)}{whose}"
     )
     return [head, *(_text_lines(judgement.text) if judgement.text else [])]
 

@@ -7,6 +7,7 @@ from collections.abc import Callable
 from typing import Any
 
 from astro.errors import AstroError, DamagedError, RunError, StorageError
+from astro_dist.execution.end_notes import EndNotes
 from astro_dist.execution.executor import Event, Executor, Failed, Joined
 from astro_dist.execution.failure import Failure, FailureHistory, Kind, is_defect, kind_of
 from astro_dist.execution.patience import Patience
@@ -126,7 +127,7 @@ class Driver:
         self._trouble = _Trouble()
         self._notes = _Notes(run.journal)
         self._joined = False
-        self._work = WorkLog(self._note)
+        self._work, self._end_notes = WorkLog(self._note), EndNotes(self._note)
 
     def run(self, schedule: Schedule) -> None:
         """Do every unit that is not finished.
@@ -154,7 +155,9 @@ class Driver:
             while event is not None:  # take all that has happened before any call counts as late
                 self._take(schedule, event)
                 event = self._executor.wait(0.0)
-            self._executor.report(self._display.figures())
+            figures = self._display.figures()
+            self._executor.report(figures)
+            self._end_notes.saw(figures.seconds_left)
             self._end_overdue(schedule)
             self._require_workers()
             self._require_progress()
@@ -208,9 +211,9 @@ class Driver:
         if isinstance(error, DamagedError) and self._run.is_sound(error.path):
             kind = "raised"  # only that worker could not read the file: nothing is to be made again
         unit, verb = (running.call.unit, running.call.verb) if running else (_START, "prepare")
-        failure = Failure(unit, verb, worker, kind, _one_line(error))
+        failure = Failure(unit, self._display.words.unit(unit), verb, worker, kind, _one_line(error))
         self._note("failed", **dataclasses.asdict(failure))
-        self._display.say(f"{unit}, {verb} on worker {worker}: {failure.cause}")
+        self._display.say(_of(failure))
         self._trouble.first = self._trouble.first or (failure, error)
         if running is None:
             self._judge_start(event, kind)
@@ -311,7 +314,7 @@ class Driver:
 
 
 def _of(failure: Failure) -> str:
-    return f"{failure.unit}, {failure.method} on worker {failure.worker}: {failure.cause}"
+    return f"{failure.place}, {failure.method} on worker {failure.worker}: {failure.cause}"
 
 
 def _one_line(error: Exception) -> str:

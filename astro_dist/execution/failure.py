@@ -51,6 +51,7 @@ class Failure:
 
     Attributes:
         unit: Name of the unit that the call belongs to.
+        place: The same in words.
         method: Description of the call, which is the `verb` of its class.
         worker: Number of the worker.
         kind: Way in which the call failed. `lost`: its worker or node died or was cut off. `overdue`: it took longer
@@ -60,6 +61,7 @@ class Failure:
     """
 
     unit: str
+    place: str
     method: str
     worker: int
     kind: Kind
@@ -127,7 +129,7 @@ class FailureHistory:
             raise _kept(error) from error
         if failure.kind == "raised" and is_defect(error):
             raise RunError(
-                f"{failure.unit}, {failure.method} on worker {failure.worker}: {failure.cause}. This is a defect in "
+                f"{failure.place}, {failure.method} on worker {failure.worker}: {failure.cause}. This is a defect in "
                 "the code of astro-dist or of the model, and no fault of a device, so it is not tried again; report "
                 f"it with what `astro-dist --debug` prints. {_KEPT}"
             ) from error
@@ -142,7 +144,7 @@ class FailureHistory:
         if attempts > retries:
             cause = failure.cause.removesuffix(f". {_KEPT}")
             raise RunError(
-                f"{failure.unit}, {failure.method} on worker {failure.worker}: {cause}. Attempt {attempts} of "
+                f"{failure.place}, {failure.method} on worker {failure.worker}: {cause}. Attempt {attempts} of "
                 f"{retries + 1} ({limit}); {_ADVICE[failure.kind]}. "
                 f"{_KEPT}; run the same command to go on"
             ) from error

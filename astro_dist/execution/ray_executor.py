@@ -14,6 +14,7 @@ from ray.util.metrics import Gauge
 
 from astro.errors import ConfigError, RunError
 from astro_dist.config.schema import ExecutionConfig
+from astro_dist.evaluation.measuring_worker import BeginShare, GoOn, MeasuringSpec, MeasuringWorker
 from astro_dist.execution.executor import Event, Failed, Joined, Returned
 from astro_dist.execution.ray_address import require_answer, start_advice
 from astro_dist.execution.termination import keep_handler
@@ -117,12 +118,18 @@ class RayExecutor:
                 "workers for the cluster to grow to"
             )
 
-    def start(self, spec: WorkerSpec) -> None:
-        """Ask for the actors, spread over the nodes in mode `blocks`, else close together; see `Executor`."""
+    def start(self, spec: WorkerSpec | MeasuringSpec, kind: type[Worker | MeasuringWorker] = Worker) -> None:
+        """Ask for the actors, spread over the nodes in mode `blocks`, else close together; see `Executor`.
+
+        Args:
+            spec: Everything that a worker has to know.
+            kind: Class of the workers.
+        """
         self._spec = spec
+        self._run_name = spec.run.root.name if isinstance(spec, WorkerSpec) else ""
         # There is no runtime environment: with one, Ray would not use the processes that it has started already. Ray
         # sets OMP_NUM_THREADS to `num_cpus` itself, and the worker sets its number of threads over it.
-        self._remote = ray.remote(Worker).options(
+        self._remote = ray.remote(kind).options(
             num_cpus=self._config.cpu_threads,
             num_gpus=1 if self.has_gpus else 0,
             scheduling_strategy="SPREAD" if self._config.mode == "blocks" else "DEFAULT",
@@ -136,7 +143,7 @@ class RayExecutor:
         """Return the numbers of the actors that are up and have nothing to do."""
         return sorted(self._idle)
 
-    def submit(self, worker: int, call: Call) -> None:
+    def submit(self, worker: int, call: Call | BeginShare | GoOn) -> None:
         """Let an actor begin a call; see `Executor`."""
         self._idle.discard(worker)
         self._calls[self._actors[worker].do.remote(call)] = _Pending(worker, "call")
@@ -191,7 +198,7 @@ class RayExecutor:
                 name: Gauge(f"{METRIC_PREFIX}{name}", description, ("run",)) for name, description in FIGURES.items()
             }
         for name, value in figures.numbers().items():
-            self._gauges[name].set(value, {"run": self._spec.run.root.name})
+            self._gauges[name].set(value, {"run": self._run_name})
 
     def close(self) -> None:
         """End the actors, and the cluster if it is a private one."""

@@ -37,7 +37,7 @@ class BlockUnit:
 
     @property
     def name(self) -> str:
-        """The short name of the block, e.g. `block-0007`; the unit that quantizes it in a round names the round too."""
+        """The short name of the block, e.g. `block-0007`; its unit in a round names the round too."""
         return block_name(self.index)
 
     @functools.cached_property

@@ -24,7 +24,8 @@ from astro_dist.schedule.calls import (
     WeighTokens,
     WriteBlock,
 )
-from astro_dist.schedule.names import is_held_out
+from astro_dist.schedule.names import is_block_unit, is_held_out
+from astro_dist.schedule.unit_words import UnitWords
 
 __all__ = ["phase_of", "worker_lines"]
 
@@ -70,17 +71,17 @@ def phase_of(call: Call, chunks: Sequence[str]) -> str:
 
 
 def worker_lines(
-    calls: Mapping[int, tuple[Call, float]], idle: int, num_blocks: int, chunks: Sequence[str]
+    calls: Mapping[int, tuple[Call, float]], idle: int, words: UnitWords, chunks: Sequence[str]
 ) -> list[str]:
     """Say what the workers do: one line for each of a few; of many, how many do what, and the slowest.
 
     Args:
         calls: The call that each worker is at, and for how many seconds, by the worker's number.
         idle: Number of workers that have nothing to do.
-        num_blocks: Number of blocks of the model.
+        words: What people are told instead of the names of units.
         chunks: Names of all chunks, in the order in which they travel.
     """
-    rows = {worker: f"worker {worker:<3} {_at(call, num_blocks, chunks)}" for worker, (call, _) in calls.items()}
+    rows = {worker: f"worker {worker:<3} {_at(call, words, chunks)}" for worker, (call, _) in calls.items()}
     if len(calls) + idle <= _MOST_ROWS:
         return [rows[worker] for worker in sorted(rows)]
     counts = Counter(_PHASES[type(call)] for call, _ in calls.values())
@@ -91,7 +92,9 @@ def worker_lines(
     return [f"{len(calls) + idle} workers: {kinds}; the slowest:", *lines]
 
 
-def _at(call: Call, num_blocks: int, chunks: Sequence[str]) -> str:
+def _at(call: Call, words: UnitWords, chunks: Sequence[str]) -> str:
     block = getattr(call, "block", None)
-    place = call.unit if block is None else f"block {block + 1} of {num_blocks}"
+    if block is None:
+        return words.unit(call.unit)
+    place = words.unit(call.unit) if is_block_unit(call.unit) else words.block(block)
     return f"{place} · {phase_of(call, chunks)}"

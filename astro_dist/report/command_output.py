@@ -139,12 +139,14 @@ def status_lines(status: "Status") -> list[str]:
             f"damaged: {first}{f' and {more} more' if more > 0 else ''} (gone, or of another size than was written, or "
             "a record that cannot be read); `quantize` of the same version makes them anew"
         )
-    for unit in status.in_flight:
-        lines.append(f"in flight: {unit.unit} on worker {unit.worker} for {unit.seconds} s")
+    words = status.words
+    for doing in status.in_flight:
+        lines.append(f"in flight: {words.unit(doing.unit)} on worker {doing.worker} for {doing.seconds} s")
     for retry in status.retries:
-        lines.append(f"retried: {retry.unit}, {retry.method} on worker {retry.worker} ({retry.kind}): {retry.cause}")
+        unit = words.unit(retry.unit)
+        lines.append(f"retried: {unit}, {retry.method} on worker {retry.worker} ({retry.kind}): {retry.cause}")
     for mended in status.mended:
-        lines.append(f"found damaged: {mended.unit}: {mended.reason}")
+        lines.append(f"found damaged: {words.unit(mended.unit)}: {mended.reason}")
     for failure in status.upload_failures:
         lines.append(f"upload failed: {failure.cause}")
     for place in status.publish:

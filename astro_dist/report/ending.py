@@ -41,7 +41,8 @@ def ending_of(findings: Findings) -> Ending:
             later.append(event)
     if later:
         last = later[-1]
-        reason = f"The last call failed: {last.unit}, {last.method} on worker {last.worker}: {last.cause}"
+        place = status.words.unit(last.unit)
+        reason = f"The last call failed: {place}, {last.method} on worker {last.worker}: {last.cause}"
     elif status.units.done == status.units.total:
         reason = "All units are finished, but the model was not put together to the end."
     else:

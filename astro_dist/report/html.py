@@ -28,6 +28,7 @@ from astro_dist.report.tiles import headline, tiles
 from astro_dist.report.verdict import verdict_on
 from astro_dist.report.work_time import phase_parts, timeline
 from astro_dist.run_directory.journal import Damaged, Event, Failed, PublishFailed, UploadFailed
+from astro_dist.schedule.unit_words import UnitWords
 from astro_dist.wording import counted
 
 __all__ = ["TEMPLATES", "write_report"]
@@ -77,9 +78,9 @@ def write_report(findings: Findings) -> Path:
         worst=worst_layers(layers),
         costly=costly_layers(layers),
         parts=phase_parts(findings.records, findings.events),
-        timeline=timeline(findings.session),
+        timeline=timeline(findings.session, status.words),
         sentences=method_sentences(findings),
-        failed=[row for row in map(_failure, findings.events) if row],
+        failed=[row for event in findings.events if (row := _failure(event, status.words))],
         changed=changed_settings(findings.config) if findings.config else [],
         config_text=run.config.read_text(encoding="utf-8") if run.config.is_file() else "",
         has_table=bool(rows),
@@ -104,12 +105,12 @@ def _date(findings: Findings) -> str:
     return f"{day.day} {day:%B %Y}"
 
 
-def _failure(event: Event) -> Sequence[str] | None:
+def _failure(event: Event, words: UnitWords) -> Sequence[str] | None:
     """A row for what failed or was found damaged; None for other events."""
     if isinstance(event, Failed):
-        return event.unit, event.kind, event.cause
+        return words.unit(event.unit), event.kind, event.cause
     if isinstance(event, Damaged):
-        return event.unit, event.NAME, event.reason
+        return words.unit(event.unit), event.NAME, event.reason
     if isinstance(event, UploadFailed | PublishFailed):
-        return getattr(event, "unit", ""), event.NAME.replace("_", " "), event.cause
+        return words.unit(getattr(event, "unit", "")), event.NAME.replace("_", " "), event.cause
     return None

@@ -9,6 +9,7 @@ from astro_dist.console import in_words
 from astro_dist.planning.forecast import Forecast
 from astro_dist.planning.units import BlockUnit, Plan
 from astro_dist.report.command_output import coverage_lines, settings_line
+from astro_dist.schedule.unit_words import UnitWords
 from astro_dist.wording import percent
 
 __all__ = ["plan_card", "plan_table"]
@@ -59,12 +60,14 @@ def plan_table(plan: Plan) -> Table:
         plan: Units of the run.
     """
     table = Table("unit", "layers each", "read each", "written each", "file")
+    words = UnitWords(len(plan.blocks))
     for unit in plan.copies:
-        table.add_row(unit.name, "-", decimal(unit.read_bytes), decimal(unit.written_bytes), unit.file)
+        table.add_row(words.unit(unit.name), "-", decimal(unit.read_bytes), decimal(unit.written_bytes), unit.file)
     for (layers, read_bytes, written_bytes), equal in itertools.groupby(plan.blocks, _size):
         blocks = list(equal)
         ends = blocks if len(blocks) == 1 else (blocks[0], blocks[-1])
-        names, files = " to ".join(block.name for block in ends), " to ".join(block.file for block in ends)
+        numbers, files = " to ".join(str(block.index + 1) for block in ends), " to ".join(block.file for block in ends)
+        names = f"{'block' if len(blocks) == 1 else 'blocks'} {numbers}"
         table.add_row(names, str(layers), decimal(read_bytes), decimal(written_bytes), files)
     return table
 

@@ -16,6 +16,7 @@ from astro_dist.report.call_words import worker_lines
 from astro_dist.report.run_figures import FigureCounter, RunFigures, Shape
 from astro_dist.schedule.calls import Call, EvaluateLoss, WeighTokens
 from astro_dist.schedule.names import is_block_unit
+from astro_dist.schedule.unit_words import UnitWords
 from astro_dist.wording import counted
 
 __all__ = ["ProgressDisplay"]
@@ -59,6 +60,11 @@ class ProgressDisplay:
     ) -> None:
         if self._live:
             self._live.stop()
+
+    @property
+    def words(self) -> UnitWords:
+        """Return what people are told instead of the names of units."""
+        return self._shape.words
 
     def figures(self) -> RunFigures:
         """Return what is shown, as numbers."""
@@ -104,7 +110,8 @@ class ProgressDisplay:
         if is_block_unit(call.unit) or isinstance(call, EvaluateLoss | WeighTokens):
             figures = self.figures()
             done = f"{figures.blocks_done} of {figures.blocks} blocks"
-            self.say(f"{call.unit} done by worker {worker}; {', '.join(filter(None, (done, _time_left(figures))))}")
+            place = self.words.unit(call.unit)
+            self.say(f"{place} done by worker {worker}; {', '.join(filter(None, (done, _time_left(figures))))}")
 
     def say(self, text: str) -> None:
         """Print a line that stays.
@@ -119,7 +126,7 @@ class ProgressDisplay:
         figures, counter = self.figures(), self._counter
         blocks = f"{figures.blocks_done}/{figures.blocks} blocks"
         self._bar.update(self._all, completed=figures.share_done, blocks=blocks, left=_time_left(figures))
-        lines = worker_lines(counter.calls(), counter.idle, self._shape.num_blocks, tuple(self._shape.chunks))
+        lines = worker_lines(counter.calls(), counter.idle, self.words, tuple(self._shape.chunks))
         texts = [Text(line, no_wrap=True, overflow="ellipsis") for line in filter(None, (_in_words(figures), *lines))]
         return Group(self._bar, *texts)
 

@@ -9,6 +9,7 @@ from astro_dist.planning.outlook import Outlook
 from astro_dist.run_directory.unit_record import BlockResult
 from astro_dist.schedule.calls import Call, Forward, ForwardChunk
 from astro_dist.schedule.names import is_block_unit, is_held_out
+from astro_dist.schedule.unit_words import UnitWords
 
 __all__ = ["FIGURES", "FigureCounter", "RunFigures", "Shape"]
 
@@ -45,6 +46,11 @@ class Shape:
     num_blocks: int
     rounds: int
     chunks: Mapping[str, int]
+
+    @property
+    def words(self) -> UnitWords:
+        """Return what people are told instead of the names of units."""
+        return UnitWords(self.num_blocks, self.rounds)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

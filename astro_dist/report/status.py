@@ -18,6 +18,7 @@ from astro_dist.run_directory.journal import (
     Event,
     Failed,
     Finished,
+    Foretold,
     Joined,
     Published,
     PublishFailed,
@@ -28,6 +29,7 @@ from astro_dist.run_directory.journal import (
     last_session,
 )
 from astro_dist.run_directory.records import RunDirectory
+from astro_dist.schedule.unit_words import UnitWords
 
 __all__ = ["InFlight", "Place", "Progress", "Status", "read_status"]
 
@@ -82,6 +84,7 @@ class Status:
     """Says what of a run is done, in flight and left.
 
     Attributes:
+        words: What people are told instead of the names of units.
         state: State of the run: "running", "stopped" or "complete".
         damaged: Paths of records that cannot be read, and names of files of a complete model that are gone or have
             another size. The content of those files is not checked.
@@ -95,9 +98,11 @@ class Status:
         min_tokens: Number of calibration tokens below which an expert's statistics are not used.
         publish: Places on the Hub, and what they hold.
         upload_failures: Failures since the last upload that worked.
-        seconds_left: Time left, in seconds; None where the run does not go on, or this session has finished no unit.
+        seconds_left: Time left, in seconds; None where the run does not go on, or too
+            little of this session is done to tell.
     """
 
+    words: UnitWords
     state: str
     damaged: tuple[str, ...]
     units: Progress
@@ -114,8 +119,10 @@ class Status:
 
     def to_json(self) -> dict[str, Any]:
         """Return the status as a JSON object."""
+        plain = dataclasses.asdict(self)
+        del plain["words"]
         return {
-            **dataclasses.asdict(self),
+            **plain,
             "retries": [event.to_json() for event in self.retries],
             "mended": [event.to_json() for event in self.mended],
             "fallbacks": self.fallbacks.to_json(),
@@ -145,7 +152,9 @@ def read_status(root: Path) -> Status:
     total = start.units if start else len(recorded)
     complete = run.summary.is_file() and run.inventory.is_file() and len(recorded) == total
     lost = [str(run.record(unit).relative_to(root)) for unit in recorded if unit not in readable]
+    rounds = identity.arithmetic.get("execution", {}).get("rounds", 1)
     return Status(
+        words=UnitWords(start.blocks // rounds if start else 0, rounds),
         state="running" if running else "complete" if complete else "stopped",
         damaged=(*lost, *(_damage(run) if complete and not running else ())),
         units=Progress(len(readable), total),
@@ -158,7 +167,7 @@ def read_status(root: Path) -> Status:
         min_tokens=identity.arithmetic.get("experts", {}).get("min_tokens", Experts.min_tokens),
         publish=_published(run),
         upload_failures=_upload_failures(events),
-        seconds_left=_seconds_left(session, total - len(readable)) if running else None,
+        seconds_left=_seconds_left(session) if running else None,
     )
 
 
@@ -204,6 +213,7 @@ def _upload_failures(events: Sequence[Event]) -> tuple[UploadFailed | PublishFai
     return tuple(event for event in later if isinstance(event, UploadFailed | PublishFailed))
 
 
-def _seconds_left(session: Sequence[Event], units_left: int) -> float | None:
-    finished = sum(isinstance(event, Finished) for event in session)
-    return (time.time() - session[0].time) / finished * units_left if finished else None
+def _seconds_left(session: Sequence[Event]) -> float | None:
+    """What the display of the session shows, counted on to this moment."""
+    last = next((event for event in reversed(session) if isinstance(event, Foretold)), None)
+    return None if last is None else max(last.time + last.seconds_left - time.time(), 0.0)

@@ -7,6 +7,7 @@ from astro_dist.console import in_words
 from astro_dist.run_directory.journal import Event, Joined, Opened, Passed, Worked
 from astro_dist.run_directory.unit_record import UnitRecord
 from astro_dist.schedule.names import EMBED, copy_index, is_block_unit, is_evaluation_unit
+from astro_dist.schedule.unit_words import UnitWords
 from astro_dist.wording import percent
 
 __all__ = ["Part", "Stretch", "Timeline", "WorkerRow", "phase_parts", "timeline"]
@@ -126,11 +127,12 @@ class Timeline:
     left_out: int
 
 
-def timeline(session: Sequence[Event]) -> Timeline | None:
+def timeline(session: Sequence[Event], words: UnitWords) -> Timeline | None:
     """Make the timeline of a session.
 
     Args:
         session: Events of the session.
+        words: What people are told instead of the names of units.
 
     Returns:
         The timeline; None where the journal does not say who was at work, as those up to version 0.7.0.
@@ -153,7 +155,7 @@ def timeline(session: Sequence[Event]) -> Timeline | None:
         WorkerRow(
             worker,
             f"busy {percent(min(busy[worker] / present[worker], 1.0))}, idle {in_words(idle[worker])}",
-            tuple(_stretch(event, begin, length) for event in work[worker]),
+            tuple(_stretch(event, begin, length, words) for event in work[worker]),
         )
         for worker in shown
     ]
@@ -167,7 +169,7 @@ def timeline(session: Sequence[Event]) -> Timeline | None:
     )
 
 
-def _stretch(event: Worked, begin: float, length: float) -> Stretch:
+def _stretch(event: Worked, begin: float, length: float, words: UnitWords) -> Stretch:
     took = max(event.end - event.begin, 1e-3)
     after = in_words(event.begin - begin)
     return Stretch(
@@ -175,7 +177,7 @@ def _stretch(event: Worked, begin: float, length: float) -> Stretch:
         start=(event.begin - begin) / length,
         length=took / length,
         busy=min(event.busy_s / took, 1.0),
-        title=f"{event.unit}: {in_words(event.busy_s)} of work, from {after} after the start",
+        title=f"{words.unit(event.unit)}: {in_words(event.busy_s)} of work, from {after} after the start",
     )
 
 

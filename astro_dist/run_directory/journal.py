@@ -17,6 +17,7 @@ __all__ = [
     "Event",
     "Failed",
     "Finished",
+    "Foretold",
     "Joined",
     "Journal",
     "Opened",
@@ -108,6 +109,18 @@ class Finished(Event):
 
     NAME: ClassVar[str] = "finished"
     unit: str
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Foretold(Event):
+    """The display foretells another end of the session than before.
+
+    Attributes:
+        seconds_left: Time until that end, in seconds.
+    """
+
+    NAME: ClassVar[str] = "foretold"
+    seconds_left: float
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -13,7 +13,7 @@ from astro_dist.source.demo import resolve_demo
 from astro_dist.source.range_cache import cache_folder
 from astro_dist.source.side_files import RUN_FILE, large_files, list_folder, side_files
 
-__all__ = ["Source", "resolve_source"]
+__all__ = ["Source", "fetch_side_files", "resolve_source"]
 
 _REPOSITORY, _OTHER = re.compile(r"\w[\w.-]*/\w[\w.-]*"), re.compile(r"[^\w.-]+")
 
@@ -77,15 +77,21 @@ def resolve_source(model: ModelConfig, commit: str | None = None) -> Source:
     store = RemoteStore(files, cache_dir, int(model.cache_gb * 1e9))
     copies = (cache_dir or cache_folder()) / "side" / f"{_OTHER.sub('-', str(files))}-{files.revision[:16]}"
     sizes = files.every_size()
-    _fetch_side_files(store, sizes, copies)
-    return Source(store, copies, files.revision if is_repository else None, sizes)
+    source = Source(store, copies, files.revision if is_repository else None, sizes)
+    fetch_side_files(source)
+    return source
 
 
-def _fetch_side_files(store: Store, sizes: Mapping[str, int], folder: Path) -> None:
-    """Fetch the files of a model that are not weights. Code among them is only stored."""
+def fetch_side_files(source: Source) -> None:
+    """Fetch the files of a remote model that are not weights, where this machine lacks them. Code is only stored.
+
+    Args:
+        source: The source.
+    """
+    sizes = source.remote_sizes
     for file in ("config.json", *side_files(sizes)):
-        if file not in sizes or (folder / file).is_file():
+        if file not in sizes or (source.folder / file).is_file():
             continue
         content = bytearray(sizes[file])
-        store.fill([Range(file, 0, memoryview(content))])
-        write_bytes(folder / file, content)
+        source.store.fill([Range(file, 0, memoryview(content))])
+        write_bytes(source.folder / file, content)

@@ -100,13 +100,13 @@ class BlockRunner:
         tensors = self._weights.of_source(unit) if stream == ORIGINAL else self._weights.of_result(stream, unit)
         block = self.skeleton.blocks[index]
         self.skeleton.load(block, tensors, self.device)
-        self.skeleton.require_filled(block, unit.name)
+        self.skeleton.require_filled(block, f"block {index + 1}")
         self._loaded = (stream, index)
         for name, parameter in block.named_parameters():
             # NaN passes through minimum and maximum, which need no memory of the parameter's size.
             if parameter.numel() and not bool(torch.isfinite(torch.stack(torch.aminmax(parameter.detach()))).all()):
                 origin = str(self.checkpoint.store) if stream == ORIGINAL else f"the shard of {stream}"
-                raise CheckpointError(f"{origin}: {name} of {unit.name} holds NaN or Inf")
+                raise CheckpointError(f"{origin}: {name} of block {index + 1} holds NaN or Inf")
         return unit
 
     def expect_block(self, index: int) -> None:

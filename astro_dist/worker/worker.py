@@ -345,5 +345,5 @@ class Worker:
     def _require_fed_block(self, call: HeldCall) -> FedBlock:
         fed_block = self._fed_block
         if fed_block is None or fed_block.place != call.place:
-            raise RunError(f"{block_unit(*call.place)} is not open on this worker; it was restarted in between")
+            raise RunError(f"block {call.block + 1} is not open on this worker; it was restarted in between")
         return fed_block

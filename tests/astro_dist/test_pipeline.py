@@ -211,7 +211,7 @@ def test_input_error_of_a_worker_is_a_failed_run(run_config, tmp_path, monkeypat
 
     monkeypatch.setattr(Worker, "solve_block", damaged)
     with pytest.raises(
-        RunError, match="block-0000, solve block on worker 3: shard gone. Attempt 4 of 4 .*What is finished is kept"
+        RunError, match="block 1 of 3, solve block on worker 3: shard gone. Attempt 4 of 4 .*What is finished is kept"
     ):
         pipeline.quantize(run_config())
 
@@ -227,7 +227,7 @@ def test_damaged_shard_is_redone_and_noted(run_config, tmp_path, caplog):
         assert [(event.unit, event.reason.partition(" ")[0]) for event in mended] == [
             ("round-0-block-0001", f"model/{shard.name}")
         ]
-    assert f"damaged: round-0-block-0001: model/{shard.name} is missing or differs" in caplog.text
+    assert f"damaged: block 2 of 3: model/{shard.name} is missing or differs" in caplog.text
 
 
 def test_run_that_came_to_nothing_makes_room_for_another(run_config, tmp_path, monkeypatch):
@@ -334,7 +334,7 @@ def test_error_that_comes_back_ends_the_run_with_its_unit_and_the_same_command_g
             raise RuntimeError("CUDA error")
 
         patch.setattr(Worker, "solve_block", fail)
-        message = "block-0000, solve block on worker 2: RuntimeError: CUDA error. Attempt 3 of 3 .*max_retries: 2"
+        message = "block 1 of 3, solve block on worker 2: RuntimeError: CUDA error. Attempt 3 of 3 .*max_retries: 2"
         with pytest.raises(RunError, match=message):
             pipeline.quantize(run_config(execution__max_retries=2))
     assert len(pipeline.quantize(run_config()).retries) == 3

@@ -46,6 +46,8 @@ def test_evaluate_says_how_a_result_differs_from_its_source(run, finished, first
         (("--text", "/a.csv"), "--text /a.csv: expected a file (*.txt, "),
         (("--text", "a.txt", "--subset", "raw"), "--text a.txt: only a dataset on the Hub has a subset"),
         (("--text", "a.txt", "--device", "tpu"), "--device tpu: expected one of auto, cpu, cuda"),
+        (("--text", "a.txt", "--workers", "0"), "--workers 0: expected auto or at least 1"),
+        (("--tasks", "piqa", "--workers", "2"), "tasks are run by one process"),
         (("--text", "a.txt", "--dtype", "int4"), "--dtype int4: expected one of"),
         (("--text", "a.txt", "--hidden-gb", "0"), "--hidden-gb 0.0: expected more than 0"),
     ],

@@ -12,6 +12,7 @@ from astro_dist.execution.driver import Driver, Limits
 from astro_dist.execution.executor import Failed, Joined, Returned
 from astro_dist.run_directory.unit_record import CopyResult, UnitRecord
 from astro_dist.schedule.calls import CopyTensors
+from astro_dist.schedule.unit_words import UnitWords
 from astro_dist.worker.worker import Worker
 
 
@@ -67,7 +68,8 @@ def drive(executor, calls=(), worker_timeout_s=60.0):
 
     run = SimpleNamespace(journal=SimpleNamespace(note=lambda event, **_: notes.append(event)))
     limits = Limits(3, lambda call: 60.0, worker_timeout_s)
-    driver = Driver(executor, run, MagicMock(), limits, plan_anew, lambda now: None)
+    display = MagicMock(words=UnitWords(3), figures=lambda: SimpleNamespace(seconds_left=None))
+    driver = Driver(executor, run, display, limits, plan_anew, lambda now: None)
     driver.run(Schedule(calls))
     return notes
 

@@ -7,6 +7,7 @@ import pytest
 from astro.errors import ConfigError, DamagedError, MemoryShortage, NumericalError, RunError, StorageError
 from astro_dist.execution.failure import Failure, FailureHistory, kind_of
 from astro_dist.schedule.calls import Forward, SolveRows
+from astro_dist.schedule.unit_words import UnitWords
 
 TILE = [SolveRows(0, 0, 1, tile) for tile in range(8)]
 FORWARD = [Forward(0, 3, f"c{number:04d}") for number in range(8)]
@@ -15,7 +16,7 @@ LOST = RunError("the worker died")
 
 def judge(history, call, error, lost=False):
     kind = kind_of(error, lost)
-    return history.judge(Failure(call.unit, call.verb, 5, kind, str(error)), call, error)
+    return history.judge(Failure(call.unit, UnitWords(3).unit(call.unit), call.verb, 5, kind, str(error)), call, error)
 
 
 def test_node_that_takes_many_workers_with_it_counts_once_for_each_of_their_calls():
@@ -23,7 +24,8 @@ def test_node_that_takes_many_workers_with_it_counts_once_for_each_of_their_call
     for call in TILE:
         assert judge(history, call, LOST, lost=True) == 0
     with pytest.raises(
-        RunError, match=r"block-0000, solve rows on worker 5: the worker died. Attempt 2 of 2 .*often wants more memory"
+        RunError,
+        match=r"block 1 of 3, solve rows on worker 5: the worker died. Attempt 2 of 2 .*wants more memory",
     ):
         judge(history, TILE[3], LOST, lost=True)
 
@@ -46,7 +48,7 @@ def test_damaged_files_count_for_themselves():
 
 def test_memory_that_is_too_little_is_not_tried_again_and_again():
     history = FailureHistory(max_retries=9)
-    error = MemoryShortage("host: out of memory at solve of block-0003: 13.5 GiB more were wanted")
+    error = MemoryShortage("host: out of memory at solve of block 4: 13.5 GiB more were wanted")
     assert kind_of(error, lost=False) == "memory"
     assert judge(history, FORWARD[0], error) == 0
     with pytest.raises(RunError, match=r"Attempt 2 of 2 .*; lower calibration.chunk_samples, or set it to auto"):

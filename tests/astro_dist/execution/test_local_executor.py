@@ -39,7 +39,7 @@ def test_too_little_memory_is_tried_once_more_and_says_how_much_was_wanted(run_c
     monkeypatch.setattr(BlockRunner, "write_block", short)
     attempts = min(retries, 1) + 1
     match = (
-        rf"block-0000, solve block on .*: out of memory: 13.50 GiB more were wanted. Attempt {attempts} of {attempts}"
+        rf"block 1 of 3, solve block on .*: out of memory: 13.50 GiB more were wanted. Attempt {attempts} of {attempts}"
     )
     with pytest.raises(RunError, match=match):
         pipeline.quantize(run_config(execution__max_retries=retries))

@@ -132,7 +132,7 @@ def test_worker_that_hangs_is_given_up_and_past_the_retries_the_error_names_the_
         execution__executor="ray", execution__workers=2, execution__call_timeout_s=2.0, execution__max_retries=0
     )
     with pytest.raises(
-        RunError, match=r"block-000\d, solve block on worker \d: took longer than its deadline of 2 s. Attempt 1 of 1"
+        RunError, match=r"block \d of 3, solve block on worker \d: took longer than its deadline of 2 s. Attempt 1 of 1"
     ):
         pipeline.quantize(config)
 

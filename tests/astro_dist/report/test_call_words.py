@@ -4,6 +4,7 @@ import pytest
 
 from astro_dist.report.call_words import phase_of, worker_lines
 from astro_dist.schedule.calls import Backward, CopyTensors, Embed, Forward, SolveBlock, SolveRows
+from astro_dist.schedule.unit_words import UnitWords
 
 CHUNKS = ["c0000", "c0001", "h0000"]
 
@@ -25,16 +26,16 @@ def test_a_call_is_told_by_what_it_does_and_how_far_it_is(call, words):
 
 def test_a_few_workers_have_a_line_each():
     calls = {1: (CopyTensors(0), 2.0), 0: (Forward(0, 2, "c0000"), 1.0)}
-    assert worker_lines(calls, 0, 30, CHUNKS) == [
+    assert worker_lines(calls, 0, UnitWords(30), CHUNKS) == [
         "worker 0   block 3 of 30 · calibrating 1/2",
-        "worker 1   copy-0000 · copying",
+        "worker 1   copying other tensors, part 1",
     ]
 
 
 def test_many_workers_are_counted_and_the_slowest_named():
     calls = {worker: (SolveBlock(0, worker), float(worker)) for worker in range(60)}
     calls |= {60: (Embed(), 0.5)}
-    lines = worker_lines(calls, 3, 80, CHUNKS)
+    lines = worker_lines(calls, 3, UnitWords(80), CHUNKS)
     assert lines[0] == "64 workers: 60 solving, 3 idle, 1 embedding; the slowest:"
     assert [line.split()[1] for line in lines[1:]] == ["59", "58", "57"]
     assert lines[1].endswith("block 60 of 80 · solving, for 59 s")

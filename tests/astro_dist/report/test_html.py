@@ -71,7 +71,7 @@ def test_report_of_a_run_that_stopped_says_why_and_how_to_go_on(run_config, tmp_
         pipeline.quantize(run_config(execution__max_retries=0))
     page = page_of(tmp_path / "run")
     assert "It stopped before it was finished" in page
-    assert "round-0-block-0002, solve block on worker 0: KeyError: &#39;&lt;b&gt;&#39;" in page
+    assert "block 3 of 3, solve block on worker 0: KeyError: &#39;&lt;b&gt;&#39;" in page
     assert f"astro-dist quantize {tmp_path / 'run' / 'config.yaml'}</pre>" in page
     shown = CliRunner().invoke(cli.app, ["report", str(tmp_path / "run")]).output
     assert "Verdict: not finished: stopped, 2 of 3 blocks done." in shown

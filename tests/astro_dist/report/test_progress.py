@@ -102,4 +102,4 @@ def test_a_log_has_a_line_for_each_block(display):
     shown.joined(3)
     shown.started(3, SolveBlock(0, 1))
     shown.ended(3, SolveBlock(0, 1), {block_unit(0, 0), block_unit(0, 1)})
-    assert shown.text().rstrip().endswith("] round-0-block-0001 done by worker 3; 2 of 30 blocks, about 90 s left")
+    assert shown.text().rstrip().endswith("] block 2 of 30 done by worker 3; 2 of 30 blocks, about 90 s left")

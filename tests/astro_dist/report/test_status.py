@@ -8,6 +8,8 @@ from typer.testing import CliRunner
 
 from astro.errors import ConfigError, StorageError
 from astro_dist import cli, pipeline
+from astro_dist.planning.outlook import Outlook
+from astro_dist.report.command_output import status_lines
 from astro_dist.report.status import Progress, read_status
 from astro_dist.run_directory.journal import Journal
 from astro_dist.worker.worker import Worker
@@ -46,12 +48,14 @@ def test_run_that_goes_on(run_config, tmp_path, monkeypatch):
         return real(self, call)
 
     monkeypatch.setattr(Worker, "solve_block", solve)
+    monkeypatch.setattr(Outlook, "seconds_left", property(lambda self: 5000.0))
     pipeline.quantize(run_config())
     last = seen[-1]
     assert (last.state, last.workers) == ("running", 1)
     assert last.blocks == Progress(2, 3)
     assert [doing.unit for doing in last.in_flight] == ["round-0-block-0002"]
-    assert last.seconds_left > 0
+    assert 4900 < last.seconds_left <= 5000
+    assert "in flight: block 3 of 3 on worker 0 for 0 s" in status_lines(last)
 
 
 def test_stopped_run_names_what_was_retried(run_config, tmp_path, monkeypatch):
@@ -61,6 +65,8 @@ def test_stopped_run_names_what_was_retried(run_config, tmp_path, monkeypatch):
     status = read_status(tmp_path / "run")
     assert (status.state, status.workers, status.seconds_left) == ("stopped", 0, None)
     assert status.retries[0].unit == "round-0-block-0000"
+    assert "retried: block 1 of 3, solve block on worker 0 (raised): KeyError: 'x'" in status_lines(status)
+    assert "words" not in status.to_json()
 
 
 def test_folder_that_holds_no_run(tmp_path):

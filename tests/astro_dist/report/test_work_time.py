@@ -5,6 +5,7 @@ import pytest
 from astro_dist.report.work_time import phase_parts, timeline
 from astro_dist.run_directory.journal import Joined, Opened, Passed, Worked
 from astro_dist.run_directory.unit_record import EvaluationResult, UnitRecord
+from astro_dist.schedule.unit_words import UnitWords
 
 
 def worked(worker, unit, begin, end, busy_s):
@@ -17,7 +18,8 @@ def test_idle_time_counts_from_when_a_worker_is_up():
             Opened(time=100.0), Joined(time=110.0, worker=0), Joined(time=110.0, worker=1),
             worked(0, "weights-0001", 110.0, 120.0, 10.0), worked(1, "round-0-block-0000", 110.0, 130.0, 5.0),
             worked(0, "head-original", 120.0, 130.0, 10.0),
-        ]
+        ],
+        UnitWords(3),
     )  # fmt: skip
     assert [row.figures for row in shown.rows] == ["busy 100 %, idle 0 s", "busy 25 %, idle 15 s"]
     assert (shown.busy, shown.length) == ("62 %", "30 s")
@@ -25,18 +27,19 @@ def test_idle_time_counts_from_when_a_worker_is_up():
     assert (first.start, first.length, first.busy) == pytest.approx((1 / 3, 1 / 3, 1.0))
     assert [shown.kinds[stretch.kind] for stretch in (first, second)] == ["weighing tokens", "evaluating"]
     assert shown.rows[1].stretches[0].busy == 0.25
+    assert first.title == "token weights of block 2 of 3: 10 s of work, from 10 s after the start"
 
 
 def test_of_many_workers_those_that_were_idle_longest_are_shown():
     events = [worked(worker, "embed", 0.0, 100.0, 100.0 - worker) for worker in range(64)]
-    shown = timeline([Opened(time=0.0), *events])
+    shown = timeline([Opened(time=0.0), *events], UnitWords(3))
     assert [row.worker for row in shown.rows] == list(range(48, 64))
     assert shown.left_out == 48
 
 
 def test_journal_of_an_earlier_version():
-    assert timeline([Opened(time=0.0), Joined(time=1.0, worker=0)]) is None
-    assert timeline([]) is None
+    assert timeline([Opened(time=0.0), Joined(time=1.0, worker=0)], UnitWords(3)) is None
+    assert timeline([], UnitWords(3)) is None
 
 
 def test_phases_add_up():
