@@ -153,6 +153,7 @@ def inspect_model(name: str, request: InspectRequest, settings: JudgeSettings) -
         InputError: The model or the text cannot be used.
         NumericalError: A forward pass overflowed.
     """
+    settings.require_device()
     is_shipped = request.text.source == PYTHON_DOCS
     if not is_shipped:
         require_place(request.text, "--text")

@@ -103,13 +103,15 @@ def judge(name: str, request: JudgeRequest, settings: JudgeSettings, pool: Pool 
         raise ConfigError("nothing to judge by: give --text FILE, --tasks NAMES, or both")
     if request.against is not None and request.text is None:
         raise ConfigError("--against: compares predictions on a text; give --text FILE too")
+    if pool is not None and request.tasks is not None:
+        raise ConfigError(
+            "--workers: only a text is shared among them, tasks are run by one process; leave out one of them"
+        )
     tasks = tasks_of(request.tasks) if request.tasks is not None else {}
     if tasks:
         require_harness()
     if request.text is not None:
         require_place(request.text, "--text")
-    if pool is not None and (tasks or request.text is None):
-        raise ConfigError("--workers: share a text among them; tasks are run by one process, leave out one of both")
     configure_process(torch.get_num_threads())
     source, other = find_model(name), find_model(request.against) if request.against else None
     if pool is None:
