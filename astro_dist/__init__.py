@@ -10,8 +10,8 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from astro_dist.config.schema import RunConfig
     from astro_dist.pipeline import quantize
-    from astro_dist.planning.forecast import plan
     from astro_dist.planning.settings import run_config
+    from astro_dist.report.forecast import plan
     from astro_dist.report.status import read_status as status
 
 __all__ = ["RunConfig", "plan", "quantize", "run_config", "status"]
@@ -19,7 +19,7 @@ __all__ = ["RunConfig", "plan", "quantize", "run_config", "status"]
 _PLACES = {
     "__version__": ("astro", "__version__"),
     "RunConfig": ("astro_dist.config.schema", "RunConfig"),
-    "plan": ("astro_dist.planning.forecast", "plan"),
+    "plan": ("astro_dist.report.forecast", "plan"),
     "quantize": ("astro_dist.pipeline", "quantize"),
     "run_config": ("astro_dist.planning.settings", "run_config"),
     "status": ("astro_dist.report.status", "read_status"),

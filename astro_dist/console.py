@@ -7,7 +7,7 @@ from collections.abc import Iterator
 
 from rich.console import Console
 
-__all__ = ["in_words", "say", "show_log", "waiting_for"]
+__all__ = ["in_words", "say", "show_log", "show_log_by_default", "waiting_for"]
 
 
 def in_words(seconds: float) -> str:
@@ -54,6 +54,12 @@ def show_log() -> None:
     logger.setLevel(logging.INFO)
     if not any(isinstance(handler, _ConsoleHandler) for handler in logger.handlers):
         logger.addHandler(_ConsoleHandler())
+
+
+def show_log_by_default() -> None:
+    """Show on the console what this library logs, unless the program has decided where its logs go."""
+    if not logging.getLogger("astro_dist").hasHandlers():
+        show_log()
 
 
 class _ConsoleHandler(logging.Handler):

@@ -16,7 +16,7 @@ from astro.storage.atomic import write_json
 from astro.storage.checkpoint import require_finite
 from astro_dist.config.cluster_paths import require_absolute_paths
 from astro_dist.config.schema import RunConfig, run_key
-from astro_dist.console import waiting_for
+from astro_dist.console import show_log_by_default, waiting_for
 from astro_dist.execution.driver import Driver, Limits
 from astro_dist.execution.executor import Executor
 from astro_dist.execution.local_executor import LocalExecutor
@@ -121,6 +121,7 @@ def quantize(config: RunConfig) -> Summary:
         AstroError: The run failed, or could not be published; what is finished is kept.
     """
     begin = time.perf_counter()
+    show_log_by_default()
     _refuse_relative_paths(config)
     tracking = Tracking(config.output.track)
     root = config.output.dir.expanduser().absolute()

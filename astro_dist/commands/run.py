@@ -45,8 +45,8 @@ def plan(
     Reads no weight and begins no run. Refuses what `quantize` would refuse; a note says where the calibration text
     is not on this machine.
     """
-    from astro_dist.planning.forecast import plan as foretell
-    from astro_dist.report.plan_card import plan_card, plan_table
+    from astro_dist.report.forecast import plan as foretell
+    from astro_dist.report.plan_card import plan_table
 
     forecast = foretell(settings, workers, device)
     if as_json:
@@ -54,7 +54,7 @@ def plan(
         return
     if verbose:
         Console().print(plan_table(forecast.prepared.plan))
-    say_lines(*plan_card(forecast))
+    say_lines(*str(forecast).splitlines())
 
 
 @takes_run

@@ -6,8 +6,9 @@ from rich.filesize import decimal
 from rich.table import Table
 
 from astro_dist.console import in_words
-from astro_dist.planning.forecast import Forecast
+from astro_dist.planning.estimate import Estimate
 from astro_dist.planning.units import BlockUnit, Plan
+from astro_dist.planning.validate import Prepared
 from astro_dist.report.command_output import coverage_lines, settings_line
 from astro_dist.schedule.unit_words import UnitWords
 from astro_dist.wording import percent
@@ -18,13 +19,13 @@ _LONG_S = 6 * 3600.0
 """Seconds from which a run on a CPU is so long that GPUs are pointed at."""
 
 
-def plan_card(forecast: Forecast) -> list[str]:
+def plan_card(prepared: Prepared, needed: Estimate) -> list[str]:
     """Describe what a run will be and need.
 
     Args:
-        forecast: What was foretold.
+        prepared: The run, after all checks.
+        needed: Memory, disk, traffic and time that it needs.
     """
-    prepared, needed = forecast.prepared, forecast.needed
     plan, is_gpu = prepared.plan, needed.device != "cpu"
     share = plan.written_bytes / plan.read_bytes
     origin = "projected, never measured on a GPU" if is_gpu else "from the speed of this machine"

@@ -1,5 +1,6 @@
 """What a program or a notebook calls."""
 
+import logging
 import subprocess
 import sys
 
@@ -11,14 +12,21 @@ SHORT = ["calibration.samples=4", "calibration.chunk_samples=4", "calibration.ho
 HERE = ["execution.executor=local", "execution.device=cpu", "regularizer.iterations=3"]
 
 
-def test_a_model_is_planned_quantized_and_looked_at(llama, tmp_path):
+def test_a_model_is_planned_quantized_and_looked_at(llama, tmp_path, monkeypatch, capsys):
+    for logger in (logging.getLogger(), logging.getLogger("astro_dist")):  # as in a program that decides nothing
+        monkeypatch.setattr(logger, "handlers", [])
     config = astro_dist.run_config(llama, [*SHORT, *HERE, "calibration.sequence_length=32"], output=tmp_path / "run")
     assert isinstance(config, astro_dist.RunConfig)
     forecast = astro_dist.plan(config)
+    print(forecast)
+    assert "CPU worker: about" in capsys.readouterr().out
     assert forecast.needed.worker_bytes > 0
     assert forecast.to_json()["quantized_weights"] == forecast.prepared.plan.weights
     summary = astro_dist.quantize(config)
     assert summary.perplexity.quantized > 0
+    assert "finished already" not in capsys.readouterr().err
+    assert astro_dist.quantize(config) == summary
+    assert "run: this run was finished already; nothing was done" in capsys.readouterr().err
     assert astro_dist.status(tmp_path / "run").state == "complete"
 
 

@@ -2,13 +2,12 @@
 
 import pytest
 
-from astro_dist.planning.forecast import plan
-from astro_dist.report.plan_card import plan_card
+from astro_dist.report.forecast import plan
 
 
 @pytest.fixture
 def card(run_config):
-    return lambda workers=None, device=None, **changes: plan_card(plan(run_config(**changes), workers, device))
+    return lambda workers=None, device=None, **changes: str(plan(run_config(**changes), workers, device)).splitlines()
 
 
 def test_card_for_gpus_says_that_it_was_never_measured(card):

@@ -6,13 +6,14 @@ from typing import Any
 from astro_dist.config.schema import RunConfig
 from astro_dist.planning.estimate import Estimate
 from astro_dist.planning.validate import Prepared, forecast, prepare, require_text
+from astro_dist.report.plan_card import plan_card
 
 __all__ = ["Forecast", "plan"]
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True, repr=False)
 class Forecast:
-    """What a run will be and need.
+    """What a run will be and need. Printed, or as the value of a notebook's cell, it is the card of the plan.
 
     Attributes:
         prepared: The run, after all checks.
@@ -21,6 +22,9 @@ class Forecast:
 
     prepared: Prepared
     needed: Estimate
+
+    def __repr__(self) -> str:
+        return "\n".join(plan_card(self.prepared, self.needed))
 
     def to_json(self) -> dict[str, Any]:
         """Return the forecast as a JSON object."""
