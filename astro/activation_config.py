@@ -38,6 +38,11 @@ class ActivationScheme:
         """The grid in words, such as "int8 per token"."""
         return f"{'FP8' if self.type == 'float' else f'int{self.bits}'} per token"
 
+    @property
+    def short_name(self) -> str:
+        """The grid in a name, such as "a8" in `w4a8g128`."""
+        return "afp8" if self.type == "float" else f"a{self.bits}"
+
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Activations:
@@ -60,3 +65,8 @@ class Activations:
     def scheme(self) -> ActivationScheme | None:
         """The grid of the inputs; None where they stay as they are."""
         return None if self.bits == 16 else ActivationScheme(self.bits, self.type)
+
+    @property
+    def in_words(self) -> str:
+        """What the inputs are, such as "int8 per token"; empty where they stay as they are."""
+        return "" if self.scheme is None else self.scheme.in_words

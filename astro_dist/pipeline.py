@@ -206,7 +206,7 @@ def _run(job: _Job, publication: Publication | None, begin: float) -> Summary:
     settle_widths(run, job.config.quantization, len(prepared.plan.blocks), schedule.finished)
     names = assemble(folder, prepared.plan, run, job.config, is_untied=bool(prepared.untied))
     session = Session(workers, time.perf_counter() - begin, resumed)
-    summary = summarize(prepared.plan, run, job.config.quantization, prepared.notes, prepared.base, session)
+    summary = summarize(prepared.plan, run, job.config, prepared.notes, prepared.base, session)
     job.tracking.log_summary(summary)
     write_json(run.summary, summary.to_json())
     seal(run, all_shards(run), names, job.card())

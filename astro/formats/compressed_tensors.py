@@ -45,6 +45,8 @@ SCALE_DTYPE: torch.dtype | None = None
 """Scales are stored in the dtype that the model's weights have."""
 READER_PACKAGES = "compressed-tensors"
 """What transformers needs besides itself to read the layout."""
+_FORMAT = "pack-quantized"
+"""What config.json calls the way in which weights are packed."""
 _ORDERED = (None, "static", "weight")
 """Values of `actorder` under which columns that share a scale lie side by side."""
 
@@ -134,7 +136,8 @@ def quantization_config(
         act_order: Order in which the solver visited columns.
         inputs: Grid to which servers round the inputs of every quantized layer; None where they stay as they are.
     """
-    rounded = {} if inputs is None else {"input_activations": _inputs(inputs)}
+    # Without a format of the group, compressed-tensors would take such weights for unpacked ones.
+    rounded = {} if inputs is None else {"input_activations": _inputs(inputs), "format": _FORMAT}
     members: dict[LayerScheme, list[str]] = {}
     for name, scheme in schemes.items():
         members.setdefault(scheme, []).append(name)
@@ -147,8 +150,8 @@ def quantization_config(
         for i, (scheme, names) in enumerate(members.items())
     }
     return {
-        "quant_method": "compressed-tensors",
-        "format": "pack-quantized",
+        "quant_method": METHOD,
+        "format": _FORMAT,
         "quantization_status": "compressed",
         "config_groups": config_groups,
         "ignore": list(ignore),
@@ -181,10 +184,8 @@ def read_schemes(config: Mapping[str, Any], names: Sequence[str]) -> dict[str, L
         CheckpointError: The method or format is another, as is the order of columns, or not exactly one entry of
             `config_groups` names a layer.
     """
-    if (config["quant_method"], config["format"]) != ("compressed-tensors", "pack-quantized"):
-        raise CheckpointError(
-            f"expected compressed-tensors pack-quantized, got {config['quant_method']} {config['format']}"
-        )
+    if (config["quant_method"], config["format"]) != (METHOD, _FORMAT):
+        raise CheckpointError(f"expected {METHOD} {_FORMAT}, got {config['quant_method']} {config['format']}")
     if config.get("transform_config"):
         raise CheckpointError("its layers are in a rotated basis (transform_config), which is not read here")
     by_name: dict[str, LayerScheme] = {}

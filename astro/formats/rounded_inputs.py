@@ -15,8 +15,10 @@ from astro.formats.fused_layers import fused_name
 from astro.model.experts import experts_of
 from astro.model.linear_layer import LinearLayer
 
-__all__ = ["inputs_notes", "inputs_refusal"]
+__all__ = ["HUMMING_OPTION", "inputs_notes", "inputs_refusal"]
 
+HUMMING_OPTION = "--linear-backend humming"
+"""Option of vLLM without which it prefers kernels that leave inputs in 16 bits."""
 _FP8_WEIGHTS = LayerScheme(bits=4, group_size=128, symmetric=True)
 """The only weights that vLLM multiplies with FP8 inputs in this layout."""
 _FP8_TILE = 128
@@ -140,7 +142,7 @@ def _integer_notes(schemes: Iterable[LayerScheme], inputs: ActivationScheme) -> 
     )
     if any(scheme.bits in _OTHER_KERNELS for scheme in rounded):
         yield (
-            f"{name} and weights of 4 or 8 bits: start vLLM with --linear-backend humming; the kernels that it prefers "
+            f"{name} and weights of 4 or 8 bits: start vLLM with {HUMMING_OPTION}; the kernels that it prefers "
             "(Machete, Marlin) leave inputs in 16 bits"
         )
 

@@ -13,6 +13,7 @@ import yaml
 from rich.filesize import decimal
 
 from astro.formats import LAYOUTS
+from astro.formats.rounded_inputs import HUMMING_OPTION
 from astro.formats.server_limits import FUSED_EXPERTS, TRANSPOSED
 from astro.quantization.layer_record import LayerRecord, predicted_nats
 from astro_dist.config.schema import RunConfig
@@ -65,7 +66,7 @@ def metadata(
         widths: Widths of the quantized layers in bits; all possible ones where the run has not chosen yet.
         repository: ORG/NAME of the repository that the model goes to; None where there is none.
     """
-    regularizer, quantization = config.regularizer.name, config.quantization
+    regularizer, quantization, inputs = config.regularizer.name, config.quantization, config.activations.scheme
     methods = [quantization.method, *([regularizer] if regularizer != "none" else [])]
     return huggingface_hub.ModelCardData(
         base_model=base.name,
@@ -80,6 +81,7 @@ def metadata(
         tags=[
             "quantized",
             f"{next(iter(widths))}-bit" if len(widths) == 1 else "mixed-precision",
+            *([f"w{next(iter(widths))}{inputs.short_name}"] if inputs is not None and len(widths) == 1 else []),
             quantization.format,
             *methods,
             "astro-dist",
@@ -137,6 +139,9 @@ def model_card(
         text=_texts(config, identity, summary.python),
         is_served=_are_served(config.quantization.format, widths),
         is_low=min(widths) < _TRIED_BITS,
+        inputs=config.activations.in_words,
+        needs_humming=any(HUMMING_OPTION in note for note in summary.notes),
+        humming=HUMMING_OPTION,
         is_doubtful=bool({FUSED_EXPERTS, TRANSPOSED} & set(summary.notes)),
         reader="AutoProcessor" if base.parts_beside_text else "AutoTokenizer",
         packages=LAYOUTS[config.quantization.format].READER_PACKAGES,
@@ -205,10 +210,12 @@ def _method(config: RunConfig, summary: Summary) -> list[tuple[str, str]]:
     columns = "a whole row" if q.group_size == -1 else f"{q.group_size} input columns"
     grid = "symmetric" if q.symmetric else "asymmetric"
     static = "by falling activation energy, stored unpermuted"
+    inputs = config.activations.in_words
     return [
         ("method", _METHODS[q.method]),
         ("bits a weight", f"{summary.average_bits:.3g}{_spent_by(summary)}"),
         ("one scale for", f"{columns}, {grid}, {_SCALES[q.scale_search]}"),
+        *([("inputs of these layers", f"{inputs}, rounded by the server as they come")] if inputs else []),
         ("order of columns", static if q.act_order == "static" else "as stored"),
         ("regularizer", f"{regularizer.name}, solver {regularizer.solver}" if regularizer.name != "none" else "none"),
         ("its strength β (layers solved together)", ", ".join(f"{b} ({count})" for b, count in summary.betas.items())),

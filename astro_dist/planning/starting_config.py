@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from astro.config import PER_CHANNEL, Quantization
+from astro.config import PER_CHANNEL
 from astro_dist.config.schema import RunConfig
 from astro_dist.config.yaml_file import make_config
 
@@ -40,23 +40,24 @@ def starting_config(source: str, assignments: Sequence[str] = ()) -> RunConfig:
         content["quantization"] = _fitting(_input_widths(config))
         config = make_config(content, assignments, source)
     if "output.dir" not in assigned:
-        content["output"]["dir"] = str(Path("runs") / run_name(source, config.quantization))
+        content["output"]["dir"] = str(Path("runs") / run_name(source, config))
     return make_config(content, assignments, source)
 
 
-def run_name(source: str, quantization: Quantization) -> str:
-    """Return a name for the run of a model, such as `Llama-3.1-8B-w4g128`.
+def run_name(source: str, config: RunConfig) -> str:
+    """Return a name for the run of a model, such as `Llama-3.1-8B-w4g128`, or `Llama-3.1-8B-w4a8g128`.
 
     Args:
         source: Source of the model.
-        quantization: Grid of its weights.
+        config: Configuration of the run.
     """
+    quantization, inputs = config.quantization, config.activations.scheme
     folder = Path(source).expanduser()
     place = os.path.abspath(folder) if folder.is_dir() else source.partition("?")[0].removeprefix("demo:")  # of `.` too
     model = re.sub(r"[^\w.-]+", "-", place.rstrip("/").rpartition("/")[2])
     bits = f"{quantization.average_bits:g}" if quantization.bits == "auto" else quantization.bits
     group = "" if quantization.group_size == PER_CHANNEL else f"g{quantization.group_size}"
-    return f"{model}-w{bits}{group}"
+    return f"{model}-w{bits}{inputs.short_name if inputs else ''}{group}"
 
 
 def _input_widths(config: RunConfig) -> tuple[int, ...]:

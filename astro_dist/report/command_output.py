@@ -69,7 +69,8 @@ def figure_lines(summary: "Summary", source: str = "") -> list[str]:
         lines += filter(None, ["; ".join(divergences)])
     share = percent(summary.bytes_written / summary.bytes_read)
     mean = f"; {summary.average_bits:.3g} bits a quantized weight on average" if summary.widths_by else ""
-    return [*lines, f"{decimal(summary.bytes_written)} written, {share} of the source{mean}"]
+    inputs = f"; servers are told to round inputs: {summary.inputs}" if summary.inputs else ""
+    return [*lines, f"{decimal(summary.bytes_written)} written, {share} of the source{mean}{inputs}"]
 
 
 def next_lines(summary: "Summary", root: Path) -> list[str]:
@@ -100,11 +101,12 @@ def settings_line(config: "RunConfig") -> str:
     """
     q, calibration, execution = config.quantization, config.calibration, config.execution
     bits = f"{q.average_bits:g} bits on average" if q.bits == "auto" else f"{q.bits} bits"
+    inputs = f", inputs {words}" if (words := config.activations.in_words) else ""
     rounds = counted(execution.rounds, "round")
     is_open = "auto" in (calibration.samples, calibration.sequence_length)
     most = f"{'up to ' if is_open else ''}{calibration.most_samples} × {calibration.longest_sequence} tokens"
     return (
-        f"{config.model.source}: {bits}, group size {q.group_size}, format {q.format}; mode {execution.mode}, "
+        f"{config.model.source}: {bits}, group size {q.group_size}{inputs}, format {q.format}; mode {execution.mode}, "
         f"{rounds}; calibration {most}"
     )
 

@@ -12,6 +12,7 @@ from astro.process import peak_rss_bytes
 from astro.quantization.bit_allocation import are_in_nats
 from astro.quantization.layer_record import Fallbacks, LayerRecord, predicted_nats
 from astro.timing import add_seconds
+from astro_dist.config.schema import RunConfig
 from astro_dist.export.assemble import final_schemes
 from astro_dist.planning.units import Plan
 from astro_dist.run_directory.journal import Damaged, Failed, Passed, last_of_each_unit
@@ -44,14 +45,14 @@ class Session:
 
 
 def summarize(
-    plan: Plan, run: RunDirectory, quantization: Quantization, notes: Sequence[str], base: BaseModel, session: Session
+    plan: Plan, run: RunDirectory, config: RunConfig, notes: Sequence[str], base: BaseModel, session: Session
 ) -> Summary:
     """Put together the figures of the whole run. Wall time and peak memory are those of this session.
 
     Args:
         plan: Plan of the run, whose units are all finished.
         run: Run directory.
-        quantization: Settings of the quantization.
+        config: Configuration of the run.
         notes: Notes that the user has read before the run started.
         base: Model that was quantized.
         session: Session that finished the run.
@@ -62,6 +63,7 @@ def summarize(
     Raises:
         DamagedError: A record cannot be read.
     """
+    quantization = config.quantization
     all_notes = _with_final_schemes(notes, plan, run, quantization)
     rounds = [[run.read(block_unit(r, unit.index), BlockResult) for unit in plan.blocks] for r in range(run.rounds)]
     layers = [[layer for block in blocks for layer in block.layers] for blocks in rounds]
@@ -95,6 +97,7 @@ def summarize(
         base_model=base,
         predicted_divergence=predicted_nats(last),
         widths_by=_measure(layers[0]) if quantization.bits == "auto" else "",
+        inputs=config.activations.in_words,
     )
 
 

@@ -41,7 +41,7 @@ class Tile:
 
 
 def headline(findings: Findings) -> list[str]:
-    """Say in a few words each what was asked for: bits, group size, format and mode.
+    """Say in a few words each what was asked for: bits, group size, inputs, format and mode.
 
     Args:
         findings: What the run directory says.
@@ -54,7 +54,8 @@ def headline(findings: Findings) -> list[str]:
     group = "one scale a row" if q.group_size == -1 else f"group size {q.group_size}"
     mode = f"mode {execution.mode}"
     rounds = [counted(execution.rounds, "round")] if execution.rounds > 1 else []
-    return [bits, group, q.format, ", ".join([mode, *rounds])]
+    inputs = [f"inputs {words}"] if (words := config.activations.in_words) else []
+    return [bits, group, *inputs, q.format, ", ".join([mode, *rounds])]
 
 
 def tiles(findings: Findings) -> list[Tile]:

@@ -172,6 +172,8 @@ class Summary:
         predicted_divergence: Sum over the last round's layers of the divergence that each is predicted to cause, in
             nats a token; None where the loss's gradient was not measured at all of them.
         widths_by: What `bits: auto` chose widths by, `nats` or `relative error`; empty where widths are configured.
+        inputs: What servers are told to round inputs of quantized layers to, such as "int8 per token"; empty where
+            inputs stay as they are.
     """
 
     perplexity: Perplexity
@@ -197,6 +199,7 @@ class Summary:
     coverage: Coverage | None = None
     predicted_divergence: float | None = None
     widths_by: str = ""
+    inputs: str = ""
 
     @property
     def prediction_in_words(self) -> str:

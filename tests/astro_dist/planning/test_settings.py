@@ -70,17 +70,19 @@ def test_an_unknown_key_of_a_program_is_an_error_of_the_program():
     ],
 )  # fmt: skip
 def test_names_of_runs_come_from_the_model_and_the_grid(source, name, run_config):
-    assert run_name(source, run_config(quantization__group_size=128).quantization) == name
+    assert run_name(source, run_config(quantization__group_size=128)) == name
 
 
 @pytest.mark.parametrize("source", [".", "./", "../my model"])
 def test_names_of_runs_in_a_folder_are_the_folders(source, run_config, tmp_path, monkeypatch):
     (tmp_path / "my model").mkdir()
     monkeypatch.chdir(tmp_path / "my model")
-    assert run_name(source, run_config(quantization__group_size=128).quantization) == "my-model-w4g128"
+    assert run_name(source, run_config(quantization__group_size=128)) == "my-model-w4g128"
 
 
 def test_names_of_runs_tell_widths(run_config):
     auto = {"bits": "auto", "average_bits": 3.5, "group_size": -1}
     config = run_config(execution__rounds=2, **{f"quantization__{key}": value for key, value in auto.items()})
-    assert run_name("a/b", config.quantization) == "b-w3.5"
+    assert run_name("a/b", config) == "b-w3.5"
+    assert run_name("a/b", run_config(activations__bits=8)) == "b-w4a8g32"
+    assert run_name("a/b", run_config(activations__bits=8, activations__type="float")) == "b-w4afp8g32"

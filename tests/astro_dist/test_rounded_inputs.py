@@ -1,0 +1,64 @@
+"""A run whose result tells servers to round inputs says so wherever it says what it is."""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+import transformers
+
+from astro_dist import pipeline
+from astro_dist.export.finished_run import FinishedRun
+from astro_dist.report.command_output import figure_lines, settings_line
+from astro_dist.report.findings import Findings
+from astro_dist.report.tiles import headline
+
+
+@pytest.fixture
+def run(run_config):
+    config = run_config(activations__bits=8, quantization__group_size=-1)
+    pipeline.quantize(config)
+    return FinishedRun.open(config.output.dir)
+
+
+def test_what_inputs_are_is_said_everywhere(run):
+    assert "4 bits, group size -1, inputs int8 per token, format" in settings_line(run.config)
+    summary = json.loads((run.run.root / "summary.json").read_text())
+    assert summary["inputs"] == run.summary.inputs == "int8 per token"
+    assert figure_lines(run.summary)[-1].endswith("servers are told to round inputs: int8 per token")
+    assert "inputs int8 per token" in headline(Findings.read(run.run.root))
+    card = run.card("org/model")
+    assert "bits a weight, their inputs to int8 per token, by astro-dist" in card.text
+    assert "| inputs of these layers | int8 per token, rounded by the server as they come |" in card.text
+    assert "vllm serve org/model --linear-backend humming\n```" in card.text
+    assert "sglang" not in card.text
+    assert "w4a8" in card.data.tags
+
+
+def logits(model, ids):
+    with torch.no_grad():
+        return model(ids).logits
+
+
+def round_as_int8(module, args):
+    """Round as compressed-tensors does, which divides by 127.5 where vLLM divides by 127."""
+    scale = args[0].abs().amax(-1, keepdim=True) / 127.5
+    return (torch.round(args[0] / scale).clamp(-128, 127) * scale, *args[1:])
+
+
+def test_transformers_rounds_inputs_too(run, tmp_path):
+    plain, ids = tmp_path / "plain", torch.arange(1, 33)[None]
+    rounded = transformers.AutoModelForCausalLM.from_pretrained(run.run.model, dtype=torch.float32)
+    Path(run.run.model).rename(plain)
+    config = json.loads((plain / "config.json").read_text())
+    for group in config["quantization_config"]["config_groups"].values():
+        del group["input_activations"]
+    (plain / "config.json").write_text(json.dumps(config))
+    model = transformers.AutoModelForCausalLM.from_pretrained(plain, dtype=torch.float32)
+    exact, found = logits(model, ids), logits(rounded, ids)
+    for module in model.model.layers.modules():
+        if isinstance(module, torch.nn.Linear):
+            module.register_forward_pre_hook(round_as_int8)
+    expected = logits(model, ids)
+    assert (expected - exact).norm() > 1e-3 * exact.norm()
+    torch.testing.assert_close(found, expected, atol=1e-4, rtol=0)
