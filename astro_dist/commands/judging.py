@@ -88,18 +88,22 @@ def _pool(workers: str | None, device: str) -> "AbstractContextManager[Pool | No
 
 def compare(
     runs: Annotated[list[Path], typer.Argument(help="Run directories of finished runs.", metavar="RUN...")],
+    html: Annotated[Path | None, typer.Option(help="Also write a page with a chart of each figure.")] = None,
     as_json: AsJson = False,
 ) -> None:
     """Show finished runs beside each other: bits, size, what they lost, time, worst layer, fallbacks."""
     from astro_dist.evaluation.comparison import compare_runs
-    from astro_dist.evaluation.words import comparison_table
+    from astro_dist.report.comparison_page import write_comparison
+    from astro_dist.report.comparison_words import comparison_table
 
     comparison = compare_runs(runs)
+    if html is not None:
+        write_comparison(comparison, html)
     if as_json:
         print_json(comparison.to_json())
         return
     Console().print(comparison_table(comparison))
-    say_lines(*(f"note: {note}" for note in comparison.notes))
+    say_lines(*(f"note: {note}" for note in comparison.notes), *([f"written: {html}"] if html is not None else []))
 
 
 def try_prompt(  # noqa: PLR0913 - every option is a parameter

@@ -1,12 +1,14 @@
 """A prompt continued by the original and by the result that was made of it, so that a person sees the difference."""
 
 import dataclasses
+import itertools
 import shlex
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
+import transformers
 
 from astro.errors import ConfigError
 from astro.process import configure_process
@@ -16,6 +18,7 @@ from astro_dist.config.yaml_file import load_recorded_config
 from astro_dist.evaluation.greedy import greedy_tokens
 from astro_dist.evaluation.judge_settings import JudgeSettings
 from astro_dist.evaluation.streamed_model import StreamedModel
+from astro_dist.evaluation.visible_text import note_on_blanks, visible
 from astro_dist.export.named_model import find_model
 from astro_dist.run_directory.identity import read_identity
 from astro_dist.run_directory.layout import RunLayout
@@ -139,22 +142,37 @@ def _continue(
     title(f"{what}: {model.name}" + ("" if is_whole else " (larger than the free memory: each token reads all blocks)"))
     shown = ""
 
+    def written(tokens: Sequence[int]) -> str:
+        return _written(model.tokenizer, [token for token in tokens if token not in ends])
+
     def is_enough(tokens: Sequence[int]) -> bool:
         nonlocal shown
         if tokens[-1] in ends:
             return True
-        text = str(model.tokenizer.decode(list(tokens), skip_special_tokens=True))
+        text = written(tokens)
         # The first bytes of a character wait for the others, which are in the next token.
         if len(text) > len(shown) and not text.endswith("�"):
-            show(text[len(shown) :])
+            show(visible(text[len(shown) :]))
             shown = text
         return False
 
     tokens = greedy_tokens(model, prompt, request.num_tokens, is_enough)
     model.release()
-    show("\n")
-    text = model.tokenizer.decode([token for token in tokens if token not in ends], skip_special_tokens=True)
-    return Continued(model.name, str(text), tokens)
+    text, is_ended = written(tokens), bool(tokens) and tokens[-1] in ends
+    show(f"{visible(text[len(shown) :])}{note_on_blanks(text, len(tokens) - is_ended)}\n")
+    return Continued(model.name, text, tokens)
+
+
+def _written(tokenizer: transformers.PreTrainedTokenizerBase, tokens: Sequence[int]) -> str:
+    """Return the text of tokens, special ones too. A model may have more tokens than its tokenizer has names for."""
+    parts = []
+    for is_known, run in itertools.groupby(tokens, lambda token: tokenizer.convert_ids_to_tokens(token) is not None):
+        numbers = list(run)
+        if is_known:
+            parts.append(str(tokenizer.decode(numbers, skip_special_tokens=False)))
+        else:
+            parts += [f"<token {number}>" for number in numbers]
+    return "".join(parts)
 
 
 def _prompt_tokens(model: StreamedModel, request: TryRequest) -> list[int]:

@@ -1,22 +1,18 @@
 """What was found out about models, in words and tables for a terminal."""
 
-from collections.abc import Callable
-from pathlib import PurePath
 from typing import TYPE_CHECKING
 
 from rich.filesize import decimal
 from rich.table import Table
 
 from astro_dist.console import in_words
-from astro_dist.wording import nats, percent
 
 if TYPE_CHECKING:  # some of them import torch, which the command at hand may not need
     from astro_dist.evaluation.beside import Beside
-    from astro_dist.evaluation.comparison import Comparison, RunFigures
     from astro_dist.evaluation.judge import Judgement
     from astro_dist.evaluation.text_loss import TextLoss
 
-__all__ = ["beside_line", "comparison_table", "judgement_lines", "task_table"]
+__all__ = ["beside_line", "judgement_lines", "task_table"]
 
 
 def judgement_lines(judgement: "Judgement") -> list[str]:
@@ -70,18 +66,6 @@ def task_table(judgement: "Judgement") -> Table:
     return table
 
 
-def comparison_table(comparison: "Comparison") -> Table:
-    """Make the table of runs, one in each column.
-
-    Args:
-        comparison: Figures of the runs.
-    """
-    table = Table("", *(PurePath(run.run).name or run.run for run in comparison.runs))
-    for title, cell in _ROWS.items():
-        table.add_row(title, *(cell(run) for run in comparison.runs))
-    return table
-
-
 def beside_line(beside: "Beside") -> str:
     """Say how far two continuations are the same.
 
@@ -92,34 +76,3 @@ def beside_line(beside: "Beside") -> str:
     if beside.original.tokens == beside.quantized.tokens:
         return f"Both continue with the same {count} tokens"
     return f"The first {beside.num_equal} of {count} tokens are the same"
-
-
-def _perplexity(run: "RunFigures") -> str:
-    measured = run.perplexity
-    if measured.quantized is None or measured.original is None:
-        return "not measured"
-    return f"{measured.original:.2f} → {measured.quantized:.2f}"
-
-
-def _divergence(run: "RunFigures") -> str:
-    value, error = run.perplexity.divergence, run.perplexity.divergence_error
-    if value is None:
-        return "not measured"
-    return f"{nats(value)}{'' if error is None else f' ± {nats(error)}'}"
-
-
-_ROWS: "dict[str, Callable[[RunFigures], str]]" = {
-    "model": lambda run: run.base,
-    "bits": lambda run: f"{run.bits:.3g}",
-    "group size": lambda run: "rows" if run.group_size == -1 else str(run.group_size),
-    "mode": lambda run: run.mode,
-    "size": lambda run: f"{decimal(run.size_bytes)} ({percent(run.share)})",
-    "perplexity": _perplexity,
-    "change": lambda run: run.perplexity.change_in_words or "-",
-    "KL, nats a token": _divergence,
-    "same first choice": lambda run: "-" if run.perplexity.agreement is None else percent(run.perplexity.agreement, 1),
-    "time": lambda run: in_words(run.wall_s) + (", last session" if run.resumed else ""),
-    "worst layer": lambda run: f"{run.worst_layer.split('+')[0]}: {percent(run.worst_error, 2)}",
-    "fallbacks": lambda run: str(run.fallbacks),
-}
-"""The rows of the table of runs: their titles, and the text of a cell."""

@@ -9,6 +9,7 @@ import transformers
 from astro.errors import ConfigError
 from astro_dist.evaluation.beside import TryRequest, continue_beside
 from astro_dist.evaluation.judge_settings import JudgeSettings
+from astro_dist.evaluation.visible_text import note_on_blanks, visible
 from astro_dist.evaluation.words import beside_line
 from tests.support.models import LLAMA, byte_tokenizer, write_checkpoint
 
@@ -34,7 +35,8 @@ def test_both_continue_as_transformers_does(finished, llama):
     assert beside.original.tokens == generated(llama)
     assert beside.quantized.model == str(finished / "model")
     assert [title.split(":")[0] for title in titles] == ["original", "quantized"]
-    assert shown == f"{beside.original.text}\n{beside.quantized.text}\n" or "�" in shown + beside.quantized.text
+    texts = [each.text for each in (beside.original, beside.quantized)]
+    assert shown == "".join(f"{visible(text)}{note_on_blanks(text, 6)}\n" for text in texts)
     assert beside_line(beside)
 
 
@@ -63,9 +65,24 @@ def test_token_that_ends_a_text_ends_it(first_run, tmp_path):
         (folder / path.name).symlink_to(path)
     (folder / "generation_config.json").unlink(missing_ok=True)
     (folder / "generation_config.json").write_text(f'{{"eos_token_id": [{first}]}}')
-    beside, _, _ = run_it(source, dataclasses.replace(REQUEST, against=str(folder)))
+    beside, shown, _ = run_it(source, dataclasses.replace(REQUEST, against=str(folder)))
+    assert shown.startswith("(nothing: the text ends here)\n")
     assert beside.original.tokens == [first]
     assert beside.original.text == ""
+
+
+@pytest.mark.parametrize("tokens", [[0, 10, 27], list("\u202e".encode()), [0xE8, 0xAA], [259, 97], [10, 10]])
+def test_nothing_that_was_written_is_lost(llama, monkeypatch, tokens):
+    def write(model, prompt, num_tokens, is_enough):
+        return [token for number, token in enumerate(tokens) if not is_enough(tokens[: number + 1]) or True]
+
+    monkeypatch.setattr("astro_dist.evaluation.beside.greedy_tokens", write)
+    beside, shown, _ = run_it(llama, dataclasses.replace(REQUEST, against=str(llama)))
+    text = byte_tokenizer().decode(tokens) if 259 not in tokens else f"<token 259>{byte_tokenizer().decode(tokens[1:])}"
+    assert beside.original.text == text
+    assert shown == 2 * f"{visible(text)}{note_on_blanks(text, len(tokens))}\n"
+    assert shown.replace("\n", "").strip()
+    assert all(character.isprintable() for character in shown.replace("\n", ""))
 
 
 def test_what_cannot_be_tried_is_refused(llama, finished):

@@ -59,9 +59,11 @@ def test_evaluate_refuses_what_it_cannot_do(run, llama, options, message):
 
 
 def test_compare_prints_a_table(run, finished, first_run, monkeypatch):
-    monkeypatch.setenv("COLUMNS", "120")
+    monkeypatch.setenv("COLUMNS", "80")
     code, out, _ = run("compare", finished, first_run)
     assert code == 0
+    assert "…" not in out
+    assert max(map(len, out.splitlines())) == 80
     for word in ("finished", "perplexity", "KL, nats a token", "worst layer", "fallbacks", "4"):
         assert word in out
     code, out, _ = run("compare", finished / "model", "--json")

@@ -1,0 +1,37 @@
+"""The page of runs beside each other holds what the table holds, and loads nothing."""
+
+import dataclasses
+import html
+import re
+
+from astro_dist.evaluation.comparison import Comparison, compare_runs
+from astro_dist.report.comparison_page import write_comparison
+from astro_dist.report.comparison_words import comparison_rows, comparison_table, run_names
+from astro_dist.run_directory.summary import Perplexity
+
+
+def test_page_holds_the_table_and_a_bar_of_every_figure(finished, tmp_path):
+    (run,) = compare_runs([finished]).runs
+    other = dataclasses.replace(
+        run, run="/elsewhere/<b>", worst_error=2 * run.worst_error, perplexity=Perplexity(None, None)
+    )
+    comparison = Comparison([run, other], ["the runs & their texts differ"])
+    write_comparison(comparison, tmp_path / "page.html")
+    page = (tmp_path / "page.html").read_text()
+    for title, cells in comparison_rows(comparison):
+        assert f'<th scope="row">{title}</th>' in page
+        assert all(html.escape(cell) in page for cell in cells)
+    assert "the runs &amp; their texts differ" in page
+    assert "<b>" not in page
+    assert "&lt;b&gt;" in page
+    assert not re.findall(r"https?://|<script", page)
+    largest = page[page.index("Largest output error of a layer") :]
+    assert re.findall(r'class="bar" width="([\d.]+)"', largest)[:2] == ["50.00", "100.00"]
+    assert page.count('class="bar"') == 2 + 3 * 2  # one of the runs measured no perplexity
+
+
+def test_runs_of_one_name_are_told_apart(finished):
+    (run,) = compare_runs([finished]).runs
+    runs = [dataclasses.replace(run, run=f"/{folder}/run") for folder in "ab"]
+    assert run_names(Comparison(runs, [])) == ["/a/run", "/b/run"]
+    assert [str(column.header) for column in comparison_table(Comparison(runs, [])).columns][1:] == ["/a/run", "/b/run"]
