@@ -1,0 +1,99 @@
+"""Smoothing: the factors by which outlier channels of a layer's input move into its weights.
+
+With a diagonal M of positive factors m, one for each channel,
+
+    X Wᵀ = (X M⁻¹) (W M)ᵀ
+
+so that the layer may get the input X M⁻¹, which is easier to round, if its weights become W M. What makes the input
+must make it smaller by M for nothing; `astro.model.scaling_places` finds out where that is possible.
+
+Published of ASER (arXiv 2411.07762): the f channels of largest mean|x| · mean|w| are brought down, all others stay.
+Ours: how far. Each of them comes down to the largest mean|x| of the other channels, and no channel is made larger.
+Published of SmoothQuant (arXiv 2211.10438): m = max|x|^α / max|w|^(1−α) for every channel. Ours: the factors are
+divided by their geometric mean. That changes nothing for inputs that are rounded token by token, and keeps them in the
+range of 16-bit floats.
+
+Ours as well: all factors are powers of two. A float that is multiplied by a power of two keeps all of its digits. So
+a smoothed model computes what it computed before to the last bit, and no gain of a norm is rounded in its 16 bits. A
+factor is off by 2^½ at most, which is half a bit of one channel.
+
+Shapes: R rows, C columns (channels).
+"""
+
+from collections.abc import Iterable
+
+import torch
+
+__all__ = ["aser_factors", "mean_weight", "powers_of_two", "largest_weight", "smoothquant_factors"]
+
+_MOST_EXPONENT = 14
+"""Largest power of two of a factor. Weights of 1 become 2¹⁴, which float16 still holds."""
+
+
+def aser_factors(activation_mean: torch.Tensor, weight_mean: torch.Tensor, outlier_channels: int) -> torch.Tensor:
+    """Return the factors of ASER's rule, float32 [C], at least 1.
+
+    Args:
+        activation_mean: Mean |x| of each channel, float32 [C].
+        weight_mean: Mean |w| of each column, float32 [C].
+        outlier_channels: Number f of channels that are brought down; all but one of fewer channels.
+    """
+    count = min(outlier_channels, len(activation_mean) - 1)
+    factors = torch.ones_like(activation_mean)
+    if count < 1:
+        return factors
+    outliers = (activation_mean * weight_mean).topk(count).indices
+    others = torch.ones_like(activation_mean, dtype=torch.bool).index_fill_(0, outliers, False)
+    level = activation_mean[others].max()
+    if not bool(level > 0):
+        return factors
+    return factors.index_copy_(0, outliers, (activation_mean[outliers] / level).clamp(min=1.0))
+
+
+def smoothquant_factors(activation_max: torch.Tensor, weight_max: torch.Tensor, strength: float) -> torch.Tensor:
+    """Return the factors of SmoothQuant's rule over their geometric mean, float32 [C].
+
+    Args:
+        activation_max: Largest |x| of each channel, float32 [C].
+        weight_max: Largest |w| of each column, float32 [C].
+        strength: Exponent α of the activations, from 0 to 1.
+
+    Returns:
+        The factors; 1 for a channel whose inputs or weights are all 0.
+    """
+    is_used = (activation_max > 0) & (weight_max > 0)
+    if not bool(is_used.any()):
+        return torch.ones_like(activation_max)
+    tiny = torch.finfo(torch.float32).tiny
+    logarithms = strength * activation_max.clamp(min=tiny).log() - (1 - strength) * weight_max.clamp(min=tiny).log()
+    return torch.where(is_used, (logarithms - logarithms[is_used].mean()).exp(), 1.0)
+
+
+def powers_of_two(factors: torch.Tensor) -> torch.Tensor:
+    """Return the nearest powers of two, float32 of the same shape.
+
+    Args:
+        factors: Positive factors.
+    """
+    exponents = factors.double().log2().round().clamp(-_MOST_EXPONENT, _MOST_EXPONENT)
+    return torch.exp2(exponents).float()
+
+
+def mean_weight(weights: Iterable[torch.Tensor]) -> torch.Tensor:
+    """Return the mean |w| of each column over the rows of all layers that read an input, float32 [C].
+
+    Args:
+        weights: Weights [R_m, C] of the layers, any float dtype.
+    """
+    sizes = [(weight.abs().sum(0, dtype=torch.float64), len(weight)) for weight in weights]
+    total = torch.stack([size for size, _ in sizes]).sum(0)
+    return (total / sum(rows for _, rows in sizes)).float()
+
+
+def largest_weight(weights: Iterable[torch.Tensor]) -> torch.Tensor:
+    """Return the largest |w| of each column over the rows of all layers that read an input, float32 [C].
+
+    Args:
+        weights: Weights [R_m, C] of the layers, any float dtype.
+    """
+    return torch.stack([weight.abs().amax(0).float() for weight in weights]).amax(0)
