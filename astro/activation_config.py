@@ -56,10 +56,37 @@ class Activations:
     weights need nothing for it. A run measures perplexity with inputs that are not rounded."""
     type: Literal["int", "float"] = "int"
     """What inputs are rounded to: `int` is integers of `bits`, `float` is FP8 (E4M3), which has 8 bits."""
+    smoothing: Literal["none", "aser", "smoothquant"] = "none"
+    """How channels of the inputs that are much larger than others are made smaller, and the weights that read them
+    larger. The factors go into the norm or the linear layer that makes an input, where that is exact, so that they cost
+    nothing; which inputs stay as they are is reported. `aser` takes the channels of largest mean |x| · mean |w|,
+    `smoothquant` all channels."""
+    outlier_channels: int = 32
+    """With `smoothing: aser`: number of channels of each input that are made smaller."""
+    smoothing_strength: float = 0.5
+    """With `smoothing: smoothquant`: exponent of the inputs, from 0 to 1. The larger it is, the more of what is large
+    moves into the weights."""
 
     def __post_init__(self) -> None:
         if self.type == "float" and self.bits != 8:
             raise ConfigError(f"type: float is FP8 and wants bits: 8, got bits: {self.bits}")
+        if self.smoothing != "none" and self.bits == 16:
+            raise ConfigError(
+                f"smoothing: {self.smoothing} makes inputs easier to round, and bits: 16 rounds none; set bits to 8 or "
+                "4, or smoothing to none"
+            )
+        if self.outlier_channels < 1:
+            raise ConfigError(f"outlier_channels: expected at least 1, got {self.outlier_channels}")
+        if not 0 <= self.smoothing_strength <= 1:
+            raise ConfigError(f"smoothing_strength: expected 0 to 1, got {self.smoothing_strength}")
+        self._refuse_without_rule()
+
+    def _refuse_without_rule(self) -> None:
+        """Refuse settings of a rule that is not the one in use."""
+        for name, rule in (("outlier_channels", "aser"), ("smoothing_strength", "smoothquant")):
+            default = type(self).__dataclass_fields__[name].default
+            if self.smoothing != rule and getattr(self, name) != default:
+                raise ConfigError(f"{name}: {getattr(self, name)} has no effect without smoothing: {rule}")
 
     @property
     def scheme(self) -> ActivationScheme | None:

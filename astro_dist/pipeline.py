@@ -307,6 +307,7 @@ def _worker_spec(job: _Job, folder: Path, dtype: torch.dtype, executor: Executor
         num_leading=job.tokens.num_leading,
         shares=config.execution.hessian_shares,
         quantization=config.quantization,
+        activations=config.activations,
         regularization=config.regularizer,
         experts=config.experts,
         token_weights=config.calibration.token_weights,

@@ -14,6 +14,7 @@ so that nothing passes that tells signs apart, such as ReLU. Shapes: T tokens, C
 
 import contextlib
 import dataclasses
+import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
@@ -23,7 +24,10 @@ from torch import nn
 from astro.model.block_call import BlockState
 from astro.model.block_products import BlockProducts, Product
 
-__all__ = ["Place", "Reader", "Trial"]
+__all__ = ["WIDE_BYTES", "Place", "Reader", "Trial", "largest_difference"]
+
+WIDE_BYTES = 16 << 30
+"""Size of a block's parameters in float64 up to which it is tried in float64; a larger one in its compute dtype."""
 
 _EXPONENTS = 3
 """Factors that are tried are 2⁻³ to 2³, and their negatives."""
@@ -114,8 +118,7 @@ class Trial:
         self._norms: dict[str, _NormCall] = {}
         self._products: list[Product] = []
         hooks = [
-            module.register_forward_hook(self._noting(name), with_kwargs=True)
-            for name, module in self._modules.items()
+            module.register_forward_hook(self._noting(name), with_kwargs=True) for name, module in self._modules.items()
         ]
         try:
             with BlockProducts(block, self._note):
@@ -143,8 +146,11 @@ class Trial:
         at = next((i for i, product in enumerate(self._products) if product.parameter == parameter), None)
         if at is None:
             return None
-        before = {p.parameter: p for p in reversed(self._products[:at]) if p.expert is None and p.parameter != parameter}
-        for producer in list(before.values())[:_MOST_CANDIDATES]:
+        others = (p for p in reversed(self._products[:at]) if p.expert is None and p.parameter != parameter)
+        nearest: dict[str, Product] = {}
+        for product in others:
+            nearest.setdefault(product.parameter, product)
+        for producer in list(nearest.values())[:_MOST_CANDIDATES]:
             for span in self._spans(producer, self._products[at].X.shape[-1]):
                 place = self._tried(producer, span, self._products[at])
                 if place is not None:
@@ -221,7 +227,8 @@ class Trial:
                 output = self._action()
         except _NotExact:
             return ()
-        return tuple(readers) if is_same_state(output, self._output) else ()
+        tolerance = _TOLERANCE_EPS * torch.finfo(output.hidden.dtype).eps
+        return tuple(readers) if largest_difference(output, self._output) <= tolerance else ()
 
     def _spans(self, producer: Product, num_channels: int) -> Iterator[slice]:
         """The rows of a weight that may make channels: all of them, or a part of layers that lie in one weight."""
@@ -285,26 +292,35 @@ class Trial:
         return torch.exp2(exponents.double()) * (1 - 2 * torch.randint(0, 2, (count,), generator=generator))
 
 
-def is_same_state(state: BlockState, other: BlockState, tolerance: float | None = None) -> bool:
-    """Tell whether two states agree, in everything that passes to the next block.
+def largest_difference(state: BlockState, other: BlockState) -> float:
+    """Return how far two states lie apart in anything that passes to the next block, relative to the largest value.
 
     Args:
         state: A state.
         other: Another state.
-        tolerance: Largest difference relative to the largest value; a few units of the last place where not given.
+
+    Returns:
+        The largest difference; infinity where they do not hold the same kinds of things.
     """
-    pairs = [(state.hidden, other.hidden)]
-    pairs += [(value, other.others[name]) for name, value in state.others.items() if name in other.others]
-    return state.others.keys() == other.others.keys() and all(_is_same(*pair, tolerance) for pair in pairs)
+    if state.others.keys() != other.others.keys():
+        return math.inf
+    pairs = [(state.hidden, other.hidden), *((value, other.others[name]) for name, value in state.others.items())]
+    return max(_difference(*pair) for pair in pairs)
 
 
-def _is_same(A: torch.Tensor, B: torch.Tensor, tolerance: float | None = None) -> bool:
+def _difference(A: torch.Tensor, B: torch.Tensor) -> float:
+    if A.shape != B.shape:
+        return math.inf
     if not A.is_floating_point():
-        return torch.equal(A, B)
-    if not A.numel():
-        return A.shape == B.shape
-    tolerance = _TOLERANCE_EPS * torch.finfo(A.dtype).eps if tolerance is None else tolerance
-    return bool((A - B).abs().max() <= tolerance * B.abs().max())
+        return 0.0 if torch.equal(A, B) else math.inf
+    if not A.numel() or torch.equal(A, B):
+        return 0.0
+    difference = float((A - B).abs().max() / B.abs().max())
+    return difference if math.isfinite(difference) else math.inf
+
+
+def _is_same(A: torch.Tensor, B: torch.Tensor) -> bool:
+    return _difference(A, B) <= _TOLERANCE_EPS * torch.finfo(A.dtype).eps
 
 
 def _marked(X: torch.Tensor, before: torch.Tensor) -> torch.Tensor | None:

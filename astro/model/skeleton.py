@@ -57,6 +57,7 @@ class Skeleton:
         self._dtype = dtype
         self._cut = cut_zero_experts(self.model)
         self._state = dict(self.model.state_dict())
+        self._cast: tuple[nn.Module, dict[str, torch.dtype]] | None = None
         mapping = get_model_conversion_mapping(self.model)
         self._conversions = Conversions(mapping, self.model.base_model_prefix, self._state)
 
@@ -188,23 +189,34 @@ class Skeleton:
         parent = self.model.get_submodule(name.rpartition(".")[0])
         return is_held_exact(name, parent) or is_gate(name, self.model.get_submodule(name), experts, owners)
 
-    def load(self, part: nn.Module, tensors: Mapping[str, torch.Tensor], device: torch.device) -> None:
+    def load(
+        self,
+        part: nn.Module,
+        tensors: Mapping[str, torch.Tensor],
+        device: torch.device,
+        dtype: torch.dtype | None = None,
+    ) -> None:
         """Fill a part of the model from checkpoint tensors, in place. None of its parameters asks for a gradient.
 
         Args:
             part: The model or one of its blocks.
             tensors: Tensors by checkpoint name; all that the part needs must be among them.
             device: Device that the part is put on.
+            dtype: Dtype that all parameters get, until `unload`; that of the skeleton where not given.
 
         Raises:
             CheckpointError: A tensor has the wrong shape, or a parameter got no tensor.
             UnsupportedError: A buffer that no file holds is left without values.
         """
         unread = self.unread(tensors)
+        if dtype is not None:  # transformers goes by the parameter that it fills
+            named = (*part.named_parameters(), *part.named_buffers())
+            self._cast = part, {name: tensor.dtype for name, tensor in named}
+            part.to(dtype)
         fill_buffers(self.model, part, device, self.is_beside_text)
         config = LoadStateDictConfig(
             device_map={"": device},
-            dtype=self._dtype,
+            dtype=dtype or self._dtype,
             weight_mapping=self._conversions.mapping,
             ignore_mismatched_sizes=False,
         )
@@ -224,6 +236,20 @@ class Skeleton:
                 "are of different models"
             )
         part.requires_grad_(False)
+
+    def unload(self, part: nn.Module) -> None:
+        """Take a part of the model off its device.
+
+        Args:
+            part: The model or one of its blocks.
+        """
+        part.to("meta")
+        if self._cast is not None and self._cast[0] is part:
+            for name, dtype in self._cast[1].items():
+                owner, _, leaf = name.rpartition(".")
+                tensor = getattr(part.get_submodule(owner), leaf)
+                tensor.data = tensor.data.to(dtype)
+            self._cast = None
 
     def require_covered(self, targets: Set[str]) -> None:
         """Refuse a checkpoint that leaves a parameter that text needs outside the blocks without a tensor.

@@ -20,11 +20,16 @@ factor is off by 2^½ at most, which is half a bit of one channel.
 Shapes: R rows, C columns (channels).
 """
 
-from collections.abc import Iterable
+from collections.abc import Sequence
 
 import torch
 
-__all__ = ["aser_factors", "mean_weight", "powers_of_two", "largest_weight", "smoothquant_factors"]
+from astro.activation_config import Activations
+from astro.calibration.channel_statistics import ChannelStatistics
+
+__all__ = [
+    "aser_factors", "column_statistics", "powers_of_two", "row_factors", "smoothquant_factors",
+]  # fmt: skip
 
 _MOST_EXPONENT = 14
 """Largest power of two of a factor. Weights of 1 become 2¹⁴, which float16 still holds."""
@@ -36,9 +41,9 @@ def aser_factors(activation_mean: torch.Tensor, weight_mean: torch.Tensor, outli
     Args:
         activation_mean: Mean |x| of each channel, float32 [C].
         weight_mean: Mean |w| of each column, float32 [C].
-        outlier_channels: Number f of channels that are brought down; all but one of fewer channels.
+        outlier_channels: Number f of channels that are brought down; of fewer channels that are ever used, all but one.
     """
-    count = min(outlier_channels, len(activation_mean) - 1)
+    count = min(outlier_channels, int((activation_mean > 0).sum()) - 1)
     factors = torch.ones_like(activation_mean)
     if count < 1:
         return factors
@@ -79,21 +84,34 @@ def powers_of_two(factors: torch.Tensor) -> torch.Tensor:
     return torch.exp2(exponents).float()
 
 
-def mean_weight(weights: Iterable[torch.Tensor]) -> torch.Tensor:
-    """Return the mean |w| of each column over the rows of all layers that read an input, float32 [C].
+def column_statistics(weights: Sequence[torch.Tensor]) -> ChannelStatistics:
+    """Return how large the weights of each column are, over the rows of all layers that read an input.
 
     Args:
         weights: Weights [R_m, C] of the layers, any float dtype.
     """
-    sizes = [(weight.abs().sum(0, dtype=torch.float64), len(weight)) for weight in weights]
-    total = torch.stack([size for size, _ in sizes]).sum(0)
-    return (total / sum(rows for _, rows in sizes)).float()
+    total = torch.stack([weight.abs().sum(0, dtype=torch.float64) for weight in weights]).sum(0)
+    largest = torch.stack([weight.abs().amax(0).float() for weight in weights]).amax(0)
+    return ChannelStatistics((total / sum(map(len, weights))).float(), largest)
 
 
-def largest_weight(weights: Iterable[torch.Tensor]) -> torch.Tensor:
-    """Return the largest |w| of each column over the rows of all layers that read an input, float32 [C].
+def row_factors(
+    settings: Activations, inputs: ChannelStatistics, weights: ChannelStatistics, rows: torch.Tensor, num_rows: int
+) -> torch.Tensor:
+    """Return the factors of what makes an input, float64 [R], by the rule that is configured.
+
+    Channels that the same row makes, as heads of queries that share one of values, get one factor.
 
     Args:
-        weights: Weights [R_m, C] of the layers, any float dtype.
+        settings: The rule and its settings.
+        inputs: How large the channels of the input are.
+        weights: How large the columns of the weights are that read it.
+        rows: Row that makes each channel, int64 [C].
+        num_rows: Number R of rows.
     """
-    return torch.stack([weight.abs().amax(0).float() for weight in weights]).amax(0)
+    activation, weight = inputs.tied(rows, num_rows), weights.tied(rows, num_rows)
+    if settings.smoothing == "aser":
+        factors = aser_factors(activation.mean, weight.mean, settings.outlier_channels)
+    else:
+        factors = smoothquant_factors(activation.maximum, weight.maximum, settings.smoothing_strength)
+    return powers_of_two(factors).double()

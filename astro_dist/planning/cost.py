@@ -28,10 +28,12 @@ from astro_dist.schedule.calls import (
     FinishEvaluation,
     Forward,
     ForwardChunk,
+    MeasureChannels,
     MergeHessians,
     OpenBlock,
     PartCall,
     Result,
+    SmoothChannels,
     SolveBlock,
     SolveRows,
     SplitBlock,
@@ -50,6 +52,10 @@ little more for the squares on the diagonal: of 5120 columns 2.1 bytes are kept,
 _DIFFERENTIATED = 2.0
 """Forwards that a forward with gradients to its input alone is worth: one product forth, and one of the same size back
 for each layer."""
+
+
+_TRIED_TOKENS = 32 * 40
+"""Tokens that pass a block while it is decided how its inputs are smoothed: 32, in about 40 forwards."""
 
 
 class CostModel:
@@ -84,6 +90,7 @@ class CostModel:
         self._sequence_length = config.calibration.longest_sequence
         self._held_out = sum(n for chunk, n in self._tokens.items() if is_held_out(chunk))
         self._weighs_by_loss = config.calibration.token_weights == "loss"
+        self._smooths = config.activations.smoothing != "none"
         self._memory = WorkerMemory(plan, config, dtype, device_type)
 
     def seconds(self, call: Call, device: Device) -> float:
@@ -141,15 +148,15 @@ class CostModel:
         """Return what the run directory holds at most, in bytes.
 
         It holds the result, an earlier round, the inputs of the blocks in flight, and in mode `sequential` the parts of
-        one block. Where the loss weighs tokens, it holds the calibration inputs of all blocks for a while, and the
-        gradients of those in flight.
+        one block. Where the loss weighs tokens or inputs are smoothed, it holds the calibration inputs of all blocks
+        for a while, and the gradients of those in flight.
 
         Args:
             workers: Number of workers.
         """
         inputs = self._activations(self._tokens)
         calibration = self._activations(chunk for chunk in self._tokens if not is_held_out(chunk))
-        kept = (len(self._plan.blocks) + workers + 2) * calibration * self._weighs_by_loss
+        kept = (len(self._plan.blocks) + workers + 2) * calibration * (self._weighs_by_loss or self._smooths)
         largest = max(map(self._batches, self._plan.blocks), key=_total_square)
         if not self._sequential:
             written = self._plan.written_bytes * min(self._rounds, 2)
@@ -174,6 +181,8 @@ class CostModel:
         call: OpenBlock
         | Forward
         | ForwardChunk
+        | MeasureChannels
+        | SmoothChannels
         | Backward
         | SolveBlock
         | SplitBlock
@@ -193,7 +202,9 @@ class CostModel:
             case Backward():
                 forwards = _DIFFERENTIATED * self._forward(unit, self._tokens[call.chunk])
                 return _behind(Work(forwards), 3.0 * self._activations([call.chunk]))
-            case Forward() | ForwardChunk():
+            case SmoothChannels():
+                return Work(self._forward(unit, _TRIED_TOKENS), moved_bytes=2.0 * unit.read_bytes)
+            case Forward() | ForwardChunk() | MeasureChannels():
                 tokens = self._tokens[call.chunk]
                 moved = (1.0 + self._writes_output(call)) * self._activations([call.chunk])
                 passed = _behind(Work(self._forward(unit, tokens)), moved)
@@ -257,14 +268,14 @@ class CostModel:
         """Number of a block's quantized weights."""
         return float(sum(batch.weights for batch in self._batches(unit)))
 
-    def _writes_output(self, call: Forward | ForwardChunk) -> bool:
-        """Whether the output of a chunk is written. The waves that weigh the calibration tokens have done so already.
+    def _writes_output(self, call: Forward | ForwardChunk | MeasureChannels) -> bool:
+        """Whether the output of a chunk is written. The waves before the run's own mode have done so already.
 
         The last block's output is wanted of held-out chunks only.
         """
-        if isinstance(call, ForwardChunk) or is_held_out(call.chunk):
+        if isinstance(call, ForwardChunk | MeasureChannels) or is_held_out(call.chunk):
             return True
-        is_there = self._weighs_by_loss and call.round_index == 0
+        is_there = (self._weighs_by_loss or self._smooths) and call.round_index == 0
         return not is_there and call.block + 1 < len(self._plan.blocks)
 
     def _forward(self, unit: BlockUnit, tokens: int) -> float:

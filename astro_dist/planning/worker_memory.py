@@ -8,6 +8,7 @@ import torch
 
 from astro.calibration.hessian import summed_dtype
 from astro.linalg.tiling import row_tile
+from astro.model.scaling_places import WIDE_BYTES
 from astro_dist.config.schema import RunConfig
 from astro_dist.planning.devices import CUDA_CONTEXT_BYTES
 from astro_dist.planning.forward_memory import ForwardMemory
@@ -55,6 +56,7 @@ class WorkerMemory:
         self._compensated = self._sequential and config.quantization.compensates
         self._all_tokens = config.experts.policy == "all-tokens"
         self._weighs_by_loss = calibration.token_weights == "loss"
+        self._smooths = config.activations.smoothing != "none"
         is_weighted = calibration.token_weights != "none"
         self._summed_itemsize = summed_dtype(dtype, device_type, is_weighted).itemsize
         self._forward = ForwardMemory(plan, calibration.longest_sequence, dtype, device_type)
@@ -120,6 +122,10 @@ class WorkerMemory:
             parameters[linear.parameter] = parameters.get(linear.parameter, 0.0) + linear.rows * linear.columns
         # As it is read and as it is used, and again the largest parameter while it is put together from experts.
         loading = unit.held_bytes + 2 * self._itemsize * max(parameters.values(), default=0.0)
+        if self._smooths:
+            # The block as it is read, as it is smoothed, and in float64 unless it is too large for that.
+            tried = 8.0 * weights if 8 * weights <= WIDE_BYTES else self._itemsize * weights
+            loading = max(loading, 2 * unit.held_bytes + tried)
         # Layers that are not quantized are there too.
         return int(max(weights * self._itemsize, unit.held_bytes) + max(hessians + phase, loading))
 

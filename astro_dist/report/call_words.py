@@ -15,8 +15,10 @@ from astro_dist.schedule.calls import (
     FinishEvaluation,
     Forward,
     ForwardChunk,
+    MeasureChannels,
     MergeHessians,
     OpenBlock,
+    SmoothChannels,
     SolveBlock,
     SolveRows,
     SplitBlock,
@@ -47,6 +49,8 @@ _PHASES: dict[type[Call], str] = {
     DifferentiateLoss: "differentiating the loss",
     Backward: "backward",
     WeighTokens: "weighing tokens",
+    MeasureChannels: "measuring channels",
+    SmoothChannels: "smoothing",
 }
 _MOST_ROWS, _SLOWEST = 8, 3
 """Number of workers up to which each has a line; of more only so many of the slowest have one."""
@@ -61,7 +65,9 @@ def phase_of(call: Call, chunks: Sequence[str]) -> str:
     """
     phase = _PHASES[type(call)]
     match call:
-        case Forward(chunk=chunk) | ForwardChunk(chunk=chunk) | Backward(chunk=chunk) if chunk in chunks:
+        case (
+            Forward(chunk=chunk) | ForwardChunk(chunk=chunk) | Backward(chunk=chunk) | MeasureChannels(chunk=chunk)
+        ) if chunk in chunks:
             kind = [other for other in chunks if is_held_out(other) == is_held_out(chunk)]
             held_out = is_held_out(chunk) and isinstance(call, Forward)
             return f"{'measuring' if held_out else phase} {kind.index(chunk) + 1}/{len(kind)}"

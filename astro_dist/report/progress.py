@@ -14,7 +14,7 @@ from astro_dist.console import in_words, say
 from astro_dist.planning.outlook import Outlook
 from astro_dist.report.call_words import worker_lines
 from astro_dist.report.run_figures import FigureCounter, RunFigures, Shape
-from astro_dist.schedule.calls import Call, EvaluateLoss, WeighTokens
+from astro_dist.schedule.calls import Call, EvaluateLoss, SmoothChannels, WeighTokens
 from astro_dist.schedule.names import is_block_unit
 from astro_dist.schedule.unit_words import UnitWords
 from astro_dist.wording import counted
@@ -107,7 +107,7 @@ class ProgressDisplay:
         self._counter.ended(worker, call, finished, result)
         if finished is None or self._live:
             return
-        if is_block_unit(call.unit) or isinstance(call, EvaluateLoss | WeighTokens):
+        if is_block_unit(call.unit) or isinstance(call, EvaluateLoss | WeighTokens | SmoothChannels):
             figures = self.figures()
             done = f"{figures.blocks_done} of {figures.blocks} blocks"
             place = self.words.unit(call.unit)

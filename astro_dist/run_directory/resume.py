@@ -10,6 +10,7 @@ from astro_dist.run_directory.beginning import mend_tokens
 from astro_dist.run_directory.records import RunDirectory
 from astro_dist.schedule.factory import schedule_of
 from astro_dist.schedule.names import (
+    CHANNELS,
     EMBED,
     ENERGY,
     GRADIENT,
@@ -17,6 +18,7 @@ from astro_dist.schedule.names import (
     block_unit,
     is_held_out,
     sequential_units,
+    smoothing_unit,
     stream_names,
     unit_names,
     weights_unit,
@@ -45,7 +47,7 @@ def make_schedule(config: RunConfig, plan: Plan, run: RunDirectory, chunks: Sequ
     mend_tokens(run, as_tensors(chunks))
     names, blocks, copies = [chunk.name for chunk in chunks], len(plan.blocks), len(plan.copies)
     evaluated = any(is_held_out(name) for name in names)
-    present = {stream: run.present(stream) for stream in (*stream_names(run.rounds), GRADIENT, ENERGY)}
+    present = {stream: run.present(stream) for stream in (*stream_names(run.rounds), GRADIENT, ENERGY, CHANNELS)}
     sequential = config.execution.mode == "sequential"
     units = (
         sequential_units(blocks, copies, evaluated) if sequential else unit_names(blocks, copies, run.rounds, evaluated)
@@ -53,6 +55,8 @@ def make_schedule(config: RunConfig, plan: Plan, run: RunDirectory, chunks: Sequ
     finished = _finished(run, units)
     if config.calibration.token_weights == "loss" and not finished.issuperset(units):
         finished |= _weighed(run, finished, blocks)
+    if config.activations.smoothing != "none":
+        finished |= {unit for unit in map(smoothing_unit, range(blocks)) if run.finished(unit) is not None}
     if any(unit not in finished for unit in units) and not _is_recorded(run, chunks, blocks):
         finished.discard(EMBED)
     written = None if sequential else {unit for unit in finished if run.has_files(unit)}

@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar, Self
 
 from astro.model.perplexity import SequenceFigures
+from astro.model.smoothed_tensors import SmoothedInput
 from astro.quantization.layer_record import LayerRecord
 from astro_dist.run_directory.plain_record import PlainRecord
 
@@ -17,6 +18,7 @@ __all__ = [
     "EvaluationResult",
     "FileRecord",
     "LossResult",
+    "SmoothingResult",
     "UnitRecord",
     "UnitResult",
     "WeightsResult",
@@ -193,13 +195,42 @@ class WeightsResult(PlainRecord):
     seconds: Mapping[str, float]
 
 
-UnitResult = EmbedResult | CopyResult | BlockResult | LossResult | WeightsResult | EvaluationResult
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class SmoothingResult(PlainRecord):
+    """Holds how the inputs of a block's layers are smoothed. Workers read it whenever they load the block.
+
+    Attributes:
+        smoothed_inputs: Every input of quantized layers, smoothed or not.
+        checked_in: Dtype in which the block was compared with its smoothed form, as torch names it.
+        largest_change: Largest difference between what both return, relative to the largest value.
+        seconds: Time by phase, in seconds.
+    """
+
+    MARK: ClassVar[str] = "smoothed_inputs"
+    smoothed_inputs: tuple[SmoothedInput, ...]
+    checked_in: str
+    largest_change: float
+    seconds: Mapping[str, float]
+
+    @classmethod
+    def from_json(cls, content: Mapping[str, Any]) -> Self:
+        """Read back what `to_json` returned.
+
+        Args:
+            content: JSON object with every field.
+        """
+        inputs = tuple(map(SmoothedInput.from_json, content["smoothed_inputs"]))
+        return super().from_json({**content, "smoothed_inputs": inputs})
+
+
+UnitResult = EmbedResult | CopyResult | BlockResult | LossResult | WeightsResult | EvaluationResult | SmoothingResult
 _KINDS: tuple[type[UnitResult], ...] = (
     EmbedResult,
     CopyResult,
     BlockResult,
     LossResult,
     WeightsResult,
+    SmoothingResult,
     EvaluationResult,
 )
 """The kinds of results. `MARK` tells the first from the others that fits: a block's result has seconds too."""
@@ -224,7 +255,8 @@ class UnitRecord:
     @property
     def seconds(self) -> Mapping[str, float]:
         """Return the time by phase, in seconds. It is empty for a unit whose time is not measured."""
-        return self.result.seconds if isinstance(self.result, BlockResult | WeightsResult | EvaluationResult) else {}
+        timed = BlockResult | WeightsResult | EvaluationResult | SmoothingResult
+        return self.result.seconds if isinstance(self.result, timed) else {}
 
     def to_json(self) -> dict[str, Any]:
         """Return the record as the JSON object of its file, with its checksum."""

@@ -1,6 +1,7 @@
 """The calls that a schedule gives out, one class each. A call is what one worker does at a time.
 
-Those for one block and those that weigh tokens have modules of their own; all of them are to be had from here.
+Those for one block, those that weigh tokens and those that smooth inputs have modules of their own; all of them are to
+be had from here.
 
 Several calls make up a unit of the run. Round 0 calibrates on the stream `original`, and round r on the stream
 `round-(r−1)`. After the last round only the held-out chunks travel, for the perplexity of the result.
@@ -11,6 +12,7 @@ Several calls make up a unit of the run. Round 0 calibrates on the stream `origi
     mode sequential  AccumulateHessians …, parts …, WriteBlock              stage by stage, by all workers
     parts            MergeHessians, TryBetas …, SolveRows …                 of each batch of a block that is split
     both             Embed, CopyTensors, ForwardChunk, EvaluateLoss
+    smoothing        MeasureChannels …, SmoothChannels                      before all others, where inputs are smoothed
     token weights    ForwardChunk …, DifferentiateLoss, Backward …, WeighTokens …    before either, by the loss
 """
 
@@ -32,6 +34,7 @@ from astro_dist.schedule.block_calls import (
 )
 from astro_dist.schedule.block_parts import BatchParts, BlockParts
 from astro_dist.schedule.names import EMBED, copy_index, copy_unit, head_unit
+from astro_dist.schedule.smoothing_calls import MeasureChannels, SmoothChannels
 from astro_dist.schedule.weighing_calls import Backward, DifferentiateLoss, WeighTokens
 
 __all__ = [
@@ -49,10 +52,13 @@ __all__ = [
     "Forward",
     "ForwardChunk",
     "HeldCall",
+    "MeasureChannels",
     "MergeHessians",
     "OpenBlock",
     "PartCall",
     "Result",
+    "SmoothChannels",
+    "SmoothingCall",
     "SolveBlock",
     "SolveRows",
     "SplitBlock",
@@ -134,9 +140,13 @@ PartCall = MergeHessians | TryBetas | SolveRows
 """The calls by which several workers solve a block."""
 WeighingCall = DifferentiateLoss | Backward | WeighTokens
 """The calls that measure token weights by the loss."""
-FinishingCall = Embed | CopyTensors | SolveBlock | WriteBlock | FinishEvaluation | EvaluateLoss | WeighTokens
+SmoothingCall = MeasureChannels | SmoothChannels
+"""The calls that find out how inputs are smoothed."""
+FinishingCall = (
+    Embed | CopyTensors | SolveBlock | WriteBlock | FinishEvaluation | EvaluateLoss | WeighTokens | SmoothChannels
+)
 """The calls that finish a unit. Each of them writes the record of its unit last, and returns that record."""
-Call = HeldCall | PartCall | FinishingCall | AccumulateHessians | ForwardChunk | WeighingCall
+Call = HeldCall | PartCall | FinishingCall | AccumulateHessians | ForwardChunk | WeighingCall | MeasureChannels
 """Everything that a worker can be asked to do."""
 
 

@@ -2,19 +2,21 @@
 
     embed  copy-0000  round-0-block-0003  evaluate-0003  head-original    units
     weights-0003  loss-gradient                                           units, where the loss weighs tokens
-    original  round-0  round-1  gradient  energy                          streams
+    smoothing-0003                                                        units, where inputs are smoothed
+    original  round-0  round-1  gradient  energy  channels                streams
     c0000  h0000                                                          chunks: calibrated on, and held out
     0-sum  0-share-1  0-decision  0-sample-2  0-tile-3                    parts of a batch that workers hand each other
 
 A *stream* is the hidden states of every chunk on their way through one model: `original` through the source, `round-r`
-through what round r wrote. Two streams are no hidden states: `gradient` is that of the loss with respect to the hidden
-states of `original`, and `energy` is what it measured at the layers of a block on its way back, kept where the block's
-output is.
+through what round r wrote. Three streams are no hidden states. `gradient` is that of the loss with respect to the
+hidden states of `original`. The others are kept where a block's output is: `energy` is what the gradient measured at
+the block's layers on its way back, and `channels` is what a chunk of `original` measured at their inputs.
 """
 
 import re
 
 __all__ = [
+    "CHANNELS",
     "DECISION",
     "EMBED",
     "ENERGY",
@@ -41,6 +43,7 @@ __all__ = [
     "sample_part",
     "sequential_units",
     "share_part",
+    "smoothing_unit",
     "stream_names",
     "tile_part",
     "unit_names",
@@ -55,6 +58,8 @@ GRADIENT = "gradient"
 """The stream of the loss's gradient on its way back through the source."""
 ENERGY = "energy"
 """The stream of what the gradient measured in each block."""
+CHANNELS = "channels"
+"""The stream of what chunks measured at the inputs of each block's layers."""
 LOSS_GRADIENT = "loss-gradient"
 """The unit that the gradient begins with; it leaves no record."""
 SUM = "sum"
@@ -143,6 +148,11 @@ def is_evaluation_unit(unit: str) -> bool:
 def weights_unit(block: int) -> str:
     """Return the name of the unit that weighs the calibration tokens for a block, by the loss."""
     return f"weights-{block:04d}"
+
+
+def smoothing_unit(block: int) -> str:
+    """Return the name of the unit that decides how the inputs of a block's layers are smoothed."""
+    return f"smoothing-{block:04d}"
 
 
 def unit_names(num_blocks: int, num_copies: int, rounds: int, evaluated: bool) -> list[str]:

@@ -1,15 +1,23 @@
-"""The schedule of a run that weighs its tokens by the loss first, and then goes on in the run's mode."""
+"""The schedule of a run that measures something first, token weights or channels, and then goes on in its mode."""
 
 import dataclasses
 from collections.abc import Callable
+from typing import Protocol
 
 from astro_dist.schedule.calls import Call, Result
 from astro_dist.schedule.names import EMBED, ORIGINAL
 from astro_dist.schedule.schedule import Present, Schedule, StartingPoint
 from astro_dist.schedule.spent import Spent
-from astro_dist.schedule.token_weights import TokenWeightSchedule
 
-__all__ = ["WeighedFirst"]
+__all__ = ["Waves", "WeighedFirst"]
+
+
+class Waves(Schedule, Protocol):
+    """Passes the calibration chunks through the source's blocks, and keeps the inputs of all of them."""
+
+    @property
+    def inputs(self) -> dict[int, set[str]]:
+        """Return the chunks whose hidden states are there as input of each block."""
 
 
 class WeighedFirst:
@@ -24,7 +32,7 @@ class WeighedFirst:
 
     def __init__(
         self,
-        waves: TokenWeightSchedule,
+        waves: Waves,
         begin: Callable[[StartingPoint], Schedule],
         start: StartingPoint,
         embedded: Present,
@@ -32,8 +40,8 @@ class WeighedFirst:
         """Begin with the waves.
 
         Args:
-            waves: The schedule that measures the weights.
-            begin: Makes the schedule of the run's mode.
+            waves: The schedule that measures.
+            begin: Makes the schedule that follows.
             start: What of the run is done already.
             embedded: What is there in each stream once the tokens are embedded.
         """

@@ -31,11 +31,14 @@ from astro_dist.worker.hidden_samples import sample_of
 from astro_dist.worker.prefetch import Prefetch
 from astro_dist.worker.recorded_calls import RecordedCalls
 from astro_dist.worker.same_files import require_same_files
+from astro_dist.worker.smoothed_block import SmoothedBlocks
 from astro_dist.worker.spec import WorkerSpec
 from astro_dist.worker.stored_weights import StoredWeights
 
 __all__ = ["BlockRunner"]
 
+_SOURCE, _TRIED = "source", "tried"
+"""What is loaded where it is no block of a stream: one of the source before it is smoothed, or one that is tried."""
 _HIDDEN = "hidden"
 """Name of the hidden states in a file; other tensors beside them have the names that `BlockState` gives them."""
 
@@ -48,6 +51,7 @@ class BlockRunner:
         device: Device on which the block is.
         checkpoint: Checkpoint of the source.
         skeleton: The model, on the meta device but for what is loaded.
+        smoothed: What was decided about the inputs of blocks.
     """
 
     def __init__(self, spec: WorkerSpec) -> None:
@@ -66,6 +70,7 @@ class BlockRunner:
         self.spec = spec = replace(spec, checkpoint=spec.checkpoint.decoding_on(self.device))
         self.checkpoint = spec.checkpoint
         self.skeleton = Skeleton(spec.folder, spec.compute_dtype, spec.trust_remote_code)
+        self.smoothed = SmoothedBlocks(spec, self.skeleton)
         copies = DeviceCopies(self.device)
         self._prefetch, self._writer = Prefetch(copies), PartWriter(copies)
         self._weights = StoredWeights(spec, self.device, copies)
@@ -97,17 +102,60 @@ class BlockRunner:
         if self._loaded == (stream, index):
             return unit
         self.close()
-        tensors = self._weights.of_source(unit) if stream == ORIGINAL else self._weights.of_result(stream, unit)
+        if stream == ORIGINAL:
+            tensors = self.smoothed.applied(unit, self._weights.of_source(unit))
+        else:
+            tensors = self._weights.of_result(stream, unit)
+        self._fill(unit, tensors, (stream, index))
+        return unit
+
+    def load_source(self, index: int) -> BlockUnit:
+        """Bring a block of the source onto the device as it is, before it is decided how its inputs are smoothed.
+
+        Args:
+            index: Index of the block.
+
+        Returns:
+            The unit of the block.
+
+        Raises:
+            CheckpointError: A tensor is missing, or holds NaN or Inf.
+        """
+        unit = self.spec.plan.blocks[index]
+        if self._loaded != (_SOURCE, index):
+            self.close()
+            self._fill(unit, self._weights.of_source(unit), (_SOURCE, index))
+        return unit
+
+    def load_tensors(self, unit: BlockUnit, tensors: Mapping[str, torch.Tensor], dtype: torch.dtype) -> None:
+        """Bring a block with other tensors onto the device, to try it. Nobody takes it for a block of a stream.
+
+        Args:
+            unit: Unit of the block.
+            tensors: Tensors of the block by their names in the source.
+            dtype: Dtype of its parameters.
+        """
+        self.close()
+        self._fill(unit, tensors, (_TRIED, unit.index), dtype)
+
+    def _fill(
+        self,
+        unit: BlockUnit,
+        tensors: Mapping[str, torch.Tensor],
+        place: tuple[str, int],
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        stream, index = place
         block = self.skeleton.blocks[index]
-        self.skeleton.load(block, tensors, self.device)
+        self.skeleton.load(block, tensors, self.device, dtype)
         self.skeleton.require_filled(block, f"block {index + 1}")
-        self._loaded = (stream, index)
+        self._loaded = place
         for name, parameter in block.named_parameters():
             # NaN passes through minimum and maximum, which need no memory of the parameter's size.
             if parameter.numel() and not bool(torch.isfinite(torch.stack(torch.aminmax(parameter.detach()))).all()):
-                origin = str(self.checkpoint.store) if stream == ORIGINAL else f"the shard of {stream}"
+                of_source = stream in (ORIGINAL, _SOURCE, _TRIED)
+                origin = str(self.checkpoint.store) if of_source else f"the shard of {stream}"
                 raise CheckpointError(f"{origin}: {name} of block {index + 1} holds NaN or Inf")
-        return unit
 
     def expect_block(self, index: int) -> None:
         """Begin to read the weights of a block of the source that will probably be loaded next, where there is room.
@@ -124,7 +172,7 @@ class BlockRunner:
         """Take the block off the device."""
         self._prefetch.forget()
         if self._loaded is not None:
-            self.skeleton.blocks[self._loaded[1]].to("meta")
+            self.skeleton.unload(self.skeleton.blocks[self._loaded[1]])
             self._loaded = None
             self._calls.clear()
             return_freed_memory()
@@ -159,7 +207,7 @@ class BlockRunner:
         return self._layers[1]
 
     def weights(self, unit: BlockUnit, names: Iterable[str]) -> dict[str, torch.Tensor]:
-        """Return the exact original weights of some of a block's layers by name, on the device.
+        """Return the exact original weights of some of a block's layers by name, smoothed if they are, on the device.
 
         The loaded weights are taken if the block is loaded and its dtype holds the stored weights exactly. Otherwise
         they are read.
@@ -170,10 +218,11 @@ class BlockRunner:
         """
         linears = [unit.by_name[name] for name in names]
         exact = torch.promote_types(self._stored_dtype(unit), self.spec.compute_dtype) == self.spec.compute_dtype
+        exact = exact and self.smoothed.is_exact_in(unit, self.spec.compute_dtype)
         if self._loaded == (ORIGINAL, unit.index) and exact:
             layers = self.layers(unit)
             return {linear.name: layers.weight(linear.name) for linear in linears}
-        read = self.checkpoint.read({linear.key for linear in linears})
+        read = self.smoothed.applied(unit, self.checkpoint.read({linear.key for linear in linears}))
         return {linear.name: linear.stored(read[linear.key]).to(self.device) for linear in linears}
 
     def recipe(self, unit: BlockUnit) -> Recipe:
@@ -204,7 +253,7 @@ class BlockRunner:
         return quantization.bit_choices if quantization.bits == "auto" and round_index == 0 else ()
 
     def write_block(self, unit: BlockUnit, round_index: int, quantized: dict[str, QuantizedLinear]) -> Path:
-        """Write a block's shard: packed layers, and every other tensor as it was.
+        """Write a block's shard: packed layers, and every other tensor as it was, or as smoothed inputs want it.
 
         Args:
             unit: Unit of the block.
@@ -214,7 +263,8 @@ class BlockRunner:
         Returns:
             The path of the shard.
         """
-        layout, kept = LAYOUTS[self.spec.quantization.format], self.checkpoint.read(kept_keys(unit.linears, unit.keys))
+        layout = LAYOUTS[self.spec.quantization.format]
+        kept = self.smoothed.applied(unit, self.checkpoint.read(kept_keys(unit.linears, unit.keys)))
         tensors = pack_block(layout, unit.linears, quantized, kept, self.recipe(unit).scale_dtype, self.device)
         path = self.spec.run.shard(round_index, unit.file)
         save_tensors(path, tensors)

@@ -5,6 +5,7 @@ from pathlib import Path
 
 import torch
 
+from astro.activation_config import Activations
 from astro.calibration.token_weights import Kind
 from astro.config import Experts, Quantization, Regularizer
 from astro.linalg.compiled import ColumnLoops
@@ -31,6 +32,7 @@ class WorkerSpec:
         num_leading: Number of tokens that the tokenizer puts in front of every sequence, and that are no text.
         shares: Number of shares of the calibration chunks in mode `sequential`.
         quantization: Grids and solver.
+        activations: Settings of what servers do with the inputs of layers.
         regularization: Settings of what is done to the weights before they are rounded.
         experts: Policy about experts that too few tokens reach.
         token_weights: What the calibration tokens are weighted by.
@@ -53,6 +55,7 @@ class WorkerSpec:
     num_leading: int
     shares: int
     quantization: Quantization
+    activations: Activations
     regularization: Regularizer
     experts: Experts
     token_weights: Kind

@@ -44,10 +44,13 @@ from astro_dist.schedule.calls import (
     Forward,
     ForwardChunk,
     HeldCall,
+    MeasureChannels,
     MergeHessians,
     OpenBlock,
     PartCall,
     Result,
+    SmoothChannels,
+    SmoothingCall,
     SolveBlock,
     SolveRows,
     SplitBlock,
@@ -64,6 +67,7 @@ from astro_dist.worker.compile_check import require_loops
 from astro_dist.worker.device_check import require_gpu, set_allocator, within_memory
 from astro_dist.worker.fed_block import FedBlock
 from astro_dist.worker.loss_evaluation import evaluate_loss
+from astro_dist.worker.smoother import PROBE, PROBE_TOKENS, Smoother
 from astro_dist.worker.spec import WorkerSpec
 from astro_dist.worker.split_solver import SplitSolver
 from astro_dist.worker.token_weigher import TokenWeigher, read_token_weights
@@ -117,6 +121,7 @@ class Worker:
         self._solver = SplitSolver(self._runner)
         self._pipeline = ChunkPipeline(self._runner)
         self._weigher = TokenWeigher(self._runner, self._pipeline)
+        self._smoother = Smoother(self._runner, self._pipeline)
 
     def describe(self) -> dict[str, Any]:
         """Return where this worker runs and the most memory that it ever used, as JSON types."""
@@ -181,16 +186,29 @@ class Worker:
                 return self.write_block(call)
             case EvaluateLoss():
                 return self.evaluate_loss(call)
+            case _:
+                return self._do_first(call)
+        return None
+
+    def _do_first(self, call: WeighingCall | SmoothingCall) -> Result:
+        """Do what comes before a run's own mode."""
+        match call:
             case DifferentiateLoss() | Backward() | WeighTokens():
                 return self.weigh_tokens(call)
+            case MeasureChannels() | SmoothChannels():
+                return self.smooth(call)
             case _:
                 assert_never(call)
-        return None
 
     def weigh_tokens(self, call: WeighingCall) -> UnitRecord | None:
         """Do one of the calls that measure token weights; a record comes of the last one of a block."""
         self._release()
         return self._weigher.do(call)
+
+    def smooth(self, call: SmoothingCall) -> UnitRecord | None:
+        """Do one of the calls that smooth the inputs of a block; a record comes of the last one of a block."""
+        self._release()
+        return self._smoother.do(call)
 
     def embed(self) -> UnitRecord:
         """Make every chunk's hidden states before the first block, and record what else blocks are called with."""
@@ -203,6 +221,9 @@ class Worker:
             for chunk in spec.chunks:
                 hidden = recorder.record(chunk, runner.input_ids(chunk))
                 runner.save_state(ORIGINAL, 0, chunk, BlockState(hidden))
+            if spec.activations.smoothing != "none":
+                chunk = next(chunk for chunk in spec.chunks if not is_held_out(chunk))
+                recorder.record(PROBE, runner.input_ids(chunk)[:1, :PROBE_TOKENS])
             runner.finish_writing()
             recorder.save()
         return spec.run.finish(EMBED, [], EmbedResult(compute_dtype=str(spec.compute_dtype), device=spec.device))

@@ -3,12 +3,13 @@
 import pytest
 import torch
 
+from astro.activation_config import Activations
 from astro.calibration.channel_statistics import ChannelStatistics, ChannelSums
 from astro.quantization.smoothing import (
     aser_factors,
-    largest_weight,
-    mean_weight,
+    column_statistics,
     powers_of_two,
+    row_factors,
     smoothquant_factors,
 )
 from tests.support.models import correlated_inputs, random_weights
@@ -43,10 +44,10 @@ def statistics(X):
 
 
 def factors(rule, X, W):
-    seen = statistics(X)
+    seen, columns = statistics(X), column_statistics([W])
     if rule == "aser":
-        return aser_factors(seen.mean, mean_weight([W]), len(OUTLIERS))
-    return smoothquant_factors(seen.maximum, largest_weight([W]), 0.5)
+        return aser_factors(seen.mean, columns.mean, len(OUTLIERS))
+    return smoothquant_factors(seen.maximum, columns.maximum, 0.5)
 
 
 @pytest.mark.parametrize("rule", ["aser", "smoothquant"])
@@ -112,3 +113,22 @@ def test_tied_channels_share_a_mean_and_the_largest_maximum():
     tied = seen.tied(torch.tensor([0, 1, 0, 1]), 3)
     assert tied.mean.tolist() == [2, 4, 0]
     assert tied.maximum.tolist() == [9, 7, 0]
+
+
+@pytest.mark.parametrize("rule", ["aser", "smoothquant"])
+def test_channels_of_one_row_get_one_factor(rule):
+    settings = Activations(bits=8, smoothing=rule)
+    X, rows = inputs(), torch.arange(64) % 16 + 4
+    of_rows = row_factors(settings, statistics(X), column_statistics([weights()]), rows, 24)
+    assert of_rows.shape == (24,)
+    assert bool((of_rows[:4] == 1).all()), "rows that make no channel stay"
+    assert int((of_rows != 1).sum()) >= 2
+    assert bool((of_rows.log2() % 1 == 0).all())
+
+
+def test_columns_of_several_layers_are_taken_together():
+    first, second = weights(), random_weights(32, 64).double()
+    both = torch.cat([first, second]).abs()
+    seen = column_statistics([first, second])
+    torch.testing.assert_close(seen.mean.double(), both.mean(0), rtol=1e-6, atol=0)
+    torch.testing.assert_close(seen.maximum.double(), both.amax(0), rtol=1e-6, atol=0)
