@@ -34,7 +34,9 @@ def write_dequantized(source: Path, quantized: Path, target: Path) -> int:
     schemes = {
         names[name]: scheme for name, scheme in layout.read_schemes(config, list(names)).items() if name in names
     }
-    tensors = {name: tensor.float() for name, tensor in checkpoint.read(checkpoint.entries).items()}
+    tensors = checkpoint.read(checkpoint.entries)
+    tensors |= result.read(set(tensors) & set(result.entries))  # a norm may have taken factors of an input
+    tensors = {name: tensor.float() for name, tensor in tensors.items()}
     for layer in layers:
         keys = packed_keys(layout, layer, schemes[layer.name]).values()
         linear = unpack_layer(layout, layer, result.read(keys), schemes[layer.name])
