@@ -5,6 +5,7 @@ from pathlib import Path
 import pytest
 import torch
 import transformers
+from safetensors.torch import load_file, save_file
 
 from astro.model.smoothed_tensors import SmoothedInput
 from astro.storage.checkpoint import Checkpoint
@@ -45,40 +46,51 @@ def places(result):
 
 
 @torch.no_grad()
-def logits(folder):
-    return transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)(IDS).logits
+def distance(folder, source):
+    """Median relative difference of logits; a few tokens may go to another expert."""
+    models = (transformers.AutoModelForCausalLM.from_pretrained(f, dtype=torch.float32) for f in (folder, source))
+    logits, expected = (model(IDS).logits for model in models)
+    return float((logits - expected).abs().median() / expected.abs().median())
 
 
-def spoiled(source):
-    """Let norms have outlier channels, as trained models do."""
+def with_outliers(source):
+    """Give norms, values and gated products outlier channels, as trained models have them."""
     for path in source.glob("*.safetensors"):
-        tensors = Checkpoint.open(source).read([e.name for e in Checkpoint.open(source).entries.values()])
+        tensors = load_file(path)
+        for name, tensor in tensors.items():
+            is_norm = tensor.ndim == 1 and ("norm" in name or "ln_" in name) and "bias" not in name
+            if is_norm or "v_proj.weight" in name or "up_proj.weight" in name:
+                tensor[[1, 5, 9]] *= 20
+        save_file(tensors, path, {"format": "pt"})
     return source
 
 
+@pytest.fixture
+def source(llama):
+    return with_outliers(llama)
+
+
 @pytest.mark.parametrize("mode", MODES)
-def test_source_is_what_it_was_and_fine_grids_give_its_logits(run_config, llama, tmp_path, mode):
+def test_source_is_what_it_was_and_fine_grids_give_its_logits(run_config, source, tmp_path, mode):
     plain = {k: v for k, v in MODES[mode].items() if not k.startswith("activations")}
     before = pipeline.quantize(run_config(output__dir=str(tmp_path / "plain"), **FINE, **plain))
     summary = pipeline.quantize(run_config(**FINE, **MODES[mode]))
     assert any(s.columns.values for s in smoothing(tmp_path / "run").smoothed_inputs)
     assert summary.perplexity.original == before.perplexity.original, "powers of two change no bit"
-    result, source = Checkpoint.open(Path(summary.model)), Checkpoint.open(llama)
+    result, original = Checkpoint.open(Path(summary.model)), Checkpoint.open(source)
     norm = "model.layers.0.post_attention_layernorm.weight"
-    assert not torch.equal(result.read([norm])[norm], source.read([norm])[norm])
-    write_dequantized(llama, Path(summary.model), tmp_path / "dequantized")
-    expected = logits(llama)
-    assert (logits(tmp_path / "dequantized") - expected).abs().max() < 0.02 * expected.abs().max()
+    assert not torch.equal(result.read([norm])[norm], original.read([norm])[norm])
+    write_dequantized(source, Path(summary.model), tmp_path / "dequantized")
+    assert distance(tmp_path / "dequantized", source) < 0.02
 
 
 @pytest.mark.parametrize("name", NAMES)
 def test_blocks_of_many_kinds_return_what_they_did(run_config, tmp_path, name):
-    source = write_checkpoint(tmp_path / "source", MODELS[name])
+    source = with_outliers(write_checkpoint(tmp_path / "source", MODELS[name]))
     summary = pipeline.quantize(run_config(model__source=str(source), **FINE, **RULES["smoothquant"]))
     result = smoothing(tmp_path / "run", 1)
     assert result.checked_in == "torch.float64"
     assert result.largest_change < 1e-6
     assert any(s.columns.values for s in result.smoothed_inputs)
     write_dequantized(source, Path(summary.model), tmp_path / "dequantized")
-    expected = logits(source)
-    assert (logits(tmp_path / "dequantized") - expected).abs().max() < 0.02 * expected.abs().max()
+    assert distance(tmp_path / "dequantized", source) < 0.02
