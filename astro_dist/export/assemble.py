@@ -5,6 +5,7 @@ from pathlib import Path
 
 from astro.config import LayerScheme, Quantization
 from astro.formats import LAYOUTS
+from astro.model.smoothed_tensors import SmoothedInput
 from astro.model.tied_weights import without_tying
 from astro.storage.atomic import read_json, write_atomic, write_json
 from astro.storage.checkpoint import INDEX_NAME
@@ -12,12 +13,15 @@ from astro.storage.shard_header import read_header
 from astro.storage.source_quantization import without_quantization
 from astro_dist.config.schema import RunConfig
 from astro_dist.export.model_code import without_model_code
+from astro_dist.export.smoothing_file import SMOOTHING_NAME, write_smoothing
 from astro_dist.planning.units import Plan
 from astro_dist.run_directory.layer_widths import layer_schemes
 from astro_dist.run_directory.records import RunDirectory
+from astro_dist.run_directory.unit_record import SmoothingResult
+from astro_dist.schedule.names import smoothing_unit
 from astro_dist.source.side_files import list_folder, side_files
 
-__all__ = ["assemble", "final_schemes"]
+__all__ = ["assemble", "final_schemes", "smoothed_inputs"]
 
 
 def assemble(source: Path, plan: Plan, run: RunDirectory, config: RunConfig, is_untied: bool = False) -> list[str]:
@@ -57,7 +61,24 @@ def assemble(source: Path, plan: Plan, run: RunDirectory, config: RunConfig, is_
     act_order, inputs = config.quantization.act_order, config.activations.scheme
     content["quantization_config"] = layout.quantization_config(schemes, plan.ignore, act_order, inputs)
     write_json(run.model / "config.json", content)
-    return [INDEX_NAME, "config.json", *beside]
+    inputs = smoothed_inputs(run, len(plan.blocks))
+    if inputs:
+        write_smoothing(run.model, inputs)
+    return [INDEX_NAME, "config.json", *([SMOOTHING_NAME] if inputs else []), *beside]
+
+
+def smoothed_inputs(run: RunDirectory, num_blocks: int) -> list[SmoothedInput]:
+    """Return the inputs of all blocks, smoothed or not; empty where the run smooths none.
+
+    Args:
+        run: Run directory.
+        num_blocks: Number of blocks of the model.
+
+    Raises:
+        DamagedError: A record cannot be read.
+    """
+    results = (run.read_if_there(smoothing_unit(block), SmoothingResult) for block in range(num_blocks))
+    return [smoothed for result in results if result is not None for smoothed in result.smoothed_inputs]
 
 
 def final_schemes(quantization: Quantization, plan: Plan, run: RunDirectory) -> dict[str, LayerScheme]:

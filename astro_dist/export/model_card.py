@@ -221,6 +221,7 @@ def _method(config: RunConfig, summary: Summary) -> list[tuple[str, str]]:
         ("its strength β (layers solved together)", ", ".join(f"{b} ({count})" for b, count in summary.betas.items())),
         ("refinement passes after GPTQ", f"at most {q.refine_passes}"),
         ("blocks", f"mode {execution.mode}, {counted(execution.rounds, 'round')}"),
+        *(("smoothed inputs", kind.in_words) for kind in summary.smoothing),
         *_coverage(summary),
         ("left as they are by configuration", ", ".join(q.ignore) or "nothing"),
         ("other settings for", ", ".join(q.overrides) or "nothing"),

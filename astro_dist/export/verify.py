@@ -1,7 +1,7 @@
 """Read a written model again and compare it with what its own config promises and its loaders ask for."""
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -14,11 +14,13 @@ from astro.formats import Layout
 from astro.formats.block_shard import packed_keys, stem_of, unpack_layer
 from astro.model.linear_layer import LinearLayer
 from astro.model.skeleton import Skeleton
+from astro.model.smoothed_tensors import SmoothedInput, smoothed_layer, smoothed_tensors
 from astro.storage.checkpoint import Checkpoint, require_finite
 from astro_dist.config.schema import ModelConfig
 from astro_dist.export.inventory import describe, read_inventory
 from astro_dist.export.named_model import find_model
 from astro_dist.export.packed_layers import is_of_packed, is_packed, linear_layers, packed_layers, read_packing
+from astro_dist.export.smoothing_file import read_smoothing
 from astro_dist.planning.unquantized import copied_matrices
 from astro_dist.run_directory.identity import read_identity
 from astro_dist.run_directory.layout import RunLayout
@@ -116,7 +118,9 @@ def verify_model(model: Path | str, against: Path | str | None = None, trust_rem
             f"{checkpoint.store}: {missing[0]} is neither packed nor in the config's ignore list; loaders would "
             "look for its packed tensors"
         )
-    original = _OriginalModel(source, skeleton) if source else None
+    original = _OriginalModel(source, skeleton, read_smoothing(opened.folder)) if source else None
+    if original:
+        original.require_scaled(checkpoint, [layer.name for layer in layers])
     errors = {}
     for layer in layers:
         W_hat = _check_linear(checkpoint, packing, layer, schemes[layer.config_names[0]])
@@ -145,18 +149,44 @@ class _OriginalModel:
     Experts may be stacked in one tensor of the source, so the tensor that was read last stays in memory.
     """
 
-    def __init__(self, checkpoint: Checkpoint, skeleton: Skeleton) -> None:
+    def __init__(self, checkpoint: Checkpoint, skeleton: Skeleton, inputs: Sequence[SmoothedInput]) -> None:
         """Find the linear layers of the source by the names under which they are packed.
+
+        Args:
+            checkpoint: Checkpoint of the source.
+            skeleton: The model on the meta device.
+            inputs: How the result's inputs are smoothed.
 
         Raises:
             CheckpointError: The checkpoint is not the source of this model.
         """
-        self._checkpoint = checkpoint
+        self._checkpoint, self._inputs = checkpoint, inputs
         try:
             self._layers = {layer.stem: layer for layer in linear_layers(checkpoint, skeleton)}
         except CheckpointError as error:
             raise CheckpointError(f"{checkpoint.store}: {error}; it is not the source of this model") from error
         self._last_tensor: dict[str, torch.Tensor] = {}
+
+    def require_scaled(self, result: Checkpoint, quantized: Collection[str]) -> None:
+        """Compare the norms and other tensors of the result that took factors of its inputs with those of the source.
+
+        Args:
+            result: Checkpoint of the result.
+            quantized: Names of the packed layers.
+
+        Raises:
+            CheckpointError: A tensor is not that of the source with its factors.
+        """
+        keys = {change.key for smoothed in self._inputs for change in smoothed.changes} & set(result.entries)
+        for key in sorted(keys):
+            expected = smoothed_tensors(
+                self._checkpoint.read([key]), self._inputs, self._layers.values(), set(quantized)
+            )[key]
+            if not torch.equal(result.read([key])[key], expected):
+                raise CheckpointError(
+                    f"{result.place(key)}: tensor {key} is not that of {self._checkpoint.store} with the factors that "
+                    "smoothing.json tells; the files are of different models"
+                )
 
     def error_of(self, stem: str, W_hat: torch.Tensor) -> float:
         """Return ‖Ŵ − W‖_F / ‖W‖_F of a layer whose quantized weights [R, C] are given."""
@@ -166,7 +196,7 @@ class _OriginalModel:
         if layer.key not in self._last_tensor:
             self._last_tensor.clear()  # before the next one is read, so that only one is in memory
             self._last_tensor |= self._checkpoint.read([layer.key])
-        W = layer.stored(self._last_tensor[layer.key]).float()
+        W = smoothed_layer(layer.name, layer.stored(self._last_tensor[layer.key]).float(), self._inputs)
         if W.shape != W_hat.shape:
             raise CheckpointError(f"{store}: {layer.key} is {list(W.shape)}, the quantized layer {list(W_hat.shape)}")
         return float(torch.linalg.vector_norm(W_hat - W) / torch.linalg.vector_norm(W).clamp(min=1e-30))

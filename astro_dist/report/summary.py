@@ -13,13 +13,27 @@ from astro.quantization.bit_allocation import are_in_nats
 from astro.quantization.layer_record import Fallbacks, LayerRecord, predicted_nats
 from astro.timing import add_seconds
 from astro_dist.config.schema import RunConfig
-from astro_dist.export.assemble import final_schemes
+from astro_dist.export.assemble import final_schemes, smoothed_inputs
 from astro_dist.planning.units import Plan
 from astro_dist.run_directory.journal import Damaged, Failed, Passed, last_of_each_unit
 from astro_dist.run_directory.records import RunDirectory
+from astro_dist.run_directory.smoothed_kinds import SmoothedKind, smoothed_kinds
 from astro_dist.run_directory.summary import Perplexity, RoundFigures, Summary, UnitCounts, perplexity_of
-from astro_dist.run_directory.unit_record import BlockResult, EvaluationResult, LossResult, WeightsResult
-from astro_dist.schedule.names import block_unit, evaluate_unit, head_unit, stream_names, weights_unit
+from astro_dist.run_directory.unit_record import (
+    BlockResult,
+    EvaluationResult,
+    LossResult,
+    SmoothingResult,
+    WeightsResult,
+)
+from astro_dist.schedule.names import (
+    block_unit,
+    evaluate_unit,
+    head_unit,
+    smoothing_unit,
+    stream_names,
+    weights_unit,
+)
 from astro_dist.source.model_info import BaseModel
 from astro_dist.wording import counted
 
@@ -70,6 +84,7 @@ def summarize(
     last = layers[-1]
     original, *results = (run.read_if_there(head_unit(stream), LossResult) for stream in stream_names(run.rounds))
     perplexity = Perplexity.of(original, results[-1])
+    smoothing = smoothed_kinds(smoothed_inputs(run, len(plan.blocks)))
     by_round = tuple(map(RoundFigures, map(perplexity_of, results), map(_mean_error, layers)))
     return Summary(
         perplexity=perplexity,
@@ -90,7 +105,7 @@ def summarize(
         fallbacks=Fallbacks.of(last),
         retries=tuple(run.journal.of_kind(Failed)),
         mended=last_of_each_unit(run.journal.of_kind(Damaged)),
-        notes=(*all_notes, *_unmeasured(run, len(plan.blocks)), *_ruin(perplexity)),
+        notes=(*all_notes, *_unmeasured(run, len(plan.blocks)), *_unsmoothed(smoothing), *_ruin(perplexity)),
         units=UnitCounts(len(plan.blocks), len(plan.copies)),
         model=str(run.model),
         python=platform.python_version(),
@@ -98,6 +113,7 @@ def summarize(
         predicted_divergence=predicted_nats(last),
         widths_by=_measure(layers[0]) if quantization.bits == "auto" else "",
         inputs=config.activations.in_words,
+        smoothing=smoothing,
     )
 
 
@@ -132,6 +148,11 @@ def _unmeasured(run: RunDirectory, num_blocks: int) -> list[str]:
     ]
 
 
+def _unsmoothed(kinds: Sequence[SmoothedKind]) -> list[str]:
+    """A note for each kind of inputs that were to be smoothed and stay as they are."""
+    return [f"activations.smoothing: {kind.in_words}" for kind in kinds if kind.reason]
+
+
 def _ruin(perplexity: Perplexity) -> list[str]:
     """A note about a result that is hardly a language model any more; none for other results."""
     original, quantized = perplexity.original, perplexity.quantized
@@ -161,5 +182,6 @@ def _seconds(run: RunDirectory, rounds: Sequence[Sequence[BlockResult]]) -> Iter
         measured = (
             run.read_if_there(evaluate_unit(index), EvaluationResult),
             run.read_if_there(weights_unit(index), WeightsResult),
+            run.read_if_there(smoothing_unit(index), SmoothingResult),
         )
         yield from (result.seconds for result in measured if result is not None)

@@ -13,6 +13,7 @@ from astro_dist.planning.coverage import Coverage
 from astro_dist.run_directory.journal import Damaged, Failed
 from astro_dist.run_directory.published_model import PublishedModel
 from astro_dist.run_directory.records import read_own_json
+from astro_dist.run_directory.smoothed_kinds import SmoothedKind
 from astro_dist.run_directory.unit_record import LossResult
 from astro_dist.source.model_info import BaseModel
 from astro_dist.wording import nats, percent
@@ -174,6 +175,7 @@ class Summary:
         widths_by: What `bits: auto` chose widths by, `nats` or `relative error`; empty where widths are configured.
         inputs: What servers are told to round inputs of quantized layers to, such as "int8 per token"; empty where
             inputs stay as they are.
+        smoothing: What became of the inputs that were to be smoothed, by kind; empty where none were.
     """
 
     perplexity: Perplexity
@@ -200,6 +202,7 @@ class Summary:
     predicted_divergence: float | None = None
     widths_by: str = ""
     inputs: str = ""
+    smoothing: tuple[SmoothedKind, ...] = ()
 
     @property
     def prediction_in_words(self) -> str:
@@ -223,6 +226,7 @@ class Summary:
             "notes": list(self.notes),
             "units": dataclasses.asdict(self.units),
             "base_model": self.base_model.to_json(),
+            "smoothing": [kind.to_json() for kind in self.smoothing],
             **({"publish": publish.to_json()} if publish is not None else {}),
         }
 
@@ -245,6 +249,7 @@ class Summary:
             "notes": tuple(content["notes"]),
             "units": UnitCounts(**content["units"]),
             "base_model": BaseModel.from_json(content["base_model"]),
+            "smoothing": tuple(map(SmoothedKind.from_json, content.get("smoothing", ()))),
             "publish": PublishedModel.from_json(content["publish"]) if content.get("publish") else None,
         }
         return cls(**{name: read[name] if name in read else content[name] for name in fields})

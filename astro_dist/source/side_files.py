@@ -21,7 +21,7 @@ _PICTURES = (".png", ".jpg", ".jpeg", ".gif", ".webp", ".svg", ".pdf", ".mp4", "
 """Endings of files that a card shows; the result has a card of its own."""
 _NAMES = (
     "README.md", "config.json", "adapter_config.json", "hf_quant_config.json", "quantize_config.json",
-    "quant_config.json", "trainer_state.json",
+    "quant_config.json", "trainer_state.json", "smoothing.json",
 )  # fmt: skip
 """Files that the run writes itself, or that say of the source what is not true of the result."""
 RUN_FILE = "run.json"
