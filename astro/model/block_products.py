@@ -84,7 +84,7 @@ class BlockProducts(TorchFunctionMode):
         product = self._product(X, weight, bias, -1 if places is _PLACES["linear"] else -2)
         if product is None:
             return func(*args, **kwargs)
-        position, name = places[0]  # type: ignore[misc]
+        position, name = places[0]
         holder: Any = arguments if position < len(arguments) else kwargs
         holder[position if position < len(arguments) else name] = self._on_input(product)
         return self._on_output(product, func(*arguments, **kwargs))

@@ -36,7 +36,10 @@ _MARK = -2
 _TOLERANCE_EPS = 64
 """Units of the last place by which something may differ that was only multiplied by powers of two."""
 _FORM_TOLERANCE = 1e-4
-"""Relative deviation up to which a module counts as a gain on normalized channels: some compute in float32."""
+"""Relative deviation up to which a module counts as a gain on normalized channels: some compute in float32. In 16 bits
+it is two units of the last place."""
+_THIRD = 3.0
+"""Value of a parameter that shows whether 0 and 1 lie on a straight line."""
 _MOST_CANDIDATES = 4
 """Weights before a reader that are tried, the nearest first."""
 
@@ -175,25 +178,28 @@ class Trial:
         With all parameters 0, a gain of 1 adds the normalized input n, and the gain's offset times n is there before.
         """
         names = [f"{name}.{parameter}" for parameter, _ in call.module.named_parameters()]
+        tolerance = max(_FORM_TOLERANCE, 2 * torch.finfo(next(call.module.parameters()).dtype).eps)
         gains: dict[str, float] = {}
         biases: list[str] = []
 
-        def output(one: str | None) -> torch.Tensor:
-            with _replaced(self._block, {n: float(n == one) for n in names}):
+        def output(one: str | None, value: float = 1.0) -> torch.Tensor:
+            with _replaced(self._block, {n: value * (n == one) for n in names}):
                 result: torch.Tensor = call.module(*call.args, **call.kwargs)
                 return result.double()
 
         zero = output(None)
         for parameter in names:
             change = output(parameter) - zero
-            if bool((change - 1).abs().max() < _FORM_TOLERANCE):
+            if _difference(output(parameter, _THIRD) - zero, _THIRD * change) > tolerance:
+                return None
+            if bool((change - 1).abs().max() < tolerance):
                 biases.append(parameter)
                 continue
             energy = change.square().sum()
             offset = float((zero * change).sum() / energy) if energy > 0 else float("nan")
-            if not torch.linalg.vector_norm(zero - offset * change) <= _FORM_TOLERANCE * energy.sqrt():
+            if not torch.linalg.vector_norm(zero - offset * change) <= tolerance * energy.sqrt():
                 return None
-            gains[parameter] = float(round(offset)) if abs(offset - round(offset)) < _FORM_TOLERANCE else offset
+            gains[parameter] = float(round(offset)) if abs(offset - round(offset)) < tolerance else offset
         return (gains, tuple(biases)) if len(gains) == 1 else None
 
     def _readers_of_module(self, call: _NormCall) -> tuple[Reader, ...]:

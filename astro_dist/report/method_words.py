@@ -33,9 +33,8 @@ def method_sentences(findings: Findings) -> list[str]:
             sentences.append(f"Widths were chosen by {_MEASURES[widths_by]}.")
         parts = (coverage.in_words, coverage.copied_in_words) if coverage else ()
         sentences += [f"{part[0].upper()}{part[1:]}." for part in parts if part]
-        sentences += [
-            f"Smoothed inputs ({config.activations.smoothing}): {k.in_words}." for k in findings.summary.smoothing
-        ]
+        rule = config.activations.smoothing
+        sentences += [f"Smoothed inputs ({rule}): {kind.in_words}." for kind in findings.summary.smoothing]
     return sentences
 
 
