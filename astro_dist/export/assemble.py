@@ -61,10 +61,10 @@ def assemble(source: Path, plan: Plan, run: RunDirectory, config: RunConfig, is_
     act_order, inputs = config.quantization.act_order, config.activations.scheme
     content["quantization_config"] = layout.quantization_config(schemes, plan.ignore, act_order, inputs)
     write_json(run.model / "config.json", content)
-    inputs = smoothed_inputs(run, len(plan.blocks))
-    if inputs:
-        write_smoothing(run.model, inputs)
-    return [INDEX_NAME, "config.json", *([SMOOTHING_NAME] if inputs else []), *beside]
+    smoothed = smoothed_inputs(run, len(plan.blocks))
+    if smoothed:
+        write_smoothing(run.model, smoothed)
+    return [INDEX_NAME, "config.json", *([SMOOTHING_NAME] if smoothed else []), *beside]
 
 
 def smoothed_inputs(run: RunDirectory, num_blocks: int) -> list[SmoothedInput]:

@@ -233,11 +233,11 @@ class Smoother:
                 inputs.append(self._smoothed(unit, tensors, place, [left.pop(key) for key in keys], statistics))
         for group in left.values():
             is_shared = group[0].expert is None
-            place = tried.trial.linear(group[0].parameter.removeprefix(prefix)) if is_shared else None
-            if place is None:
+            rows = tried.trial.linear(group[0].parameter.removeprefix(prefix)) if is_shared else None
+            if rows is None:
                 inputs.append(SmoothedInput(_names(group), reason=_NO_PLACE if is_shared else _EXPERTS))
             else:
-                inputs.append(self._smoothed(unit, tensors, place, [group], statistics))
+                inputs.append(self._smoothed(unit, tensors, rows, [group], statistics))
         return inputs
 
     def _smoothed(

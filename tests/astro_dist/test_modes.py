@@ -41,6 +41,9 @@ MODES = {
     "loss": LOSS,
     "loss, rounds": {**LOSS, "execution__rounds": 2},
     "loss, sequential": {**LOSS, **SEQUENTIAL},
+    "smoothed": {**LOSS, "activations__bits": 8, "activations__smoothing": "smoothquant"},
+    "smoothed, sequential": {**SEQUENTIAL, "activations__bits": 8, "activations__smoothing": "aser"},
+    "smoothed, rounds": {"execution__rounds": 2, "activations__bits": 8, "activations__smoothing": "smoothquant"},
     "rounds": {"execution__rounds": 3, "quantization__bits": 3},
     "sequential": {**SEQUENTIAL, "quantization__bits": 3},
     "uncompensated": {**SEQUENTIAL, "quantization__compensation": 0.0},
@@ -131,6 +134,9 @@ def whole(run_config, tmp_path, mode):
         *(("loss", calls, 1) for calls in (1, 5, 8, 9, 13, 20)),
         *(("loss", calls, 5) for calls in (6, 15)),
         *(("loss, sequential", calls, 1) for calls in (11, 30)),
+        *(("smoothed", calls, 1) for calls in (1, 2, 5, 8, 12, 20)),
+        *(("smoothed", calls, 5) for calls in (6, 15)),
+        *(("smoothed, sequential", calls, 1) for calls in (4, 11, 30)),
     ],
 )
 def test_interrupted_run_goes_on_and_writes_the_same_bytes(run_config, tmp_path, monkeypatch, mode, calls, workers):
