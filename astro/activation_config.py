@@ -10,7 +10,7 @@ from typing import Any, ClassVar, Literal
 
 from astro.errors import ConfigError
 
-__all__ = ["ActivationScheme", "Activations"]
+__all__ = ["ActivationScheme", "Activations", "Reconstruction"]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -97,3 +97,32 @@ class Activations:
     def in_words(self) -> str:
         """What the inputs are, such as "int8 per token"; empty where they stay as they are."""
         return "" if self.scheme is None else self.scheme.in_words
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Reconstruction:
+    """ASER's correction of low rank (arXiv 2411.07762), which servers add to a quantized layer's outputs."""
+
+    __pydantic_config__: ClassVar[Any] = {"extra": "forbid"}
+
+    rank: int | Literal["auto"] = 0
+    """Rank of the correction of each quantized linear layer outside experts, from the error that the solve leaves; 0 is
+    none. A layer's correction has rank · (inputs + outputs) weights of 16 bits, and takes as many multiplications a
+    token. All of them are a LoRA adapter of PEFT in the folder `adapter` of the model, which servers have to be told to
+    load. `auto` takes the least rank that holds `energy`, at most 512."""
+    energy: float = 0.9
+    """With `rank: auto`: share of the squared error of a layer's outputs that the correction takes away, above 0 and at
+    most 1."""
+
+    def __post_init__(self) -> None:
+        if self.rank != "auto" and not 0 <= self.rank <= 512:
+            raise ConfigError(f"rank: expected auto or 0 to 512, the largest that vLLM takes, got {self.rank}")
+        if not 0 < self.energy <= 1:
+            raise ConfigError(f"energy: expected more than 0 and at most 1, got {self.energy}")
+        if self.rank != "auto" and self.energy != type(self).energy:
+            raise ConfigError(f"energy: only with rank: auto, got {self.energy} with rank {self.rank}")
+
+    @property
+    def is_on(self) -> bool:
+        """Whether anything is corrected."""
+        return self.rank != 0

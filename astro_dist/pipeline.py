@@ -20,6 +20,7 @@ from astro_dist.console import show_log_by_default, waiting_for
 from astro_dist.execution.driver import Driver, Limits
 from astro_dist.execution.executor import Executor
 from astro_dist.execution.local_executor import LocalExecutor
+from astro_dist.export.adapter_file import ADAPTER_WEIGHTS
 from astro_dist.export.assemble import assemble
 from astro_dist.export.finished_run import FinishedRun
 from astro_dist.export.inventory import all_shards, is_whole, replace_card, seal
@@ -149,7 +150,8 @@ def quantize(config: RunConfig) -> Summary:
     begun = is_begun(run, identity)
     publication = Publication(run, config.publish) if config.publish.repo else None
     if publication:
-        for note in publication.prepare(prepared.plan.files, prepared.base, planned_card(config, prepared.base)):
+        weights = [*prepared.plan.files, *([ADAPTER_WEIGHTS] if config.reconstruction.is_on else [])]
+        for note in publication.prepare(weights, prepared.base, planned_card(config, prepared.base)):
             _log.info(note)
     if not begun and config.model.check_weights and not prepared.source.is_remote:
         for name in require_finite(prepared.checkpoint, prepared.plan.unknown):
@@ -309,6 +311,7 @@ def _worker_spec(job: _Job, folder: Path, dtype: torch.dtype, executor: Executor
         quantization=config.quantization,
         activations=config.activations,
         regularization=config.regularizer,
+        reconstruction=config.reconstruction,
         experts=config.experts,
         token_weights=config.calibration.token_weights,
         compute_dtype=dtype,

@@ -15,6 +15,7 @@ from astro.config import LayerScheme, SolverSettings
 from astro.errors import NumericalError
 from astro.linalg.batching import first_of
 from astro.linalg.tiling import near_rows
+from astro.model.low_rank import LowRank
 
 __all__ = ["Grid", "QuantizedLinear", "fit_grid", "grouped", "num_candidates", "require_finite_scales"]
 
@@ -227,10 +228,13 @@ class QuantizedLinear:
     Attributes:
         Q: The integers, int8 [R, C].
         grid: Scale and zero point of each group.
+        correction: Correction of low rank that servers add to the layer's outputs; None for none. The weights that
+            `dequantize` returns are without it.
     """
 
     Q: torch.Tensor
     grid: Grid
+    correction: LowRank | None = None
 
     def dequantize(self, dtype: torch.dtype = torch.float32) -> torch.Tensor:
         """Return the weights [R, C] on the device of the integers.
@@ -258,4 +262,5 @@ class QuantizedLinear:
         Args:
             device: The device.
         """
-        return QuantizedLinear(self.Q.to(device), self.grid.to(device))
+        correction = self.correction.to(device) if self.correction else None
+        return QuantizedLinear(self.Q.to(device), self.grid.to(device), correction)

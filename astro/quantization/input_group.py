@@ -15,6 +15,7 @@ from astro.errors import NumericalError
 from astro.linalg.batching import stacked
 from astro.linalg.tiling import row_tiles
 from astro.quantization import beta_search
+from astro.quantization.corrections import correct_input_groups, with_corrections
 from astro.quantization.grid import Grid, QuantizedLinear
 from astro.quantization.layer_record import LayerRecord
 from astro.quantization.recipe import InputGroupOutcome, InputMoments, Recipe, SolvedRows
@@ -71,6 +72,8 @@ def quantize_input_groups(
     errors = {bits: measure_width(prepared, W, bits) for bits in widths}
     rows = [[(name, len(weight)) for name, weight in members.items()] for members in input_groups]
     members, records = merge_rows(rows, solved, prepared.outcomes_(), num_tokens)
+    del solved  # as large as the members
+    members, records = with_corrections(members, records, correct_input_groups(prepared, W, rows, members))
     for i, record in enumerate(records):
         records[i] = replace(record, width_errors={bits: errors[bits][i] for bits in widths})
     return members, records

@@ -29,7 +29,13 @@ class LayerRecord:
     """What the calibration tokens were weighted by: `loss`, `norm`, or `none` where all count alike."""
     relative_error: float
     """‖(Ŵ − W)X‖² / ‖WX‖² on the weighted calibration tokens, W the original weights, or where earlier errors are
-    compensated the weights that do so."""
+    compensated the weights that do so. Where the layers have corrections of low rank, Ŵ is with them."""
+    solved_error: float | None = None
+    """The same without corrections; None where the layers have none."""
+    ranks: dict[str, int] = dataclasses.field(default_factory=dict)
+    """Rank of the correction of each layer that has one, by its name."""
+    correction_weights: int = 0
+    """Weights of these corrections, which is also the number of multiplications that they take a token."""
     output_energy: float = 0.0
     """‖WX‖², what the error is relative to: a weighted mean over tokens, summed over outputs."""
     gradient_energy: float | None = None
@@ -49,7 +55,7 @@ class LayerRecord:
     factorizations: int
     """Factorizations tried; more than 1 means that the damping was raised. 0 where none was done."""
     seconds: dict[str, float]
-    """Time by phase: factor, compensate, beta, regularize, grid, gptq, refine, widths."""
+    """Time by phase: factor, compensate, beta, regularize, grid, gptq, refine, widths, reconstruct."""
 
     @property
     def members(self) -> list[str]:

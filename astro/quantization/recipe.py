@@ -8,11 +8,27 @@ from collections.abc import Sequence
 
 import torch
 
+from astro.activation_config import Reconstruction
 from astro.config import Regularizer, SolverSettings
 from astro.linalg.tiling import TILE_ELEMENTS
 from astro.quantization.grid import Grid
 
-__all__ = ["Figures", "InputGroupOutcome", "InputMoments", "Recipe", "SolvedRows"]
+__all__ = ["Corrections", "Figures", "InputGroupOutcome", "InputMoments", "Recipe", "SolvedRows"]
+
+
+@dataclasses.dataclass(frozen=True)
+class Corrections:
+    """Which layers of a block get a correction of low rank, and of which kind.
+
+    Attributes:
+        settings: Rank of the corrections.
+        layers: Names of the layers that get one.
+        dtype: Dtype in which the factors are stored.
+    """
+
+    settings: Reconstruction
+    layers: frozenset[str]
+    dtype: torch.dtype
 
 
 @dataclasses.dataclass(frozen=True)
@@ -24,12 +40,14 @@ class Recipe:
         regularizer: What is done to the weights before.
         scale_dtype: Dtype in which scales are stored.
         tile_elements: Weights of a tile; None stands for the usual number of the device.
+        corrections: Corrections of the errors that are left; None for none.
     """
 
     solver: SolverSettings
     regularizer: Regularizer
     scale_dtype: torch.dtype
     tile_elements: int | None = None
+    corrections: Corrections | None = None
 
     def tile_elements_on(self, device: torch.device) -> int:
         """Return the number of weights that are solved at once.

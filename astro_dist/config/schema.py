@@ -10,7 +10,7 @@ from typing import Any, Literal
 import yaml
 from pydantic import Field, model_validator
 
-from astro.activation_config import Activations
+from astro.activation_config import Activations, Reconstruction
 from astro.config import Experts, Quantization, Regularizer, SolverSettings
 from astro_dist.config.calibration import CalibrationConfig, TextSource
 from astro_dist.config.execution import MOST_TILE_WEIGHTS, ExecutionConfig
@@ -138,6 +138,8 @@ class RunConfig(Section):
     """What servers do with the inputs of quantized layers."""
     regularizer: Regularizer = Regularizer()
     """How weights are moved before they are rounded."""
+    reconstruction: Reconstruction = Reconstruction()
+    """What is done about the errors that are left."""
     experts: Experts = Experts()
     """What to do with experts that calibration rarely reaches."""
     calibration: CalibrationConfig = CalibrationConfig()

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import torch
 from torch import nn
+from torch.utils.hooks import RemovableHandle
 
 from astro.activation_config import ActivationScheme
 from astro.config import LayerScheme
@@ -16,12 +17,15 @@ from astro.errors import CheckpointError
 from astro.formats import LAYOUTS, Layout
 from astro.formats.block_shard import packed_keys, stem_of, unpack_layer
 from astro.model.linear_layer import LinearLayer
+from astro.model.low_rank import attach
 from astro.model.skeleton import Skeleton
 from astro.storage.atomic import read_json
 from astro.storage.byte_store import Store
 from astro.storage.checkpoint import Checkpoint
+from astro_dist.export.adapter_file import AdapterFile
 from astro_dist.export.packed_layers import is_packed, packed_layers
 from astro_dist.planning.checkpoint_plan import assign_tensors
+from astro_dist.source.resolve import Source
 
 __all__ = ["BlockWeights"]
 
@@ -39,23 +43,27 @@ class BlockWeights:
         inputs: Grid to which servers round the inputs of packed layers; None where they stay as they are.
     """
 
-    def __init__(self, store: Store, folder: Path, skeleton: Skeleton) -> None:
+    def __init__(self, source: Source, skeleton: Skeleton) -> None:
         """Read the headers.
 
         Args:
-            store: Store of the model's files.
-            folder: Folder on this machine with the model's config.json.
+            source: Where the model's files are.
             skeleton: The model on the meta device.
 
         Raises:
             CheckpointError: A tensor that text needs is missing, or does not fit the model.
         """
+        store = source.store
         self.skeleton = skeleton
         self._layout: Layout | None = None
         self._stems: set[str] = set()
         self._schemes: Mapping[str, LayerScheme] = {}
         self.inputs: ActivationScheme | None = None
-        self._checkpoint = self._open_packed(store, folder) or Checkpoint.open_source(store)
+        self._checkpoint = self._open_packed(store, source.folder) or Checkpoint.open_source(store)
+        # Another model's folder of this name may hold anything.
+        self._adapter = AdapterFile.of(source) if self._stems else None
+        self._corrected_layers = self._adapter.by_block(skeleton) if self._adapter else {}
+        self._corrected: dict[int, list[RemovableHandle]] = {}
         self._places = assign_tensors(self._checkpoint, skeleton)
         entries = self._checkpoint.entries
         self.dtype = entries[self._places.outside[0]].float_dtype or torch.float32
@@ -66,6 +74,11 @@ class BlockWeights:
     def fingerprint(self) -> str:
         """Fingerprint of the files, 64 hexadecimal digits."""
         return self._checkpoint.fingerprint()
+
+    @property
+    def correction_ranks(self) -> Mapping[str, int]:
+        """The rank of each layer's correction by the layer's name; empty for a model without an adapter."""
+        return self._adapter.ranks if self._adapter else {}
 
     def outside(self) -> dict[str, torch.Tensor]:
         """Read embeddings, norm and head, by checkpoint name."""
@@ -104,7 +117,29 @@ class BlockWeights:
         for parameter, layers in by_parameter.items():
             self._fill_parameter(parameter, layers, device)
         skeleton.require_filled(block, f"block {index} of {self._checkpoint.store}")
+        self._correct(index, device)
         return block
+
+    def empty_block(self, index: int) -> None:
+        """Take a block off the device.
+
+        Args:
+            index: Index of the block.
+        """
+        self.skeleton.blocks[index].to("meta")
+        for handle in self._corrected.pop(index, ()):
+            handle.remove()
+
+    def _correct(self, index: int, device: torch.device) -> None:
+        """Let the layers of a filled block add the corrections of the model's adapter, if it has one."""
+        if self._adapter is None:
+            return
+        for handle in self._corrected.pop(index, ()):
+            handle.remove()
+        read = self._adapter.corrections(self._corrected_layers.get(index, ()))
+        corrections = {name: correction.to(device) for name, correction in read.items()}
+        dtype = next(self.skeleton.blocks[index].parameters()).dtype
+        self._corrected[index] = attach(self.skeleton.model, corrections, dtype)
 
     def _open_packed(self, store: Store, folder: Path) -> Checkpoint | None:
         """Open a model that this project packed; None for any other."""

@@ -66,13 +66,16 @@ class StreamedModel:
         self.source, self.name, self.device = source, str(source.store), settings.torch_device
         trusted = settings.trust_remote_code
         skeleton = Skeleton(source.folder, torch.float32, trusted)
-        self._weights = BlockWeights(source.store, source.folder, skeleton)
+        self._weights = BlockWeights(source, skeleton)
         self.dtype = settings.compute_dtype(self._weights.dtype)
         if self.dtype != torch.float32:
             skeleton = Skeleton(source.folder, self.dtype, trusted)
-            self._weights = BlockWeights(source.store, source.folder, skeleton)
+            self._weights = BlockWeights(source, skeleton)
         self.skeleton = skeleton
         self.tokenizer = _tokenizer(source.folder, trusted)
+        if self._weights.correction_ranks:
+            ranks = self._weights.correction_ranks.values()
+            _log.info("%s: its adapter corrects %d layers, with ranks up to %d", self.name, len(ranks), max(ranks))
         self.num_readings = 0
         self._settings = settings
         self._token_bytes = rehearse(skeleton) * self.dtype.itemsize
@@ -138,6 +141,8 @@ class StreamedModel:
     def release(self) -> None:
         """Take everything out of memory that was kept."""
         self._is_kept = False
+        for index in range(len(self.skeleton.blocks)):
+            self._weights.empty_block(index)
         self.skeleton.model.to("meta")
         self.skeleton.model.tie_weights()
         return_freed_memory()
@@ -190,7 +195,7 @@ class StreamedModel:
                     output = forward(block, state.to(self.device), call)
                     states[number] = output.to(torch.device("cpu"))
             if not self._is_kept:
-                block.to("meta")
+                self._weights.empty_block(index)
                 return_freed_memory()
             wait.reached(index + 1)
             yield index + 1
@@ -230,11 +235,11 @@ class StreamedModel:
         states, calls = list[BlockState](), _Calls()
         with self.head_loaded():
             if self._num_outputs is None:
-                first = self._weights.fill_block(0, self.device)
+                self._weights.fill_block(0, self.device)
                 probe = batches[0][:1, :_PROBE_TOKENS].to(self.device)
                 self._num_outputs = count_outputs(self.skeleton, probe)
                 if not self._is_kept:
-                    first.to("meta")
+                    self._weights.empty_block(0)
             for batch in batches:
                 hidden, made = record(self.skeleton, batch.to(self.device), self._num_outputs)
                 states.append(BlockState(hidden.cpu()))

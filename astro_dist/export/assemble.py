@@ -12,6 +12,7 @@ from astro.storage.checkpoint import INDEX_NAME
 from astro.storage.shard_header import read_header
 from astro.storage.source_quantization import without_quantization
 from astro_dist.config.schema import RunConfig
+from astro_dist.export.adapter_file import write_adapter
 from astro_dist.export.model_code import without_model_code
 from astro_dist.export.smoothing_file import SMOOTHING_NAME, write_smoothing
 from astro_dist.planning.units import Plan
@@ -64,7 +65,8 @@ def assemble(source: Path, plan: Plan, run: RunDirectory, config: RunConfig, is_
     smoothed = smoothed_inputs(run, len(plan.blocks))
     if smoothed:
         write_smoothing(run.model, smoothed)
-    return [INDEX_NAME, "config.json", *([SMOOTHING_NAME] if smoothed else []), *beside]
+    adapter = write_adapter(run, plan, config.publish.repo) if config.reconstruction.is_on else []
+    return [INDEX_NAME, "config.json", *([SMOOTHING_NAME] if smoothed else []), *adapter, *beside]
 
 
 def smoothed_inputs(run: RunDirectory, num_blocks: int) -> list[SmoothedInput]:

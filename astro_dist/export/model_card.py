@@ -13,6 +13,7 @@ import yaml
 from rich.filesize import decimal
 
 from astro.formats import LAYOUTS
+from astro.formats.peft_adapter import FOLDER
 from astro.formats.rounded_inputs import HUMMING_OPTION
 from astro.formats.server_limits import FUSED_EXPERTS, TRANSPOSED
 from astro.quantization.layer_record import LayerRecord, predicted_nats
@@ -27,6 +28,8 @@ from astro_dist.wording import counted, percent
 
 __all__ = ["metadata", "model_card", "planned_card"]
 
+_LORA_RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)
+"""Values that vLLM's option `--max-lora-rank` can have."""
 _HUB = "https://huggingface.co"
 _SERVED_BITS = {"compressed-tensors": range(2, 9), "gptq": (4, 8)}
 """Widths that vLLM has kernels for, by format; in compressed-tensors below 4 bits by its source alone."""
@@ -150,6 +153,10 @@ def model_card(
         took=in_words(summary.wall_s),
         reproduction=yaml.safe_dump(reproduction, sort_keys=False),
         shortened=shortened,
+        adapter=FOLDER,
+        # PEFT looks at the weights of layers, which packed ones have once they are decompressed.
+        is_decompressed=bool(summary.corrections) and config.quantization.format == "compressed-tensors",
+        lora_rank=next((r for r in _LORA_RANKS if summary.corrections and r >= summary.corrections.largest_rank), 0),
         percent=percent,
         counted=counted,
     )
@@ -225,6 +232,7 @@ def _method(config: RunConfig, summary: Summary) -> list[tuple[str, str]]:
         *_coverage(summary),
         ("left as they are by configuration", ", ".join(q.ignore) or "nothing"),
         ("other settings for", ", ".join(q.overrides) or "nothing"),
+        *([("corrections of low rank (ASER)", summary.corrections.in_words)] if summary.corrections else []),
         ("mean relative layer error", f"{summary.mean_relative_error:.3g}"),
     ]
 

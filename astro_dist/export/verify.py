@@ -17,6 +17,7 @@ from astro.model.skeleton import Skeleton
 from astro.model.smoothed_tensors import SmoothedInput, smoothed_layer, smoothed_tensors
 from astro.storage.checkpoint import Checkpoint, require_finite
 from astro_dist.config.schema import ModelConfig
+from astro_dist.export.adapter_file import ADAPTER_WEIGHTS, AdapterFile
 from astro_dist.export.inventory import describe, read_inventory
 from astro_dist.export.named_model import find_model
 from astro_dist.export.packed_layers import is_of_packed, is_packed, linear_layers, packed_layers, read_packing
@@ -26,7 +27,7 @@ from astro_dist.run_directory.identity import read_identity
 from astro_dist.run_directory.layout import RunLayout
 from astro_dist.run_directory.records import RunDirectory
 from astro_dist.run_directory.unit_record import FileRecord
-from astro_dist.source.resolve import resolve_source
+from astro_dist.source.resolve import Source, resolve_source
 
 __all__ = ["Verification", "verify_model"]
 
@@ -39,6 +40,7 @@ class Verification:
         model: Folder or repository of the model.
         num_linears: Number of packed layers.
         num_tensors: Number of tensors.
+        num_corrections: Number of packed layers that the adapter of the model corrects.
         inputs: Grid to which servers round the inputs of packed layers; None where they stay as they are.
         not_finite: Names of the tensors that hold NaN or Inf, and that the model's class does not read. A drafter may.
         checksums_compared: Whether every file was compared with the SHA-256 that the run recorded.
@@ -48,6 +50,7 @@ class Verification:
     model: str
     num_linears: int
     num_tensors: int
+    num_corrections: int
     inputs: ActivationScheme | None
     not_finite: tuple[str, ...]
     checksums_compared: bool
@@ -59,6 +62,7 @@ class Verification:
             "model": self.model,
             "linears": self.num_linears,
             "tensors": self.num_tensors,
+            "corrections": self.num_corrections,
             "inputs": None if self.inputs is None else self.inputs.in_words,
             "not_finite": list(self.not_finite),
             "checksums_compared": self.checksums_compared,
@@ -73,7 +77,7 @@ def verify_model(model: Path | str, against: Path | str | None = None, trust_rem
     its tensor, or is a linear layer with all of its packed tensors in the right shapes; every float that it reads is
     finite and no scale zero; no layer is there twice. Every matrix that is not packed, known to that class or not, is
     named in the config's ignore list, as readers ask. In a run directory every file has the SHA-256 that it was written
-    with.
+    with. An adapter beside the model corrects packed layers alone, with a scaling of 1.
 
     Args:
         model: Folder of a quantized model or of its run, or ORG/NAME[@REVISION] of a model on the Hub, which is read by
@@ -130,6 +134,7 @@ def verify_model(model: Path | str, against: Path | str | None = None, trust_rem
         model=str(opened.store),
         num_linears=len(layers),
         num_tensors=len(checkpoint.entries),
+        num_corrections=_check_adapter(opened, {layer.name: layer for layer in layers}),
         inputs=inputs,
         not_finite=tuple(not_finite),
         checksums_compared=is_of_run,
@@ -223,6 +228,24 @@ def _require_as_written(root: Path) -> None:
 def _is_there(folder: Path, file: FileRecord) -> bool:
     path = folder / file.name
     return path.is_file() and path.stat().st_size == file.size_bytes and describe(folder, file.name) == file
+
+
+def _check_adapter(model: Source, layers: Mapping[str, LinearLayer]) -> int:
+    """Check that a model's adapter corrects packed layers alone, in their shapes, and return how many."""
+    adapter = AdapterFile.of(model)
+    if adapter is None:
+        return 0
+    place = f"{model.store}/{ADAPTER_WEIGHTS}"
+    for name in adapter.ranks:
+        if name not in layers:
+            raise CheckpointError(f"{place}: corrects {name}, which is no packed layer; it is of another run")
+        correction, layer = adapter.corrections([name])[name], layers[name]
+        shape = (len(correction.B), correction.A.shape[1])
+        if shape != (layer.rows, layer.columns):
+            raise CheckpointError(f"{place}: corrects {name} as {shape}, it is {(layer.rows, layer.columns)}")
+        if not bool(torch.isfinite(correction.A).all() & torch.isfinite(correction.B).all()):
+            raise CheckpointError(f"{place}: the correction of {name} holds NaN or Inf")
+    return len(adapter.ranks)
 
 
 def _check_linear(checkpoint: Checkpoint, packing: Layout, layer: LinearLayer, scheme: LayerScheme) -> torch.Tensor:

@@ -9,6 +9,7 @@ from typing import assert_never
 import torch
 
 from astro_dist.config.schema import RunConfig
+from astro_dist.planning.correction_cost import correction_size, correction_work
 from astro_dist.planning.devices import Device, reads_weights_ahead
 from astro_dist.planning.predicted_groups import PredictedInputGroup, predicted_input_groups, stages_of, together
 from astro_dist.planning.solve_cost import SolveCost, dequantizing, packing, unpacking
@@ -32,6 +33,7 @@ from astro_dist.schedule.calls import (
     MergeHessians,
     OpenBlock,
     PartCall,
+    Reconstruct,
     Result,
     SmoothChannels,
     SolveBlock,
@@ -82,6 +84,7 @@ class CostModel:
         loops = config.execution.column_loops(device_type)
         self._tile_elements = config.execution.tile_elements(device_type)
         self._solve = SolveCost(config.quantization, config.regularizer, self._tile_elements, loops)
+        self._reconstruction = config.reconstruction
         self._batches_of: dict[int, list[PredictedInputGroup]] = {}
         self._plan, self._tokens, self._itemsize = plan, dict(chunk_tokens), dtype.itemsize
         self._shares = shares(list(chunk_tokens), config.execution.hessian_shares)
@@ -159,17 +162,21 @@ class CostModel:
         kept = (len(self._plan.blocks) + workers + 2) * calibration * (self._weighs_by_loss or self._smooths)
         largest = max(map(self._batches, self._plan.blocks), key=_total_square)
         if not self._sequential:
-            written = self._plan.written_bytes * min(self._rounds, 2)
+            written = self.kept_bytes()
             num_split = min(workers // 2, len(self._plan.blocks))
             squares = num_split * sum(_PACKED_BYTES * batch.square for batch in largest)
             return int(written + kept + (workers + 2) * self._rounds * inputs + squares)
         squares = (_PACKED_BYTES + 4.0 * self._compensated) * (_total_square(largest) + self._widest(largest))
         tiles = sum(1.1 * batch.weights for batch in largest)
-        return int(self._plan.written_bytes + kept + (4 + 3 * self._compensated) * inputs + squares + tiles)
+        return int(self.kept_bytes() + kept + (4 + 3 * self._compensated) * inputs + squares + tiles)
 
     def kept_bytes(self) -> int:
-        """Return how much of `disk_bytes` are no activations: the result, and an earlier round."""
-        return self._plan.written_bytes * (1 if self._sequential else min(self._rounds, 2))
+        """Return how much of `disk_bytes` are no activations: the result, and an earlier round.
+
+        Corrections are there twice at the end, block by block and as one adapter.
+        """
+        corrections, rounds = self._adapter_bytes(*self._plan.blocks), min(self._rounds, 2)
+        return self._plan.written_bytes * (1 if self._sequential else rounds) + corrections * (rounds + 1)
 
     def _widest(self, batches: list[PredictedInputGroup]) -> float:
         """Elements of all shares of the stage with the largest Hessians."""
@@ -211,8 +218,10 @@ class CostModel:
                 counts = isinstance(call, Forward) and not is_held_out(call.chunk)
                 return passed + self._hessian(self._batches(unit), tokens) if counts else passed
             case SolveBlock():
-                solved = (self._solve.whole(batch, call.round_index) for batch in self._batches(unit))
-                work = sum(solved, packing(self._weights(unit)) + Work(moved_bytes=unit.written_bytes))
+                batches = self._batches(unit)
+                work = packing(self._weights(unit)) + Work(moved_bytes=unit.written_bytes + self._adapter_bytes(unit))
+                work = sum((self._solve.whole(batch, call.round_index) for batch in batches), work)
+                work = sum((self._correct(batch) for batch in batches), work)
                 if call.following is None or not reads_weights_ahead(self._device_type):
                     return work
                 return _behind(work, self._plan.blocks[call.following].read_bytes)
@@ -224,7 +233,7 @@ class CostModel:
                 return Work(moved_bytes=sum(_PACKED_BYTES * batch.square for batch in self._batches(unit)))
             case AccumulateHessians():
                 return self._share_work(call, unit)
-            case MergeHessians() | TryBetas() | SolveRows():
+            case MergeHessians() | TryBetas() | SolveRows() | Reconstruct():
                 return self._part_work(call, unit)
         assert_never(call)
 
@@ -258,11 +267,21 @@ class CostModel:
             return solved + Work(moved_bytes=moved)
         # Which worker has the batch prepared already is open.
         prepared = self._solve.prepare(batch) + Work(moved_bytes=square + weights)
+        if isinstance(call, Reconstruct):
+            return prepared + self._correct(batch) + Work(moved_bytes=batch.weights)
         if isinstance(call, TryBetas):
             return prepared + self._solve.try_betas(batch, [_nearest(self._solve.sample_tiles(batch), call.tile)])
         tile = _nearest(self._solve.tiles(batch), call.tile)
         written = 5.0 * batch.count * (tile.stop - tile.start) * batch.columns
         return prepared + self._solve.solve_rows(batch, [tile]) + Work(moved_bytes=written)
+
+    def _correct(self, batch: PredictedInputGroup) -> Work:
+        """Count what it takes to correct the errors of a batch's rows."""
+        return correction_work(batch, self._reconstruction, self._compensated)
+
+    def _adapter_bytes(self, *units: BlockUnit) -> int:
+        """Size of the corrections of some blocks in a file."""
+        return correction_size(units, self._reconstruction).size_bytes
 
     def _weights(self, unit: BlockUnit) -> float:
         """Number of a block's quantized weights."""
@@ -298,7 +317,8 @@ class CostModel:
     def _parts(self, batches: list[PredictedInputGroup], index: int) -> BatchParts:
         """Count the calls that a batch takes once its Hessians are merged."""
         batch = batches[index]
-        return BatchParts(index, len(self._solve.sample_tiles(batch)), len(self._solve.tiles(batch)))
+        is_corrected = self._reconstruction.is_on and batch.reach == 1
+        return BatchParts(index, len(self._solve.sample_tiles(batch)), len(self._solve.tiles(batch)), is_corrected)
 
     @property
     def _held_out_chunks(self) -> list[str]:

@@ -25,6 +25,7 @@ from astro_dist.config.text_place import is_file
 from astro_dist.planning.checkpoint_plan import make_plan
 from astro_dist.planning.chunk_size import chunk_note, settle_chunks
 from astro_dist.planning.compute_dtype import compute_dtype
+from astro_dist.planning.correction_cost import correction_notes
 from astro_dist.planning.devices import DEVICES, measure, memory_shortage, usable_bytes
 from astro_dist.planning.estimate import Estimate, estimate
 from astro_dist.planning.left_out import exact_expert_notes, zero_expert_notes
@@ -113,6 +114,7 @@ def prepare(config: RunConfig, commit: str | None = None) -> Prepared:
         *layout.server_notes(schemes, plan.ignore),
         *layout.inputs_notes(linears.values(), schemes, inputs),
         *layout.reader_notes(linears.values()),
+        *correction_notes(plan, config.reconstruction),
         *zero_expert_notes(skeleton, plan.left_out),
         *source_notes(checkpoint.encoded, [scheme for possible in schemes.values() for scheme in possible]),
         *_plan_notes(config, plan, type(skeleton.model).__name__),

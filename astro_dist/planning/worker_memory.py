@@ -10,6 +10,7 @@ from astro.calibration.hessian import summed_dtype
 from astro.linalg.tiling import row_tile
 from astro.model.scaling_places import WIDE_BYTES
 from astro_dist.config.schema import RunConfig
+from astro_dist.planning.correction_cost import correction_size
 from astro_dist.planning.devices import CUDA_CONTEXT_BYTES
 from astro_dist.planning.forward_memory import ForwardMemory
 from astro_dist.planning.predicted_groups import PredictedInputGroup, predicted_input_groups, stages_of, together
@@ -35,6 +36,9 @@ operator, one half while either is made), and arrays of a row tile (weights, tar
 slopes, grid and figures). `tests/bench/memory.py` compares the sum with what a run takes, and
 `tests/astro_dist/planning/test_worker_memory.py` with tensors of the true sizes of large models."""
 
+_CORRECTING_TILES = 3
+"""Arrays of a row tile that a correction holds at its peak: what was aimed at, a product for it, dequantized rows."""
+
 
 class WorkerMemory:
     """Foretells what a worker holds, for chunks of any size."""
@@ -54,6 +58,7 @@ class WorkerMemory:
         self._calibration_tokens = calibration.most_samples * calibration.longest_sequence
         self._sequential = config.execution.mode == "sequential"
         self._compensated = self._sequential and config.quantization.compensates
+        self._reconstruction = config.reconstruction
         self._all_tokens = config.experts.policy == "all-tokens"
         self._weighs_by_loss = calibration.token_weights == "loss"
         self._smooths = config.activations.smoothing != "none"
@@ -112,6 +117,7 @@ class WorkerMemory:
             forwarding += weights * self._itemsize + sums
         else:
             solving += weights  # quantized layers wait as bytes until the shard is written
+        solving += correction_size([unit], self._reconstruction).size_bytes  # they wait too
         travelling = _TRAVELLING * self._state_bytes(sequences)
         phase = max(forwarding + travelling, solving)
         if self._weighs_by_loss:
@@ -133,7 +139,11 @@ class WorkerMemory:
         tile = min(batch.count * batch.rows, row_tile(batch.columns, self._tile_elements))
         # In mode `sequential` the Hessian itself, and the drift; experts have none.
         squares = _SQUARES + self._sequential + (self._compensated and batch.reach == 1)
-        return 4.0 * (squares * batch.square + batch.weights + _TILES * tile * batch.columns)
+        beside = float(_TILES) * tile * batch.columns
+        if self._reconstruction.is_on and batch.reach == 1:
+            # The errors of all rows of a layer and the integers of all rows, beside arrays of a tile of rows.
+            beside = max(beside, 1.25 * batch.weights + _CORRECTING_TILES * tile * batch.columns)
+        return 4.0 * (squares * batch.square + batch.weights + beside)
 
     def _share_bytes(self, batch: PredictedInputGroup) -> float:
         """Size of what is summed over a share: a Hessian, and its drift, to which a product as large is added."""

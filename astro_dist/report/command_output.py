@@ -70,7 +70,11 @@ def figure_lines(summary: "Summary", source: str = "") -> list[str]:
     share = percent(summary.bytes_written / summary.bytes_read)
     mean = f"; {summary.average_bits:.3g} bits a quantized weight on average" if summary.widths_by else ""
     inputs = f"; servers are told to round inputs: {summary.inputs}" if summary.inputs else ""
-    return [*lines, f"{decimal(summary.bytes_written)} written, {share} of the source{mean}{inputs}"]
+    lines.append(f"{decimal(summary.bytes_written)} written, {share} of the source{mean}{inputs}")
+    if summary.corrections is not None:
+        words = summary.corrections.in_words
+        lines.append(f"{words[0].upper()}{words[1:]}. They are the adapter that servers have to load too")
+    return lines
 
 
 def next_lines(summary: "Summary", root: Path) -> list[str]:
@@ -194,7 +198,9 @@ def verification_lines(verification: "Verification", against: str | None, show_a
         )
     if verification.inputs is not None:
         lines.append(f"config.json tells servers to round the inputs of packed layers: {verification.inputs.in_words}")
-    return [*lines, f"{verification.num_linears} packed layers and {tensors} are sound{compared}"]
+    corrections = f", {counted(verification.num_corrections, 'correction')} of low rank"
+    beside = corrections if verification.num_corrections else ""
+    return [*lines, f"{verification.num_linears} packed layers{beside} and {tensors} are sound{compared}"]
 
 
 def fallback_lines(fallbacks: "Fallbacks", min_tokens: int) -> list[str]:

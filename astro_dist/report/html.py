@@ -93,6 +93,7 @@ def _row(round_index: int, block: int, layer: LayerRecord) -> dict[str, Any]:
     """A row of the table, for layers that were solved together."""
     plain = dataclasses.asdict(layer)
     del plain["width_errors"]
+    plain["rank"] = max(plain.pop("ranks").values(), default=0)
     nats = {"predicted_nats": layer.predicted_nats}
     return {"round": round_index, "block": block, **plain, **nats, "seconds": sum(layer.seconds.values())}
 

@@ -31,6 +31,8 @@ def method_sentences(findings: Findings) -> list[str]:
         coverage, widths_by = findings.summary.coverage, findings.summary.widths_by
         if widths_by:
             sentences.append(f"Widths were chosen by {_MEASURES[widths_by]}.")
+        corrections = findings.summary.corrections
+        sentences += [f"{corrections.in_words[0].upper()}{corrections.in_words[1:]}."] if corrections else []
         parts = (coverage.in_words, coverage.copied_in_words) if coverage else ()
         sentences += [f"{part[0].upper()}{part[1:]}." for part in parts if part]
         rule = config.activations.smoothing

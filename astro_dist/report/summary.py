@@ -13,8 +13,10 @@ from astro.quantization.bit_allocation import are_in_nats
 from astro.quantization.layer_record import Fallbacks, LayerRecord, predicted_nats
 from astro.timing import add_seconds
 from astro_dist.config.schema import RunConfig
+from astro_dist.export.adapter_file import ADAPTER_WEIGHTS
 from astro_dist.export.assemble import final_schemes, smoothed_inputs
 from astro_dist.planning.units import Plan
+from astro_dist.run_directory.correction_figures import CorrectionFigures
 from astro_dist.run_directory.journal import Damaged, Failed, Passed, last_of_each_unit
 from astro_dist.run_directory.records import RunDirectory
 from astro_dist.run_directory.smoothed_kinds import SmoothedKind, smoothed_kinds
@@ -85,6 +87,7 @@ def summarize(
     original, *results = (run.read_if_there(head_unit(stream), LossResult) for stream in stream_names(run.rounds))
     perplexity = Perplexity.of(original, results[-1])
     smoothing = smoothed_kinds(smoothed_inputs(run, len(plan.blocks)))
+    adapter = run.model / ADAPTER_WEIGHTS
     by_round = tuple(map(RoundFigures, map(perplexity_of, results), map(_mean_error, layers)))
     return Summary(
         perplexity=perplexity,
@@ -114,6 +117,7 @@ def summarize(
         widths_by=_measure(layers[0]) if quantization.bits == "auto" else "",
         inputs=config.activations.in_words,
         smoothing=smoothing,
+        corrections=CorrectionFigures.of(last, adapter.stat().st_size) if adapter.is_file() else None,
     )
 
 

@@ -90,7 +90,10 @@ def _quality(measured: Perplexity) -> Tile:
 def _size(summary: Summary) -> Tile:
     value, _, unit = decimal(summary.bytes_written).partition(" ")
     share = percent(summary.bytes_written / summary.bytes_read)
-    return Tile("Size", (Figure(value, unit, f"{share} of the original, {_unbroken(decimal(summary.bytes_read))}"),))
+    detail = f"{share} of the original, {_unbroken(decimal(summary.bytes_read))}"
+    if summary.corrections is not None:
+        detail += f"; {_unbroken(decimal(summary.corrections.size_bytes))} of corrections beside it"
+    return Tile("Size", (Figure(value, unit, detail),))
 
 
 def _bits(findings: Findings, summary: Summary) -> Tile:

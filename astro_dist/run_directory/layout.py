@@ -7,6 +7,7 @@ summary.json   the figures of the run            journal.jsonl  what happened wh
 rounds/        shards of earlier rounds          allocation.json  with a width budget: every layer's width
 model.json     files of the finished model       uploads.json   what the Hub holds of it
 source/        of a remote model: config, tokenizer, code
+adapter/       corrections of low rank, block by block
 """
 
 import dataclasses
@@ -126,6 +127,16 @@ class RunLayout:
             file: Name of the shard.
         """
         return (self.model if round_index == self.rounds - 1 else self.root / "rounds" / str(round_index)) / file
+
+    def corrections(self, round_index: int, file: str) -> Path:
+        """Return the path of the corrections of low rank that a round writes for a block.
+
+        Args:
+            round_index: Index of the round.
+            file: Name of the block's shard.
+        """
+        is_last = round_index == self.rounds - 1
+        return (self.root if is_last else self.root / "rounds" / str(round_index)) / "adapter" / file
 
     def inputs(self, stream: str, block: int) -> Path:
         """Return the path of the folder with the inputs of a block. All streams share those of the first block.

@@ -10,6 +10,7 @@ from astro.errors import DamagedError
 from astro.model.perplexity import mean_per_token, relative_change
 from astro.quantization.layer_record import Fallbacks
 from astro_dist.planning.coverage import Coverage
+from astro_dist.run_directory.correction_figures import CorrectionFigures
 from astro_dist.run_directory.journal import Damaged, Failed
 from astro_dist.run_directory.published_model import PublishedModel
 from astro_dist.run_directory.records import read_own_json
@@ -176,6 +177,8 @@ class Summary:
         inputs: What servers are told to round inputs of quantized layers to, such as "int8 per token"; empty where
             inputs stay as they are.
         smoothing: What became of the inputs that were to be smoothed, by kind; empty where none were.
+        corrections: Corrections of low rank in the adapter beside the model, which all figures of the result are
+            measured with; None where it has none.
     """
 
     perplexity: Perplexity
@@ -203,6 +206,7 @@ class Summary:
     widths_by: str = ""
     inputs: str = ""
     smoothing: tuple[SmoothedKind, ...] = ()
+    corrections: CorrectionFigures | None = None
 
     @property
     def prediction_in_words(self) -> str:
@@ -214,7 +218,7 @@ class Summary:
     def to_json(self) -> dict[str, Any]:
         """Return the summary as the JSON object of its file."""
         plain = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
-        publish = plain.pop("publish")
+        publish, corrections = plain.pop("publish"), plain.pop("corrections")
         return {
             **plain,
             "perplexity": dataclasses.asdict(self.perplexity),
@@ -227,6 +231,7 @@ class Summary:
             "units": dataclasses.asdict(self.units),
             "base_model": self.base_model.to_json(),
             "smoothing": [kind.to_json() for kind in self.smoothing],
+            **({"corrections": corrections.to_json()} if corrections is not None else {}),
             **({"publish": publish.to_json()} if publish is not None else {}),
         }
 
@@ -250,6 +255,7 @@ class Summary:
             "units": UnitCounts(**content["units"]),
             "base_model": BaseModel.from_json(content["base_model"]),
             "smoothing": tuple(map(SmoothedKind.from_json, content.get("smoothing", ()))),
+            "corrections": CorrectionFigures.from_json(content["corrections"]) if content.get("corrections") else None,
             "publish": PublishedModel.from_json(content["publish"]) if content.get("publish") else None,
         }
         return cls(**{name: read[name] if name in read else content[name] for name in fields})

@@ -11,6 +11,7 @@ __all__ = [
     "Forward",
     "MergeHessians",
     "OpenBlock",
+    "Reconstruct",
     "RoundCall",
     "SolveBlock",
     "SolveRows",
@@ -189,6 +190,20 @@ class SolveRows(RoundCall):
     batch: int
     tile: int
     verb: ClassVar[str] = "solve rows"
+
+
+@dataclasses.dataclass(frozen=True)
+class Reconstruct(RoundCall):
+    """Correct what the solve of a batch's rows, all of them, leaves of errors.
+
+    Attributes:
+        round_index: Index of the round.
+        block: Index of the block.
+        batch: Index of the batch.
+    """
+
+    batch: int
+    verb: ClassVar[str] = "reconstruct"
 
 
 @dataclasses.dataclass(frozen=True)

@@ -14,6 +14,7 @@ from astro_dist.schedule.calls import (
     ForwardChunk,
     MergeHessians,
     OpenBlock,
+    Reconstruct,
     Result,
     SolveBlock,
     SolveRows,
@@ -60,7 +61,7 @@ class BlockSchedule:
            ▲                       │            │    │ SplitBlock                                     ▲
            │    worker lost, or    │            │    ▼               WriteBlock                       │
            └──── gives it up ──────┴────────────┘  SPLIT ─────────────────────────────────────────────┘
-                                                     ↺ MergeHessians, TryBetas, SolveRows
+                                                     ↺ MergeHessians, TryBetas, SolveRows, Reconstruct
 
     A block in state OPENING or FEEDING is held by a worker, in any other state by none. So a lost worker costs a split
     block no more than the part that the worker was at. A block whose worker was lost begins anew with the next worker
@@ -156,7 +157,7 @@ class BlockSchedule:
                 self._split.append(self._open_blocks.pop(worker))
                 self._split[-1].move(State.SPLIT, PendingCalls(call.place, result.batches))
                 return []
-            case MergeHessians() | TryBetas() | SolveRows():
+            case MergeHessians() | TryBetas() | SolveRows() | Reconstruct():
                 parts = self._blocks[call.place].parts
                 assert parts is not None
                 parts.done(call)

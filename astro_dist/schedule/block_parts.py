@@ -13,11 +13,13 @@ class BatchParts:
         batch: Index of the batch.
         sample_tiles: Number of `TryBetas` calls. All of them return before the first tile is solved.
         tiles: Number of `SolveRows` calls.
+        is_corrected: Whether a `Reconstruct` call follows them.
     """
 
     batch: int
     sample_tiles: int
     tiles: int
+    is_corrected: bool = False
 
 
 @dataclasses.dataclass(frozen=True)

@@ -10,7 +10,7 @@ Several calls make up a unit of the run. Round 0 calibrates on the stream `origi
                      OpenBlock, Forward …, SplitBlock, parts …, WriteBlock  a block that it splits for others to help
                      OpenBlock, Forward …, FinishEvaluation                 a block of the result, only evaluated
     mode sequential  AccumulateHessians …, parts …, WriteBlock              stage by stage, by all workers
-    parts            MergeHessians, TryBetas …, SolveRows …                 of each batch of a block that is split
+    parts            MergeHessians, TryBetas …, SolveRows …, Reconstruct    of each batch of a block that is split
     both             Embed, CopyTensors, ForwardChunk, EvaluateLoss
     smoothing        MeasureChannels …, SmoothChannels                      before all others, where inputs are smoothed
     token weights    ForwardChunk …, DifferentiateLoss, Backward …, WeighTokens …    before either, by the loss
@@ -26,6 +26,7 @@ from astro_dist.schedule.block_calls import (
     Forward,
     MergeHessians,
     OpenBlock,
+    Reconstruct,
     SolveBlock,
     SolveRows,
     SplitBlock,
@@ -56,6 +57,7 @@ __all__ = [
     "MergeHessians",
     "OpenBlock",
     "PartCall",
+    "Reconstruct",
     "Result",
     "SmoothChannels",
     "SmoothingCall",
@@ -136,7 +138,7 @@ class ForwardChunk:
 
 HeldCall = OpenBlock | Forward | SolveBlock | SplitBlock | FinishEvaluation
 """The calls for a block that one worker keeps in its memory from the first of them to the last."""
-PartCall = MergeHessians | TryBetas | SolveRows
+PartCall = MergeHessians | TryBetas | SolveRows | Reconstruct
 """The calls by which several workers solve a block."""
 WeighingCall = DifferentiateLoss | Backward | WeighTokens
 """The calls that measure token weights by the loss."""

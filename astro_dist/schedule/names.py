@@ -5,7 +5,7 @@
     smoothing-0003                                                        units, where inputs are smoothed
     original  round-0  round-1  gradient  energy  channels                streams
     c0000  h0000                                                          chunks: calibrated on, and held out
-    0-sum  0-share-1  0-decision  0-sample-2  0-tile-3                    parts of a batch that workers hand each other
+    0-sum  0-share-1  0-decision  0-sample-2  0-tile-3  0-corrections     parts of a batch that workers hand each other
 
 A *stream* is the hidden states of every chunk on their way through one model: `original` through the source, `round-r`
 through what round r wrote. Three streams are no hidden states. `gradient` is that of the loss with respect to the
@@ -17,6 +17,7 @@ import re
 
 __all__ = [
     "CHANNELS",
+    "CORRECTIONS",
     "DECISION",
     "EMBED",
     "ENERGY",
@@ -66,6 +67,8 @@ SUM = "sum"
 """The part that holds a batch's Hessians, added up over all shares."""
 DECISION = "decision"
 """The part that holds what was decided for all rows of a batch."""
+CORRECTIONS = "corrections"
+"""The part that holds the corrections of low rank of a batch's layers."""
 
 _BLOCK_UNIT = re.compile(r"round-(\d+)-block-(\d+)")
 _COPY_UNIT = re.compile(r"copy-(\d+)")

@@ -1,11 +1,12 @@
 """The calls by which several workers solve a block: for each batch a merge, then tiles of its sample, then of its rows.
 
-A batch consists of input groups that are solved side by side.
+Where errors are corrected, a last call does so for all rows together. A batch consists of input groups that are solved
+side by side.
 """
 
 from collections.abc import Callable, Iterable
 
-from astro_dist.schedule.calls import BatchParts, MergeHessians, PartCall, SolveRows, TryBetas
+from astro_dist.schedule.calls import BatchParts, MergeHessians, PartCall, Reconstruct, SolveRows, TryBetas
 
 __all__ = ["PendingCalls"]
 
@@ -56,4 +57,5 @@ class PendingCalls:
             (TryBetas, parts.sample_tiles),
             (SolveRows, parts.tiles),
         ]
-        return [[kind(*self._place, parts.batch, tile) for tile in range(n)] for kind, n in kinds if n]
+        phases = [[kind(*self._place, parts.batch, tile) for tile in range(n)] for kind, n in kinds if n]
+        return [*phases, [Reconstruct(*self._place, parts.batch)]] if parts.is_corrected else phases

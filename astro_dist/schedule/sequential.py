@@ -15,6 +15,7 @@ from astro_dist.schedule.calls import (
     EvaluateLoss,
     ForwardChunk,
     MergeHessians,
+    Reconstruct,
     Result,
     SolveRows,
     TryBetas,
@@ -66,10 +67,12 @@ class SequentialSchedule:
                                stage             batch's sample,   of the                      is the input of the
                                                  if β is searched  batch's rows                next block
 
+    Where errors are corrected, Reconstruct follows the last SolveRows of a batch, one for all rows of the batch.
+
     A share is accumulated as soon as all of its chunks are there. MergeHessians waits for all shares of the stage. From
-    there to SolveRows each batch goes its own way: it waits until its own calls of one kind have returned before the
-    next kind begins. The next stage waits for all batches of the stage before, and WriteBlock for the last stage. Of a
-    block that is not finished nothing is kept when a run goes on: it begins again with its first stage.
+    there on each batch goes its own way: it waits until its own calls of one kind have returned before the next kind
+    begins. The next stage waits for all batches of the stage before, and WriteBlock for the last stage. Of a block that
+    is not finished nothing is kept when a run goes on: it begins again with its first stage.
 
     Attributes:
         units: Names of all units of the run.
@@ -135,7 +138,7 @@ class SequentialSchedule:
                 self._stages[block] = result.num_stages
                 solving = self._solving.setdefault((block, stage), PendingCalls((0, block), result.batches))
                 self._by_batch |= {(block, batch): solving for batch in solving.batches}
-            case MergeHessians() | TryBetas() | SolveRows():
+            case MergeHessians() | TryBetas() | SolveRows() | Reconstruct():
                 self._by_batch[call.block, call.batch].done(call)
             case _:
                 self.finished.add(call.unit)

@@ -8,17 +8,19 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch.utils.hooks import RemovableHandle
 
 from astro.errors import CheckpointError
-from astro.formats import LAYOUTS
+from astro.formats import LAYOUTS, peft_adapter
 from astro.formats.block_shard import kept_keys, pack_block
 from astro.model.activations import BlockLayers
 from astro.model.block_call import BlockState, forward
 from astro.model.call_file import Recording
+from astro.model.low_rank import attach, takes_correction
 from astro.model.skeleton import Skeleton
 from astro.process import return_freed_memory
 from astro.quantization.grid import QuantizedLinear
-from astro.quantization.recipe import Recipe
+from astro.quantization.recipe import Corrections, Recipe
 from astro.storage.atomic import save_tensors
 from astro.storage.checked_tensors import load_part
 from astro.storage.device_copies import DeviceCopies
@@ -76,6 +78,7 @@ class BlockRunner:
         self._weights = StoredWeights(spec, self.device, copies)
         self._tokens: dict[str, torch.Tensor] | None = None
         self._loaded: tuple[str, int] | None = None
+        self._corrected: list[RemovableHandle] = []
         self._layers: tuple[int, BlockLayers] | None = None
         self._calls = RecordedCalls(spec.run, self.device)
 
@@ -150,6 +153,8 @@ class BlockRunner:
         self.skeleton.load(block, tensors, self.device, dtype)
         self.skeleton.require_filled(block, f"block {index + 1}")
         self._loaded = place
+        corrections = self._weights.corrections(stream, unit)
+        self._corrected = attach(self.skeleton.model, corrections, self.spec.compute_dtype)
         for name, parameter in block.named_parameters():
             # NaN passes through minimum and maximum, which need no memory of the parameter's size.
             if parameter.numel() and not bool(torch.isfinite(torch.stack(torch.aminmax(parameter.detach()))).all()):
@@ -171,6 +176,8 @@ class BlockRunner:
     def close(self) -> None:
         """Take the block off the device."""
         self._prefetch.forget()
+        while self._corrected:
+            self._corrected.pop().remove()
         if self._loaded is not None:
             self.skeleton.unload(self.skeleton.blocks[self._loaded[1]])
             self._loaded = None
@@ -236,7 +243,11 @@ class BlockRunner:
         spec = self.spec
         layout_dtype: torch.dtype | None = LAYOUTS[spec.quantization.format].SCALE_DTYPE
         scale_dtype = layout_dtype if layout_dtype is not None else self._stored_dtype(unit)
-        return Recipe(spec.quantization, spec.regularization, scale_dtype, spec.tile_elements)
+        corrections = None
+        if spec.reconstruction.is_on:
+            layers = frozenset(linear.name for linear in unit.linears if takes_correction(linear))
+            corrections = Corrections(spec.reconstruction, layers, self._stored_dtype(unit))
+        return Recipe(spec.quantization, spec.regularization, scale_dtype, spec.tile_elements, corrections)
 
     def _stored_dtype(self, unit: BlockUnit) -> torch.dtype:
         """Dtype of a block's weights in the source."""
@@ -252,8 +263,10 @@ class BlockRunner:
         quantization = self.spec.quantization
         return quantization.bit_choices if quantization.bits == "auto" and round_index == 0 else ()
 
-    def write_block(self, unit: BlockUnit, round_index: int, quantized: dict[str, QuantizedLinear]) -> Path:
+    def write_block(self, unit: BlockUnit, round_index: int, quantized: dict[str, QuantizedLinear]) -> list[Path]:
         """Write a block's shard: packed layers, and every other tensor as it was, or as smoothed inputs want it.
+
+        Corrections have a file of their own.
 
         Args:
             unit: Unit of the block.
@@ -261,14 +274,19 @@ class BlockRunner:
             quantized: Every quantized layer by name.
 
         Returns:
-            The path of the shard.
+            The paths of the files.
         """
+        corrections = {name: layer.correction for name, layer in quantized.items() if layer.correction}
         layout = LAYOUTS[self.spec.quantization.format]
         kept = self.smoothed.applied(unit, self.checkpoint.read(kept_keys(unit.linears, unit.keys)))
         tensors = pack_block(layout, unit.linears, quantized, kept, self.recipe(unit).scale_dtype, self.device)
         path = self.spec.run.shard(round_index, unit.file)
         save_tensors(path, tensors)
-        return path
+        if not corrections:
+            return [path]
+        beside = self.spec.run.corrections(round_index, unit.file)
+        save_tensors(beside, peft_adapter.pack(corrections))
+        return [path, beside]
 
     def forward(self, index: int, state: BlockState, chunk: str) -> BlockState:
         """Return what the loaded block makes of the state before it.

@@ -5,7 +5,8 @@ hold the errors of the stages before. A share is a fixed part of the chunks. Sha
 """
 
 import dataclasses
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from itertools import zip_longest
 from typing import Any
 
@@ -25,6 +26,7 @@ from astro.calibration.token_weights import TokenWeights
 from astro.linalg.batching import stacked
 from astro.linalg.symmetric import packed, unpacked
 from astro.model.activations import Inputs, Operand
+from astro.model.low_rank import LowRank, attached
 from astro.quantization.block import COUNTED
 from astro.timing import Stopwatch, add_seconds, clock_s
 from astro_dist.schedule.names import ORIGINAL, SUM, round_stream, share_part
@@ -67,6 +69,14 @@ class _Substitute:
     block: BlockInParts
     stage: int
     source: AllTokens | HessianAccumulator
+
+
+@dataclasses.dataclass(frozen=True)
+class _SolvedLayers:
+    """Layers as they were quantized: their weights, and the corrections that some of them have."""
+
+    weights: Mapping[str, torch.Tensor]
+    corrections: Mapping[str, LowRank]
 
 
 class HessianShares:
@@ -186,13 +196,13 @@ class HessianShares:
         watches: Mapping[str, Stopwatch],
     ) -> None:
         """Pass chunks through the block up to a stage, those of the source too where the drift from it is wanted."""
-        layers, quantized = self._runner.layers(block.unit), self._dequantized(block, stage)
+        earlier, nothing = self._earlier_stages(block, stage), _SolvedLayers({}, {})
         weights = self._token_weights(block)
         drifts = [operand for operand, (_, drift) in sums.items() if drift is not None]
-        with layers.replaced({} if drifts else quantized):
+        with self._put_in(block, nothing if drifts else earlier):
             for chunk, following in zip_longest(chunks, chunks[1:]):
                 later = (_RESULT, following) if following else None
-                with layers.replaced(quantized if drifts else {}):
+                with self._put_in(block, earlier if drifts else nothing):
                     source = (ORIGINAL, chunk) if drifts else later
                     inputs = self._inputs(block, sums.keys(), (_RESULT, chunk), source)
                 source_inputs = self._inputs(block, drifts, (ORIGINAL, chunk), later) if drifts else {}
@@ -283,8 +293,8 @@ class HessianShares:
             return sufficient_statistics(names, H, self._token_weights(block).kind_of(operand))
         stage = next(i for i, batches in enumerate(block.stages) if batch in batches)
         if experts.policy == "all-tokens":
-            layers = runner.layers(runner.load(ORIGINAL, block.unit.index))
-            with layers.replaced(self._dequantized(block, stage)):
+            runner.load(ORIGINAL, block.unit.index)
+            with self._put_in(block, self._earlier_stages(block, stage)):
                 all_tokens = self._gathered(block, stage, operand)
                 sums = all_tokens.sums(operand, runner.device) if isinstance(all_tokens, AllTokens) else None
                 return starved_statistics(operand, H.num_tokens, experts, sums, runner.device, kind)
@@ -310,12 +320,26 @@ class HessianShares:
             self._substitute = substitute = _Substitute(block, stage, source)
         return substitute.source
 
-    def _dequantized(self, block: BlockInParts, stage: int) -> dict[str, torch.Tensor]:
-        """Weights of the stages before as they were quantized, in the compute dtype."""
+    def _earlier_stages(self, block: BlockInParts, stage: int) -> "_SolvedLayers":
+        """Layers of the stages before as they were quantized, in the compute dtype."""
         batches = [batch for earlier in block.stages[:stage] for batch in earlier]
         dtype, device = self._runner.spec.compute_dtype, self._runner.device
-        solved = [block.solved(batch)[0] for batch in batches]
-        return {name: layer.to(device).dequantize(dtype) for layers in solved for name, layer in layers.items()}
+        weights: dict[str, torch.Tensor] = {}
+        corrections: dict[str, LowRank] = {}
+        for batch in batches:
+            for name, solved in block.solved(batch)[0].items():
+                layer = solved.to(device)
+                weights[name] = layer.dequantize(dtype)
+                corrections |= {name: layer.correction} if layer.correction else {}
+        return _SolvedLayers(weights, corrections)
+
+    @contextmanager
+    def _put_in(self, block: BlockInParts, solved: "_SolvedLayers") -> Iterator[None]:
+        """Let a block compute with layers as they were solved while the body of a `with` statement runs."""
+        runner = self._runner
+        layers, model = runner.layers(block.unit), runner.skeleton.model
+        with layers.replaced(solved.weights), attached(model, solved.corrections, runner.spec.compute_dtype):
+            yield
 
 
 def _save_sum(

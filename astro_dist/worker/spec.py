@@ -5,7 +5,7 @@ from pathlib import Path
 
 import torch
 
-from astro.activation_config import Activations
+from astro.activation_config import Activations, Reconstruction
 from astro.calibration.token_weights import Kind
 from astro.config import Experts, Quantization, Regularizer
 from astro.linalg.compiled import ColumnLoops
@@ -34,6 +34,7 @@ class WorkerSpec:
         quantization: Grids and solver.
         activations: Settings of what servers do with the inputs of layers.
         regularization: Settings of what is done to the weights before they are rounded.
+        reconstruction: Settings of what is done about the errors that are left.
         experts: Policy about experts that too few tokens reach.
         token_weights: What the calibration tokens are weighted by.
         compute_dtype: Dtype of forward passes and activations.
@@ -57,6 +58,7 @@ class WorkerSpec:
     quantization: Quantization
     activations: Activations
     regularization: Regularizer
+    reconstruction: Reconstruction
     experts: Experts
     token_weights: Kind
     compute_dtype: torch.dtype

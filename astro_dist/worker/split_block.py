@@ -16,8 +16,10 @@ import torch
 from astro.config import LayerScheme
 from astro.errors import RunError
 from astro.linalg.tiling import row_tiles
+from astro.model.low_rank import LowRank, takes_correction
 from astro.quantization import beta_search
 from astro.quantization.block import COUNTED, apart, side_by_side
+from astro.quantization.corrections import CorrectedGroups, with_corrections
 from astro.quantization.grid import Grid, QuantizedLinear
 from astro.quantization.input_group import merge_rows
 from astro.quantization.layer_record import LayerRecord
@@ -27,7 +29,7 @@ from astro.timing import add_seconds
 from astro_dist.planning.units import BlockUnit
 from astro_dist.run_directory.layer_widths import layer_schemes
 from astro_dist.schedule.calls import BatchParts
-from astro_dist.schedule.names import DECISION, SUM, part_file, share_part, tile_part
+from astro_dist.schedule.names import CORRECTIONS, DECISION, SUM, part_file, share_part, tile_part
 from astro_dist.worker.spec import WorkerSpec
 
 __all__ = ["BlockInParts", "Tile"]
@@ -116,7 +118,12 @@ class BlockInParts:
 
     def parts(self, batch: int) -> BatchParts:
         """Count the calls that a batch takes once its Hessians are merged."""
-        return BatchParts(batch, len(self.sample_tiles(batch)), len(self.tiles(batch)))
+        return BatchParts(batch, len(self.sample_tiles(batch)), len(self.tiles(batch)), self.is_corrected(batch))
+
+    def is_corrected(self, batch: int) -> bool:
+        """Tell whether a layer of a batch gets a correction of low rank."""
+        names = (name for input_group in self.batches[batch] for name in input_group)
+        return self._spec.reconstruction.is_on and any(takes_correction(self.unit.by_name[name]) for name in names)
 
     def tiles(self, batch: int) -> list[Tile]:
         """Cut all rows of a batch into tiles."""
@@ -140,17 +147,54 @@ class BlockInParts:
             RunError: Tiles were damped differently, or got different betas.
         """
         if batch not in self._solved:
-            by_names: dict[tuple[str, ...], list[_SolvedTile]] = {}
-            for index, tile in enumerate(self.tiles(batch)):
-                by_names.setdefault(tile.names, []).append(self._read_tile(batch, index, tile))
-            layers: dict[str, QuantizedLinear] = {}
-            records: list[LayerRecord] = []
-            for tiles in by_names.values():
-                merged_layers, merged_records = self._merged(batch, tiles)
-                layers |= merged_layers
-                records += merged_records
+            layers, records = self.rounded(batch)
+            if self.is_corrected(batch):
+                layers, records = with_corrections(layers, records, self._read_corrections(batch))
             self._solved[batch] = (layers, records)
         return self._solved[batch]
+
+    def rounded(self, batch: int) -> tuple[dict[str, QuantizedLinear], list[LayerRecord]]:
+        """Put the tiles of a batch together, without the corrections of its layers; see `solved`.
+
+        Args:
+            batch: Index of the batch.
+        """
+        by_names: dict[tuple[str, ...], list[_SolvedTile]] = {}
+        for index, tile in enumerate(self.tiles(batch)):
+            by_names.setdefault(tile.names, []).append(self._read_tile(batch, index, tile))
+        layers: dict[str, QuantizedLinear] = {}
+        records: list[LayerRecord] = []
+        for tiles in by_names.values():
+            merged_layers, merged_records = self._merged(batch, tiles)
+            layers |= merged_layers
+            records += merged_records
+        return layers, records
+
+    def members(self, tile: Tile) -> list[list[tuple[str, int]]]:
+        """Return the name and the number of rows of each member of a tile's input groups."""
+        return [[(name, self.unit.by_name[name].rows) for name in names] for names in tile.members]
+
+    def save_corrections(self, batch: int, corrected: Sequence[CorrectedGroups]) -> None:
+        """Write the corrections of a batch.
+
+        Args:
+            batch: Index of the batch.
+            corrected: Corrections of all input groups of the batch.
+        """
+        corrections = {name: each for groups in corrected for name, each in groups.corrections.items()}
+        tensors = {f"A.{name}": each.A for name, each in corrections.items()}
+        tensors |= {f"B.{name}": each.B for name, each in corrections.items()}
+        note = {
+            "taken": {name: taken for groups in corrected for name, taken in groups.taken.items()},
+            "seconds": {name: seconds for groups in corrected for name, seconds in groups.seconds.items()},
+        }
+        self.save(batch, CORRECTIONS, tensors, note)
+
+    def _read_corrections(self, batch: int) -> CorrectedGroups:
+        tensors, note = self.load(batch, CORRECTIONS)
+        names = [key.removeprefix("A.") for key in tensors if key.startswith("A.")]
+        corrections = {name: LowRank(tensors[f"A.{name}"], tensors[f"B.{name}"]) for name in names}
+        return CorrectedGroups(corrections, note["taken"], note["seconds"])
 
     def save(self, batch: int, part: str, tensors: Mapping[str, torch.Tensor], note: Any) -> None:
         """Write a part of a batch. The first statistics of the first batch carry the layout.
@@ -214,7 +258,7 @@ class BlockInParts:
     def _merged(self, batch: int, tiles: Sequence[_SolvedTile]) -> tuple[dict[str, QuantizedLinear], list[LayerRecord]]:
         """Layers and records of some input groups of a batch, from all of their tiles."""
         tile, counts = tiles[0].tile, self.note(batch, SUM)
-        rows = [[(name, self.unit.by_name[name].rows) for name in names] for names in tile.members]
+        rows = self.members(tile)
         by_input_group = zip(*(solved.outcomes for solved in tiles), strict=True)
         outcomes = [_agreed(name, of_tiles) for name, of_tiles in zip(tile.names, by_input_group, strict=True)]
         layers, records = merge_rows(rows, [solved.rows for solved in tiles], outcomes, counts["num_tokens"])

@@ -15,6 +15,7 @@ from astro.calibration.block_statistics import input_stages
 from astro.calibration.starved_experts import InputStatistics
 from astro.model.activations import names_of
 from astro.quantization import beta_search
+from astro.quantization.corrections import CorrectedGroups, correct_input_groups
 from astro.quantization.grid import QuantizedLinear
 from astro.quantization.input_group import stack
 from astro.quantization.layer_record import LayerRecord
@@ -34,6 +35,7 @@ from astro_dist.schedule.calls import (
     BlockParts,
     MergeHessians,
     PartCall,
+    Reconstruct,
     SolveRows,
     TryBetas,
     WriteBlock,
@@ -136,6 +138,8 @@ class SplitSolver:
                 self.try_betas(call)
             case SolveRows():
                 self.solve_rows(call)
+            case Reconstruct():
+                self.reconstruct(call)
         return None
 
     def merge_hessians(self, call: MergeHessians) -> None:
@@ -187,6 +191,17 @@ class SplitSolver:
         outcomes = [dataclasses.asdict(outcome) for outcome in prepared.input_groups.outcomes_()]
         block.save(call.batch, tile_part(call.tile), tensors, outcomes)
 
+    def reconstruct(self, call: Reconstruct) -> None:
+        """Correct the errors of a batch's rows, all of which are solved."""
+        block, batch = self._turn_to(call.place), call.batch
+        layers, _ = block.rounded(batch)
+        corrected: list[CorrectedGroups] = []
+        for tile in {tile.names: tile for tile in block.tiles(batch)}.values():
+            prepared = self._factored_for(block, batch, tile)
+            groups = correct_input_groups(prepared.input_groups, prepared.W, block.members(tile), layers)
+            corrected += [groups] if groups else []
+        block.save_corrections(batch, corrected)
+
     def put_together(self, call: WriteBlock) -> tuple[dict[str, QuantizedLinear], list[LayerRecord], dict[str, float]]:
         """Put a block's solved tiles together.
 
@@ -228,13 +243,18 @@ class SplitSolver:
             self._block = block
         return self._block
 
-    def _prepared_for(self, block: BlockInParts, batch: int, tile: Tile) -> _PreparedGroups:
-        """The input groups of a tile with their regularizer, as a call before left them or from their statistics."""
+    def _factored_for(self, block: BlockInParts, batch: int, tile: Tile) -> _PreparedGroups:
+        """The input groups of a tile, as a call before left them or from their statistics."""
         prepared = self._prepared
         if prepared is None or prepared.names != tile.names:
             prepared = self._prepare_(block, tile, self._shares.read(block, batch))
             if prepared.input_groups.drift is not None:
                 prepared = self._compensate_(prepared, self._decided_compensation(block, batch, tile.names))
+        return prepared
+
+    def _prepared_for(self, block: BlockInParts, batch: int, tile: Tile) -> _PreparedGroups:
+        """The input groups of a tile with their regularizer."""
+        prepared = self._factored_for(block, batch, tile)
         if prepared.input_groups.problem is None:
             # Its operator is as large as a Hessian, so it is not made before all that wants memory is over.
             regularized = with_regularizer(prepared.input_groups, prepared.W)

@@ -2,8 +2,9 @@
 
 import torch
 
-from astro.formats import LAYOUTS
+from astro.formats import LAYOUTS, peft_adapter
 from astro.formats.block_shard import unpack_block
+from astro.model.low_rank import LowRank
 from astro.storage.atomic import load_tensors
 from astro.storage.byte_store import FolderStore
 from astro.storage.device_copies import DeviceCopies
@@ -67,6 +68,23 @@ class StoredWeights:
         shapes = {key: spec.checkpoint.entries[key].shape for key in unit.keys}
         layout = LAYOUTS[spec.quantization.format]
         return unpack_block(layout, schemes, tensors, shapes, spec.compute_dtype, self._device)
+
+    def corrections(self, stream: str, unit: BlockUnit) -> dict[str, LowRank]:
+        """Return the corrections of low rank that belong to a block that a round wrote by layer, on the device.
+
+        Args:
+            stream: Stream through what the round wrote; the source has no corrections.
+            unit: Unit of the block, which `of_result` has found to be intact.
+        """
+        spec, round_index = self._spec, round_of_stream(stream)
+        if round_index is None or not spec.reconstruction.is_on:
+            return {}
+        path = spec.run.corrections(round_index, unit.file)
+        names = {file.name for file in spec.run.files(block_unit(round_index, unit.index))}
+        if str(path.relative_to(spec.run.root)) not in names:
+            return {}  # a block of experts alone, or without any quantized layer
+        corrections = peft_adapter.unpack(load_tensors(path)[0])
+        return {name: correction.to(self._device) for name, correction in corrections.items()}
 
     def outside(self) -> dict[str, torch.Tensor]:
         """Return embeddings, norm and head by key; of a remote source what was copied of it is read instead."""

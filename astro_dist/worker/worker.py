@@ -48,6 +48,7 @@ from astro_dist.schedule.calls import (
     MergeHessians,
     OpenBlock,
     PartCall,
+    Reconstruct,
     Result,
     SmoothChannels,
     SmoothingCall,
@@ -180,7 +181,7 @@ class Worker:
                 return self.finish_evaluation(call)
             case ForwardChunk():
                 return self.forward_chunk(call)
-            case AccumulateHessians() | MergeHessians() | TryBetas() | SolveRows():
+            case AccumulateHessians() | MergeHessians() | TryBetas() | SolveRows() | Reconstruct():
                 return self.do_part(call)
             case WriteBlock():
                 return self.write_block(call)
@@ -359,9 +360,9 @@ class Worker:
         for layer in records:
             add_seconds(seconds, layer.seconds)
         with timed(seconds, "write", self._device):
-            path = self._runner.write_block(unit, round_index, quantized)
+            paths = self._runner.write_block(unit, round_index, quantized)
         result = BlockResult(layers=tuple(records), seconds=seconds, **self.describe())
-        return self._spec.run.finish(block_unit(round_index, unit.index), [path], result)
+        return self._spec.run.finish(block_unit(round_index, unit.index), paths, result)
 
     def _require_fed_block(self, call: HeldCall) -> FedBlock:
         fed_block = self._fed_block

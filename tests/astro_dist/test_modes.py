@@ -48,6 +48,8 @@ MODES = {
     "sequential": {**SEQUENTIAL, "quantization__bits": 3},
     "uncompensated": {**SEQUENTIAL, "quantization__compensation": 0.0},
     "rounded": {**SEQUENTIAL, "quantization__method": "rtn"},
+    "corrected": {"reconstruction__rank": 4, "execution__rounds": 2},
+    "corrected, sequential": {"reconstruction__rank": "auto", "reconstruction__energy": 0.5, **SEQUENTIAL},
     "budget": {"execution__rounds": 2, "quantization__bits": "auto", "quantization__average_bits": 3.5},
     "overrides": {
         **SEQUENTIAL,
@@ -130,6 +132,8 @@ def whole(run_config, tmp_path, mode):
         *(("rounds", calls, 1) for calls in (9, 35)),
         *(("sequential", calls, 1) for calls in (2, 9, 23)),
         *(("budget", calls, 1) for calls in (9, 35)),
+        *(("corrected", calls, 1) for calls in (9, 35)),
+        *(("corrected, sequential", calls, 1) for calls in (9, 23)),
         *(("rounds", calls, 5) for calls in (25, 46)),
         *(("loss", calls, 1) for calls in (1, 5, 8, 9, 13, 20)),
         *(("loss", calls, 5) for calls in (6, 15)),

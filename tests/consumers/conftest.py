@@ -62,16 +62,19 @@ def quantized(request, tmp_path_factory):
     """Folder of the model in a format, symmetric in groups of 64; made when it is first asked for."""
     source, made = option(request, "--model"), {}
 
-    def make(layout: str, bits: int = 4) -> Path:
-        if (layout, bits) not in made:
-            run = tmp_path_factory.mktemp(f"{layout}-{bits}") / "run"
+    def make(layout: str, bits: int = 4, rank: int = 0) -> Path:
+        if (layout, bits, rank) not in made:
+            run = tmp_path_factory.mktemp(f"{layout}-{bits}-{rank}") / "run"
             # At 8 bits rounding is as good as anything.
             method = {"method": "gptq" if bits == 4 else "rtn"}
             quantization = {"bits": bits, "group_size": 64, "format": layout, **method}
-            content = {**QUICK, "model": {"source": source}, "quantization": quantization, "output": {"dir": run}}
+            content = {
+                **QUICK, "model": {"source": source}, "quantization": quantization, "output": {"dir": run},
+                "reconstruction": {"rank": rank},
+            }  # fmt: skip
             pipeline.quantize(RunConfig.model_validate(content))
-            made[layout, bits] = run / "model"
-        return made[layout, bits]
+            made[layout, bits, rank] = run / "model"
+        return made[layout, bits, rank]
 
     return make
 
@@ -81,11 +84,11 @@ def dequantized(request, quantized, tmp_path_factory):
     """Folder of a plain model with the float32 weights that our reader makes of a quantized one."""
     made = {}
 
-    def make(layout: str, bits: int = 4) -> Path:
-        if (layout, bits) not in made:
-            made[layout, bits] = tmp_path_factory.mktemp(f"dequantized-{layout}-{bits}")
+    def make(layout: str, bits: int = 4, rank: int = 0) -> Path:
+        if (layout, bits, rank) not in made:
+            made[layout, bits, rank] = tmp_path_factory.mktemp(f"dequantized-{layout}-{bits}-{rank}")
             source = Path(option(request, "--model"))
-            write_dequantized(source, quantized(layout, bits), made[layout, bits])
-        return made[layout, bits]
+            write_dequantized(source, quantized(layout, bits, rank), made[layout, bits, rank])
+        return made[layout, bits, rank]
 
     return make

@@ -9,7 +9,7 @@ import subprocess
 import time
 import urllib.error
 import urllib.request
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 _PATIENCE_S = 300.0
@@ -20,7 +20,7 @@ _ENVIRONMENT = {
 
 
 @contextlib.contextmanager
-def serve(python: str, model: Path, dtype: str, log: Path) -> Iterator[str]:
+def serve(python: str, model: Path, dtype: str, log: Path, options: Sequence[str] = ()) -> Iterator[str]:
     """Start the server, wait until it is healthy, end it; its address.
 
     Args:
@@ -28,6 +28,7 @@ def serve(python: str, model: Path, dtype: str, log: Path) -> Iterator[str]:
         model: folder.
         dtype: of activations.
         log: file for what it says.
+        options: more of the command line.
     """
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
@@ -35,7 +36,7 @@ def serve(python: str, model: Path, dtype: str, log: Path) -> Iterator[str]:
     command = [
         python, "-m", "vllm.entrypoints.openai.api_server", "--model", model, "--served-model-name", "model",
         "--host", "127.0.0.1", "--port", str(port), "--dtype", dtype, "--max-model-len", "512", "--max-num-seqs", "4",
-        "--enforce-eager",
+        "--enforce-eager", *options,
     ]  # fmt: skip
     with log.open("wb") as out:
         environment = {**os.environ, **_ENVIRONMENT}

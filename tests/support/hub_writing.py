@@ -175,7 +175,8 @@ class Writing(Uploads):
             return 404, {"error": f"Invalid rev id: {revision}"}
         commit, folder = location
         lfs = self.server_hub.lfs.get(commit, {})
-        return [_entry(path, lfs.get(path.name)) for path in sorted(folder.iterdir())]
+        paths = {path.relative_to(folder).as_posix(): path for path in sorted(folder.rglob("*")) if path.is_file()}
+        return [_entry(name, path, lfs.get(name)) for name, path in paths.items()]
 
     def requests(self, body, repository):
         hub = self.server_hub
@@ -197,11 +198,14 @@ class Writing(Uploads):
             return 412, {"error": "A commit has happened since. Please refresh and try again."}
         after = hub.root / f"commit-{len(hub.commits)}-{repository.replace('/', '-')}"
         after.mkdir()
-        for path in before.iterdir():
-            os.link(path, after / path.name)
+        for path in (path for path in before.rglob("*") if path.is_file()):
+            copy = after / path.relative_to(before)
+            copy.parent.mkdir(parents=True, exist_ok=True)
+            os.link(path, copy)
         lfs = dict(hub.lfs.get(parent, {}))
         for operation in operations:
             entry, target = operation["value"], after / operation["value"]["path"]
+            target.parent.mkdir(parents=True, exist_ok=True)
             target.unlink(missing_ok=True)
             lfs.pop(entry["path"], None)
             if operation["key"] == "file":
@@ -231,14 +235,14 @@ class Writing(Uploads):
 def _mode(file, folder, lfs):
     path = folder / file["path"]
     mode = "lfs" if LFS_NAMES.fullmatch(file["path"]) or file["size"] > REGULAR_AT_MOST else "regular"
-    there = {"oid": lfs.get(path.name) or _blob(path)} if path.is_file() else {}
+    there = {"oid": lfs.get(file["path"]) or _blob(path)} if path.is_file() else {}
     return {"path": file["path"], "uploadMode": mode, "shouldIgnore": False, **there}
 
 
-def _entry(path, oid):
+def _entry(name, path, oid):
     size = path.stat().st_size
     lfs = {"lfs": {"oid": oid, "size": size, "pointerSize": 130}} if oid else {}
-    return {"type": "file", "path": path.name, "size": size, "oid": _blob(path), **lfs}
+    return {"type": "file", "path": name, "size": size, "oid": _blob(path), **lfs}
 
 
 def _blob(path):

@@ -54,7 +54,9 @@ def files_of(folder: Path, with_card: bool = False) -> dict[str, str]:
 
     A model's card is left out unless it is asked for, because it tells hardware and seconds.
     """
-    return {path.name: sha256_of(path) for path in sorted(folder.iterdir()) if with_card or path.name != "README.md"}
+    files = (path for path in sorted(folder.rglob("*")) if path.is_file())
+    hashes = {str(path.relative_to(folder)): sha256_of(path) for path in files}
+    return {name: sha256 for name, sha256 in hashes.items() if with_card or name != "README.md"}
 
 
 def byte_tokenizer() -> Any:

@@ -5,7 +5,7 @@ The tests and the bench of publishing share them.
 
 import dataclasses
 
-from astro.storage.atomic import sha256_of
+from tests.support.models import files_of
 
 
 @dataclasses.dataclass(frozen=True)
@@ -59,4 +59,4 @@ FAULTS = [
 def published(hub, repository, revision="main"):
     """Return the SHA-256 of every file of a repository by name, without the files that the Hub itself makes."""
     _, folder = hub.folder(repository, revision)
-    return {path.name: sha256_of(path) for path in sorted(folder.iterdir()) if path.name != ".gitattributes"}
+    return {name: sha256 for name, sha256 in files_of(folder, with_card=True).items() if name != ".gitattributes"}

@@ -12,12 +12,14 @@ from unittest import mock
 
 import torch
 
+from astro.activation_config import Reconstruction
 from astro.calibration.token_weights import TokenWeights
 from astro.config import Experts, Quantization, Regularizer, SolverSettings
 from astro.linalg.tiling import TILE_ELEMENTS, row_tiles
 from astro.quantization.beta_search import sample_tiles
-from astro.quantization.recipe import Recipe
-from astro_dist.schedule.calls import MergeHessians, SolveRows, TryBetas
+from astro.quantization.grid import Grid, QuantizedLinear
+from astro.quantization.recipe import Corrections, Recipe
+from astro_dist.schedule.calls import MergeHessians, PartCall, Reconstruct, SolveRows, TryBetas
 from astro_dist.schedule.names import SUM
 from astro_dist.worker.split_block import Tile
 from astro_dist.worker.split_solver import SplitSolver
@@ -53,6 +55,17 @@ class _Parts:
             for rows in sample_tiles(self._rows, self._columns, TILE_ELEMENTS["cuda"], 1)
         ]
 
+    def members(self, tile: Tile) -> list[list[tuple[str, int]]]:
+        return [[(_NAME, self._rows)]]
+
+    def rounded(self, batch: int) -> tuple[dict[str, QuantizedLinear], list[Any]]:
+        shape = (self._rows, self._columns // self._scheme.group_size)
+        grid = Grid(torch.empty(shape), torch.empty(shape), self._scheme.bits, self._scheme.group_size, True)
+        return {_NAME: QuantizedLinear(torch.empty(self._rows, self._columns, dtype=torch.int8), grid)}, []
+
+    def save_corrections(self, batch: int, corrected: Any) -> None:
+        assert corrected[0].corrections
+
     def is_there(self, batch: int, part: str) -> bool:
         return part != SUM
 
@@ -74,13 +87,16 @@ class _Parts:
         return tensors, note
 
 
-def peaks_of_sequential_solve(rows: int, columns: int, compensation: str | float = "auto") -> dict[str, int]:
+def peaks_of_sequential_solve(
+    rows: int, columns: int, compensation: str | float = "auto", rank: int = 0
+) -> dict[str, int]:
     """Return the most bytes that each call holds on the device, by its name.
 
     Args:
         rows: Rows of the layer.
         columns: Columns of the layer.
         compensation: Setting of `quantization.compensation`.
+        rank: Rank of the correction of low rank; 0 for none.
     """
     settings = SolverSettings(compensation=compensation, refine_passes=1)  # more take time, and no memory
     quantization = Quantization(compensation=compensation)
@@ -89,6 +105,7 @@ def peaks_of_sequential_solve(rows: int, columns: int, compensation: str | float
         quantization=quantization, experts=Experts(), token_weights="none", shares=_SHARES,
         chunks=tuple(f"c{number:04d}" for number in range(8)),
     )  # fmt: skip
+    corrections = Corrections(Reconstruction(rank=rank), frozenset([_NAME]), torch.bfloat16) if rank else None
     peaks: dict[str, int] = {}
     with counted_memory() as memory:
         device = DEVICE
@@ -97,7 +114,7 @@ def peaks_of_sequential_solve(rows: int, columns: int, compensation: str | float
             device=device,
             layers=lambda unit: SimpleNamespace(by_name={_NAME: operand}),
             weights=lambda unit, names: {_NAME: torch.empty(rows, columns, dtype=torch.bfloat16, device=device)},
-            recipe=lambda unit: Recipe(settings, Regularizer(), torch.bfloat16),
+            recipe=lambda unit: Recipe(settings, Regularizer(), torch.bfloat16, corrections=corrections),
             widths=lambda round_index: (),
         )
         solver: Any = SplitSolver(runner)
@@ -105,7 +122,8 @@ def peaks_of_sequential_solve(rows: int, columns: int, compensation: str | float
         solver._turn_to = lambda place, chunk=None: block
         solver._shares._token_weights = lambda block: TokenWeights("none")
         outcomes = mock.patch("astro.quantization.row_solver.InputGroups.outcomes_", return_value=[])
-        calls = (MergeHessians(0, 0, 0), TryBetas(0, 0, 0, 0), SolveRows(0, 0, 0, 0))
+        calls: list[PartCall] = [MergeHessians(0, 0, 0), TryBetas(0, 0, 0, 0), SolveRows(0, 0, 0, 0)]
+        calls += [Reconstruct(0, 0, 0)] if rank else []
         with outcomes:
             for call in calls:
                 memory.restart()

@@ -252,7 +252,9 @@ def test_key_that_nobody_has_listed_counts(monkeypatch, path):
 
 def test_keys_that_decide_bytes(write):
     arithmetic = load_config(write(MINIMAL)).arithmetic()
-    assert arithmetic.keys() == {"quantization", "activations", "regularizer", "experts", "calibration", "execution"}
+    assert arithmetic.keys() == {
+        "quantization", "activations", "regularizer", "reconstruction", "experts", "calibration", "execution",
+    }  # fmt: skip
     assert arithmetic["calibration"].keys() == {
         "samples", "sequence_length", "chunk_samples", "holdout_samples", "seed", "token_weights",
     }  # fmt: skip

@@ -17,6 +17,7 @@ from astro_dist import pipeline
 from astro_dist.evaluation.block_weights import BlockWeights
 from astro_dist.export.verify import verify_model
 from astro_dist.report.command_output import verification_lines
+from astro_dist.source.resolve import Source
 
 
 @pytest.fixture
@@ -152,7 +153,7 @@ def test_rounded_inputs_are_read_back(run_config, tmp_path):
     verified = verify_model(model)
     assert (verified.inputs, verified.to_json()["inputs"]) == (ActivationScheme(8, "int"), "int8 per token")
     assert "round the inputs of packed layers: int8 per token" in verification_lines(verified, None, False)[-2]
-    assert BlockWeights(FolderStore(model), model, Skeleton(model, torch.float32)).inputs == verified.inputs
+    assert BlockWeights(Source(FolderStore(model), model), Skeleton(model, torch.float32)).inputs == verified.inputs
     change_groups(model, lambda group: group["input_activations"].update(dynamic=False))
     with pytest.raises(CheckpointError, match=r"config\.json: input_activations: expected .*'dynamic': True"):
         verify_model(model)

@@ -17,6 +17,7 @@ from astro_dist.schedule.calls import (
     ForwardChunk,
     MergeHessians,
     OpenBlock,
+    Reconstruct,
     SolveBlock,
     SolveRows,
     SplitBlock,
@@ -47,8 +48,8 @@ def simulate(num_workers, seed, schedule):
 
 
 def result(call):
-    """Two stages, the second of two batches in one of which β is searched, as a worker says it."""
-    parts = [BatchParts(batch, sample_tiles, 3) for batch, sample_tiles in enumerate((0, 2, 0))]
+    """Two stages, the second of two batches in one of which β is searched and errors are corrected."""
+    parts = [BatchParts(batch, samples, 3, is_corrected=batch == 1) for batch, samples in enumerate((0, 2, 0))]
     if isinstance(call, SplitBlock):
         return BlockParts((parts[1], parts[0], parts[2]))
     if not isinstance(call, AccumulateHessians):
@@ -153,7 +154,10 @@ def test_inputs_are_always_there_before_they_are_used(num_workers, rounds, seed)
                 assert MergeHessians(*call.place, call.batch) in there
                 samples = {TryBetas(*call.place, 1, tile) for tile in range(2)}
                 assert call.batch != 1 or samples <= there
+            case Reconstruct():
+                assert {SolveRows(*call.place, call.batch, tile) for tile in range(3)} <= there
             case WriteBlock():
+                assert Reconstruct(*call.place, 1) in there
                 assert {SolveRows(*call.place, batch, tile) for batch in range(3) for tile in range(3)} <= there
             case FinishEvaluation():
                 assert all(Forward(*call.place, chunk, evaluates=True) in there for chunk in HELD_OUT)
@@ -161,7 +165,7 @@ def test_inputs_are_always_there_before_they_are_used(num_workers, rounds, seed)
         there |= {call, (call, worker)}
 
 
-PARTS = OpenBlock | Forward | SplitBlock | MergeHessians | TryBetas | SolveRows
+PARTS = OpenBlock | Forward | SplitBlock | MergeHessians | TryBetas | SolveRows | Reconstruct
 
 
 @pytest.mark.parametrize("rounds", [1, 2])

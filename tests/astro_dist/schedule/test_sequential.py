@@ -10,6 +10,7 @@ from astro_dist.schedule.calls import (
     EvaluateLoss,
     ForwardChunk,
     MergeHessians,
+    Reconstruct,
     SolveRows,
     TryBetas,
     WriteBlock,
@@ -47,7 +48,10 @@ def test_nothing_is_used_before_it_is_there(num_workers, seed, compensated):
             case SolveRows():
                 assert MergeHessians(*call.place, call.batch) in seen
                 assert call.batch != 1 or {TryBetas(*call.place, 1, tile) for tile in range(2)} <= set(seen)
+            case Reconstruct():
+                assert {SolveRows(*call.place, call.batch, tile) for tile in range(3)} <= set(seen)
             case WriteBlock():
+                assert Reconstruct(*call.place, 1) in seen
                 assert {SolveRows(*call.place, batch, tile) for batch in range(3) for tile in range(3)} <= set(seen)
             case ForwardChunk("round-0", block):
                 assert WriteBlock(0, block) in seen

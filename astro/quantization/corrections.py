@@ -1,0 +1,144 @@
+"""The corrections of low rank of the layers of input groups, from the errors that the solve left.
+
+Every member of an input group gets factors of its own, as PEFT stores them and servers compute them, so that none of
+its rank is spent on the errors of the others. Shapes: B input groups side by side, R rows of a member, C columns.
+"""
+
+import dataclasses
+from collections.abc import Mapping, Sequence
+
+import torch
+
+from astro.errors import NumericalError
+from astro.linalg.symmetric import squared_error
+from astro.linalg.tiling import row_tiles
+from astro.model.low_rank import LowRank
+from astro.quantization.error_reconstruction import reconstruct, remaining_errors
+from astro.quantization.grid import QuantizedLinear
+from astro.quantization.layer_record import LayerRecord
+from astro.quantization.row_solver import InputGroups, compensate
+from astro.timing import add_seconds, timed
+
+__all__ = ["CorrectedGroups", "correct_input_groups", "with_corrections"]
+
+
+@dataclasses.dataclass(frozen=True)
+class CorrectedGroups:
+    """Corrections of the layers of input groups, and what they leave.
+
+    Attributes:
+        corrections: Correction of each layer that gets one, by its name.
+        taken: Squared output error that the corrections took from each input group, by its name.
+        seconds: Time by phase that each input group took, by its name.
+    """
+
+    corrections: Mapping[str, LowRank]
+    taken: Mapping[str, float]
+    seconds: Mapping[str, Mapping[str, float]]
+
+
+def correct_input_groups(
+    input_groups: InputGroups,
+    W: torch.Tensor,
+    members: Sequence[Sequence[tuple[str, int]]],
+    solved: Mapping[str, QuantizedLinear],
+) -> CorrectedGroups | None:
+    """Compute the corrections of all layers of input groups that get one.
+
+    Args:
+        input_groups: The input groups, factored; the regularizer is not needed.
+        W: Original weights of all members of each, float32 [B, R, C].
+        members: Name and number of rows of each member of each.
+        solved: Every member on its grid by name, on any device.
+
+    Returns:
+        The corrections; None where no layer gets one.
+
+    Raises:
+        NumericalError: A factor overflows the dtype in which it is stored.
+    """
+    wanted = input_groups.recipe.corrections
+    layers = wanted.layers if wanted is not None else frozenset()
+    if wanted is None or not any(name in layers for of_group in members for name, _ in of_group):
+        return None
+    corrections: dict[str, LowRank] = {}
+    taken = dict.fromkeys(input_groups.names, 0.0)
+    damping, start = _damping(input_groups), 0
+    for alike in zip(*members, strict=True):  # the first members of all input groups, the second ones, ...
+        names, num_rows = [name for name, _ in alike], alike[0][1]
+        rows = slice(start, start + num_rows)
+        start = rows.stop
+        if names[0] not in layers:
+            continue
+        E = _errors(input_groups, W[:, rows], [solved[name] for name in names])
+        with timed(input_groups.seconds, "reconstruct", W.device):
+            factors = reconstruct(E, input_groups.H, damping, wanted.settings.rank, wanted.settings.energy)
+            stored = [correction.to(wanted.dtype) for correction in factors]
+            before = squared_error(E, input_groups.H).sum(-1).tolist()
+            after = remaining_errors(E, input_groups.H, stored)
+        for name, correction, group, error, left in zip(names, stored, input_groups.names, before, after, strict=True):
+            if not left < float("inf"):
+                raise NumericalError(
+                    f"{name}: its correction of low rank is not finite in {wanted.dtype}; set reconstruction.rank: 0"
+                )
+            corrections[name] = correction
+            taken[group] += error - left
+    spent = {phase: seconds / len(input_groups.names) for phase, seconds in input_groups.spent_().items()}
+    return CorrectedGroups(corrections, taken, dict.fromkeys(input_groups.names, spent))
+
+
+def with_corrections(
+    layers: Mapping[str, QuantizedLinear], records: Sequence[LayerRecord], corrected: CorrectedGroups | None
+) -> tuple[dict[str, QuantizedLinear], list[LayerRecord]]:
+    """Put corrections beside the layers that they belong to, and into their records.
+
+    Args:
+        layers: Layers on their grids by name.
+        records: Record of each input group.
+        corrected: The corrections of these layers; None for none.
+
+    Returns:
+        The layers and the records.
+    """
+    if corrected is None:
+        return dict(layers), list(records)
+    corrections = {name: each for name, each in corrected.corrections.items() if each.rank}
+    beside = {name: dataclasses.replace(layer, correction=corrections.get(name)) for name, layer in layers.items()}
+    return beside, [_recorded(record, corrections, corrected) for record in records]
+
+
+def _recorded(record: LayerRecord, corrections: Mapping[str, LowRank], corrected: CorrectedGroups) -> LayerRecord:
+    of_record = {name: corrections[name] for name in record.members if name in corrections}
+    seconds = dict(record.seconds)
+    add_seconds(seconds, corrected.seconds.get(record.name, {}))
+    if not of_record:
+        return dataclasses.replace(record, seconds=seconds)
+    tiny = torch.finfo(torch.float32).tiny
+    share = corrected.taken[record.name] / max(record.output_energy, tiny)
+    return dataclasses.replace(
+        record,
+        relative_error=max(record.relative_error - share, 0.0),
+        solved_error=record.relative_error,
+        ranks={name: correction.rank for name, correction in of_record.items()},
+        correction_weights=sum(correction.num_weights for correction in of_record.values()),
+        seconds=seconds,
+    )
+
+
+def _errors(input_groups: InputGroups, W: torch.Tensor, layers: Sequence[QuantizedLinear]) -> torch.Tensor:
+    """Return what some layers miss of the weights that were aimed at, float32 [B, R, C]; a tile of rows at a time."""
+    E = torch.empty_like(W)
+    tile_elements = input_groups.recipe.tile_elements_on(W.device)
+    for rows in row_tiles(W.shape[1], W.shape[2], tile_elements, copies=len(W)):
+        E[:, rows] = compensate(input_groups, W[:, rows])
+        for of_layer, layer in zip(E, layers, strict=True):
+            grid = dataclasses.replace(layer.grid, scale=layer.grid.scale[rows], zero=layer.grid.zero[rows])
+            of_layer[rows].sub_(QuantizedLinear(layer.Q[rows], grid).to(W.device).dequantize())
+    return E
+
+
+def _damping(input_groups: InputGroups) -> torch.Tensor:
+    """Return what is added to the diagonal of each Hessian, float32 [B]."""
+    mean = input_groups.H.diagonal(dim1=-2, dim2=-1).mean(-1)
+    factor, settings = input_groups.factor, input_groups.recipe.solver
+    return mean * (factor.damping.float() if factor is not None else settings.damping)

@@ -1,0 +1,112 @@
+"""What corrections of low rank take, foretold from shapes: their weights, and the work to compute them."""
+
+import dataclasses
+from collections.abc import Iterable
+
+from rich.filesize import decimal
+
+from astro.activation_config import Reconstruction
+from astro.errors import ConfigError
+from astro.model.low_rank import takes_correction
+from astro.quantization.error_reconstruction import MOST_RANK, subspace_work
+from astro_dist.planning.predicted_groups import PredictedInputGroup
+from astro_dist.planning.solve_cost import dequantizing
+from astro_dist.planning.units import BlockUnit, Plan
+from astro_dist.planning.work import Work
+from astro_dist.wording import percent
+
+__all__ = ["CorrectionSize", "correction_notes", "correction_size", "correction_work"]
+
+_STORED_BYTES = 2
+"""Bytes of a weight of a correction, in a model of 16 bits."""
+
+
+@dataclasses.dataclass(frozen=True)
+class CorrectionSize:
+    """How large the corrections of some blocks are, or at most are where the rank is chosen in the run.
+
+    Attributes:
+        num_layers: Number of layers that get a correction.
+        weights: Weights of all corrections, which is also the number of multiplications that they take a token.
+        layer_weights: Weights of the layers that are corrected.
+        num_experts: Number of quantized layers that get none, because they are experts'.
+    """
+
+    num_layers: int
+    weights: int
+    layer_weights: int
+    num_experts: int
+
+    @property
+    def size_bytes(self) -> int:
+        """Size of the corrections in a file, in bytes."""
+        return _STORED_BYTES * self.weights
+
+
+def correction_size(blocks: Iterable[BlockUnit], settings: Reconstruction) -> CorrectionSize:
+    """Count what the corrections of some blocks hold.
+
+    Args:
+        blocks: The blocks.
+        settings: Rank of the corrections.
+    """
+    linears = [linear for unit in blocks for linear in unit.linears]
+    corrected = [linear for linear in linears if settings.is_on and takes_correction(linear)]
+    rank = MOST_RANK if settings.rank == "auto" else settings.rank
+    return CorrectionSize(
+        num_layers=len(corrected),
+        weights=sum(min(rank, layer.rows, layer.columns) * (layer.rows + layer.columns) for layer in corrected),
+        layer_weights=sum(layer.rows * layer.columns for layer in corrected),
+        num_experts=len(linears) - len(corrected) if settings.is_on else 0,
+    )
+
+
+def correction_notes(plan: Plan, settings: Reconstruction) -> list[str]:
+    """Say how large the corrections of a run are, and which layers get none.
+
+    Args:
+        plan: Units of the run.
+        settings: Rank of the corrections.
+
+    Raises:
+        ConfigError: No layer gets a correction.
+    """
+    if not settings.is_on:
+        return []
+    size = correction_size(plan.blocks, settings)
+    if not size.num_layers:
+        raise ConfigError(
+            "reconstruction.rank: no quantized layer can have a correction, experts have none; set it to 0, or see "
+            "what quantization.ignore leaves out"
+        )
+    limit = "at most " if settings.rank == "auto" else ""
+    notes = [
+        f"reconstruction.rank {settings.rank}: {size.num_layers} layers get a correction of low rank, {limit}"
+        f"{decimal(size.size_bytes)} in all, and {percent(size.weights / size.layer_weights, 1)} more "
+        "multiplications a token in these layers; servers add them only if they are told to load the folder `adapter` "
+        "of the model as a LoRA adapter"
+    ]
+    if size.num_experts:
+        notes.append(
+            f"reconstruction: {size.num_experts} layers of experts get no correction: transformers holds the experts "
+            "of a layer in one parameter, for which PEFT has no adapter by expert"
+        )
+    return notes
+
+
+def correction_work(batch: PredictedInputGroup, settings: Reconstruction, compensated: bool) -> Work:
+    """Count what it takes to correct all rows of a batch; experts are not corrected.
+
+    Args:
+        batch: The batch.
+        settings: Rank of the corrections.
+        compensated: Whether layers make up for errors made before them.
+    """
+    if not settings.is_on or batch.reach < 1:
+        return Work()
+    rank = MOST_RANK if settings.rank == "auto" else settings.rank
+    product = float(batch.columns * batch.weights)
+    # One half of a product with the Hessian for the error before and after each, and three for what was aimed at.
+    measured, aimed = 2.0 * product, 6.0 * product * compensated
+    found = batch.count * subspace_work(batch.rows, batch.columns, rank)
+    return Work(exact=measured + aimed + found) + dequantizing(batch.weights)
