@@ -4,6 +4,7 @@ A packed layer is unpacked in float32 and put where the model holds it, so that 
 first. A quantized model of others is decoded to 16 bits, as a source is.
 """
 
+import hashlib
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 
@@ -72,8 +73,11 @@ class BlockWeights:
 
     @property
     def fingerprint(self) -> str:
-        """Fingerprint of the files, 64 hexadecimal digits."""
-        return self._checkpoint.fingerprint()
+        """Fingerprint of the files, those of the adapter among them, 64 hexadecimal digits."""
+        model = self._checkpoint.fingerprint()
+        if self._adapter is None:
+            return model
+        return hashlib.sha256(f"{model}{self._adapter.checkpoint.fingerprint()}".encode()).hexdigest()
 
     @property
     def correction_ranks(self) -> Mapping[str, int]:
