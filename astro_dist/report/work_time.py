@@ -25,7 +25,7 @@ _PARTS: dict[str, tuple[str, ...]] = {
 }
 """The parts that the page shows, and the phases in records that belong to each."""
 _OTHER = "other"
-_KINDS = ("embedding and copying", "weighing tokens", "quantizing blocks", "evaluating")
+_KINDS = ("embedding and copying", "weighing tokens, smoothing", "quantizing blocks", "evaluating")
 """Kinds of work in the timeline."""
 _MOST_ROWS = 16
 """Number of workers that the timeline shows; of more it shows those that were idle longest."""

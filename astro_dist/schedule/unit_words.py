@@ -12,6 +12,7 @@ from astro_dist.schedule.names import (
     evaluate_unit,
     head_unit,
     round_of_stream,
+    smoothing_unit,
     weights_unit,
 )
 
@@ -59,6 +60,7 @@ class UnitWords:
             EMBED: "embedding",
             LOSS_GRADIENT: "gradient of the loss",
             head_unit(ORIGINAL): "perplexity of the original",
+            smoothing_unit(block): f"smoothing of {self.block(block)}",
             weights_unit(block): f"token weights of {self.block(block)}",
             evaluate_unit(block): f"evaluation of {self.block(block)}",
         }

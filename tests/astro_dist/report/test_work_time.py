@@ -25,7 +25,10 @@ def test_idle_time_counts_from_when_a_worker_is_up():
     assert (shown.busy, shown.length) == ("62 %", "30 s")
     first, second = shown.rows[0].stretches
     assert (first.start, first.length, first.busy) == pytest.approx((1 / 3, 1 / 3, 1.0))
-    assert [shown.kinds[stretch.kind] for stretch in (first, second)] == ["weighing tokens", "evaluating"]
+    assert [shown.kinds[stretch.kind] for stretch in (first, second)] == [
+        "weighing tokens, smoothing",
+        "evaluating",
+    ]
     assert shown.rows[1].stretches[0].busy == 0.25
     assert first.title == "token weights of block 2 of 3: 10 s of work, from 10 s after the start"
 

@@ -2,8 +2,16 @@
 
 import pytest
 
-from astro_dist.schedule.calls import Backward, CopyTensors, DifferentiateLoss, Embed, EvaluateLoss, SolveBlock
-from astro_dist.schedule.names import evaluate_unit, sequential_units, unit_names, weights_unit
+from astro_dist.schedule.calls import (
+    Backward,
+    CopyTensors,
+    DifferentiateLoss,
+    Embed,
+    EvaluateLoss,
+    MeasureChannels,
+    SolveBlock,
+)
+from astro_dist.schedule.names import evaluate_unit, sequential_units, smoothing_unit, unit_names, weights_unit
 from astro_dist.schedule.unit_words import UnitWords
 
 
@@ -14,6 +22,7 @@ from astro_dist.schedule.unit_words import UnitWords
         (Embed().unit, "embedding"),
         (CopyTensors(1).unit, "copying other tensors, part 2"),
         (Backward(11, "c0000").unit, "token weights of block 12 of 30"),
+        (MeasureChannels(2, "c0000").unit, "smoothing of block 3 of 30"),
         (DifferentiateLoss(()).unit, "gradient of the loss"),
         (EvaluateLoss("original").unit, "perplexity of the original"),
         (EvaluateLoss("round-0").unit, "perplexity of the result"),
@@ -33,6 +42,7 @@ def test_rounds_are_named_where_there_are_several():
 
 def test_no_unit_is_without_words():
     units = {*unit_names(3, 2, 2, True), *sequential_units(3, 2, True), *map(weights_unit, range(3))}
+    units |= set(map(smoothing_unit, range(3)))
     words = {unit: UnitWords(3, 2).unit(unit) for unit in units}
     assert not {unit for unit, said in words.items() if said == unit and unit != "embed"}
     assert len(set(words.values())) == len(units)
