@@ -144,12 +144,14 @@ class Trial:
         """Return the linear layer whose rows are the channels that a weight reads; None where there is none.
 
         Args:
-            parameter: Name of the parameter that holds the reading weight, outside experts.
+            parameter: Name of the parameter that holds the reading weight. Where it holds those of all experts, what is
+                found holds for every expert.
         """
         at = next((i for i, product in enumerate(self._products) if product.parameter == parameter), None)
         if at is None:
             return None
-        others = (p for p in reversed(self._products[:at]) if p.expert is None and p.parameter != parameter)
+        experts = (None, self._products[at].expert)
+        others = (p for p in reversed(self._products[:at]) if p.expert in experts and p.parameter != parameter)
         nearest: dict[str, Product] = {}
         for product in others:
             nearest.setdefault(product.parameter, product)
@@ -244,7 +246,11 @@ class Trial:
         yield from (slice(*span) for span in dict.fromkeys(starts) if 0 <= span[0] < span[1] <= rows)
 
     def _num_rows(self, producer: Product) -> int:
-        return self._block.get_parameter(producer.parameter).shape[1 - producer.axis]
+        return self._block.get_parameter(producer.parameter).shape[self._row_axis(producer)]
+
+    def _row_axis(self, producer: Product) -> int:
+        """The axis of a parameter's rows: of its last two axes the one that is not the columns'."""
+        return 2 * self._block.get_parameter(producer.parameter).ndim - 3 - producer.axis
 
     def _tried(self, producer: Product, span: slice, consumer: Product) -> Place | None:
         """The place that some rows of a weight are for the channels of a reader; None where they are none."""
@@ -258,8 +264,8 @@ class Trial:
         if Reader(consumer.parameter, consumer.axis) not in readers:
             return None
         biases = (producer.bias,) if producer.bias else ()
-        name = producer.parameter.rpartition(".")[0]
-        return Place(name, rows, num_rows, {}, Reader(producer.parameter, 1 - producer.axis), biases, readers)
+        name, weight = producer.parameter.removesuffix(".weight"), Reader(producer.parameter, self._row_axis(producer))
+        return Place(name, rows, num_rows, {}, weight, biases, readers)
 
     def _rows_by_channel(self, producer: Product, span: slice, consumer: Product) -> torch.Tensor | None:
         """The row of a weight that makes each channel of a reader, int64 [C]; None where a channel has none."""

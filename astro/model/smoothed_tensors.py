@@ -3,6 +3,7 @@
 Shapes: C channels of an input, R rows of a layer that makes it.
 """
 
+import base64
 import dataclasses
 from collections.abc import Container, Iterable, Mapping, Sequence
 from typing import Any, Self
@@ -14,7 +15,8 @@ from astro.model.linear_layer import LinearLayer
 from astro.model.scaling_places import Place
 
 __all__ = [
-    "Factors", "SmoothedInput", "TensorChange", "exact_factors", "plan_changes", "smoothed_layer", "smoothed_tensors",
+    "Factors", "SmoothedInput", "TensorChange", "exact_factors", "plan_changes", "producing_layer", "smoothed_layer",
+    "smoothed_tensors",
 ]  # fmt: skip
 
 
@@ -48,6 +50,25 @@ class Factors:
         factors = torch.ones(self.size, dtype=torch.float64)
         factors[list(self.indices)] = torch.tensor(self.values, dtype=torch.float64)
         return factors
+
+    def to_json(self) -> dict[str, Any]:
+        """Return the factors as a JSON object: of powers of two only the exponents, a byte each, in base64."""
+        if self.indices and self.are_powers_of_two:
+            exponents = self.dense.log2().to(torch.int8).numpy().tobytes()
+            return {"size": self.size, "exponents": base64.b64encode(exponents).decode()}
+        return dataclasses.asdict(self)
+
+    @classmethod
+    def from_json(cls, content: Mapping[str, Any]) -> Self:
+        """Read back what `to_json` returned.
+
+        Args:
+            content: JSON object with every field.
+        """
+        if "exponents" in content:
+            exponents = bytearray(base64.b64decode(content["exponents"], validate=True))
+            return cls.of(torch.exp2(torch.frombuffer(exponents, dtype=torch.int8).double()))
+        return cls(int(content["size"]), tuple(map(int, content["indices"])), tuple(map(float, content["values"])))
 
     @property
     def largest(self) -> float:
@@ -86,7 +107,7 @@ class SmoothedInput:
     """An input that is smoothed, or why it is not.
 
     Attributes:
-        layers: Names of the quantized layers that read it; of experts, the parameter that holds them.
+        layers: Names of the quantized layers that read it; of experts that all read it, the parameter that holds them.
         into: Name of the module that makes the input, whose channels become smaller; empty where it is not smoothed.
         reason: Why it is not smoothed; empty where it is.
         changes: What is done to the tensors.
@@ -103,7 +124,8 @@ class SmoothedInput:
 
     def to_json(self) -> dict[str, Any]:
         """Return the input as a JSON object."""
-        return dataclasses.asdict(self)
+        factors = {"columns": self.columns.to_json(), "rows": self.rows.to_json()}
+        return {**dataclasses.asdict(self), **factors}
 
     @classmethod
     def from_json(cls, content: Mapping[str, Any]) -> Self:
@@ -112,16 +134,36 @@ class SmoothedInput:
         Args:
             content: JSON object with every field.
         """
-        columns, rows = (
-            Factors(int(part["size"]), tuple(map(int, part["indices"])), tuple(map(float, part["values"])))
-            for part in (content["columns"], content["rows"])
-        )
+        columns, rows = (Factors.from_json(content[part]) for part in ("columns", "rows"))
         changes = tuple(TensorChange(**change) for change in content["changes"])
         return cls(tuple(content["layers"]), content["into"], content["reason"], changes, columns, rows)
 
 
+def producing_layer(
+    place: Place, prefix: str, layers: Iterable[LinearLayer], expert: int | None = None
+) -> tuple[LinearLayer, torch.Tensor] | None:
+    """Return the linear layer that makes the channels of an input, and its row that makes each of them, int64 [C].
+
+    Args:
+        place: The place of the input's factors.
+        prefix: Name of the block in the model, with a dot.
+        layers: All linear layers of the block, quantized or not.
+        expert: Index of the expert that the input is of; None outside experts.
+
+    Returns:
+        The layer and the rows; None where no single layer makes the channels.
+    """
+    parameter = f"{prefix}{place.weight.parameter}" if place.weight is not None else None
+    for layer in layers:
+        rows = place.rows - layer.first
+        is_inside = bool((rows >= 0).all()) and bool((rows < layer.rows * layer.step).all())
+        if (layer.parameter, layer.expert) == (parameter, expert) and is_inside and not bool((rows % layer.step).any()):
+            return layer, rows // layer.step
+    return None
+
+
 def plan_changes(
-    place: Place, prefix: str, layers: Iterable[LinearLayer], keys: Mapping[str, str]
+    place: Place, prefix: str, layers: Sequence[LinearLayer], keys: Mapping[str, str], expert: int | None = None
 ) -> tuple[TensorChange, ...]:
     """Return what is done to the tensors of a block if the factors of an input go into a place.
 
@@ -130,6 +172,7 @@ def plan_changes(
         prefix: Name of the block in the model, with a dot.
         layers: All linear layers of the block, quantized or not.
         keys: Checkpoint tensors that hold a parameter of the block as it is, by the parameter's name in the model.
+        expert: Index of the expert that alone reads the input; None where all experts read it, or none.
 
     Raises:
         UnsupportedError: A parameter lies in the checkpoint in another way than in the model.
@@ -150,15 +193,13 @@ def plan_changes(
         if members is None:
             changes.append(whole(reader.parameter, reader.axis, divides=False))
         else:
-            changes += [TensorChange(layer.key, layer.name, 1, False) for layer in members]
+            readers = [layer for layer in members if expert in (None, layer.expert)]
+            changes += [TensorChange(layer.key, layer.name, 1, False) for layer in readers]
     if place.weight is not None:
-        members = by_parameter.get(f"{prefix}{place.weight.parameter}")
-        if members is None:
-            changes.append(whole(place.weight.parameter, place.weight.axis, divides=True))
-        elif len(members) == 1:
-            changes.append(TensorChange(members[0].key, members[0].name, 0, True))
-        else:
-            raise UnsupportedError(f"{place.weight.parameter} holds the weights of several layers")
+        producer = producing_layer(place, prefix, layers, expert)
+        if producer is None:
+            raise UnsupportedError(f"what makes it in {place.weight.parameter} is no layer of its own")
+        changes.append(TensorChange(producer[0].key, producer[0].name, 0, True))
     changes += [whole(gain, 0, True, offset) for gain, offset in place.gains.items()]
     return (*changes, *(whole(bias, 0, divides=True) for bias in place.biases))
 

@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 
 import torch
@@ -12,8 +13,9 @@ from astro.calibration.token_weights import group_key
 from astro.errors import UnsupportedError
 from astro.model.activations import Inputs, Operand, is_same_input, names_of
 from astro.model.block_call import BlockCall, BlockState, forward, mapped
+from astro.model.experts import reads_inputs
 from astro.model.scaling_places import WIDE_BYTES, Place, Trial, largest_difference
-from astro.model.smoothed_tensors import Factors, SmoothedInput, exact_factors, plan_changes
+from astro.model.smoothed_tensors import Factors, SmoothedInput, exact_factors, plan_changes, producing_layer
 from astro.quantization.smoothing import column_statistics, row_factors
 from astro.storage.checked_tensors import load_part
 from astro.timing import clock_s
@@ -36,7 +38,9 @@ more than is asked of them: norms of some classes compute in float32 whatever th
 _TOLERANCE_EPS = 4
 """The same in any other dtype, in units of its last place."""
 _NO_PLACE = "no norm or linear layer before it can take its factors exactly"
-_EXPERTS = "every expert makes this input itself"
+_UNSEEN = "no calibration token reaches it"
+_EXPERT = re.compile(r"\.\d+(?=\.[^.]+$)")
+"""Number of an expert in the name of its layer."""
 _INEXACT = "the block returns something else with it"
 
 
@@ -46,7 +50,7 @@ class _Measured:
 
     Attributes:
         output: Output of the block.
-        sums: Sums of every input by the `group_key` of the first operand that reads it.
+        sums: Sums of every input by the `_key` of the first operand that reads it.
         seconds: Time that it took.
     """
 
@@ -108,7 +112,7 @@ class Smoother:
         last: list[torch.Tensor] = []  # kept alive, so that no other input can take its place in memory
 
         def note(operand: Operand, inputs: Inputs) -> None:
-            X, key = inputs.X, group_key(operand)
+            X, key = inputs.X, _key(operand)
             if operand.expert is not None or not (last and is_same_input(last[0], X)):
                 sums.setdefault(key, ChannelSums(operand.columns, runner.device)).add_(X)
             last[:] = [X]
@@ -147,7 +151,7 @@ class Smoother:
         return runner.spec.run.finish(call.unit, [], result)
 
     def _merged(self, unit: BlockUnit) -> tuple[dict[str, ChannelStatistics], float]:
-        """The statistics of every input over all calibration chunks by `group_key`, and the time of the forwards."""
+        """The statistics of every input over all calibration chunks by `_key`, and the time of the forwards."""
         run, seconds = self._runner.spec.run, 0.0
         merged: dict[str, ChannelSums] = {}
         for chunk in (chunk for chunk in self._runner.spec.chunks if not is_held_out(chunk)):
@@ -220,10 +224,10 @@ class Smoother:
     ) -> list[SmoothedInput]:
         """How every input of quantized layers is smoothed, before it is checked."""
         prefix = self._prefix(unit)
-        groups: dict[str, list[Operand]] = {}  # one for all experts
+        groups: dict[str, list[Operand]] = {}  # one for all experts that read the same
         for stage in input_stages(self._runner.layers(unit), tried.actions[0]):
             for group in stage:
-                groups.setdefault(group_key(group[0]), []).extend(group)
+                groups.setdefault(_key(group[0]), []).extend(group)
         inputs: list[SmoothedInput] = []
         left = dict(groups)
         for place in tried.trial.norms():
@@ -231,13 +235,16 @@ class Smoother:
             keys = [key for key, group in groups.items() if any(operand.parameter in read for operand in group)]
             if keys:
                 inputs.append(self._smoothed(unit, tensors, place, [left.pop(key) for key in keys], statistics))
+        producers: dict[str, Place | None] = {}
         for group in left.values():
-            is_shared = group[0].expert is None
-            rows = tried.trial.linear(group[0].parameter.removeprefix(prefix)) if is_shared else None
-            if rows is None:
-                inputs.append(SmoothedInput(_names(group), reason=_NO_PLACE if is_shared else _EXPERTS))
+            parameter = group[0].parameter.removeprefix(prefix)
+            if parameter not in producers:
+                producers[parameter] = tried.trial.linear(parameter)
+            producer = producers[parameter]
+            if producer is None:
+                inputs.append(SmoothedInput(_names(group), reason=_NO_PLACE))
             else:
-                inputs.append(self._smoothed(unit, tensors, rows, [group], statistics))
+                inputs.append(self._smoothed(unit, tensors, producer, [group], statistics))
         return inputs
 
     def _smoothed(
@@ -250,21 +257,26 @@ class Smoother:
     ) -> SmoothedInput:
         """One input with its factors, of which all may be 1; or why it cannot be smoothed."""
         runner, names = self._runner, tuple(name for group in groups for name in _names(group))
-        prefix, whole = self._prefix(unit), self._whole(unit)
-        try:
-            changes = plan_changes(place, prefix, runner.smoothed.layers(unit), whole)
-        except UnsupportedError as error:
-            return SmoothedInput(names, reason=str(error))
+        prefix, whole, all_layers = self._prefix(unit), self._whole(unit), runner.smoothed.layers(unit)
         # Tokens go to several experts or to none; where a layer outside experts reads the same, it sees each once.
         first = min((group[0] for group in groups), key=lambda operand: operand.expert is not None)
+        expert = first.expert if place.weight is not None else None
+        seen = statistics.get(_key(first))
+        if seen is None:
+            return SmoothedInput(names, reason=_UNSEEN)
+        try:
+            changes = plan_changes(place, prefix, all_layers, whole, expert)
+        except UnsupportedError as error:
+            return SmoothedInput(names, reason=str(error))
+        producer = producing_layer(place, prefix, all_layers, expert)
+        num_rows, rows = (producer[0].rows, producer[1]) if producer else (place.num_rows, place.rows)
         layers = runner.layers(unit)
         columns = column_statistics([layers.weight(n) for g in groups for operand in g for n in operand.names])
-        rows, seen = place.rows.to(runner.device), statistics[group_key(first)]
-        of_rows = row_factors(runner.spec.activations, seen, columns, rows, place.num_rows).cpu()
+        of_rows = row_factors(runner.spec.activations, seen, columns, rows.to(runner.device), num_rows).cpu()
         for gain, offset in place.gains.items():
             of_rows = exact_factors(of_rows, tensors[whole[f"{prefix}{gain}"]].cpu(), offset)
-        columns_by, rows_by = Factors.of(of_rows[place.rows]), Factors.of(of_rows)
-        return SmoothedInput(names, f"{prefix}{place.name}", "", changes, columns_by, rows_by)
+        into = producer[0].name if producer else f"{prefix}{place.name}"
+        return SmoothedInput(names, into, "", changes, Factors.of(of_rows[rows]), Factors.of(of_rows))
 
     def _checked(
         self, unit: BlockUnit, tensors: Mapping[str, torch.Tensor], inputs: list[SmoothedInput], tried: _Trial
@@ -281,10 +293,12 @@ class Smoother:
         change = change_by(inputs)
         if change <= tolerance:
             return inputs, change
+        kinds: dict[str, list[SmoothedInput]] = {}  # experts are one kind
+        for smoothed in inputs:
+            kinds.setdefault(_EXPERT.sub("", smoothed.into), []).append(smoothed)
+        exact = {kind for kind, members in kinds.items() if not kind or change_by(members) <= tolerance}
         inputs = [
-            smoothed
-            if not smoothed.changes or change_by([smoothed]) <= tolerance
-            else SmoothedInput(smoothed.layers, reason=_INEXACT)
+            smoothed if _EXPERT.sub("", smoothed.into) in exact else SmoothedInput(smoothed.layers, reason=_INEXACT)
             for smoothed in inputs
         ]
         change = change_by(inputs)
@@ -307,6 +321,13 @@ class Smoother:
         }
 
 
+def _key(operand: Operand) -> str:
+    """What names an input: all experts read the same, but each makes for itself what its last layer reads."""
+    reads_own = operand.expert is not None and not reads_inputs(operand.parameter)
+    return operand.names[0] if reads_own else group_key(operand)
+
+
 def _names(group: Sequence[Operand]) -> tuple[str, ...]:
-    """The names of the layers that read an input; of experts the parameter that holds all of them."""
-    return tuple(names_of(group)) if group[0].expert is None else (group[0].parameter,)
+    """The names of the layers that read an input; where all experts read it, the parameter that holds them."""
+    is_one = group[0].expert is None or not reads_inputs(group[0].parameter)
+    return tuple(names_of(group)) if is_one else (group[0].parameter,)

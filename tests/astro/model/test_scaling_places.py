@@ -93,6 +93,22 @@ def test_rows_that_make_an_input_are_found(name, reader, into, first, rows, tmp_
     assert bool(place.biases) == (name in ("qwen2", "opt") or (name, reader) == ("glm4", "self_attn.o_proj"))
 
 
+@pytest.mark.parametrize("name", ["mixtral", "qwen3-moe", "llama4"])
+@torch.no_grad()
+def test_rows_of_experts_are_found(name, tmp_path):
+    experts = "feed_forward.experts" if name == "llama4" else "mlp.experts"
+    place = trial_of(name, tmp_path).linear(f"{experts}.down_proj")
+    width = 32 if name == "qwen3-moe" else 128
+    assert place.rows.tolist() == list(range(width, 2 * width)), "up lies behind gate"
+    assert place.weight == Reader(f"{experts}.gate_up_proj", 2 if name == "llama4" else 1)
+    assert place.readers == (Reader(f"{experts}.down_proj", 1 if name == "llama4" else 2),)
+
+
+@torch.no_grad()
+def test_experts_with_limits_and_biases_take_nothing(tmp_path):
+    assert trial_of("gpt-oss", tmp_path).linear("mlp.experts.down_proj") is None
+
+
 @pytest.mark.parametrize(
     ("name", "reader"),
     [
