@@ -16,6 +16,7 @@ from astro_dist import cli
 from astro_dist.config.yaml_file import load_config
 from astro_dist.execution.ray_executor import METRIC_PREFIX
 from astro_dist.report.run_figures import FIGURES
+from tests.support.grafana_model import DASHBOARD
 
 ROOT = Path(__file__).parents[1]
 CLUSTER = ROOT / "cluster"
@@ -110,3 +111,21 @@ def test_dashboard_asks_for_every_metric_that_a_run_sets_and_for_no_other():
     assert names == {f"ray_{METRIC_PREFIX}{name}" for name in FIGURES}
     assert set(re.findall(r"ray_\w+", text)) == names, "a variable asks for another one"
     assert len({panel["id"] for panel in panels}) == len(panels)
+
+
+def test_dashboard_is_one_in_grafanas_model():
+    dashboard = json.loads((CLUSTER / "grafana-dashboard.json").read_text())
+    jsonschema.validate(dashboard, DASHBOARD)
+    variables = {variable["name"] for variable in dashboard["templating"]["list"]}
+    taken = set()
+    for panel in dashboard["panels"]:
+        place = panel["gridPos"]
+        assert place["x"] + place["w"] <= 24
+        cells = {(x, y) for x in range(place["x"], place["x"] + place["w"])
+                 for y in range(place["y"], place["y"] + place["h"])}  # fmt: skip
+        assert not taken & cells, f"{panel['title']} lies over another panel"
+        taken |= cells
+        assert len({target["refId"] for target in panel["targets"]}) == len(panel["targets"])
+        used = {name for target in panel["targets"] for name in re.findall(r"\$(\w+)", target["expr"])}
+        assert used <= variables
+        assert all(target["expr"].count("(") == target["expr"].count(")") for target in panel["targets"])
