@@ -51,6 +51,9 @@ __all__ = ["CostModel"]
 _PACKED_BYTES = 2.1
 """Bytes of a Hessian in a file for each of its elements. One half of the matrix is kept in float32, which is 2, and a
 little more for the squares on the diagonal: of 5120 columns 2.1 bytes are kept, in strips of 256 columns."""
+_CALL_S = 0.005
+"""Seconds of a call besides its work: messages, small files, and a forward's operations on nearly nothing. Beside a
+block of a large model this is nothing; of a tiny one it is most of the time."""
 _DIFFERENTIATED = 2.0
 """Forwards that a forward with gradients to its input alone is worth: one product forth, and one of the same size back
 for each layer."""
@@ -103,7 +106,7 @@ class CostModel:
             call: The call.
             device: The device.
         """
-        return self.work(call).seconds(device, half=self._itemsize == 2)
+        return self.work(call).seconds(device, half=self._itemsize == 2) + _CALL_S
 
     def work(self, call: Call) -> Work:
         """Count what a call does, but for attention's products of queries with keys."""
