@@ -1,63 +1,22 @@
 """What a model predicts of a text: its loss, and how far its predictions are from those of the source model."""
 
-import dataclasses
-import math
-from collections.abc import Sequence
-
 import torch
 from torch.nn.functional import cross_entropy, log_softmax
 
 from astro.model.recording import run_head
+from astro.model.sequence_figures import SequenceFigures
 from astro.model.skeleton import Skeleton
 
 __all__ = [
-    "SequenceFigures",
-    "Significant",
     "gradient_scale",
     "loss_gradient",
-    "mean_per_token",
     "measure_sequences",
-    "relative_change",
 ]
 
 _FLOAT16_SCALE = 1024.0
 """Factor of gradients in float16, whose smallest number is large for them. It cancels out of every token's weight."""
 _ROWS = 256
 """Tokens whose distributions are compared at a time, which bounds the memory for them."""
-
-
-@dataclasses.dataclass(frozen=True)
-class SequenceFigures:
-    """What a model predicted of one sequence. Every token of its text is predicted from those before it.
-
-    The tokens that a tokenizer puts in front are no text, so that no prediction of them counts. Where it puts none, the
-    first token of the text has nothing before it and is not predicted.
-
-    Attributes:
-        tokens: Number of tokens that were predicted.
-        loss: Negative log-likelihood of the tokens in nats, summed.
-        divergence: KL divergence of the model's distribution from the source model's in nats, summed over tokens; 0
-            for the source model itself.
-        agreements: Number of tokens at which both models find the same token most likely.
-    """
-
-    tokens: int
-    loss: float
-    divergence: float
-    agreements: int
-
-
-@dataclasses.dataclass(frozen=True)
-class Significant:
-    """A figure and its standard error.
-
-    Attributes:
-        value: The figure.
-        error: Standard error of the figure over the sequences; None for a single sequence.
-    """
-
-    value: float
-    error: float | None
 
 
 def measure_sequences(
@@ -92,40 +51,6 @@ def measure_sequences(
         divergence, agreements = _compare(source, logits)
         figures.append(SequenceFigures(tokens, loss, divergence, agreements))
     return figures
-
-
-def relative_change(before: Sequence[float], after: Sequence[float], tokens: Sequence[int]) -> Significant:
-    """Return the relative change of a perplexity, with its standard error over the sequences.
-
-    Both models saw the same sequences, so that the error is that of the differences, which is much smaller than that
-    of either perplexity.
-
-    Args:
-        before: Loss of each sequence before, in nats.
-        after: Loss of each sequence after, in nats.
-        tokens: Number of tokens of each sequence.
-    """
-    change = mean_per_token([b - a for a, b in zip(before, after, strict=True)], tokens)
-    factor = math.exp(min(change.value, 700.0))  # near the largest float
-    return Significant(factor - 1, None if change.error is None else change.error * factor)
-
-
-def mean_per_token(sums: Sequence[float], tokens: Sequence[int]) -> Significant:
-    """Return the mean of a figure over all tokens, with its standard error over the sequences.
-
-    Tokens of one sequence are no independent samples, sequences are.
-
-    Args:
-        sums: Sum of the figure over the tokens of each sequence.
-        tokens: Number of tokens of each sequence.
-    """
-    values, counts = torch.tensor(sums, dtype=torch.float64), torch.tensor(tokens, dtype=torch.float64)
-    mean = values.sum() / counts.sum()
-    if len(sums) < 2:
-        return Significant(float(mean), None)
-    # The error of a ratio of two sums, to first order.
-    residuals = (values - mean * counts) / counts.mean()
-    return Significant(float(mean), float(residuals.std(correction=1) / len(sums) ** 0.5))
 
 
 def _text_positions(num_leading: int) -> tuple[slice, slice]:

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 
 from astro.errors import ConfigError, NumericalError
-from astro.model.perplexity import SequenceFigures, mean_per_token
+from astro.model.sequence_figures import SequenceFigures, mean_per_token
 from astro_dist.evaluation.streamed_model import StreamedModel
 from astro_dist.evaluation.text_share import Measured, measure_here
 from astro_dist.evaluation.text_windows import TextWindows

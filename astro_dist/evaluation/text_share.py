@@ -10,7 +10,8 @@ from collections.abc import Generator, Sequence
 
 import torch
 
-from astro.model.perplexity import SequenceFigures, measure_sequences
+from astro.model.perplexity import measure_sequences
+from astro.model.sequence_figures import SequenceFigures
 from astro_dist.evaluation.streamed_model import StreamedModel
 
 __all__ = ["Measured", "measure_here", "pass_share"]

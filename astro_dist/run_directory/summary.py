@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any, Self
 
 from astro.errors import DamagedError
-from astro.model.perplexity import mean_per_token, relative_change
+from astro.model.sequence_figures import mean_per_token, relative_change
 from astro.quantization.layer_record import Fallbacks
 from astro_dist.planning.coverage import Coverage
 from astro_dist.run_directory.correction_figures import CorrectionFigures

@@ -6,7 +6,7 @@ import json
 from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar, Self
 
-from astro.model.perplexity import SequenceFigures
+from astro.model.sequence_figures import SequenceFigures
 from astro.model.smoothed_tensors import SmoothedInput
 from astro.quantization.layer_record import LayerRecord
 from astro_dist.run_directory.plain_record import PlainRecord

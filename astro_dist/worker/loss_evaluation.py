@@ -3,7 +3,8 @@
 import math
 
 from astro.errors import NumericalError
-from astro.model.perplexity import SequenceFigures, measure_sequences
+from astro.model.perplexity import measure_sequences
+from astro.model.sequence_figures import SequenceFigures
 from astro_dist.run_directory.unit_record import LossResult, UnitRecord
 from astro_dist.schedule.calls import EvaluateLoss
 from astro_dist.schedule.names import ORIGINAL

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from astro.model import perplexity
-from astro.model.perplexity import mean_per_token, relative_change
+from astro.model.sequence_figures import mean_per_token, relative_change
 
 
 def test_losses_equal_a_naive_log_softmax(monkeypatch):
