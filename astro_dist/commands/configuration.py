@@ -6,7 +6,7 @@ from typing import Annotated
 import typer
 
 from astro.errors import ConfigError
-from astro_dist.commands.output import AsJson, print_json, say_lines
+from astro_dist.commands.output import AsJson, print_json, say_begin, say_lines
 
 __all__ = ["env", "explain_config", "init"]
 
@@ -16,6 +16,7 @@ def init(
     file: Annotated[Path | None, typer.Argument(help="YAML file to write; NAME.yaml if none is given.")] = None,
 ) -> None:
     """Write a YAML file for a model, with a comment at each key and a group size that fits the model."""
+    say_begin(model)
     from astro_dist.config.explanation import starting_yaml
     from astro_dist.planning.settings import run_config
 

@@ -6,7 +6,7 @@ from typing import Annotated
 import typer
 from rich.console import Console
 
-from astro_dist.commands.output import AsJson, Trust, print_json, say_lines
+from astro_dist.commands.output import AsJson, Trust, print_json, say_begin, say_lines
 from astro_dist.config.text_place import PYTHON_DOCS
 
 __all__ = ["inspect"]
@@ -32,6 +32,7 @@ def inspect(  # noqa: PLR0913 - every option is a parameter
     as_json: AsJson = False,
 ) -> None:
     """Show a model's outlier channels, kurtosis and largest weights, with one block of it in memory at a time."""
+    say_begin(model)
     from astro_dist.config.schema import TextSource
     from astro_dist.evaluation.inspection import InspectRequest, inspect_model
     from astro_dist.evaluation.judge_settings import JudgeSettings

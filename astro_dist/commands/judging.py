@@ -8,7 +8,7 @@ import typer
 from rich.console import Console
 
 from astro.errors import ConfigError
-from astro_dist.commands.output import AsJson, Trust, ignore, print_json, say_lines, stream
+from astro_dist.commands.output import AsJson, Trust, ignore, print_json, say_begin, say_lines, stream
 
 if TYPE_CHECKING:
     from astro_dist.evaluation.judge import Pool
@@ -53,6 +53,7 @@ def evaluate(  # noqa: PLR0913 - every option is a parameter
     as_json: AsJson = False,
 ) -> None:
     """Judge a model by its perplexity on a text and by tasks, with one block of it in memory at a time."""
+    say_begin(model)
     from astro_dist.config.schema import TextSource
     from astro_dist.evaluation.judge import JudgeRequest, judge
     from astro_dist.evaluation.judge_settings import JudgeSettings
@@ -118,6 +119,7 @@ def try_prompt(  # noqa: PLR0913 - every option is a parameter
     as_json: AsJson = False,
 ) -> None:
     """Let the original and the quantized model continue a prompt, each token the most likely one."""
+    say_begin(model)
     from astro_dist.evaluation.beside import TryRequest, continue_beside
     from astro_dist.evaluation.judge_settings import JudgeSettings
     from astro_dist.evaluation.words import beside_line

@@ -7,12 +7,24 @@ from typing import Annotated, Any
 import typer
 from rich.console import Console
 
-__all__ = ["AsJson", "Trust", "ignore", "print_json", "say_lines", "stream"]
+import astro
+from astro_dist.console import say
+
+__all__ = ["AsJson", "Trust", "ignore", "print_json", "say_begin", "say_lines", "stream"]
 
 AsJson = Annotated[bool, typer.Option("--json", help="One JSON object on stdout and nothing else.")]
 """The option of a command that programs call too."""
 Trust = Annotated[bool, typer.Option("--trust-remote-code", help="Code that the model ships may run.")]
 """The option of a command that opens a model."""
+
+
+def say_begin(subject: str) -> None:
+    """Say at once what the command is about: the imports that come next take seconds, on a busy machine many.
+
+    Args:
+        subject: Model or configuration, as the user wrote it.
+    """
+    say(f"astro-dist {astro.__version__}: {subject}")
 
 
 def say_lines(*lines: str) -> None:

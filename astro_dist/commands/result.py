@@ -9,7 +9,7 @@ from rich.console import Console
 from rich.live import Live
 from rich.text import Text
 
-from astro_dist.commands.output import AsJson, Trust, print_json, say_lines
+from astro_dist.commands.output import AsJson, Trust, print_json, say_begin, say_lines
 
 __all__ = ["publish", "report", "status", "verify"]
 
@@ -84,6 +84,7 @@ def verify(
     as_json: AsJson = False,
 ) -> None:
     """Read a written model again: every tensor is there, shapes fit, scales are finite, index and config agree."""
+    say_begin(model)
     from astro_dist.export.verify import verify_model
     from astro_dist.report.command_output import verification_lines
 

@@ -8,6 +8,8 @@ from typing import Annotated, Any
 
 import typer
 
+from astro_dist.commands.output import say_begin
+
 __all__ = ["takes_run"]
 
 _Target = Annotated[
@@ -40,6 +42,7 @@ def takes_run(command: Callable[..., None]) -> Callable[..., None]:
 
     @functools.wraps(command)
     def parsed(target: str, assignments: list[str] | None, **options: Any) -> None:
+        say_begin(target)
         from astro_dist.planning.settings import MAIN_KEYS, run_config
 
         main_keys = {name: options.pop(name) for name in MAIN_KEYS}

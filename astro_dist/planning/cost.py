@@ -43,7 +43,7 @@ from astro_dist.schedule.calls import (
     WeighTokens,
     WriteBlock,
 )
-from astro_dist.schedule.names import is_held_out
+from astro_dist.schedule.names import ORIGINAL, is_held_out
 from astro_dist.schedule.sequential import shares
 
 __all__ = ["CostModel"]
@@ -115,7 +115,8 @@ class CostModel:
             case Embed():
                 return Work(moved_bytes=self._activations(self._tokens) + plan.outside_weights * self._itemsize)
             case EvaluateLoss():
-                compute = 2.0 * self._held_out * plan.outside_weights
+                heads = 1 if call.stream == ORIGINAL else 2  # a result is compared with the original
+                compute = heads * 2.0 * self._held_out * plan.outside_weights
                 return Work(compute, moved_bytes=self._activations(self._held_out_chunks))
             case CopyTensors(index):
                 return Work(moved_bytes=float(plan.copies[index].read_bytes + plan.copies[index].written_bytes))
