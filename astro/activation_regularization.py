@@ -23,14 +23,12 @@ workers nor that of sequences in a batch changes the objective.
 """
 
 import contextlib
-import dataclasses
 from collections.abc import Callable, Iterator, Mapping
 from fnmatch import fnmatchcase
 from pathlib import Path
-from typing import Annotated, Any, ClassVar, Literal
+from typing import Any
 
 import torch
-from annotated_types import Ge, Le
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import nn
@@ -43,50 +41,15 @@ from astro.model.experts import expert_owners, is_gate, num_experts
 from astro.model.model_class import find_blocks
 from astro.model.residual_writers import residual_writers
 from astro.storage.atomic import write_atomic
+from astro.training_config import ActivationRegularization
 
-__all__ = ["CLIPS_FILE", "ActivationRegularization", "ActivationRegularizer", "kurtosis_sum", "round_clipped"]
+__all__ = ["CLIPS_FILE", "ActivationRegularizer", "kurtosis_sum", "round_clipped"]
 
 CLIPS_FILE = "activation_clips.safetensors"
 """Name of the file with the learned clips, beside the weights."""
 _KEY_SUFFIX = ".input_clips"
 _EPSILON = 1e-8
 """ε of (6): small beside the standard deviation of any output. The paper does not tell its value."""
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class ActivationRegularization:
-    """What is done to the linear layers of the blocks while a model is trained."""
-
-    __pydantic_config__: ClassVar[Any] = {"extra": "forbid"}
-
-    input_bits: Annotated[int, Ge(2), Le(8)] | None = 4
-    """The width to which the inputs of layers are rounded while they are trained, from 2 to 8 bits; with nothing
-    (`null`), inputs stay as they are."""
-    clip: float = 4.0
-    """The clips of every layer at the start: minus and plus this number. They are learned, with the learning rate of
-    the weights, without momentum and without decay."""
-    kurtosis: float = 1e-5
-    """How much the kurtosis of outputs counts in the loss: λ, times the sum over the tokens of a sequence and over the
-    layers; 0 leaves it out."""
-    layers: tuple[str, ...] = ("*",)
-    """The layers whose inputs are rounded and whose outputs count, as shell patterns for names of linear layers. Only
-    layers inside blocks can be meant; routers and other gates never are."""
-    outputs: Literal["all", "residual"] = "all"
-    """Whose outputs count: those of `all` these layers, or of those that write to the `residual` stream, such as o_proj
-    and down_proj."""
-
-    def __post_init__(self) -> None:
-        if not self.clip > 0:
-            raise ConfigError(f"clip: expected more than 0, got {self.clip}")
-        if not self.kurtosis >= 0:
-            raise ConfigError(f"kurtosis: expected 0 or more, got {self.kurtosis}")
-        if not self.layers:
-            raise ConfigError("layers: names no layer; for plain training set input_bits: null and kurtosis: 0")
-
-    @property
-    def is_off(self) -> bool:
-        """Whether a model is trained as if there were no regularization."""
-        return self.input_bits is None and self.kurtosis == 0
 
 
 def round_clipped(x: torch.Tensor, clips: torch.Tensor, bits: int) -> torch.Tensor:

@@ -10,7 +10,7 @@ import pytest
 ROOT = Path(__file__).parents[1]
 ORDERS = {
     "astro": (
-        "errors timing process < config activation_config linalg storage < model"
+        "errors timing process < config activation_config training_config linalg storage < model"
         " < activation_regularization < calibration < quantization < formats"
     ),
     "astro_dist": (

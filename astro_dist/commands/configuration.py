@@ -33,14 +33,18 @@ def init(
 def explain_config(
     key: Annotated[str | None, typer.Argument(help="A key, e.g. quantization.bits, or a section.")] = None,
     schema: Annotated[bool, typer.Option("--schema", help="Print the JSON schema of a YAML file.")] = False,
+    training: Annotated[bool, typer.Option("--train", help="Keys of a file for `train`, not for `quantize`.")] = False,
 ) -> None:
     """Explain a key of the YAML file; without a key, print all of them with their defaults."""
     from astro_dist.config.explanation import commented_defaults, explain, json_schema
+    from astro_dist.config.schema import RunConfig
+    from astro_dist.config.training import TrainConfig
 
+    kind = TrainConfig if training else RunConfig
     if schema:
-        print_json(json_schema())
+        print_json(json_schema(kind))
     else:
-        typer.echo(explain(key) if key else commented_defaults())
+        typer.echo(explain(key, kind) if key else commented_defaults(kind))
 
 
 def env(as_json: AsJson = False) -> None:

@@ -12,10 +12,12 @@ from pathlib import Path
 from typing import Any
 
 import yaml
+from pydantic import BaseModel
 
 from astro.errors import ConfigError
 from astro_dist.config.keys import fields_of, section_suggestion, suggestion
 from astro_dist.config.schema import RunConfig
+from astro_dist.config.training import TrainConfig
 
 __all__ = ["commented_defaults", "commented_yaml", "explain", "json_schema", "starting_yaml"]
 
@@ -29,6 +31,15 @@ _STARTING = {
     "output": ["dir"],
 }
 """Keys that a new configuration shows."""
+_EXAMPLES: dict[type[BaseModel], dict[str, dict[str, Any]]] = {
+    RunConfig: {"model": {"source": "ORG/NAME"}, "output": {"dir": "runs/my-run"}},
+    TrainConfig: {
+        "model": {"source": "ORG/NAME"},
+        "optimization": {"steps": 10000},
+        "output": {"dir": "runs/my-training"},
+    },
+}
+"""Values of the keys that have no default, by class of the configuration."""
 _SENTENCE = re.compile(r"(?<=[.])\s(?=[A-Z`])")
 
 
@@ -38,39 +49,43 @@ _KINDS = {
 _REQUIRED = object()
 
 
-def explain(key: str) -> str:
-    """Explain a key of the configuration, or a section with all its keys.
+def explain(key: str, schema: type[BaseModel] = RunConfig) -> str:
+    """Explain a key of a configuration, or a section with all its keys.
 
     Args:
         key: Path of the key, such as `quantization.bits`, or name of a section.
+        schema: Class of the configuration.
 
     Raises:
         ConfigError: There is no such key.
     """
     section, _, name = key.partition(".")
-    sections = fields_of(RunConfig)
+    sections = fields_of(schema)
     if section not in sections:
-        raise ConfigError(f"no section {section!r}{section_suggestion(section)}")
+        raise ConfigError(f"no section {section!r}{section_suggestion(schema, section)}")
     keys, docs = fields_of(sections[section]), _docs(sections[section])
     if not name:
-        lines = [f"{section}: {_docs(RunConfig)[section]}", ""]
+        lines = [f"{section}: {_docs(schema)[section]}", ""]
         return "\n".join([*lines, *(f"{section}.{name}: {_summary(docs[name])}" for name in keys)])
     if name not in keys:
         raise ConfigError(f"{section} has no key {name!r}{suggestion(name, keys)}")
-    default = _defaults()[section].get(name, _REQUIRED)
+    default = _defaults(schema)[section].get(name, _REQUIRED)
     shown = "it must be given" if default is _REQUIRED else f"default {_inline(default)}"
     return f"{key} ({_in_words(keys[name])}; {shown})\n{textwrap.fill(docs[name], _WIDTH)}"
 
 
-def commented_yaml(content: Mapping[str, Mapping[str, Any]], title: Iterable[str] = ()) -> str:
+def commented_yaml(
+    content: Mapping[str, Mapping[str, Any]], title: Iterable[str] = (), schema: type[BaseModel] = RunConfig
+) -> str:
     """Write a configuration as YAML with a comment above each key.
 
     Args:
         content: Values of keys by section; only these are written.
         title: Lines of a comment at the top.
+        schema: Class of the configuration.
     """
     lines = [f"# {line}" for line in title]
-    sections = fields_of(RunConfig)
+    sections = fields_of(schema)
     for section, values in content.items():
         docs = _docs(sections[section])
         lines.append(f"{section}:")
@@ -80,10 +95,13 @@ def commented_yaml(content: Mapping[str, Mapping[str, Any]], title: Iterable[str
     return "\n".join([*lines, ""])
 
 
-def commented_defaults() -> str:
-    """Write every key with its default as YAML, with a comment above each."""
-    examples = {"model": {"source": "ORG/NAME"}, "output": {"dir": "runs/my-run"}}
-    return commented_yaml(RunConfig.model_validate(examples).plain())
+def commented_defaults(schema: type[BaseModel] = RunConfig) -> str:
+    """Write every key with its default as YAML, with a comment above each.
+
+    Args:
+        schema: Class of the configuration.
+    """
+    return commented_yaml(_plain(schema.model_validate(_EXAMPLES[schema])), schema=schema)
 
 
 def starting_yaml(config: RunConfig) -> str:
@@ -98,15 +116,19 @@ def starting_yaml(config: RunConfig) -> str:
     return commented_yaml(chosen, title)
 
 
-def json_schema() -> dict[str, Any]:
-    """Return the JSON schema of a configuration, each key with its explanation."""
-    schema = RunConfig.model_json_schema()
-    classes = [RunConfig, *fields_of(RunConfig).values()]
+def json_schema(schema: type[BaseModel] = RunConfig) -> dict[str, Any]:
+    """Return the JSON schema of a configuration, each key with its explanation.
+
+    Args:
+        schema: Class of the configuration.
+    """
+    content = schema.model_json_schema()
+    classes = [schema, *fields_of(schema).values()]
     for kind in classes:
-        place = schema if kind is RunConfig else schema["$defs"][kind.__name__]
+        place = content if kind is schema else content["$defs"][kind.__name__]
         for name, doc in _docs(kind).items():
             place["properties"][name]["description"] = doc
-    return {"$schema": "https://json-schema.org/draft/2020-12/schema", "title": "A run of astro-dist"} | schema
+    return {"$schema": "https://json-schema.org/draft/2020-12/schema", "title": "A run of astro-dist"} | content
 
 
 @cache
@@ -125,11 +147,18 @@ def _docs(kind: type) -> dict[str, str]:
 
 
 @cache
-def _defaults() -> dict[str, dict[str, Any]]:
+def _defaults(schema: type[BaseModel]) -> dict[str, dict[str, Any]]:
     """The default of every key that has one, by section."""
-    content = RunConfig.model_validate({"model": {"source": ""}, "output": {"dir": "."}}).plain()
-    del content["model"]["source"], content["output"]["dir"]
+    content = _plain(schema.model_validate(_EXAMPLES[schema]))
+    for section, values in _EXAMPLES[schema].items():
+        for key in values:
+            del content[section][key]
     return content
+
+
+def _plain(config: Any) -> dict[str, dict[str, Any]]:
+    plain: dict[str, dict[str, Any]] = config.plain()
+    return plain
 
 
 def _summary(doc: str) -> str:

@@ -7,7 +7,7 @@ from collections.abc import Iterable
 from functools import cache
 from typing import Any
 
-from astro_dist.config.schema import RunConfig
+from pydantic import BaseModel
 
 __all__ = ["fields_of", "section_suggestion", "suggestion", "type_at"]
 
@@ -27,13 +27,14 @@ def fields_of(kind: Any) -> dict[str, Any]:
     return {name: types[name] for name in names}
 
 
-def type_at(location: tuple[int | str, ...]) -> Any:
+def type_at(schema: type[BaseModel], location: tuple[int | str, ...]) -> Any:
     """Return the type of the value at a place of a configuration; None where there is no such place.
 
     Args:
+        schema: Class of the whole configuration.
         location: Names of section and keys, from the outside in.
     """
-    kind: Any = RunConfig
+    kind: Any = schema
     for part in location:
         origin, inner = typing.get_origin(kind), typing.get_args(kind)
         if origin is dict:
@@ -55,13 +56,14 @@ def suggestion(name: str, names: Iterable[str]) -> str:
     return f" (did you mean {close[0]}?)" if close else f"; known here: {', '.join(names)}"
 
 
-def section_suggestion(name: str) -> str:
+def section_suggestion(schema: type[BaseModel], name: str) -> str:
     """Return the end of a sentence about a section that does not exist: a key of that name, a similar section, or all.
 
     Args:
+        schema: Class of the whole configuration.
         name: Name that does not exist.
     """
-    sections = fields_of(RunConfig)
+    sections = fields_of(schema)
     keys = [f"{section}.{name}" for section, kind in sections.items() if name in fields_of(kind)]
     return f" (did you mean {' or '.join(keys)}?)" if keys else suggestion(name, sections)
 

@@ -5,23 +5,26 @@ import re
 import typing
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import yaml
-from pydantic import ValidationError
+from pydantic import BaseModel, ValidationError
 
 from astro.errors import ConfigError
 from astro_dist.config.keys import fields_of, section_suggestion, suggestion, type_at
 from astro_dist.config.schema import PublishConfig, RunConfig
+from astro_dist.config.training import TrainConfig
 
-__all__ = ["load_config", "load_recorded_config", "make_config", "make_target"]
+__all__ = ["load_config", "load_recorded_config", "load_train_config", "make_config", "make_target"]
+
+_Schema = TypeVar("_Schema", bound=BaseModel)
 
 _FORMER_KEYS = {"quantization": {"odd_widths": "indivisible"}, "calibration": {"text_column": "column"}}
 """Names that earlier versions wrote otherwise, and their names now, by section."""
 
 _MARKER = re.compile(r"int|float|bool|str|literal\[.*\]")
 """Pattern of what pydantic puts into a path for the branch of a union that it tried."""
-_MISSING = {"model": "model.source", "output": "output.dir"}
+_MISSING = {"model": "model.source", "output": "output.dir", "optimization": "optimization.steps"}
 """What is missing where a section with one required key is missing."""
 _UNKNOWN = ("extra_forbidden", "unexpected_keyword_argument")
 _KINDS = {
@@ -75,24 +78,42 @@ def make_config(content: dict[str, Any], assignments: Sequence[str] | None, orig
     Raises:
         ConfigError: Some keys are unknown or wrong; the message names all of them.
     """
+    return _checked(RunConfig, content, assignments, origin)
+
+
+def load_train_config(path: Path, assignments: Sequence[str] | None = None) -> TrainConfig:
+    """Read the YAML file of a training, apply assignments to it and validate it.
+
+    Args:
+        path: Path of the YAML file.
+        assignments: Assignments of the form `section.key=value`, where the value is read as YAML.
+
+    Raises:
+        ConfigError: The file cannot be read, or some keys are unknown or wrong; the message names all of them.
+    """
+    return _checked(TrainConfig, _read_mapping(path), assignments, str(path))
+
+
+def _checked(schema: type[_Schema], content: dict[str, Any], assignments: Sequence[str] | None, origin: str) -> _Schema:
+    """Apply assignments to what a configuration holds, and validate it."""
     assigned_content = copy.deepcopy(content)
     for assignment in assignments or []:
         _assign(assigned_content, assignment)
     try:
-        complaints = _complaints(assigned_content)
+        complaints = _complaints(schema, assigned_content)
     except RecursionError as error:
         raise ConfigError(
             f"{origin}: holds something that contains itself: an alias (*) inside its anchor (&)"
         ) from error
     if complaints:
-        of_content = _complaints(content)
+        of_content = _complaints(schema, content)
         assigned = ", ".join(assignment.partition("=")[0] for assignment in assignments or [])
         by_origin = {
             origin: [complaint for complaint in complaints if complaint in of_content],
             f"{origin} with {assigned}": [text for text in complaints if text not in of_content],
         }
         raise ConfigError("; ".join(f"{origin}: {'; '.join(texts)}" for origin, texts in by_origin.items() if texts))
-    return RunConfig.model_validate(assigned_content)
+    return schema.model_validate(assigned_content)
 
 
 def load_recorded_config(path: Path, assignments: list[str] | None = None) -> RunConfig:
@@ -114,7 +135,7 @@ def load_recorded_config(path: Path, assignments: list[str] | None = None) -> Ru
     try:
         return RunConfig.model_validate(content)
     except ValidationError as error:
-        raise ConfigError(f"{path}: {'; '.join(_explain(error))}") from error
+        raise ConfigError(f"{path}: {'; '.join(_explain(RunConfig, error))}") from error
 
 
 def make_target(repo: str, private: bool, revision: str | None, pull_request: bool) -> PublishConfig:
@@ -132,7 +153,7 @@ def make_target(repo: str, private: bool, revision: str | None, pull_request: bo
     try:
         return PublishConfig(repo=repo, private=private, revision=revision, pull_request=pull_request)
     except ValidationError as error:
-        raise ConfigError("; ".join(f"publish.{complaint}" for complaint in _explain(error))) from error
+        raise ConfigError("; ".join(f"publish.{complaint}" for complaint in _explain(PublishConfig, error))) from error
 
 
 def _read_mapping(path: Path) -> dict[str, Any]:
@@ -151,31 +172,31 @@ def _read_mapping(path: Path) -> dict[str, Any]:
     return content
 
 
-def _complaints(content: dict[str, Any]) -> list[str]:
+def _complaints(schema: type[BaseModel], content: dict[str, Any]) -> list[str]:
     """List everything that is wrong with a configuration."""
-    booleans = dict(_stray_booleans(content))
+    booleans = dict(_stray_booleans(schema, content))
     complaints = [
         f"{key}: expected a number, got {value} (YAML reads yes, no, on and off so)" for key, value in booleans.items()
     ]
     try:
-        RunConfig.model_validate(content)
+        schema.model_validate(content)
     except ValidationError as error:
-        complaints += [text for text in _explain(error) if text.partition(":")[0] not in booleans]
+        complaints += [text for text in _explain(schema, error) if text.partition(":")[0] not in booleans]
     return complaints
 
 
 def _stray_booleans(
-    value: Any, location: tuple[int | str, ...] = (), in_list: bool = False
+    schema: type[BaseModel], value: Any, location: tuple[int | str, ...] = (), in_list: bool = False
 ) -> Iterator[tuple[str, str]]:
     """Find the keys with true or false where a number is expected; pydantic would take them for 1 and 0."""
     if isinstance(value, dict):
         for name, inner in value.items():
-            yield from _stray_booleans(inner, (*location, str(name)))
+            yield from _stray_booleans(schema, inner, (*location, str(name)))
     elif isinstance(value, list):
         for inner in value:
-            yield from _stray_booleans(inner, location, in_list=True)
+            yield from _stray_booleans(schema, inner, location, in_list=True)
     elif isinstance(value, bool):
-        wanted = type_at(location)
+        wanted = type_at(schema, location)
         is_list = typing.get_origin(wanted) is tuple
         kinds = set(typing.get_args(wanted)) or {wanted}
         if in_list == is_list and kinds & {int, float} and bool not in kinds:
@@ -201,7 +222,7 @@ def _assign(content: dict[str, Any], assignment: str) -> None:
         ) from error
 
 
-def _explain(error: ValidationError) -> list[str]:
+def _explain(schema: type[BaseModel], error: ValidationError) -> list[str]:
     """Make one complaint for each key, although pydantic may have tried several kinds of values on it."""
     by_key: dict[str, list[Any]] = {}
     for item in error.errors():
@@ -210,13 +231,13 @@ def _explain(error: ValidationError) -> list[str]:
             path.pop()
         key = ".".join(path)
         by_key.setdefault(key, []).append(item)
-    return [_complaint(key, items) for key, items in by_key.items()]
+    return [_complaint(schema, key, items) for key, items in by_key.items()]
 
 
-def _complaint(key: str, items: list[Any]) -> str:
+def _complaint(schema: type[BaseModel], key: str, items: list[Any]) -> str:
     first = items[0]
     if first["type"] in _UNKNOWN:
-        return f"unknown key {key}{_suggest(first['loc'])}"
+        return f"unknown key {key}{_suggest(schema, first['loc'])}"
     kinds = list(dict.fromkeys(_expected(item) for item in items))
     if all(kinds):
         value = "nothing" if first["input"] is None else f"{first['input']!r:.80}"
@@ -228,7 +249,7 @@ def _complaint(key: str, items: list[Any]) -> str:
     )
     shown = "" if first["type"] == "value_error" else f", got {first['input']!r:.80}"
     # A section that checks itself says which of its keys is wrong.
-    inner = messages.partition(":")[0] in fields_of(type_at(first["loc"]))
+    inner = messages.partition(":")[0] in fields_of(type_at(schema, first["loc"]))
     return f"{key}{'.' if inner else ': '}{messages}{shown}" if key else messages
 
 
@@ -240,10 +261,10 @@ def _expected(item: Any) -> str | None:
     return _KINDS.get(kind.removesuffix("_from")) if fault in ("type", "parsing", "float") else None
 
 
-def _suggest(location: tuple[int | str, ...]) -> str:
+def _suggest(schema: type[BaseModel], location: tuple[int | str, ...]) -> str:
     now = _FORMER_KEYS.get(str(location[0]), {}).get(str(location[-1]))
     if now:
         return f" (it is called {now} now)"
     if len(location) == 1:
-        return section_suggestion(str(location[0]))
-    return suggestion(str(location[-1]), fields_of(type_at(location[:-1])))
+        return section_suggestion(schema, str(location[0]))
+    return suggestion(str(location[-1]), fields_of(type_at(schema, location[:-1])))

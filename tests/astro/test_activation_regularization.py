@@ -8,12 +8,12 @@ import transformers
 
 from astro.activation_regularization import (
     CLIPS_FILE,
-    ActivationRegularization,
     ActivationRegularizer,
     kurtosis_sum,
     round_clipped,
 )
 from astro.errors import CheckpointError, ConfigError, NumericalError
+from astro.training_config import ActivationRegularization
 from tests.support.architectures import DENSE, EXPERTS, IDS
 
 CPU = torch.device("cpu")
@@ -249,6 +249,8 @@ def test_settings_say_what_is_wrong():
         ActivationRegularization(clip=0)
     with pytest.raises(ConfigError, match="kurtosis: expected 0 or more, got -1"):
         ActivationRegularization(kurtosis=-1)
+    with pytest.raises(ConfigError, match="input_bits: expected 2 to 8, or null for inputs as they are, got 1"):
+        ActivationRegularization(input_bits=1)
     with pytest.raises(ConfigError, match="layers: names no layer"):
         ActivationRegularization(layers=())
     assert ActivationRegularization(input_bits=None, kurtosis=0).is_off
