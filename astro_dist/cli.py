@@ -18,6 +18,7 @@ from astro_dist.commands.inspecting import inspect
 from astro_dist.commands.judging import compare, evaluate, try_prompt
 from astro_dist.commands.result import publish, report, status, verify
 from astro_dist.commands.run import plan, quantize, submit
+from astro_dist.commands.training import train
 from astro_dist.console import show_log
 from astro_dist.execution.termination import EXIT_CODE, MESSAGE, Terminated, Termination
 
@@ -54,6 +55,7 @@ _COMMANDS: dict[str, Callable[..., None]] = {
     "verify": verify,
     "evaluate": evaluate,
     "inspect": inspect,
+    "train": train,
     "compare": compare,
     "try": try_prompt,
 }

@@ -24,7 +24,7 @@ from astro_dist.wording import counted
 from astro_dist.worker.spec import WorkerSpec
 from astro_dist.worker.worker import Worker
 
-__all__ = ["METRIC_PREFIX", "RayExecutor"]
+__all__ = ["METRIC_PREFIX", "RayExecutor", "connect"]
 
 METRIC_PREFIX = "astro_dist_"
 """What the names of a run's metrics begin with, behind Ray's own `ray_`."""
@@ -95,7 +95,7 @@ class RayExecutor:
         self._gauges: dict[str, Gauge] | None = None
         self._started_here = not ray.is_initialized()
         if self._started_here:
-            _connect(config)
+            connect(config)
         nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
         gpus, cpus = (int(sum(node.get(name, 0) for node in nodes)) for name in ("GPU", "CPU"))
         self.has_gpus = config.device == "cuda" or (config.device == "auto" and gpus > 0)
@@ -263,7 +263,15 @@ def _cpus_per_gpu(nodes: Sequence[Mapping[str, float]]) -> int:
     return max(min(shares, default=1), 1)
 
 
-def _connect(config: ExecutionConfig) -> None:
+def connect(config: ExecutionConfig) -> None:
+    """Connect this process to the cluster that a configuration names, or start a private one.
+
+    Args:
+        config: Configuration of workers and cluster.
+
+    Raises:
+        RunError: The cluster cannot be reached or started.
+    """
     address = config.cluster_address
     require_answer(config)
     options: dict[str, Any] = {"logging_level": logging.WARNING, "log_to_driver": False}

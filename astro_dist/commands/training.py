@@ -1,0 +1,29 @@
+"""The command that trains a model whose activations can be quantized."""
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from astro_dist.commands.output import AsJson, print_json, say_lines
+
+__all__ = ["train"]
+
+
+def train(
+    config: Annotated[Path, typer.Argument(help="YAML file that describes the training.")],
+    assignments: Annotated[
+        list[str] | None,
+        typer.Option("--set", help="Override a value: section.key=value. Repeatable.", metavar="KEY=VALUE"),
+    ] = None,
+    as_json: AsJson = False,
+) -> None:
+    """Train a model without outlier channels in its activations, or go on from the last checkpoint."""
+    from astro_dist.config.yaml_file import load_train_config
+    from astro_dist.training.train import train as do_training
+
+    summary = do_training(load_train_config(config, assignments))
+    if as_json:
+        print_json(summary.to_json())
+    else:
+        say_lines(*summary.lines())

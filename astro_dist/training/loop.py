@@ -1,0 +1,200 @@
+"""The loop of a training on one worker; it knows no Ray. A worker computes its share of the sequences of every step."""
+
+import dataclasses
+import math
+import os
+import time
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from astro.activation_regularization import ActivationRegularizer
+from astro.errors import NumericalError
+from astro_dist.config.training import OptimizationConfig, TrainConfig
+from astro_dist.training.checkpoint import load_checkpoint, save_checkpoint
+from astro_dist.training.parallel import ParallelModel, Place
+from astro_dist.training.token_file import TokenFile
+from astro_dist.training.trained_model import build_model, load_tokenizer, write_model
+
+__all__ = ["Outlet", "Trainer", "learning_rate"]
+
+
+def learning_rate(optimization: OptimizationConfig, step: int) -> float:
+    """Return the learning rate of a step: it rises in a line to its highest, and falls as a cosine.
+
+    Args:
+        optimization: Section of the configuration.
+        step: Number of the step, from 0.
+    """
+    highest, warmup = optimization.learning_rate, optimization.warmup_steps
+    if step < warmup:
+        return highest * (step + 1) / warmup
+    passed = (step - warmup) / max(optimization.steps - warmup, 1)
+    share = optimization.final_share + (1 - optimization.final_share) * (1 + math.cos(math.pi * passed)) / 2
+    return highest * share
+
+
+@dataclasses.dataclass(frozen=True)
+class Outlet:
+    """Where the loop leaves what it makes.
+
+    Attributes:
+        say: Function that takes the kind of an event and what is known of it; called on worker 0 alone.
+        keep: Function that takes the number of the next step and a function that writes a checkpoint into a folder; it
+            is called on all workers.
+    """
+
+    say: Callable[[str, Mapping[str, Any]], None]
+    keep: Callable[[int, Callable[[Path], None]], None]
+
+
+class Trainer:
+    """Trains a model on one of several workers.
+
+    Attributes:
+        model: The model on all workers.
+        regularizer: What is done to its layers.
+        step: Number of steps that are done.
+    """
+
+    def __init__(self, config: TrainConfig, tokens: TokenFile, place: Place) -> None:
+        """Make the model and the optimizers.
+
+        Args:
+            config: Configuration of the training.
+            tokens: Tokens of the text.
+            place: Where this worker is among all.
+
+        Raises:
+            InputError: The model cannot be made, or a pattern matches no layer.
+        """
+        self._config, self._tokens, self._place = config, tokens, place
+        optimization = config.optimization
+        self._precision = optimization.precision
+        if self._precision == "auto":
+            self._precision = "bfloat16" if place.device.type == "cuda" else "float32"
+        model = build_model(config.model, optimization.seed)
+        self.num_parameters = sum(parameter.numel() for parameter in model.parameters())
+        self.regularizer = ActivationRegularizer(model, config.regularization, place.device)
+        self.model = ParallelModel(model, place, config.execution.strategy, self._precision)
+        matrices = [parameter for parameter in model.parameters() if parameter.ndim > 1]
+        vectors = [parameter for parameter in model.parameters() if parameter.ndim <= 1]
+        decay = optimization.weight_decay
+        self._optimizer = torch.optim.AdamW(
+            [{"params": matrices, "weight_decay": decay}, {"params": vectors, "weight_decay": 0.0}],
+            lr=optimization.learning_rate,
+            betas=optimization.betas,
+        )
+        # An optimizer of its own: the state of the first belongs to the model's parameters, which checkpoints name.
+        self._clip_optimizer = torch.optim.AdamW([self.regularizer.parameter_group()], lr=optimization.learning_rate)
+        self.step = 0
+
+    def load(self, folder: Path) -> None:
+        """Take the state of a checkpoint, which may be of another number of workers.
+
+        Args:
+            folder: Folder of the checkpoint.
+        """
+        small = load_checkpoint(folder, self.model.model, self._optimizer, self._place.device)
+        with torch.no_grad():
+            self.regularizer.clips.copy_(small["clips"])
+        self._clip_optimizer.load_state_dict(small["optimizer"])
+        self.step = int(small["step"])
+
+    def run(self, outlet: Outlet) -> None:
+        """Do all steps that are left.
+
+        Args:
+            outlet: Where figures and checkpoints go.
+
+        Raises:
+            NumericalError: The loss is not finite, or clips have met; it is the same on all workers.
+        """
+        output, optimization = self._config.output, self._config.optimization
+        self._say(outlet, "begun", {
+            "step": self.step, "parameters": self.num_parameters, "workers": self._place.world_size,
+            "precision": self._precision, "device": self._place.device.type, "pid": os.getpid(),
+        })  # fmt: skip
+        since, first = time.monotonic(), self.step
+        while self.step < optimization.steps:
+            losses = self._do_step()
+            is_end = self.step == optimization.steps
+            if self.step % output.report_every == 0 or is_end or self.step % output.checkpoint_every == 0:
+                figures = self.model.mean(losses).tolist()
+                self._require_finite(figures)
+                if self.step % output.report_every == 0 or is_end:
+                    self._report(outlet, figures, (time.monotonic() - since) / (self.step - first))
+                    since, first = time.monotonic(), self.step
+            if self.step % output.checkpoint_every == 0 and not is_end:
+                outlet.keep(self.step, self._write_checkpoint)
+                self._say(outlet, "checkpoint", {"step": self.step})
+
+    def write(self, folder: Path) -> None:
+        """Write the trained model; all workers must call it.
+
+        Args:
+            folder: Where the checkpoint belongs.
+
+        Raises:
+            StorageError: The folder cannot be written.
+        """
+        state = self.model.full_state()
+        if self._place.rank == 0:
+            dtype = torch.bfloat16 if self._precision == "bfloat16" else torch.float32
+            tokenizer = load_tokenizer(self._config.model)
+            write_model(self.model.model, state, tokenizer, self.regularizer, folder, dtype)
+
+    def _do_step(self) -> torch.Tensor:
+        """Do one step, and return the mean loss and penalty of this worker's sequences [2]."""
+        optimization, place = self._config.optimization, self._place
+        share = optimization.batch_sequences // place.world_size
+        first = self.step * optimization.batch_sequences + place.rank * share
+        batch = self._tokens.sequences(first, share, optimization.seed).to(place.device)
+        torch.manual_seed(hash((optimization.seed, self.step, place.rank)) % (1 << 31))  # of dropout
+        micro_batches = batch.split(optimization.micro_batch_sequences)
+        total = torch.zeros(2, device=place.device)
+        for number, sequences in enumerate(micro_batches, 1):
+            with self.model.adding_up(is_last=number == len(micro_batches)):
+                loss = self.model.loss(sequences)
+                penalty = self.regularizer.penalty(len(sequences))
+                ((loss + penalty) / len(micro_batches)).backward()
+            total += torch.stack((loss.detach(), penalty.detach())) / len(micro_batches)
+        if self.regularizer.clips.grad is not None:
+            self.regularizer.clips.grad = self.model.mean(self.regularizer.clips.grad)
+        self.model.cut_gradient(optimization.gradient_clip)
+        for optimizer in (self._optimizer, self._clip_optimizer):
+            for group in optimizer.param_groups:
+                group["lr"] = learning_rate(optimization, self.step)
+            optimizer.step()
+            optimizer.zero_grad(set_to_none=True)
+        self.step += 1
+        return total
+
+    def _write_checkpoint(self, folder: Path) -> None:
+        clips = {"clips": self.regularizer.clips.detach(), "optimizer": self._clip_optimizer.state_dict()}
+        small = {**clips, "step": self.step} if self._place.rank == 0 else None
+        save_checkpoint(folder, self.model.model, self._optimizer, small)
+
+    def _require_finite(self, figures: list[float]) -> None:
+        if not math.isfinite(sum(figures)):
+            raise NumericalError(
+                f"step {self.step}: the loss is {figures[0]:g}, of which kurtosis adds {figures[1]:g}; lower "
+                "optimization.learning_rate, or lengthen optimization.warmup_steps"
+            )
+        if self._config.regularization.input_bits is not None:
+            self.regularizer.require_open()
+
+    def _report(self, outlet: Outlet, figures: list[float], step_s: float) -> None:
+        optimization = self._config.optimization
+        self._say(outlet, "step", {
+            "step": self.step, "steps": optimization.steps, "loss": figures[0], "penalty": figures[1],
+            "rate": learning_rate(optimization, self.step - 1),
+            "tokens_per_s": optimization.batch_sequences * self._tokens.length / step_s,
+            "left_s": (optimization.steps - self.step) * step_s,
+        })  # fmt: skip
+
+    def _say(self, outlet: Outlet, kind: str, content: Mapping[str, Any]) -> None:
+        if self._place.rank == 0:
+            outlet.say(kind, content)

@@ -1,0 +1,75 @@
+"""What a training says of itself: events in a file of the run directory, which worker 0 writes and the driver reads."""
+
+import json
+import os
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+from astro_dist.console import in_words
+from astro_dist.wording import counted
+
+__all__ = ["EventReader", "add_event", "in_line"]
+
+
+def add_event(path: Path, kind: str, content: Mapping[str, Any]) -> None:
+    """Append an event.
+
+    Args:
+        path: Path of the file.
+        kind: Kind of the event: `begun`, `step`, `checkpoint`, `written` or `failed`.
+        content: What is known of it.
+    """
+    line = json.dumps({"event": kind, **content}) + "\n"
+    descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
+    try:
+        os.write(descriptor, line.encode())
+    finally:
+        os.close(descriptor)
+
+
+class EventReader:
+    """Reads the events that were added since it looked last."""
+
+    def __init__(self, path: Path) -> None:
+        """Begin behind what is there already.
+
+        Args:
+            path: Path of the file.
+        """
+        self._path = path
+        self._offset = path.stat().st_size if path.is_file() else 0
+
+    def new_events(self) -> Iterator[dict[str, Any]]:
+        """Yield the new events; a line that is still being written comes next time."""
+        if not self._path.is_file():
+            return
+        with self._path.open("rb") as file:
+            file.seek(self._offset)
+            for line in file:
+                if not line.endswith(b"\n"):
+                    return
+                self._offset += len(line)
+                yield json.loads(line)
+
+
+def in_line(event: Mapping[str, Any]) -> str | None:
+    """Say an event in one line; None for those that nobody needs to see.
+
+    Args:
+        event: Event of the file.
+    """
+    kind = event["event"]
+    if kind == "begun":
+        begin = f"going on behind step {event['step']:,}" if event["step"] else "training begins"
+        parts = [begin, f"{event['parameters'] / 1e6:,.1f}M parameters", counted(event["workers"], "worker")]
+        return f"{', '.join(parts)}, {event['precision']} on {event['device']}"
+    if kind == "step":
+        extra = f" + {event['penalty']:.4f} for kurtosis" if event["penalty"] else ""
+        return (
+            f"step {event['step']:,} of {event['steps']:,}: loss {event['loss']:.4f}{extra}, rate {event['rate']:.2e}, "
+            f"{event['tokens_per_s']:,.0f} tokens/s, about {in_words(event['left_s'])} left"
+        )
+    if kind == "checkpoint":
+        return f"checkpoint behind step {event['step']:,}"
+    return None

@@ -1,0 +1,145 @@
+"""Training with Ray Train: workers on a cluster, checkpoints that survive them."""
+
+import contextlib
+import logging
+import tempfile
+import threading
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import ray
+import ray.train
+import ray.train.torch
+import torch
+
+from astro.errors import AstroError, ConfigError, RunError
+from astro.process import configure_process
+from astro_dist.config.schema import ExecutionConfig
+from astro_dist.config.training import TrainConfig
+from astro_dist.execution.ray_executor import connect
+from astro_dist.training.loop import Outlet, Trainer
+from astro_dist.training.parallel import Place
+from astro_dist.training.progress import add_event
+from astro_dist.training.token_file import TokenFile
+from astro_dist.training.training_directory import CHECKPOINTS, TrainingDirectory
+
+__all__ = ["train_with_ray"]
+
+_LOOK_S = 0.2
+"""Seconds between two looks at what workers have said."""
+
+
+def train_with_ray(config: TrainConfig, tokens: TokenFile, run: TrainingDirectory, look: Callable[[], None]) -> None:
+    """Train on the workers of a cluster, from the last checkpoint if there is one.
+
+    Args:
+        config: Configuration of the training.
+        tokens: Tokens of the text, in a file that every node sees.
+        run: Run directory.
+        look: Function that is called again and again while workers train.
+
+    Raises:
+        ConfigError: GPUs are asked for, but the cluster has none.
+        RunError: The cluster cannot be reached, or workers failed more often than `max_retries`.
+    """
+    execution = config.execution
+    logging.getLogger("ray.train").setLevel(logging.WARNING)
+    started_here = not ray.is_initialized()
+    if started_here:
+        connect(
+            ExecutionConfig(
+                workers=execution.workers,
+                threads_per_worker=execution.threads_per_worker,
+                ray_address=execution.ray_address,
+            )
+        )
+    try:
+        trainer = _trainer(config, tokens, run)
+        _fit(trainer, look)
+    finally:
+        if started_here:
+            ray.shutdown()
+
+
+def _trainer(config: TrainConfig, tokens: TokenFile, run: TrainingDirectory) -> Any:
+    execution, output = config.execution, config.output
+    has_gpus = ray.cluster_resources().get("GPU", 0) > 0
+    if execution.device == "cuda" and not has_gpus:
+        raise ConfigError("execution.device: cuda, but the cluster has no GPU; take cpu or auto, or another cluster")
+    use_gpu = has_gpus and execution.device != "cpu"
+    return ray.train.torch.TorchTrainer(
+        _train_on_worker,
+        train_loop_config={"config": config, "tokens": tokens, "run": run},
+        scaling_config=ray.train.ScalingConfig(
+            num_workers=execution.workers,
+            use_gpu=use_gpu,
+            resources_per_worker={"CPU": execution.threads_per_worker, **({"GPU": 1} if use_gpu else {})},
+        ),
+        torch_config=ray.train.torch.TorchConfig(backend="nccl" if use_gpu else "gloo"),
+        # Ray Train goes on from the newest checkpoint below a name that it finds again.
+        run_config=ray.train.RunConfig(
+            name=CHECKPOINTS,
+            storage_path=str(run.root),
+            failure_config=ray.train.FailureConfig(max_failures=execution.max_retries),
+            checkpoint_config=ray.train.CheckpointConfig(num_to_keep=output.keep_checkpoints),
+        ),
+    )
+
+
+def _fit(trainer: Any, look: Callable[[], None]) -> None:
+    """Let a trainer work in a thread, so that Ctrl-C and SIGTERM end it as they end every other command."""
+    failures: list[BaseException] = []
+
+    def work() -> None:
+        try:
+            trainer.fit()
+        except BaseException as error:
+            failures.append(error)
+
+    thread = threading.Thread(target=work, name="ray-train", daemon=True)
+    thread.start()
+    while thread.is_alive():
+        thread.join(_LOOK_S)
+        look()
+    if failures:
+        raise _explained(failures[0]) from failures[0]
+
+
+def _explained(error: BaseException) -> AstroError:
+    causes = getattr(error, "worker_failures", {})
+    for cause in causes.values():
+        original = getattr(cause, "cause", cause)
+        if isinstance(original, AstroError):
+            return original
+    text = str(next(iter(causes.values()), error)).strip()
+    last = text.splitlines()[-1] if text else type(error).__name__
+    return RunError(f"training stopped: {last}; the same command goes on from the last checkpoint")
+
+
+def _train_on_worker(content: Mapping[str, Any]) -> None:
+    """Train on one worker; Ray Train calls it on each."""
+    config, tokens, run = content["config"], content["tokens"], content["run"]
+    context = ray.train.get_context()
+    configure_process(config.execution.threads_per_worker)
+    device = ray.train.torch.get_device()
+    place = Place(context.get_world_rank(), context.get_world_size(), torch.device(device))
+    trainer = Trainer(config, tokens, place)
+    checkpoint = ray.train.get_checkpoint()
+    if checkpoint is not None:
+        with checkpoint.as_directory() as folder:
+            trainer.load(Path(folder))
+
+    def keep(step: int, write: Callable[[Path], None]) -> None:
+        with tempfile.TemporaryDirectory() as folder:
+            write(Path(folder))
+            # What each worker wrote becomes one folder; it has been copied when this returns.
+            ray.train.report({"step": step}, checkpoint=ray.train.Checkpoint.from_directory(folder))
+
+    try:
+        trainer.run(Outlet(lambda kind, event: add_event(run.events, kind, event), keep))
+        trainer.write(run.model)
+    except AstroError as error:  # all workers come to the same one, and would again: nothing is to be retried
+        if place.rank == 0:
+            with contextlib.suppress(OSError):
+                add_event(run.events, "failed", {"kind": type(error).__name__, "message": str(error)})

@@ -1,0 +1,185 @@
+"""A whole training: check, make tokens, train on workers or here, write a checkpoint that transformers loads."""
+
+import dataclasses
+import logging
+import shutil
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from astro import errors
+from astro.activation_regularization import CLIPS_FILE
+from astro.errors import ConfigError, RunError
+from astro.process import configure_process
+from astro_dist.config.training import TrainConfig
+from astro_dist.console import in_words
+from astro_dist.run_directory.lock import hold
+from astro_dist.training.loop import Outlet, Trainer
+from astro_dist.training.parallel import Place
+from astro_dist.training.progress import EventReader, add_event, in_line
+from astro_dist.training.token_file import TokenFile, require_text, write_tokens
+from astro_dist.training.trained_model import load_tokenizer, model_config
+from astro_dist.training.training_directory import TrainingDirectory
+
+__all__ = ["TrainSummary", "train"]
+
+_log = logging.getLogger("astro_dist")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class TrainSummary:
+    """The figures of a finished training.
+
+    Attributes:
+        model: Folder of the trained model.
+        clips: File of the learned clips; None where inputs were not rounded.
+        steps: Number of steps.
+        tokens: Number of tokens that were trained on, those of repeated passes too.
+        loss: Mean cross-entropy of the last step's tokens, in nats.
+        penalty: What kurtosis added to the loss in the last step.
+        wall_s: Time of the last session, in seconds.
+    """
+
+    model: str
+    clips: str | None
+    steps: int
+    tokens: int
+    loss: float
+    penalty: float
+    wall_s: float
+
+    def to_json(self) -> dict[str, Any]:
+        """Return the figures as a JSON object."""
+        return dataclasses.asdict(self)
+
+    def lines(self) -> list[str]:
+        """Say what came out, and how to go on."""
+        extra = f" + {self.penalty:.4f} for kurtosis" if self.penalty else ""
+        lines = [f"Loss {self.loss:.4f}{extra} after {self.steps:,} steps and {self.tokens:,} tokens; "
+                 f"{in_words(self.wall_s)}", f"Model: {self.model}"]  # fmt: skip
+        if self.clips:
+            lines.append(f"Clips of inputs: {self.clips}")
+        return [*lines, "Next:", f"  astro-dist inspect {self.model}", f"  astro-dist quantize {self.model}"]
+
+
+def train(config: TrainConfig) -> TrainSummary:
+    """Do a training, or go on with it from its last checkpoint.
+
+    Args:
+        config: Configuration of the training.
+
+    Raises:
+        InputError: Something the user gave is wrong; nothing was started.
+        AstroError: The training failed; its checkpoints are kept.
+    """
+    begin = time.perf_counter()
+    _require_places(config)
+    run = TrainingDirectory(config.output.dir.expanduser().absolute())
+    tokenizer, settings = load_tokenizer(config.model), model_config(config.model)
+    with hold(run.root):
+        run.begin(config)
+        done = run.finished()
+        if done is not None:
+            _log.info("%s: this training was finished already; nothing was done", run.root)
+            return TrainSummary(**done)
+        vocabulary = settings.get_text_config().vocab_size
+        tokens = write_tokens(config.text, tokenizer, vocabulary, run.tokens)
+        _say_text(config, tokens)
+        last = _train_and_listen(config, tokens, run)
+        has_clips = config.regularization.input_bits is not None
+        summary = TrainSummary(
+            model=str(run.model),
+            clips=str(run.model / CLIPS_FILE) if has_clips else None,
+            steps=config.optimization.steps,
+            tokens=config.optimization.steps * config.optimization.batch_sequences * tokens.length,
+            loss=last["loss"],
+            penalty=last["penalty"],
+            wall_s=round(time.perf_counter() - begin, 2),
+        )
+        run.finish(summary.to_json())
+        return summary
+
+
+def _train_and_listen(config: TrainConfig, tokens: TokenFile, run: TrainingDirectory) -> dict[str, Any]:
+    """Train, say what happens, and return the event of the last step."""
+    reader = EventReader(run.events)
+    last: dict[str, Any] = {}
+
+    def look() -> None:
+        for event in reader.new_events():
+            line = in_line(event)
+            if line:
+                _log.info(line)
+            if event["event"] == "step":
+                last.update(event)
+            if event["event"] == "failed":
+                raise getattr(errors, event["kind"], RunError)(event["message"])
+
+    if config.execution.executor == "local":
+        _train_here(config, tokens, run, look)
+    else:
+        try:
+            from astro_dist.training.ray_training import train_with_ray  # slow to import, and wants pandas
+        except ImportError as error:
+            raise ConfigError(
+                f"execution.executor: ray wants Ray Train: pip install 'astro-dist[train]' ({error})"
+            ) from error
+        train_with_ray(config, tokens, run, look)
+    look()
+    if not last:
+        raise RunError(f"{run.events}: tells of no step; run the same command to go on")
+    return last
+
+
+def _train_here(config: TrainConfig, tokens: TokenFile, run: TrainingDirectory, look: Callable[[], None]) -> None:
+    """Train in this process, from the last checkpoint if there is one."""
+    execution = config.execution
+    is_gpu = execution.device == "cuda" or (execution.device == "auto" and torch.cuda.is_available())
+    if is_gpu and not torch.cuda.is_available():
+        raise ConfigError("execution.device: cuda, but torch sees no GPU here; install torch for CUDA, or take cpu")
+    configure_process(execution.threads_per_worker)
+    trainer = Trainer(config, tokens, Place(0, 1, torch.device("cuda" if is_gpu else "cpu")))
+    folders = sorted(run.checkpoints.glob("step-*"))
+    if folders:
+        trainer.load(folders[-1])
+
+    def keep(step: int, write: Callable[[Path], None]) -> None:
+        partial = run.checkpoints / f".step-{step:09d}.partial"
+        shutil.rmtree(partial, ignore_errors=True)
+        partial.mkdir(parents=True)
+        write(partial)
+        partial.rename(run.checkpoints / f"step-{step:09d}")
+        for old in sorted(run.checkpoints.glob("step-*"))[: -config.output.keep_checkpoints]:
+            shutil.rmtree(old)
+
+    def say(kind: str, content: Any) -> None:
+        add_event(run.events, kind, content)
+        look()
+
+    trainer.run(Outlet(say, keep))
+    trainer.write(run.model)
+
+
+def _require_places(config: TrainConfig) -> None:
+    """Refuse a text that is not there, and paths that only mean the same on this machine."""
+    require_text(config.text)
+    if config.execution.executor == "local" or config.execution.cluster_address is None:
+        return
+    paths = {"output.dir": config.output.dir}
+    if Path(config.model.source).exists():
+        paths["model.source"] = Path(config.model.source)
+    for name, path in paths.items():
+        if not path.expanduser().is_absolute():
+            raise ConfigError(f"{name}: {path} is relative; on a cluster give an absolute path that every node sees")
+
+
+def _say_text(config: TrainConfig, tokens: TokenFile) -> None:
+    needed = config.optimization.steps * config.optimization.batch_sequences
+    _log.info(
+        "%s: %s tokens, %s sequences of %d; the training takes %s, %.1f times the text", config.text.source,
+        f"{tokens.num_tokens:,}", f"{tokens.num_sequences:,}", tokens.length, f"{needed:,}",
+        needed / tokens.num_sequences,
+    )  # fmt: skip

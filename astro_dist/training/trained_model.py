@@ -1,0 +1,137 @@
+"""The model of a training: made from a config or from weights, and written as a plain checkpoint."""
+
+import os
+import shutil
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+
+from astro.activation_regularization import CLIPS_FILE, ActivationRegularizer
+from astro.errors import CheckpointError, ConfigError, StorageError, UnsupportedError
+from astro.storage.atomic import read_json, write_json
+from astro_dist.config.training import TrainModelConfig
+
+__all__ = ["build_model", "load_tokenizer", "model_config", "write_model"]
+
+
+def model_config(config: TrainModelConfig) -> Any:
+    """Return the transformers config of the model that is trained.
+
+    Args:
+        config: Section of the configuration.
+
+    Raises:
+        CheckpointError: The source has no config.json that transformers can read.
+        ConfigError: A key of `overrides` is not known to the model.
+        UnsupportedError: The source is quantized.
+    """
+    try:
+        found = transformers.AutoConfig.from_pretrained(config.source, **_options(config))
+    except Exception as error:  # transformers raises many kinds
+        raise CheckpointError(f"model.source {config.source}: its config.json cannot be read: {error}") from error
+    if getattr(found, "quantization_config", None):
+        raise UnsupportedError(f"model.source {config.source}: is quantized; give the model in 16 or 32 bits")
+    for key, value in config.overrides.items():
+        if not hasattr(found, key):
+            raise ConfigError(f"model.overrides.{key}: {type(found).__name__} has no such key")
+        setattr(found, key, value)
+    return found
+
+
+def load_tokenizer(config: TrainModelConfig) -> Any:
+    """Return the tokenizer of the source.
+
+    Args:
+        config: Section of the configuration.
+
+    Raises:
+        CheckpointError: It cannot be loaded.
+    """
+    try:
+        return transformers.AutoTokenizer.from_pretrained(config.source, **_options(config))
+    except Exception as error:  # tokenizers raises bare Exceptions for files it cannot parse
+        raise CheckpointError(f"model.source {config.source}: its tokenizer cannot be loaded: {error}") from error
+
+
+def build_model(config: TrainModelConfig, seed: int) -> Any:
+    """Return the model with its first weights, in float32 on the CPU.
+
+    Args:
+        config: Section of the configuration.
+        seed: Seed of random weights.
+
+    Raises:
+        InputError: The source cannot be read, or transformers has no causal language model for it.
+    """
+    settings = model_config(config)
+    torch.manual_seed(seed)
+    trusted = config.trust_remote_code
+    try:
+        if config.start == "weights":
+            model, info = transformers.AutoModelForCausalLM.from_pretrained(
+                config.source, dtype=torch.float32, output_loading_info=True, **_options(config)
+            )
+        else:
+            model, info = (
+                transformers.AutoModelForCausalLM.from_config(settings, dtype=torch.float32, trust_remote_code=trusted),
+                {},
+            )
+    except Exception as error:  # whatever the model's own code raises
+        raise UnsupportedError(
+            f"model.source {config.source}: no causal language model can be made of it: {type(error).__name__}: "
+            f"{str(error).splitlines()[0] if str(error) else 'no reason given'}"
+        ) from error
+    missing = [*info.get("missing_keys", ()), *info.get("mismatched_keys", ())]
+    if missing:
+        raise CheckpointError(f"model.source {config.source}: holds no fitting weights for {missing[0]}")
+    model.config.use_cache = False
+    return model.train()
+
+
+def write_model(
+    model: Any,
+    state: Mapping[str, torch.Tensor],
+    tokenizer: Any,
+    regularizer: ActivationRegularizer,
+    folder: Path,
+    dtype: torch.dtype,
+) -> None:
+    """Write a checkpoint that transformers loads, and the learned clips beside it. The folder appears when it is whole.
+
+    Args:
+        model: The model, of the class that is written.
+        state: All its weights by name, on the CPU.
+        tokenizer: Tokenizer of the source.
+        regularizer: Clips of the layers.
+        folder: Where the checkpoint belongs.
+        dtype: Dtype in which weights are written.
+
+    Raises:
+        StorageError: The folder cannot be written.
+    """
+    partial = folder.with_name(f".{folder.name}.partial")
+    tied = getattr(model, "all_tied_weights_keys", None) or {}
+    weights = {name: tensor.to(dtype) for name, tensor in state.items() if name not in tied}
+    try:
+        shutil.rmtree(partial, ignore_errors=True)
+        model.config.use_cache = True
+        model.save_pretrained(partial, state_dict=weights)
+        tokenizer.save_pretrained(partial)
+        config = read_json(partial / "config.json")
+        # FSDP2 gives the class of a model another name, and transformers writes the dtype of its parameters.
+        names = [type(model).__name__.removeprefix("FSDP")]
+        write_json(partial / "config.json", {**config, "architectures": names, "dtype": str(dtype).split(".")[1]})
+        if regularizer.settings.input_bits is not None:
+            regularizer.save(partial / CLIPS_FILE)
+        os.replace(partial, folder)
+    except OSError as error:
+        raise StorageError(f"{folder}: cannot be written: {error}") from error
+    finally:
+        model.config.use_cache = False
+
+
+def _options(config: TrainModelConfig) -> dict[str, Any]:
+    return {"revision": config.revision or "main", "trust_remote_code": config.trust_remote_code}

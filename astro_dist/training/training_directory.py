@@ -1,0 +1,96 @@
+"""The run directory of a training: where its files are, and whether it is this very training that lies there."""
+
+import dataclasses
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from astro.errors import ConfigError, RunError
+from astro.storage.atomic import read_json, write_json, write_text
+from astro_dist.config.training import TrainConfig
+
+__all__ = ["CHECKPOINTS", "TrainingDirectory"]
+
+CHECKPOINTS = "checkpoints"
+"""Name of the folder of checkpoints in the run directory."""
+
+
+@dataclasses.dataclass(frozen=True)
+class TrainingDirectory:
+    """The run directory of a training.
+
+    Attributes:
+        root: Folder of the run directory.
+    """
+
+    root: Path
+
+    @property
+    def model(self) -> Path:
+        """Folder of the trained model."""
+        return self.root / "model"
+
+    @property
+    def tokens(self) -> Path:
+        """File of the tokens of the text."""
+        return self.root / "tokens.bin"
+
+    @property
+    def events(self) -> Path:
+        """File of the events of the training, one JSON object on each line."""
+        return self.root / "progress.jsonl"
+
+    @property
+    def checkpoints(self) -> Path:
+        """Folder of the checkpoints."""
+        return self.root / CHECKPOINTS
+
+    @property
+    def summary(self) -> Path:
+        """File of the figures of the finished training."""
+        return self.root / "training.json"
+
+    def begin(self, config: TrainConfig) -> None:
+        """Record the configuration, or refuse to go on with another one.
+
+        Args:
+            config: Configuration of the training.
+
+        Raises:
+            ConfigError: A training with other settings lies in the folder; the message names a key.
+        """
+        path = self.root / "train.yaml"
+        if not path.is_file():
+            if (self.root / "run.json").exists():
+                raise ConfigError(f"output.dir {self.root}: holds a run of quantize; take another folder")
+            write_text(path, config.to_yaml())
+            return
+        before = TrainConfig.model_validate(yaml.safe_load(path.read_text(encoding="utf-8"))).arithmetic()
+        now = config.arithmetic()
+        for section, keys in now.items():
+            for key, value in keys.items():
+                if before[section][key] != value:
+                    raise ConfigError(
+                        f"{self.root}: its training has {section}.{key}: {before[section][key]}, got {value}; set it "
+                        "back to go on, or take another output.dir"
+                    )
+        write_text(path, config.to_yaml())
+
+    def finished(self) -> dict[str, Any] | None:
+        """Return the figures of a finished training; None where it is not finished."""
+        whole = self.summary.is_file() and (self.model / "config.json").is_file()
+        return read_json(self.summary) if whole else None
+
+    def finish(self, figures: dict[str, Any]) -> None:
+        """Record that the training is finished.
+
+        Args:
+            figures: Its figures.
+
+        Raises:
+            RunError: The model was not written.
+        """
+        if not (self.model / "config.json").is_file():
+            raise RunError(f"{self.model}: the trained model is not there; run the same command to go on")
+        write_json(self.summary, figures)

@@ -1,0 +1,246 @@
+"""Trainings in this process: loss falls, they go on bit by bit, the result loads, wrong input is refused."""
+
+import json
+import sys
+
+import pytest
+import torch
+import transformers
+from safetensors import safe_open
+
+from astro.activation_regularization import CLIPS_FILE
+from astro.errors import CheckpointError, ConfigError, NumericalError, UnsupportedError
+from astro_dist import cli
+from astro_dist.config.training import OptimizationConfig, TrainConfig
+from astro_dist.training import loop
+from astro_dist.training.token_file import TokenFile
+from astro_dist.training.train import train
+from tests.support.models import LLAMA, byte_tokenizer
+
+SIZES = {**LLAMA, "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2}
+
+
+@pytest.fixture
+def source(tmp_path):
+    """A folder with a config and a tokenizer, and no weights."""
+    folder = tmp_path / "source"
+    transformers.LlamaConfig(**SIZES, eos_token_id=257).save_pretrained(folder)
+    byte_tokenizer().save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture
+def settings(source, tmp_path):
+    def make(output="training", **changes):
+        content = {
+            "model": {"source": str(source)},
+            "text": {"sequence_length": 32},
+            "optimization": {
+                "steps": 6, "batch_sequences": 4, "micro_batch_sequences": 2, "learning_rate": 1e-2, "warmup_steps": 2,
+            },
+            "execution": {"executor": "local", "device": "cpu"},
+            "output": {"dir": str(tmp_path / output), "checkpoint_every": 2, "report_every": 1},
+        }  # fmt: skip
+        for name, value in changes.items():
+            section, key = name.split("__")
+            content.setdefault(section, {})[key] = value
+        return TrainConfig.model_validate(content)
+
+    return make
+
+
+def events(config, kind="step"):
+    lines = (config.output.dir / "progress.jsonl").read_text().splitlines()
+    return [event for event in map(json.loads, lines) if event["event"] == kind]
+
+
+def weights(config):
+    with safe_open(config.output.dir / "model" / "model.safetensors", "pt") as file:
+        return {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+
+
+def same(one, other):
+    return one.keys() == other.keys() and all(torch.equal(one[name], other[name]) for name in one)
+
+
+def test_training_lowers_the_loss_and_writes_a_model_that_transformers_loads(settings):
+    config = settings(optimization__steps=20, text__sequence_length=64)
+    summary = train(config)
+    losses = [event["loss"] for event in events(config)]
+    assert losses[0] > 5
+    assert summary.loss == losses[-1] < 4
+    assert summary.tokens == 20 * 4 * 64
+    model, info = transformers.AutoModelForCausalLM.from_pretrained(summary.model, output_loading_info=True)
+    assert not any(info.values())
+    assert model.config.architectures == ["LlamaForCausalLM"]
+    assert transformers.AutoTokenizer.from_pretrained(summary.model)("a")["input_ids"]
+    with safe_open(summary.clips, "pt") as file:
+        assert len(file.keys()) == 2 * 7
+        assert file.metadata()["bits"] == "4"
+        clips = file.get_tensor("model.layers.1.mlp.down_proj.input_clips")
+    assert clips.shape == (2,)
+    assert clips[0] < 0 < clips[1]
+    assert clips.tolist() != [-4, 4]
+
+
+@pytest.mark.parametrize(
+    ("bits", "kurtosis", "has_clips"), [(None, 0.0, False), (4, 0.0, True), (None, 1e-3, False), (4, 1e-3, True)]
+)
+def test_all_four_ways_of_training(settings, bits, kurtosis, has_clips):
+    config = settings(regularization__input_bits=bits, regularization__kurtosis=kurtosis)
+    summary = train(config)
+    assert (summary.penalty > 0) == (kurtosis > 0)
+    assert (config.output.dir / "model" / CLIPS_FILE).exists() == has_clips == (summary.clips is not None)
+
+
+def test_regularization_changes_what_is_learned(settings):
+    results = []
+    for number, (bits, kurtosis) in enumerate([(None, 0.0), (4, 0.0), (None, 1e-2)]):
+        config = settings(f"t{number}", regularization__input_bits=bits, regularization__kurtosis=kurtosis)
+        train(config)
+        results.append(weights(config))
+    assert not same(results[0], results[1])
+    assert not same(results[0], results[2])
+
+
+def test_micro_batches_change_nothing_but_last_bits(settings):
+    one, other = settings("one", optimization__micro_batch_sequences=4), settings("other")
+    assert train(one).loss == pytest.approx(train(other).loss, rel=1e-4)
+
+
+def test_stopped_training_goes_on_as_if_it_had_not_stopped(settings, monkeypatch):
+    whole, cut = settings("whole"), settings("cut")
+    train(whole)
+    step = loop.Trainer._do_step
+
+    def stop_in_the_fourth(self):
+        if self.step == 3:
+            raise KeyboardInterrupt
+        return step(self)
+
+    monkeypatch.setattr(loop.Trainer, "_do_step", stop_in_the_fourth)
+    with pytest.raises(KeyboardInterrupt):
+        train(cut)
+    monkeypatch.undo()
+    train(cut)
+    assert [event["step"] for event in events(cut, "begun")] == [0, 2]
+    assert [event["step"] for event in events(cut)] == [1, 2, 3, 3, 4, 5, 6]
+    assert same(weights(whole), weights(cut))
+    with (
+        safe_open(cut.output.dir / "model" / CLIPS_FILE, "pt") as a,
+        safe_open(whole.output.dir / "model" / CLIPS_FILE, "pt") as b,
+    ):
+        assert all(torch.equal(a.get_tensor(key), b.get_tensor(key)) for key in a.keys())  # noqa: SIM118
+
+
+def test_finished_training_is_not_done_again(settings):
+    config = settings()
+    assert train(config) == train(config)
+    assert len(events(config, "begun")) == 1
+
+
+def test_other_settings_in_the_same_folder_are_refused(settings):
+    train(settings())
+    with pytest.raises(ConfigError, match=r"its training has optimization.seed: 0, got 1; set it back"):
+        train(settings(optimization__seed=1))
+    train(settings(output__report_every=3))
+
+
+def test_training_goes_on_from_weights(settings, tmp_path):
+    first = train(settings("first", optimization__steps=20))
+    again = settings("again", model__source=first.model, model__start="weights", optimization__warmup_steps=0)
+    train(again)
+    assert events(again)[0]["loss"] < 5
+
+
+def test_only_checkpoints_that_are_wanted_are_kept(settings):
+    config = settings(output__keep_checkpoints=1, output__checkpoint_every=1)
+    train(config)
+    assert [path.name for path in (config.output.dir / "checkpoints").iterdir()] == ["step-000000005"]
+
+
+def test_loss_that_is_not_finite_ends_the_training(settings):
+    with pytest.raises(NumericalError, match=r"step \d: the loss is .*lower optimization.learning_rate"):
+        train(settings(optimization__learning_rate=1e30, optimization__gradient_clip=0.0))
+
+
+def test_learning_rate_rises_and_falls():
+    optimization = OptimizationConfig(steps=110, warmup_steps=10, learning_rate=1.0, final_share=0.1)
+    rates = [loop.learning_rate(optimization, step) for step in range(111)]
+    assert rates[:3] == [0.1, 0.2, 0.3]
+    assert rates[9] == rates[10] == 1
+    assert rates[60] == pytest.approx(0.55)
+    assert rates[110] == pytest.approx(0.1)
+
+
+def test_every_sequence_comes_once_in_a_pass(settings):
+    config = settings()
+    train(config)
+    tokens = TokenFile(config.output.dir / "tokens.bin", 32 * 50 + 7, 32, "")
+    first = tokens.sequences(0, 50, seed=0)
+    second = tokens.sequences(50, 50, seed=0)
+    assert not torch.equal(first, second)
+    assert sorted(map(tuple, first.tolist())) == sorted(map(tuple, second.tolist()))
+    assert torch.equal(tokens.sequences(20, 3, seed=0), first[20:23])
+
+
+def test_documents_are_parted_by_the_end_of_text(settings, tmp_path):
+    (tmp_path / "texts.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in ["ab", "", "c"] * 20))
+    config = settings(text__source=str(tmp_path / "texts.jsonl"))
+    train(config)
+    content = (config.output.dir / "tokens.bin").read_bytes()
+    ids = byte_tokenizer()("abc", add_special_tokens=False)["input_ids"]
+    assert list(memoryview(content).cast("I"))[:6] == [*ids[:2], 257, ids[2], 257, ids[0]]
+
+
+@pytest.mark.parametrize(
+    ("changes", "error", "message"),
+    [
+        ({"text__source": "nothing.txt"}, ConfigError, "text.source nothing.txt: there is no such file"),
+        ({"model__source": "/nothing"}, CheckpointError, "model.source /nothing: its tokenizer cannot be loaded"),
+        ({"model__overrides": {"layers": 3}}, ConfigError, "model.overrides.layers: LlamaConfig has no such key"),
+        ({"model__start": "weights"}, UnsupportedError, "no causal language model can be made of it"),
+        ({"regularization__layers": ["*.nothing"]}, ConfigError, r"'\*.nothing' matches no linear layer"),
+        ({"text__sequence_length": 10**7}, ConfigError, "expected at least one sequence of 10000000"),
+    ],
+)
+def test_wrong_input_is_refused(settings, changes, error, message):
+    with pytest.raises(error, match=message):
+        train(settings(**changes))
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"execution__workers": 3, "execution__executor": "ray"}, "batch_sequences: 4 is no multiple of 6"),
+        ({"execution__workers": 2}, "executor: local is one worker"),
+        ({"model__start": "weights", "model__overrides": {"num_hidden_layers": 1}}, "overrides: only with start"),
+        ({"optimization__betas": [0.9, 1.0]}, "betas: expected two numbers"),
+        ({"model__source": "s3://bucket/model"}, "source: expected a folder or ORG/NAME"),
+    ],
+)
+def test_settings_say_what_is_wrong(settings, changes, message):
+    with pytest.raises(ValueError, match=message):
+        settings(**changes)
+
+
+def test_command_trains_and_its_output_is_one_json_object(settings, tmp_path, monkeypatch, capsys):
+    path = tmp_path / "train.yaml"
+    path.write_text(settings().to_yaml())
+
+    def run(*arguments):
+        monkeypatch.setattr(sys, "argv", ["astro-dist", "train", *map(str, arguments)])
+        with pytest.raises(SystemExit) as end:
+            cli.main()
+        captured = capsys.readouterr()
+        return end.value.code, captured.out, captured.err
+
+    code, _, err = run(path, "--set", "optimization.step=3")
+    assert code == 2
+    assert "unknown key optimization.step (did you mean steps?)" in err
+    code, out, err = run(path, "--set", "optimization.steps=3")
+    assert code == 0
+    assert "step 3 of 3: loss" in err
+    assert "astro-dist inspect" in out
+    code, out, _ = run(path, "--set", "optimization.steps=3", "--json")
+    assert json.loads(out)["steps"] == 3
