@@ -9,11 +9,13 @@ import typer
 
 from astro_dist import cli
 from astro_dist.config.explanation import commented_defaults
+from astro_dist.config.schema import RunConfig
+from astro_dist.config.training import TrainConfig
 
 ROOT = Path(__file__).parents[1]
 PAGES = sorted(
     path
-    for folder in (".", ".github", "configs", "cluster", "astro", "astro_dist", "tests/bench")
+    for folder in (".", ".github", "configs", "configs/training", "cluster", "astro", "astro_dist", "tests/bench")
     for path in (ROOT / folder).glob("*.md")
 )
 MOST_WORDS = 40
@@ -84,8 +86,9 @@ def test_functions_of_the_equations_exist():
     assert [f for f in functions if not re.search(rf"def {f}\(|^    {f}: ", code, flags=re.MULTILINE)] == []
 
 
-def test_every_key_is_explained_as_the_program_explains_it():
-    text = (ROOT / "configs" / "README.md").read_text().split("## Every key")[1]
+@pytest.mark.parametrize(("folder", "schema"), [("configs", RunConfig), ("configs/training", TrainConfig)])
+def test_every_key_is_explained_as_the_program_explains_it(folder, schema):
+    text = (ROOT / folder / "README.md").read_text().split("## Every key")[1]
     shown = re.search(r"```yaml\n(.*?)```", text, flags=re.DOTALL)
     assert shown is not None
-    assert shown[1] == commented_defaults(), "paste what `astro-dist config` prints"
+    assert shown[1] == commented_defaults(schema), "paste what `astro-dist config` prints, with --train for a training"

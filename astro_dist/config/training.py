@@ -26,7 +26,7 @@ class TrainModelConfig(Section):
 
     source: str
     """The folder, or the repository on the Hub (ORG/NAME), with config.json, the tokenizer, and weights if they are
-    wanted."""
+    wanted; or `demo:smollm2-135m`, the model of the quickstart."""
     revision: str | None = None
     """The branch, tag or commit of a Hub repository; where it is not given, `main` is read."""
     start: Literal["scratch", "weights"] = "scratch"

@@ -113,7 +113,10 @@ class Trainer:
             NumericalError: The loss is not finite, or clips have met; it is the same on all workers.
         """
         output, optimization = self._config.output, self._config.optimization
+        regularizer = self.regularizer
+        is_plain = self._config.regularization.is_off
         self._say(outlet, "begun", {
+            "layers": 0 if is_plain else len(regularizer.names), "left_out": [] if is_plain else regularizer.left_out,
             "step": self.step, "parameters": self.num_parameters, "workers": self._place.world_size,
             "precision": self._precision, "device": self._place.device.type, "pid": os.getpid(),
         })  # fmt: skip

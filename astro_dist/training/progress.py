@@ -63,6 +63,10 @@ def in_line(event: Mapping[str, Any]) -> str | None:
     if kind == "begun":
         begin = f"going on behind step {event['step']:,}" if event["step"] else "training begins"
         parts = [begin, f"{event['parameters'] / 1e6:,.1f}M parameters", counted(event["workers"], "worker")]
+        if event["layers"]:
+            parts.append(f"{counted(event['layers'], 'layer')} regularized")
+        if event["left_out"]:
+            parts.append(f"but not {counted(len(event['left_out']), 'set')} of experts ({event['left_out'][0]}, ...)")
         return f"{', '.join(parts)}, {event['precision']} on {event['device']}"
     if kind == "step":
         extra = f" + {event['penalty']:.4f} for kurtosis" if event["penalty"] else ""

@@ -10,9 +10,10 @@ import torch
 import transformers
 
 from astro.activation_regularization import CLIPS_FILE, ActivationRegularizer
-from astro.errors import CheckpointError, ConfigError, StorageError, UnsupportedError
+from astro.errors import AstroError, CheckpointError, ConfigError, StorageError, UnsupportedError
 from astro.storage.atomic import read_json, write_json
 from astro_dist.config.training import TrainModelConfig
+from astro_dist.source.demo import resolve_demo
 
 __all__ = ["build_model", "load_tokenizer", "model_config", "write_model"]
 
@@ -29,7 +30,9 @@ def model_config(config: TrainModelConfig) -> Any:
         UnsupportedError: The source is quantized.
     """
     try:
-        found = transformers.AutoConfig.from_pretrained(config.source, **_options(config))
+        found = transformers.AutoConfig.from_pretrained(_place(config), **_options(config))
+    except AstroError:
+        raise
     except Exception as error:  # transformers raises many kinds
         raise CheckpointError(f"model.source {config.source}: its config.json cannot be read: {error}") from error
     if getattr(found, "quantization_config", None):
@@ -51,7 +54,9 @@ def load_tokenizer(config: TrainModelConfig) -> Any:
         CheckpointError: It cannot be loaded.
     """
     try:
-        return transformers.AutoTokenizer.from_pretrained(config.source, **_options(config))
+        return transformers.AutoTokenizer.from_pretrained(_place(config), **_options(config))
+    except AstroError:
+        raise
     except Exception as error:  # tokenizers raises bare Exceptions for files it cannot parse
         raise CheckpointError(f"model.source {config.source}: its tokenizer cannot be loaded: {error}") from error
 
@@ -72,7 +77,7 @@ def build_model(config: TrainModelConfig, seed: int) -> Any:
     try:
         if config.start == "weights":
             model, info = transformers.AutoModelForCausalLM.from_pretrained(
-                config.source, dtype=torch.float32, output_loading_info=True, **_options(config)
+                _place(config), dtype=torch.float32, output_loading_info=True, **_options(config)
             )
         else:
             model, info = (
@@ -126,11 +131,17 @@ def write_model(
         write_json(partial / "config.json", {**config, "architectures": names, "dtype": str(dtype).split(".")[1]})
         if regularizer.settings.input_bits is not None:
             regularizer.save(partial / CLIPS_FILE)
+        shutil.rmtree(folder, ignore_errors=True)  # of a worker that was lost behind this line
         os.replace(partial, folder)
     except OSError as error:
         raise StorageError(f"{folder}: cannot be written: {error}") from error
     finally:
         model.config.use_cache = False
+
+
+def _place(config: TrainModelConfig) -> str:
+    """Return what transformers loads: a folder, or ORG/NAME on the Hub."""
+    return str(resolve_demo(config.source)) if config.source.startswith("demo:") else config.source
 
 
 def _options(config: TrainModelConfig) -> dict[str, Any]:

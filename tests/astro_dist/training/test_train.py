@@ -11,47 +11,11 @@ from safetensors import safe_open
 from astro.activation_regularization import CLIPS_FILE
 from astro.errors import CheckpointError, ConfigError, NumericalError, UnsupportedError
 from astro_dist import cli
-from astro_dist.config.training import OptimizationConfig, TrainConfig
+from astro_dist.config.training import OptimizationConfig
 from astro_dist.training import loop
 from astro_dist.training.token_file import TokenFile
 from astro_dist.training.train import train
-from tests.support.models import LLAMA, byte_tokenizer
-
-SIZES = {**LLAMA, "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2}
-
-
-@pytest.fixture
-def source(tmp_path):
-    """A folder with a config and a tokenizer, and no weights."""
-    folder = tmp_path / "source"
-    transformers.LlamaConfig(**SIZES, eos_token_id=257).save_pretrained(folder)
-    byte_tokenizer().save_pretrained(folder)
-    return folder
-
-
-@pytest.fixture
-def settings(source, tmp_path):
-    def make(output="training", **changes):
-        content = {
-            "model": {"source": str(source)},
-            "text": {"sequence_length": 32},
-            "optimization": {
-                "steps": 6, "batch_sequences": 4, "micro_batch_sequences": 2, "learning_rate": 1e-2, "warmup_steps": 2,
-            },
-            "execution": {"executor": "local", "device": "cpu"},
-            "output": {"dir": str(tmp_path / output), "checkpoint_every": 2, "report_every": 1},
-        }  # fmt: skip
-        for name, value in changes.items():
-            section, key = name.split("__")
-            content.setdefault(section, {})[key] = value
-        return TrainConfig.model_validate(content)
-
-    return make
-
-
-def events(config, kind="step"):
-    lines = (config.output.dir / "progress.jsonl").read_text().splitlines()
-    return [event for event in map(json.loads, lines) if event["event"] == kind]
+from tests.support.models import byte_tokenizer
 
 
 def weights(config):
@@ -63,7 +27,7 @@ def same(one, other):
     return one.keys() == other.keys() and all(torch.equal(one[name], other[name]) for name in one)
 
 
-def test_training_lowers_the_loss_and_writes_a_model_that_transformers_loads(settings):
+def test_training_lowers_the_loss_and_writes_a_model_that_transformers_loads(settings, events):
     config = settings(optimization__steps=20, text__sequence_length=64)
     summary = train(config)
     losses = [event["loss"] for event in events(config)]
@@ -108,7 +72,7 @@ def test_micro_batches_change_nothing_but_last_bits(settings):
     assert train(one).loss == pytest.approx(train(other).loss, rel=1e-4)
 
 
-def test_stopped_training_goes_on_as_if_it_had_not_stopped(settings, monkeypatch):
+def test_stopped_training_goes_on_as_if_it_had_not_stopped(settings, events, monkeypatch):
     whole, cut = settings("whole"), settings("cut")
     train(whole)
     step = loop.Trainer._do_step
@@ -133,7 +97,7 @@ def test_stopped_training_goes_on_as_if_it_had_not_stopped(settings, monkeypatch
         assert all(torch.equal(a.get_tensor(key), b.get_tensor(key)) for key in a.keys())  # noqa: SIM118
 
 
-def test_finished_training_is_not_done_again(settings):
+def test_finished_training_is_not_done_again(settings, events):
     config = settings()
     assert train(config) == train(config)
     assert len(events(config, "begun")) == 1
@@ -146,7 +110,7 @@ def test_other_settings_in_the_same_folder_are_refused(settings):
     train(settings(output__report_every=3))
 
 
-def test_training_goes_on_from_weights(settings, tmp_path):
+def test_training_goes_on_from_weights(settings, events, tmp_path):
     first = train(settings("first", optimization__steps=20))
     again = settings("again", model__source=first.model, model__start="weights", optimization__warmup_steps=0)
     train(again)
@@ -161,7 +125,9 @@ def test_only_checkpoints_that_are_wanted_are_kept(settings):
 
 def test_loss_that_is_not_finite_ends_the_training(settings):
     with pytest.raises(NumericalError, match=r"step \d: the loss is .*lower optimization.learning_rate"):
-        train(settings(optimization__learning_rate=1e30, optimization__gradient_clip=0.0))
+        train(settings(optimization__learning_rate=1e30, regularization__input_bits=None))
+    with pytest.raises(NumericalError, match=r"q_proj: its learned clips are .*, expected the first below the second"):
+        train(settings("clips", optimization__learning_rate=1e3, optimization__warmup_steps=0))
 
 
 def test_learning_rate_rises_and_falls():
