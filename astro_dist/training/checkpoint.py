@@ -7,9 +7,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import torch.distributed.checkpoint as dcp
 from torch import nn
 from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
+from torch.distributed.checkpoint.state_dict_loader import load
+from torch.distributed.checkpoint.state_dict_saver import save
 
 __all__ = ["load_checkpoint", "save_checkpoint"]
 
@@ -30,7 +31,7 @@ def save_checkpoint(
     """
     weights, state = get_state_dict(model, optimizer)
     with _alone_or_not():
-        dcp.save({"model": weights, "optimizer": state}, checkpoint_id=str(folder))
+        save({"model": weights, "optimizer": state}, checkpoint_id=str(folder))
     if small is not None:
         torch.save(small, folder / _SMALL)
 
@@ -47,9 +48,9 @@ def load_checkpoint(
         device: Device of what is returned.
     """
     weights, state = get_state_dict(model, optimizer)
-    content = {"model": weights, "optimizer": state}
+    content: dict[str, Any] = {"model": weights, "optimizer": state}
     with _alone_or_not():
-        dcp.load(content, checkpoint_id=str(folder))
+        load(content, checkpoint_id=str(folder))
     set_state_dict(model, optimizer, model_state_dict=content["model"], optim_state_dict=content["optimizer"])
     small: dict[str, Any] = torch.load(folder / _SMALL, map_location=device, weights_only=True)
     return small

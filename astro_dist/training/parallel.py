@@ -8,6 +8,7 @@ from typing import Any, Literal
 import torch
 import torch.distributed as dist
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
+from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from torch.nn.parallel import DistributedDataParallel
 
@@ -56,7 +57,7 @@ class ParallelModel:
         if strategy == "fsdp":
             dtype = torch.bfloat16 if precision == "bfloat16" else None
             policy = MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=torch.float32)
-            mesh = dist.init_device_mesh(place.device.type, (place.world_size,))
+            mesh = init_device_mesh(place.device.type, (place.world_size,))
             for block in find_blocks(model)[1]:
                 fully_shard(block, mesh=mesh, mp_policy=policy)
             fully_shard(model, mesh=mesh, mp_policy=policy)
@@ -116,5 +117,6 @@ class ParallelModel:
         """Return all weights by name, on the CPU of worker 0; empty on others. All workers must call it."""
         options = StateDictOptions(full_state_dict=True, cpu_offload=True)
         if self._strategy == "fsdp":
-            return dict(get_model_state_dict(self.model, options=options))
+            state: dict[str, Any] = get_model_state_dict(self.model, options=options)
+            return state
         return {k: v.cpu() for k, v in self.model.state_dict().items()} if self.place.rank == 0 else {}

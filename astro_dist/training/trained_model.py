@@ -73,17 +73,15 @@ def build_model(config: TrainModelConfig, seed: int) -> Any:
     """
     settings = model_config(config)
     torch.manual_seed(seed)
-    trusted = config.trust_remote_code
+    auto: Any = transformers.AutoModelForCausalLM
+    info: dict[str, Any] = {}
     try:
         if config.start == "weights":
-            model, info = transformers.AutoModelForCausalLM.from_pretrained(
+            model, info = auto.from_pretrained(
                 _place(config), dtype=torch.float32, output_loading_info=True, **_options(config)
             )
         else:
-            model, info = (
-                transformers.AutoModelForCausalLM.from_config(settings, dtype=torch.float32, trust_remote_code=trusted),
-                {},
-            )
+            model = auto.from_config(settings, dtype=torch.float32, trust_remote_code=config.trust_remote_code)
     except Exception as error:  # whatever the model's own code raises
         raise UnsupportedError(
             f"model.source {config.source}: no causal language model can be made of it: {type(error).__name__}: "

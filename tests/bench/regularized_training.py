@@ -181,8 +181,8 @@ def rounded_inputs(model: torch.nn.Module, clips: dict[str, torch.Tensor] | None
 
             hooks.append(module.register_forward_pre_hook(hook))
     yield
-    for hook in hooks:
-        hook.remove()
+    for handle in hooks:
+        handle.remove()
 
 
 @torch.no_grad()
