@@ -135,6 +135,7 @@ def _train_on_worker(content: Mapping[str, Any]) -> None:
             write(Path(folder))
             # What each worker wrote becomes one folder; it has been copied when this returns.
             ray.train.report({"step": step}, checkpoint=ray.train.Checkpoint.from_directory(folder))
+        ray.train.get_all_reported_checkpoints()  # it waits until the checkpoint counts, whatever happens then
 
     try:
         trainer.run(Outlet(lambda kind, event: add_event(run.events, kind, event), keep))

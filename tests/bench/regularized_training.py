@@ -262,7 +262,7 @@ def print_tables(results: dict[str, dict]) -> None:
     print(f"{first['parameters'] / 1e6:.1f}M parameters; seconds of training: "
           + ", ".join(f"{way} {result['seconds']:.0f}" for way, result in results.items()), end="\n\n")  # fmt: skip
     rows = [
-        [f"{weights}{inputs}", *(f"{r['perplexity'][weights].get(inputs, math.nan):.2f}" for r in results.values())]
+        [f"{weights}, {inputs}", *(f"{r['perplexity'][weights].get(inputs, math.nan):.2f}" for r in results.values())]
         for weights in first["perplexity"]
         for inputs in ("A16", "A4", "A4 clips")
     ]
