@@ -268,12 +268,13 @@ class _RoundClipped(torch.autograd.Function):
         x, clips = ctx.saved_tensors
         (gradient,) = gradients
         v, _ = _scaled(x, clips, ctx.steps)
-        low, high = (v <= 0), (v >= ctx.steps)
-        inside = ~(low | high)
+        low, high = v <= 0, v >= ctx.steps
         g = gradient.to(v.dtype)
-        of_rounding = (g * (v.round() - v)).sum() / ctx.steps  # Σ g (q − v) / n; clipped elements have q = v
-        clip_gradient = torch.stack(((g * low).sum() - of_rounding, (g * high).sum() + of_rounding))
-        return gradient * inside, clip_gradient.to(clips.dtype), None
+        of_rounding = torch.linalg.vecdot((v.round() - v).flatten(), g.flatten()) / ctx.steps  # Σ g (q − v) / n
+        # Clipped elements have q = v, and move their clip alone.
+        of_low, of_high = g.masked_fill(~low, 0).sum(), g.masked_fill(~high, 0).sum()
+        clip_gradient = torch.stack((of_low - of_rounding, of_high + of_rounding))
+        return gradient.masked_fill(low | high, 0), clip_gradient.to(clips.dtype), None
 
 
 def _scaled(x: torch.Tensor, clips: torch.Tensor, steps: int) -> tuple[torch.Tensor, torch.Tensor]:
@@ -292,7 +293,7 @@ class _KurtosisSum(torch.autograd.Function):
     def forward(ctx: Any, y: torch.Tensor) -> torch.Tensor:
         ctx.save_for_backward(y)
         centered, deviation = _centered(y)
-        return (centered / (deviation + _EPSILON)).pow(4).mean(-1).sum()
+        return (centered / (deviation + _EPSILON)).square().square().mean(-1).sum()
 
     @staticmethod
     @once_differentiable
@@ -302,7 +303,8 @@ class _KurtosisSum(torch.autograd.Function):
         a, deviation = _centered(y)
         S = deviation + _EPSILON
         z = a / S
-        cubes, moment = z.pow(3), z.pow(4).mean(-1, keepdim=True)
+        squares = z.square()
+        cubes, moment = squares * z, squares.square().mean(-1, keepdim=True)
         # ∂K/∂y_r = 4/(R S) [z_r³ − mean z³ − mean z⁴ · a_r / σ], because ∂σ/∂y_r = a_r / (R σ). A token whose
         # outputs are all equal has a = 0 and the gradient 0.
         bracket = cubes - cubes.mean(-1, keepdim=True) - moment * a / deviation.where(deviation > 0, 1)
