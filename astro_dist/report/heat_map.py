@@ -87,13 +87,15 @@ def heat_map(blocks: Mapping[int, Sequence[LayerRecord]]) -> HeatMap | None:
     return map_of_kinds(kinds) if kinds else None
 
 
-def map_of_kinds(kinds: Mapping[str, Mapping[int, Sequence[float]]]) -> HeatMap:
+def map_of_kinds(kinds: Mapping[str, Mapping[int, Sequence[float]]], all_figures: Sequence[float] = ()) -> HeatMap:
     """Make the heat map of any figure that layers have.
 
     Args:
         kinds: Figures of the layers of each kind by index of the block; at least one.
+        all_figures: Figures of all heat maps that shall have the same colours; empty for this one alone.
     """
-    colours = _Colours.of([error for by_block in kinds.values() for members in by_block.values() for error in members])
+    figures = [figure for by_block in kinds.values() for members in by_block.values() for figure in members]
+    colours = _Colours.of(all_figures or figures)
     strips = [strip for kind, by_block in kinds.items() for strip in _strips(kind, by_block, colours)]
     blocks = {index for by_block in kinds.values() for index in by_block}
     return HeatMap(tuple(strips), min(blocks), max(blocks), colours.least, colours.most)

@@ -1,7 +1,7 @@
 """What was seen of a model's layers as one HTML page, which has no script and loads nothing."""
 
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import astro
@@ -67,10 +67,11 @@ def write_page(inspection: Inspection, path: Path) -> None:
         StorageError: The page cannot be written.
     """
     models = [model for model in (inspection.before, inspection.now) if model is not None]
-    charts = [
-        _Chart(title, note, figure, tuple((model.model, _map(model, value)) for model in models))
-        for title, note, figure, value in _CHARTS
-    ]
+    charts = []
+    for title, note, figure, value in _CHARTS:
+        everything = [value(layer) for model in models for layer in model.layers]  # both models have the same colours
+        maps = tuple((model.model, _map(model, value, everything)) for model in models)
+        charts.append(_Chart(title, note, figure, maps))
     page = TEMPLATES.get_template("inspection.html.j2").render(
         now=inspection.now, before=inspection.before, facts=facts(inspection), ratio=OUTLIER_RATIO,
         titles=TITLES, rows=inspection_rows(inspection), charts=charts, version=astro.__version__,
@@ -78,9 +79,9 @@ def write_page(inspection: Inspection, path: Path) -> None:
     write_text(path, page)
 
 
-def _map(model: ModelFigures, value: _Figure) -> HeatMap:
+def _map(model: ModelFigures, value: _Figure, all_figures: Sequence[float]) -> HeatMap:
     kinds: dict[str, dict[int, list[float]]] = {}
     for kind, layers in model.by_kind().items():
         for layer in layers:
             kinds.setdefault(kind, {}).setdefault(layer.block, []).append(value(layer))
-    return map_of_kinds(kinds)
+    return map_of_kinds(kinds, all_figures)

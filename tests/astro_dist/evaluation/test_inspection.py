@@ -1,6 +1,7 @@
 """Outlier channels, kurtosis and weights, streamed: a planted outlier is found, figures are the whole model's."""
 
 import json
+import re
 import sys
 
 import pytest
@@ -150,6 +151,8 @@ def test_command_prints_a_table_a_page_and_json(llama, tmp_path, monkeypatch, ca
     page = (tmp_path / "page.html").read_text()
     assert "Largest channel of every layer" in page
     assert page.count('class="heat"') == 6
+    ratios = page[page.index("Largest channel") : page.index("Kurtosis of every")]
+    assert len(set(re.findall(r"<span>[\d.]+ or less</span>", ratios))) == 1  # both models have the same colours
     code, out, _ = run(monkeypatch, capsys, before, "--window", 24, "--limit", 2, "--json")
     assert [layer["outlier_channels"] for layer in json.loads(out)["now"]["layers"]].count([CHANNEL]) == 3
     code, out, _ = run(monkeypatch, capsys, before, "--window", 24, "--limit", 2)

@@ -14,7 +14,7 @@ from astro.activation_regularization import CLIPS_FILE
 from astro.errors import ConfigError, NumericalError
 from astro_dist.training.train import train
 
-pytestmark = [pytest.mark.ray, pytest.mark.slow]  # Ray Train takes half a minute to start workers on two cores
+pytestmark = [pytest.mark.ray, pytest.mark.slow, pytest.mark.timeout(900)]  # Ray Train starts workers for half a minute
 RAY = {"execution__executor": "ray", "optimization__micro_batch_sequences": 2}
 
 
