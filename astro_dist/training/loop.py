@@ -44,10 +44,12 @@ class Outlet:
         say: Function that takes the kind of an event and what is known of it; called on worker 0 alone.
         keep: Function that takes the number of the next step and a function that writes a checkpoint into a folder; it
             is called on all workers.
+        is_stopped: Function that tells before every step whether the training shall end early.
     """
 
     say: Callable[[str, Mapping[str, Any]], None]
     keep: Callable[[int, Callable[[Path], None]], None]
+    is_stopped: Callable[[], bool] = lambda: False
 
 
 class Trainer:
@@ -91,6 +93,11 @@ class Trainer:
         self._clip_optimizer = torch.optim.AdamW([self.regularizer.parameter_group()], lr=optimization.learning_rate)
         self.step = 0
 
+    @property
+    def is_done(self) -> bool:
+        """Whether all steps are done."""
+        return self.step == self._config.optimization.steps
+
     def load(self, folder: Path) -> None:
         """Take the state of a checkpoint, which may be of another number of workers.
 
@@ -104,7 +111,7 @@ class Trainer:
         self.step = int(small["step"])
 
     def run(self, outlet: Outlet) -> None:
-        """Do all steps that are left.
+        """Do the steps that are left.
 
         Args:
             outlet: Where figures and checkpoints go.
@@ -121,9 +128,9 @@ class Trainer:
             "precision": self._precision, "device": self._place.device.type, "pid": os.getpid(),
         })  # fmt: skip
         since, first = time.monotonic(), self.step
-        while self.step < optimization.steps:
+        while not self.is_done and not outlet.is_stopped():
             losses = self._do_step()
-            is_end = self.step == optimization.steps
+            is_end = self.is_done
             if self.step % output.report_every == 0 or is_end or self.step % output.checkpoint_every == 0:
                 figures = self.model.mean(losses).tolist()
                 self._require_finite(figures)

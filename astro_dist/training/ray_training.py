@@ -28,6 +28,8 @@ __all__ = ["train_with_ray"]
 
 _LOOK_S = 0.2
 """Seconds between two looks at what workers have said."""
+_END_S = 120.0
+"""Seconds in which workers on a cluster that stays must have ended after an interruption."""
 
 
 def train_with_ray(config: TrainConfig, tokens: TokenFile, run: TrainingDirectory, look: Callable[[], None]) -> None:
@@ -55,8 +57,9 @@ def train_with_ray(config: TrainConfig, tokens: TokenFile, run: TrainingDirector
             )
         )
     try:
-        trainer = _trainer(config, tokens, run)
-        _fit(trainer, look)
+        run.stop.unlink(missing_ok=True)
+        # A private cluster, or this process's place on another one, ends its workers when it is left.
+        _fit(_trainer(config, tokens, run), look, None if started_here else run.stop)
     finally:
         if started_here:
             ray.shutdown()
@@ -87,8 +90,14 @@ def _trainer(config: TrainConfig, tokens: TokenFile, run: TrainingDirectory) -> 
     )
 
 
-def _fit(trainer: Any, look: Callable[[], None]) -> None:
-    """Let a trainer work in a thread, so that Ctrl-C and SIGTERM end it as they end every other command."""
+def _fit(trainer: Any, look: Callable[[], None], stop: Path | None) -> None:
+    """Let a trainer work in a thread, so that Ctrl-C and SIGTERM end it as they end every other command.
+
+    Args:
+        trainer: Trainer of Ray Train.
+        look: Function that is called again and again.
+        stop: File that tells workers to end, for a cluster to which this process stays connected; else None.
+    """
     failures: list[BaseException] = []
 
     def work() -> None:
@@ -99,9 +108,15 @@ def _fit(trainer: Any, look: Callable[[], None]) -> None:
 
     thread = threading.Thread(target=work, name="ray-train", daemon=True)
     thread.start()
-    while thread.is_alive():
-        thread.join(_LOOK_S)
-        look()
+    try:
+        while thread.is_alive():
+            thread.join(_LOOK_S)
+            look()
+    except BaseException:
+        if stop is not None:
+            stop.touch()
+            thread.join(_END_S)
+        raise
     if failures:
         raise _explained(failures[0]) from failures[0]
 
@@ -138,8 +153,9 @@ def _train_on_worker(content: Mapping[str, Any]) -> None:
         ray.train.get_all_reported_checkpoints()  # it waits until the checkpoint counts, whatever happens then
 
     try:
-        trainer.run(Outlet(lambda kind, event: add_event(run.events, kind, event), keep))
-        trainer.write(run.model)
+        trainer.run(Outlet(lambda kind, event: add_event(run.events, kind, event), keep, run.stop.exists))
+        if trainer.is_done:
+            trainer.write(run.model)
     except AstroError as error:  # all workers come to the same one, and would again: nothing is to be retried
         if place.rank == 0:
             with contextlib.suppress(OSError):

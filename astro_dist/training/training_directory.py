@@ -47,6 +47,11 @@ class TrainingDirectory:
         return self.root / CHECKPOINTS
 
     @property
+    def stop(self) -> Path:
+        """File that tells workers to end; it is there only after an interruption."""
+        return self.root / "stop"
+
+    @property
     def summary(self) -> Path:
         """File of the figures of the finished training."""
         return self.root / "training.json"
