@@ -119,7 +119,7 @@ class Trainer:
         Raises:
             NumericalError: The loss is not finite, or clips have met; it is the same on all workers.
         """
-        output, optimization = self._config.output, self._config.optimization
+        output = self._config.output
         regularizer = self.regularizer
         is_plain = self._config.regularization.is_off
         self._say(outlet, "begun", {

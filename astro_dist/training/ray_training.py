@@ -135,6 +135,8 @@ def _explained(error: BaseException) -> AstroError:
 def _train_on_worker(content: Mapping[str, Any]) -> None:
     """Train on one worker; Ray Train calls it on each."""
     config, tokens, run = content["config"], content["tokens"], content["run"]
+    if run.stop.exists():
+        return
     context = ray.train.get_context()
     configure_process(config.execution.threads_per_worker)
     device = ray.train.torch.get_device()
