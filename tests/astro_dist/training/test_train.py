@@ -126,7 +126,7 @@ def test_only_checkpoints_that_are_wanted_are_kept(settings):
 def test_loss_that_is_not_finite_ends_the_training(settings):
     with pytest.raises(NumericalError, match=r"step \d: the loss is .*lower optimization.learning_rate"):
         train(settings(optimization__learning_rate=1e30, regularization__input_bits=None))
-    with pytest.raises(NumericalError, match=r"q_proj: its learned clips are .*, expected the first below the second"):
+    with pytest.raises(NumericalError, match=r"_proj: its learned clips are .*, expected the first below the second"):
         train(settings("clips", optimization__learning_rate=1e3, optimization__warmup_steps=0))
 
 
