@@ -97,7 +97,7 @@ def counted_memory() -> Iterator[CountedMemory]:
         stack.enter_context(mock.patch.object(panels.Panels, "settle_", nothing))
         stack.enter_context(mock.patch.object(torch.Tensor, "__bool__", return_value=True))
         for kind in (torch.Tensor, FakeTensor):
-            stack.enter_context(mock.patch.object(kind, "tolist", lambda self: _ones(tuple(self.shape))))
+            stack.enter_context(mock.patch.object(kind, "tolist", lambda self: _ones(tuple(self.shape), self.dtype)))
         stack.enter_context(torch.no_grad())
         stack.enter_context(FakeTensorMode(allow_non_fake_inputs=True))
         stack.enter_context(_Counting(memory, DEVICE))
@@ -116,8 +116,9 @@ def peak_bytes(action: Callable[[], object]) -> int:
     return memory.peak
 
 
-def _ones(shape: tuple[int, ...]) -> Any:
-    return [_ones(shape[1:]) for _ in range(shape[0])] if shape else 1.0
+def _ones(shape: tuple[int, ...], dtype: torch.dtype) -> Any:
+    one = 1.0 if dtype.is_floating_point else 1
+    return [_ones(shape[1:], dtype) for _ in range(shape[0])] if shape else one
 
 
 def _lines() -> list[str]:

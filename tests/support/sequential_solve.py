@@ -96,7 +96,7 @@ def peaks_of_sequential_solve(
         rows: Rows of the layer.
         columns: Columns of the layer.
         compensation: Setting of `quantization.compensation`.
-        rank: Rank of the correction of low rank; 0 for none.
+        rank: Rank of a correction of low rank, which is then computed alone, the rows being solved; 0 for the solve.
     """
     settings = SolverSettings(compensation=compensation, refine_passes=1)  # more take time, and no memory
     quantization = Quantization(compensation=compensation)
@@ -123,7 +123,8 @@ def peaks_of_sequential_solve(
         solver._shares._token_weights = lambda block: TokenWeights("none")
         outcomes = mock.patch("astro.quantization.row_solver.InputGroups.outcomes_", return_value=[])
         calls: list[PartCall] = [MergeHessians(0, 0, 0), TryBetas(0, 0, 0, 0), SolveRows(0, 0, 0, 0)]
-        calls += [Reconstruct(0, 0, 0)] if rank else []
+        if rank:
+            calls = [Reconstruct(0, 0, 0)]
         with outcomes:
             for call in calls:
                 memory.restart()

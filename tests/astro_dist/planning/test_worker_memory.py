@@ -7,6 +7,7 @@ import pytest
 import torch
 import transformers
 
+from astro.activation_config import Reconstruction
 from astro.calibration.token_weights import pass_back
 from astro.model.activations import BlockLayers
 from astro.model.block_call import BlockState, forward
@@ -17,7 +18,7 @@ from astro.storage.checkpoint import Checkpoint
 from astro_dist.config.schema import RunConfig
 from astro_dist.planning.checkpoint_plan import make_plan
 from astro_dist.planning.forward_memory import ForwardMemory
-from astro_dist.planning.predicted_groups import predicted_input_groups, together
+from astro_dist.planning.predicted_groups import PredictedInputGroup, predicted_input_groups, together
 from astro_dist.planning.worker_memory import WorkerMemory
 from tests.support.architectures import DENSE, EXPERTS
 from tests.support.device_memory import peak_bytes
@@ -146,3 +147,15 @@ def test_calls_of_mode_sequential_hold_what_is_foretold():
         peaks = peaks_of_sequential_solve(rows, 2048, compensation)
         largest = max(peaks.values()) / square
         assert least < largest < foretold + 0.15, peaks
+
+
+def test_a_correction_holds_what_is_foretold(tmp_path):
+    """At the sizes of the gate and up projections of a 405B model, of which E alone is more than tiles of rows are."""
+    plan, _, folder = planned(tmp_path / "model", "405B")
+    config = run(folder, mode="sequential")
+    group, foretold = PredictedInputGroup(53248, 16384, 1.0, "a"), {}
+    for rank in (0, 64):
+        settings = config.model_copy(update={"reconstruction": Reconstruction(rank=rank)})
+        foretold[rank] = WorkerMemory(plan, settings, torch.bfloat16, "cuda")._solving_bytes(group)
+    peak = peaks_of_sequential_solve(group.rows, group.columns, rank=64)["reconstruct"]
+    assert foretold[0] < peak < foretold[64] < 1.1 * peak
