@@ -6,11 +6,15 @@ import pytest
 import torch
 
 from astro_dist.planning.cost import CostModel
+from astro_dist.planning.devices import DEVICES
 from astro_dist.planning.solve_cost import dequantizing, packing, unpacking
 from astro_dist.planning.validate import prepare
+from astro_dist.planning.work import Work
 from astro_dist.schedule.calls import (
     AccumulateHessians,
     Backward,
+    EvaluateLoss,
+    FinishEvaluation,
     Forward,
     ForwardChunk,
     MergeHessians,
@@ -128,6 +132,17 @@ def test_states_are_moved_while_chunks_pass(run_config):
     weighed, _ = cost_of(run_config(calibration__token_weights="loss"))
     assert weighed.work(Forward(0, 0, "c0000")).moved_bytes == state, "the waves have written the outputs"
     assert weighed.work(Forward(0, 0, "h0000")).moved_bytes == 2 * 3 * 48 * 64 * 4
+
+
+def test_loss_of_a_result_takes_both_models_predictions(run_config):
+    cost, _ = cost_of(run_config())
+    assert cost.work(EvaluateLoss("round-0")).compute == 2 * cost.work(EvaluateLoss("original")).compute > 0
+
+
+def test_every_call_takes_a_moment_besides_its_work(run_config):
+    cost, _ = cost_of(run_config())
+    assert cost.work(FinishEvaluation(0, 0)) == Work()
+    assert 0 < cost.seconds(FinishEvaluation(0, 0), DEVICES["h100"]) < 0.1
 
 
 def test_host_of_a_gpu_holds_the_next_block_and_states_on_their_way(run_config):
