@@ -1,0 +1,120 @@
+"""Keys and values of attention as a server's cache holds them: their largest magnitudes, and rounding to FP8.
+
+Transformers hands the keys and values of nearly every architecture to an attention function, behind the rotary embedding
+and before heads are repeated: just what a cache holds. This module stands between the two. Latent attention (MLA) is not
+among them, because its cache holds something else.
+Shapes: B sequences, K heads of keys and values, T tokens, D numbers of a head.
+"""
+
+import contextlib
+import dataclasses
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any
+
+import torch
+from torch import nn
+from transformers.modeling_utils import AttentionInterface
+
+__all__ = ["FP8_MAX", "CacheScales", "LargestCached", "rounded_cache", "watched_cache"]
+
+FP8_MAX = torch.finfo(torch.float8_e4m3fn).max
+"""Largest number of FP8 (E4M3), 448."""
+_LEAST = torch.finfo(torch.float32).tiny
+_Change = Callable[[nn.Module, torch.Tensor, torch.Tensor], tuple[torch.Tensor, torch.Tensor]]
+"""A function of an attention module, its keys and its values [B, K, T, D], which returns what takes their place."""
+
+
+@dataclasses.dataclass(frozen=True)
+class LargestCached:
+    """The largest magnitudes of what an attention module would cache.
+
+    Attributes:
+        key: Largest magnitude of a key.
+        value: Largest magnitude of a value.
+    """
+
+    key: float
+    value: float
+
+    def __or__(self, other: "LargestCached") -> "LargestCached":
+        """Return the largest magnitudes of both."""
+        return LargestCached(max(self.key, other.key), max(self.value, other.value))
+
+    @property
+    def scales(self) -> "CacheScales":
+        """The scales with which the largest magnitudes become the largest FP8 number."""
+        return CacheScales(max(self.key, _LEAST) / FP8_MAX, max(self.value, _LEAST) / FP8_MAX)
+
+
+@dataclasses.dataclass(frozen=True)
+class CacheScales:
+    """What the keys and the values of an attention module are divided by before a cache holds them in FP8.
+
+    Attributes:
+        key: Scale of keys.
+        value: Scale of values.
+    """
+
+    key: float
+    value: float
+
+
+@contextlib.contextmanager
+def watched_cache(largest: dict[nn.Module, LargestCached]) -> Iterator[None]:
+    """Note what attention would cache while the body of a `with` statement runs.
+
+    Args:
+        largest: Largest magnitudes by attention module, which grow.
+    """
+
+    def watch(module: nn.Module, key: torch.Tensor, value: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        found = LargestCached(*(float(tensor.detach().abs().amax()) for tensor in (key, value)))
+        largest[module] = largest[module] | found if module in largest else found
+        return key, value
+
+    with _changed(watch):
+        yield
+
+
+@contextlib.contextmanager
+def rounded_cache(scales: Mapping[nn.Module, CacheScales]) -> Iterator[None]:
+    """Round keys and values as an FP8 cache does while the body of a `with` statement runs.
+
+    Args:
+        scales: Scales by attention module; keys and values of others stay as they are.
+    """
+
+    def change(module: nn.Module, key: torch.Tensor, value: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        if module not in scales:
+            return key, value
+        return _rounded(key, scales[module].key), _rounded(value, scales[module].value)
+
+    with _changed(change) if scales else contextlib.nullcontext():
+        yield
+
+
+@contextlib.contextmanager
+def _changed(change: _Change) -> Iterator[None]:
+    original = AttentionInterface.get_interface
+
+    def get_interface(self: AttentionInterface, name: str, default: Callable[..., Any]) -> Callable[..., Any]:
+        attention = original(self, name, default)
+
+        def attend(
+            module: nn.Module, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, *a: Any, **k: Any
+        ) -> Any:
+            return attention(module, query, *change(module, key, value), *a, **k)
+
+        return attend
+
+    AttentionInterface.get_interface = get_interface
+    try:
+        yield
+    finally:
+        AttentionInterface.get_interface = original
+
+
+def _rounded(tensor: torch.Tensor, scale: float) -> torch.Tensor:
+    """Return what a cache gives back of a tensor: each number the nearest of FP8, times the scale."""
+    divided = (tensor.float() / scale).clamp(-FP8_MAX, FP8_MAX)
+    return (divided.to(torch.float8_e4m3fn).float() * scale).to(tensor.dtype)

@@ -1,0 +1,69 @@
+"""What a server would cache is seen behind the rotary embedding, and rounded there."""
+
+import pytest
+import torch
+import transformers
+
+from astro.model.kv_cache import CacheScales, LargestCached, rounded_cache, watched_cache
+from tests.support.models import LLAMA
+
+IDS = torch.arange(1, 33)[None]
+
+
+@pytest.fixture(params=["eager", "sdpa"])
+def model(request):
+    torch.manual_seed(0)
+    config = transformers.LlamaConfig(**LLAMA)
+    config._attn_implementation = request.param
+    return transformers.LlamaForCausalLM(config).eval()
+
+
+@torch.no_grad()
+def test_largest_magnitudes_are_those_of_transformers_own_cache(model):
+    largest = {}
+    with watched_cache(largest):
+        model(IDS[:, :16], use_cache=False)
+        cache = model(IDS, use_cache=True).past_key_values
+    for layer, cached in zip(model.model.layers, cache.layers, strict=True):
+        found = largest[layer.self_attn]
+        assert (found.key, found.value) == pytest.approx([float(t.abs().amax()) for t in (cached.keys, cached.values)])
+        assert found.scales.key == pytest.approx(found.key / 448)
+
+
+@torch.no_grad()
+def test_rounding_is_that_of_a_cache_of_eight_bits(model):
+    attention = model.model.layers[1].self_attn
+    exact = model(IDS).logits
+    largest = {}
+    with watched_cache(largest):
+        model(IDS)
+    scales = {attention: largest[attention].scales}
+    seen = {}
+
+    def attend(module, query, key, value, *args, **kwargs):
+        seen[module] = (key, value)
+        return original(module, query, key, value, *args, **kwargs)
+
+    with rounded_cache(scales):
+        rounded = model(IDS).logits
+        original = transformers.modeling_utils.ALL_ATTENTION_FUNCTIONS.get("sdpa")
+        if model.config._attn_implementation == "sdpa":
+            transformers.modeling_utils.ALL_ATTENTION_FUNCTIONS["sdpa"] = attend
+            model(IDS)
+            del transformers.modeling_utils.ALL_ATTENTION_FUNCTIONS["sdpa"]
+            for tensor, scale in zip(seen[attention], (scales[attention].key, scales[attention].value), strict=True):
+                assert torch.equal((tensor / scale).to(torch.float8_e4m3fn).float() * scale, tensor)
+    assert 0 < (rounded - exact).abs().max() < 0.1 * exact.abs().max()
+    assert torch.equal(model(IDS).logits, exact)
+
+
+def test_largest_magnitudes_of_several_texts_are_joined():
+    assert LargestCached(1.0, 4.0) | LargestCached(2.0, 3.0) == LargestCached(2.0, 4.0)
+    assert LargestCached(448.0, 0.0).scales.key == 1.0
+    assert LargestCached(0.0, 0.0).scales.value > 0
+
+
+def test_modules_without_a_scale_are_left_alone(model):
+    with torch.no_grad(), rounded_cache({torch.nn.Identity(): CacheScales(1.0, 1.0)}):
+        rounded = model(IDS).logits
+    assert torch.equal(rounded, model(IDS).logits.detach())
