@@ -66,6 +66,9 @@ class Activations:
     smoothing_strength: float = 0.5
     """With `smoothing: smoothquant`: exponent of the inputs, from 0 to 1. The larger it is, the more of what is large
     moves into the weights."""
+    kv_cache: Literal["auto", "fp8"] = "auto"
+    """How servers hold keys and values: `fp8` in FP8 (E4M3), with scales of each attention that calibration measures;
+    `auto` as the server chooses. Forwards of quantized blocks round keys and values in the same way."""
 
     def __post_init__(self) -> None:
         if self.type == "float" and self.bits != 8:

@@ -32,7 +32,7 @@ from astro.quantization.grid import Grid, QuantizedLinear
 from astro.storage.bit_packing import pack, unpack
 
 __all__ = [
-    "MARK", "METHOD", "READER_PACKAGES", "SCALE_DTYPE", "fusion_refusal", "inputs_notes", "inputs_refusal",
+    "FP8_CACHE", "MARK", "METHOD", "READER_PACKAGES", "SCALE_DTYPE", "fusion_refusal", "inputs_notes", "inputs_refusal",
     "is_ignored", "pack_linear", "quantization_config", "read_inputs", "read_schemes", "reader_notes", "refusal",
     "server_notes", "suffixes", "unpack_linear",
 ]  # fmt: skip
@@ -45,6 +45,8 @@ SCALE_DTYPE: torch.dtype | None = None
 """Scales are stored in the dtype that the model's weights have."""
 READER_PACKAGES = "compressed-tensors"
 """What transformers needs besides itself to read the layout."""
+FP8_CACHE = {"num_bits": 8, "type": "float", "strategy": "tensor", "symmetric": True, "dynamic": False}
+"""What `kv_cache_scheme` of the config says where keys and values are held in FP8, with scales in the checkpoint."""
 _FORMAT = "pack-quantized"
 """What config.json calls the way in which weights are packed."""
 _ORDERED = (None, "static", "weight")

@@ -1,21 +1,22 @@
 """Keys and values of attention as a server's cache holds them: their largest magnitudes, and rounding to FP8.
 
-Transformers hands the keys and values of nearly every architecture to an attention function, behind the rotary embedding
-and before heads are repeated: just what a cache holds. This module stands between the two. Latent attention (MLA) is not
-among them, because its cache holds something else.
+Transformers hands the keys and values of nearly every architecture to an attention function, behind the rotary
+embedding and before heads are repeated: just what a cache holds. This module stands between the two. Latent attention
+(MLA) is not among them, because its cache holds something else.
 Shapes: B sequences, K heads of keys and values, T tokens, D numbers of a head.
 """
 
 import contextlib
 import dataclasses
-from collections.abc import Callable, Iterator, Mapping
+import inspect
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
 
 import torch
 from torch import nn
 from transformers.modeling_utils import AttentionInterface
 
-__all__ = ["FP8_MAX", "CacheScales", "LargestCached", "rounded_cache", "watched_cache"]
+__all__ = ["FP8_MAX", "CacheScales", "LargestCached", "cache_refusal", "rounded_cache", "watched_cache"]
 
 FP8_MAX = torch.finfo(torch.float8_e4m3fn).max
 """Largest number of FP8 (E4M3), 448."""
@@ -57,6 +58,32 @@ class CacheScales:
 
     key: float
     value: float
+
+
+def cache_refusal(model: nn.Module, blocks: Iterable[nn.Module]) -> str | None:
+    """Say why the cache of a model cannot be rounded with one scale for each attention module; None where it can.
+
+    Args:
+        model: The model, also on the meta device.
+        blocks: Its blocks.
+    """
+    config = model.config.get_text_config()
+    if getattr(config, "kv_lora_rank", None) or getattr(config, "compress_rates", None):
+        return "its latent attention (such as MLA) caches neither keys nor values, and servers round that otherwise"
+    if getattr(config, "num_kv_shared_layers", None):
+        return "some of its layers take the keys and values of others, whose cache then has more than one scale"
+    kinds = {type(module) for block in blocks for module in block.modules()}
+    if not any(_hands_over(kind) for kind in kinds if "Attention" in kind.__name__):
+        return "its attention is not handed to the attention functions of transformers, where keys and values are seen"
+    return None
+
+
+def _hands_over(kind: type[nn.Module]) -> bool:
+    """Tell whether a module's forward hands keys and values to the attention functions of transformers."""
+    try:
+        return "get_interface(" in inspect.getsource(kind.forward)
+    except (OSError, TypeError):  # made by a program, so that it has no source
+        return False
 
 
 @contextlib.contextmanager
@@ -107,11 +134,13 @@ def _changed(change: _Change) -> Iterator[None]:
 
         return attend
 
-    AttentionInterface.get_interface = get_interface
+    # A name, so that mypy does not take the function for a method that is replaced by mistake.
+    name = "get_interface"
+    setattr(AttentionInterface, name, get_interface)
     try:
         yield
     finally:
-        AttentionInterface.get_interface = original
+        setattr(AttentionInterface, name, original)
 
 
 def _rounded(tensor: torch.Tensor, scale: float) -> torch.Tensor:

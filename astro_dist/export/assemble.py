@@ -5,6 +5,7 @@ from pathlib import Path
 
 from astro.config import LayerScheme, Quantization
 from astro.formats import LAYOUTS
+from astro.formats.compressed_tensors import FP8_CACHE
 from astro.model.smoothed_tensors import SmoothedInput
 from astro.model.tied_weights import without_tying
 from astro.storage.atomic import read_json, write_atomic, write_json
@@ -13,6 +14,7 @@ from astro.storage.shard_header import read_header
 from astro.storage.source_quantization import without_quantization
 from astro_dist.config.schema import RunConfig
 from astro_dist.export.adapter_file import write_adapter
+from astro_dist.export.cache_scales import CACHE_SCALES_NAME, write_cache_scales
 from astro_dist.export.model_code import without_model_code
 from astro_dist.export.smoothing_file import SMOOTHING_NAME, write_smoothing
 from astro_dist.planning.units import Plan
@@ -44,6 +46,11 @@ def assemble(source: Path, plan: Plan, run: RunDirectory, config: RunConfig, is_
         for entry in read_header(run.model, file):
             weight_map[entry.name] = file
             total += entry.size_bytes
+    rounds_cache = config.activations.kv_cache == "fp8"
+    if rounds_cache:
+        scales = write_cache_scales(plan, run)
+        weight_map |= dict.fromkeys(scales, CACHE_SCALES_NAME)
+        total += 4 * len(scales)
     index = {"metadata": {"total_size": total}, "weight_map": dict(sorted(weight_map.items()))}
     write_json(run.model / INDEX_NAME, index)
     texts = {Path(text.source).expanduser().resolve() for text in config.calibration.texts}
@@ -60,13 +67,15 @@ def assemble(source: Path, plan: Plan, run: RunDirectory, config: RunConfig, is_
     linears = (linear for unit in plan.blocks for linear in unit.linears)
     schemes = {name: final[linear.name] for linear in linears for name in linear.config_names}
     act_order, inputs = config.quantization.act_order, config.activations.scheme
-    content["quantization_config"] = layout.quantization_config(schemes, plan.ignore, act_order, inputs)
+    packing = layout.quantization_config(schemes, plan.ignore, act_order, inputs)
+    content["quantization_config"] = packing | ({"kv_cache_scheme": FP8_CACHE} if rounds_cache else {})
     write_json(run.model / "config.json", content)
     smoothed = smoothed_inputs(run, len(plan.blocks))
     if smoothed:
         write_smoothing(run.model, smoothed)
     adapter = write_adapter(run, plan, config.publish.repo) if config.reconstruction.is_on else []
-    return [INDEX_NAME, "config.json", *([SMOOTHING_NAME] if smoothed else []), *adapter, *beside]
+    written = [*([SMOOTHING_NAME] if smoothed else []), *([CACHE_SCALES_NAME] if rounds_cache else [])]
+    return [INDEX_NAME, "config.json", *written, *adapter, *beside]
 
 
 def smoothed_inputs(run: RunDirectory, num_blocks: int) -> list[SmoothedInput]:

@@ -31,6 +31,7 @@ __all__ = ["metadata", "model_card", "planned_card"]
 _LORA_RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)
 """Values that vLLM's option `--max-lora-rank` can have."""
 _HUB = "https://huggingface.co"
+_CACHE = "FP8 (E4M3) in the server's cache, one scale for those of each attention, from the largest of calibration"
 _SERVED_BITS = {"compressed-tensors": range(2, 9), "gptq": (4, 8)}
 """Widths that vLLM has kernels for, by format; in compressed-tensors below 4 bits by its source alone."""
 _TRIED_BITS = 4
@@ -223,6 +224,7 @@ def _method(config: RunConfig, summary: Summary) -> list[tuple[str, str]]:
         ("bits a weight", f"{summary.average_bits:.3g}{_spent_by(summary)}"),
         ("one scale for", f"{columns}, {grid}, {_SCALES[q.scale_search]}"),
         *([("inputs of these layers", f"{inputs}, rounded by the server as they come")] if inputs else []),
+        *([("keys and values", _CACHE)] if config.activations.kv_cache == "fp8" else []),
         ("order of columns", static if q.act_order == "static" else "as stored"),
         ("regularizer", f"{regularizer.name}, solver {regularizer.solver}" if regularizer.name != "none" else "none"),
         ("its strength β (layers solved together)", ", ".join(f"{b} ({count})" for b, count in summary.betas.items())),

@@ -18,6 +18,7 @@ from astro.model.smoothed_tensors import SmoothedInput, smoothed_layer, smoothed
 from astro.storage.checkpoint import Checkpoint, require_finite
 from astro_dist.config.schema import ModelConfig
 from astro_dist.export.adapter_file import ADAPTER_WEIGHTS, AdapterFile
+from astro_dist.export.cache_scales import SCALE_NAMES
 from astro_dist.export.inventory import describe, read_inventory
 from astro_dist.export.named_model import find_model
 from astro_dist.export.packed_layers import is_of_packed, is_packed, linear_layers, packed_layers, read_packing
@@ -42,6 +43,7 @@ class Verification:
         num_tensors: Number of tensors.
         num_corrections: Number of packed layers that the adapter of the model corrects.
         inputs: Grid to which servers round the inputs of packed layers; None where they stay as they are.
+        cache_scales: Number of scales of an FP8 cache of keys and values; 0 where config.json asks for none.
         not_finite: Names of the tensors that hold NaN or Inf, and that the model's class does not read. A drafter may.
         checksums_compared: Whether every file was compared with the SHA-256 that the run recorded.
         relative_weight_errors: ‖Ŵ − W‖_F / ‖W‖_F of each layer by name; empty where no source was given.
@@ -52,6 +54,7 @@ class Verification:
     num_tensors: int
     num_corrections: int
     inputs: ActivationScheme | None
+    cache_scales: int
     not_finite: tuple[str, ...]
     checksums_compared: bool
     relative_weight_errors: Mapping[str, float]
@@ -63,6 +66,7 @@ class Verification:
             "linears": self.num_linears,
             "tensors": self.num_tensors,
             "corrections": self.num_corrections,
+            "cache_scales": self.cache_scales,
             "inputs": None if self.inputs is None else self.inputs.in_words,
             "not_finite": list(self.not_finite),
             "checksums_compared": self.checksums_compared,
@@ -136,10 +140,26 @@ def verify_model(model: Path | str, against: Path | str | None = None, trust_rem
         num_tensors=len(checkpoint.entries),
         num_corrections=_check_adapter(opened, {layer.name: layer for layer in layers}),
         inputs=inputs,
+        cache_scales=len(_checked_cache_scales(checkpoint)) if config.get("kv_cache_scheme") else 0,
         not_finite=tuple(not_finite),
         checksums_compared=is_of_run,
         relative_weight_errors=errors,
     )
+
+
+def _checked_cache_scales(checkpoint: Checkpoint) -> list[str]:
+    """Return the names of the scales of an FP8 cache, and refuse a model that lacks one or has a wrong one."""
+    names = sorted(key for key in checkpoint.entries if key.endswith(tuple(f".{name}" for name in SCALE_NAMES)))
+    if not names:
+        raise CheckpointError(f"{checkpoint.store}: its config asks for an FP8 cache (kv_cache_scheme) without scales")
+    for name, scale in checkpoint.read(names).items():
+        if scale.numel() != 1 or not float(scale) > 0:
+            raise CheckpointError(f"{checkpoint.store}: {name} should be one positive number, got {scale.tolist()}")
+    for stem in {name.rpartition(".")[0] for name in names}:
+        lacking = [name for name in SCALE_NAMES if f"{stem}.{name}" not in names]
+        if lacking:
+            raise CheckpointError(f"{checkpoint.store}: {stem} has no {lacking[0]}")
+    return names
 
 
 def _unused(checkpoint: Checkpoint, skeleton: Skeleton, stems: set[str]) -> set[str]:

@@ -13,6 +13,7 @@ from astro.config import LayerScheme
 from astro.errors import CheckpointError, ConfigError, UnsupportedError
 from astro.formats import LAYOUTS
 from astro.formats.tensor_parallel import TensorParallelLimit, tensor_parallel_limit
+from astro.model.kv_cache import cache_refusal
 from astro.model.linear_layer import LinearLayer
 from astro.model.rehearsal import rehearse
 from astro.model.skeleton import Skeleton
@@ -110,6 +111,8 @@ def prepare(config: RunConfig, commit: str | None = None) -> Prepared:
     refusal = layout.inputs_refusal(linears.values(), schemes, inputs)
     if refusal:
         raise UnsupportedError(f"activations: {refusal}")
+    if config.activations.kv_cache == "fp8":
+        _require_cache(skeleton, plan)
     notes = [
         *layout.server_notes(schemes, plan.ignore),
         *layout.inputs_notes(linears.values(), schemes, inputs),
@@ -256,6 +259,19 @@ def _require_storable(
                 f"{linear.name}: {reason}{is_open}, as format {config.quantization.format} wants; use "
                 "compressed-tensors, or name the layer in quantization.ignore"
             )
+
+
+def _require_cache(skeleton: Skeleton, plan: Plan) -> None:
+    """Refuse scales of an FP8 cache where calibration could not measure them."""
+    refusal = cache_refusal(skeleton.model, skeleton.blocks)
+    if refusal:
+        raise UnsupportedError(f"activations.kv_cache: fp8: {refusal}; take auto")
+    empty = [unit.name for unit in plan.blocks if not unit.linears]
+    if empty:
+        raise UnsupportedError(
+            f"activations.kv_cache: fp8: nothing is quantized in {', '.join(empty[:3])}, so no calibration text passes "
+            "there; change quantization.ignore, or take auto"
+        )
 
 
 def _plan_notes(config: RunConfig, plan: Plan, class_name: str) -> Iterator[str]:

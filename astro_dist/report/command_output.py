@@ -106,6 +106,7 @@ def settings_line(config: "RunConfig") -> str:
     q, calibration, execution = config.quantization, config.calibration, config.execution
     bits = f"{q.average_bits:g} bits on average" if q.bits == "auto" else f"{q.bits} bits"
     inputs = f", inputs {words}" if (words := config.activations.in_words) else ""
+    inputs += ", FP8 cache of keys and values" if config.activations.kv_cache == "fp8" else ""
     rounds = counted(execution.rounds, "round")
     is_open = "auto" in (calibration.samples, calibration.sequence_length)
     most = f"{'up to ' if is_open else ''}{calibration.most_samples} × {calibration.longest_sequence} tokens"
@@ -196,6 +197,8 @@ def verification_lines(verification: "Verification", against: str | None, show_a
             f"note: {counted(len(unsound), 'tensor')} that the model's class does not read, with NaN or Inf, "
             f"the first is {unsound[0]}; a mask may hold them, but a drafter for speculation that does is damaged"
         )
+    if verification.cache_scales:
+        lines.append(f"{counted(verification.cache_scales, 'scale')} of an FP8 cache of keys and values")
     if verification.inputs is not None:
         lines.append(f"config.json tells servers to round the inputs of packed layers: {verification.inputs.in_words}")
     corrections = f", {counted(verification.num_corrections, 'correction')} of low rank"

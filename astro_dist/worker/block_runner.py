@@ -2,8 +2,9 @@
 
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import Future
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,7 @@ from astro.formats.block_shard import kept_keys, pack_block
 from astro.model.activations import BlockLayers
 from astro.model.block_call import BlockState, forward
 from astro.model.call_file import Recording
+from astro.model.kv_cache import LargestCached, rounded_cache, watched_cache
 from astro.model.low_rank import attach, takes_correction
 from astro.model.skeleton import Skeleton
 from astro.process import return_freed_memory
@@ -27,7 +29,8 @@ from astro.storage.device_copies import DeviceCopies
 from astro.storage.part_writer import PartWriter
 from astro_dist.planning.devices import reads_weights_ahead
 from astro_dist.planning.units import BlockUnit
-from astro_dist.schedule.names import ORIGINAL, is_held_out
+from astro_dist.run_directory.cached_values import read_scales, write_largest
+from astro_dist.schedule.names import ORIGINAL, is_held_out, stream_names
 from astro_dist.worker.device_check import require_memory
 from astro_dist.worker.hidden_samples import sample_of
 from astro_dist.worker.prefetch import Prefetch
@@ -299,6 +302,38 @@ class BlockRunner:
         call = self._calls.call(index, chunk, self._tokens_of(chunk).shape)
         return forward(self.skeleton.blocks[index], state, call)
 
+    @contextmanager
+    def watching_cache(self, round_index: int, index: int) -> Iterator[None]:
+        """Write down the largest keys and values of the loaded block in the body of a `with` statement, if asked for.
+
+        Args:
+            round_index: Index of the round whose scales follow from them.
+            index: Index of the block.
+        """
+        largest: dict[torch.nn.Module, LargestCached] = {}
+        with watched_cache(largest) if self.spec.rounds_cache else nullcontext():
+            yield
+        if largest:
+            names = {module: name for name, module in self.skeleton.model.named_modules()}
+            by_name = {names[module]: of_module for module, of_module in largest.items()}
+            write_largest(self.spec.run, round_index, index, by_name)
+
+    def rounding_cache(self, stream: str, index: int) -> AbstractContextManager[None]:
+        """Return a context in which the loaded block rounds keys and values as a server's cache does, if asked for.
+
+        Args:
+            stream: Stream of the model; that of the source rounds nothing.
+            index: Index of the block.
+
+        Raises:
+            DamagedError: A file with what calibration saw is not as it was written.
+        """
+        if stream == ORIGINAL or not self.spec.rounds_cache:
+            return nullcontext()
+        wrote = stream_names(self.spec.run.rounds).index(stream) - 1
+        scales = read_scales(self.spec.run, wrote, index)
+        return rounded_cache({self.skeleton.model.get_submodule(name): of_name for name, of_name in scales.items()})
+
     def repeats(self, stream: str, index: int) -> list[Callable[[], object]]:
         """Return a forward of the loaded block for every calibration chunk, whose output is not kept.
 
@@ -306,8 +341,12 @@ class BlockRunner:
             stream: Stream whose hidden states are the input.
             index: Index of the block.
         """
-        chunks = [chunk for chunk in self.spec.chunks if not is_held_out(chunk)]
-        return [lambda chunk=chunk: self.forward(index, self.state(stream, index, chunk), chunk) for chunk in chunks]  # type: ignore[misc]
+
+        def repeat(chunk: str) -> None:
+            with self.rounding_cache(stream, index):
+                self.forward(index, self.state(stream, index, chunk), chunk)
+
+        return [partial(repeat, chunk) for chunk in self.spec.chunks if not is_held_out(chunk)]
 
     def input_ids(self, chunk: str) -> torch.Tensor:
         """Return the tokens of a chunk, int64 [B, T].

@@ -6,7 +6,7 @@ hold the errors of the stages before. A share is a fixed part of the chunks. Sha
 
 import dataclasses
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from itertools import zip_longest
 from typing import Any
 
@@ -221,7 +221,9 @@ class HessianShares:
         """What operands read of one chunk of a stream, with the weights as they are now; `then` is read meanwhile."""
         runner, index = self._runner, block.unit.index
         state = runner.state(chunk[0], index, chunk[1], then)
-        return inputs_of(runner.layers(block.unit), list(operands), lambda: runner.forward(index, state, chunk[1]))
+        watching = runner.watching_cache(0, index) if chunk[0] == _RESULT else nullcontext()
+        with watching:
+            return inputs_of(runner.layers(block.unit), list(operands), lambda: runner.forward(index, state, chunk[1]))
 
     def _operands(self, block: BlockInParts, batch: int) -> list[Operand]:
         """The first operand of each input group."""

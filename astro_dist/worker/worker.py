@@ -262,9 +262,11 @@ class Worker:
         is_last = block + 1 == len(self._spec.plan.blocks)
 
         def compute(chunk: str, states: Sequence[BlockState]) -> BlockState:
-            if is_held_out(chunk):
-                return runner.forward(block, states[0], chunk)
-            return fed_block.statistics.run(lambda: runner.forward(block, states[0], chunk), chunk)
+            with runner.rounding_cache(stream, block):
+                if is_held_out(chunk):
+                    return runner.forward(block, states[0], chunk)
+                with runner.watching_cache(call.round_index, block):
+                    return fed_block.statistics.run(lambda: runner.forward(block, states[0], chunk), chunk)
 
         def save(chunk: str, output: BlockState) -> None:
             if not is_last or is_held_out(chunk):
@@ -310,10 +312,15 @@ class Worker:
         start, runner, stream, block = time.perf_counter(), self._runner, call.stream, call.block
         self._release()
         runner.load(stream, block)
+
+        def compute(chunk: str, states: Sequence[BlockState]) -> BlockState:
+            with runner.rounding_cache(stream, block):
+                return runner.forward(block, states[0], chunk)
+
         passage = Passage(
             (ForwardChunk, stream, block),
             lambda chunk: [(stream, block, chunk)],
-            lambda chunk, states: runner.forward(block, states[0], chunk),
+            compute,
             lambda chunk, output: runner.save_state(stream, block + 1, chunk, output),
         )
         self._pipeline.run(passage, call.chunk)

@@ -12,8 +12,10 @@ import subprocess
 from pathlib import Path
 
 import pytest
+from safetensors.torch import load_file
 
 from astro_dist import pipeline
+from astro_dist.export.cache_scales import CACHE_SCALES_NAME
 from tests.astro_dist.test_wrapper_runs import config_of
 from tests.support.wrappers import WITH_DRAFTER, WRAPPERS, write_model
 
@@ -51,3 +53,11 @@ def test_drafter_is_loaded_for_speculation(vllm_python, tmp_path, name):
     answer = examined(vllm_python, quantized(write_model(tmp_path / "source", name), tmp_path / "run"), "mtp")
     assert "MTP" in answer["model"]
     assert (answer["unfilled"], answer["packed"]) == ([], 0)
+
+
+def test_scales_of_the_cache_are_loaded(vllm_python, run_config):
+    model = Path(pipeline.quantize(run_config(calibration__holdout_samples=0, activations__kv_cache="fp8")).model)
+    scales = load_file(model / CACHE_SCALES_NAME)
+    written = {name.replace(".self_attn.", ".self_attn.attn."): float(scale) for name, scale in scales.items()}
+    assert len(written) == 6
+    assert examined(vllm_python, str(model))["cache scales"] == pytest.approx(written)

@@ -45,6 +45,7 @@ from vllm.platforms.cpu import CpuPlatform
 _MARK = 0x5A5A5A5A
 """Value of whole numbers that no loader wrote; floats are NaN."""
 _LONGEST_S = 300
+_CACHE_SCALES = (".attn.k_scale", ".attn.v_scale")
 _COMPUTED = (
     "k_scale",
     "v_scale",
@@ -148,6 +149,7 @@ def examine(folder, drafter=None):
         "parameters": sum(1 for _ in model.parameters()),
         "unfilled": [n for n, p in model.named_parameters() if _is_marked(p) and not n.endswith(_COMPUTED)],
         "packed": sum(1 for name, _ in model.named_parameters() if name.endswith("weight_packed")),
+        "cache scales": {n: float(p) for n, p in model.named_parameters() if n.endswith(_CACHE_SCALES)},
         "not packed": [name for name, method in methods.items() if method.startswith("Unquantized")],
     }
 

@@ -4,7 +4,8 @@ import pytest
 import torch
 import transformers
 
-from astro.model.kv_cache import CacheScales, LargestCached, rounded_cache, watched_cache
+from astro.model.kv_cache import CacheScales, LargestCached, cache_refusal, rounded_cache, watched_cache
+from tests.support.architectures import DENSE, EXPERTS, STATEFUL
 from tests.support.models import LLAMA
 
 IDS = torch.arange(1, 33)[None]
@@ -67,3 +68,33 @@ def test_modules_without_a_scale_are_left_alone(model):
     with torch.no_grad(), rounded_cache({torch.nn.Identity(): CacheScales(1.0, 1.0)}):
         rounded = model(IDS).logits
     assert torch.equal(rounded, model(IDS).logits.detach())
+
+
+CONFIGS = {**DENSE, **EXPERTS, **STATEFUL}
+LATENT, SHARED, UNSEEN = (
+    "latent attention",
+    "take the keys and values of others",
+    "not handed to the attention functions",
+)
+REFUSED = {
+    "falcon": UNSEEN, "bloom": UNSEEN, "deepseek-v3": LATENT, "glm5": LATENT, "hy-v4": LATENT, "longcat-flash": LATENT,
+    "deepseek-v4": LATENT, "gemma4-e": SHARED,
+}  # fmt: skip
+HYBRID = {"qwen3-next": [0, 1], "bamba": [0, 1]}
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("name", CONFIGS)
+def test_every_attention_is_seen_or_the_model_is_refused(name):
+    model = transformers.AutoModelForCausalLM.from_config(CONFIGS[name]).eval()
+    blocks = next(module for module in model.modules() if isinstance(module, torch.nn.ModuleList))
+    refusal = cache_refusal(model, blocks)
+    if name in REFUSED:
+        assert REFUSED[name] in refusal
+        return
+    assert refusal is None
+    largest = {}
+    with watched_cache(largest):
+        model(IDS)
+    seen = [sum(module in largest for module in block.modules()) for block in blocks]
+    assert seen == HYBRID.get(name, [1] * len(blocks))

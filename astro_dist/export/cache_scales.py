@@ -1,0 +1,54 @@
+"""The file of a finished model with the scales of its cache: one of keys and one of values for each attention.
+
+Servers look for them under the names that attention has in the checkpoint, `....self_attn.k_scale` and `.v_scale`.
+"""
+
+import torch
+
+from astro.errors import RunError
+from astro.storage.atomic import save_tensors
+from astro_dist.planning.units import BlockUnit, Plan
+from astro_dist.run_directory.cached_values import read_scales
+from astro_dist.run_directory.records import RunDirectory
+
+__all__ = ["CACHE_SCALES_NAME", "SCALE_NAMES", "write_cache_scales"]
+
+CACHE_SCALES_NAME = "kv-cache-scales.safetensors"
+"""Name of the file in the model's folder."""
+SCALE_NAMES = ("k_scale", "v_scale")
+"""Last parts of the names of the tensors."""
+
+
+def write_cache_scales(plan: Plan, run: RunDirectory) -> list[str]:
+    """Write the scales that calibration measured in the last round.
+
+    Args:
+        plan: Units of the run, all of them finished.
+        run: Run directory.
+
+    Returns:
+        Names of the tensors.
+
+    Raises:
+        RunError: Calibration saw no keys and values at all, or an attention has no tensor in the checkpoint.
+        DamagedError: A file with what calibration saw is not as it was written.
+    """
+    tensors: dict[str, torch.Tensor] = {}
+    for unit in plan.blocks:
+        for module, scales in read_scales(run, run.rounds - 1, unit.index).items():
+            stem = _stem_of(module, unit)
+            for name, scale in zip(SCALE_NAMES, (scales.key, scales.value), strict=True):
+                tensors[f"{stem}.{name}"] = torch.tensor([scale], dtype=torch.float32)
+    if not tensors:
+        raise RunError(f"{run.root}: calibration saw no keys and values, so that an FP8 cache has no scales")
+    save_tensors(run.model / CACHE_SCALES_NAME, tensors)
+    return list(tensors)
+
+
+def _stem_of(module: str, unit: BlockUnit) -> str:
+    """Name an attention module as the checkpoint does, by one of its tensors."""
+    part = f".{module.rpartition('.')[2]}."
+    key = next((key for key in unit.keys if part in key), None)
+    if key is None:
+        raise RunError(f"{module}: block {unit.index + 1} of the checkpoint has no tensor of it")
+    return key[: key.index(part) + len(part) - 1]
