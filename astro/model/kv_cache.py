@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 from torch import nn
+from transformers import PreTrainedModel
 from transformers.modeling_utils import AttentionInterface
 
 __all__ = ["FP8_MAX", "CacheScales", "LargestCached", "cache_refusal", "rounded_cache", "watched_cache"]
@@ -60,7 +61,7 @@ class CacheScales:
     value: float
 
 
-def cache_refusal(model: nn.Module, blocks: Iterable[nn.Module]) -> str | None:
+def cache_refusal(model: PreTrainedModel, blocks: Iterable[nn.Module]) -> str | None:
     """Say why the cache of a model cannot be rounded with one scale for each attention module; None where it can.
 
     Args:

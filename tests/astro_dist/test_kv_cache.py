@@ -41,6 +41,18 @@ def test_scales_are_those_of_transformers_own_cache(run_config, llama):
             assert float(scales[f"model.layers.{index}.self_attn.{name}"]) == pytest.approx(largest / 448, rel=1e-5)
 
 
+@torch.no_grad()
+def test_scales_fit_what_a_smoothed_result_caches(run_config):
+    config = run_config(activations__smoothing="smoothquant", activations__bits=8, **FP8)
+    scales = scales_of(config)
+    model = transformers.AutoModelForCausalLM.from_pretrained(config.output.dir / "model", dtype=torch.float32)
+    chunks = load_file(config.output.dir / "tokens.safetensors")
+    caches = [model(ids, use_cache=True).past_key_values for name, ids in chunks.items() if not is_held_out(name)]
+    for index in range(len(model.model.layers)):
+        largest = max(float(cache.layers[index].values.abs().amax()) for cache in caches)
+        assert float(scales[f"model.layers.{index}.self_attn.v_scale"]) == pytest.approx(largest / 448, rel=0.2)
+
+
 def test_the_cache_is_measured_as_it_is_served(run_config, tmp_path):
     exact = pipeline.quantize(run_config())
     rounded = pipeline.quantize(run_config(output__dir=str(tmp_path / "fp8"), **FP8))
