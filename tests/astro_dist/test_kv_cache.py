@@ -18,6 +18,7 @@ from astro_dist.export.verify import verify_model
 from astro_dist.planning.validate import prepare
 from astro_dist.report.command_output import verification_lines
 from astro_dist.schedule.names import is_held_out
+from astro_dist.source.resolve import Source
 
 FP8 = {"activations__kv_cache": "fp8"}
 
@@ -100,7 +101,7 @@ def test_readers_take_the_scales(run_config, tmp_path):
 
 def test_judging_reads_a_model_with_scales(run_config):
     model = Path(pipeline.quantize(run_config(**FP8)).model)
-    weights = BlockWeights(FolderStore(model), model, Skeleton(model, torch.float32))
+    weights = BlockWeights(Source(FolderStore(model), model), Skeleton(model, torch.float32))
     block = weights.fill_block(1, torch.device("cpu"))
     assert torch.isfinite(block.self_attn.q_proj.weight).all()
 
