@@ -5,7 +5,7 @@ from typing import Annotated
 
 import typer
 
-from astro_dist.commands.output import AsJson, print_json, say_lines
+from astro_dist.commands.output import AsJson, print_json, say_begin, say_lines
 
 __all__ = ["train"]
 
@@ -19,6 +19,7 @@ def train(
     as_json: AsJson = False,
 ) -> None:
     """Train a model without outlier channels in its activations, or go on from the last checkpoint."""
+    say_begin(str(config))
     from astro_dist.config.yaml_file import load_train_config
     from astro_dist.training.train import train as do_training
 

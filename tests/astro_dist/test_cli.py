@@ -97,7 +97,11 @@ def test_plan_writes_nothing(run, config):
     assert not (config.parent / "run").exists()
 
 
-@pytest.mark.parametrize("command", [["quantize"], ["evaluate", "--text", "a.txt"], ["try", "x"], ["verify"]], ids=str)
+@pytest.mark.parametrize(
+    "command",
+    [["quantize"], ["evaluate", "--text", "a.txt"], ["try", "x"], ["verify"], ["inspect"], ["train"]],
+    ids=str,
+)
 def test_first_line_comes_before_anything_slow_is_imported(config, command):
     code = (
         "import sys, astro_dist.commands.output as output, astro_dist.cli as cli\n"
