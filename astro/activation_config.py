@@ -53,7 +53,8 @@ class Activations:
     bits: Literal[16, 8, 4] = 16
     """Width of the inputs of every quantized layer, as servers round them: 8 or 4, or 16 for inputs that stay as they
     are. Each token gets a scale of its own while the server computes. It is written into config.json; the stored
-    weights need nothing for it. A run measures perplexity with inputs that are not rounded."""
+    weights need nothing for it. A run rounds inputs in the same way wherever it runs quantized layers, so that its
+    figures are those with rounded inputs, and weights make up for what they can (`quantization.compensation`)."""
     type: Literal["int", "float"] = "int"
     """What inputs are rounded to: `int` is integers of `bits`, `float` is FP8 (E4M3), which has 8 bits."""
     smoothing: Literal["none", "aser", "smoothquant"] = "none"

@@ -120,8 +120,10 @@ class SolverSettings:
     refine_tolerance: float = 1e-3
     """A pass that lowers the layer error by a smaller share is the last."""
     compensation: float | Literal["auto"] = "auto"
-    """In mode `sequential`: share of the errors made before a layer that its weights make up for, from 0, which is
-    none, to 1. `auto` measures for every input group which share of the correction two halves of the text agree on."""
+    """Share of errors in a layer's inputs that its weights make up for, from 0, which is none, to 1. In mode
+    `sequential` those of layers before: `auto` measures for every input group which share of the correction two halves
+    of the text agree on. In every mode, what rounding takes from inputs (`activations`): `auto` makes up for all of
+    it."""
     damping: float = 0.01
     """Share of the mean diagonal that is added to the Hessian's diagonal."""
     max_damping: float = 1.0
@@ -143,7 +145,7 @@ class SolverSettings:
 
     @property
     def compensates(self) -> bool:
-        """Whether, in mode `sequential`, layers make up for the errors of those before."""
+        """Whether layers make up for errors in their inputs: those of layers before, and what rounding takes."""
         return self.compensation != 0 and self.method == "gptq"
 
 

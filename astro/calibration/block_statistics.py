@@ -10,7 +10,8 @@ from typing import TypeVar
 
 import torch
 
-from astro.calibration.hessian import HessianAccumulator
+from astro.activation_config import ActivationScheme
+from astro.calibration.input_sums import AS_THEY_ARE, InputSums, SumKind
 from astro.calibration.starved_experts import (
     AllTokens,
     InputStatistics,
@@ -37,20 +38,29 @@ class BlockStatistics:
 
     Attributes:
         input_groups: Operands of each input group, in the order of the first forward; experts one after the other.
-        stopwatch: Time that the products took.
+        stopwatch: Time that the products took, and rounding the inputs for them.
     """
 
-    def __init__(self, layers: BlockLayers, device: torch.device, weights: TokenWeights) -> None:
+    def __init__(
+        self,
+        layers: BlockLayers,
+        device: torch.device,
+        weights: TokenWeights,
+        sum_kind: SumKind = AS_THEY_ARE,
+        served: ActivationScheme | None = None,
+    ) -> None:
         """Begin with no statistics.
 
         Args:
             layers: The layers of the block, which is loaded.
             device: Device of the sums.
             weights: How much each token counts.
+            sum_kind: What is summed of every input, but for a drift from the source.
+            served: Grid to which the forwards round the inputs of layers; None in the source model.
         """
         self._layers, self._weights, self._chunk = layers, weights, ""
-        self._device = device
-        self._accumulators: list[HessianAccumulator] = []
+        self._device, self._sum_kind, self._served = device, sum_kind, served
+        self._sums: list[InputSums] = []
         self._input_group_of: dict[Operand, int] = {}
         self._last: tuple[torch.Tensor, int] | None = None
         self.input_groups: list[list[Operand]] = []
@@ -82,16 +92,18 @@ class BlockStatistics:
                 tokens and the policy is `fail`.
         """
         _require_reached(self._layers.operands, self._input_group_of)
-        accumulators, self._accumulators = self._accumulators, []
+        all_sums, self._sums = self._sums, []
         starved = [
             group[0]
-            for group, sums in zip(self.input_groups, accumulators, strict=True)
+            for group, sums in zip(self.input_groups, all_sums, strict=True)
             if is_starved(group[0], sums.num_tokens, experts)
         ]
         kind = self._weights.kind
-        again = AllTokens(self._layers, starved, repeats, kind) if experts.policy == "all-tokens" else None
-        shared = self._shared(accumulators) if starved and experts.policy == "shared-hessian" else {}
-        for group, sums in zip(self.input_groups, accumulators, strict=True):
+        again = None
+        if experts.policy == "all-tokens":
+            again = AllTokens(self._layers, starved, repeats, kind, self._sum_kind, self._served)
+        shared = self._shared(all_sums) if starved and experts.policy == "shared-hessian" else {}
+        for group, sums in zip(self.input_groups, all_sums, strict=True):
             names, first = names_of(group), group[0]
             if first not in starved:
                 statistics = sufficient_statistics(names, sums, self._weights.kind_of(first))
@@ -100,12 +112,12 @@ class BlockStatistics:
                 statistics = starved_statistics(first, sums.num_tokens, experts, instead, self._device, kind)
             yield dataclasses.replace(statistics, gradient_energy=self._weights.energy_of(first))
 
-    def _shared(self, accumulators: Sequence[HessianAccumulator]) -> dict[str, HessianAccumulator]:
-        """Return the sum over all experts of each parameter, by the parameter's name."""
-        shared: dict[str, HessianAccumulator] = {}
-        for group, sums in zip(self.input_groups, accumulators, strict=True):
+    def _shared(self, all_sums: Sequence[InputSums]) -> dict[str, InputSums]:
+        """Return the sums over all experts of each parameter, by the parameter's name."""
+        shared: dict[str, InputSums] = {}
+        for group, sums in zip(self.input_groups, all_sums, strict=True):
             if group[0].expert is not None:
-                empty = HessianAccumulator(group[0].columns, self._device)
+                empty = InputSums(group[0].columns, self._device, self._sum_kind)
                 shared.setdefault(group[0].parameter, empty).absorb_(sums)
         return shared
 
@@ -118,7 +130,7 @@ class BlockStatistics:
         index = self._input_group_of[operand]
         if operand is self.input_groups[index][0]:
             with self.stopwatch.running():
-                self._accumulators[index].add_(X, self._weights.of(operand, self._chunk, inputs))
+                self._sums[index].add_(X, self._weights.of(operand, self._chunk, inputs))
         elif not shares or last_index != index:
             first, other = self.input_groups[index][0].names[0], operand.names[0]
             raise UnsupportedError(f"{other} shared its input with {first} in one forward, not in another")
@@ -133,7 +145,8 @@ class BlockStatistics:
         for member in _together(self._layers, operand):
             self._input_group_of[member] = len(self.input_groups)
             self.input_groups.append([member])
-            self._accumulators.append(HessianAccumulator(member.columns, self._device, member.expert is not None))
+            is_expert = member.expert is not None
+            self._sums.append(InputSums(member.columns, self._device, self._sum_kind, keep_inputs=is_expert))
 
 
 class _Reached(Exception):

@@ -11,7 +11,7 @@ import torch
 from astro.errors import NumericalError
 from astro.linalg.symmetric import mirror_, strips
 
-__all__ = ["DriftAccumulator", "HessianAccumulator", "summed_dtype"]
+__all__ = ["HessianAccumulator", "is_multiplied_exactly", "product", "shrunk_", "summed_dtype"]
 
 
 class HessianAccumulator:
@@ -137,17 +137,15 @@ class HessianAccumulator:
         mirror_(H)
         # Where all inputs are 0 their weights may be 0 too, and so is the sum.
         H.div_(torch.where(self.totals[0] > 0, self.totals[0], 1.0))
-        diagonal, tokens = H.diagonal().clone(), self.effective_tokens()
-        H.mul_(tokens / (tokens + len(H))).diagonal().copy_(diagonal)
-        return H
+        return shrunk_(H, self.effective_tokens())
 
     def _fold(self) -> None:
         kept, self._kept = self._kept, []
         if kept and self._sum is None:
             self._sum = torch.zeros(self._shape, dtype=torch.float32, device=self._device)
-        for X in (X if _is_multiplied_exactly(X) else X.float() for X in kept):
+        for X in (X if is_multiplied_exactly(X) else X.float() for X in kept):
             for rows in strips(self._sum):  # type: ignore[arg-type]
-                self._sum[rows, rows.start :] += _product(X[:, rows], X[:, rows.start :])  # type: ignore[index]
+                self._sum[rows, rows.start :] += product(X[:, rows], X[:, rows.start :])  # type: ignore[index]
 
 
 def _scaled(X: torch.Tensor, factors: torch.Tensor) -> torch.Tensor:
@@ -172,102 +170,32 @@ def summed_dtype(dtype: torch.dtype, device_type: str, is_weighted: bool) -> tor
     return torch.float32
 
 
-def _is_multiplied_exactly(X: torch.Tensor) -> bool:
-    """Tell whether the device multiplies 16-bit numbers as they are, and adds their exact products in float32."""
+def is_multiplied_exactly(X: torch.Tensor) -> bool:
+    """Tell whether the device multiplies 16-bit numbers as they are, and adds their exact products in float32.
+
+    Args:
+        X: Inputs of a layer.
+    """
     return X.device.type == "cuda" and X.dtype in (torch.bfloat16, torch.float16)
 
 
-def _product(X: torch.Tensor, Y: torch.Tensor) -> torch.Tensor:
-    """Return XᵀY in float32."""
+def product(X: torch.Tensor, Y: torch.Tensor) -> torch.Tensor:
+    """Return XᵀY in float32.
+
+    Args:
+        X: Left side [T, R], of a dtype that the device multiplies exactly.
+        Y: Right side [T, C] in the same dtype.
+    """
     return X.T @ Y if X.dtype == torch.float32 else torch.mm(X.T, Y, out_dtype=torch.float32)
 
 
-class DriftAccumulator:
-    """Sums w (x_s − x) xᵀ over chunks: how the inputs x of a layer drifted from those of the source model, x_s.
+def shrunk_(M: torch.Tensor, tokens: torch.Tensor) -> torch.Tensor:
+    """Shrink a matrix towards its diagonal, as if C tokens with independent columns had been added to the others.
 
-    Order and merging are those of `HessianAccumulator`.
-
-    Attributes:
-        partial: Sum so far, float32 [C, C].
-        total_weight: Sum of the weights of the tokens that were added, float64 [] on the device.
+    Args:
+        M: A mean over tokens [C, C], which is overwritten.
+        tokens: Number of effective tokens, float64 [].
     """
-
-    def __init__(self, num_columns: int, device: torch.device) -> None:
-        """Begin with a sum of zeros.
-
-        Args:
-            num_columns: Number C of columns.
-            device: Device of the sum.
-        """
-        self.partial = torch.zeros(num_columns, num_columns, dtype=torch.float32, device=device)
-        self.total_weight = torch.zeros((), dtype=torch.float64, device=device)
-
-    def add_(self, X_source: torch.Tensor, X: torch.Tensor, weights: torch.Tensor | None = None) -> None:
-        """Add the inputs of one chunk.
-
-        Args:
-            X_source: Inputs of the layer in the source model [..., C].
-            X: Inputs of the layer behind quantized layers, for the same tokens [..., C].
-            weights: Weight of each token, float32 [T] and at least 0; every token has weight 1 where not given.
-        """
-        X = X.reshape(-1, X.shape[-1])
-        D = X_source.reshape(X.shape).float() - X.float()
-        if weights is None:
-            self.total_weight += len(X)
-        else:
-            self.total_weight += weights.sum(dtype=torch.float64)
-            D *= weights.unsqueeze(-1)
-        if (
-            _is_multiplied_exactly(X) and X.dtype == torch.bfloat16
-        ):  # it has the range of float32, and two of them hold a number to 2⁻¹⁷
-            high = D.to(X.dtype)
-            self.partial += _product(high, X)
-            self.partial += _product(D.sub_(high).to(X.dtype), X)
-        else:
-            self.partial += _product(D, X.float())
-
-    def merge_(self, partial: torch.Tensor, total_weight: float) -> None:
-        """Add a sum that was computed elsewhere.
-
-        Args:
-            partial: The `partial` of another accumulator, [C, C] on the device of this one.
-            total_weight: Sum of the weights of the tokens in that sum.
-        """
-        self.partial += partial
-        self.total_weight += total_weight
-
-    def spread_(self, half: "DriftAccumulator") -> torch.Tensor:
-        """Return how far the drifts over some tokens and over the others lie apart, Δ, float32 [C, C].
-
-        With D₁ and D₂ the means over tokens whose weights add up to a and b:
-
-            Δ = √(a b) / (a + b) · (D₁ − D₂)
-
-        Where chance makes drifts differ, the mean of ‖Δ‖² is the mean of what chance adds to the ‖D‖² of the whole
-        drift D = (a D₁ + b D₂) / (a + b), however uneven the two parts are. Halves have Δ = (D₁ − D₂) / 2.
-
-        Args:
-            half: The sum over some of the tokens, whose memory is taken for the result.
-        """
-        tiny = torch.finfo(torch.float64).tiny
-        rest, rest_weight = self.partial - half.partial, (self.total_weight - half.total_weight).clamp(min=0)
-        share = (half.total_weight * rest_weight).sqrt() / self.total_weight.clamp(min=tiny)
-        mean = half.partial.div_(half.total_weight.clamp(min=tiny))
-        return mean.sub_(rest.div_(rest_weight.clamp(min=tiny))).mul_(share)
-
-    def finish_(self, name: str) -> torch.Tensor:
-        """Return the weighted mean over all tokens, [C, C] float32. The accumulator is empty afterwards.
-
-        Args:
-            name: Name of the layer, for messages.
-
-        Raises:
-            NumericalError: An input was not finite.
-        """
-        drift, self.partial = self.partial, torch.empty(0)
-        if not bool(torch.isfinite(drift).all()):
-            raise NumericalError(
-                f"{name}: its inputs in the source model hold NaN or Inf; check the model in this compute dtype "
-                "(execution.compute_dtype)"
-            )
-        return drift.div_(torch.where(self.total_weight > 0, self.total_weight, 1.0))
+    diagonal = M.diagonal().clone()
+    M.mul_(tokens / (tokens + len(M))).diagonal().copy_(diagonal)
+    return M

@@ -10,12 +10,14 @@ from typing import Any
 import torch
 from torch import nn
 
-from astro.calibration.hessian import HessianAccumulator
+from astro.activation_config import ActivationScheme
+from astro.calibration.input_sums import AS_THEY_ARE, InputSums, RoundingMoments, SumKind
 from astro.calibration.token_weights import Kind, norm_weights
 from astro.config import Experts
 from astro.errors import NumericalError
 from astro.model.activations import BlockLayers, Inputs, Operand
 from astro.model.experts import call_alone, reads_inputs
+from astro.model.rounded_inputs import rounded_inputs
 
 __all__ = ["AllTokens", "InputStatistics", "exhaust", "is_starved", "starved_statistics", "sufficient_statistics"]
 
@@ -26,14 +28,17 @@ class InputStatistics:
 
     Attributes:
         names: Names of the layers that read the input.
-        H: Weighted mean of xxᵀ over the tokens, float32 [C, C]; the identity where the layers are to be rounded to
-            nearest.
+        H: Weighted mean of x̂x̂ᵀ over the tokens, float32 [C, C]; the identity where the layers are to be rounded to
+            nearest. Where inputs stay as they are, x̂ is x.
         num_tokens: Number of tokens that H was made from.
         routed_tokens: Number of calibration tokens that the model itself sends through these layers.
         token_weights: What the tokens are weighted by.
         gradient_energy: Energy of the loss's gradient at the layers' outputs, see `typical_energy`; None where it was
             not measured.
         fallback: The experts' policy, where too few tokens made it necessary; empty elsewhere.
+        drift: Weighted mean of (x_s − x)x̂ᵀ, x_s being the inputs in the source model, float32 [C, C]; None where
+            weights do not make up for errors before them.
+        rounding: What was learned of how the inputs are rounded; None where nothing was, or they stay as they are.
     """
 
     names: tuple[str, ...]
@@ -43,6 +48,8 @@ class InputStatistics:
     token_weights: Kind
     gradient_energy: float | None = None
     fallback: str = ""
+    drift: torch.Tensor | None = None
+    rounding: RoundingMoments | None = None
 
 
 def exhaust(statistics: Iterator[InputStatistics]) -> None:
@@ -72,6 +79,8 @@ class AllTokens:
         operands: Sequence[Operand],
         repeats: Iterable[Callable[[], object]],
         token_weights: Kind,
+        sum_kind: SumKind = AS_THEY_ARE,
+        served: ActivationScheme | None = None,
     ) -> None:
         """Run the block once more over the calibration chunks and keep what its experts are called with.
 
@@ -81,9 +90,12 @@ class AllTokens:
             repeats: A forward of the block for every calibration chunk.
             token_weights: What tokens are weighted by elsewhere. Here their norm weighs them, since the loss says
                 nothing of an expert that it does not depend on; with `none` they all count alike.
+            sum_kind: What is summed of the inputs.
+            served: Grid to which the inputs of layers are rounded in these forwards; None in the source model.
         """
         self._layers, self._weighs = layers, token_weights != "none"
-        self._shared: dict[str, HessianAccumulator] = {}
+        self._sum_kind, self._served = sum_kind, served
+        self._shared: dict[str, InputSums] = {}
         modules = {layers.module_of(operand): layers.owner_of(operand) for operand in operands}
         self._calls: dict[nn.Module, list[tuple[Any, Any, torch.Tensor]]] = {module: [] for module in modules}
         latest: dict[nn.Module, tuple[Any, Any]] = {}
@@ -104,18 +116,18 @@ class AllTokens:
             for handle in handles:
                 handle.remove()
 
-    def sums(self, operand: Operand, device: torch.device) -> HessianAccumulator:
-        """Return the sum over the inputs of one expert's layers, if all tokens went through that expert.
+    def sums(self, operand: Operand, device: torch.device) -> InputSums:
+        """Return the sums over the inputs of one expert's layers, if all tokens went through that expert.
 
-        Gate and up read what goes into the mixture of experts, which is the same for all: their sum is made once.
+        Gate and up read what goes into the mixture of experts, which is the same for all: their sums are made once.
 
         Args:
             operand: The operand of the expert.
-            device: Device of the sum.
+            device: Device of the sums.
         """
         if operand.parameter in self._shared:
             return self._shared[operand.parameter]
-        sums = HessianAccumulator(operand.columns, device)
+        sums = InputSums(operand.columns, device, self._sum_kind)
 
         def note(multiplied: Operand, inputs: Inputs) -> None:
             if multiplied == operand:
@@ -123,7 +135,7 @@ class AllTokens:
                 sums.add_(rows, norm_weights(rows) if self._weighs else None)
 
         module = self._layers.module_of(operand)
-        with self._layers.observed(note):
+        with rounded_inputs(self._layers, self._served, is_whole=False), self._layers.observed(note):
             for args, kwargs, X in self._calls[module]:
                 call_alone(module, args, kwargs, X, operand.expert or 0)
         if reads_inputs(operand.parameter):
@@ -142,26 +154,27 @@ def is_starved(operand: Operand, num_tokens: int, experts: Experts) -> bool:
     return operand.expert is not None and num_tokens < experts.min_tokens
 
 
-def sufficient_statistics(names: Sequence[str], sums: HessianAccumulator, token_weights: Kind) -> InputStatistics:
+def sufficient_statistics(names: Sequence[str], sums: InputSums, token_weights: Kind) -> InputStatistics:
     """Return the statistics of an input group that saw enough tokens; the gradient's energy is left open.
 
     Args:
         names: Names of the layers that read the input.
-        sums: Sum over the tokens, which is finished here.
+        sums: Sums over the tokens, which are finished here.
         token_weights: What the tokens are weighted by.
 
     Raises:
         NumericalError: No token was seen, or an input was not finite.
     """
-    H = sums.finish_("+".join(names))
-    return InputStatistics(tuple(names), H, sums.num_tokens, sums.num_tokens, token_weights)
+    H, drift, rounding = sums.finish_("+".join(names))
+    tokens = sums.num_tokens
+    return InputStatistics(tuple(names), H, tokens, tokens, token_weights, drift=drift, rounding=rounding)
 
 
 def starved_statistics(
     operand: Operand,
     routed_tokens: int,
     experts: Experts,
-    sums: HessianAccumulator | None,
+    sums: InputSums | None,
     device: torch.device,
     token_weights: Kind,
 ) -> InputStatistics:
@@ -171,7 +184,7 @@ def starved_statistics(
         operand: The operand of the expert.
         routed_tokens: Number of tokens that the expert saw.
         experts: The policy about such experts.
-        sums: Sum over all tokens, or over all experts, as the policy says; None where the policy needs none.
+        sums: Sums over all tokens, or over all experts, as the policy says; None where the policy needs none.
         device: Device of the result.
         token_weights: What tokens are weighted by elsewhere; an expert's are weighted by their norm, or all alike.
 
@@ -189,9 +202,10 @@ def starved_statistics(
         return InputStatistics(operand.names, H, 0, routed_tokens, "none", fallback=experts.policy)
     assert sums is not None
     # A copy is finished, since several experts may share these sums.
-    copy = HessianAccumulator(operand.columns, device)
+    copy = InputSums(operand.columns, device, sums.kind)
     copy.absorb_(sums)
     # All tokens are weighted by their norm; what all experts share is weighted as each of them is.
     kind: Kind = "norm" if token_weights == "loss" and experts.policy == "all-tokens" else token_weights
-    H = copy.finish_(name)
-    return InputStatistics(operand.names, H, copy.num_tokens, routed_tokens, kind, fallback=experts.policy)
+    H, drift, rounding = copy.finish_(name)
+    tokens = copy.num_tokens
+    return InputStatistics(operand.names, H, tokens, routed_tokens, kind, None, experts.policy, drift, rounding)

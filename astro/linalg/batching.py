@@ -48,6 +48,28 @@ def stacked(layers: Sequence[torch.Tensor]) -> torch.Tensor:
     return layers[0].unsqueeze(0) if len(layers) == 1 else torch.stack(list(layers))
 
 
+def stacked_padded(matrices: Sequence[torch.Tensor | None], num_columns: int) -> torch.Tensor | None:
+    """Put matrices of different numbers of rows side by side, with rows of zeros below those that are shorter.
+
+    Args:
+        matrices: A matrix [N, C] for each of B layers; None stands for zeros alone.
+        num_columns: Number C of columns.
+
+    Returns:
+        The matrices as [B, N, C]; None where none is given. A single matrix is not copied.
+    """
+    given = [matrix for matrix in matrices if matrix is not None]
+    if not given:
+        return None
+    if len(given) == len(matrices) and len({len(matrix) for matrix in given}) == 1:
+        return stacked(given)
+    padded = given[0].new_zeros(len(matrices), max(map(len, given)), num_columns)
+    for place, matrix in zip(padded, matrices, strict=True):
+        if matrix is not None:
+            place[: len(matrix)] = matrix
+    return padded
+
+
 def add_product_(X: torch.Tensor, A: torch.Tensor, B: torch.Tensor, alpha: float = 1.0) -> None:
     """Add α A B to X in a single kernel.
 

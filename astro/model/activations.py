@@ -15,7 +15,7 @@ from torch.overrides import TorchFunctionMode
 
 from astro.model.linear_layer import LinearLayer
 
-__all__ = ["BlockLayers", "Inputs", "Operand", "is_same_input", "names_of"]
+__all__ = ["BlockLayers", "Inputs", "Operand", "Places", "Product", "is_same_input", "names_of", "product_of"]
 
 _OPERANDS = {
     "linear": ((0, "input"), (1, "weight")),
@@ -60,10 +60,45 @@ class Inputs:
     tokens: torch.Tensor | None = None
 
 
+@dataclasses.dataclass(frozen=True)
+class Product:
+    """A matrix product that a forward is about to compute.
+
+    Attributes:
+        X: Its left side, the inputs [..., C].
+        operands: The operands of the block that its right side holds: none, one, or those of all experts.
+        position: Place of X among the positional arguments of the call.
+        keyword: Name of X among its keyword arguments, where it is no positional argument.
+    """
+
+    X: torch.Tensor
+    operands: Sequence[Operand]
+    position: int
+    keyword: str
+
+
+Places = Mapping[tuple[int, int], Sequence[Operand]]
+"""The operands by the place in memory and the number of dimensions of the weight that they are multiplied with."""
 Note = Callable[[Operand, Inputs], None]
 """A function that is called with an operand and the inputs that it is multiplied with."""
 ProductNote = Callable[[Operand, Inputs, torch.Tensor], None]
 """A function that is called with an operand, its inputs, and their product [..., R]."""
+
+
+def product_of(func: Any, args: Sequence[Any], kwargs: Mapping[str, Any], places: Places) -> Product | None:
+    """Return the matrix product that a call of torch computes; None for any other call.
+
+    Args:
+        func: Function of torch that is called.
+        args: Positional arguments of the call.
+        kwargs: Keyword arguments of the call.
+        places: Where the weights of a block's operands lie.
+    """
+    names = _OPERANDS.get(getattr(func, "__name__", ""))
+    if names is None:
+        return None
+    X, weight = (args[i] if i < len(args) else kwargs[name] for i, name in names)
+    return Product(X, places.get((weight.data_ptr(), weight.ndim), ()), *names[0])
 
 
 def is_same_input(X: torch.Tensor, other: torch.Tensor) -> bool:
@@ -142,7 +177,7 @@ class BlockLayers:
         Args:
             note: The function that is called.
         """
-        return _Observation(self._places(), note)
+        return _Observation(self.places(), note)
 
     def observed_products(self, note: ProductNote) -> "_Observation":
         """Return a context in which a function sees every operand outside batched experts after each product.
@@ -150,9 +185,9 @@ class BlockLayers:
         Args:
             note: The function that is called.
         """
-        return _Observation(self._places(), None, note)
+        return _Observation(self.places(), None, note)
 
-    def _places(self) -> dict[tuple[int, int], list[Operand]]:
+    def places(self) -> Places:
         """Return the operands by the place and the dimensions of the weight that they are multiplied with."""
         places: dict[tuple[int, int], list[Operand]] = {}
         for operand in self.operands:
@@ -195,7 +230,7 @@ class BlockLayers:
 class _Observation(TorchFunctionMode):
     def __init__(
         self,
-        places: Mapping[tuple[int, int], list[Operand]],
+        places: Places,
         note: Note | None,
         note_product: ProductNote | None = None,
     ) -> None:
@@ -206,15 +241,13 @@ class _Observation(TorchFunctionMode):
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
-        name = getattr(func, "__name__", "")
-        place = _OPERANDS.get(name)
-        if place is None:
+        multiplied = product_of(func, args, kwargs, self._places)
+        if multiplied is None:
             result = func(*args, **kwargs)
-            if name == "__getitem__" and _is_row_index(*args):
+            if getattr(func, "__name__", "") == "__getitem__" and _is_row_index(*args):
                 self._gathered = Inputs(result, args[1])
             return result
-        X, weight = (args[i] if i < len(args) else kwargs[name] for i, name in place)
-        operands = self._places.get((weight.data_ptr(), weight.ndim), [])
+        X, operands = multiplied.X, multiplied.operands
         if self._note is not None:
             if len(operands) == 1:
                 self._note(operands[0], self._inputs(operands[0], X))

@@ -6,6 +6,7 @@ from collections.abc import Iterable, Mapping, Sequence
 
 import torch
 
+from astro.calibration import input_sums
 from astro.calibration.starved_experts import InputStatistics, exhaust
 from astro.config import LayerScheme
 from astro.linalg.batching import batches, stacked
@@ -33,7 +34,8 @@ def quantize_block(
     Args:
         weights: Original weight [R, C] of each layer by name, on the device of the statistics.
         input_groups: Names of the layers that share an input, for each input.
-        statistics: Statistics of every input group, in their order; they are taken as they are needed.
+        statistics: Statistics of every input group, in their order; they are taken as they are needed. They
+            have no drift from the source.
         schemes: The grid of each layer by name.
         recipe: How the layers are quantized.
         widths: Widths that are measured besides.
@@ -49,7 +51,11 @@ def quantize_block(
     for batch in side_by_side(input_groups, shapes, schemes, tile_elements):
         of_batch = list(itertools.islice(remaining, len(batch)))
         H, tokens = stacked([inputs.H for inputs in of_batch]), [inputs.num_tokens for inputs in of_batch]
-        moments = InputMoments(H, lacks_statistics=[inputs.fallback == "rtn" for inputs in of_batch])
+        moments = InputMoments(
+            H,
+            lacks_statistics=[inputs.fallback == "rtn" for inputs in of_batch],
+            rounding=input_sums.side_by_side([inputs.rounding for inputs in of_batch], H.shape[-1]),
+        )
         counted = [{figure: getattr(inputs, figure) for figure in COUNTED} for inputs in of_batch]
         del of_batch  # a wide layer's matrices are gigabytes
         for scheme, stacks in apart([input_groups[i] for i in batch], schemes):

@@ -28,8 +28,10 @@ class LayerRecord:
     token_weights: str = "none"
     """What the calibration tokens were weighted by: `loss`, `norm`, or `none` where all count alike."""
     relative_error: float
-    """‖(Ŵ − W)X‖² / ‖WX‖² on the weighted calibration tokens, W the original weights, or where earlier errors are
-    compensated the weights that do so. Where the layers have corrections of low rank, Ŵ is with them."""
+    """‖ŴX̂ − WX‖² / ‖WX‖² on the weighted calibration tokens. X̂ are the inputs X as servers round them, or X itself
+    where inputs stay as they are. W are the original weights, or where earlier errors are compensated the weights that
+    do so. With rounded inputs it is measured on a sample of the tokens, see `output_error`. Where the
+    layers have corrections of low rank, Ŵ is with them."""
     solved_error: float | None = None
     """The same without corrections; None where the layers have none."""
     ranks: dict[str, int] = dataclasses.field(default_factory=dict)

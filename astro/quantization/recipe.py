@@ -9,6 +9,7 @@ from collections.abc import Sequence
 import torch
 
 from astro.activation_config import Reconstruction
+from astro.calibration.input_sums import RoundingMoments
 from astro.config import Regularizer, SolverSettings
 from astro.linalg.tiling import TILE_ELEMENTS
 from astro.quantization.grid import Grid
@@ -63,15 +64,18 @@ class InputMoments:
     """What calibration learned of the inputs of input groups side by side.
 
     Attributes:
-        H: Weighted mean of xxᵀ over the calibration tokens, float32 [B, C, C].
-        drift: Weighted mean of (x_s − x)xᵀ, x_s the same tokens' inputs in the source model, float32 [B, C, C]; None
+        H: Weighted mean of x̂x̂ᵀ over the calibration tokens, float32 [B, C, C]. x̂ are the inputs x as a server rounds
+            them, or x itself where inputs stay as they are.
+        drift: Weighted mean of (x_s − x)x̂ᵀ, x_s the same tokens' inputs in the source model, float32 [B, C, C]; None
             where errors made before are not made up for.
         lacks_statistics: Which input groups have no statistics, their H being the identity; where it is empty, none.
+        rounding: What was learned of how the inputs are rounded; None where they stay as they are.
     """
 
     H: torch.Tensor
     drift: torch.Tensor | None = None
     lacks_statistics: Sequence[bool] = ()
+    rounding: RoundingMoments | None = None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -79,7 +83,7 @@ class Figures:
     """What is measured of each row, float32 [B, R].
 
     Attributes:
-        error: The layer error ‖(ŵ − w)X‖².
+        error: The layer error ‖ŵX̂ − wX‖², see `output_error`.
         energy: What it is relative to, ‖wX‖².
         maximum_before: Mean group maximum of the original weights.
         maximum_after: Mean group maximum of the regularized weights.

@@ -17,6 +17,7 @@ from astro.linalg.cholesky import Factor, factorize
 from astro.linalg.symmetric import layer_error
 from astro.quantization import gptq, regularizer
 from astro.quantization.grid import Grid, QuantizedLinear, fit_grid, grouped, require_finite_scales
+from astro.quantization.output_error import output_error
 from astro.quantization.recipe import Figures, InputGroupOutcome, InputMoments, Recipe, SolvedRows
 from astro.quantization.refine import refine
 from astro.quantization.regularizer import Problem, mean_group_maximum
@@ -47,8 +48,7 @@ class InputGroups:
 
     Attributes:
         names: Name of each input group: those of its members, joined by '+'.
-        H: Mean of xxᵀ, float32 [B, C, C].
-        drift: Mean of (x_s − x)xᵀ, float32 [B, C, C]; None where nothing is made up for.
+        inputs: What calibration learned of the inputs; drifts are None where nothing is made up for.
         share: Share of the drift that is made up for, float32 [B]. It is kept apart, because a drift that is scaled
             would be another matrix of columns × columns.
         scheme: The grid of all members.
@@ -64,8 +64,7 @@ class InputGroups:
     """
 
     names: tuple[str, ...]
-    H: torch.Tensor
-    drift: torch.Tensor | None
+    inputs: InputMoments
     share: torch.Tensor
     scheme: LayerScheme
     recipe: Recipe
@@ -75,6 +74,16 @@ class InputGroups:
     beta_gain: torch.Tensor
     lacks_statistics: torch.Tensor
     seconds: dict[str, float]
+
+    @property
+    def H(self) -> torch.Tensor:
+        """Mean of x̂x̂ᵀ, float32 [B, C, C]."""
+        return self.inputs.H
+
+    @property
+    def drift(self) -> torch.Tensor | None:
+        """Mean of (x_s − x)x̂ᵀ, float32 [B, C, C]; None where errors made before are not made up for."""
+        return self.inputs.drift
 
     def outcomes_(self) -> list[InputGroupOutcome]:
         """Return what was decided for each input group, with an even part of the time since this was last asked."""
@@ -125,7 +134,7 @@ def factor_input_groups(names: Sequence[str], inputs: InputMoments, scheme: Laye
         NumericalError: H is zero, or cannot be factored within the damping limit.
     """
     seconds: dict[str, float] = {}
-    H, drift, solver = inputs.H, inputs.drift, recipe.solver
+    H, solver = inputs.H, recipe.solver
     factor = None
     if solver.method == "gptq":
         with timed(seconds, "factor", H.device):
@@ -136,10 +145,9 @@ def factor_input_groups(names: Sequence[str], inputs: InputMoments, scheme: Laye
     none = H.new_zeros(len(H), dtype=torch.float64)
     lacking = torch.tensor(list(inputs.lacks_statistics) or [False] * len(H), device=H.device)
     if factor is None:
-        drift = None
-    return InputGroups(
-        tuple(names), H, drift, share, scheme, recipe, factor, None, none, none, lacking, seconds
-    )  # fmt: skip
+        rounding = None if inputs.rounding is None else dataclasses.replace(inputs.rounding, drift=None)
+        inputs = dataclasses.replace(inputs, drift=None, rounding=rounding)
+    return InputGroups(tuple(names), inputs, share, scheme, recipe, factor, None, none, none, lacking, seconds)
 
 
 def with_regularizer(input_groups: InputGroups, W: torch.Tensor) -> InputGroups:
@@ -194,13 +202,14 @@ def solve_rows(input_groups: InputGroups, W: torch.Tensor) -> SolvedRows:
 
     Args:
         input_groups: The input groups, prepared from all rows, their β known.
-        W: Original weights of some rows of each, float32 [B, R, C]. Errors are those of their compensated form.
+        W: Original weights of some rows of each, float32 [B, R, C]. For errors see `output_error`.
 
     Raises:
         NumericalError: A scale overflows the dtype in which it is stored.
     """
     settings, seconds = input_groups.recipe.solver, input_groups.seconds
-    target = W = compensate(input_groups, W)
+    intended = _behind_errors(input_groups, W)
+    target = W = _behind_rounding(input_groups, intended)
     if input_groups.problem is not None:
         assert input_groups.beta is not None
         with timed(seconds, "regularize", W.device):
@@ -214,9 +223,10 @@ def solve_rows(input_groups: InputGroups, W: torch.Tensor) -> SolvedRows:
             Q, grid = refined.Q, refined.grid
     else:
         error = layer_error(W, grid.dequantize(Q), input_groups.H)
+    error, energy = output_error(input_groups.inputs, intended, QuantizedLinear(Q, grid), error)
     figures = Figures(
         error=error,
-        energy=layer_error(W, torch.zeros_like(W), input_groups.H),
+        energy=energy,
         maximum_before=grouped(W, grid.group_size).abs().amax(-1).mean(-1),
         maximum_after=grouped(target, grid.group_size).abs().amax(-1).mean(-1),
     )
@@ -226,9 +236,11 @@ def solve_rows(input_groups: InputGroups, W: torch.Tensor) -> SolvedRows:
 def compensate(input_groups: InputGroups, W: torch.Tensor) -> torch.Tensor:
     """Return the weights that bring a layer's outputs back towards those of the source model.
 
-    With x_s = x + d the inputs in the source model, W* minimizes ‖W (x + γ d) − W* x‖² + λ‖W* − W‖² over the tokens:
+    With x_s = x + d the inputs in the source model, W* minimizes ‖W (x + γ d) − W* x̂‖² + λ‖W* − W‖² over the tokens,
+    where x̂ are the inputs x as a server rounds them. It is found in two steps, the first for γ d and the second for
+    what rounding takes from x, of which all is made up for:
 
-        W* = W + γ W (Σ d xᵀ) (H + λI)⁻¹
+        W' = W + γ W (Σ d x̂ᵀ) (H + λI)⁻¹        W* = W' + W' (Σ (x − x̂) x̂ᵀ) (H + λI)⁻¹
 
     Args:
         input_groups: The input groups, prepared from all rows.
@@ -236,10 +248,28 @@ def compensate(input_groups: InputGroups, W: torch.Tensor) -> torch.Tensor:
 
     Source: quantization error propagation, arXiv 2504.09629; asymmetric calibration, arXiv 2504.02692.
     """
-    if input_groups.drift is None or input_groups.factor is None:
+    return _behind_rounding(input_groups, _behind_errors(input_groups, W))
+
+
+def _behind_errors(input_groups: InputGroups, W: torch.Tensor) -> torch.Tensor:
+    """Return W', which makes up for errors that were made before the layer."""
+    return _behind(input_groups, W, input_groups.drift, input_groups.share[:, None, None])
+
+
+def _behind_rounding(input_groups: InputGroups, W: torch.Tensor) -> torch.Tensor:
+    """Return W*, which makes up for what rounding takes from the layer's inputs."""
+    rounding, share = input_groups.inputs.rounding, input_groups.recipe.solver.compensation
+    drift = None if rounding is None else rounding.drift
+    return _behind(input_groups, W, drift, 1.0 if share == "auto" else share)
+
+
+def _behind(
+    input_groups: InputGroups, W: torch.Tensor, drift: torch.Tensor | None, share: torch.Tensor | float
+) -> torch.Tensor:
+    if drift is None or input_groups.factor is None:
         return W
     with timed(input_groups.seconds, "compensate", W.device):
-        return W + input_groups.factor.solve((W @ input_groups.drift).mul_(input_groups.share[:, None, None]))
+        return W + input_groups.factor.solve((W @ drift).mul_(share))
 
 
 def reproducible_share(input_groups: InputGroups, W: torch.Tensor, spread: torch.Tensor) -> torch.Tensor:

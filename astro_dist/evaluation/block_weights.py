@@ -5,7 +5,9 @@ first. A quantized model of others is decoded to 16 bits, as a source is.
 """
 
 import hashlib
+import logging
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 
 import torch
@@ -17,8 +19,10 @@ from astro.config import LayerScheme
 from astro.errors import CheckpointError
 from astro.formats import LAYOUTS, Layout
 from astro.formats.block_shard import packed_keys, stem_of, unpack_layer
+from astro.model.activations import BlockLayers
 from astro.model.linear_layer import LinearLayer
 from astro.model.low_rank import attach
+from astro.model.rounded_inputs import rounded_inputs
 from astro.model.skeleton import Skeleton
 from astro.storage.atomic import read_json
 from astro.storage.byte_store import Store
@@ -29,6 +33,8 @@ from astro_dist.planning.checkpoint_plan import assign_tensors
 from astro_dist.source.resolve import Source
 
 __all__ = ["BlockWeights"]
+
+_log = logging.getLogger("astro_dist")
 
 _View = Callable[[torch.Tensor], torch.Tensor]
 """A function that finds a layer's part of a parameter, as a view of it."""
@@ -59,6 +65,7 @@ class BlockWeights:
         self._layout: Layout | None = None
         self._stems: set[str] = set()
         self._schemes: Mapping[str, LayerScheme] = {}
+        self._layers: dict[int, BlockLayers] = {}
         self.inputs: ActivationScheme | None = None
         self._checkpoint = self._open_packed(store, source.folder) or Checkpoint.open_source(store)
         # Another model's folder of this name may hold anything.
@@ -134,6 +141,21 @@ class BlockWeights:
         for handle in self._corrected.pop(index, ()):
             handle.remove()
 
+    def rounding(self, index: int) -> AbstractContextManager[None]:
+        """Return a context in which a block that is filled rounds the inputs of its packed layers, as servers do.
+
+        Args:
+            index: Index of the block.
+        """
+        if self.inputs is None:
+            return nullcontext()
+        if index not in self._layers:
+            keys = self._places.by_block.get(index, [])
+            layers = [layer for layers in self._packed_parameters(index, keys).values() for layer in layers]
+            packed = [layer for layer in layers if layer.stem in self._stems]
+            self._layers[index] = BlockLayers(self.skeleton.model, packed)
+        return rounded_inputs(self._layers[index], self.inputs)
+
     def _correct(self, index: int, device: torch.device) -> None:
         """Let the layers of a filled block add the corrections of the model's adapter, if it has one."""
         if self._adapter is None:
@@ -160,6 +182,9 @@ class BlockWeights:
             self._require_in_blocks(stems)
         except (CheckpointError, KeyError, TypeError, ValueError, AttributeError) as error:
             if layout is LAYOUTS["compressed-tensors"]:  # of another tool; it is decoded as a source would be
+                if "input_activations" in str(config.get("config_groups")):
+                    message = "%s: its config.json lets servers round the inputs of layers, which is not done here: %s"
+                    _log.warning(message, store, error)
                 return None
             is_said = isinstance(error, CheckpointError)
             reason = error if is_said else f"its quantization_config is incomplete: {error!r}"

@@ -189,7 +189,8 @@ class StreamedModel:
         for index, block in enumerate(self.skeleton.blocks):
             if not self._is_kept:
                 self._weights.fill_block(index, self.device)
-            with watched(index) if watched else nullcontext():
+            # What watches stands inside: it sees inputs before they are rounded.
+            with self._weights.rounding(index), watched(index) if watched else nullcontext():
                 for number, state in enumerate(states):
                     call = calls.call(number, index)
                     output = forward(block, state.to(self.device), call)

@@ -34,17 +34,22 @@ class ForwardMemory:
         self._shape, self._hidden_size = plan.forward_shape, plan.hidden_size
         self._sequence_length, self._itemsize, self._on_gpu = sequence_length, dtype.itemsize, device_type == "cuda"
 
-    def forth(self, batches: Sequence[PredictedInputGroup], sequences: int, num_streams: int) -> float:
+    def forth(
+        self, batches: Sequence[PredictedInputGroup], sequences: int, num_streams: int, is_rounded: bool = False
+    ) -> float:
         """Return the bytes that a forward holds at its peak, the inputs of the layers being taken.
 
         Args:
             batches: Input groups of the block.
             sequences: Number of sequences in the chunk.
             num_streams: Number of models whose inputs are compared: 2 where a drift is summed, else 1.
+            is_rounded: Whether the inputs of layers are rounded.
         """
         tokens, itemsize = sequences * self._sequence_length, self._itemsize
         widest = max([self._hidden_size, *(batch.columns for batch in batches)])
         inputs = (3 * itemsize + 4) * num_streams  # inputs in every stream, and their drift
+        if is_rounded:  # for the forward and for the sums, two steps of that in float32, and how they differ
+            inputs += 2 * itemsize + 12
         held = float(tokens) * (_STATES * self._hidden_size * itemsize + widest * inputs)
         if any(batch.reach < 1 for batch in batches):
             held += self._shape.dense_experts * float(tokens) * self._shape.dense_width * itemsize

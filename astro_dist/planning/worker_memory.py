@@ -7,6 +7,7 @@ or what the solve of one batch of input groups takes.
 import torch
 
 from astro.calibration.hessian import summed_dtype
+from astro.calibration.input_sums import MOST_ROWS
 from astro.linalg.tiling import row_tile
 from astro.model.scaling_places import WIDE_BYTES
 from astro_dist.config.schema import RunConfig
@@ -38,6 +39,9 @@ slopes, grid and figures). `tests/bench/memory.py` compares the sum with what a 
 
 _CORRECTING_TILES = 3
 """Arrays of a row tile that a correction holds at its peak: what was aimed at, a product for it, dequantized rows."""
+_ROUNDED_TILES = 4
+"""The same for what is besides computed of a row tile where inputs are rounded: the weights before they make up for
+that, the quantized weights, and the outputs of both on as many tokens as there are columns."""
 
 
 class WorkerMemory:
@@ -59,6 +63,8 @@ class WorkerMemory:
         self._sequential = config.execution.mode == "sequential"
         self._compensated = self._sequential and config.quantization.compensates
         self._reconstruction = config.reconstruction
+        self._is_rounded = config.activations.scheme is not None
+        self._makes_up_for_rounding = self._is_rounded and config.quantization.compensates
         self._all_tokens = config.experts.policy == "all-tokens"
         self._weighs_by_loss = calibration.token_weights == "loss"
         self._smooths = config.activations.smoothing != "none"
@@ -109,7 +115,7 @@ class WorkerMemory:
             # The inputs of the experts, should some of them see too few.
             hessians += self._calibration_tokens * self._plan.hidden_size * self._itemsize
         solving = max((self._solving_bytes(batch) for batch in batches), default=0.0)
-        forwarding = self._forward.forth(batches, sequences, num_streams=1 + self._compensated)
+        forwarding = self._forward.forth(batches, sequences, 1 + self._compensated, self._is_rounded)
         if self._sequential:
             # The quantized weights of earlier stages, and the sums of a stage.
             stages = ([batches[i] for i in stage] for stage in stages_of(batches))
@@ -117,6 +123,8 @@ class WorkerMemory:
             forwarding += weights * self._itemsize + sums
         else:
             solving += weights  # quantized layers wait as bytes until the shard is written
+            if self._makes_up_for_rounding:  # a product that is added to a drift
+                forwarding += max((4.0 * batch.square / batch.count for batch in batches), default=0.0)
         solving += correction_size([unit], self._reconstruction).size_bytes  # they wait too
         travelling = _TRAVELLING * self._state_bytes(sequences)
         phase = max(forwarding + travelling, solving)
@@ -138,20 +146,30 @@ class WorkerMemory:
     def _solving_bytes(self, batch: PredictedInputGroup) -> float:
         tile = min(batch.count * batch.rows, row_tile(batch.columns, self._tile_elements))
         # In mode `sequential` the Hessian itself, and the drift; experts have none.
-        squares = _SQUARES + self._sequential + (self._compensated and batch.reach == 1)
-        beside = float(_TILES) * tile * batch.columns
+        drifts = (self._compensated and batch.reach == 1) + (self._sequential and self._makes_up_for_rounding)
+        squares, tiles = _SQUARES + self._sequential + drifts, _TILES + self._is_rounded * _ROUNDED_TILES
+        beside = float(tiles) * tile * batch.columns
         if self._reconstruction.is_on and batch.reach == 1:
             # The errors of all rows of a layer and the integers of all rows, beside arrays of a tile of rows.
             beside = max(beside, 1.25 * batch.weights + _CORRECTING_TILES * tile * batch.columns)
         return 4.0 * (squares * batch.square + batch.weights + beside)
 
     def _share_bytes(self, batch: PredictedInputGroup) -> float:
-        """Size of what is summed over a share: a Hessian, and its drift, to which a product as large is added."""
+        """Size of what is summed over a share: the statistics, and a drift, to which a product as large is added."""
         drift = 8.0 * batch.square if self._compensated and batch.reach == 1 else 0.0
-        return self._statistics_bytes(batch) + drift
+        product = 4.0 * batch.square / batch.count if self._makes_up_for_rounding and not drift else 0.0
+        return self._statistics_bytes(batch) + drift + product
 
     def _statistics_bytes(self, batch: PredictedInputGroup) -> float:
-        """Size of a Hessian, or of the inputs that an expert keeps instead while they are smaller."""
-        hessians = 4.0 * batch.square
-        inputs = batch.count * self._calibration_tokens * batch.reach * batch.columns * self._summed_itemsize
-        return hessians if batch.reach == 1 else min(hessians, inputs)
+        """Size of Hessians, or of the inputs that experts keep instead while they are smaller.
+
+        Where inputs are rounded there is a sample of tokens before and after, and the drift or its factors.
+        """
+        squares, tokens = 4.0 * batch.square, self._calibration_tokens * batch.reach
+        inputs = batch.count * tokens * batch.columns
+        size = squares if batch.reach == 1 else min(squares, inputs * self._summed_itemsize)
+        if self._is_rounded:
+            size += 8.0 * batch.count * min(tokens, MOST_ROWS) * batch.columns
+        if self._makes_up_for_rounding:
+            size += squares if batch.reach == 1 else min(squares, inputs * (4.0 + self._itemsize))
+        return size

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch.utils.hooks import RemovableHandle
 
+from astro.activation_config import ActivationScheme
 from astro.errors import CheckpointError
 from astro.formats import LAYOUTS, peft_adapter
 from astro.formats.block_shard import kept_keys, pack_block
@@ -19,6 +20,7 @@ from astro.model.block_call import BlockState, forward
 from astro.model.call_file import Recording
 from astro.model.kv_cache import LargestCached, rounded_cache, watched_cache
 from astro.model.low_rank import attach, takes_correction
+from astro.model.rounded_inputs import rounded_inputs
 from astro.model.skeleton import Skeleton
 from astro.process import return_freed_memory
 from astro.quantization.grid import QuantizedLinear
@@ -334,6 +336,24 @@ class BlockRunner:
         scales = read_scales(self.spec.run, wrote, index)
         return rounded_cache({self.skeleton.model.get_submodule(name): of_name for name, of_name in scales.items()})
 
+    def served(self, stream: str) -> ActivationScheme | None:
+        """Return the grid to which a stream rounds the inputs of quantized layers; the source's rounds nothing.
+
+        Args:
+            stream: Stream of the model.
+        """
+        return None if stream == ORIGINAL else self.spec.activations.scheme
+
+    def rounding(self, stream: str, unit: BlockUnit, is_whole: bool = True) -> AbstractContextManager[None]:
+        """Return a context in which the loaded block rounds the inputs of its quantized layers as the stream does.
+
+        Args:
+            stream: Stream of the model.
+            unit: Unit of the block.
+            is_whole: Whether whole forwards are run in it.
+        """
+        return rounded_inputs(self.layers(unit), self.served(stream), is_whole)
+
     def repeats(self, stream: str, index: int) -> list[Callable[[], object]]:
         """Return a forward of the loaded block for every calibration chunk, whose output is not kept.
 
@@ -341,9 +361,10 @@ class BlockRunner:
             stream: Stream whose hidden states are the input.
             index: Index of the block.
         """
+        unit = self.spec.plan.blocks[index]
 
         def repeat(chunk: str) -> None:
-            with self.rounding_cache(stream, index):
+            with self.rounding(stream, unit), self.rounding_cache(stream, index):
                 self.forward(index, self.state(stream, index, chunk), chunk)
 
         return [partial(repeat, chunk) for chunk in self.spec.chunks if not is_held_out(chunk)]

@@ -13,7 +13,8 @@ from typing import Any
 import torch
 
 from astro.calibration.block_statistics import inputs_of
-from astro.calibration.hessian import DriftAccumulator, HessianAccumulator
+from astro.calibration.drift import DriftAccumulator
+from astro.calibration.input_sums import InputSums, RoundingMoments, SumKind, side_by_side
 from astro.calibration.starved_experts import (
     AllTokens,
     InputStatistics,
@@ -23,7 +24,7 @@ from astro.calibration.starved_experts import (
     sufficient_statistics,
 )
 from astro.calibration.token_weights import TokenWeights
-from astro.linalg.batching import stacked
+from astro.linalg.batching import stacked, stacked_padded
 from astro.linalg.symmetric import packed, unpacked
 from astro.model.activations import Inputs, Operand
 from astro.model.low_rank import LowRank, attached
@@ -39,8 +40,8 @@ __all__ = ["BatchStatistics", "HessianShares"]
 
 _RESULT = round_stream(0)
 """The stream through what the only round of mode `sequential` writes."""
-_Accumulators = tuple[HessianAccumulator, DriftAccumulator | None]
-"""The sums of one input group; its drift only where errors are compensated."""
+_ROUNDING = "rounding_drift"
+"""Name of the drift from rounding in a file."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -48,18 +49,20 @@ class BatchStatistics:
     """What calibration learned of the inputs of a batch, over all chunks.
 
     Attributes:
-        H: Weighted mean of xxᵀ of each input group, float32 [B, C, C].
-        drift: Weighted mean of (x_s − x)xᵀ of each input group, float32 [B, C, C]; None where errors are not
+        H: Weighted mean of x̂x̂ᵀ of each input group, float32 [B, C, C].
+        drift: Weighted mean of (x_s − x)x̂ᵀ of each input group, float32 [B, C, C]; None where errors are not
             compensated.
         spread: How far the drifts of the even and the odd shares lie apart, float32 [B, C, C] in the memory of the
             machine, see `DriftAccumulator.spread_`; None where it was not just measured.
         fallbacks: Policy that was used for each input group because too few tokens reached it; empty elsewhere.
+        rounding: What was learned of how the inputs are rounded; None where they stay as they are.
     """
 
     H: torch.Tensor
     drift: torch.Tensor | None
     spread: torch.Tensor | None
     fallbacks: tuple[str, ...]
+    rounding: RoundingMoments | None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -68,7 +71,7 @@ class _Substitute:
 
     block: BlockInParts
     stage: int
-    source: AllTokens | HessianAccumulator
+    source: AllTokens | InputSums
 
 
 @dataclasses.dataclass(frozen=True)
@@ -107,11 +110,11 @@ class HessianShares:
         """
         runner = self._runner
         batches = block.stages[stage] if block.stages else []
-        sums = {batch: [self._accumulators(operand) for operand in self._operands(block, batch)] for batch in batches}
+        sums = {batch: [self._empty(operand) for operand in self._operands(block, batch)] for batch in batches}
         by_operand = {
-            operand: accumulators
+            operand: of_operand
             for batch in batches
-            for operand, accumulators in zip(self._operands(block, batch), sums[batch], strict=True)
+            for operand, of_operand in zip(self._operands(block, batch), sums[batch], strict=True)
         }
         watches = {phase: Stopwatch(runner.device) for phase in ("hessian", "compensate")}
         self._feed(block, stage, shares(runner.spec.chunks, runner.spec.shares)[share], by_operand, watches)
@@ -134,7 +137,7 @@ class HessianShares:
         remaining = iter(statistics)
         for batch, input_groups in enumerate(block.batches):
             finished = [next(remaining) for _ in input_groups]
-            _save_sum(block, batch, finished, None, {} if batch else seconds)
+            _save_sum(block, batch, finished, {} if batch else seconds)
             finished.clear()
         exhaust(remaining)
 
@@ -152,19 +155,20 @@ class HessianShares:
         if block.is_there(batch, SUM) and not block.is_there(batch, share_part(0)):
             return self.read(block, batch)
         seconds: dict[str, float] = {}
-        finished, drifts, spreads = [], [], []
-        merged = self._merged(block, batch, seconds)
-        for names, operand in zip(block.batches[batch], self._operands(block, batch), strict=True):
-            H, drift, even = merged.pop(0)
-            statistics = self._statistics(block, batch, names, operand, H)
+        finished: list[InputStatistics] = []
+        spreads: list[torch.Tensor] = []
+        merged, operands = self._merged(block, batch, seconds), self._operands(block, batch)
+        for names, operand in zip(block.batches[batch], operands, strict=True):
+            sums, even = merged.pop(0)
+            if sums.drift is not None and even is not None:
+                # It is needed once, after the Hessian is factored, which takes the device's memory.
+                spreads.append(sums.drift.spread_(even).cpu())
+            del even
+            statistics = self._statistics(block, batch, names, operand, sums)
+            del sums
             energy = self._token_weights(block).energy_of(operand)
             finished.append(dataclasses.replace(statistics, gradient_energy=energy))
-            if drift is not None and even is not None:
-                # It is needed once, after the Hessian is factored, which takes the device's memory.
-                spreads.append(drift.spread_(even).cpu())
-            del even
-            drifts += [drift.finish_("+".join(names))] if drift is not None else []
-        written = _save_sum(block, batch, finished, stacked(drifts) if drifts else None, seconds)
+        written = _save_sum(block, batch, finished, seconds)
         return dataclasses.replace(written, spread=stacked(spreads)) if spreads else written
 
     def read(self, block: BlockInParts, batch: int) -> BatchStatistics:
@@ -179,7 +183,9 @@ class HessianShares:
         """
         tensors, note = block.load(batch, SUM)
         H = unpacked(tensors["hessian"].to(self._runner.device), block.columns(batch))
-        return BatchStatistics(H, tensors.get("drift"), None, tuple(note["fallback"]))
+        sample = tensors.get("sample")
+        rounding = None if sample is None else RoundingMoments(sample, tensors.get(_ROUNDING))
+        return BatchStatistics(H, tensors.get("drift"), None, tuple(note["fallback"]), rounding)
 
     def _token_weights(self, block: BlockInParts) -> TokenWeights:
         """The weights of the calibration tokens at a block's layers, read once."""
@@ -192,13 +198,13 @@ class HessianShares:
         block: BlockInParts,
         stage: int,
         chunks: Sequence[str],
-        sums: Mapping[Operand, _Accumulators],
+        sums: Mapping[Operand, InputSums],
         watches: Mapping[str, Stopwatch],
     ) -> None:
         """Pass chunks through the block up to a stage, those of the source too where the drift from it is wanted."""
         earlier, nothing = self._earlier_stages(block, stage), _SolvedLayers({}, {})
         weights = self._token_weights(block)
-        drifts = [operand for operand, (_, drift) in sums.items() if drift is not None]
+        drifts = [operand for operand, of_operand in sums.items() if of_operand.drift is not None]
         with self._put_in(block, nothing if drifts else earlier):
             for chunk, following in zip_longest(chunks, chunks[1:]):
                 later = (_RESULT, following) if following else None
@@ -207,13 +213,13 @@ class HessianShares:
                     inputs = self._inputs(block, sums.keys(), (_RESULT, chunk), source)
                 source_inputs = self._inputs(block, drifts, (ORIGINAL, chunk), later) if drifts else {}
                 for operand, of_operand in inputs.items():
-                    X, (H, drift) = of_operand.X, sums[operand]
                     with watches["hessian"].running():
                         of_tokens = weights.of(operand, chunk, of_operand)
-                        H.add_(X, of_tokens)
+                        rounded = sums[operand].add_(of_operand.X, of_tokens)
+                    drift = sums[operand].drift
                     if drift is not None:
                         with watches["compensate"].running():
-                            drift.add_(source_inputs[operand].X, X, of_tokens)
+                            drift.add_(source_inputs[operand].X, of_operand.X, of_tokens, rounded)
 
     def _inputs(
         self, block: BlockInParts, operands: Iterable[Operand], chunk: tuple[str, str], then: tuple[str, str] | None
@@ -222,7 +228,7 @@ class HessianShares:
         runner, index = self._runner, block.unit.index
         state = runner.state(chunk[0], index, chunk[1], then)
         watching = runner.watching_cache(0, index) if chunk[0] == _RESULT else nullcontext()
-        with watching:
+        with runner.rounding(chunk[0], block.unit, is_whole=False), watching:
             return inputs_of(runner.layers(block.unit), list(operands), lambda: runner.forward(index, state, chunk[1]))
 
     def _operands(self, block: BlockInParts, batch: int) -> list[Operand]:
@@ -230,32 +236,46 @@ class HessianShares:
         by_name = self._runner.layers(block.unit).by_name
         return [by_name[names[0]] for names in block.batches[batch]]
 
-    def _accumulators(self, operand: Operand) -> _Accumulators:
-        """Empty sums for an input group.
+    def _sum_kind(self, operand: Operand) -> SumKind:
+        """What is summed of an input group.
 
-        Errors of experts are not compensated: the tokens that reach one are not the same in the source model.
+        Errors made before experts are not compensated, because the tokens that reach one are not the same in the source
+        model. What rounding does to the inputs that do reach it is.
         """
-        runner = self._runner
-        compensated = runner.spec.quantization.compensates and operand.expert is None
-        drift = DriftAccumulator(operand.columns, runner.device) if compensated else None
-        return HessianAccumulator(operand.columns, runner.device, operand.expert is not None), drift
+        compensates = self._runner.spec.quantization.compensates
+        return SumKind(self._runner.spec.activations.scheme, compensates and operand.expert is None, compensates)
+
+    def _empty(self, operand: Operand) -> InputSums:
+        """Empty sums for an input group."""
+        is_expert = operand.expert is not None
+        return InputSums(operand.columns, self._runner.device, self._sum_kind(operand), keep_inputs=is_expert)
 
     def _save_share(
-        self, block: BlockInParts, batch: int, share: int, sums: Sequence[_Accumulators], seconds: Mapping[str, float]
+        self, block: BlockInParts, batch: int, share: int, sums: Sequence[InputSums], seconds: Mapping[str, float]
     ) -> None:
-        tensors = {"hessian": stacked([packed(H.partial) for H, _ in sums])}
-        drifts = [drift.partial for _, drift in sums if drift is not None]
-        tensors |= {"drift": stacked(drifts)} if drifts else {}
+        tensors = {"hessian": stacked([packed(each.hessian.partial) for each in sums])}
+        for name, drifts in (
+            ("drift", [each.drift for each in sums]),
+            (_ROUNDING, [each.rounding_drift for each in sums]),
+        ):
+            partial = [drift.partial for drift in drifts if drift is not None]
+            tensors |= {name: stacked(partial)} if partial else {}
         note = {
-            "num_tokens": [H.num_tokens for H, _ in sums],
-            "totals": [H.totals.tolist() for H, _ in sums],
+            "num_tokens": [each.num_tokens for each in sums],
+            "totals": [each.hessian.totals.tolist() for each in sums],
             "seconds": seconds,
         }
+        samples = [each.sample for each in sums if each.sample is not None]
+        rows = stacked_padded([sample.rows for sample in samples], 2 * block.columns(batch))
+        if rows is not None:
+            tensors["sample"] = rows
+            note["sampled"] = [len(sample.rows) for sample in samples]
+            note["sampled_weights"] = [float(sample.total_weight) for sample in samples]
         block.save(batch, share_part(share), tensors, note)
 
     def _merged(
         self, block: BlockInParts, batch: int, seconds: dict[str, float]
-    ) -> list[tuple[HessianAccumulator, DriftAccumulator | None, DriftAccumulator | None]]:
+    ) -> list[tuple[InputSums, DriftAccumulator | None]]:
         """A batch's sums over all shares, in their order; the time that those took is added to `seconds`.
 
         The last one of each is the drift over the even shares alone, where the share to make up for is measured.
@@ -263,62 +283,71 @@ class HessianShares:
         runner = self._runner
         count = len(shares(runner.spec.chunks, runner.spec.shares))
         halves = runner.spec.quantization.compensation == "auto" and count > 1
-        merged = []
+        merged: list[tuple[InputSums, DriftAccumulator | None]] = []
         for operand in self._operands(block, batch):
-            H, drift = self._accumulators(operand)
-            even = DriftAccumulator(operand.columns, runner.device) if halves and drift is not None else None
-            merged.append((H, drift, even))
+            sums = self._empty(operand)
+            is_halved = halves and sums.drift is not None
+            merged.append((sums, DriftAccumulator(operand.columns, runner.device) if is_halved else None))
         for share in range(count):
             tensors, note = block.load(batch, share_part(share))
             add_seconds(seconds, note["seconds"])
-            for i, (H, drift, even) in enumerate(merged):
+            for i, (sums, even) in enumerate(merged):
                 totals = note["totals"][i]
-                H.merge_(
+                sums.hessian.merge_(
                     unpacked(tensors["hessian"][i].to(runner.device), block.columns(batch)),
                     note["num_tokens"][i],
                     totals,
                 )
-                if drift is not None:
+                if sums.sample is not None:
+                    rows = tensors["sample"][i, : note["sampled"][i]].to(runner.device)
+                    sums.sample.merge_(rows, note["sampled_weights"][i])
+                if sums.rounding_drift is not None:
+                    sums.rounding_drift.merge_(tensors[_ROUNDING][i].to(runner.device), totals[0])
+                if sums.drift is not None:
                     of_share = tensors["drift"][i].to(runner.device)
-                    drift.merge_(of_share, totals[0])
+                    sums.drift.merge_(of_share, totals[0])
                     if even is not None and share % 2 == 0:
                         even.merge_(of_share, totals[0])
                     del of_share  # before the next one is there
         return merged
 
     def _statistics(
-        self, block: BlockInParts, batch: int, names: Sequence[str], operand: Operand, H: HessianAccumulator
+        self, block: BlockInParts, batch: int, names: Sequence[str], operand: Operand, sums: InputSums
     ) -> InputStatistics:
         """Finish an input group whose shares are merged, or replace its sums if too few tokens reached an expert."""
         runner, experts, kind = self._runner, self._runner.spec.experts, self._runner.spec.token_weights
-        if not is_starved(operand, H.num_tokens, experts):
-            return sufficient_statistics(names, H, self._token_weights(block).kind_of(operand))
+        if not is_starved(operand, sums.num_tokens, experts):
+            return sufficient_statistics(names, sums, self._token_weights(block).kind_of(operand))
         stage = next(i for i, batches in enumerate(block.stages) if batch in batches)
+        instead: InputSums | None = None
         if experts.policy == "all-tokens":
             runner.load(ORIGINAL, block.unit.index)
             with self._put_in(block, self._earlier_stages(block, stage)):
                 all_tokens = self._gathered(block, stage, operand)
-                sums = all_tokens.sums(operand, runner.device) if isinstance(all_tokens, AllTokens) else None
-                return starved_statistics(operand, H.num_tokens, experts, sums, runner.device, kind)
-        shared = self._gathered(block, stage, operand) if experts.policy == "shared-hessian" else None
-        sums = shared if isinstance(shared, HessianAccumulator) else None
-        return starved_statistics(operand, H.num_tokens, experts, sums, runner.device, kind)
+                if isinstance(all_tokens, AllTokens):
+                    instead = all_tokens.sums(operand, runner.device)
+        elif experts.policy == "shared-hessian":
+            shared = self._gathered(block, stage, operand)
+            instead = shared if isinstance(shared, InputSums) else None
+        return starved_statistics(operand, sums.num_tokens, experts, instead, runner.device, kind)
 
-    def _gathered(self, block: BlockInParts, stage: int, operand: Operand) -> AllTokens | HessianAccumulator:
+    def _gathered(self, block: BlockInParts, stage: int, operand: Operand) -> AllTokens | InputSums:
         """What replaces the sums of the starved experts of a stage; it is gathered for the first of them."""
         substitute = self._substitute
         if substitute is None or (substitute.block, substitute.stage) != (block, stage):
             self._substitute = substitute = None  # makes room
             runner = self._runner
-            source: AllTokens | HessianAccumulator
+            source: AllTokens | InputSums
+            sum_kind = self._sum_kind(operand)
             if runner.spec.experts.policy == "all-tokens":
                 repeats = runner.repeats(_RESULT, block.unit.index)
-                source = AllTokens(runner.layers(block.unit), [operand], repeats, runner.spec.token_weights)
+                kind, served = runner.spec.token_weights, runner.served(_RESULT)
+                source = AllTokens(runner.layers(block.unit), [operand], repeats, kind, sum_kind, served)
             else:
-                source = HessianAccumulator(operand.columns, runner.device)
+                source = InputSums(operand.columns, runner.device, sum_kind)
                 for batch in block.stages[stage]:
-                    for H, *_ in self._merged(block, batch, {}):
-                        source.absorb_(H)
+                    for sums, _ in self._merged(block, batch, {}):
+                        source.absorb_(sums)
             self._substitute = substitute = _Substitute(block, stage, source)
         return substitute.source
 
@@ -348,16 +377,19 @@ def _save_sum(
     block: BlockInParts,
     batch: int,
     statistics: Sequence[InputStatistics],
-    drift: torch.Tensor | None,
     seconds: Mapping[str, float],
 ) -> BatchStatistics:
     """Write the statistics of a batch's input groups, and return them side by side."""
-    H = stacked([inputs.H for inputs in statistics])
+    H, columns = stacked([inputs.H for inputs in statistics]), block.columns(batch)
+    drift = stacked_padded([inputs.drift for inputs in statistics], columns)
+    rounding = side_by_side([inputs.rounding for inputs in statistics], columns)
     tensors = {"hessian": packed(H)} | ({"drift": drift} if drift is not None else {})
+    if rounding is not None:
+        tensors |= {"sample": rounding.sample} | ({} if rounding.drift is None else {_ROUNDING: rounding.drift})
     note: dict[str, Any] = {
         "num_tokens": [inputs.num_tokens for inputs in statistics],
         **{figure: [getattr(inputs, figure) for inputs in statistics] for figure in COUNTED},
         "seconds": seconds,
     }
     block.save(batch, SUM, tensors, note)
-    return BatchStatistics(H, drift, None, tuple(note["fallback"]))
+    return BatchStatistics(H, drift, None, tuple(note["fallback"]), rounding)

@@ -271,6 +271,7 @@ class SplitSolver:
             H=statistics.H.to(runner.device),
             drift=statistics.drift.to(runner.device) if statistics.drift is not None else None,
             lacks_statistics=[fallback == "rtn" for fallback in statistics.fallbacks],
+            rounding=statistics.rounding.to(runner.device) if statistics.rounding is not None else None,
         )
         input_groups = factor_input_groups(tile.names, inputs, tile.scheme, runner.recipe(block.unit))
         self._prepared = _PreparedGroups(tile.names, input_groups, W)

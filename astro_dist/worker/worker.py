@@ -11,6 +11,7 @@ from typing import Any, assert_never
 import torch
 
 from astro.calibration.block_statistics import BlockStatistics
+from astro.calibration.input_sums import SumKind
 from astro.calibration.starved_experts import InputStatistics
 from astro.errors import CheckpointError, RunError
 from astro.model.block_call import BlockState
@@ -250,8 +251,11 @@ class Worker:
         runner, seconds = self._runner, {"forward": 0.0}
         with timed(seconds, "read", self._device):
             self._release()
-            unit = runner.load(stream_names(self._spec.run.rounds)[call.round_index], call.block)
-            statistics = BlockStatistics(runner.layers(unit), self._device, read_token_weights(runner, unit))
+            stream = stream_names(self._spec.run.rounds)[call.round_index]
+            unit = runner.load(stream, call.block)
+            sum_kind = SumKind(self._spec.activations.scheme, has_rounding_drift=self._spec.quantization.compensates)
+            weights = read_token_weights(runner, unit)
+            statistics = BlockStatistics(runner.layers(unit), self._device, weights, sum_kind, runner.served(stream))
         self._fed_block = FedBlock(call.round_index, unit, statistics, seconds)
 
     def forward(self, call: Forward) -> None:
@@ -262,7 +266,7 @@ class Worker:
         is_last = block + 1 == len(self._spec.plan.blocks)
 
         def compute(chunk: str, states: Sequence[BlockState]) -> BlockState:
-            with runner.rounding_cache(stream, block):
+            with runner.rounding(stream, fed_block.unit), runner.rounding_cache(stream, block):
                 if is_held_out(chunk):
                     return runner.forward(block, states[0], chunk)
                 with runner.watching_cache(call.round_index, block):
@@ -311,10 +315,10 @@ class Worker:
         """Pass one chunk through a block of a stream, and return the seconds that it took."""
         start, runner, stream, block = time.perf_counter(), self._runner, call.stream, call.block
         self._release()
-        runner.load(stream, block)
+        unit = runner.load(stream, block)
 
         def compute(chunk: str, states: Sequence[BlockState]) -> BlockState:
-            with runner.rounding_cache(stream, block):
+            with runner.rounding(stream, unit), runner.rounding_cache(stream, block):
                 return runner.forward(block, states[0], chunk)
 
         passage = Passage(

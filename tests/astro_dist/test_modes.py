@@ -51,6 +51,8 @@ MODES = {
     "corrected": {"reconstruction__rank": 4, "execution__rounds": 2},
     "corrected, sequential": {"reconstruction__rank": "auto", "reconstruction__energy": 0.5, **SEQUENTIAL},
     "budget": {"execution__rounds": 2, "quantization__bits": "auto", "quantization__average_bits": 3.5},
+    "inputs, rounds": {"execution__rounds": 2, "activations__bits": 8},
+    "inputs, sequential": {**SEQUENTIAL, "activations__bits": 4, "quantization__group_size": 64},
     "overrides": {
         **SEQUENTIAL,
         "quantization__overrides": {"*.v_proj": {"bits": 8}, "*.mlp.*": {"group_size": 64, "symmetric": False}},
@@ -141,6 +143,8 @@ def whole(run_config, tmp_path, mode):
         *(("smoothed", calls, 1) for calls in (1, 2, 5, 8, 12, 20)),
         *(("smoothed", calls, 5) for calls in (6, 15)),
         *(("smoothed, sequential", calls, 1) for calls in (4, 11, 30)),
+        ("inputs, rounds", 35, 5),
+        ("inputs, sequential", 14, 1),
     ],
 )
 def test_interrupted_run_goes_on_and_writes_the_same_bytes(run_config, tmp_path, monkeypatch, mode, calls, workers):

@@ -11,7 +11,8 @@ from pathlib import Path
 import torch
 from gpu_findings import Bench, far, hessians, inputs, weights
 
-from astro.calibration.hessian import DriftAccumulator, HessianAccumulator
+from astro.calibration.drift import DriftAccumulator
+from astro.calibration.hessian import HessianAccumulator
 from astro.config import Quantization, Regularizer
 from astro.formats import LAYOUTS
 from astro.linalg import bf16_matmul, compiled

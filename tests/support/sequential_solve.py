@@ -12,7 +12,7 @@ from unittest import mock
 
 import torch
 
-from astro.activation_config import Reconstruction
+from astro.activation_config import ActivationScheme, Reconstruction
 from astro.calibration.token_weights import TokenWeights
 from astro.config import Experts, Quantization, Regularizer, SolverSettings
 from astro.linalg.tiling import TILE_ELEMENTS, row_tiles
@@ -34,9 +34,10 @@ _SHARES = 4
 class _Parts:
     """The files of one input group of one layer, which are made of nothing when they are read."""
 
-    def __init__(self, rows: int, columns: int, compensates: bool) -> None:
+    def __init__(self, rows: int, columns: int, compensates: bool, is_rounded: bool) -> None:
         self.batches, self.unit, self.round_index = [[[_NAME]]], SimpleNamespace(index=0), 0
-        self._rows, self._columns, self._compensates = rows, columns, compensates
+        self._rows, self._columns = rows, columns
+        self._compensates, self._is_rounded = compensates, is_rounded
         self._scheme = Quantization().scheme(_NAME, columns)
         self._written: set[str] = set()
 
@@ -80,15 +81,23 @@ class _Parts:
         C = self._columns
         packed = sum(256 * (C - start) for start in range(0, C, 256))
         tensors = {"hessian": torch.empty(1, packed)} | ({"drift": torch.empty(1, C, C)} if self._compensates else {})
+        if self._is_rounded:
+            tensors |= {"sample": torch.empty(1, 8, 2 * C)}
+            tensors |= {"rounding_drift": torch.empty(1, C, C)} if self._compensates else {}
         if "sample" in part:
             tile = self.sample_tiles(batch)[0].rows
             return {"errors": torch.empty(1, 5, tile.stop - tile.start)}, {}
         note = {"num_tokens": [65536], "totals": [[1.0, 1.0, 1.0]], "seconds": {}, "fallback": [""]}
+        note |= {"sampled": [8], "sampled_weights": [1.0]}
         return tensors, note
 
 
 def peaks_of_sequential_solve(
-    rows: int, columns: int, compensation: str | float = "auto", rank: int = 0
+    rows: int,
+    columns: int,
+    compensation: str | float = "auto",
+    rank: int = 0,
+    scheme: ActivationScheme | None = None,
 ) -> dict[str, int]:
     """Return the most bytes that each call holds on the device, by its name.
 
@@ -97,12 +106,14 @@ def peaks_of_sequential_solve(
         columns: Columns of the layer.
         compensation: Setting of `quantization.compensation`.
         rank: Rank of a correction of low rank, which is then computed alone, the rows being solved; 0 for the solve.
+        scheme: Grid of the layer's inputs; None where they stay as they are.
     """
     settings = SolverSettings(compensation=compensation, refine_passes=1)  # more take time, and no memory
     quantization = Quantization(compensation=compensation)
     operand = SimpleNamespace(columns=columns, expert=None, names=[_NAME], parameter="")
     spec = SimpleNamespace(
-        quantization=quantization, experts=Experts(), token_weights="none", shares=_SHARES,
+        quantization=quantization, activations=SimpleNamespace(scheme=scheme),
+        experts=Experts(), token_weights="none", shares=_SHARES,
         chunks=tuple(f"c{number:04d}" for number in range(8)),
     )  # fmt: skip
     corrections = Corrections(Reconstruction(rank=rank), frozenset([_NAME]), torch.bfloat16) if rank else None
@@ -118,7 +129,7 @@ def peaks_of_sequential_solve(
             widths=lambda round_index: (),
         )
         solver: Any = SplitSolver(runner)
-        block = _Parts(rows, columns, quantization.compensates)
+        block = _Parts(rows, columns, quantization.compensates, scheme is not None)
         solver._turn_to = lambda place, chunk=None: block
         solver._shares._token_weights = lambda block: TokenWeights("none")
         outcomes = mock.patch("astro.quantization.row_solver.InputGroups.outcomes_", return_value=[])

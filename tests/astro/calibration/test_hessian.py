@@ -3,8 +3,10 @@
 import pytest
 import torch
 
+from astro.calibration import drift as drift_module
 from astro.calibration import hessian as hessian_module
-from astro.calibration.hessian import DriftAccumulator, HessianAccumulator
+from astro.calibration.drift import DriftAccumulator
+from astro.calibration.hessian import HessianAccumulator
 from astro.errors import NumericalError
 from astro.linalg.cholesky import factorize
 from astro.linalg.symmetric import layer_error
@@ -66,7 +68,8 @@ def half(request, monkeypatch):
         assert real(A.to("meta"), B.to("meta"), out_dtype=out_dtype).dtype == torch.float32  # the call exists
         return real(A.float(), B.float())
 
-    monkeypatch.setattr(hessian_module, "_is_multiplied_exactly", lambda X: True)
+    for module in (hessian_module, drift_module):
+        monkeypatch.setattr(module, "is_multiplied_exactly", lambda X: True)
     monkeypatch.setattr(hessian_module.torch, "mm", mm)
     return request.param
 

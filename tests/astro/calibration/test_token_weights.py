@@ -7,7 +7,8 @@ import torch
 import transformers
 
 from astro.calibration.block_statistics import input_stages
-from astro.calibration.hessian import DriftAccumulator, HessianAccumulator
+from astro.calibration.drift import DriftAccumulator
+from astro.calibration.hessian import HessianAccumulator
 from astro.calibration.token_weights import (
     TokenWeights,
     effective_tokens,

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from astro.activation_config import Reconstruction
-from astro.calibration.hessian import DriftAccumulator
+from astro.calibration.drift import DriftAccumulator
 from astro.config import Quantization, Regularizer
 from astro.errors import NumericalError
 from astro.linalg import tiling

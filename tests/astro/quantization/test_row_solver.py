@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from astro.calibration.hessian import DriftAccumulator
+from astro.calibration.drift import DriftAccumulator
 from astro.config import LayerScheme, Quantization, Regularizer, SolverSettings
 from astro.errors import NumericalError
 from astro.linalg import tiling

@@ -2,6 +2,8 @@
 
 import logging
 import math
+from contextlib import nullcontext
+from pathlib import Path
 
 import pytest
 import torch
@@ -9,7 +11,9 @@ import transformers
 from safetensors.torch import load_file, save_file
 
 from astro.errors import CheckpointError, ConfigError, NumericalError
+from astro.formats import compressed_tensors
 from astro_dist import pipeline
+from astro_dist.evaluation.block_weights import BlockWeights
 from astro_dist.evaluation.judge_settings import JudgeSettings
 from astro_dist.evaluation.streamed_model import StreamedModel
 from astro_dist.evaluation.text_loss import measure_text
@@ -79,17 +83,37 @@ def test_little_memory_for_hidden_states_changes_no_figure(llama, caplog):
     assert "the model is read 3 times" in caplog.text
 
 
-def test_perplexity_of_a_result_is_what_its_run_measured(finished):
-    tokens = load_file(finished / "tokens.safetensors")
+def assert_judged_as_measured(run, source):
+    tokens = load_file(run / "tokens.safetensors")
     held_out = torch.cat([tokens[name] for name in sorted(tokens) if name.startswith("h")])
-    text, source = TextWindows("held out", held_out, 0), finished.parent
-    measured = read_summary(finished / "summary.json").perplexity
-    config = (finished / "config.yaml").read_text()
-    source = next(line.split(": ")[1] for line in config.splitlines() if line.strip().startswith("source:"))
-    found = measure_text(streamed(finished), text, 48 * 3, streamed(source))
+    text, measured = TextWindows("held out", held_out, 0), read_summary(run / "summary.json").perplexity
+    found = measure_text(streamed(run), text, 48 * 3, streamed(source))
     for name in ("original", "quantized", "change", "change_error", "divergence", "agreement"):
         assert getattr(found.compared, name) == pytest.approx(getattr(measured, name), rel=1e-6), name
     assert found.perplexity == found.compared.quantized
+
+
+def test_perplexity_of_a_result_is_what_its_run_measured(finished):
+    config = (finished / "config.yaml").read_text()
+    assert_judged_as_measured(
+        finished, next(line.split(": ")[1] for line in config.splitlines() if line.strip().startswith("source:"))
+    )
+
+
+@pytest.mark.parametrize(
+    ("name", "mode", "inputs"),
+    [("llama", "blocks", 8), ("llama", "sequential", 4), ("mixtral", "blocks", 4), ("gpt-oss", "blocks", 4)],
+)
+def test_inputs_of_a_result_are_rounded_as_in_its_run(name, mode, inputs, run_config, tmp_path, monkeypatch):
+    # No server takes rounded inputs of experts as small as these; the arithmetic is that of large ones.
+    monkeypatch.setattr(compressed_tensors, "inputs_refusal", lambda *_: None)
+    source = write_checkpoint(tmp_path / "source", ARCHITECTURES[name])
+    changes = {"model__source": str(source), "activations__bits": inputs, "execution__mode": mode}
+    run = Path(pipeline.quantize(run_config(**changes)).model).parent
+    assert_judged_as_measured(run, source)
+    monkeypatch.setattr(BlockWeights, "rounding", lambda self, index: nullcontext())
+    with pytest.raises(AssertionError):
+        assert_judged_as_measured(run, source)
 
 
 @pytest.mark.parametrize(

@@ -7,7 +7,7 @@ import pytest
 import torch
 import transformers
 
-from astro.activation_config import Reconstruction
+from astro.activation_config import ActivationScheme, Reconstruction
 from astro.calibration.token_weights import pass_back
 from astro.model.activations import BlockLayers
 from astro.model.block_call import BlockState, forward
@@ -64,7 +64,8 @@ def passes(request, tmp_path):
 
 def run(folder, **changes):
     content = {
-        "model": {"source": str(folder)}, "output": {"dir": "none"}, "quantization": {"group_size": 16},
+        "model": {"source": str(folder)}, "output": {"dir": "none"},
+        "quantization": changes.pop("quantization", {"group_size": 16}), "activations": changes.pop("activations", {}),
         "calibration": {"samples": 128, "sequence_length": 2048, "chunk_samples": 2, **changes.pop("calibration", {})},
         "execution": {"device": "cuda", **changes},
     }  # fmt: skip
@@ -131,6 +132,22 @@ def test_what_transformers_holds_of_large_models_is_foretold(tmp_path, name, gig
     assert gigabytes(tmp_path, name, 32) > foretold[1] * 1.5
 
 
+def test_rounded_inputs_take_a_drift_for_every_input(tmp_path):
+    drifts = 4 * (3 * 8192**2 + 28672**2)
+    for mode in ("blocks", "sequential"):
+        plain, rounded, lost = (
+            gigabytes(tmp_path, "70B", 1, mode=mode, **changes)
+            for changes in (
+                {},
+                {"activations": {"bits": 8}},
+                {"activations": {"bits": 8}, "quantization": {"group_size": 16, "compensation": 0.0}},
+            )
+        )
+        # In mode `sequential` the sums of one stage are there at a time, and none while all of it is solved.
+        assert rounded - plain > (drifts if mode == "blocks" else 4 * 28672**2) / 1e9
+        assert lost < rounded - 4 * 28672**2 / 1e9
+
+
 def test_window_is_a_mask_for_which_a_backward_pass_on_a_gpu_holds_all_scores(tmp_path):
     plan, _, folder = planned(tmp_path / "model", "70B")
     windowed = dataclasses.replace(plan, forward_shape=dataclasses.replace(plan.forward_shape, window=1024))
@@ -143,8 +160,11 @@ def test_window_is_a_mask_for_which_a_backward_pass_on_a_gpu_holds_all_scores(tm
 def test_calls_of_mode_sequential_hold_what_is_foretold():
     """At sizes where matrices of columns × columns are nearly all of it."""
     square, rows = 4 * 2048**2, 16
-    for compensation, least, foretold in (("auto", 4.4, 4.5), (0.0, 3.2, 3.5)):
-        peaks = peaks_of_sequential_solve(rows, 2048, compensation)
+    int8 = ActivationScheme(8, "int")
+    for compensation, scheme, least, foretold in (
+        ("auto", None, 4.4, 4.5), (0.0, None, 3.2, 3.5), ("auto", int8, 5.1, 5.5), (0.0, int8, 3.2, 3.5)
+    ):  # fmt: skip
+        peaks = peaks_of_sequential_solve(rows, 2048, compensation, scheme=scheme)
         largest = max(peaks.values()) / square
         assert least < largest < foretold + 0.15, peaks
 

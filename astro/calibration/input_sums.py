@@ -1,0 +1,227 @@
+"""Everything that is summed over the calibration tokens of one input group.
+
+Where servers round inputs, x̂ is what a token's inputs x become. Then the Hessian is that of x̂, because x̂ is what the
+quantized weights are multiplied with, and two things are learned of rounding: the drift Σ w (x − x̂) x̂ᵀ, from which the
+weights learn what of it they can make up for, and a sample of tokens, x̂ and x − x̂, on which the error of the outputs is
+measured.
+Shapes: T tokens, C columns, N sampled tokens.
+"""
+
+import dataclasses
+from collections.abc import Sequence
+
+import torch
+
+from astro.activation_config import ActivationScheme
+from astro.calibration.drift import DriftAccumulator
+from astro.calibration.hessian import HessianAccumulator
+from astro.linalg.batching import stacked_padded
+from astro.model.activation_rounding import round_activations
+
+__all__ = ["AS_THEY_ARE", "MOST_ROWS", "InputSums", "RoundedSample", "RoundingMoments", "SumKind", "side_by_side"]
+
+_SAMPLED = 16
+"""Tokens of every chunk that are kept. A few hundred say within some percent what a layer makes of all of them, and
+take less memory than a matrix of columns × columns."""
+MOST_ROWS = 4096
+"""Largest number of rows of a sample; of more, every second one is dropped."""
+
+
+@dataclasses.dataclass(frozen=True)
+class SumKind:
+    """What is summed of an input group.
+
+    Attributes:
+        scheme: Grid to which servers round the inputs; None where they stay as they are.
+        has_drift: Whether the drift from the source model's inputs is summed.
+        has_rounding_drift: Whether the drift from rounding is summed, where inputs are rounded.
+    """
+
+    scheme: ActivationScheme | None = None
+    has_drift: bool = False
+    has_rounding_drift: bool = False
+
+
+AS_THEY_ARE = SumKind()
+"""Sums of inputs that nothing is done to."""
+
+
+class RoundedSample:
+    """A sample of tokens before and after rounding, spaced evenly within each chunk.
+
+    Attributes:
+        rows: For each token x̂ and x − x̂, one behind the other, times the root of the token's weight, float32 [N, 2C].
+        total_weight: Weight of the tokens that the rows stand for, float64 [] on the device.
+    """
+
+    def __init__(self, num_columns: int, device: torch.device) -> None:
+        """Begin with an empty sample.
+
+        Args:
+            num_columns: Number C of columns.
+            device: Device of the sample.
+        """
+        self.rows = torch.zeros(0, 2 * num_columns, dtype=torch.float32, device=device)
+        self.total_weight = torch.zeros((), dtype=torch.float64, device=device)
+
+    def add_(self, X: torch.Tensor, X_rounded: torch.Tensor, weights: torch.Tensor | None = None) -> None:
+        """Add a sample of one chunk.
+
+        Args:
+            X: Inputs of the layer [..., C].
+            X_rounded: The same, rounded.
+            weights: Weight of each token, float32 [T] and at least 0; every token has weight 1 where not given.
+        """
+        X, X_rounded = X.reshape(-1, X.shape[-1]), X_rounded.reshape(-1, X.shape[-1])
+        step = max(len(X) // _SAMPLED, 1)
+        rounded = X_rounded[::step].float()
+        rows = torch.cat([rounded, X[::step].float() - rounded], dim=-1)
+        stands_for = len(X) / max(len(rows), 1)
+        of_rows = torch.ones(len(rows), device=X.device) if weights is None else weights[::step]
+        self.merge_(rows * (of_rows * stands_for).sqrt().unsqueeze(-1), of_rows.sum(dtype=torch.float64) * stands_for)
+
+    def merge_(self, rows: torch.Tensor, total_weight: torch.Tensor | float) -> None:
+        """Add a sample that was taken elsewhere.
+
+        Args:
+            rows: The `rows` of another sample, on the device of this one.
+            total_weight: The `total_weight` of that sample.
+        """
+        self.rows = torch.cat([self.rows, rows])
+        self.total_weight = self.total_weight + total_weight
+        while len(self.rows) > MOST_ROWS:
+            kept = self.rows[::2]
+            self.rows = kept * (len(self.rows) / len(kept)) ** 0.5
+
+    def finish_(self) -> torch.Tensor:
+        """Return rows that are scaled so that sums over them are weighted means over tokens, float32 [N, 2C]."""
+        return self.rows / torch.where(self.total_weight > 0, self.total_weight, 1.0).sqrt().float()
+
+
+@dataclasses.dataclass(frozen=True)
+class RoundingMoments:
+    """What was learned of how inputs are rounded, of one input group or of several side by side.
+
+    Attributes:
+        sample: Tokens before and after rounding, see `RoundedSample`, scaled so that sums of squares over them are
+            weighted means over all tokens, float32 [..., N, 2C].
+        drift: Weighted mean of (x − x̂)x̂ᵀ, float32 [..., C, C]; None where weights do not make up for it.
+    """
+
+    sample: torch.Tensor
+    drift: torch.Tensor | None
+
+    def to(self, device: torch.device) -> "RoundingMoments":
+        """Return the same on a device.
+
+        Args:
+            device: The device.
+        """
+        return RoundingMoments(self.sample.to(device), None if self.drift is None else self.drift.to(device))
+
+
+def side_by_side(moments: Sequence[RoundingMoments | None], num_columns: int) -> RoundingMoments | None:
+    """Put the moments of input groups of one shape side by side.
+
+    Args:
+        moments: Those of each input group; None for one of which nothing is known.
+        num_columns: Number C of columns.
+
+    Returns:
+        Moments with B input groups; None where no input is rounded.
+    """
+    sample = stacked_padded([each.sample if each else None for each in moments], 2 * num_columns)
+    if sample is None:
+        return None
+    return RoundingMoments(sample, stacked_padded([each.drift if each else None for each in moments], num_columns))
+
+
+class InputSums:
+    """The sums over the calibration tokens of one input group.
+
+    Attributes:
+        kind: What is summed.
+        hessian: Sum of w x̂x̂ᵀ; x̂ is x where inputs stay as they are.
+        drift: Sum of w (x_s − x)x̂ᵀ, x_s being the inputs in the source model; None where it is not wanted.
+        rounding_drift: Sum of w (x − x̂)x̂ᵀ; None where it is not wanted.
+        sample: Sample of tokens before and after rounding; None where inputs stay as they are.
+    """
+
+    def __init__(self, num_columns: int, device: torch.device, kind: SumKind, keep_inputs: bool = False) -> None:
+        """Begin with empty sums.
+
+        Args:
+            num_columns: Number C of columns.
+            device: Device of the sums.
+            kind: What is summed.
+            keep_inputs: Whether inputs are kept while they are smaller than the sums, see `HessianAccumulator`.
+        """
+
+        def drift() -> DriftAccumulator:
+            return DriftAccumulator(num_columns, device, keep_inputs)
+
+        is_rounded = kind.scheme is not None
+        self.kind = kind
+        self.hessian = HessianAccumulator(num_columns, device, keep_inputs)
+        self.drift = drift() if kind.has_drift else None
+        self.rounding_drift = drift() if kind.has_rounding_drift and is_rounded else None
+        self.sample = RoundedSample(num_columns, device) if is_rounded else None
+
+    @property
+    def num_tokens(self) -> int:
+        """Number of tokens that were added."""
+        return self.hessian.num_tokens
+
+    def add_(self, X: torch.Tensor, weights: torch.Tensor | None = None) -> torch.Tensor:
+        """Add the inputs of one chunk to all but the drift from the source.
+
+        Args:
+            X: Inputs of the layer [..., C] in any float dtype, not rounded. Nothing may write to them any more where
+                inputs are kept.
+            weights: Weight of each token, float32 [T] and at least 0; every token has weight 1 where not given.
+
+        Returns:
+            The inputs as servers round them.
+        """
+        if self.kind.scheme is None:
+            self.hessian.add_(X, weights)
+            return X
+        rounded = round_activations(X, self.kind.scheme)
+        self.hessian.add_(rounded, weights)
+        assert self.sample is not None
+        self.sample.add_(X, rounded, weights)
+        if self.rounding_drift is not None:
+            self.rounding_drift.add_(X, rounded, weights)
+        return rounded
+
+    def finish_(self, name: str) -> tuple[torch.Tensor, torch.Tensor | None, RoundingMoments | None]:
+        """Return H, the drift from the source, and what was learned of rounding, as means. The sums are then empty.
+
+        The drift from rounding is shrunk as the Hessian is: what chance says of two columns counts as little in the one
+        as in the other. That from the source is left as it is, because halves of the text tell what of it is chance.
+
+        Args:
+            name: Name of the layers, for messages.
+
+        Raises:
+            NumericalError: No token was seen, or an input was not finite.
+        """
+        tokens = self.hessian.effective_tokens()
+        H = self.hessian.finish_(name)
+        drift = None if self.drift is None else self.drift.finish_(name)
+        if self.sample is None:
+            return H, drift, None
+        rounding_drift = None if self.rounding_drift is None else self.rounding_drift.finish_(name, tokens)
+        return H, drift, RoundingMoments(self.sample.finish_(), rounding_drift)
+
+    def absorb_(self, other: "InputSums") -> None:
+        """Add all that other sums have seen but for the drift from the source; they stay as they are.
+
+        Args:
+            other: The other sums, of the same kind.
+        """
+        self.hessian.absorb_(other.hessian)
+        if self.rounding_drift is not None and other.rounding_drift is not None:
+            self.rounding_drift.absorb_(other.rounding_drift)
+        if self.sample is not None and other.sample is not None:
+            self.sample.merge_(other.sample.rows, other.sample.total_weight)

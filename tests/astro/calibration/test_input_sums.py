@@ -1,0 +1,103 @@
+"""What is summed of inputs that are rounded, against the definitions in float64."""
+
+import pytest
+import torch
+
+from astro.activation_config import ActivationScheme
+from astro.calibration.input_sums import InputSums, RoundedSample, RoundingMoments, SumKind, side_by_side
+from astro.model.activation_rounding import round_activations
+from tests.support.devices import here
+from tests.support.models import correlated_inputs, naive_hessian, random_weights
+
+pytestmark = pytest.mark.usefixtures("device")
+
+INT4 = ActivationScheme(4, "int")
+KIND = SumKind(INT4, has_rounding_drift=True)
+
+
+def chunks():
+    """Three chunks of different sizes, and weights of their tokens."""
+    X = correlated_inputs(300, 24).float()
+    weights = torch.linspace(0.2, 2.0, 300)
+    return list(zip(X.split([40, 200, 60]), weights.split([40, 200, 60]), strict=True))
+
+
+def summed(kind, keep_inputs=False, part=slice(None)):
+    sums = InputSums(24, here(), kind, keep_inputs)
+    for X, weights in chunks()[part]:
+        sums.add_(X.to(here()), weights.to(here()))
+    return sums
+
+
+def whole():
+    X, weights = (torch.cat(parts) for parts in zip(*chunks(), strict=True))
+    return X, round_activations(X, INT4), weights
+
+
+def test_against_definitions_in_float64():
+    X, rounded, weights = whole()
+    H, drift, rounding = summed(KIND).finish_("q")
+    assert drift is None
+    torch.testing.assert_close(H.cpu().double(), naive_hessian(rounded, weights), rtol=1e-4, atol=1e-4)
+    D = (X.double() - rounded.double()).T * weights.double() @ rounded.double() / weights.double().sum()
+    energies = weights.double() * rounded.double().square().sum(-1)
+    tokens = energies.sum() ** 2 / energies.square().sum()
+    diagonal = torch.diag(D.diagonal())
+    shrunk = diagonal + (D - diagonal) * tokens / (tokens + 24)
+    torch.testing.assert_close(rounding.drift.cpu().double(), shrunk, rtol=1e-3, atol=1e-4)
+
+
+def test_kept_inputs_and_absorbed_sums_come_to_the_same():
+    expected = summed(KIND).finish_("q")
+    kept, absorbing = summed(KIND, keep_inputs=True), summed(KIND, part=slice(1))
+    absorbing.absorb_(summed(KIND, keep_inputs=True, part=slice(1, None)))
+    for sums in (kept, absorbing):
+        H, _, rounding = sums.finish_("q")
+        torch.testing.assert_close(H, expected[0])
+        torch.testing.assert_close(rounding.drift, expected[2].drift)
+        torch.testing.assert_close(rounding.sample, expected[2].sample)
+
+
+def test_kept_inputs_have_the_same_bits():
+    _, _, kept = summed(KIND, keep_inputs=True).finish_("q")
+    _, _, added = summed(KIND).finish_("q")
+    assert torch.equal(kept.drift, added.drift)
+
+
+def test_sample_says_what_a_layer_loses():
+    X, rounded, weights = whole()
+    W = random_weights(16, 24)
+    _, _, rounding = summed(KIND).finish_("q")
+    assert len(rounding.sample) < 100
+    for part, all_tokens in zip(rounding.sample.cpu().chunk(2, dim=-1), (rounded, X - rounded), strict=True):
+        expected = ((all_tokens @ W.T).square().sum(-1) * weights).sum() / weights.sum()
+        torch.testing.assert_close((part @ W.T).square().sum(), expected, rtol=0.25, atol=0)
+
+
+def test_long_sample_is_thinned_and_means_the_same():
+    X = correlated_inputs(6400, 24).float().to(here())
+    rounded = round_activations(X, INT4)
+    sample = RoundedSample(24, here())
+    for part in zip(X.split(16), rounded.split(16), strict=True):
+        sample.add_(*part)
+    assert 2048 <= len(sample.rows) <= 4096
+    measured, lost = sample.finish_()[:, 24:].square().sum(), (X - rounded).square().sum(-1).mean()
+    torch.testing.assert_close(measured, lost, rtol=0.15, atol=0)
+
+
+def test_nothing_more_is_summed_where_inputs_stay_as_they_are():
+    H, drift, rounding = summed(SumKind(has_rounding_drift=True)).finish_("q")
+    X, _, weights = whole()
+    assert drift is None
+    assert rounding is None
+    torch.testing.assert_close(H.cpu().double(), naive_hessian(X, weights), rtol=1e-4, atol=1e-4)
+
+
+def test_moments_of_different_samples_lie_side_by_side():
+    first = RoundingMoments(torch.ones(3, 8), torch.eye(4))
+    second = RoundingMoments(torch.ones(5, 8), torch.eye(4))
+    together = side_by_side([first, None, second], 4)
+    assert together.sample.shape == (3, 5, 8)
+    assert together.sample.sum((1, 2)).tolist() == [24.0, 0.0, 40.0]
+    assert together.drift.sum((1, 2)).tolist() == [4.0, 0.0, 4.0]
+    assert side_by_side([None], 4) is None
