@@ -16,7 +16,8 @@ from astro.model.low_rank import LowRank
 from astro.quantization.error_reconstruction import reconstruct, remaining_errors
 from astro.quantization.grid import QuantizedLinear
 from astro.quantization.layer_record import LayerRecord
-from astro.quantization.row_solver import InputGroups, compensate
+from astro.quantization.output_error import sampled_errors
+from astro.quantization.row_solver import InputGroups, behind_errors, compensate
 from astro.timing import add_seconds, timed
 
 __all__ = ["CorrectedGroups", "correct_input_groups", "with_corrections"]
@@ -70,12 +71,12 @@ def correct_input_groups(
         start = rows.stop
         if names[0] not in layers:
             continue
-        E = _errors(input_groups, W[:, rows], [solved[name] for name in names])
+        of_names = [solved[name] for name in names]
+        E = _errors(input_groups, W[:, rows], of_names)
         with timed(input_groups.seconds, "reconstruct", W.device):
             factors = reconstruct(E, input_groups.H, damping, wanted.settings.rank, wanted.settings.energy)
             stored = [correction.to(wanted.dtype) for correction in factors]
-            before = squared_error(E, input_groups.H).sum(-1).tolist()
-            after = remaining_errors(E, input_groups.H, stored)
+            before, after = _measured(input_groups, W[:, rows], of_names, E, stored)
         for name, correction, group, error, left in zip(names, stored, input_groups.names, before, after, strict=True):
             if not left < float("inf"):
                 raise NumericalError(
@@ -125,16 +126,48 @@ def _recorded(record: LayerRecord, corrections: Mapping[str, LowRank], corrected
     )
 
 
+def _measured(
+    input_groups: InputGroups,
+    W: torch.Tensor,
+    layers: Sequence[QuantizedLinear],
+    E: torch.Tensor,
+    corrections: Sequence[LowRank],
+) -> tuple[list[float], list[float]]:
+    """Return the squared output error of each layer without its correction, and with it.
+
+    Where inputs are rounded, what E tells is not the whole error: the layer reads rounded inputs, the correction those
+    that are not. It is then measured on the sampled tokens, as the error of the solve was.
+    """
+    rounding, H = input_groups.inputs.rounding, input_groups.H
+    if rounding is None or any(input_groups.inputs.lacks_statistics):
+        return squared_error(E, H).sum(-1).tolist(), remaining_errors(E, H, corrections)
+    before, after = W.new_zeros(len(W)), W.new_zeros(len(W))
+    for rows in _tiles(input_groups, W):
+        wanted = behind_errors(input_groups, W[:, rows])
+        W_hat = torch.stack([_dequantized(layer, rows, W.device) for layer in layers])
+        of_rows = [LowRank(each.A, each.B[rows]) for each in corrections]
+        before += sampled_errors(rounding, wanted, W_hat)[0].sum(-1)
+        after += sampled_errors(rounding, wanted, W_hat, of_rows)[0].sum(-1)
+    return before.tolist(), after.tolist()
+
+
 def _errors(input_groups: InputGroups, W: torch.Tensor, layers: Sequence[QuantizedLinear]) -> torch.Tensor:
     """Return what some layers miss of the weights that were aimed at, float32 [B, R, C]; a tile of rows at a time."""
     E = torch.empty_like(W)
-    tile_elements = input_groups.recipe.tile_elements_on(W.device)
-    for rows in row_tiles(W.shape[1], W.shape[2], tile_elements, copies=len(W)):
+    for rows in _tiles(input_groups, W):
         E[:, rows] = compensate(input_groups, W[:, rows])
         for of_layer, layer in zip(E, layers, strict=True):
-            grid = dataclasses.replace(layer.grid, scale=layer.grid.scale[rows], zero=layer.grid.zero[rows])
-            of_layer[rows].sub_(QuantizedLinear(layer.Q[rows], grid).to(W.device).dequantize())
+            of_layer[rows].sub_(_dequantized(layer, rows, W.device))
     return E
+
+
+def _tiles(input_groups: InputGroups, W: torch.Tensor) -> list[slice]:
+    return row_tiles(W.shape[1], W.shape[2], input_groups.recipe.tile_elements_on(W.device), copies=len(W))
+
+
+def _dequantized(layer: QuantizedLinear, rows: slice, device: torch.device) -> torch.Tensor:
+    grid = dataclasses.replace(layer.grid, scale=layer.grid.scale[rows], zero=layer.grid.zero[rows])
+    return QuantizedLinear(layer.Q[rows], grid).to(device).dequantize()
 
 
 def _damping(input_groups: InputGroups) -> torch.Tensor:

@@ -3,13 +3,17 @@
 Shapes: B input groups side by side, R rows, C columns, N sampled tokens.
 """
 
+from collections.abc import Sequence
+
 import torch
 
+from astro.calibration.input_sums import RoundingMoments
 from astro.linalg.symmetric import squared_error
+from astro.model.low_rank import LowRank
 from astro.quantization.grid import QuantizedLinear
 from astro.quantization.recipe import InputMoments
 
-__all__ = ["output_error"]
+__all__ = ["output_error", "sampled_errors"]
 
 
 def output_error(
@@ -34,15 +38,40 @@ def output_error(
     """
     if inputs.rounding is None:
         return error, squared_error(W, inputs.H)
-    W_hat = quantized.dequantize()
-    measured, energy = torch.zeros_like(error), torch.zeros_like(error)
-    for tokens in inputs.rounding.sample.split(W.shape[-1], dim=-2):
-        X_rounded, lost = tokens.mT.chunk(2, dim=-2)
-        wanted = W @ (X_rounded + lost)
-        energy += wanted.square().sum(-1)
-        measured += (W_hat @ X_rounded).sub_(wanted).square_().sum(-1)
+    measured, energy = sampled_errors(inputs.rounding, W, quantized.dequantize())
     if any(inputs.lacks_statistics):
         is_lacking = torch.tensor(list(inputs.lacks_statistics), device=W.device).unsqueeze(-1)
         measured = torch.where(is_lacking, error, measured)
         energy = torch.where(is_lacking, squared_error(W, inputs.H), energy)
+    return measured, energy
+
+
+def sampled_errors(
+    rounding: RoundingMoments, W: torch.Tensor, W_hat: torch.Tensor, corrections: Sequence[LowRank] = ()
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Measure the outputs of quantized rows with rounded inputs, and of their corrections, on the sampled tokens.
+
+    A correction B A reads the inputs as they are, as servers compute it beside the layer, so that the error is
+    ‖ŵX̂ + bAX − wX‖².
+
+    Args:
+        rounding: The sampled tokens.
+        W: The weights w whose outputs are wanted, float32 [B, R, C].
+        W_hat: The quantized weights ŵ, float32 [B, R, C].
+        corrections: For each input group the correction of these rows, in any float dtype; empty for none.
+
+    Returns:
+        The errors of each row and the energies ‖wX‖², float32 [B, R] each.
+    """
+    measured = W.new_zeros(W.shape[:-1])
+    energy = torch.zeros_like(measured)
+    for tokens in rounding.sample.split(W.shape[-1], dim=-2):
+        X_rounded, lost = tokens.mT.chunk(2, dim=-2)
+        X = X_rounded + lost
+        wanted = W @ X
+        energy += wanted.square().sum(-1)
+        missed = (W_hat @ X_rounded).sub_(wanted)
+        for of_group, of_input, correction in zip(missed, X, corrections, strict=bool(corrections)):
+            of_group.add_(correction.B.to(X.dtype) @ (correction.A.to(X.dtype) @ of_input))
+        measured += missed.square_().sum(-1)
     return measured, energy

@@ -25,6 +25,7 @@ from astro.timing import timed
 
 __all__ = [
     "InputGroups",
+    "behind_errors",
     "compensate",
     "factor_input_groups",
     "measure_width",
@@ -208,7 +209,7 @@ def solve_rows(input_groups: InputGroups, W: torch.Tensor) -> SolvedRows:
         NumericalError: A scale overflows the dtype in which it is stored.
     """
     settings, seconds = input_groups.recipe.solver, input_groups.seconds
-    intended = _behind_errors(input_groups, W)
+    intended = behind_errors(input_groups, W)
     target = W = _behind_rounding(input_groups, intended)
     if input_groups.problem is not None:
         assert input_groups.beta is not None
@@ -248,11 +249,16 @@ def compensate(input_groups: InputGroups, W: torch.Tensor) -> torch.Tensor:
 
     Source: quantization error propagation, arXiv 2504.09629; asymmetric calibration, arXiv 2504.02692.
     """
-    return _behind_rounding(input_groups, _behind_errors(input_groups, W))
+    return _behind_rounding(input_groups, behind_errors(input_groups, W))
 
 
-def _behind_errors(input_groups: InputGroups, W: torch.Tensor) -> torch.Tensor:
-    """Return W', which makes up for errors that were made before the layer."""
+def behind_errors(input_groups: InputGroups, W: torch.Tensor) -> torch.Tensor:
+    """Return the weights that make up for errors that were made before the layer; their outputs are wanted.
+
+    Args:
+        input_groups: The input groups, prepared from all rows.
+        W: Original weights of some rows of each, float32 [B, R, C].
+    """
     return _behind(input_groups, W, input_groups.drift, input_groups.share[:, None, None])
 
 

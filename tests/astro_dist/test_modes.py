@@ -36,6 +36,12 @@ from tests.support.models import files_of
 
 SEQUENTIAL = {"execution__mode": "sequential", "execution__hessian_shares": 2}
 LOSS = {"calibration__token_weights": "loss"}
+EVERYTHING = {
+    "activations__bits": 8,
+    "activations__smoothing": "aser",
+    "activations__kv_cache": "fp8",
+    "reconstruction__rank": 4,
+}
 MODES = {
     "blocks": {},
     "loss": LOSS,
@@ -53,6 +59,8 @@ MODES = {
     "budget": {"execution__rounds": 2, "quantization__bits": "auto", "quantization__average_bits": 3.5},
     "inputs, rounds": {"execution__rounds": 2, "activations__bits": 8},
     "inputs, sequential": {**SEQUENTIAL, "activations__bits": 4, "quantization__group_size": 64},
+    "everything": {**LOSS, **EVERYTHING, "execution__rounds": 2},
+    "everything, sequential": {**SEQUENTIAL, **EVERYTHING, "activations__bits": 4, "quantization__group_size": 64},
     "overrides": {
         **SEQUENTIAL,
         "quantization__overrides": {"*.v_proj": {"bits": 8}, "*.mlp.*": {"group_size": 64, "symmetric": False}},
@@ -144,6 +152,9 @@ def whole(run_config, tmp_path, mode):
         *(("smoothed", calls, 5) for calls in (6, 15)),
         *(("smoothed, sequential", calls, 1) for calls in (4, 11, 30)),
         ("inputs, rounds", 35, 5),
+        ("everything", 20, 5),
+        ("everything", 55, 1),
+        ("everything, sequential", 25, 1),
         ("inputs, sequential", 14, 1),
     ],
 )

@@ -3,15 +3,17 @@
 import pytest
 import torch
 
-from astro.activation_config import Reconstruction
+from astro.activation_config import ActivationScheme, Reconstruction
 from astro.calibration.drift import DriftAccumulator
+from astro.calibration.input_sums import InputSums, SumKind, side_by_side
 from astro.config import Quantization, Regularizer
 from astro.errors import NumericalError
 from astro.linalg import tiling
 from astro.linalg.symmetric import layer_error
+from astro.model.activation_rounding import round_activations
 from astro.quantization.input_group import quantize_input_groups
 from astro.quantization.recipe import Corrections, InputMoments, Recipe
-from astro.quantization.row_solver import compensate, prepare_input_groups
+from astro.quantization.row_solver import behind_errors, compensate, prepare_input_groups
 from tests.support.devices import here
 from tests.support.models import correlated_inputs, random_weights
 
@@ -36,6 +38,12 @@ def run(groups, inputs, layers, **changes):
 def hessian(columns=48, seed=0):
     X = correlated_inputs(300, columns, seed).float()
     return X.T @ X / len(X)
+
+
+def outliers():
+    X = correlated_inputs(400, 48).float().to(here())
+    X[:, :3] *= 10
+    return X
 
 
 @pytest.fixture
@@ -122,6 +130,30 @@ def test_with_drift_what_the_solve_aimed_at_is_what_is_corrected(W):
     target = compensate(prepare_input_groups(["a"], W[None], inputs, settings.scheme("a", 48), how), W[None])[0]
     assert not torch.allclose(target, W, atol=1e-3)
     assert torch.allclose(with_correction(layers["a"]), target, atol=1e-4)  # rank 20 of 20 rows leaves nothing
+
+
+@pytest.mark.parametrize("bits", [8, 4])
+@pytest.mark.parametrize("compensation", [0.0, 1.0])
+def test_with_rounded_inputs_the_recorded_error_is_that_of_what_is_served(W, bits, compensation):
+    scheme, X, D = ActivationScheme(bits, "int"), outliers(), 0.1 * correlated_inputs(400, 48, seed=5).float().to(here())
+    sums = InputSums(48, here(), SumKind(scheme, has_drift=True, has_rounding_drift=True))
+    for x, d in zip(X.split(16), D.split(16), strict=True):  # every token is in the sample
+        sums.drift.add_(x + d, x, None, sums.add_(x))
+    H, drift, rounding = sums.finish_("a")
+    inputs = InputMoments(H[None], drift[None], rounding=side_by_side([rounding], 48))
+    settings, how = recipe(("q", "k"), compensation=compensation)
+    groups, scheme_of_rows = [{"q": W[:12], "k": W[12:]}], settings.scheme("q", 48)
+    layers, (record,) = quantize_input_groups(groups, inputs, [400], scheme_of_rows, how)
+    prepared = prepare_input_groups(["q+k"], W[None], inputs, scheme_of_rows, how)
+    wanted, read = X @ behind_errors(prepared, W[None])[0].T, round_activations(X, scheme)
+    served = [
+        read @ layer.dequantize().T + X @ layer.correction.A.T @ layer.correction.B.T for layer in layers.values()
+    ]
+    expected = (torch.cat(served, dim=-1) - wanted).square().sum() / wanted.square().sum()
+    assert record.relative_error == pytest.approx(float(expected), rel=1e-3)
+    alone = torch.cat([read @ layer.dequantize().T for layer in layers.values()], dim=-1)
+    expected = (alone - wanted).square().sum() / wanted.square().sum()
+    assert record.solved_error == pytest.approx(float(expected), rel=1e-3)
 
 
 def test_factors_are_stored_in_the_dtype_that_is_asked_for(inputs, W):
