@@ -123,7 +123,7 @@ class SolverSettings:
     """Share of errors in a layer's inputs that its weights make up for, from 0, which is none, to 1. In mode
     `sequential` those of layers before: `auto` measures for every input group which share of the correction two halves
     of the text agree on. In every mode, what rounding takes from inputs (`activations`): `auto` makes up for all of
-    it."""
+    it with 4 bits, and for nothing with 8, where that gains nothing."""
     damping: float = 0.01
     """Share of the mean diagonal that is added to the Hessian's diagonal."""
     max_damping: float = 1.0
@@ -147,6 +147,17 @@ class SolverSettings:
     def compensates(self) -> bool:
         """Whether layers make up for errors in their inputs: those of layers before, and what rounding takes."""
         return self.compensation != 0 and self.method == "gptq"
+
+    def makes_up_for_rounding(self, input_bits: int) -> bool:
+        """Tell whether weights make up for what rounding takes from the inputs of their layer.
+
+        With `auto` they do for 4 bits alone: 8 bits take so little that the result is no better for it, and it would
+        take a matrix of inputs × inputs.
+
+        Args:
+            input_bits: Width of the inputs as servers round them; 16 where they stay as they are.
+        """
+        return self.compensates and (input_bits < 8 if self.compensation == "auto" else input_bits < 16)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

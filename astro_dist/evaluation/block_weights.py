@@ -6,8 +6,8 @@ first. A quantized model of others is decoded to 16 bits, as a source is.
 
 import hashlib
 import logging
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 
 import torch
@@ -20,6 +20,7 @@ from astro.errors import CheckpointError
 from astro.formats import LAYOUTS, Layout
 from astro.formats.block_shard import packed_keys, stem_of, unpack_layer
 from astro.model.activations import BlockLayers
+from astro.model.kv_cache import CacheScales, rounded_cache
 from astro.model.linear_layer import LinearLayer
 from astro.model.low_rank import attach
 from astro.model.rounded_inputs import rounded_inputs
@@ -28,6 +29,7 @@ from astro.storage.atomic import read_json
 from astro.storage.byte_store import Store
 from astro.storage.checkpoint import Checkpoint
 from astro_dist.export.adapter_file import AdapterFile
+from astro_dist.export.cache_scales import SCALE_NAMES
 from astro_dist.export.packed_layers import is_packed, packed_layers
 from astro_dist.planning.checkpoint_plan import assign_tensors
 from astro_dist.source.resolve import Source
@@ -48,6 +50,7 @@ class BlockWeights:
         dtype: Dtype of most weights in the files, after decoding.
         num_weights: Number of weights that text needs.
         inputs: Grid to which servers round the inputs of packed layers; None where they stay as they are.
+        rounds_cache: Whether servers hold keys and values in FP8.
     """
 
     def __init__(self, source: Source, skeleton: Skeleton) -> None:
@@ -67,6 +70,7 @@ class BlockWeights:
         self._schemes: Mapping[str, LayerScheme] = {}
         self._layers: dict[int, BlockLayers] = {}
         self.inputs: ActivationScheme | None = None
+        self.rounds_cache = False
         self._checkpoint = self._open_packed(store, source.folder) or Checkpoint.open_source(store)
         # Another model's folder of this name may hold anything.
         self._adapter = AdapterFile.of(source) if self._stems else None
@@ -141,20 +145,36 @@ class BlockWeights:
         for handle in self._corrected.pop(index, ()):
             handle.remove()
 
-    def rounding(self, index: int) -> AbstractContextManager[None]:
-        """Return a context in which a block that is filled rounds the inputs of its packed layers, as servers do.
+    @contextmanager
+    def rounding(self, index: int) -> Iterator[None]:
+        """Let a block that is filled round as servers do while the body of a `with` statement runs.
+
+        What is rounded are the inputs of its packed layers, and the keys and values that a cache holds.
 
         Args:
             index: Index of the block.
         """
-        if self.inputs is None:
-            return nullcontext()
-        if index not in self._layers:
-            keys = self._places.by_block.get(index, [])
+        keys = self._places.by_block.get(index, [])
+        if self.inputs is not None and index not in self._layers:
             layers = [layer for layers in self._packed_parameters(index, keys).values() for layer in layers]
             packed = [layer for layer in layers if layer.stem in self._stems]
             self._layers[index] = BlockLayers(self.skeleton.model, packed)
-        return rounded_inputs(self._layers[index], self.inputs)
+        scales = self._cache_scales(keys) if self.rounds_cache else {}
+        inputs = rounded_inputs(self._layers[index], self.inputs) if self.inputs is not None else nullcontext()
+        with inputs, rounded_cache(scales):
+            yield
+
+    def _cache_scales(self, keys: Iterable[str]) -> dict[nn.Module, CacheScales]:
+        """Read the scales of an FP8 cache by attention module."""
+        key_scale, value_scale = SCALE_NAMES
+        stems = [key.removesuffix(f".{key_scale}") for key in keys if key.endswith(f".{key_scale}")]
+        scales: dict[nn.Module, CacheScales] = {}
+        for stem in stems:
+            names = (f"{stem}.{key_scale}", f"{stem}.{value_scale}")
+            read = self._checkpoint.read(names)
+            module = self.skeleton.target_of(names[0])[0].removesuffix(f".{key_scale}")
+            scales[self.skeleton.model.get_submodule(module)] = CacheScales(*(float(read[name]) for name in names))
+        return scales
 
     def _correct(self, index: int, device: torch.device) -> None:
         """Let the layers of a filled block add the corrections of the model's adapter, if it has one."""
@@ -193,6 +213,7 @@ class BlockWeights:
                 "the original model or one in another layout"
             ) from error
         self._layout, self._stems, self._schemes, self.inputs = layout, stems, schemes, inputs
+        self.rounds_cache = bool(config.get("kv_cache_scheme"))
         return checkpoint
 
     def _require_in_blocks(self, stems: Iterable[str]) -> None:

@@ -91,9 +91,14 @@ class CostModel:
         self._tile_elements = config.execution.tile_elements(device_type)
         self._reconstruction = config.reconstruction
         self._is_rounded = config.activations.scheme is not None
-        self._drifts_of_rounding = int(self._is_rounded and config.quantization.compensates)
+        self._drifts_of_rounding = int(config.quantization.makes_up_for_rounding(config.activations.bits))
         self._solve = SolveCost(
-            config.quantization, config.regularizer, self._tile_elements, loops, bool(self._drifts_of_rounding)
+            config.quantization,
+            config.regularizer,
+            self._tile_elements,
+            loops,
+            self._is_rounded,
+            bool(self._drifts_of_rounding),
         )
         self._batches_of: dict[int, list[PredictedInputGroup]] = {}
         self._plan, self._tokens, self._itemsize = plan, dict(chunk_tokens), dtype.itemsize

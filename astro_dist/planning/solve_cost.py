@@ -36,9 +36,10 @@ proximal map's passes. A CPU takes 1.8 to 2.1 for each (4 bits, one thread). On 
 bytes a pass: 12, 13 and 19 bytes."""
 
 
-_MAKING_UP = 2
-"""Products of rows with a matrix of columns × columns where weights make up for rounded inputs: with the drift, and
-with both halves of the factor. The outputs of sampled tokens, on which the error is measured, are as many at most."""
+_MAKING_UP, _SAMPLED_OUTPUTS = 4, 4
+"""Half products of rows with a matrix of columns × columns where inputs are rounded: where weights make up for that,
+with the drift and with both halves of the factor; and the outputs of sampled tokens, on which the error is measured, as
+many at most."""
 
 
 def packing(num_weights: float) -> Work:
@@ -65,6 +66,7 @@ class SolveCost:
         regularization: Regularizer,
         tile_elements: int,
         loops: ColumnLoops,
+        is_rounded: bool = False,
         makes_up_for_rounding: bool = False,
     ) -> None:
         """Look at the settings of a run.
@@ -74,8 +76,10 @@ class SolveCost:
             regularization: What is done to the weights before they are rounded.
             tile_elements: Weights of a tile.
             loops: How the innermost loops run.
-            makes_up_for_rounding: Whether weights make up for inputs that are rounded.
+            is_rounded: Whether inputs are rounded.
+            makes_up_for_rounding: Whether weights make up for that.
         """
+        self._is_rounded = is_rounded
         self._makes_up_for_rounding = makes_up_for_rounding
         self._quantization, self._regularization = quantization, regularization
         self._tile_elements = tile_elements
@@ -155,7 +159,7 @@ class SolveCost:
         wider = 1.5 * size / batch.columns
         # Of figures half a product is what a result is compared with, where it was refined half of another one.
         products = 1 + 0.5 * bool(passes) + passes * wider
-        products += self._makes_up_for_rounding * 2 * _MAKING_UP
+        products += 0.5 * (self._makes_up_for_rounding * _MAKING_UP + self._is_rounded * _SAMPLED_OUTPUTS)
         solved = self._quantize(batch, tiles, iterations, 1, products, passes)
         return solved + Work(rounded=passes * 2.0 * batch.columns * _num_elements(batch, tiles))
 

@@ -64,7 +64,7 @@ class WorkerMemory:
         self._compensated = self._sequential and config.quantization.compensates
         self._reconstruction = config.reconstruction
         self._is_rounded = config.activations.scheme is not None
-        self._makes_up_for_rounding = self._is_rounded and config.quantization.compensates
+        self._makes_up_for_rounding = config.quantization.makes_up_for_rounding(config.activations.bits)
         self._all_tokens = config.experts.policy == "all-tokens"
         self._weighs_by_loss = calibration.token_weights == "loss"
         self._smooths = config.activations.smoothing != "none"
@@ -151,7 +151,8 @@ class WorkerMemory:
         beside = float(tiles) * tile * batch.columns
         if self._reconstruction.is_on and batch.reach == 1:
             # The errors of all rows of a layer and the integers of all rows, beside arrays of a tile of rows.
-            beside = max(beside, 1.25 * batch.weights + _CORRECTING_TILES * tile * batch.columns)
+            tiles = _CORRECTING_TILES + self._is_rounded * _ROUNDED_TILES
+            beside = max(beside, 1.25 * batch.weights + tiles * tile * batch.columns)
         return 4.0 * (squares * batch.square + batch.weights + beside)
 
     def _share_bytes(self, batch: PredictedInputGroup) -> float:

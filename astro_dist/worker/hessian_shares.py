@@ -242,8 +242,9 @@ class HessianShares:
         Errors made before experts are not compensated, because the tokens that reach one are not the same in the source
         model. What rounding does to the inputs that do reach it is.
         """
-        compensates = self._runner.spec.quantization.compensates
-        return SumKind(self._runner.spec.activations.scheme, compensates and operand.expert is None, compensates)
+        quantization, inputs = self._runner.spec.quantization, self._runner.spec.activations
+        has_drift = quantization.compensates and operand.expert is None
+        return SumKind(inputs.scheme, has_drift, quantization.makes_up_for_rounding(inputs.bits))
 
     def _empty(self, operand: Operand) -> InputSums:
         """Empty sums for an input group."""

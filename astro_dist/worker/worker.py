@@ -253,7 +253,9 @@ class Worker:
             self._release()
             stream = stream_names(self._spec.run.rounds)[call.round_index]
             unit = runner.load(stream, call.block)
-            sum_kind = SumKind(self._spec.activations.scheme, has_rounding_drift=self._spec.quantization.compensates)
+            inputs = self._spec.activations
+            makes_up = self._spec.quantization.makes_up_for_rounding(inputs.bits)
+            sum_kind = SumKind(inputs.scheme, has_rounding_drift=makes_up)
             weights = read_token_weights(runner, unit)
             statistics = BlockStatistics(runner.layers(unit), self._device, weights, sum_kind, runner.served(stream))
         self._fed_block = FedBlock(call.round_index, unit, statistics, seconds)

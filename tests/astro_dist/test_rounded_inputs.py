@@ -62,3 +62,16 @@ def test_transformers_rounds_inputs_too(run, tmp_path):
     expected = logits(model, ids)
     assert (expected - exact).norm() > 1e-3 * exact.norm()
     torch.testing.assert_close(found, expected, atol=1e-4, rtol=0)
+
+
+def test_the_card_says_with_what_it_was_measured(run_config, tmp_path):
+    config = run_config(activations__bits=8, activations__kv_cache="fp8")
+    pipeline.quantize(config)
+    text = FinishedRun.open(config.output.dir).card("org/model").text
+    assert "with inputs rounded to int8 per token and keys and values rounded as in an FP8 cache." in text
+    assert "relative error is ‖ŴX̂ − WX‖² / ‖WX‖², X̂ the inputs as they are rounded, on the calibration" in text
+    plain = run_config(output__dir=str(tmp_path / "plain"))
+    pipeline.quantize(plain)
+    text = FinishedRun.open(plain.output.dir).card("org/model").text
+    assert "figures are those with" not in text
+    assert "‖(Ŵ − W)X‖² / ‖WX‖² on the calibration" in text

@@ -112,7 +112,7 @@ def peaks_of_sequential_solve(
     quantization = Quantization(compensation=compensation)
     operand = SimpleNamespace(columns=columns, expert=None, names=[_NAME], parameter="")
     spec = SimpleNamespace(
-        quantization=quantization, activations=SimpleNamespace(scheme=scheme),
+        quantization=quantization, activations=SimpleNamespace(scheme=scheme, bits=scheme.bits if scheme else 16),
         experts=Experts(), token_weights="none", shares=_SHARES,
         chunks=tuple(f"c{number:04d}" for number in range(8)),
     )  # fmt: skip

@@ -135,7 +135,11 @@ def test_with_drift_what_the_solve_aimed_at_is_what_is_corrected(W):
 @pytest.mark.parametrize("bits", [8, 4])
 @pytest.mark.parametrize("compensation", [0.0, 1.0])
 def test_with_rounded_inputs_the_recorded_error_is_that_of_what_is_served(W, bits, compensation):
-    scheme, X, D = ActivationScheme(bits, "int"), outliers(), 0.1 * correlated_inputs(400, 48, seed=5).float().to(here())
+    scheme, X, D = (
+        ActivationScheme(bits, "int"),
+        outliers(),
+        0.1 * correlated_inputs(400, 48, seed=5).float().to(here()),
+    )
     sums = InputSums(48, here(), SumKind(scheme, has_drift=True, has_rounding_drift=True))
     for x, d in zip(X.split(16), D.split(16), strict=True):  # every token is in the sample
         sums.drift.add_(x + d, x, None, sums.add_(x))

@@ -20,6 +20,7 @@ from astro_dist.evaluation.text_loss import measure_text
 from astro_dist.evaluation.text_windows import TextWindows, WindowCut, cut_windows
 from astro_dist.export.named_model import find_model
 from astro_dist.run_directory.summary import read_summary
+from tests.astro_dist.test_modes import EVERYTHING, SEQUENTIAL
 from tests.support.architectures import DENSE, EXPERTS, STATEFUL
 from tests.support.dequantized import write_dequantized
 from tests.support.models import write_checkpoint
@@ -114,6 +115,20 @@ def test_inputs_of_a_result_are_rounded_as_in_its_run(name, mode, inputs, run_co
     monkeypatch.setattr(BlockWeights, "rounding", lambda self, index: nullcontext())
     with pytest.raises(AssertionError):
         assert_judged_as_measured(run, source)
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"activations__kv_cache": "fp8"},
+        EVERYTHING,
+        {**EVERYTHING, "execution__rounds": 2, "quantization__bits": "auto", "quantization__average_bits": 3.5},
+        {**EVERYTHING, **SEQUENTIAL, "activations__bits": 4, "quantization__group_size": 64},
+    ],
+)
+def test_what_is_served_beside_the_weights_is_judged_as_in_its_run(changes, run_config, llama):
+    run = Path(pipeline.quantize(run_config(**changes)).model).parent
+    assert_judged_as_measured(run, llama)
 
 
 @pytest.mark.parametrize(
