@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from contextlib import nullcontext
 from pathlib import Path
 
 import peft
@@ -13,6 +14,7 @@ from safetensors.torch import load_file, save_file
 from astro.errors import CheckpointError, ConfigError
 from astro_dist import pipeline
 from astro_dist.config.schema import PublishConfig
+from astro_dist.evaluation.block_weights import BlockWeights
 from astro_dist.evaluation.judge_settings import JudgeSettings
 from astro_dist.evaluation.streamed_model import StreamedModel
 from astro_dist.export.adapter_file import AdapterFile
@@ -121,6 +123,25 @@ def test_corrections_lower_errors_and_divergence_and_cost_what_is_said(run_confi
     assert read_summary(tmp_path / "run" / "summary.json") == summary
     blocks = RunDirectory(tmp_path / "run", "").blocks().values()
     assert all(layer.relative_error < layer.solved_error for block in blocks for layer in block.layers)
+
+
+@torch.no_grad()
+def test_card_says_what_transformers_leaves_unrounded(run_config, tmp_path, monkeypatch):
+    config = run_config(**RANK, activations__bits=8, activations__smoothing="smoothquant", activations__kv_cache="fp8")
+    folder, tokens = Path(pipeline.quantize(config).model), tokens_of(tmp_path / "run")[:2]
+    card = (folder / "README.md").read_text()
+    assert "which leaves inputs as they are where weights are decompressed, as the adapter wants it; it rounds" in card
+    expected = with_adapter(folder)(tokens).logits
+    model = StreamedModel(find_model(str(tmp_path / "run")), JudgeSettings(device="cpu", dtype="float32"))
+    results = []
+    for is_rounded in (True, False):
+        if not is_rounded:
+            monkeypatch.setattr(BlockWeights, "rounding", lambda self, index: nullcontext())
+        (hidden,) = model.last_hidden([tokens])
+        with model.head_loaded():
+            results.append(model.logits(tokens, hidden))
+    assert not torch.allclose(results[0], expected, atol=1e-4)
+    assert torch.allclose(results[1], expected, atol=1e-5)
 
 
 def test_corrections_are_shown(run_config, tmp_path):

@@ -11,6 +11,7 @@ from astro_dist import pipeline
 from astro_dist.export.finished_run import FinishedRun
 from astro_dist.report.command_output import figure_lines, settings_line
 from astro_dist.report.findings import Findings
+from astro_dist.report.html import write_report
 from astro_dist.report.tiles import headline
 
 
@@ -33,6 +34,10 @@ def test_what_inputs_are_is_said_everywhere(run):
     assert "vllm serve org/model --linear-backend humming\n```" in card.text
     assert "sglang" not in card.text
     assert "w4a8" in card.data.tags
+
+
+def page_of(config):
+    return write_report(Findings.read(config.output.dir)).read_text()
 
 
 def logits(model, ids):
@@ -70,8 +75,9 @@ def test_the_card_says_with_what_it_was_measured(run_config, tmp_path):
     text = FinishedRun.open(config.output.dir).card("org/model").text
     assert "with inputs rounded to int8 per token and keys and values rounded as in an FP8 cache." in text
     assert "relative error is ‖ŴX̂ − WX‖² / ‖WX‖², X̂ the inputs as they are rounded, on the calibration" in text
+    assert "‖ŴX̂ − WX‖² / ‖WX‖², X̂ the inputs as they are rounded, on" in page_of(config)
     plain = run_config(output__dir=str(tmp_path / "plain"))
     pipeline.quantize(plain)
     text = FinishedRun.open(plain.output.dir).card("org/model").text
     assert "figures are those with" not in text
-    assert "‖(Ŵ − W)X‖² / ‖WX‖² on the calibration" in text
+    assert all("‖(Ŵ − W)X‖² / ‖WX‖² on the calibration" in shown for shown in (text, page_of(plain)))
