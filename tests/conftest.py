@@ -24,6 +24,7 @@ torch.set_num_threads(1)
 transformers.utils.logging.disable_progress_bar()
 
 
+@pytest.hookimpl(tryfirst=True)  # before that of xdist, which reads the groups
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Give each process whole files, and one of them all that starts Ray, at once: two clusters starve each other."""
     for item in items:
