@@ -1,6 +1,6 @@
 """The real readers of what we write: vLLM's server here, plain transformers in test_transformers.py.
 
-    python -m pytest tests/consumers -m consumers -rP --model SMOLLM2 \
+    python -m pytest -n 0 tests/consumers -m consumers -rP --model SMOLLM2 \
         --vllm-python VLLM_ENVIRONMENT/bin/python --gptqmodel-python GPTQMODEL_ENVIRONMENT/bin/python
 
 SMOLLM2 is a folder with SmolLM2-135M-Instruct; the quickstart leaves one in `~/.cache/astro-dist`. The readers are in

@@ -1,6 +1,6 @@
 """vLLM's own loader takes what we write, with images and with speculation: every parameter of its model is filled.
 
-    python -m pytest tests/consumers/test_vllm_loader.py -m consumers -rP --vllm-python VLLM_ENVIRONMENT/bin/python
+    python -m pytest -n 0 tests/consumers/test_vllm_loader.py -m consumers -rP --vllm-python VLLM_ENVIRONMENT/bin/python
 
 The models are tiny and random, in the layout of the Hub's repositories; the environment needs torchvision for those
 that take images. No kernel runs (`vllm_loader.py`), so this tells nothing of numbers, and all of names and shapes.

@@ -1,6 +1,6 @@
 """vLLM's own reader chooses the scheme that we meant for rounded inputs, and rounds them where we say so.
 
-    python -m pytest tests/consumers/test_vllm_schemes.py -m consumers --vllm-python VLLM_ENVIRONMENT/bin/python \
+    python -m pytest -n 0 tests/consumers/test_vllm_schemes.py -m consumers --vllm-python VLLM_ENVIRONMENT/bin/python \
         --humming HUMMING
 
 HUMMING is the folder of `pip install --no-deps --target HUMMING humming-kernels==0.1.20 cuda-bindings cuda-pathfinder`.

@@ -2,7 +2,7 @@
 
 A test asks for the fixture `device`, mostly for its whole module: `pytestmark = pytest.mark.usefixtures("device")`.
 What the test makes then lies on that device, and what the product makes lies where the product puts it, so that a
-tensor which the product leaves on the wrong device is an error. `pytest -m gpu` runs all of them on the GPU alone.
+tensor which the product leaves on the wrong device is an error. `pytest -n 0 -m gpu` runs all of them on the GPU alone.
 """
 
 import sys
