@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:  # it takes seconds to load, which those who only add up need not wait for
     import torch
 
-__all__ = ["Stopwatch", "add_seconds", "clock_s", "timed"]
+__all__ = ["Stopwatch", "add_seconds", "clock_s", "host_clock_s", "timed"]
 
 
 def add_seconds(total: dict[str, float], more: Mapping[str, float]) -> None:
@@ -38,6 +38,11 @@ def clock_s(device: "torch.device") -> float:
         import torch
 
         torch.cuda.synchronize(device)
+    return time.perf_counter()
+
+
+def host_clock_s() -> float:
+    """Return the time on the same clock, in seconds, without waiting for a device: where what counts is on disk."""
     return time.perf_counter()
 
 

@@ -24,14 +24,6 @@ torch.set_num_threads(1)
 transformers.utils.logging.disable_progress_bar()
 
 
-@pytest.hookimpl(tryfirst=True)  # before that of xdist, which reads the groups
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Give each process whole files, and one of them all that starts Ray, at once: two clusters starve each other."""
-    for item in items:
-        item.add_marker(pytest.mark.xdist_group("ray" if item.get_closest_marker("ray") else str(item.path)))
-    items.sort(key=lambda item: item.get_closest_marker("ray") is None)
-
-
 @pytest.fixture
 def llama(tmp_path: Path) -> Path:
     """A tiny Llama in several shards."""

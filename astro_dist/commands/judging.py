@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 __all__ = ["compare", "evaluate", "try_prompt"]
 
 _Device = Annotated[str, typer.Option(help="cpu, cuda, or auto for a GPU where there is one.")]
-_Dtype = Annotated[str, typer.Option(help="_Dtype of forward passes; auto for the model's own.")]
+_Dtype = Annotated[str, typer.Option(help="Dtype of forward passes; auto for the model's own.")]
 _HiddenGb = Annotated[float, typer.Option("--hidden-gb", help="Memory of each worker for hidden states, in GB.")]
 
 

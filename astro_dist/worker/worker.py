@@ -4,7 +4,6 @@ What a worker makes for others is a file in the run directory. What it returns i
 """
 
 import platform
-import time
 from collections.abc import Iterator, Sequence
 from typing import Any, assert_never
 
@@ -22,7 +21,7 @@ from astro.quantization.grid import QuantizedLinear
 from astro.quantization.layer_record import LayerRecord
 from astro.quantization.recipe import Recipe
 from astro.storage.atomic import save_tensors
-from astro.timing import add_seconds, clock_s, timed
+from astro.timing import add_seconds, clock_s, host_clock_s, timed
 from astro_dist.planning.units import BlockUnit
 from astro_dist.run_directory.layer_widths import layer_schemes
 from astro_dist.run_directory.unit_record import (
@@ -263,7 +262,7 @@ class Worker:
     def forward(self, call: Forward) -> None:
         """Pass one chunk through the open block and keep the output; a calibration chunk adds to the statistics."""
         # The call ends when its output is on disk. A clock that waits for the device would wait for the next chunk too.
-        fed_block, start, runner = self._require_fed_block(call), time.perf_counter(), self._runner
+        fed_block, start, runner = self._require_fed_block(call), host_clock_s(), self._runner
         stream, block = stream_names(self._spec.run.rounds)[call.round_index], call.block
         is_last = block + 1 == len(self._spec.plan.blocks)
 
@@ -280,7 +279,7 @@ class Worker:
 
         place = (Forward, *call.place)
         self._pipeline.run(Passage(place, lambda chunk: [(stream, block, chunk)], compute, save), call.chunk, True)
-        fed_block.seconds["forward"] += time.perf_counter() - start
+        fed_block.seconds["forward"] += host_clock_s() - start
 
     def solve_block(self, call: SolveBlock) -> UnitRecord:
         """Quantize the open block's original weights and write its shard: in the last round a file of the model."""
@@ -315,7 +314,7 @@ class Worker:
 
     def forward_chunk(self, call: ForwardChunk) -> float:
         """Pass one chunk through a block of a stream, and return the seconds that it took."""
-        start, runner, stream, block = time.perf_counter(), self._runner, call.stream, call.block
+        start, runner, stream, block = host_clock_s(), self._runner, call.stream, call.block
         self._release()
         unit = runner.load(stream, block)
 
@@ -330,7 +329,7 @@ class Worker:
             lambda chunk, output: runner.save_state(stream, block + 1, chunk, output),
         )
         self._pipeline.run(passage, call.chunk)
-        return time.perf_counter() - start
+        return host_clock_s() - start
 
     def do_part(self, call: AccumulateHessians | PartCall) -> BlockParts | None:
         """Do one of the calls by which several workers solve a block."""

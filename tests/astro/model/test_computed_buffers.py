@@ -5,6 +5,7 @@ from typing import Any
 import pytest
 import torch
 import transformers
+from transformers import initialization
 
 from astro.errors import UnsupportedError
 from astro.model.computed_buffers import fill_buffers
@@ -73,7 +74,7 @@ def test_initializers_leave_what_is_loaded_alone(tmp_path):
         def _init_weights(self, module):
             super()._init_weights(module)
             if module is self:
-                transformers.initialization.normal_(module.embed_tokens.weight)
+                initialization.normal_(module.embed_tokens.weight)
 
     skeleton.model.model.__class__ = WithEmbedding
     fill_buffers(skeleton.model, skeleton.blocks[0], CPU)
