@@ -37,6 +37,7 @@ pipeline.quantize(RunConfig.model_validate_json(Path(sys.argv[1]).read_text()))
 """Runs a configuration, and dies as soon as a function is called with some words among its arguments."""
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "place",
     [

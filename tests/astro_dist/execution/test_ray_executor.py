@@ -66,6 +66,7 @@ def test_local_and_ray_with_one_two_and_three_workers_write_the_same_bytes(clust
         assert len(summary.peak_rss_bytes) == workers + 1
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("mode", [{"execution__mode": "sequential"}, {"execution__rounds": 2}, LOSS], ids=str)
 def test_other_modes_write_the_same_bytes_on_ray(cluster, run_config, tmp_path, mode):
     pipeline.quantize(run_config(output__dir=str(tmp_path / "local"), **mode))
