@@ -6,12 +6,13 @@ Shapes: T tokens, C columns (inputs of the layer).
 import torch
 
 from astro.calibration.hessian import is_multiplied_exactly, product, shrunk_
+from astro.calibration.product_sum import ProductSum
 from astro.errors import NumericalError
 
 __all__ = ["DriftAccumulator"]
 
 
-class DriftAccumulator:
+class DriftAccumulator(ProductSum):
     """Sums w (x_s − x) x̂ᵀ over chunks: how the inputs x of a layer drifted from what they should be, x_s.
 
     The weights are multiplied with x̂, the inputs as a server rounds them, or x itself where inputs stay as they are.
@@ -28,12 +29,9 @@ class DriftAccumulator:
             num_columns: Number C of columns.
             device: Device of the sum.
             keep_inputs: Whether the factors of the sum are kept until they are larger than it would be, see
-                `HessianAccumulator`.
+                `ProductSum`.
         """
-        self._shape, self._device = (num_columns, num_columns), device
-        self._sum: torch.Tensor | None = None
-        self._kept: list[tuple[torch.Tensor, torch.Tensor]] = []
-        self._room = 4 * num_columns**2 if keep_inputs else 0
+        super().__init__(num_columns, device, keep_inputs)
         self.total_weight = torch.zeros((), dtype=torch.float64, device=device)
 
     def add_(
@@ -61,45 +59,25 @@ class DriftAccumulator:
             D *= weights.unsqueeze(-1)
         self._keep(D, X)
 
-    @property
-    def partial(self) -> torch.Tensor:
-        """Sum so far, float32 [C, C]."""
-        self._fold()
-        return self._started()
-
     def absorb_(self, other: "DriftAccumulator") -> None:
         """Add all that another accumulator has seen, which stays as it is.
 
         Args:
             other: The other accumulator; factors that it keeps are shared, not copied.
         """
-        if other._sum is not None:
-            self.partial.add_(other._sum)
+        self._absorb_sum_(other)
         self.total_weight += other.total_weight
-        for D, X in other._kept:
-            self._keep(D, X)
 
-    def _keep(self, D: torch.Tensor, X: torch.Tensor) -> None:
-        self._kept.append((D, X))
-        if sum(kept.nbytes for pair in self._kept for kept in pair) > self._room:
-            self._fold()
-
-    def _started(self) -> torch.Tensor:
-        if self._sum is None:
-            self._sum = torch.zeros(self._shape, dtype=torch.float32, device=self._device)
-        return self._sum
-
-    def _fold(self) -> None:
-        kept, self._kept = self._kept, []
-        for D, X in kept:
-            if is_multiplied_exactly(X) and X.dtype == torch.bfloat16:
-                # It has the range of float32, and two of them hold a number to 2⁻¹⁷.
-                high = D.to(X.dtype)
-                self._started().add_(product(high, X))
-                rest = D - high if self._room else D.sub_(high)  # what is kept may be shared
-                self._started().add_(product(rest.to(X.dtype), X))
-            else:
-                self._started().add_(product(D, X.float()))
+    def _add_product_(self, total: torch.Tensor, *factors: torch.Tensor) -> None:
+        D, X = factors
+        if is_multiplied_exactly(X) and X.dtype == torch.bfloat16:
+            # It has the range of float32, and two of them hold a number to 2⁻¹⁷.
+            high = D.to(X.dtype)
+            total += product(high, X)
+            rest = D - high if self._room else D.sub_(high)  # what is kept may be shared
+            total += product(rest.to(X.dtype), X)
+        else:
+            total += product(D, X.float())
 
     def merge_(self, partial: torch.Tensor, total_weight: float) -> None:
         """Add a sum that was computed elsewhere.
@@ -141,7 +119,7 @@ class DriftAccumulator:
         Raises:
             NumericalError: An input was not finite.
         """
-        drift, self._sum = self.partial, None
+        drift = self._take_()
         if not bool(torch.isfinite(drift).all()):
             raise NumericalError(
                 f"{name}: its inputs in the source model hold NaN or Inf; check the model in this compute dtype "

@@ -8,13 +8,14 @@ from collections.abc import Sequence
 
 import torch
 
+from astro.calibration.product_sum import ProductSum
 from astro.errors import NumericalError
 from astro.linalg.symmetric import mirror_, strips
 
 __all__ = ["HessianAccumulator", "is_multiplied_exactly", "product", "shrunk_", "summed_dtype"]
 
 
-class HessianAccumulator:
+class HessianAccumulator(ProductSum):
     """Sums w_t x_t x_tᵀ over chunks of calibration tokens, in the order in which they are added, in float32.
 
     The product of each chunk is formed first and then added. So sums over shares of the chunks give the same bits
@@ -32,13 +33,9 @@ class HessianAccumulator:
         Args:
             num_columns: Number C of columns.
             device: Device of the sum.
-            keep_inputs: Whether inputs are kept as they are until they are larger than the sum would be. The bits are
-                the same; it saves memory for many layers that each see few tokens, as experts do.
+            keep_inputs: Whether inputs are kept until they are larger than the sum would be, see `ProductSum`.
         """
-        self._shape, self._device = (num_columns, num_columns), device
-        self._sum: torch.Tensor | None = None
-        self._kept: list[torch.Tensor] = []
-        self._room = 4 * num_columns**2 if keep_inputs else 0
+        super().__init__(num_columns, device, keep_inputs)
         self.num_tokens = 0
         self.totals = torch.zeros(3, dtype=torch.float64, device=device)
 
@@ -70,19 +67,6 @@ class HessianAccumulator:
         _, energy, square = self.totals
         return torch.where(square > 0, energy.square() / square, 0.0)
 
-    def _keep(self, X: torch.Tensor) -> None:
-        self._kept.append(X)
-        if sum(kept.nbytes for kept in self._kept) > self._room:
-            self._fold()
-
-    @property
-    def partial(self) -> torch.Tensor:
-        """Sum so far, float32 [C, C]; only its tiles on and above the diagonal are filled."""
-        self._fold()
-        if self._sum is None:
-            self._sum = torch.zeros(self._shape, dtype=torch.float32, device=self._device)
-        return self._sum
-
     def merge_(self, partial: torch.Tensor, num_tokens: int, totals: Sequence[float]) -> None:
         """Add a sum that was computed elsewhere.
 
@@ -101,12 +85,9 @@ class HessianAccumulator:
         Args:
             other: The other accumulator; inputs that it keeps are shared, not copied.
         """
-        if other._sum is not None:
-            self.partial.add_(other._sum)
+        self._absorb_sum_(other)
         self.num_tokens += other.num_tokens
         self.totals += other.totals
-        for X in other._kept:
-            self._keep(X)
 
     def finish_(self, name: str) -> torch.Tensor:
         """Return the weighted mean of xxᵀ over all tokens, shrunk, symmetric [C, C] float32. The sum is then empty.
@@ -126,7 +107,7 @@ class HessianAccumulator:
         Raises:
             NumericalError: No token was seen, or an input was not finite.
         """
-        H, self._sum = self.partial, None
+        H = self._take_()
         if not self.num_tokens:
             raise NumericalError(f"{name}: no calibration token reached this layer; use more calibration text")
         if not bool(torch.isfinite(H.diagonal()).all()):
@@ -139,13 +120,11 @@ class HessianAccumulator:
         H.div_(torch.where(self.totals[0] > 0, self.totals[0], 1.0))
         return shrunk_(H, self.effective_tokens())
 
-    def _fold(self) -> None:
-        kept, self._kept = self._kept, []
-        if kept and self._sum is None:
-            self._sum = torch.zeros(self._shape, dtype=torch.float32, device=self._device)
-        for X in (X if is_multiplied_exactly(X) else X.float() for X in kept):
-            for rows in strips(self._sum):  # type: ignore[arg-type]
-                self._sum[rows, rows.start :] += product(X[:, rows], X[:, rows.start :])  # type: ignore[index]
+    def _add_product_(self, total: torch.Tensor, *factors: torch.Tensor) -> None:
+        (X,) = factors
+        X = X if is_multiplied_exactly(X) else X.float()
+        for rows in strips(total):
+            total[rows, rows.start :] += product(X[:, rows], X[:, rows.start :])
 
 
 def _scaled(X: torch.Tensor, factors: torch.Tensor) -> torch.Tensor:

@@ -187,5 +187,5 @@ def test_inputs_that_experts_keep_are_counted_as_they_are_kept(experts_config):
         sizes[weights] = sum(map(memory._statistics_bytes, experts))
         accumulator = HessianAccumulator(64, torch.device("cpu"), keep_inputs=True)
         accumulator.add_(torch.ones(8, 64, dtype=torch.bfloat16), torch.ones(8) if weights == "norm" else None)
-        kept[weights] = sum(X.nbytes for X in accumulator._kept)
+        kept[weights] = accumulator.kept_bytes
     assert sizes["norm"] / sizes["none"] == kept["norm"] / kept["none"] == 2
