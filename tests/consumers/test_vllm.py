@@ -23,14 +23,11 @@ import torch
 import transformers
 
 from tests.consumers.conftest import PROMPTS
+from tests.consumers.greedy_answer import NUM_TOKENS, require_greedy
 from tests.consumers.vllm_server import ask, serve
 
 pytestmark = [pytest.mark.consumers, pytest.mark.timeout(1800)]
 DTYPE = "float16"
-NUM_TOKENS = 24
-NEAR_TIE = 0.05
-"""Twice the largest difference of a log-probability that was measured: float16 with other kernels, nothing else."""
-MIN_EQUAL = 16
 
 
 @pytest.fixture(scope="module", params=["compressed-tensors", "gptq"])
@@ -55,21 +52,5 @@ def reference(completions, dequantized):
 def test_greedy_text_is_that_of_our_dequantized_weights(number, completions, reference, tokenizer):
     layout, answers = completions
     prompt, answer = tokenizer(PROMPTS[number], return_tensors="pt").input_ids, answers[number]
-    length, chosen = prompt.shape[1], torch.tensor(answer["token_ids"])
     assert answer["prompt_token_ids"] == prompt[0].tolist()
-    with torch.no_grad():
-        greedy = reference.generate(prompt, max_new_tokens=NUM_TOKENS, do_sample=False)[0, length:]
-        given = torch.cat([prompt[0], chosen])[None]
-        likelihoods = reference(given).logits[0, length - 1 : -1].float().log_softmax(-1)
-    own = likelihoods[torch.arange(len(chosen)), chosen]
-    short = float((likelihoods.amax(-1) - own).max())
-    difference = float((torch.tensor(answer["logprobs"]["token_logprobs"]) - own).abs().max())
-    size = min(len(chosen), len(greedy))
-    equal = int((chosen[:size] == greedy[:size]).long().cumprod(0).sum())
-    print(
-        f"{layout}: {PROMPTS[number] + answer['text']!r}\n{equal} of {len(chosen)} tokens equal, short of the best by "
-        f"at most {short:.3f}, log-probabilities differ by at most {difference:.3f}"
-    )
-    assert short < NEAR_TIE
-    assert difference < NEAR_TIE
-    assert equal >= min(MIN_EQUAL, len(greedy))
+    require_greedy(answer, prompt, reference, f"{layout}: {PROMPTS[number] + answer['text']}")

@@ -11,7 +11,8 @@ import torch
 import transformers
 
 from tests.consumers.conftest import PROMPTS
-from tests.consumers.test_vllm import DTYPE, MIN_EQUAL, NEAR_TIE, NUM_TOKENS
+from tests.consumers.greedy_answer import NEAR_TIE, NUM_TOKENS, require_greedy
+from tests.consumers.test_vllm import DTYPE
 from tests.consumers.vllm_server import ask, serve
 
 pytestmark = [
@@ -48,24 +49,9 @@ def reference(quantized, dequantized):
 
 
 @pytest.mark.parametrize("number", range(len(PROMPTS)))
-@torch.no_grad()
 def test_greedy_text_is_that_of_peft(number, answers, reference, tokenizer):
     prompt, answer = tokenizer(PROMPTS[number], return_tensors="pt").input_ids, answers["corrected"][number]
-    length, chosen = prompt.shape[1], torch.tensor(answer["token_ids"])
-    greedy = reference.generate(input_ids=prompt, max_new_tokens=NUM_TOKENS, do_sample=False)[0, length:]
-    likelihoods = reference(torch.cat([prompt[0], chosen])[None]).logits[0, length - 1 : -1].float().log_softmax(-1)
-    own = likelihoods[torch.arange(len(chosen)), chosen]
-    short = float((likelihoods.amax(-1) - own).max())
-    difference = float((torch.tensor(answer["logprobs"]["token_logprobs"]) - own).abs().max())
-    size = min(len(chosen), len(greedy))
-    equal = int((chosen[:size] == greedy[:size]).long().cumprod(0).sum())
-    print(
-        f"{PROMPTS[number] + answer['text']!r}\n{equal} of {len(chosen)} tokens equal, short of the best by at most "
-        f"{short:.3f}, log-probabilities differ by at most {difference:.3f}"
-    )
-    assert short < NEAR_TIE
-    assert difference < NEAR_TIE
-    assert equal >= min(MIN_EQUAL, len(greedy))
+    require_greedy(answer, prompt, reference, PROMPTS[number] + answer["text"])
 
 
 def test_the_adapter_changes_what_is_answered(answers):
