@@ -77,22 +77,34 @@ def peer_run(options: argparse.Namespace, tool: str, python: str, grid: str, tok
     return {"quantized": result["perplexity"], "wall_s": result["wall_s"]}
 
 
-def main() -> None:
-    """Run what is missing, and print the tables."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+def job_parser(description: str) -> argparse.ArgumentParser:
+    """Return a parser of what every row of a table has in common."""
+    parser = argparse.ArgumentParser(description=description)
     parser.add_argument("model", type=Path)
     parser.add_argument("text", type=Path)
     parser.add_argument("--out", type=Path, required=True)
+    parser.add_argument("--samples", type=int, default=32)
+    parser.add_argument("--sequence-length", type=int, default=512)
+    parser.add_argument("--workers", type=int, default=2)
+    return parser
+
+
+def parsed(parser: argparse.ArgumentParser) -> argparse.Namespace:
+    """Read the command line, and make the folder of the runs."""
+    options = parser.parse_args()
+    options.out = options.out.resolve()
+    options.out.mkdir(parents=True, exist_ok=True)
+    return options
+
+
+def main() -> None:
+    """Run what is missing, and print the tables."""
+    parser = job_parser(__doc__.splitlines()[0])
     parser.add_argument("--grids", nargs="+", default=["4:64", "3:64", "4:-1", "2:32"], metavar="BITS:GROUP")
     parser.add_argument("--methods", nargs="+", default=list(METHODS), choices=list(METHODS))
     parser.add_argument("--peer", action="append", default=[], metavar="TOOL=PYTHON")
     parser.add_argument("--peer-argument", action="append", default=[], metavar="ARGUMENT")
-    parser.add_argument("--samples", type=int, default=32)
-    parser.add_argument("--sequence-length", type=int, default=512)
-    parser.add_argument("--workers", type=int, default=2)
-    options = parser.parse_args()
-    options.out = options.out.resolve()
-    options.out.mkdir(parents=True, exist_ok=True)
+    options = parsed(parser)
     rows: dict[str, list[dict]] = {}
     for grid in options.grids:
         for name in options.methods:

@@ -6,11 +6,10 @@ It runs the command line once for each row, one after the other, with the settin
 finished in DIR are not repeated. It prints one table in Markdown.
 """
 
-import argparse
 import json
 from pathlib import Path
 
-from accuracy import our_run
+from accuracy import job_parser, our_run, parsed
 
 INPUTS = {
     "16 bits": [],
@@ -27,21 +26,13 @@ SMOOTHING = {
 
 def main() -> None:
     """Run what is missing, and print the table."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("model", type=Path)
-    parser.add_argument("text", type=Path)
-    parser.add_argument("--out", type=Path, required=True)
+    parser = job_parser(__doc__.splitlines()[0])
     parser.add_argument("--grid", default="4:64", metavar="BITS:GROUP")
     parser.add_argument("--inputs", nargs="+", default=list(INPUTS), choices=list(INPUTS))
     parser.add_argument("--smoothing", nargs="+", default=list(SMOOTHING), choices=list(SMOOTHING))
     parser.add_argument("--ranks", nargs="+", type=int, default=[0, 16, 32, 64])
     parser.add_argument("--set", nargs="+", default=[], metavar="KEY=VALUE", dest="changes")
-    parser.add_argument("--samples", type=int, default=32)
-    parser.add_argument("--sequence-length", type=int, default=512)
-    parser.add_argument("--workers", type=int, default=2)
-    options = parser.parse_args()
-    options.out = options.out.resolve()
-    options.out.mkdir(parents=True, exist_ok=True)
+    options = parsed(parser)
     print("| inputs | smoothing | rank | perplexity | KL divergence, nats a token | adapter, MB |\n" + "|---" * 6 + "|")
     for inputs in options.inputs:
         for smoothing in options.smoothing if inputs != "16 bits" else ["plain"]:
