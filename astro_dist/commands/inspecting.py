@@ -6,7 +6,7 @@ from typing import Annotated
 import typer
 from rich.console import Console
 
-from astro_dist.commands.output import AsJson, Trust, print_json, say_begin, say_lines
+from astro_dist.commands.output import AsJson, Device, Dtype, Trust, print_json, say_begin, say_lines
 from astro_dist.config.text_place import PYTHON_DOCS
 
 __all__ = ["inspect"]
@@ -26,8 +26,8 @@ def inspect(  # noqa: PLR0913 - every option is a parameter
     split: Annotated[str, typer.Option(help="Split of a dataset on the Hub.")] = "train",
     window: Annotated[int, typer.Option(min=2, help="Tokens of a window.")] = 512,
     limit: Annotated[int, typer.Option(min=1, help="Windows of the text.")] = 16,
-    device: Annotated[str, typer.Option(help="cpu, cuda, or auto for a GPU where there is one.")] = "auto",
-    dtype: Annotated[str, typer.Option(help="Dtype of forward passes; auto for the model's own.")] = "auto",
+    device: Device = "auto",
+    dtype: Dtype = "auto",
     trust: Trust = False,
     as_json: AsJson = False,
 ) -> None:
@@ -36,7 +36,6 @@ def inspect(  # noqa: PLR0913 - every option is a parameter
     from astro_dist.config.schema import TextSource
     from astro_dist.evaluation.inspection import InspectRequest, inspect_model
     from astro_dist.evaluation.judge_settings import JudgeSettings
-    from astro_dist.report.inspection_page import write_page
     from astro_dist.report.inspection_words import inspection_lines, inspection_table
 
     settings = JudgeSettings(device=device, dtype=dtype, trust_remote_code=trust)
@@ -45,6 +44,8 @@ def inspect(  # noqa: PLR0913 - every option is a parameter
         model, InspectRequest(text=source, window=window, limit=limit, against=against), settings
     )
     if html is not None:
+        from astro_dist.report.inspection_page import write_page  # it loads what all pages draw with
+
         write_page(inspection, html)
     if as_json:
         print_json(inspection.to_json())

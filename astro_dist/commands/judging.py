@@ -8,15 +8,13 @@ import typer
 from rich.console import Console
 
 from astro.errors import ConfigError
-from astro_dist.commands.output import AsJson, Trust, ignore, print_json, say_begin, say_lines, stream
+from astro_dist.commands.output import AsJson, Device, Dtype, Trust, ignore, print_json, say_begin, say_lines, stream
 
 if TYPE_CHECKING:
     from astro_dist.evaluation.judge import Pool
 
 __all__ = ["compare", "evaluate", "try_prompt"]
 
-_Device = Annotated[str, typer.Option(help="cpu, cuda, or auto for a GPU where there is one.")]
-_Dtype = Annotated[str, typer.Option(help="Dtype of forward passes; auto for the model's own.")]
 _HiddenGb = Annotated[float, typer.Option("--hidden-gb", help="Memory of each worker for hidden states, in GB.")]
 
 
@@ -46,8 +44,8 @@ def evaluate(  # noqa: PLR0913 - every option is a parameter
         str | None,
         typer.Option(help="Workers that share a text: a number, or auto for all that Ray has room for."),
     ] = None,
-    device: _Device = "auto",
-    dtype: _Dtype = "auto",
+    device: Device = "auto",
+    dtype: Dtype = "auto",
     hidden_gb: _HiddenGb = 4.0,
     trust: Trust = False,
     as_json: AsJson = False,
@@ -94,11 +92,12 @@ def compare(
 ) -> None:
     """Show finished runs beside each other: bits, size, what they lost, time, worst layer, fallbacks."""
     from astro_dist.evaluation.comparison import compare_runs
-    from astro_dist.report.comparison_page import write_comparison
     from astro_dist.report.comparison_words import comparison_table
 
     comparison = compare_runs(runs)
     if html is not None:
+        from astro_dist.report.comparison_page import write_comparison  # it loads what all pages draw with
+
         write_comparison(comparison, html)
     if as_json:
         print_json(comparison.to_json())
@@ -113,8 +112,8 @@ def try_prompt(  # noqa: PLR0913 - every option is a parameter
     tokens: Annotated[int, typer.Option(min=1, help="Largest number of new tokens.")] = 60,
     against: Annotated[str | None, typer.Option(help="The original; without it the source of the run.")] = None,
     chat: Annotated[bool, typer.Option("--chat", help="The prompt is a message in the model's chat template.")] = False,
-    device: _Device = "auto",
-    dtype: _Dtype = "auto",
+    device: Device = "auto",
+    dtype: Dtype = "auto",
     trust: Trust = False,
     as_json: AsJson = False,
 ) -> None:

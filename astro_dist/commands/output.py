@@ -10,10 +10,30 @@ from rich.console import Console
 import astro
 from astro_dist.console import say
 
-__all__ = ["AsJson", "Trust", "ignore", "print_json", "say_begin", "say_lines", "stream"]
+__all__ = [
+    "AsJson",
+    "Assignments",
+    "Device",
+    "Dtype",
+    "Trust",
+    "ignore",
+    "print_json",
+    "say_begin",
+    "say_lines",
+    "stream",
+]
 
 AsJson = Annotated[bool, typer.Option("--json", help="One JSON object on stdout and nothing else.")]
 """The option of a command that programs call too."""
+Assignments = Annotated[
+    list[str] | None,
+    typer.Option("--set", help="Override a value: section.key=value. Repeatable.", metavar="KEY=VALUE"),
+]
+"""The option of a command that takes a configuration."""
+Device = Annotated[str, typer.Option(help="cpu, cuda, or auto for a GPU where there is one.")]
+"""The option of a command that passes text through a model."""
+Dtype = Annotated[str, typer.Option(help="Dtype of forward passes; auto for the model's own.")]
+"""The other option of such a command."""
 Trust = Annotated[bool, typer.Option("--trust-remote-code", help="Code that the model ships may run.")]
 """The option of a command that opens a model."""
 

@@ -8,7 +8,7 @@ from typing import Annotated, Any
 
 import typer
 
-from astro_dist.commands.output import say_begin
+from astro_dist.commands.output import Assignments, say_begin
 
 __all__ = ["takes_run"]
 
@@ -27,10 +27,6 @@ _GroupSize = Annotated[
 _Output = Annotated[Path | None, typer.Option(help="Run directory. Of a MODEL: runs/NAME-w4g128 and the like.")]
 _Calibration = Annotated[str | None, typer.Option(help="Text to calibrate on.")]
 _Mode = Annotated[str | None, typer.Option(help="blocks, all blocks in parallel; or sequential.")]
-_Assignments = Annotated[
-    list[str] | None,
-    typer.Option("--set", help="Override a value: section.key=value. Repeatable.", metavar="KEY=VALUE"),
-]
 
 
 def takes_run(command: Callable[..., None]) -> Callable[..., None]:
@@ -49,7 +45,7 @@ def takes_run(command: Callable[..., None]) -> Callable[..., None]:
         command(run_config(target, assignments or (), **main_keys), **options)
 
     shared = {"target": _Target, "bits": _Bits, "group_size": _GroupSize, "output": _Output}
-    shared |= {"calibration": _Calibration, "mode": _Mode, "assignments": _Assignments}
+    shared |= {"calibration": _Calibration, "mode": _Mode, "assignments": Assignments}
     signature = inspect.signature(command)
     keyword = inspect.Parameter.KEYWORD_ONLY
     first = [

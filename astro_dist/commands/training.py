@@ -5,17 +5,14 @@ from typing import Annotated
 
 import typer
 
-from astro_dist.commands.output import AsJson, print_json, say_begin, say_lines
+from astro_dist.commands.output import AsJson, Assignments, print_json, say_begin, say_lines
 
 __all__ = ["train"]
 
 
 def train(
     config: Annotated[Path, typer.Argument(help="YAML file that describes the training.")],
-    assignments: Annotated[
-        list[str] | None,
-        typer.Option("--set", help="Override a value: section.key=value. Repeatable.", metavar="KEY=VALUE"),
-    ] = None,
+    assignments: Assignments = None,
     as_json: AsJson = False,
 ) -> None:
     """Train a model without outlier channels in its activations, or go on from the last checkpoint."""

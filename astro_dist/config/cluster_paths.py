@@ -1,13 +1,14 @@
 """Paths of a configuration that travels: on a cluster a relative path is another folder in every process."""
 
 import re
+from collections.abc import Mapping
 from pathlib import Path
 
 from astro.errors import ConfigError
 from astro_dist.config.schema import RunConfig
 from astro_dist.config.text_place import PYTHON_DOCS, is_dataset
 
-__all__ = ["require_absolute_paths"]
+__all__ = ["require_absolute", "require_absolute_paths"]
 
 _NOT_A_FOLDER = re.compile(r"[\w.+-]+://.*|demo:.*|\w[\w.-]*/\w[\w.-]*")
 """What names a model elsewhere: a URL, a demo, or ORG/NAME on the Hub unless a folder of that name exists."""
@@ -34,6 +35,18 @@ def require_absolute_paths(config: RunConfig) -> None:
         if text.source != PYTHON_DOCS and not is_dataset(text.source):
             key = f"sources.{i}.source" if config.calibration.sources else "source"
             paths[f"calibration.{key}"] = Path(text.source)
+    require_absolute(paths)
+
+
+def require_absolute(paths: Mapping[str, Path]) -> None:
+    """Refuse relative paths.
+
+    Args:
+        paths: Paths by their keys.
+
+    Raises:
+        ConfigError: A path is relative; the message names its key.
+    """
     for name, path in paths.items():
         if not path.expanduser().is_absolute():
             raise ConfigError(f"{name}: {path} is relative; on a cluster give an absolute path that every node sees")

@@ -1,12 +1,11 @@
 """The section of the configuration on workers and their order. The docstring of each key is its reference."""
 
-import os
 from typing import Literal
 
 from pydantic import Field, model_validator
 
 from astro.linalg.tiling import TILE_ELEMENTS
-from astro_dist.config.section import Section
+from astro_dist.config.section import Section, cluster_address
 
 __all__ = ["MOST_TILE_WEIGHTS", "ExecutionConfig"]
 
@@ -111,4 +110,4 @@ class ExecutionConfig(Section):
     @property
     def cluster_address(self) -> str | None:
         """The address of the cluster to connect to; None stands for a private one on this machine."""
-        return os.environ.get("RAY_ADDRESS") or None if self.ray_address == "auto" else self.ray_address
+        return cluster_address(self.ray_address)

@@ -1,6 +1,5 @@
 """The configuration of one training, by sections. The docstring of each key is its reference."""
 
-import os
 from pathlib import Path
 from typing import Any, Literal
 
@@ -8,7 +7,7 @@ import yaml
 from pydantic import Field, model_validator
 
 from astro.training_config import ActivationRegularization
-from astro_dist.config.section import Section
+from astro_dist.config.section import Section, cluster_address
 from astro_dist.config.text_place import PYTHON_DOCS
 
 __all__ = [
@@ -135,7 +134,7 @@ class TrainExecutionConfig(Section):
     @property
     def cluster_address(self) -> str | None:
         """The address of the cluster to connect to; None stands for a private one on this machine."""
-        return os.environ.get("RAY_ADDRESS") or None if self.ray_address == "auto" else self.ray_address
+        return cluster_address(self.ray_address)
 
 
 class TrainOutputConfig(Section):

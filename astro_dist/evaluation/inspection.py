@@ -12,14 +12,12 @@ from astro.errors import NumericalError
 from astro.model.activations import BlockLayers
 from astro.process import configure_process, peak_rss_bytes
 from astro_dist.config.schema import TextSource
-from astro_dist.config.text_place import PYTHON_DOCS
 from astro_dist.evaluation.judge_settings import JudgeSettings
 from astro_dist.evaluation.streamed_model import StreamedModel
 from astro_dist.evaluation.text_windows import WindowCut, cut_windows
 from astro_dist.export.named_model import find_model
-from astro_dist.source.documents import Wanted, read_text
 from astro_dist.source.text_tokens import require_known
-from astro_dist.source.whole_text import read_rows, require_place
+from astro_dist.source.whole_text import read_documents, require_documents
 
 __all__ = ["InspectRequest", "Inspection", "KindFigures", "ModelFigures", "inspect_model"]
 
@@ -46,8 +44,6 @@ class KindFigures:
     """What was seen of all layers of one kind, such as all `mlp.down_proj`.
 
     Attributes:
-        kind: Name of the layers within their block; experts have a `*` in the place of their number.
-        layers: Number of the layers.
         outlier_channels: Number of outlier channels of all of them.
         most: Layer with the most outlier channels; of several, with the largest ratio.
         input_ratio: Largest mean magnitude of a channel of any, as a multiple of that of all channels of its layer.
@@ -56,8 +52,6 @@ class KindFigures:
         weight_ratio: Largest weight of any, as a multiple of the root mean square in its layer.
     """
 
-    kind: str
-    layers: int
     outlier_channels: int
     most: LayerFigures
     input_ratio: float
@@ -66,16 +60,13 @@ class KindFigures:
     weight_ratio: float
 
     @classmethod
-    def of(cls, kind: str, layers: Sequence[LayerFigures]) -> "KindFigures":
+    def of(cls, layers: Sequence[LayerFigures]) -> "KindFigures":
         """Sum up the layers of one kind.
 
         Args:
-            kind: Name of the layers within their block.
             layers: Figures of the layers, at least one.
         """
         return cls(
-            kind=kind,
-            layers=len(layers),
             outlier_channels=sum(len(layer.outlier_channels) for layer in layers),
             most=max(layers, key=lambda layer: (len(layer.outlier_channels), layer.input_ratio)),
             input_ratio=max(layer.input_ratio for layer in layers),
@@ -154,13 +145,11 @@ def inspect_model(name: str, request: InspectRequest, settings: JudgeSettings) -
         NumericalError: A forward pass overflowed.
     """
     settings.require_device()
-    is_shipped = request.text.source == PYTHON_DOCS
-    if not is_shipped:
-        require_place(request.text, "--text")
+    require_documents(request.text, "--text")
     configure_process(torch.get_num_threads())
     model = StreamedModel(find_model(name), settings)
     before = StreamedModel(find_model(request.against), settings) if request.against else None
-    rows = _shipped_text(request.text) if is_shipped else read_rows(request.text, "--text")
+    rows = read_documents(request.text, "--text")
     text = cut_windows(request.text.source, rows, model.tokenizer, WindowCut(request.window, request.limit))
     for each in filter(None, (model, before)):
         require_known(int(text.input_ids.max()), each.skeleton.limits()[0], each.name)
@@ -175,10 +164,6 @@ def inspect_model(name: str, request: InspectRequest, settings: JudgeSettings) -
         device=model.device.type,
         peak_rss_bytes=peak_rss_bytes(),
     )
-
-
-def _shipped_text(source: TextSource) -> Iterator[str]:
-    return (document.text for document in read_text(source, Wanted(num_characters=0, seed=0), None).documents)
 
 
 def _watch(model: StreamedModel, batches: Sequence[torch.Tensor]) -> ModelFigures:

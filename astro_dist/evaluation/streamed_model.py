@@ -9,6 +9,7 @@ import logging
 from collections.abc import Callable, Generator, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
+from typing import TypeVar
 
 import torch
 import transformers
@@ -27,7 +28,7 @@ from astro_dist.evaluation.judge_settings import JudgeSettings
 from astro_dist.source.long_wait import LongWait
 from astro_dist.source.resolve import Source
 
-__all__ = ["StreamedModel"]
+__all__ = ["StreamedModel", "result_of"]
 
 _log = logging.getLogger("astro_dist")
 
@@ -36,8 +37,24 @@ _PROBE_TOKENS = 8
 _KEPT_SHARE = 0.5
 """Share of the memory that is free up to which a model that is read again and again is kept."""
 
+Result = TypeVar("Result")
+
 Watched = Callable[[int], AbstractContextManager[object]]
 """A function that returns the context in which a block of an index runs."""
+
+
+def result_of(steps: Generator[object, None, Result]) -> Result:
+    """Go all steps, and return what comes of them.
+
+    Args:
+        steps: Generator that yields after each step.
+    """
+    while True:
+        try:
+            next(steps)
+        except StopIteration as end:
+            result: Result = end.value
+            return result
 
 
 class StreamedModel:
@@ -157,13 +174,7 @@ class StreamedModel:
 
     def last_hidden(self, batches: Sequence[torch.Tensor], watched: Watched | None = None) -> list[torch.Tensor]:
         """Run batches through all blocks, and return what the last one makes of each; see `pass_blocks`."""
-        passing = self.pass_blocks(batches, watched)
-        while True:
-            try:
-                next(passing)
-            except StopIteration as end:
-                hidden: list[torch.Tensor] = end.value
-                return hidden
+        return result_of(self.pass_blocks(batches, watched))
 
     @torch.no_grad()
     def pass_blocks(

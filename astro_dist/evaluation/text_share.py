@@ -12,7 +12,7 @@ import torch
 
 from astro.model.perplexity import measure_sequences
 from astro.model.sequence_figures import SequenceFigures
-from astro_dist.evaluation.streamed_model import StreamedModel
+from astro_dist.evaluation.streamed_model import StreamedModel, result_of
 
 __all__ = ["Measured", "measure_here", "pass_share"]
 
@@ -72,13 +72,7 @@ def measure_here(
     model: StreamedModel, against: StreamedModel | None, batches: Sequence[torch.Tensor], num_leading: int
 ) -> Measured:
     """Measure a whole text in this process; see `pass_share`."""
-    steps = pass_share(model, against, batches, num_leading)
-    while True:
-        try:
-            next(steps)
-        except StopIteration as end:
-            measured: Measured = end.value
-            return measured
+    return result_of(pass_share(model, against, batches, num_leading))
 
 
 def _counted(

@@ -26,9 +26,9 @@ def inspection_rows(inspection: Inspection) -> list[tuple[str, ...]]:
     kinds_before = inspection.before.by_kind() if inspection.before else {}
     rows = []
     for kind, layers in inspection.now.by_kind().items():
-        now = _cells(KindFigures.of(kind, layers))
+        now = _cells(KindFigures.of(layers))
         if kind in kinds_before:
-            before = _cells(KindFigures.of(kind, kinds_before[kind]))
+            before = _cells(KindFigures.of(kinds_before[kind]))
             now = tuple(f"{b} → {n}" if b != n else n for b, n in zip(before, now, strict=True))
         rows.append((f"{kind} ({len(layers)})", *now))
     return rows

@@ -7,11 +7,12 @@ from pathlib import Path
 from astro.errors import ConfigError
 from astro_dist.config.schema import TextSource
 from astro_dist.config.text_place import FILE_SUFFIXES, PYTHON_DOCS, is_dataset, is_file
+from astro_dist.source.documents import Wanted, read_text
 from astro_dist.source.json_lines import json_objects
 from astro_dist.source.parquet_column import column_values, open_parquet
 from astro_dist.source.rows import choose_column
 
-__all__ = ["read_rows", "require_place"]
+__all__ = ["read_documents", "read_rows", "require_documents", "require_place"]
 
 
 def require_place(source: TextSource, option: str) -> None:
@@ -55,6 +56,24 @@ def read_rows(source: TextSource, option: str) -> Iterator[str]:
         raise
     except (OSError, EOFError, ValueError, KeyError, NotImplementedError, zlib.error) as error:
         raise ConfigError(f"{option} {source.source}: cannot be read: {error}") from error
+
+
+def require_documents(source: TextSource, option: str) -> None:
+    """Refuse a text of which `read_documents` could read nothing; see `require_place`, which takes no shipped text."""
+    if source.source != PYTHON_DOCS:
+        require_place(source, option)
+
+
+def read_documents(source: TextSource, option: str) -> Iterator[str]:
+    """Return the documents of a text: its rows, see `read_rows`, or those of the text that every Python ships.
+
+    Args:
+        source: Place of the text, as `read_rows` takes it, or `python-docs`.
+        option: Option or key that names the text, for messages.
+    """
+    if source.source != PYTHON_DOCS:
+        return read_rows(source, option)
+    return (document.text for document in read_text(source, Wanted(num_characters=0, seed=0), None).documents)
 
 
 def _rows(source: TextSource, option: str) -> Iterator[str]:

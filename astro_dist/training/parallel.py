@@ -102,16 +102,13 @@ class ParallelModel:
         dist.all_reduce(total)
         return total / self.place.world_size
 
-    def cut_gradient(self, norm: float) -> torch.Tensor:
-        """Cut the gradient of all parameters to a norm, and return the norm that it had.
+    def cut_gradient(self, norm: float) -> None:
+        """Cut the gradient of all parameters to a norm.
 
         Args:
             norm: Largest norm; 0 leaves the gradient as it is.
         """
-        most = norm or float("inf")
-        found = torch.nn.utils.clip_grad_norm_(self.model.parameters(), most)
-        whole: torch.Tensor = found.full_tensor() if hasattr(found, "full_tensor") else found
-        return whole
+        torch.nn.utils.clip_grad_norm_(self.model.parameters(), norm or float("inf"))
 
     def full_state(self) -> dict[str, torch.Tensor]:
         """Return all weights by name, on the CPU of worker 0; empty on others. All workers must call it."""

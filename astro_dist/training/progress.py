@@ -17,7 +17,7 @@ def add_event(path: Path, kind: str, content: Mapping[str, Any]) -> None:
 
     Args:
         path: Path of the file.
-        kind: Kind of the event: `begun`, `step`, `checkpoint`, `written` or `failed`.
+        kind: Kind of the event: `begun`, `step`, `checkpoint` or `failed`.
         content: What is known of it.
     """
     line = json.dumps({"event": kind, **content}) + "\n"

@@ -7,7 +7,7 @@ with the sequences that come next, whatever the number of workers.
 
 import dataclasses
 import hashlib
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -18,11 +18,10 @@ import torch
 from astro.errors import ConfigError
 from astro.storage.atomic import read_json, write_atomic, write_json
 from astro_dist.config.schema import TextSource
-from astro_dist.config.text_place import PYTHON_DOCS
 from astro_dist.config.training import TrainTextConfig
-from astro_dist.source.documents import Document, Wanted, read_text
+from astro_dist.source.documents import Document
 from astro_dist.source.text_tokens import TextTokenizer, require_known
-from astro_dist.source.whole_text import read_rows, require_place
+from astro_dist.source.whole_text import read_documents, require_documents
 
 __all__ = ["TokenFile", "require_text", "write_tokens"]
 
@@ -38,13 +37,11 @@ class TokenFile:
         path: Path of the file: unsigned integers of 32 bits, one after the other.
         num_tokens: Number of tokens.
         length: Number of tokens of a sequence.
-        sha256: SHA-256 of the tokens, hex.
     """
 
     path: Path
     num_tokens: int
     length: int
-    sha256: str
 
     @property
     def num_sequences(self) -> int:
@@ -76,8 +73,7 @@ def require_text(config: TrainTextConfig) -> None:
     Raises:
         ConfigError: It is neither a file of a known kind nor a dataset, or the file is not there.
     """
-    if config.source != PYTHON_DOCS:
-        require_place(_source(config), "text.source")
+    require_documents(_source(config), "text.source")
 
 
 def write_tokens(config: TrainTextConfig, tokenizer: Any, vocab_size: int, path: Path) -> TokenFile:
@@ -97,7 +93,7 @@ def write_tokens(config: TrainTextConfig, tokenizer: Any, vocab_size: int, path:
     info = path.with_name(_INFO)
     if info.is_file() and path.is_file():
         content = read_json(info)
-        return TokenFile(path, content["num_tokens"], config.sequence_length, content["sha256"])
+        return TokenFile(path, content["num_tokens"], config.sequence_length)
     of_text = TextTokenizer(tokenizer)
     end = getattr(tokenizer, "eos_token_id", None)
     digest, count, largest = hashlib.sha256(), 0, 0
@@ -121,24 +117,19 @@ def write_tokens(config: TrainTextConfig, tokenizer: Any, vocab_size: int, path:
             f"{config.sequence_length}; use more text, or a smaller text.sequence_length"
         )
     write_json(info, {"num_tokens": count, "sha256": digest.hexdigest()})
-    return TokenFile(path, count, config.sequence_length, digest.hexdigest())
+    return TokenFile(path, count, config.sequence_length)
 
 
 def _documents(config: TrainTextConfig) -> Iterator[str]:
     """Yield the documents of a text in their order, without empty ones."""
-    if config.source == PYTHON_DOCS:
-        rows: Iterable[str] = (
-            document.text for document in read_text(_source(config), Wanted(num_characters=0, seed=0), None).documents
-        )
-    else:
-        rows = read_rows(_source(config), "text.source")
+    rows = read_documents(_source(config), "text.source")
     return (row for row in rows if row)
 
 
 def _source(config: TrainTextConfig) -> TextSource:
     return TextSource(
         source=config.source, subset=config.subset, split=config.split, revision=config.revision,
-        column="auto" if config.source == PYTHON_DOCS else config.column, share=1.0,
+        column=config.column, share=1.0,
     )  # fmt: skip
 
 

@@ -14,6 +14,7 @@ from astro import errors
 from astro.activation_regularization import CLIPS_FILE
 from astro.errors import ConfigError, RunError
 from astro.process import configure_process
+from astro_dist.config.cluster_paths import require_absolute
 from astro_dist.config.training import TrainConfig
 from astro_dist.console import in_words
 from astro_dist.run_directory.lock import hold
@@ -171,9 +172,7 @@ def _require_places(config: TrainConfig) -> None:
     paths = {"output.dir": config.output.dir}
     if Path(config.model.source).exists():
         paths["model.source"] = Path(config.model.source)
-    for name, path in paths.items():
-        if not path.expanduser().is_absolute():
-            raise ConfigError(f"{name}: {path} is relative; on a cluster give an absolute path that every node sees")
+    require_absolute(paths)
 
 
 def _say_text(config: TrainConfig, tokens: TokenFile) -> None:

@@ -4,11 +4,11 @@ import dataclasses
 from pathlib import Path
 from typing import Any
 
-import yaml
-
 from astro.errors import ConfigError, RunError
 from astro.storage.atomic import read_json, write_json, write_text
 from astro_dist.config.training import TrainConfig
+from astro_dist.config.yaml_file import load_train_config
+from astro_dist.run_directory.layout import RunLayout
 
 __all__ = ["CHECKPOINTS", "TrainingDirectory"]
 
@@ -67,11 +67,11 @@ class TrainingDirectory:
         """
         path = self.root / "train.yaml"
         if not path.is_file():
-            if (self.root / "run.json").exists():
+            if RunLayout(self.root).identity.exists():
                 raise ConfigError(f"output.dir {self.root}: holds a run of quantize; take another folder")
             write_text(path, config.to_yaml())
             return
-        before = TrainConfig.model_validate(yaml.safe_load(path.read_text(encoding="utf-8"))).arithmetic()
+        before = load_train_config(path).arithmetic()
         now = config.arithmetic()
         for section, keys in now.items():
             for key, value in keys.items():

@@ -142,7 +142,7 @@ def test_learning_rate_rises_and_falls():
 def test_every_sequence_comes_once_in_a_pass(settings):
     config = settings()
     train(config)
-    tokens = TokenFile(config.output.dir / "tokens.bin", 32 * 50 + 7, 32, "")
+    tokens = TokenFile(config.output.dir / "tokens.bin", 32 * 50 + 7, 32)
     first = tokens.sequences(0, 50, seed=0)
     second = tokens.sequences(50, 50, seed=0)
     assert not torch.equal(first, second)
