@@ -8,6 +8,7 @@ import hashlib
 import logging
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
+from itertools import chain
 from pathlib import Path
 
 import torch
@@ -68,7 +69,7 @@ class BlockWeights:
         self._layout: Layout | None = None
         self._stems: set[str] = set()
         self._schemes: Mapping[str, LayerScheme] = {}
-        self._layers: dict[int, BlockLayers] = {}
+        self._layers: dict[tuple[int, ...], BlockLayers] = {}
         self.inputs: ActivationScheme | None = None
         self.rounds_cache = False
         self._checkpoint = self._open_packed(store, source.folder) or Checkpoint.open_source(store)
@@ -146,21 +147,21 @@ class BlockWeights:
             handle.remove()
 
     @contextmanager
-    def rounding(self, index: int) -> Iterator[None]:
-        """Let a block that is filled round as servers do while the body of a `with` statement runs.
+    def rounding(self, *indices: int) -> Iterator[None]:
+        """Let blocks that are filled round as servers do while the body of a `with` statement runs.
 
-        What is rounded are the inputs of its packed layers, and the keys and values that a cache holds.
+        What is rounded are the inputs of their packed layers, and the keys and values that a cache holds.
 
         Args:
-            index: Index of the block.
+            indices: Indices of the blocks.
         """
-        keys = self._places.by_block.get(index, [])
-        if self.inputs is not None and index not in self._layers:
-            layers = [layer for layers in self._packed_parameters(index, keys).values() for layer in layers]
-            packed = [layer for layer in layers if layer.stem in self._stems]
-            self._layers[index] = BlockLayers(self.skeleton.model, packed)
-        scales = self._cache_scales(keys) if self.rounds_cache else {}
-        inputs = rounded_inputs(self._layers[index], self.inputs) if self.inputs is not None else nullcontext()
+        keys = {index: self._places.by_block.get(index, []) for index in indices}
+        if self.inputs is not None and indices not in self._layers:
+            of_blocks = (self._packed_parameters(index, keys[index]).values() for index in indices)
+            packed = [layer for layers in chain(*of_blocks) for layer in layers if layer.stem in self._stems]
+            self._layers[indices] = BlockLayers(self.skeleton.model, packed)
+        scales = self._cache_scales(chain(*keys.values())) if self.rounds_cache else {}
+        inputs = rounded_inputs(self._layers[indices], self.inputs) if self.inputs is not None else nullcontext()
         with inputs, rounded_cache(scales):
             yield
 

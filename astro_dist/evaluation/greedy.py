@@ -51,10 +51,11 @@ def greedy_sequences(
     """
     if not model.keep_if_it_fits():
         return _streamed(model, prompts, limits, is_enough, batch_tokens)
-    return [
-        _generated(model, prompt, limits[number], lambda tokens, number=number: is_enough(number, tokens))  # type: ignore[misc]
-        for number, prompt in enumerate(prompts)
-    ]
+    with model.rounding():
+        return [
+            _generated(model, prompt, limits[number], lambda tokens, number=number: is_enough(number, tokens))  # type: ignore[misc]
+            for number, prompt in enumerate(prompts)
+        ]
 
 
 def _generated(model: StreamedModel, prompt: Sequence[int], num_tokens: int, is_enough: _Enough) -> list[int]:

@@ -164,6 +164,10 @@ class StreamedModel:
         self.skeleton.model.tie_weights()
         return_freed_memory()
 
+    def rounding(self) -> AbstractContextManager[None]:
+        """Let the whole model, which is kept, round as servers do while the body of a `with` statement runs."""
+        return self._weights.rounding(*range(len(self.skeleton.blocks)))
+
     def linear_layers(self, index: int) -> list[LinearLayer]:
         """Return the linear layers of a block, without gates, whether its files hold them packed or not.
 

@@ -14,6 +14,7 @@ from astro.errors import CheckpointError, ConfigError, NumericalError
 from astro.formats import compressed_tensors
 from astro_dist import pipeline
 from astro_dist.evaluation.block_weights import BlockWeights
+from astro_dist.evaluation.greedy import greedy_sequences
 from astro_dist.evaluation.judge_settings import JudgeSettings
 from astro_dist.evaluation.streamed_model import StreamedModel
 from astro_dist.evaluation.text_loss import measure_text
@@ -129,6 +130,18 @@ def test_inputs_of_a_result_are_rounded_as_in_its_run(name, mode, inputs, run_co
 def test_what_is_served_beside_the_weights_is_judged_as_in_its_run(changes, run_config, llama):
     run = Path(pipeline.quantize(run_config(**changes)).model).parent
     assert_judged_as_measured(run, llama)
+
+
+def test_text_is_continued_alike_whether_the_result_is_kept_or_streamed(run_config, monkeypatch):
+    changes = {**EVERYTHING, "activations__bits": 4, "quantization__group_size": 64}
+    run = Path(pipeline.quantize(run_config(**changes)).model).parent
+    prompts = [list(range(start, start + 9)) for start in range(20, 100, 10)]
+    limits = [12] * len(prompts)
+    kept = streamed(run)
+    made = greedy_sequences(kept, prompts, limits, lambda number, tokens: False, batch_tokens=200)
+    assert kept.num_readings == 1
+    monkeypatch.setattr("astro_dist.evaluation.streamed_model._KEPT_SHARE", 0.0)
+    assert made == greedy_sequences(streamed(run), prompts, limits, lambda number, tokens: False, batch_tokens=200)
 
 
 @pytest.mark.parametrize(
