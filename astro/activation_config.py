@@ -10,7 +10,10 @@ from typing import Any, ClassVar, Literal
 
 from astro.errors import ConfigError
 
-__all__ = ["ActivationScheme", "Activations", "Reconstruction"]
+__all__ = ["MOST_RANK", "ActivationScheme", "Activations", "Reconstruction"]
+
+MOST_RANK = 512
+"""Largest rank of a correction, the largest of an adapter that vLLM takes."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -98,6 +101,11 @@ class Activations:
         return None if self.bits == 16 else ActivationScheme(self.bits, self.type)
 
     @property
+    def rounds_cache(self) -> bool:
+        """Whether servers hold keys and values in FP8."""
+        return self.kv_cache == "fp8"
+
+    @property
     def in_words(self) -> str:
         """What the inputs are, such as "int8 per token"; empty where they stay as they are."""
         return "" if self.scheme is None else self.scheme.in_words
@@ -119,12 +127,17 @@ class Reconstruction:
     most 1."""
 
     def __post_init__(self) -> None:
-        if self.rank != "auto" and not 0 <= self.rank <= 512:
-            raise ConfigError(f"rank: expected auto or 0 to 512, the largest that vLLM takes, got {self.rank}")
+        if self.rank != "auto" and not 0 <= self.rank <= MOST_RANK:
+            raise ConfigError(f"rank: expected auto or 0 to {MOST_RANK}, the largest that vLLM takes, got {self.rank}")
         if not 0 < self.energy <= 1:
             raise ConfigError(f"energy: expected more than 0 and at most 1, got {self.energy}")
         if self.rank != "auto" and self.energy != type(self).energy:
             raise ConfigError(f"energy: only with rank: auto, got {self.energy} with rank {self.rank}")
+
+    @property
+    def most_rank(self) -> int:
+        """The largest rank that a correction may have."""
+        return MOST_RANK if self.rank == "auto" else self.rank
 
     @property
     def is_on(self) -> bool:

@@ -314,7 +314,6 @@ def _worker_spec(job: _Job, folder: Path, dtype: torch.dtype, executor: Executor
         reconstruction=config.reconstruction,
         experts=config.experts,
         token_weights=config.calibration.token_weights,
-        rounds_cache=config.activations.kv_cache == "fp8",
         compute_dtype=dtype,
         device=device,
         threads=threads,

@@ -30,14 +30,13 @@ from typing import Literal
 
 import torch
 
+from astro.activation_config import MOST_RANK
 from astro.linalg.symmetric import squared_error
 from astro.linalg.tiling import every
 from astro.model.low_rank import LowRank
 
-__all__ = ["MOST_RANK", "reconstruct", "remaining_errors", "subspace_work"]
+__all__ = ["reconstruct", "remaining_errors", "subspace_work"]
 
-MOST_RANK = 512
-"""The largest rank that `auto` may choose, which is the largest that vLLM can be asked for."""
 _EXACT_ROWS = 512
 """Outputs up to which G is formed and decomposed whole. It depends on shapes alone, as all arithmetic does."""
 _OVERSAMPLING = 16

@@ -163,7 +163,7 @@ class RunConfig(Section):
                 f"activations.bits: {self.activations.bits} wants quantization.format: compressed-tensors, because the "
                 "GPTQ layout has no field for rounded inputs"
             )
-        if self.activations.kv_cache == "fp8" and self.quantization.format == "gptq":
+        if self.activations.rounds_cache and self.quantization.format == "gptq":
             raise ValueError("activations.kv_cache: fp8 wants quantization.format: compressed-tensors")
         return self
 

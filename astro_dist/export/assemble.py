@@ -46,7 +46,7 @@ def assemble(source: Path, plan: Plan, run: RunDirectory, config: RunConfig, is_
         for entry in read_header(run.model, file):
             weight_map[entry.name] = file
             total += entry.size_bytes
-    rounds_cache = config.activations.kv_cache == "fp8"
+    rounds_cache = config.activations.rounds_cache
     if rounds_cache:
         scales = write_cache_scales(plan, run)
         weight_map |= dict.fromkeys(scales, CACHE_SCALES_NAME)

@@ -224,7 +224,7 @@ def _method(config: RunConfig, summary: Summary) -> list[tuple[str, str]]:
         ("bits a weight", f"{summary.average_bits:.3g}{_spent_by(summary)}"),
         ("one scale for", f"{columns}, {grid}, {_SCALES[q.scale_search]}"),
         *([("inputs of these layers", f"{inputs}, rounded by the server as they come")] if inputs else []),
-        *([("keys and values", _CACHE)] if config.activations.kv_cache == "fp8" else []),
+        *([("keys and values", _CACHE)] if config.activations.rounds_cache else []),
         ("order of columns", static if q.act_order == "static" else "as stored"),
         ("regularizer", f"{regularizer.name}, solver {regularizer.solver}" if regularizer.name != "none" else "none"),
         ("its strength β (layers solved together)", ", ".join(f"{b} ({count})" for b, count in summary.betas.items())),

@@ -8,7 +8,7 @@ from rich.filesize import decimal
 from astro.activation_config import Reconstruction
 from astro.errors import ConfigError
 from astro.model.low_rank import takes_correction
-from astro.quantization.error_reconstruction import MOST_RANK, subspace_work
+from astro.quantization.error_reconstruction import subspace_work
 from astro_dist.planning.predicted_groups import PredictedInputGroup
 from astro_dist.planning.solve_cost import dequantizing
 from astro_dist.planning.units import BlockUnit, Plan
@@ -52,7 +52,7 @@ def correction_size(blocks: Iterable[BlockUnit], settings: Reconstruction) -> Co
     """
     linears = [linear for unit in blocks for linear in unit.linears]
     corrected = [linear for linear in linears if settings.is_on and takes_correction(linear)]
-    rank = MOST_RANK if settings.rank == "auto" else settings.rank
+    rank = settings.most_rank
     return CorrectionSize(
         num_layers=len(corrected),
         weights=sum(min(rank, layer.rows, layer.columns) * (layer.rows + layer.columns) for layer in corrected),
@@ -104,7 +104,7 @@ def correction_work(batch: PredictedInputGroup, settings: Reconstruction, compen
     """
     if not settings.is_on or batch.reach < 1:
         return Work()
-    rank = MOST_RANK if settings.rank == "auto" else settings.rank
+    rank = settings.most_rank
     product = float(batch.columns * batch.weights)
     # One half of a product with the Hessian for the error before and after each, and three for what was aimed at.
     measured, aimed = 2.0 * product, 6.0 * product * compensated

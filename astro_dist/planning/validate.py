@@ -111,7 +111,7 @@ def prepare(config: RunConfig, commit: str | None = None) -> Prepared:
     refusal = layout.inputs_refusal(linears.values(), schemes, inputs)
     if refusal:
         raise UnsupportedError(f"activations: {refusal}")
-    if config.activations.kv_cache == "fp8":
+    if config.activations.rounds_cache:
         _require_cache(skeleton, plan)
     notes = [
         *layout.server_notes(schemes, plan.ignore),

@@ -106,7 +106,7 @@ def settings_line(config: "RunConfig") -> str:
     q, calibration, execution = config.quantization, config.calibration, config.execution
     bits = f"{q.average_bits:g} bits on average" if q.bits == "auto" else f"{q.bits} bits"
     inputs = f", inputs {words}" if (words := config.activations.in_words) else ""
-    inputs += ", FP8 cache of keys and values" if config.activations.kv_cache == "fp8" else ""
+    inputs += ", FP8 cache of keys and values" if config.activations.rounds_cache else ""
     rounds = counted(execution.rounds, "round")
     is_open = "auto" in (calibration.samples, calibration.sequence_length)
     most = f"{'up to ' if is_open else ''}{calibration.most_samples} × {calibration.longest_sequence} tokens"

@@ -55,7 +55,7 @@ def headline(findings: Findings) -> list[str]:
     mode = f"mode {execution.mode}"
     rounds = [counted(execution.rounds, "round")] if execution.rounds > 1 else []
     inputs = [f"inputs {words}"] if (words := config.activations.in_words) else []
-    inputs += ["FP8 cache"] if config.activations.kv_cache == "fp8" else []
+    inputs += ["FP8 cache"] if config.activations.rounds_cache else []
     return [bits, group, *inputs, q.format, ", ".join([mode, *rounds])]
 
 

@@ -18,7 +18,7 @@ from astro.formats.block_shard import kept_keys, pack_block
 from astro.model.activations import BlockLayers
 from astro.model.block_call import BlockState, forward
 from astro.model.call_file import Recording
-from astro.model.kv_cache import LargestCached, rounded_cache, watched_cache
+from astro.model.kv_cache import CacheScales, LargestCached, rounded_cache, watched_cache
 from astro.model.low_rank import attach, takes_correction
 from astro.model.rounded_inputs import rounded_inputs
 from astro.model.skeleton import Skeleton
@@ -32,7 +32,7 @@ from astro.storage.part_writer import PartWriter
 from astro_dist.planning.devices import reads_weights_ahead
 from astro_dist.planning.units import BlockUnit
 from astro_dist.run_directory.cached_values import read_scales, write_largest
-from astro_dist.schedule.names import ORIGINAL, is_held_out, stream_names
+from astro_dist.schedule.names import ORIGINAL, is_held_out, round_of_stream
 from astro_dist.worker.device_check import require_memory
 from astro_dist.worker.hidden_samples import sample_of
 from astro_dist.worker.prefetch import Prefetch
@@ -85,6 +85,7 @@ class BlockRunner:
         self._loaded: tuple[str, int] | None = None
         self._corrected: list[RemovableHandle] = []
         self._layers: tuple[int, BlockLayers] | None = None
+        self._scales: tuple[tuple[str, int], dict[torch.nn.Module, CacheScales]] | None = None
         self._calls = RecordedCalls(spec.run, self.device)
 
     @property
@@ -181,6 +182,7 @@ class BlockRunner:
     def close(self) -> None:
         """Take the block off the device."""
         self._prefetch.forget()
+        self._scales = None
         while self._corrected:
             self._corrected.pop().remove()
         if self._loaded is not None:
@@ -313,28 +315,38 @@ class BlockRunner:
             index: Index of the block.
         """
         largest: dict[torch.nn.Module, LargestCached] = {}
-        with watched_cache(largest) if self.spec.rounds_cache else nullcontext():
+        with watched_cache(largest) if self.spec.activations.rounds_cache else nullcontext():
             yield
         if largest:
-            names = {module: name for name, module in self.skeleton.model.named_modules()}
+            block, prefix = self.skeleton.blocks[index], f"{self.skeleton.blocks_name}.{index}"
+            names = {module: name for name, module in block.named_modules(prefix=prefix)}
             by_name = {names[module]: of_module for module, of_module in largest.items()}
             write_largest(self.spec.run, round_index, index, by_name)
 
-    def rounding_cache(self, stream: str, index: int) -> AbstractContextManager[None]:
-        """Return a context in which the loaded block rounds keys and values as a server's cache does, if asked for.
+    @contextmanager
+    def serving(self, stream: str, unit: BlockUnit) -> Iterator[None]:
+        """Let the loaded block compute as servers do in the body of a `with` statement, which runs whole forwards.
 
         Args:
             stream: Stream of the model; that of the source rounds nothing.
-            index: Index of the block.
+            unit: Unit of the block.
 
         Raises:
-            DamagedError: A file with what calibration saw is not as it was written.
+            DamagedError: A file with what calibration saw of keys and values is not as it was written.
         """
-        if stream == ORIGINAL or not self.spec.rounds_cache:
-            return nullcontext()
-        wrote = stream_names(self.spec.run.rounds).index(stream) - 1
-        scales = read_scales(self.spec.run, wrote, index)
-        return rounded_cache({self.skeleton.model.get_submodule(name): of_name for name, of_name in scales.items()})
+        with self.rounding(stream, unit), rounded_cache(self._cache_scales(stream, unit.index)):
+            yield
+
+    def _cache_scales(self, stream: str, index: int) -> dict[torch.nn.Module, CacheScales]:
+        """Return the scales of the loaded block's keys and values by attention module; empty where none are rounded."""
+        wrote = round_of_stream(stream)
+        if wrote is None or not self.spec.activations.rounds_cache:
+            return {}
+        if self._scales is None or self._scales[0] != (stream, index):
+            by_name = read_scales(self.spec.run, wrote, index)
+            scales = {self.skeleton.model.get_submodule(name): of_name for name, of_name in by_name.items()}
+            self._scales = ((stream, index), scales)
+        return self._scales[1]
 
     def served(self, stream: str) -> ActivationScheme | None:
         """Return the grid to which a stream rounds the inputs of quantized layers; the source's rounds nothing.
@@ -364,7 +376,7 @@ class BlockRunner:
         unit = self.spec.plan.blocks[index]
 
         def repeat(chunk: str) -> None:
-            with self.rounding(stream, unit), self.rounding_cache(stream, index):
+            with self.serving(stream, unit):
                 self.forward(index, self.state(stream, index, chunk), chunk)
 
         return [partial(repeat, chunk) for chunk in self.spec.chunks if not is_held_out(chunk)]

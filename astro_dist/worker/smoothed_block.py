@@ -30,7 +30,7 @@ class SmoothedBlocks:
             skeleton: The model.
         """
         self._spec, self._skeleton = spec, skeleton
-        self._inputs: dict[int, tuple[SmoothedInput, ...]] = {}
+        self._inputs: tuple[int, tuple[SmoothedInput, ...]] | None = None
         self._layers: tuple[int, list[LinearLayer]] | None = None
 
     def inputs(self, unit: BlockUnit) -> Sequence[SmoothedInput]:
@@ -44,9 +44,10 @@ class SmoothedBlocks:
         """
         if self._spec.activations.smoothing == "none":
             return ()
-        if unit.index not in self._inputs:
-            self._inputs[unit.index] = self._spec.run.read(smoothing_unit(unit.index), SmoothingResult).smoothed_inputs
-        return self._inputs[unit.index]
+        if self._inputs is None or self._inputs[0] != unit.index:
+            decided = self._spec.run.read(smoothing_unit(unit.index), SmoothingResult)
+            self._inputs = (unit.index, decided.smoothed_inputs)
+        return self._inputs[1]
 
     def layers(self, unit: BlockUnit) -> list[LinearLayer]:
         """Return all linear layers of a block, quantized or not.

@@ -37,7 +37,6 @@ class WorkerSpec:
         reconstruction: Settings of what is done about the errors that are left.
         experts: Policy about experts that too few tokens reach.
         token_weights: What the calibration tokens are weighted by.
-        rounds_cache: Whether servers hold keys and values in FP8.
         compute_dtype: Dtype of forward passes and activations.
         device: Type of the device, "cpu" or "cuda".
         threads: Number of CPU threads.
@@ -62,7 +61,6 @@ class WorkerSpec:
     reconstruction: Reconstruction
     experts: Experts
     token_weights: Kind
-    rounds_cache: bool
     compute_dtype: torch.dtype
     device: str
     threads: int

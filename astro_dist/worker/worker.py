@@ -267,7 +267,7 @@ class Worker:
         is_last = block + 1 == len(self._spec.plan.blocks)
 
         def compute(chunk: str, states: Sequence[BlockState]) -> BlockState:
-            with runner.rounding(stream, fed_block.unit), runner.rounding_cache(stream, block):
+            with runner.serving(stream, fed_block.unit):
                 if is_held_out(chunk):
                     return runner.forward(block, states[0], chunk)
                 with runner.watching_cache(call.round_index, block):
@@ -319,7 +319,7 @@ class Worker:
         unit = runner.load(stream, block)
 
         def compute(chunk: str, states: Sequence[BlockState]) -> BlockState:
-            with runner.rounding(stream, unit), runner.rounding_cache(stream, block):
+            with runner.serving(stream, unit):
                 return runner.forward(block, states[0], chunk)
 
         passage = Passage(
