@@ -4,7 +4,6 @@ Shapes: T tokens, C columns (channels of the input).
 """
 
 import dataclasses
-from collections.abc import Iterable
 from typing import Self
 
 import torch
@@ -84,19 +83,6 @@ class ChannelSums:
         self.total += total.to(self.total.device)
         self.maximum = torch.maximum(self.maximum, maximum.to(self.maximum.device))
         self.num_tokens += num_tokens
-
-    @classmethod
-    def merged(cls, sums: "Iterable[ChannelSums]") -> "ChannelSums":
-        """Return the sums of several inputs together, such as those of all experts.
-
-        Args:
-            sums: Sums of the same width; at least one.
-        """
-        first, *others = sums
-        together = cls(len(first.total), first.total.device)
-        for part in (first, *others):
-            together.merge_(part.total, part.maximum, part.num_tokens)
-        return together
 
     def finish(self) -> ChannelStatistics:
         """Return the statistics of all tokens that were added; zeros where there was none."""

@@ -11,6 +11,7 @@ from collections.abc import Iterator
 import torch
 
 from astro.activation_regularization import kurtosis_sum
+from astro.calibration.channel_statistics import ChannelSums
 from astro.model.activations import BlockLayers, Inputs, Operand
 
 __all__ = ["OUTLIER_RATIO", "BlockWatch", "LayerFigures"]
@@ -59,7 +60,7 @@ class BlockWatch:
             layers: Its layers, whose weights are loaded.
         """
         self._index, self._layers = index, layers
-        self._sums = {operand.names: _Sums(operand.columns) for operand in layers.operands}
+        self._sums: dict[tuple[str, ...], _Sums] = {}
 
     @contextlib.contextmanager
     def watching(self) -> Iterator[None]:
@@ -69,15 +70,22 @@ class BlockWatch:
 
     def figures(self) -> tuple[list[LayerFigures], int]:
         """Return what was seen of each layer that a token reached, and the number of those that none was seen at."""
-        seen = [operand for operand in self._layers.operands if self._sums[operand.names].tokens]
+        seen = [operand for operand in self._layers.operands if operand.names in self._sums]
         return [self._figures(operand) for operand in seen], len(self._layers.operands) - len(seen)
 
     def _note(self, operand: Operand, inputs: Inputs, product: torch.Tensor) -> None:
-        self._sums[operand.names].add_(inputs.X, product)
+        X = inputs.X
+        if not X.numel():
+            return
+        if operand.names not in self._sums:
+            self._sums[operand.names] = _Sums(operand.columns, X.device)
+        self._sums[operand.names].add_(X, product)
 
     def _figures(self, operand: Operand) -> LayerFigures:
         sums = self._sums[operand.names]
-        channels = sums.magnitudes / sums.tokens
+        tokens = sums.channels.num_tokens
+        channels = sums.channels.total / tokens
+        input_kurtosis, output_kurtosis = (sums.kurtosis / tokens).tolist()
         mean = float(channels.mean())
         weights = [self._layers.weight(name).float() for name in operand.names]
         count = sum(W.numel() for W in weights)
@@ -86,41 +94,30 @@ class BlockWatch:
         return LayerFigures(
             names=operand.names,
             block=self._index,
-            tokens=sums.tokens,
+            tokens=tokens,
             outlier_channels=tuple((channels > OUTLIER_RATIO * mean).nonzero().flatten().tolist()),
             input_ratio=float(channels.max()) / mean if mean else 0.0,
-            input_max=sums.largest,
-            input_kurtosis=sums.input_kurtosis / sums.tokens,
-            output_kurtosis=sums.output_kurtosis / sums.tokens,
+            input_max=float(sums.channels.maximum.max()),
+            input_kurtosis=input_kurtosis,
+            output_kurtosis=output_kurtosis,
             weight_max=largest,
             weight_ratio=largest / (squares / count) ** 0.5 if squares else 0.0,
         )
 
 
 class _Sums:
-    """Sums over the tokens that reached a layer.
+    """Sums over the tokens that reached a layer, on the device that computes.
 
     Attributes:
-        tokens: Number of tokens.
-        magnitudes: Sum of the magnitudes of each channel, float64 [C] on the CPU.
-        largest: Largest magnitude.
-        input_kurtosis: Sum of the kurtosis of inputs.
-        output_kurtosis: Sum of the kurtosis of outputs.
+        channels: Sums of each channel.
+        kurtosis: Sums of the kurtosis of inputs and of outputs, float64 [2].
     """
 
-    def __init__(self, columns: int) -> None:
-        self.tokens, self.largest = 0, 0.0
-        self.magnitudes = torch.zeros(columns, dtype=torch.float64)
-        self.input_kurtosis = self.output_kurtosis = 0.0
+    def __init__(self, columns: int, device: torch.device) -> None:
+        self.channels = ChannelSums(columns, device)
+        self.kurtosis = torch.zeros(2, dtype=torch.float64, device=device)
 
     def add_(self, X: torch.Tensor, Y: torch.Tensor) -> None:
-        """Take the inputs [..., C] and outputs [..., R] of some more tokens."""
-        X, Y = X.reshape(-1, X.shape[-1]), Y.reshape(-1, Y.shape[-1])
-        if not len(X):
-            return
-        size = X.float().abs()
-        self.tokens += len(X)
-        self.magnitudes += size.sum(0, dtype=torch.float64).cpu()
-        self.largest = max(self.largest, float(size.max()))
-        self.input_kurtosis += float(kurtosis_sum(X))
-        self.output_kurtosis += float(kurtosis_sum(Y))
+        """Take the inputs [..., C] and outputs [..., R] of some more tokens, at least one."""
+        self.channels.add_(X)
+        self.kurtosis += torch.stack([kurtosis_sum(X), kurtosis_sum(Y)])

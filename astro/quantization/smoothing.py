@@ -25,7 +25,7 @@ from collections.abc import Sequence
 import torch
 
 from astro.activation_config import Activations
-from astro.calibration.channel_statistics import ChannelStatistics
+from astro.calibration.channel_statistics import ChannelStatistics, ChannelSums
 
 __all__ = [
     "aser_factors", "column_statistics", "powers_of_two", "row_factors", "smoothquant_factors",
@@ -90,9 +90,10 @@ def column_statistics(weights: Sequence[torch.Tensor]) -> ChannelStatistics:
     Args:
         weights: Weights [R_m, C] of the layers, any float dtype.
     """
-    total = torch.stack([weight.abs().sum(0, dtype=torch.float64) for weight in weights]).sum(0)
-    largest = torch.stack([weight.abs().amax(0).float() for weight in weights]).amax(0)
-    return ChannelStatistics((total / sum(map(len, weights))).float(), largest)
+    sums = ChannelSums(weights[0].shape[1], weights[0].device)
+    for weight in weights:
+        sums.add_(weight)
+    return sums.finish()
 
 
 def row_factors(
