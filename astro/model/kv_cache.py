@@ -96,7 +96,7 @@ def watched_cache(largest: dict[nn.Module, LargestCached]) -> Iterator[None]:
     """
 
     def watch(module: nn.Module, key: torch.Tensor, value: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        found = LargestCached(*(float(tensor.detach().abs().amax()) for tensor in (key, value)))
+        found = LargestCached(*torch.stack([tensor.detach().abs().amax() for tensor in (key, value)]).tolist())
         largest[module] = largest[module] | found if module in largest else found
         return key, value
 

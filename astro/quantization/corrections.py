@@ -146,8 +146,9 @@ def _measured(
         wanted = behind_errors(input_groups, W[:, rows])
         W_hat = torch.stack([_dequantized(layer, rows, W.device) for layer in layers])
         of_rows = [LowRank(each.A, each.B[rows]) for each in corrections]
-        before += sampled_errors(rounding, wanted, W_hat)[0].sum(-1)
-        after += sampled_errors(rounding, wanted, W_hat, of_rows)[0].sum(-1)
+        plain, corrected, _ = sampled_errors(rounding, wanted, W_hat, of_rows)
+        before += plain.sum(-1)
+        after += corrected.sum(-1)
     return before.tolist(), after.tolist()
 
 

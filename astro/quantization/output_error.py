@@ -38,7 +38,7 @@ def output_error(
     """
     if inputs.rounding is None:
         return error, squared_error(W, inputs.H)
-    measured, energy = sampled_errors(inputs.rounding, W, quantized.dequantize())
+    measured, _, energy = sampled_errors(inputs.rounding, W, quantized.dequantize())
     if any(inputs.lacks_statistics):
         is_lacking = torch.tensor(list(inputs.lacks_statistics), device=W.device).unsqueeze(-1)
         measured = torch.where(is_lacking, error, measured)
@@ -48,8 +48,8 @@ def output_error(
 
 def sampled_errors(
     rounding: RoundingMoments, W: torch.Tensor, W_hat: torch.Tensor, corrections: Sequence[LowRank] = ()
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """Measure the outputs of quantized rows with rounded inputs, and of their corrections, on the sampled tokens.
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Measure the outputs of quantized rows with rounded inputs, without and with corrections, on the sampled tokens.
 
     A correction B A reads the inputs as they are, as servers compute it beside the layer, so that the error is
     ‖ŵX̂ + bAX − wX‖².
@@ -61,17 +61,17 @@ def sampled_errors(
         corrections: For each input group the correction of these rows, in any float dtype; empty for none.
 
     Returns:
-        The errors of each row and the energies ‖wX‖², float32 [B, R] each.
+        The errors of each row without its correction and with it, and the energies ‖wX‖², float32 [B, R] each.
     """
-    measured = W.new_zeros(W.shape[:-1])
-    energy = torch.zeros_like(measured)
+    before, after, energy = (W.new_zeros(W.shape[:-1]) for _ in range(3))
     for tokens in rounding.sample.split(W.shape[-1], dim=-2):
         X_rounded, lost = tokens.mT.chunk(2, dim=-2)
         X = X_rounded + lost
         wanted = W @ X
         energy += wanted.square().sum(-1)
         missed = (W_hat @ X_rounded).sub_(wanted)
+        before += missed.square().sum(-1)
         for of_group, of_input, correction in zip(missed, X, corrections, strict=bool(corrections)):
             of_group.add_(correction.B.to(X.dtype) @ (correction.A.to(X.dtype) @ of_input))
-        measured += missed.square_().sum(-1)
-    return measured, energy
+        after += missed.square_().sum(-1)
+    return before, after, energy
