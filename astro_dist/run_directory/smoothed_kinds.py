@@ -1,18 +1,20 @@
 """What became of the inputs of layers that were to be smoothed, by kind of input."""
 
 import dataclasses
-from collections.abc import Iterable, Mapping
-from typing import Any, Self
+from collections.abc import Iterable
+from typing import TYPE_CHECKING
 
-from astro.model.experts import experts_of
-from astro.model.smoothed_tensors import SmoothedInput
+from astro_dist.run_directory.plain_record import PlainRecord
 from astro_dist.wording import counted
+
+if TYPE_CHECKING:  # it loads torch, which those who only read figures need not wait for
+    from astro.model.smoothed_tensors import SmoothedInput
 
 __all__ = ["SmoothedKind", "smoothed_kinds"]
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class SmoothedKind:
+class SmoothedKind(PlainRecord):
     """Figures of the inputs of one kind in all blocks.
 
     Attributes:
@@ -39,21 +41,8 @@ class SmoothedKind:
         scaled = f"{counted(self.channels, 'channel')}, largest factor {self.largest_factor:g}"
         return f"{self.name} into {self.into}: {counted(self.inputs, 'input')}, {scaled}"
 
-    def to_json(self) -> dict[str, Any]:
-        """Return the kind as a JSON object."""
-        return dataclasses.asdict(self)
 
-    @classmethod
-    def from_json(cls, content: Mapping[str, Any]) -> Self:
-        """Read back what `to_json` returned.
-
-        Args:
-            content: JSON object with every field.
-        """
-        return cls(**content)
-
-
-def smoothed_kinds(inputs: Iterable[SmoothedInput]) -> tuple[SmoothedKind, ...]:
+def smoothed_kinds(inputs: Iterable["SmoothedInput"]) -> tuple[SmoothedKind, ...]:
     """Count inputs by what reads them, and by what became of them.
 
     Args:
@@ -76,10 +65,12 @@ def smoothed_kinds(inputs: Iterable[SmoothedInput]) -> tuple[SmoothedKind, ...]:
     )
 
 
-def _kind_of(smoothed: SmoothedInput) -> str:
+def _kind_of(smoothed: "SmoothedInput") -> str:
     names = (f"experts.{n.rpartition('.')[2]}" if _is_experts(n) else n.rpartition(".")[2] for n in smoothed.layers)
     return "+".join(names)
 
 
 def _is_experts(name: str) -> bool:
+    from astro.model.experts import experts_of
+
     return experts_of(name) is not None or name.rpartition(".")[0].endswith("experts")

@@ -4,12 +4,14 @@ import dataclasses
 import hashlib
 import json
 from collections.abc import Mapping, Sequence
-from typing import Any, ClassVar, Self
+from typing import TYPE_CHECKING, Any, ClassVar, Self
 
 from astro.model.sequence_figures import SequenceFigures
-from astro.model.smoothed_tensors import SmoothedInput
 from astro.quantization.layer_record import LayerRecord
 from astro_dist.run_directory.plain_record import PlainRecord
+
+if TYPE_CHECKING:  # it loads torch, which those who only read figures need not wait for
+    from astro.model.smoothed_tensors import SmoothedInput
 
 __all__ = [
     "BlockResult",
@@ -207,7 +209,7 @@ class SmoothingResult(PlainRecord):
     """
 
     MARK: ClassVar[str] = "smoothed_inputs"
-    smoothed_inputs: tuple[SmoothedInput, ...]
+    smoothed_inputs: "tuple[SmoothedInput, ...]"
     checked_in: str
     largest_change: float
     seconds: Mapping[str, float]
@@ -219,6 +221,8 @@ class SmoothingResult(PlainRecord):
         Args:
             content: JSON object with every field.
         """
+        from astro.model.smoothed_tensors import SmoothedInput
+
         inputs = tuple(map(SmoothedInput.from_json, content["smoothed_inputs"]))
         return super().from_json({**content, "smoothed_inputs": inputs})
 
