@@ -19,6 +19,7 @@ from astro_dist.planning.worker_memory import WorkerMemory
 from astro_dist.schedule.calls import (
     AccumulateHessians,
     Backward,
+    BatchCall,
     BatchParts,
     BlockParts,
     Call,
@@ -37,7 +38,6 @@ from astro_dist.schedule.calls import (
     Result,
     SmoothChannels,
     SolveBlock,
-    SolveRows,
     SplitBlock,
     TryBetas,
     WeighTokens,
@@ -246,7 +246,7 @@ class CostModel:
                 return Work(moved_bytes=sum(self._square_bytes * batch.square for batch in self._batches(unit)))
             case AccumulateHessians():
                 return self._share_work(call, unit)
-            case MergeHessians() | TryBetas() | SolveRows() | Reconstruct():
+            case BatchCall():
                 return self._part_work(call, unit)
         assert_never(call)
 

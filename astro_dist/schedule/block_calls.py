@@ -7,12 +7,12 @@ from astro_dist.schedule.names import block_unit, evaluate_unit
 
 __all__ = [
     "AccumulateHessians",
+    "BatchCall",
     "FinishEvaluation",
     "Forward",
     "MergeHessians",
     "OpenBlock",
     "Reconstruct",
-    "RoundCall",
     "SolveBlock",
     "SolveRows",
     "SplitBlock",
@@ -147,8 +147,8 @@ class AccumulateHessians:
 
 
 @dataclasses.dataclass(frozen=True)
-class MergeHessians(RoundCall):
-    """Add up the shares of a batch's Hessians, and decide what holds for all of its rows.
+class BatchCall(RoundCall):
+    """The call concerns one batch of a block that is solved in parts.
 
     Attributes:
         round_index: Index of the round.
@@ -157,52 +157,47 @@ class MergeHessians(RoundCall):
     """
 
     batch: int
+
+
+@dataclasses.dataclass(frozen=True)
+class TileCall(BatchCall):
+    """The call concerns one tile of a batch's rows.
+
+    Attributes:
+        round_index: Index of the round.
+        block: Index of the block.
+        batch: Index of the batch.
+        tile: Index of the tile, among those of the sample or among those of all rows.
+    """
+
+    tile: int
+
+
+@dataclasses.dataclass(frozen=True)
+class MergeHessians(BatchCall):
+    """Add up the shares of a batch's Hessians, and decide what holds for all of its rows."""
+
     verb: ClassVar[str] = "merge Hessians"
 
 
 @dataclasses.dataclass(frozen=True)
-class TryBetas(RoundCall):
-    """Try every strength β of the regularization on one tile of a batch's sampled rows.
+class TryBetas(TileCall):
+    """Try every strength β of the regularization on one tile of a batch's sampled rows."""
 
-    Attributes:
-        round_index: Index of the round.
-        block: Index of the block.
-        batch: Index of the batch.
-        tile: Index of the tile among those of the sample.
-    """
-
-    batch: int
-    tile: int
     verb: ClassVar[str] = "try betas"
 
 
 @dataclasses.dataclass(frozen=True)
-class SolveRows(RoundCall):
-    """Solve one tile of a batch's rows.
+class SolveRows(TileCall):
+    """Solve one tile of a batch's rows."""
 
-    Attributes:
-        round_index: Index of the round.
-        block: Index of the block.
-        batch: Index of the batch.
-        tile: Index of the tile among those of all rows.
-    """
-
-    batch: int
-    tile: int
     verb: ClassVar[str] = "solve rows"
 
 
 @dataclasses.dataclass(frozen=True)
-class Reconstruct(RoundCall):
-    """Correct what the solve of a batch's rows, all of them, leaves of errors.
+class Reconstruct(BatchCall):
+    """Correct what the solve of a batch's rows, all of them, leaves of errors."""
 
-    Attributes:
-        round_index: Index of the round.
-        block: Index of the block.
-        batch: Index of the batch.
-    """
-
-    batch: int
     verb: ClassVar[str] = "reconstruct"
 
 

@@ -5,6 +5,7 @@ from collections.abc import Iterator
 
 from astro_dist.schedule.block_state import RoundBlock, State
 from astro_dist.schedule.calls import (
+    BatchCall,
     BlockParts,
     Call,
     Embed,
@@ -12,14 +13,10 @@ from astro_dist.schedule.calls import (
     FinishEvaluation,
     Forward,
     ForwardChunk,
-    MergeHessians,
     OpenBlock,
-    Reconstruct,
     Result,
     SolveBlock,
-    SolveRows,
     SplitBlock,
-    TryBetas,
     WriteBlock,
     copy_calls,
 )
@@ -157,7 +154,7 @@ class BlockSchedule:
                 self._split.append(self._open_blocks.pop(worker))
                 self._split[-1].move(State.SPLIT, PendingCalls(call.place, result.batches))
                 return []
-            case MergeHessians() | TryBetas() | SolveRows() | Reconstruct():
+            case BatchCall():
                 parts = self._blocks[call.place].parts
                 assert parts is not None
                 parts.done(call)

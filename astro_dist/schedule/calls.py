@@ -22,6 +22,7 @@ from typing import ClassVar
 
 from astro_dist.schedule.block_calls import (
     AccumulateHessians,
+    BatchCall,
     FinishEvaluation,
     Forward,
     MergeHessians,
@@ -41,6 +42,7 @@ from astro_dist.schedule.weighing_calls import Backward, DifferentiateLoss, Weig
 __all__ = [
     "AccumulateHessians",
     "Backward",
+    "BatchCall",
     "BatchParts",
     "BlockParts",
     "Call",

@@ -9,16 +9,14 @@ from collections.abc import Sequence
 from astro.linalg.tiling import cut
 from astro_dist.schedule.calls import (
     AccumulateHessians,
+    BatchCall,
     BlockParts,
     Call,
     Embed,
     EvaluateLoss,
     ForwardChunk,
     MergeHessians,
-    Reconstruct,
     Result,
-    SolveRows,
-    TryBetas,
     WriteBlock,
     copy_calls,
 )
@@ -138,7 +136,7 @@ class SequentialSchedule:
                 self._stages[block] = result.num_stages
                 solving = self._solving.setdefault((block, stage), PendingCalls((0, block), result.batches))
                 self._by_batch |= {(block, batch): solving for batch in solving.batches}
-            case MergeHessians() | TryBetas() | SolveRows() | Reconstruct():
+            case BatchCall():
                 self._by_batch[call.block, call.batch].done(call)
             case _:
                 self.finished.add(call.unit)

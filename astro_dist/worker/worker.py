@@ -34,6 +34,7 @@ from astro_dist.run_directory.unit_record import (
 from astro_dist.schedule.calls import (
     AccumulateHessians,
     Backward,
+    BatchCall,
     BlockParts,
     Call,
     CopyTensors,
@@ -45,17 +46,13 @@ from astro_dist.schedule.calls import (
     ForwardChunk,
     HeldCall,
     MeasureChannels,
-    MergeHessians,
     OpenBlock,
     PartCall,
-    Reconstruct,
     Result,
     SmoothChannels,
     SmoothingCall,
     SolveBlock,
-    SolveRows,
     SplitBlock,
-    TryBetas,
     WeighingCall,
     WeighTokens,
     WriteBlock,
@@ -181,7 +178,7 @@ class Worker:
                 return self.finish_evaluation(call)
             case ForwardChunk():
                 return self.forward_chunk(call)
-            case AccumulateHessians() | MergeHessians() | TryBetas() | SolveRows() | Reconstruct():
+            case AccumulateHessians() | BatchCall():
                 return self.do_part(call)
             case WriteBlock():
                 return self.write_block(call)
