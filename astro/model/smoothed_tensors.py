@@ -5,6 +5,7 @@ Shapes: C channels of an input, R rows of a layer that makes it.
 
 import base64
 import dataclasses
+import functools
 from collections.abc import Container, Iterable, Mapping, Sequence
 from typing import Any, Self
 
@@ -75,7 +76,7 @@ class Factors:
         """The factor that is furthest from 1; 1 where all are."""
         return max(self.values, key=lambda value: max(value, 1 / value), default=1.0)
 
-    @property
+    @functools.cached_property
     def are_powers_of_two(self) -> bool:
         """Whether a float keeps all of its digits when it is multiplied by any of them."""
         mantissas, _ = torch.frexp(torch.tensor(self.values, dtype=torch.float64))
@@ -155,9 +156,11 @@ def producing_layer(
     """
     parameter = f"{prefix}{place.weight.parameter}" if place.weight is not None else None
     for layer in layers:
+        if (layer.parameter, layer.expert) != (parameter, expert):
+            continue
         rows = place.rows - layer.first
         is_inside = bool((rows >= 0).all()) and bool((rows < layer.rows * layer.step).all())
-        if (layer.parameter, layer.expert) == (parameter, expert) and is_inside and not bool((rows % layer.step).any()):
+        if is_inside and not bool((rows % layer.step).any()):
             return layer, rows // layer.step
     return None
 

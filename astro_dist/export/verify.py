@@ -185,7 +185,14 @@ class _OriginalModel:
         Raises:
             CheckpointError: The checkpoint is not the source of this model.
         """
-        self._checkpoint, self._inputs = checkpoint, inputs
+        self._checkpoint = checkpoint
+        self._by_key: dict[str, list[SmoothedInput]] = {}
+        self._by_layer: dict[str | None, list[SmoothedInput]] = {}
+        for smoothed in inputs:
+            for key in dict.fromkeys(change.key for change in smoothed.changes):
+                self._by_key.setdefault(key, []).append(smoothed)
+            for name in dict.fromkeys(change.layer for change in smoothed.changes):
+                self._by_layer.setdefault(name, []).append(smoothed)
         try:
             self._layers = {layer.stem: layer for layer in linear_layers(checkpoint, skeleton)}
         except CheckpointError as error:
@@ -202,11 +209,10 @@ class _OriginalModel:
         Raises:
             CheckpointError: A tensor is not that of the source with its factors.
         """
-        keys = {change.key for smoothed in self._inputs for change in smoothed.changes} & set(result.entries)
-        for key in sorted(keys):
-            expected = smoothed_tensors(
-                self._checkpoint.read([key]), self._inputs, self._layers.values(), set(quantized)
-            )[key]
+        names = set(quantized)
+        for key in sorted(self._by_key.keys() & result.entries.keys()):
+            tensors = self._checkpoint.read([key])
+            expected = smoothed_tensors(tensors, self._by_key[key], self._layers.values(), names)[key]
             if not torch.equal(result.read([key])[key], expected):
                 raise CheckpointError(
                     f"{result.place(key)}: tensor {key} is not that of {self._checkpoint.store} with the factors that "
@@ -221,7 +227,9 @@ class _OriginalModel:
         if layer.key not in self._last_tensor:
             self._last_tensor.clear()  # before the next one is read, so that only one is in memory
             self._last_tensor |= self._checkpoint.read([layer.key])
-        W = smoothed_layer(layer.name, layer.stored(self._last_tensor[layer.key]).float(), self._inputs)
+        W = smoothed_layer(
+            layer.name, layer.stored(self._last_tensor[layer.key]).float(), self._by_layer.get(layer.name, ())
+        )
         if W.shape != W_hat.shape:
             raise CheckpointError(f"{store}: {layer.key} is {list(W.shape)}, the quantized layer {list(W_hat.shape)}")
         return float(torch.linalg.vector_norm(W_hat - W) / torch.linalg.vector_norm(W).clamp(min=1e-30))

@@ -114,7 +114,9 @@ class Smoother:
         def note(operand: Operand, inputs: Inputs) -> None:
             X, key = inputs.X, _key(operand)
             if operand.expert is not None or not (last and is_same_input(last[0], X)):
-                sums.setdefault(key, ChannelSums(operand.columns, runner.device)).add_(X)
+                if key not in sums:
+                    sums[key] = ChannelSums(operand.columns, runner.device)
+                sums[key].add_(X)
             last[:] = [X]
 
         with runner.layers(unit).observed(note):
@@ -223,7 +225,7 @@ class Smoother:
         statistics: Mapping[str, ChannelStatistics],
     ) -> list[SmoothedInput]:
         """How every input of quantized layers is smoothed, before it is checked."""
-        prefix = self._prefix(unit)
+        prefix, whole = self._prefix(unit), self._whole(unit)
         groups: dict[str, list[Operand]] = {}  # one for all experts that read the same
         for stage in input_stages(self._runner.layers(unit), tried.actions[0]):
             for group in stage:
@@ -234,7 +236,7 @@ class Smoother:
             read = {f"{prefix}{reader.parameter}" for reader in place.readers}
             keys = [key for key, group in groups.items() if any(operand.parameter in read for operand in group)]
             if keys:
-                inputs.append(self._smoothed(unit, tensors, place, [left.pop(key) for key in keys], statistics))
+                inputs.append(self._smoothed(unit, tensors, whole, place, [left.pop(key) for key in keys], statistics))
         producers: dict[str, Place | None] = {}
         for group in left.values():
             parameter = group[0].parameter.removeprefix(prefix)
@@ -244,20 +246,21 @@ class Smoother:
             if producer is None:
                 inputs.append(SmoothedInput(_names(group), reason=_NO_PLACE))
             else:
-                inputs.append(self._smoothed(unit, tensors, producer, [group], statistics))
+                inputs.append(self._smoothed(unit, tensors, whole, producer, [group], statistics))
         return inputs
 
     def _smoothed(
         self,
         unit: BlockUnit,
         tensors: Mapping[str, torch.Tensor],
+        whole: Mapping[str, str],
         place: Place,
         groups: Sequence[Sequence[Operand]],
         statistics: Mapping[str, ChannelStatistics],
     ) -> SmoothedInput:
         """One input with its factors, of which all may be 1; or why it cannot be smoothed."""
         runner, names = self._runner, tuple(name for group in groups for name in _names(group))
-        prefix, whole, all_layers = self._prefix(unit), self._whole(unit), runner.smoothed.layers(unit)
+        prefix, all_layers = self._prefix(unit), runner.smoothed.layers(unit)
         # Tokens go to several experts or to none; where a layer outside experts reads the same, it sees each once.
         first = min((group[0] for group in groups), key=lambda operand: operand.expert is not None)
         expert = first.expert if place.weight is not None else None
