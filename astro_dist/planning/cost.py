@@ -57,10 +57,15 @@ block of a large model this is nothing; of a tiny one it is most of the time."""
 _ROUNDING_PASSES = 6
 """Elementwise operations on each input that is rounded, at the speed of the proximal map's passes: 20 to 34 ms for 6.3
 million inputs in float32 on a CPU, one thread."""
-_DIFFERENTIATED = 2.0
+_DIFFERENTIATED = 2.3
 """Forwards that a forward with gradients to its input alone is worth: one product forth, and one of the same size back
-for each layer."""
-
+for each layer, and attention's, which are two for each. 2.3 to 2.5 were measured on a CPU."""
+_FORWARD_PASSES = {"cpu": 100.0, "cuda": 20.0}
+"""Elementwise operations of a block's forward on each element of its hidden states, at the speed of the proximal map's
+passes: norms, rotary embeddings, softmax, the activation function. 110 to 180 were measured on a CPU, of which some are
+products with few rows; for a GPU they are counted in bytes of bfloat16, unfused."""
+_LOGIT_PASSES = {"cpu": 20.0, "cuda": 6.0}
+"""Elementwise operations on each logit for the loss, and as many for its gradient, counted in the same way."""
 
 _TRIED_TOKENS = 32 * 40
 """Tokens that pass a block while it is decided how its inputs are smoothed: 32, in about 40 forwards."""
@@ -122,15 +127,14 @@ class CostModel:
         return self.work(call).seconds(device, half=self._itemsize == 2) + _CALL_S
 
     def work(self, call: Call) -> Work:
-        """Count what a call does, but for attention's products of queries with keys."""
+        """Count what a call does."""
         plan = self._plan
         match call:
             case Embed():
                 return Work(moved_bytes=self._activations(self._tokens) + plan.outside_weights * self._itemsize)
             case EvaluateLoss():
                 heads = 1 if call.stream == ORIGINAL else 2  # a result is compared with the original
-                compute = heads * 2.0 * self._held_out * plan.outside_weights
-                return Work(compute, moved_bytes=self._activations(self._held_out_chunks))
+                return self._head(self._held_out) * heads + Work(moved_bytes=self._activations(self._held_out_chunks))
             case CopyTensors(index):
                 return Work(moved_bytes=float(plan.copies[index].read_bytes + plan.copies[index].written_bytes))
             case FinishEvaluation() | WeighTokens():
@@ -138,8 +142,8 @@ class CostModel:
             case DifferentiateLoss():
                 tokens = sum(self._tokens[chunk] for chunk in call.chunks)
                 moved = 2.0 * self._activations(call.chunks)
-                compute = _DIFFERENTIATED * 2.0 * tokens * plan.outside_weights
-                return Work(compute, moved_bytes=moved, behind_bytes=moved / 2)  # gradients are written behind
+                # Gradients are written behind.
+                return self._head(tokens) * 2.0 + Work(moved_bytes=moved, behind_bytes=moved / 2)
         return self._block_work(call, plan.blocks[call.block])
 
     def result(self, call: Call) -> Result:
@@ -224,10 +228,10 @@ class CostModel:
                     return Work(moved_bytes=unit.read_bytes)
                 return unpacking(self._weights(unit)) + Work(moved_bytes=unit.written_bytes)
             case Backward():
-                forwards = _DIFFERENTIATED * self._forward(unit, self._tokens[call.chunk])
-                return _behind(Work(forwards), 3.0 * self._activations([call.chunk]))
+                forwards = self._forward(unit, self._tokens[call.chunk]) * _DIFFERENTIATED
+                return _behind(forwards, 3.0 * self._activations([call.chunk]))
             case SmoothChannels():
-                return Work(self._forward(unit, _TRIED_TOKENS), moved_bytes=2.0 * unit.read_bytes)
+                return self._forward(unit, _TRIED_TOKENS) + Work(moved_bytes=2.0 * unit.read_bytes)
             case Forward() | ForwardChunk() | MeasureChannels():
                 return self._forward_work(call, unit)
             case SolveBlock():
@@ -254,7 +258,7 @@ class CostModel:
         """Count what it takes to pass a chunk through a block, and to add it to the block's statistics."""
         tokens = self._tokens[call.chunk]
         moved = (1.0 + self._writes_output(call)) * self._activations([call.chunk])
-        passed = _behind(Work(self._forward(unit, tokens)), moved)
+        passed = _behind(self._forward(unit, tokens), moved)
         in_later_round = isinstance(call, Forward) and call.round_index > 0
         if in_later_round or (isinstance(call, ForwardChunk) and call.stream != ORIGINAL):
             passed += self._rounding(self._batches(unit), tokens)
@@ -278,7 +282,8 @@ class CostModel:
         # Layers of the stages before take their new weights from tiles.
         earlier = float(sum(batches[i].weights for before in stages[: call.stage] for i in before))
         sums += dequantizing(earlier) + Work(moved_bytes=earlier)
-        computed = sums + Work(streams * passed * self._forward(unit, tokens), moved_bytes=square + unit.read_bytes)
+        forwards = self._forward(unit, tokens) * (streams * passed)
+        computed = sums + forwards + Work(moved_bytes=square + unit.read_bytes)
         return _behind(computed, streams * self._activations(chunks))
 
     def _part_work(self, call: PartCall, unit: BlockUnit) -> Work:
@@ -323,9 +328,20 @@ class CostModel:
         is_there = (self._weighs_by_loss or self._smooths) and call.round_index == 0
         return not is_there and call.block + 1 < len(self._plan.blocks)
 
-    def _forward(self, unit: BlockUnit, tokens: int) -> float:
-        runs_all = bool(self._plan.forward_shape.dense_experts)
-        return 2.0 * tokens * sum((1.0 if runs_all else batch.reach) * batch.weights for batch in self._batches(unit))
+    def _forward(self, unit: BlockUnit, tokens: int) -> Work:
+        """The layers' products, attention's two with its scores, none of which is left out, and what is elementwise."""
+        shape = self._plan.forward_shape
+        runs_all = bool(shape.dense_experts)
+        layers = sum((1.0 if runs_all else batch.reach) * batch.weights for batch in self._batches(unit))
+        states = float(tokens) * self._plan.hidden_size
+        attention = 2.0 * states * self._sequence_length if shape.heads else 0.0
+        return Work(2.0 * (tokens * layers + attention), elements=_FORWARD_PASSES[self._device_type] * states)
+
+    def _head(self, tokens: int) -> Work:
+        """The product with the head, and the loss of its logits."""
+        logits = tokens * self._plan.outside_weights / self._plan.hidden_size
+        compute = 2.0 * tokens * self._plan.outside_weights
+        return Work(compute, elements=_LOGIT_PASSES[self._device_type] * logits)
 
     def _hessian(self, batches: Sequence[PredictedInputGroup], tokens: int, drifts: int = 0) -> Work:
         """XᵀX on and above the diagonal, and drifts. A GPU multiplies 16-bit inputs as they are, a drift as two."""

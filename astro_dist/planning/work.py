@@ -33,6 +33,9 @@ class Work:
         counts = zip(dataclasses.astuple(self), dataclasses.astuple(other), strict=True)
         return Work(*(a + b for a, b in counts))
 
+    def __mul__(self, factor: float) -> "Work":
+        return Work(*(factor * count for count in dataclasses.astuple(self)))
+
     def seconds(self, device: Device, half: bool) -> float:
         """Return the time that the work takes on a device.
 

@@ -37,12 +37,14 @@ def every_call(prepared, workers=1):
     return calls, cost
 
 
-def test_forward_counts_two_operations_a_weight_and_token(prepared):
+def test_forward_counts_two_operations_a_weight_and_token_and_those_of_attention(prepared):
     calls, cost = every_call(prepared)
     forwards = [cost.work(call) for call in calls if isinstance(call, Forward) and call.place == (0, 0)]
     weights = sum(linear.rows * linear.columns for linear in prepared.plan.blocks[0].linears)
     tokens = 9 * 48
-    assert sum(work.compute for work in forwards) == 2 * weights * tokens
+    # attention multiplies each of 48 queries with as many keys, and its scores with values, in 64 columns of all heads
+    assert sum(work.compute for work in forwards) == 2 * weights * tokens + 4 * tokens * 48 * 64
+    assert all(work.elements > 0 for work in forwards)
     # q, k and v read 64 columns, o 64, gate and up 64, down 128; only calibration tokens count
     assert sum(work.exact for work in forwards) == 6 * 48 * (3 * 64**2 + 128**2)
 
