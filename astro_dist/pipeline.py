@@ -31,6 +31,7 @@ from astro_dist.planning.devices import DEVICES, measure
 from astro_dist.planning.estimate import require_room
 from astro_dist.planning.outlook import Outlook
 from astro_dist.planning.validate import Prepared, prepare, tokens_of
+from astro_dist.planning.worker_count import local_workers
 from astro_dist.publish.background_upload import BackgroundUpload
 from astro_dist.publish.publication import Publication
 from astro_dist.report.command_output import settings_line
@@ -236,8 +237,8 @@ def _refuse_relative_paths(config: RunConfig) -> None:
 
 def _make_executor(config: RunConfig) -> Executor:
     if config.execution.executor == "local":
-        workers = config.execution.workers if isinstance(config.execution.workers, int) else 1
-        return LocalExecutor(workers, config.execution.threads_per_worker, config.execution.device)
+        execution = config.execution
+        return LocalExecutor(local_workers(execution), execution.threads_per_worker, execution.device)
     from astro_dist.execution.ray_executor import RayExecutor  # Ray is slow to import and not needed for validation
 
     return RayExecutor(config.execution)

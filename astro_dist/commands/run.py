@@ -33,7 +33,10 @@ def quantize(settings: "RunConfig", as_json: AsJson = False) -> None:
 @takes_run
 def plan(
     settings: "RunConfig",
-    workers: Annotated[int | None, typer.Option(min=1, help="Workers to plan for; as configured, or 1.")] = None,
+    workers: Annotated[
+        int | None,
+        typer.Option(min=1, help="Workers to plan for; else as many as `quantize` starts here, and 1 of a cluster."),
+    ] = None,
     device: Annotated[
         str | None, typer.Option(help="cpu (this machine, measured), or a GPU: h100, a100, ...", show_default="cpu")
     ] = None,

@@ -3,7 +3,6 @@
 import contextlib
 import dataclasses
 import logging
-import os
 import time
 from collections.abc import Mapping, Sequence
 from typing import Any, Literal
@@ -18,6 +17,7 @@ from astro_dist.evaluation.measuring_worker import BeginShare, GoOn, MeasuringSp
 from astro_dist.execution.executor import Event, Failed, Joined, Returned
 from astro_dist.execution.ray_address import require_answer, start_advice
 from astro_dist.execution.termination import keep_handler
+from astro_dist.planning.worker_count import machine_cpus, places
 from astro_dist.report.run_figures import FIGURES, RunFigures
 from astro_dist.schedule.calls import Call
 from astro_dist.wording import counted
@@ -237,12 +237,8 @@ class RayExecutor:
 
     def _places(self) -> int:
         """Number of workers that the nodes have room for while nothing else runs on them."""
-        total = 0
-        for node in ray.nodes():
-            resources = node["Resources"] if node["Alive"] else {}
-            places = int(resources.get("CPU", 0)) // self._config.cpu_threads
-            total += min(places, int(resources.get("GPU", 0))) if self.has_gpus else places
-        return total
+        nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
+        return places(nodes, self._config.cpu_threads, self.has_gpus)
 
     def _look_around(self) -> None:
         """Start again what could not start, and use nodes that have joined."""
@@ -279,11 +275,9 @@ def connect(config: ExecutionConfig) -> None:
         options["address"] = address
     else:
         logging.getLogger(_TOKEN_LOGGER).setLevel(logging.ERROR)
-        workers = config.workers if isinstance(config.workers, int) else 0
-        cpus = max(os.cpu_count() or 1, workers * config.cpu_threads)
         options |= {
             "address": "local",
-            "num_cpus": cpus,
+            "num_cpus": machine_cpus(config),
             "include_dashboard": False,
             "object_store_memory": _OBJECT_STORE_BYTES,
         }

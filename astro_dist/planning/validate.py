@@ -33,6 +33,7 @@ from astro_dist.planning.left_out import exact_expert_notes, zero_expert_notes
 from astro_dist.planning.source_notes import source_notes
 from astro_dist.planning.tile_size import settle_tiles, tile_note
 from astro_dist.planning.units import Plan
+from astro_dist.planning.worker_count import foretold_workers, runs_here
 from astro_dist.source.calibration_text import TokenChunks, read_texts, tokenize
 from astro_dist.source.model_info import BaseModel, read_base_model
 from astro_dist.source.resolve import Source, resolve_source
@@ -199,7 +200,7 @@ def forecast(prepared: Prepared, workers: int | None, device_name: str | None) -
 
     Args:
         prepared: The run.
-        workers: Number of workers. None stands for the number in the configuration, or 1 where it has none.
+        workers: Number of workers. None stands for as many as the run will start, or 1 where only its cluster tells.
         device_name: Name of a GPU. `cpu` or None stands for the CPU of this machine.
 
     Returns:
@@ -218,11 +219,12 @@ def forecast(prepared: Prepared, workers: int | None, device_name: str | None) -
         device = DEVICES[device_name]
     else:
         raise ConfigError(f"--device {device_name}: expected cpu or one of {', '.join(DEVICES)}")
-    count = workers or (execution.workers if isinstance(execution.workers, int) else 1)
     kind = "cuda" if device.memory_bytes else "cpu"
+    count = workers or foretold_workers(execution, has_gpus=kind == "cuda")
     dtype = compute_dtype(config, prepared.plan, prepared.checkpoint, kind)
-    is_one_machine = kind == "cpu" and execution.cluster_address is None
-    at_once = max(1, (os.cpu_count() or 1) // execution.cpu_threads) if is_one_machine else None
+    at_once = None
+    if runs_here(execution, has_gpus=kind == "cuda"):
+        at_once = max(1, (os.cpu_count() or 1) // execution.cpu_threads)
     needed = estimate(config, prepared.plan, dtype, count, device, at_once)
     available = usable_bytes(device.memory_bytes) or math.inf
     shortage = memory_shortage(needed.worker_bytes, available, f"a {device.name}")

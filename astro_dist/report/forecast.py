@@ -6,6 +6,7 @@ from typing import Any
 from astro_dist.config.schema import RunConfig
 from astro_dist.planning.estimate import Estimate
 from astro_dist.planning.validate import Prepared, forecast, prepare, require_text
+from astro_dist.planning.worker_count import count_note
 from astro_dist.report.plan_card import plan_card
 
 __all__ = ["Forecast", "plan"]
@@ -41,7 +42,7 @@ def plan(config: RunConfig, workers: int | None = None, device: str | None = Non
 
     Args:
         config: Configuration of the run.
-        workers: Number of workers. None stands for the number in the configuration, or 1 where it has none.
+        workers: Number of workers. None stands for as many as the run will start, or 1 where only its cluster tells.
         device: Name of a GPU, such as `h100`. `cpu` or None stands for the CPU of this machine, which is measured.
 
     Raises:
@@ -49,4 +50,8 @@ def plan(config: RunConfig, workers: int | None = None, device: str | None = Non
     """
     prepared = prepare(config)
     prepared = require_text(prepared)
-    return Forecast(prepared, forecast(prepared, workers, device))
+    needed = forecast(prepared, workers, device)
+    note = None if workers else count_note(config.execution, has_gpus=needed.device != "cpu")
+    if note:
+        prepared = dataclasses.replace(prepared, notes=(*prepared.notes, note))
+    return Forecast(prepared, needed)

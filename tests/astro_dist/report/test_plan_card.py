@@ -24,6 +24,17 @@ def test_card_for_this_machine(card):
     assert "from the speed of this machine" in lines[2]
 
 
+def test_workers_are_as_many_as_quantize_starts(card, monkeypatch):
+    monkeypatch.delenv("RAY_ADDRESS", raising=False)
+    monkeypatch.setattr("os.cpu_count", lambda: 3)
+    on_ray = {"execution__executor": "ray", "execution__workers": "auto"}
+    assert "3 × CPU workers: about " in card(**on_ray)[2]
+    on_gpus = card(device="h100", **on_ray)
+    assert "1 × H100: about " in on_gpus[2]
+    assert any(line.startswith("note: planned for one worker") for line in on_gpus)
+    assert not any("planned for one" in line for line in [*card(4, "h100", **on_ray), *card(**on_ray)])
+
+
 def test_workers_without_cores_are_not_counted_as_faster(card, monkeypatch):
     monkeypatch.setattr("os.cpu_count", lambda: 2)
     assert any("64 workers on this machine are no faster than 2" in line for line in card(64))
