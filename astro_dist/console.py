@@ -9,6 +9,9 @@ from rich.console import Console
 
 __all__ = ["in_words", "say", "show_log", "show_log_by_default", "waiting_for"]
 
+_spinning: list[Console] = []
+"""The console on which a spinner turns, if one does: lines printed through another one would end up beside it."""
+
 
 def in_words(seconds: float) -> str:
     """Say a time in the largest unit of which it makes two.
@@ -27,9 +30,9 @@ def say(text: str, console: Console | None = None) -> None:
 
     Args:
         text: Line to print.
-        console: Console that shows a live display; standard error where there is none.
+        console: Console that shows a live display; standard error, above a spinner if one turns there, for None.
     """
-    console = console or Console(stderr=True)
+    console = console or (_spinning[-1] if _spinning else Console(stderr=True))
     console.print(f"[{time.strftime('%H:%M:%S')}] {text}", markup=False, highlight=False, soft_wrap=True)
 
 
@@ -45,7 +48,11 @@ def waiting_for(what: str) -> Iterator[None]:
         yield
         return
     with console.status(what):
-        yield
+        _spinning.append(console)
+        try:
+            yield
+        finally:
+            _spinning.pop()
 
 
 def show_log() -> None:

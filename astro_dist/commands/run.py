@@ -7,6 +7,7 @@ from rich.console import Console
 
 from astro_dist.commands.output import AsJson, print_json, say_lines
 from astro_dist.commands.run_options import takes_run
+from astro_dist.console import waiting_for
 
 if TYPE_CHECKING:
     from astro_dist.config.schema import RunConfig
@@ -20,7 +21,8 @@ def quantize(settings: "RunConfig", as_json: AsJson = False) -> None:
 
     Goes on where it was when the run directory holds this very run.
     """
-    from astro_dist import pipeline
+    with waiting_for("loading the libraries"):
+        from astro_dist import pipeline
     from astro_dist.report.command_output import summary_lines
 
     summary = pipeline.quantize(settings)
@@ -48,10 +50,11 @@ def plan(
     Reads no weight and begins no run. Refuses what `quantize` would refuse; a note says where the calibration text
     is not on this machine.
     """
-    from astro_dist.report.forecast import plan as foretell
-    from astro_dist.report.plan_card import plan_table
+    with waiting_for("reading the model's headers and the text"):
+        from astro_dist.report.forecast import plan as foretell
+        from astro_dist.report.plan_card import plan_table
 
-    forecast = foretell(settings, workers, device)
+        forecast = foretell(settings, workers, device)
     if as_json:
         print_json(forecast.to_json())
         return

@@ -9,6 +9,7 @@ from typing import Annotated, Any
 import typer
 
 from astro_dist.commands.output import Assignments, say_begin
+from astro_dist.console import waiting_for
 
 __all__ = ["takes_run"]
 
@@ -39,10 +40,12 @@ def takes_run(command: Callable[..., None]) -> Callable[..., None]:
     @functools.wraps(command)
     def parsed(target: str, assignments: list[str] | None, **options: Any) -> None:
         say_begin(target)
-        from astro_dist.planning.settings import MAIN_KEYS, run_config
+        with waiting_for("reading the configuration"):
+            from astro_dist.planning.settings import MAIN_KEYS, run_config
 
-        main_keys = {name: options.pop(name) for name in MAIN_KEYS}
-        command(run_config(target, assignments or (), **main_keys), **options)
+            main_keys = {name: options.pop(name) for name in MAIN_KEYS}
+            config = run_config(target, assignments or (), **main_keys)
+        command(config, **options)
 
     shared = {"target": _Target, "bits": _Bits, "group_size": _GroupSize, "output": _Output}
     shared |= {"calibration": _Calibration, "mode": _Mode, "assignments": Assignments}

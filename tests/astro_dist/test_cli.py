@@ -99,7 +99,16 @@ def test_plan_writes_nothing(run, config):
 
 @pytest.mark.parametrize(
     "command",
-    [["quantize"], ["evaluate", "--text", "a.txt"], ["try", "x"], ["verify"], ["inspect"], ["train"]],
+    [
+        ["quantize"],
+        ["plan"],
+        ["submit", "--address", "x"],
+        ["evaluate", "--text", "a.txt"],
+        ["try", "x"],
+        ["verify"],
+        ["inspect"],
+        ["train"],
+    ],
     ids=str,
 )
 def test_first_line_comes_before_anything_slow_is_imported(config, command):
