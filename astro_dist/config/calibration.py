@@ -88,6 +88,12 @@ class CalibrationConfig(Section):
         return (TextSource(**place, share=1.0),)
 
     @property
+    def text_in_words(self) -> str:
+        """The names of the texts, and whether that is the default because nobody named one."""
+        is_default = not {"source", "sources"} & self.model_fields_set
+        return " + ".join(text.source for text in self.texts) + (", the default text" if is_default else "")
+
+    @property
     def most_samples(self) -> int:
         """The number of sequences to calibrate on, if the text has so many."""
         return _SAMPLES if self.samples == "auto" else self.samples

@@ -44,7 +44,7 @@ def summary_lines(summary: "Summary", config: "RunConfig") -> list[str]:
         config: Configuration of the run.
     """
     return [
-        *figure_lines(summary, " + ".join(text.source for text in config.calibration.texts)),
+        *figure_lines(summary, config.calibration.text_in_words),
         *coverage_lines(summary.coverage),
         *fallback_lines(summary.fallbacks, config.experts.min_tokens),
         *(f"note: {note}" for note in summary.notes),
@@ -112,7 +112,7 @@ def settings_line(config: "RunConfig") -> str:
     most = f"{'up to ' if is_open else ''}{calibration.most_samples} × {calibration.longest_sequence} tokens"
     return (
         f"{config.model.source}: {bits}, group size {q.group_size}{inputs}, format {q.format}; mode {execution.mode}, "
-        f"{rounds}; calibration {most}"
+        f"{rounds}; calibration {most} of {calibration.text_in_words}"
     )
 
 

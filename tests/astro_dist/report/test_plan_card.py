@@ -24,6 +24,13 @@ def test_card_for_this_machine(card):
     assert "from the speed of this machine" in lines[2]
 
 
+def test_card_names_the_text_and_says_where_it_is_the_default(card, tmp_path):
+    assert card()[0].endswith("calibration 6 × 48 tokens of python-docs, the default text")
+    assert card(calibration__source="python-docs")[0].endswith(" tokens of python-docs")
+    (tmp_path / "a.txt").write_text("Many words of a text. " * 4000)
+    assert card(calibration__source=str(tmp_path / "a.txt"))[0].endswith(f" tokens of {tmp_path / 'a.txt'}")
+
+
 def test_workers_are_as_many_as_quantize_starts(card, monkeypatch):
     monkeypatch.delenv("RAY_ADDRESS", raising=False)
     monkeypatch.setattr("os.cpu_count", lambda: 3)
