@@ -276,10 +276,11 @@ class Driver:
             return
         left = self._patience.worker_wait_s()
         if self._patience.is_report_due():
-            state = "is up any more: new ones" if self._joined else "is up yet: they"
+            state = "any more" if self._joined else "yet"
             self._display.say(
-                f"no worker {state} are starting, or wait for room on the cluster (see `ray status`); the run gives up "
-                f"in {left:.0f} s"
+                f"no worker is up {state} after {self._patience.waited_s():.0f} s, longer than a start usually takes; "
+                "perhaps new ones wait for room on the cluster, or their machines are busy (see `ray status`); the run "
+                f"gives up in {left:.0f} s"
             )
         if left < 0:
             first = self._trouble.first

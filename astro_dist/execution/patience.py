@@ -6,8 +6,11 @@ __all__ = ["Patience"]
 
 _STALL_S = 30.0
 """Seconds between two looks after which the driver itself must have hung."""
+_USUAL_START_S = 90.0
+"""Seconds within which a worker is up even on a machine with few cores, where Ray and torch load slowly. Only after
+that a person is told that there is none."""
 _REPORT_S = 30.0
-"""Seconds after which a person is told again that there is no worker."""
+"""Seconds after which a person is told again."""
 _STUCK_S = 120.0
 """Seconds without a call, although workers are free, after which the state of the run is read again."""
 
@@ -27,7 +30,8 @@ class Patience:
         """
         self._worker_timeout_s = worker_timeout_s
         self.stuck_s = _STUCK_S
-        self._last_worker = self._last_report = self._last_look = self._last_call = time.monotonic()
+        self._last_worker = self._last_look = self._last_call = time.monotonic()
+        self._next_report = self._last_worker + _USUAL_START_S
         self._not_before = 0.0
 
     def postpone(self, seconds: float) -> None:
@@ -49,7 +53,8 @@ class Patience:
 
     def saw_worker(self) -> None:
         """Take note that a worker is up."""
-        self._last_worker = self._last_report = time.monotonic()
+        self._last_worker = time.monotonic()
+        self._next_report = self._last_worker + _USUAL_START_S
 
     def stood_still(self) -> bool:
         """Tell whether the driver itself hung since the last look, perhaps on a file system that hung for all."""
@@ -57,16 +62,20 @@ class Patience:
         before, self._last_look = self._last_look, now
         return now - before > _STALL_S
 
+    def waited_s(self) -> float:
+        """Return for how many seconds there has been no worker."""
+        return time.monotonic() - self._last_worker
+
     def worker_wait_s(self) -> float:
         """Return for how many more seconds a worker is waited for; negative once it has taken too long."""
-        return self._worker_timeout_s - (time.monotonic() - self._last_worker)
+        return self._worker_timeout_s - self.waited_s()
 
     def is_report_due(self) -> bool:
         """Tell whether a person is to be told, again, what is waited for. It counts as done then."""
         now = time.monotonic()
-        if now - self._last_report <= _REPORT_S:
+        if now <= self._next_report:
             return False
-        self._last_report = now
+        self._next_report = now + _REPORT_S
         return True
 
     @property
