@@ -11,7 +11,7 @@ from astro_dist.wording import counted, percent
 
 if TYPE_CHECKING:  # some of them import torch or transformers, which the command at hand may not need
     from astro.quantization.layer_record import Fallbacks
-    from astro_dist.config.schema import RunConfig
+    from astro_dist.config.schema import ModelConfig, RunConfig
     from astro_dist.export.verify import Verification
     from astro_dist.planning.coverage import Coverage
     from astro_dist.report.status import Status
@@ -49,7 +49,7 @@ def summary_lines(summary: "Summary", config: "RunConfig") -> list[str]:
         *fallback_lines(summary.fallbacks, config.experts.min_tokens),
         *(f"note: {note}" for note in summary.notes),
         f"Done in {in_words(summary.wall_s)} from reading the configuration on: {summary.model}",
-        *next_lines(summary, config.output.dir),
+        *next_lines(summary, config.output.dir, config.model),
     ]
 
 
@@ -77,21 +77,23 @@ def figure_lines(summary: "Summary", source: str = "") -> list[str]:
     return lines
 
 
-def next_lines(summary: "Summary", root: Path) -> list[str]:
+def next_lines(summary: "Summary", root: Path, model: "ModelConfig") -> list[str]:
     """Say where a finished model was published, or which commands one may want next.
 
     Args:
         summary: Figures of the run.
         root: Folder of the run directory.
+        model: Section of the configuration that names the original, beside which the result is judged.
     """
     if summary.publish is not None:
         return [publication_line(summary.publish)]
     run = shlex.quote(str(root))
+    original = shlex.quote(f"{model.source}@{model.revision}" if model.revision else model.source)
     return [
         "Next:",
         f"  astro-dist report {run}",
         f"  astro-dist try {run} 'The capital of France is'",
-        f"  astro-dist evaluate {run} --text FILE",
+        f"  astro-dist evaluate {run} --text FILE --against {original}",
         f"  astro-dist verify {run}",
         f"  astro-dist publish {run} --repo ORG/NAME",
     ]

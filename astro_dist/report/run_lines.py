@@ -3,7 +3,8 @@
 import shlex
 from pathlib import Path
 
-from astro.errors import DamagedError
+from astro.errors import ConfigError, DamagedError
+from astro_dist.config.yaml_file import load_recorded_config
 from astro_dist.report.command_output import fallback_lines, figure_lines, next_lines
 from astro_dist.report.findings import Findings
 from astro_dist.report.layer_bars import short_name
@@ -36,7 +37,7 @@ def report_lines(findings: Findings) -> list[str]:
 
 
 def finished_lines(status: Status, root: Path) -> list[str]:
-    """Say the figures of a run and the next commands; nothing while it goes on, or where its figures are damaged.
+    """Say the figures of a run and the next commands; nothing while it goes on, or where a file of it is damaged.
 
     Args:
         status: State of the run.
@@ -48,6 +49,7 @@ def finished_lines(status: Status, root: Path) -> list[str]:
         return []
     try:
         summary = read_summary(RunLayout(root).summary)
-    except DamagedError:
+        model = load_recorded_config(RunLayout(root).config).model
+    except (ConfigError, DamagedError):
         return []
-    return [*figure_lines(summary), *next_lines(summary, root)]
+    return [*figure_lines(summary), *next_lines(summary, root, model)]

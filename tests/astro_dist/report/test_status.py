@@ -2,16 +2,19 @@
 
 import fcntl
 import json
+from pathlib import Path
 
 import pytest
 from typer.testing import CliRunner
 
 from astro.errors import ConfigError, StorageError
 from astro_dist import cli, pipeline
+from astro_dist.config.schema import ModelConfig
 from astro_dist.planning.outlook import Outlook
-from astro_dist.report.command_output import status_lines
+from astro_dist.report.command_output import next_lines, status_lines
 from astro_dist.report.status import Progress, read_status
 from astro_dist.run_directory.journal import Journal
+from astro_dist.run_directory.summary import read_summary
 from astro_dist.worker.worker import Worker
 
 
@@ -104,6 +107,14 @@ def test_status_of_a_finished_run_says_its_figures_and_what_is_next(run_config, 
     assert shown[2] == summary.perplexity.divergence_in_words
     assert shown[3].endswith(" of the source")
     assert shown[4:6] == ["Next:", f"  astro-dist report {tmp_path / 'run'}"]
+    judge = next(line for line in shown if "evaluate" in line)
+    assert judge == f"  astro-dist evaluate {tmp_path / 'run'} --text FILE --against {run_config().model.source}"
+
+
+def test_the_original_to_judge_beside_has_its_revision_and_is_quoted(first_run):
+    summary = read_summary(first_run / "summary.json")
+    lines = next_lines(summary, Path("a run"), ModelConfig(source="org/model", revision="w 4"))
+    assert "  astro-dist evaluate 'a run' --text FILE --against 'org/model@w 4'" in lines
 
 
 def test_status_of_a_damaged_summary_still_says_the_rest(run_config, tmp_path):
