@@ -92,7 +92,7 @@ def compare(
 ) -> None:
     """Show finished runs beside each other: bits, size, what they lost, time, worst layer, fallbacks."""
     from astro_dist.evaluation.comparison import compare_runs
-    from astro_dist.report.comparison_words import comparison_table
+    from astro_dist.report.comparison_words import comparison_tables
 
     comparison = compare_runs(runs)
     if html is not None:
@@ -102,7 +102,9 @@ def compare(
     if as_json:
         print_json(comparison.to_json())
         return
-    Console().print(comparison_table(comparison))
+    console = Console()
+    for table in comparison_tables(comparison, console.width):
+        console.print(table)
     say_lines(*(f"note: {note}" for note in comparison.notes), *([f"written: {html}"] if html is not None else []))
 
 

@@ -3,6 +3,7 @@
 from collections.abc import Callable, Iterator
 from pathlib import PurePath
 
+from rich.box import SIMPLE
 from rich.filesize import decimal
 from rich.table import Table
 
@@ -10,7 +11,11 @@ from astro_dist.console import in_words
 from astro_dist.evaluation.comparison import Comparison, RunFigures
 from astro_dist.wording import nats, percent
 
-__all__ = ["comparison_rows", "comparison_table", "run_names"]
+__all__ = ["comparison_rows", "comparison_tables", "run_names"]
+
+_MODEL = "model"
+_GAP = 2
+"""Characters between two columns of a table, and at its two ends together."""
 
 
 def run_names(comparison: Comparison) -> list[str]:
@@ -33,17 +38,41 @@ def comparison_rows(comparison: Comparison) -> Iterator[tuple[str, list[str]]]:
         yield title, [cell(run) for run in comparison.runs]
 
 
-def comparison_table(comparison: Comparison) -> Table:
-    """Make the table of runs, one in each column. What is too long for the terminal goes on in the next line.
+def comparison_tables(comparison: Comparison, width: int) -> list[Table]:
+    """Make tables of runs, one run in each column: as many tables as the terminal needs for columns that do not break.
+
+    A model that all runs have in common is the title, and no row.
 
     Args:
         comparison: Figures of the runs.
+        width: Number of characters of a line.
     """
-    table = Table()
+    names, rows = run_names(comparison), list(comparison_rows(comparison))
+    bases = {run.base for run in comparison.runs}
+    common = bases.pop() if len(bases) == 1 else None
+    if common is not None:
+        rows = [(title, cells) for title, cells in rows if title != _MODEL]
+    columns = [[name, *(cells[place] for _, cells in rows)] for place, name in enumerate(names)]
+    room = width - _GAP - max(len(title) for title, _ in rows)
+    parts: list[list[list[str]]] = []
+    left = 0
+    for column in columns:
+        needed = _GAP + max(map(len, column))
+        if not parts or needed > left:
+            parts.append([])
+            left = room
+        parts[-1].append(column)
+        left -= needed
+    return [_table(common, ["", *(title for title, _ in rows)], part) for part in parts]
+
+
+def _table(model: str | None, titles: list[str], columns: list[list[str]]) -> Table:
+    """Make one table; a single column that is too long for the terminal goes on in the next line."""
+    table = Table(title=model, title_justify="left", box=SIMPLE, pad_edge=False, collapse_padding=True)
     table.add_column("", no_wrap=True)
-    for name in run_names(comparison):
-        table.add_column(name, overflow="fold")
-    for title, cells in comparison_rows(comparison):
+    for name, *_ in columns:
+        table.add_column(name, overflow="fold", justify="right")
+    for title, *cells in list(zip(titles, *columns, strict=True))[1:]:
         table.add_row(title, *cells)
     return table
 
@@ -62,8 +91,15 @@ def _divergence(run: RunFigures) -> str:
     return f"{nats(value)}{'' if error is None else f' ± {nats(error)}'}"
 
 
+def _short(name: str) -> str:
+    """The name of a layer from the list of blocks on, which is the same in all layers before."""
+    parts = name.split(".")
+    number = next((place for place, part in enumerate(parts) if part.isdigit()), 1)
+    return ".".join(parts[max(number - 1, 0) :])
+
+
 _ROWS: dict[str, Callable[[RunFigures], str]] = {
-    "model": lambda run: run.base,
+    _MODEL: lambda run: run.base,
     "bits": lambda run: f"{run.bits:.3g}",
     "group size": lambda run: "rows" if run.group_size == -1 else str(run.group_size),
     "mode": lambda run: run.mode,
@@ -73,7 +109,8 @@ _ROWS: dict[str, Callable[[RunFigures], str]] = {
     "KL, nats a token": _divergence,
     "same first choice": lambda run: "-" if run.perplexity.agreement is None else percent(run.perplexity.agreement, 1),
     "time": lambda run: in_words(run.wall_s) + (", last session" if run.resumed else ""),
-    "worst layer": lambda run: f"{percent(run.worst_error, 2)}: {run.worst_layer.split('+')[0]}",
+    "worst layer": lambda run: percent(run.worst_error, 2),
+    "its name": lambda run: _short(run.worst_layer.split("+")[0]),
     "fallbacks": lambda run: str(run.fallbacks),
 }
 """The rows: their titles, and the text of a cell."""

@@ -6,13 +6,20 @@ from rich.box import SIMPLE
 from rich.filesize import decimal
 from rich.table import Table
 
+from astro.calibration.outlier_channels import OUTLIER_RATIO
 from astro_dist.evaluation.inspection import Inspection, KindFigures, ModelFigures
 from astro_dist.wording import counted
 
 __all__ = ["TITLES", "facts", "inspection_lines", "inspection_rows", "inspection_table"]
 
-TITLES = ("layers", "outlier channels", "most in", "ratio", "input kurtosis", "output kurtosis", "weight")
+TITLES = ("layers", "outlier channels", "block: most", "ratio", "input kurtosis", "output kurtosis", "weight")
 """Titles of the columns of a table of layers by kind."""
+_LEGEND = (
+    f"Outlier channels are inputs whose mean magnitude is over {OUTLIER_RATIO:g} times their layer's; ratio is the "
+    "largest such multiple; block: most is the block with the most of them, and how many; weight is the largest weight "
+    "as a multiple of the root mean square of its layer"
+)
+"""What the columns of the table mean."""
 _SHOWN = 5
 """Number of layers that are named."""
 
@@ -35,17 +42,20 @@ def inspection_rows(inspection: Inspection) -> list[tuple[str, ...]]:
 
 
 def inspection_table(inspection: Inspection) -> Table:
-    """Make the table of layers by kind.
+    """Make the table of layers by kind; with two models the figures of the other one stand in a line below.
 
     Args:
         inspection: What was seen.
     """
-    table = Table(box=SIMPLE, pad_edge=False)
-    table.add_column(TITLES[0], no_wrap=True)
+    table = Table(box=SIMPLE, pad_edge=False, collapse_padding=True)
+    table.add_column(TITLES[0], overflow="fold")
     for title in TITLES[1:]:
-        table.add_column(title, justify="right")
-    for row in inspection_rows(inspection):
-        table.add_row(*row)
+        table.add_column(title.replace(" ", "\n"), justify="right", no_wrap=True)
+    kinds_before = inspection.before.by_kind() if inspection.before else {}
+    for kind, layers in inspection.now.by_kind().items():
+        table.add_row(f"{kind} ({len(layers)})", *_cells(KindFigures.of(layers)))
+        if kind in kinds_before:
+            table.add_row("  before", *_cells(KindFigures.of(kinds_before[kind])))
     return table
 
 
@@ -75,8 +85,8 @@ def inspection_lines(inspection: Inspection) -> list[str]:
     now = inspection.now
     lines = [f"{now.model}, block by block; most memory {decimal(inspection.peak_rss_bytes)}"]
     if inspection.before:
-        lines.append(f"Before the arrow: {inspection.before.model}")
-    lines.append("; ".join(facts(inspection)))
+        lines.append(f"Before: {inspection.before.model}")
+    lines += [_LEGEND, "; ".join(facts(inspection))]
     worst = sorted(now.layers, key=lambda layer: (-len(layer.outlier_channels), -layer.input_ratio))[:_SHOWN]
     for layer in worst:
         if layer.outlier_channels:
@@ -96,7 +106,7 @@ def _cells(kind: KindFigures) -> Sequence[str]:
     most = kind.most
     return (
         str(kind.outlier_channels),
-        f"block {most.block}: {len(most.outlier_channels)}" if most.outlier_channels else "-",
+        f"{most.block}: {len(most.outlier_channels)}" if most.outlier_channels else "-",
         f"{kind.input_ratio:.1f}",
         f"{kind.input_kurtosis:.1f}",
         f"{kind.output_kurtosis:.1f}",

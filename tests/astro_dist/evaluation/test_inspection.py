@@ -1,5 +1,7 @@
 """Outlier channels, kurtosis and weights, streamed: a planted outlier is found, figures are the whole model's."""
 
+import dataclasses
+import io
 import json
 import re
 import sys
@@ -7,6 +9,7 @@ import sys
 import pytest
 import torch
 import transformers
+from rich.console import Console
 from safetensors.torch import load_file, save_file
 
 from astro.errors import ConfigError, NumericalError
@@ -14,6 +17,7 @@ from astro_dist import cli, pipeline
 from astro_dist.config.schema import TextSource
 from astro_dist.evaluation.inspection import InspectRequest, inspect_model
 from astro_dist.evaluation.judge_settings import JudgeSettings
+from astro_dist.report.inspection_words import TITLES, inspection_table
 from tests.support.architectures import DENSE, EXPERTS
 from tests.support.models import LLAMA, write_checkpoint
 
@@ -157,3 +161,18 @@ def test_command_prints_a_table_a_page_and_json(llama, tmp_path, monkeypatch, ca
     assert [layer["outlier_channels"] for layer in json.loads(out)["now"]["layers"]].count([CHANNEL]) == 3
     code, out, _ = run(monkeypatch, capsys, before, "--window", 24, "--limit", 2)
     assert f"model.layers.1.self_attn.q_proj: 1 outlier channel ({CHANNEL})" in " ".join(out.split())
+
+
+def test_table_of_two_models_keeps_headers_and_figures_whole_at_80_columns(llama):
+    inspection = inspect_model(str(llama), request(), CPU)
+    seen, most = inspection.now, (5,) * 100
+    layers = [dataclasses.replace(layer, outlier_channels=most, input_kurtosis=12345.6) for layer in seen.layers]
+    now = dataclasses.replace(seen, layers=tuple(layers))
+    console = Console(file=io.StringIO(), width=80)
+    console.print(inspection_table(dataclasses.replace(inspection, now=now, before=seen)))
+    shown = console.file.getvalue()
+    assert "…" not in shown
+    assert all(word in shown for title in TITLES for word in title.split())
+    kinds = len(now.by_kind())
+    assert len(re.findall(r"\(3\) +300  \d: 100 +[\d.]+ +12345\.6 ", shown)) == kinds
+    assert len(re.findall(r"^ +before +\d+ ", shown, re.MULTILINE)) == kinds

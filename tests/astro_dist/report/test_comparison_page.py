@@ -2,11 +2,15 @@
 
 import dataclasses
 import html
+import io
 import re
+
+import pytest
+from rich.console import Console
 
 from astro_dist.evaluation.comparison import Comparison, compare_runs
 from astro_dist.report.comparison_page import write_comparison
-from astro_dist.report.comparison_words import comparison_rows, comparison_table, run_names
+from astro_dist.report.comparison_words import comparison_rows, comparison_tables, run_names
 from astro_dist.run_directory.summary import Perplexity
 
 
@@ -34,4 +38,22 @@ def test_runs_of_one_name_are_told_apart(finished):
     (run,) = compare_runs([finished]).runs
     runs = [dataclasses.replace(run, run=f"/{folder}/run") for folder in "ab"]
     assert run_names(Comparison(runs, [])) == ["/a/run", "/b/run"]
-    assert [str(column.header) for column in comparison_table(Comparison(runs, [])).columns][1:] == ["/a/run", "/b/run"]
+    (table,) = comparison_tables(Comparison(runs, []), 80)
+    assert [str(column.header) for column in table.columns][1:] == ["/a/run", "/b/run"]
+
+
+@pytest.mark.parametrize(("width", "num_tables"), [(80, 2), (140, 1)])
+def test_no_cell_of_the_table_breaks(finished, width, num_tables):
+    (run,) = compare_runs([finished]).runs
+    names = ["Llama-3.1-8B-Instruct-w4g128", "Llama-3.1-8B-Instruct-w3g128", "w4", "w3g32-sequential"]
+    comparison = Comparison([dataclasses.replace(run, run=f"/runs/{name}") for name in names], [])
+    console = Console(file=io.StringIO(), width=width)
+    tables = comparison_tables(comparison, width)
+    assert len(tables) == num_tables
+    for table in tables:
+        console.print(table)
+    shown = console.file.getvalue()
+    assert all(name in shown for name in names)
+    assert all(cell in shown for title, cells in comparison_rows(comparison) for cell in cells)
+    assert "model.layers" not in shown
+    assert len(shown.splitlines()) == num_tables * (1 + 4 + 11 + 1)  # title, header with empty lines, rows, empty line
