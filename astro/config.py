@@ -12,7 +12,8 @@ from typing import Any, ClassVar, Literal
 from astro.errors import ConfigError
 
 __all__ = [
-    "BITS", "PER_CHANNEL", "Experts", "LayerScheme", "Override", "Quantization", "Regularizer", "SolverSettings",
+    "BITS", "PER_CHANNEL", "SERVED_GROUP_SIZES", "Experts", "LayerScheme", "Override", "Quantization", "Regularizer",
+    "SolverSettings",
 ]  # fmt: skip
 
 BITS = (2, 3, 4, 8)
@@ -20,6 +21,9 @@ BITS = (2, 3, 4, 8)
 
 PER_CHANNEL = -1
 """Group size that means one group over all input columns."""
+
+SERVED_GROUP_SIZES = (32, 64, 128)
+"""Group sizes that the fast kernels of servers (Marlin in vLLM) take, besides `PER_CHANNEL`."""
 
 
 def _require(condition: bool, message: str) -> None:
@@ -65,11 +69,11 @@ class LayerScheme:
         if self.group_size == PER_CHANNEL:
             return num_columns
         if not self.divides(num_columns):
-            fits = [g for g in (32, 64, 96, 128, 192, 256) if num_columns % g == 0]
+            fits = [size for size in SERVED_GROUP_SIZES if num_columns % size == 0]
             raise ConfigError(
                 f"group_size {self.group_size} does not divide a layer of {num_columns} input columns; "
-                f"sizes that do: {', '.join(map(str, fits)) or 'none of the usual ones'}, -1 (per channel), or "
-                "say in quantization.indivisible what shall become of such layers"
+                f"sizes that do, and that servers' kernels take: {', '.join(map(str, [*fits, PER_CHANNEL]))} (-1 is "
+                "one scale a row); or say in quantization.indivisible what shall become of such layers"
             )
         return self.group_size
 

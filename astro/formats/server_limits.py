@@ -2,7 +2,7 @@
 
 from collections.abc import Iterable, Mapping, Sequence
 
-from astro.config import PER_CHANNEL, LayerScheme
+from astro.config import PER_CHANNEL, SERVED_GROUP_SIZES, LayerScheme
 from astro.model.linear_layer import LinearLayer
 
 __all__ = ["FUSED_EXPERTS", "TRANSPOSED", "conversion_notes", "group_size_notes", "low_width_notes", "settled"]
@@ -15,9 +15,6 @@ TRANSPOSED = (
     "the source holds some layers transposed (Conv1D), the result as linear layers, as servers ask: transformers has "
     "no reader for them"
 )
-
-_MARLIN_SIZES = (PER_CHANNEL, 32, 64, 128)
-"""Group sizes that vLLM's CUDA Marlin kernels take."""
 
 
 def settled(schemes: Mapping[str, Sequence[LayerScheme]]) -> list[LayerScheme]:
@@ -48,7 +45,8 @@ def group_size_notes(schemes: Mapping[str, Sequence[LayerScheme]]) -> list[str]:
     Args:
         schemes: Every scheme that each quantized layer may get, by module name.
     """
-    sizes = sorted({scheme.group_size for scheme in settled(schemes) if scheme.bits in (4, 8)} - set(_MARLIN_SIZES))
+    taken = {PER_CHANNEL, *SERVED_GROUP_SIZES}
+    sizes = sorted({scheme.group_size for scheme in settled(schemes) if scheme.bits in (4, 8)} - taken)
     if not sizes:
         return []
     return [f"group size {', '.join(map(str, sizes))}: vLLM's CUDA Marlin kernels take only -1, 32, 64 and 128"]

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from astro.config import PER_CHANNEL
+from astro.config import PER_CHANNEL, SERVED_GROUP_SIZES
 from astro_dist.config.schema import RunConfig
 from astro_dist.config.yaml_file import make_config
 
@@ -16,8 +16,8 @@ __all__ = ["run_name", "starting_config"]
 
 _log = logging.getLogger("astro_dist")
 
-_GROUP_SIZES = (128, 64, 32)
-"""Group sizes that are tried, the usual one first. The kernels of all servers take them."""
+_GROUP_SIZES = tuple(sorted(SERVED_GROUP_SIZES, reverse=True))
+"""Group sizes that are tried, the usual one first."""
 
 
 def starting_config(source: str, assignments: Sequence[str] = ()) -> RunConfig:

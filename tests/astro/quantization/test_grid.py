@@ -1,5 +1,7 @@
 """The grid: published scales, rounding, the search."""
 
+import re
+
 import pytest
 import torch
 
@@ -77,9 +79,11 @@ def test_weights_too_large_for_the_stored_dtype_are_refused():
         require_finite_scales(grid, ["layer x"])
 
 
-def test_group_size_that_divides_nothing_names_sizes_that_do():
-    with pytest.raises(ConfigError, match="group_size 128 does not divide a layer of 576.*32, 64, 96, 192"):
-        LayerScheme(group_size=128).columns_per_group(576)
+@pytest.mark.parametrize(("columns", "fitting"), [(576, "32, 64, -1"), (160, "32, -1"), (200, "-1")])
+def test_group_size_that_divides_nothing_names_sizes_that_do_and_that_servers_take(columns, fitting):
+    message = f"of {columns} input columns; sizes that do, and that servers' kernels take: {fitting} (-1 is one scale a"
+    with pytest.raises(ConfigError, match=re.escape(message)):
+        LayerScheme(group_size=128).columns_per_group(columns)
 
 
 def test_against_naive_float64_rounding():
