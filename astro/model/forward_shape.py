@@ -12,12 +12,11 @@ from typing import Any
 from torch import nn
 
 from astro.model.experts import num_experts
+from astro.model.head_counts import head_counts
 from astro.model.skeleton import Skeleton
 
 __all__ = ["ForwardShape", "forward_shape"]
 
-_HEADS = ("num_attention_heads", "n_head", "n_heads", "num_heads")
-"""What configs call the number of attention heads."""
 _WINDOWS = ("sliding_window", "attention_chunk_size")
 """What configs call the number of tokens that attention looks back at most."""
 
@@ -54,7 +53,7 @@ def forward_shape(skeleton: Skeleton) -> ForwardShape:
     experts, width = max((_dense_experts(module, skeleton.hidden_size) for module in modules), default=(0, 0))
     windows = [getattr(config, key, None) for key in _WINDOWS]
     return ForwardShape(
-        heads=next((_most(getattr(config, key)) for key in _HEADS if getattr(config, key, None)), 0),
+        heads=max(head_counts(config).attention, default=0),
         window=min((_most(window) for window in windows if window), default=0),
         is_eager=getattr(config, "_attn_implementation", None) == "eager",
         has_sinks=any("sinks" in module._parameters for module in modules),

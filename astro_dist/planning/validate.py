@@ -13,6 +13,7 @@ from astro.config import LayerScheme
 from astro.errors import CheckpointError, ConfigError, UnsupportedError
 from astro.formats import LAYOUTS
 from astro.formats.tensor_parallel import TensorParallelLimit, tensor_parallel_limit
+from astro.model.head_counts import head_counts
 from astro.model.kv_cache import cache_refusal
 from astro.model.linear_layer import LinearLayer
 from astro.model.rehearsal import rehearse
@@ -101,7 +102,8 @@ def prepare(config: RunConfig, commit: str | None = None) -> Prepared:
     schemes = {name: config.quantization.possible_schemes(name, c.columns) for name, c in linears.items()}
     _require_storable(config, linears, schemes)
     layout = LAYOUTS[config.quantization.format]
-    tensor_parallel = tensor_parallel_limit(linears.values(), schemes)
+    heads = head_counts(skeleton.text_model.config.get_text_config())
+    tensor_parallel = tensor_parallel_limit(linears.values(), schemes, heads)
     mixed = layout.fusion_refusal(schemes, plan.ignore)
     if mixed:
         raise ConfigError(

@@ -29,11 +29,12 @@ class Forecast:
 
     def to_json(self) -> dict[str, Any]:
         """Return the forecast as a JSON object."""
+        limit = self.prepared.tensor_parallel
         return {
             **self.prepared.plan.summary(),
             "needed": dataclasses.asdict(self.needed),
             "notes": list(self.prepared.notes),
-            "tensor_parallel": dataclasses.asdict(self.prepared.tensor_parallel),
+            "tensor_parallel": {"size": limit.size, **dataclasses.asdict(limit)},
         }
 
 
