@@ -108,13 +108,13 @@ class DriftAccumulator(ProductSum):
         mean = half.partial.div_(half.total_weight.clamp(min=tiny))
         return mean.sub_(rest.div_(rest_weight.clamp(min=tiny))).mul_(share)
 
-    def finish_(self, name: str, effective_tokens: torch.Tensor | None = None) -> torch.Tensor:
+    def finish_(self, name: str, factors: torch.Tensor | None = None) -> torch.Tensor:
         """Return the weighted mean over all tokens, [C, C] float32. The accumulator is empty afterwards.
 
         Args:
             name: Name of the layer, for messages.
-            effective_tokens: Number of tokens by which all but the diagonal is shrunk, as `HessianAccumulator.finish_`
-                does, float64 []; nothing is shrunk where not given.
+            factors: Factors [C] by which all but the diagonal is shrunk, see `hessian.shrinkage`; nothing is shrunk
+                where not given.
 
         Raises:
             NumericalError: An input was not finite.
@@ -126,6 +126,4 @@ class DriftAccumulator(ProductSum):
                 "(execution.compute_dtype)"
             )
         drift.div_(torch.where(self.total_weight > 0, self.total_weight, 1.0))
-        if effective_tokens is None:
-            return drift
-        return shrunk_(drift, effective_tokens)
+        return drift if factors is None else shrunk_(drift, factors)

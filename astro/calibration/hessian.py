@@ -12,7 +12,7 @@ from astro.calibration.product_sum import ProductSum
 from astro.errors import NumericalError
 from astro.linalg.symmetric import mirror_, strips
 
-__all__ = ["HessianAccumulator", "is_multiplied_exactly", "product", "shrunk_", "summed_dtype"]
+__all__ = ["HessianAccumulator", "is_multiplied_exactly", "product", "shrinkage", "shrunk_", "summed_dtype"]
 
 
 class HessianAccumulator(ProductSum):
@@ -93,13 +93,7 @@ class HessianAccumulator(ProductSum):
         """Return the weighted mean of xxᵀ over all tokens, shrunk, symmetric [C, C] float32. The sum is then empty.
 
         GPTQ makes up for an error in one column by what H says of others, and where tokens are few beside columns,
-        chance says much of it. So, as if C more tokens with the same diagonal and independent columns had been added
-        to T effective ones,
-
-            H_ij ← H_ij · T / (T + C)   for i ≠ j
-
-        With 128 × 2048 tokens and 8192 columns this is 3 %. It is shrinkage towards the diagonal (Schäfer and
-        Strimmer, 2005), with its strength from T and C alone.
+        chance says much of it; see `shrinkage`.
 
         Args:
             name: Name of the layer, for messages.
@@ -115,10 +109,11 @@ class HessianAccumulator(ProductSum):
                 f"{name}: its calibration inputs hold NaN or Inf, or overflow float32 when squared; "
                 "check the model in this compute dtype (execution.compute_dtype)"
             )
-        mirror_(H)
         # Where all inputs are 0 their weights may be 0 too, and so is the sum.
         H.div_(torch.where(self.totals[0] > 0, self.totals[0], 1.0))
-        return shrunk_(H, self.effective_tokens())
+        shrunk_(H, shrinkage(H.diagonal(), self.effective_tokens()))
+        mirror_(H)
+        return H
 
     def _add_product_(self, total: torch.Tensor, *factors: torch.Tensor) -> None:
         (X,) = factors
@@ -168,13 +163,36 @@ def product(X: torch.Tensor, Y: torch.Tensor) -> torch.Tensor:
     return X.T @ Y if X.dtype == torch.float32 else torch.mm(X.T, Y, out_dtype=torch.float32)
 
 
-def shrunk_(M: torch.Tensor, tokens: torch.Tensor) -> torch.Tensor:
-    """Shrink a matrix towards its diagonal, as if C tokens with independent columns had been added to the others.
+def shrinkage(energies: torch.Tensor, tokens: torch.Tensor) -> torch.Tensor:
+    """Return the factor of each column by which what H says of it and another is shrunk, float32 [C].
+
+    As if C more tokens with independent columns had been added to T effective ones,
+
+        H_ij ← H_ij / √((1 + ρ_i)(1 + ρ_j))   for i ≠ j, with ρ_i = C/T · min(1, h̄ / H_ii)
+
+    where h̄ is the mean of H's diagonal. A column of mean energy or less keeps T / (T + C) of what it says of others of
+    its kind: with 128 × 2048 tokens and 8192 columns 97 %. An outlier channel, whose energy is 100 times the mean,
+    keeps nearly all. Its couplings stand out from chance, and it is its errors that the others must make up for.
+    Shrinkage towards the diagonal is known (Schäfer and Strimmer, 2005); its strength here comes from T, C and the
+    diagonal alone.
+
+    Args:
+        energies: Diagonal of H [C].
+        tokens: Number T of effective tokens, float64 [].
+    """
+    limited = torch.where(energies > 0, energies.mean() / energies, 1.0).clamp_(max=1)
+    return (tokens / (tokens + len(energies) * limited)).sqrt_().float()
+
+
+def shrunk_(M: torch.Tensor, factors: torch.Tensor) -> torch.Tensor:
+    """Shrink a matrix towards its diagonal, which is left as it is.
 
     Args:
         M: A mean over tokens [C, C], which is overwritten.
-        tokens: Number of effective tokens, float64 [].
+        factors: Factor of each row and of each column [C], see `shrinkage`.
     """
     diagonal = M.diagonal().clone()
-    M.mul_(tokens / (tokens + len(M))).diagonal().copy_(diagonal)
+    for rows in strips(M):
+        M[rows].mul_(torch.outer(factors[rows], factors))  # what is symmetric stays so to the last bit
+    M.diagonal().copy_(diagonal)
     return M

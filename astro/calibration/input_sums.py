@@ -14,7 +14,7 @@ import torch
 
 from astro.activation_config import ActivationScheme
 from astro.calibration.drift import DriftAccumulator
-from astro.calibration.hessian import HessianAccumulator
+from astro.calibration.hessian import HessianAccumulator, shrinkage
 from astro.linalg.batching import stacked_padded
 from astro.model.activation_rounding import round_activations
 
@@ -211,7 +211,8 @@ class InputSums:
         drift = None if self.drift is None else self.drift.finish_(name)
         if self.sample is None:
             return H, drift, None
-        rounding_drift = None if self.rounding_drift is None else self.rounding_drift.finish_(name, tokens)
+        factors = shrinkage(H.diagonal(), tokens)
+        rounding_drift = None if self.rounding_drift is None else self.rounding_drift.finish_(name, factors)
         return H, drift, RoundingMoments(self.sample.finish_(), rounding_drift)
 
     def absorb_(self, other: "InputSums") -> None:

@@ -10,7 +10,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 
 from astro.storage.atomic import sha256_of
 
-__all__ = ["LLAMA", "byte_tokenizer", "correlated_inputs", "files_of", "random_weights", "write_checkpoint"]
+__all__ = ["LLAMA", "byte_tokenizer", "correlated_inputs", "files_of", "random_weights", "shrunk", "write_checkpoint"]
 
 LLAMA = {
     "vocab_size": 260, "hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 3, "num_attention_heads": 4,
@@ -39,8 +39,20 @@ def naive_hessian(X: torch.Tensor, weights: torch.Tensor | None = None, repeats:
     H = (X.T * w) @ X / w.sum()
     energies = w * X.square().sum(-1)
     tokens = repeats * energies.sum() ** 2 / energies.square().sum()
-    diagonal = torch.diag(H.diagonal())
-    return diagonal + (H - diagonal) * tokens / (tokens + len(H))
+    return shrunk(H, H.diagonal(), float(tokens))
+
+
+def shrunk(M: torch.Tensor, energies: torch.Tensor, tokens: float) -> torch.Tensor:
+    """Return a matrix as a Hessian is shrunk: in a column above the mean energy as if it had that of the mean.
+
+    Args:
+        M: A mean over tokens [C, C] in float64.
+        energies: Diagonal of the Hessian [C].
+        tokens: Number of effective tokens.
+    """
+    added = len(M) / tokens * (energies.mean() / energies).clamp(max=1)
+    result = M / ((1 + added[:, None]) * (1 + added)) ** 0.5
+    return result + torch.diag(M.diagonal() - result.diagonal())
 
 
 def random_weights(rows: int, columns: int, seed: int = 1) -> torch.Tensor:

@@ -6,7 +6,7 @@ import torch
 from astro.calibration import drift as drift_module
 from astro.calibration import hessian as hessian_module
 from astro.calibration.drift import DriftAccumulator
-from astro.calibration.hessian import HessianAccumulator
+from astro.calibration.hessian import HessianAccumulator, shrinkage
 from astro.errors import NumericalError
 from astro.linalg.cholesky import factorize
 from astro.linalg.symmetric import layer_error
@@ -210,3 +210,21 @@ def test_cost_is_the_variance_of_a_column_given_those_after_it():
         if len(after):
             rest = rest - X[:, after] @ torch.linalg.lstsq(X[:, after], rest).solution
         assert float(cost[column]) == pytest.approx(float(rest.square().mean()), rel=1e-2)
+
+
+def test_couplings_of_equal_columns_keep_what_as_many_tokens_say_and_those_of_an_outlier_keep_more():
+    equal = shrinkage(torch.full((6,), 2.0), torch.tensor(18.0, dtype=torch.float64))
+    torch.testing.assert_close(equal.square(), torch.full((6,), 18 / 24))
+    energies = torch.tensor([1.0, 1.0, 0.0, 98.0])  # of mean 25
+    squares = shrinkage(energies, torch.tensor(8.0, dtype=torch.float64)).square()
+    torch.testing.assert_close(squares, torch.tensor([2 / 3, 2 / 3, 2 / 3, 1 / (1 + 0.5 * 25 / 98)]))
+    assert not shrinkage(energies, torch.tensor(0.0, dtype=torch.float64)).any()
+
+
+def test_a_hessian_with_an_outlier_channel_against_a_naive_one_is_symmetric_and_positive():
+    X = correlated_inputs(30, 40).float()
+    X[:, 7] *= 100
+    H = hessian(X.double())
+    torch.testing.assert_close(H.double(), naive_hessian(X), rtol=1e-4, atol=1e-5)
+    assert torch.equal(H, H.mT)
+    assert float(torch.linalg.eigvalsh(H.double())[0]) > 0

@@ -7,7 +7,7 @@ from astro.activation_config import ActivationScheme
 from astro.calibration.input_sums import InputSums, RoundedSample, RoundingMoments, SumKind, side_by_side
 from astro.model.activation_rounding import round_activations
 from tests.support.devices import here
-from tests.support.models import correlated_inputs, naive_hessian, random_weights
+from tests.support.models import correlated_inputs, naive_hessian, random_weights, shrunk
 
 pytestmark = pytest.mark.usefixtures("device")
 
@@ -42,9 +42,8 @@ def test_against_definitions_in_float64():
     D = (X.double() - rounded.double()).T * weights.double() @ rounded.double() / weights.double().sum()
     energies = weights.double() * rounded.double().square().sum(-1)
     tokens = energies.sum() ** 2 / energies.square().sum()
-    diagonal = torch.diag(D.diagonal())
-    shrunk = diagonal + (D - diagonal) * tokens / (tokens + 24)
-    torch.testing.assert_close(rounding.drift.cpu().double(), shrunk, rtol=1e-3, atol=1e-4)
+    expected = shrunk(D, H.diagonal().cpu().double(), float(tokens))
+    torch.testing.assert_close(rounding.drift.cpu().double(), expected, rtol=1e-3, atol=1e-4)
 
 
 def test_kept_inputs_and_absorbed_sums_come_to_the_same():
