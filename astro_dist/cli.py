@@ -65,6 +65,11 @@ for _name, _command in _COMMANDS.items():
 
 _FAILED, _WRONG_INPUT, _INTERRUPTED = 1, 2, 130
 
+_GO_ON = {"quantize", "submit", "train", "publish"}
+"""The commands that keep what is finished when they are stopped, and go on with it."""
+
+_KEPT = "; what is finished is kept"
+
 _shows_tracebacks = False
 
 
@@ -79,9 +84,13 @@ _Version = Annotated[bool, typer.Option("--version", callback=_show_version, is_
 
 
 @app.callback()
-def _options(debug: _Debug = False, version: _Version = False) -> None:
+def _options(context: typer.Context, debug: _Debug = False, version: _Version = False) -> None:
     global _shows_tracebacks
     _shows_tracebacks = debug
+    if isinstance(context.obj, Termination):  # it is not where the app is called by another program
+        keeps = context.invoked_subcommand in _GO_ON
+        anew = "; run the same command to begin anew"
+        context.obj.advice = f"{_KEPT}, run the same command to go on" if keeps else anew
 
 
 def main() -> None:
@@ -95,23 +104,23 @@ def main() -> None:
     except Terminated:  # wherever it came, also while another error was explained
         code = EXIT_CODE
     if code == EXIT_CODE:
-        typer.echo(MESSAGE, err=True)
+        typer.echo(f"{MESSAGE}{termination.advice}", err=True)
     sys.exit(code)
 
 
 def _run_command(termination: Termination) -> int:
     """Run the command that this process was started with, say what went wrong, and return the exit code."""
     try:
-        code = app(standalone_mode=False) or 0
+        code = app(standalone_mode=False, obj=termination) or 0
     except Exception as error:
-        code = EXIT_CODE if termination.has_come else _code_of(error)
+        code = EXIT_CODE if termination.has_come else _code_of(error, termination.advice)
     if code == _INTERRUPTED:
-        typer.echo("interrupted; what is finished is kept, run the same command to go on", err=True)
+        typer.echo(f"interrupted{termination.advice}", err=True)
     return int(code)
 
 
-def _code_of(error: BaseException) -> int:
-    """Return the exit code of an error, after it was explained."""
+def _code_of(error: BaseException, advice: str) -> int:
+    """Return the exit code of an error, after it was explained; the advice says how to go on after an interruption."""
     show = getattr(error, "show", None)
     if isinstance(error, typer.Abort):
         return _INTERRUPTED
@@ -122,7 +131,8 @@ def _code_of(error: BaseException) -> int:
         show()
         return _WRONG_INPUT
     # A defect of ours or of a library: still one paragraph.
-    _explain(f"{type(error).__name__}: {error}. This is unexpected; what is finished is kept. See --debug")
+    kept = _KEPT if advice.startswith(_KEPT) else ""
+    _explain(f"{type(error).__name__}: {error}. This is unexpected{kept}. See --debug")
     return _FAILED
 
 

@@ -12,7 +12,7 @@ __all__ = ["EXIT_CODE", "MESSAGE", "Terminated", "Termination", "keep_handler"]
 
 EXIT_CODE = 128 + signal.SIGTERM
 """Exit code of a process that SIGTERM has ended, as a shell tells it: 143."""
-MESSAGE = "stopped by SIGTERM; run the same command to go on"
+MESSAGE = "stopped by SIGTERM"
 _GRACE_S = 12.0
 """Seconds in which workers and cluster are ended in order. After that the process ends as it is: Kubernetes and Slurm
 kill it 30 s after the signal, and the notice of a spot instance may be as short. What is finished is on disk anyway."""
@@ -27,11 +27,13 @@ class Termination:
 
     Attributes:
         has_come: Whether it has.
+        advice: What is said behind `MESSAGE` where the process has to be ended before it is in order.
     """
 
     def __init__(self) -> None:
         """Begin without it."""
         self.has_come = False
+        self.advice = ""
 
     @contextlib.contextmanager
     def handled(self) -> Iterator[None]:
@@ -44,7 +46,7 @@ class Termination:
         reading, writing = os.pipe()
         os.set_blocking(writing, False)
         wakeup_before = signal.set_wakeup_fd(writing, warn_on_full_buffer=False)
-        threading.Thread(target=_end_in_time, args=(reading,), name="termination", daemon=True).start()
+        threading.Thread(target=self._end_in_time, args=(reading,), name="termination", daemon=True).start()
         try:
             yield
         finally:
@@ -57,6 +59,15 @@ class Termination:
             self.has_come = True
             raise Terminated
 
+    def _end_in_time(self, reading: int) -> None:
+        """Wait for SIGTERM, and then for the end of the grace time, and end the process; return if the pipe closes."""
+        while number := os.read(reading, 1):
+            if number[0] == signal.SIGTERM:
+                time.sleep(_GRACE_S)
+                os.write(2, f"{MESSAGE}{self.advice}\n".encode())
+                os._exit(EXIT_CODE)
+        os.close(reading)
+
 
 @contextlib.contextmanager
 def keep_handler() -> Iterator[None]:
@@ -67,13 +78,3 @@ def keep_handler() -> Iterator[None]:
     finally:
         if before not in (signal.SIG_DFL, None) and threading.current_thread() is threading.main_thread():
             signal.signal(signal.SIGTERM, before)
-
-
-def _end_in_time(reading: int) -> None:
-    """Wait for SIGTERM, and then for the end of the grace time, and end the process; end when the pipe is closed."""
-    while number := os.read(reading, 1):
-        if number[0] == signal.SIGTERM:
-            time.sleep(_GRACE_S)
-            os.write(2, f"{MESSAGE}\n".encode())
-            os._exit(EXIT_CODE)
-    os.close(reading)

@@ -2,6 +2,7 @@
 
 import json
 import os
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -283,7 +284,9 @@ def test_unexpected_error_is_one_paragraph_too(run, config, monkeypatch):
     monkeypatch.setattr("astro_dist.pipeline.quantize", lambda config: {}["defect"])
     code, _, err = run("quantize", config)
     assert code == 1
-    assert err.splitlines()[1].startswith("error: KeyError: 'defect'. This is unexpected")
+    assert err.splitlines()[1] == "error: KeyError: 'defect'. This is unexpected; what is finished is kept. See --debug"
+    monkeypatch.setattr("astro_dist.report.forecast.prepare", lambda config: {}["defect"])
+    assert run("plan", config)[2].splitlines()[1] == "error: KeyError: 'defect'. This is unexpected. See --debug"
 
 
 def test_interrupt_is_said_and_exits_with_130(run, config, monkeypatch):
@@ -293,7 +296,26 @@ def test_interrupt_is_said_and_exits_with_130(run, config, monkeypatch):
     monkeypatch.setattr("astro_dist.pipeline.quantize", interrupt)
     code, _, err = run("quantize", config)
     assert code == 130
-    assert "run the same command to go on" in err
+    assert err.endswith("interrupted; what is finished is kept, run the same command to go on\n")
+
+
+@pytest.mark.parametrize(
+    ("command", "place", "advice"),
+    [
+        (["quantize"], "astro_dist.pipeline.quantize", "what is finished is kept, run the same command to go on"),
+        (["plan"], "astro_dist.report.forecast.prepare", "run the same command to begin anew"),
+        (["try", "Hello"], "astro_dist.evaluation.beside.continue_beside", "run the same command to begin anew"),
+    ],
+)
+def test_only_commands_that_keep_something_promise_it_when_they_are_stopped(
+    run, config, monkeypatch, command, place, advice
+):
+    def stop(*_):
+        signal.getsignal(signal.SIGTERM)(signal.SIGTERM, None)
+
+    monkeypatch.setattr(place, stop)
+    code, _, err = run(command[0], config, *command[1:])
+    assert (code, err.splitlines()[-1]) == (143, f"stopped by SIGTERM; {advice}")
 
 
 def test_module_runs_as_a_submitted_job_would_run_it(config):

@@ -12,6 +12,7 @@ import pytest
 from astro_dist.execution.termination import EXIT_CODE, MESSAGE, Terminated, Termination, keep_handler
 
 ROOT = Path(__file__).parents[3]
+STOPPED = f"{MESSAGE}; what is finished is kept, run the same command to go on"
 
 
 @pytest.fixture
@@ -65,7 +66,7 @@ def test_a_run_is_stopped_in_order_and_the_same_command_goes_on(start, run_confi
     process = start("-m", "astro_dist", "quantize", tmp_path / "run.yaml")
     wait_for(process, "done by worker")
     code, rest, seconds = ended(process)
-    assert (code, rest.splitlines()[-1]) == (143, "stopped by SIGTERM; run the same command to go on")
+    assert (code, rest.splitlines()[-1]) == (143, STOPPED)
     assert "Traceback" not in rest
     assert seconds < 25
     time.sleep(1.0)
@@ -77,7 +78,9 @@ WAITING = """
 import sys, time
 from astro_dist.execution import termination
 termination._GRACE_S = 0.3
-with termination.Termination().handled():
+stop = termination.Termination()
+stop.advice = "; begin anew"
+with stop.handled():
     try:
         print("ready", file=sys.stderr, flush=True)  # the signal may come at once
         time.sleep(60)
@@ -90,7 +93,7 @@ def test_a_process_that_hangs_while_it_clears_up_ends_all_the_same(start):
     process = start("-c", WAITING)
     wait_for(process, "ready")
     code, rest, seconds = ended(process)
-    assert (code, rest) == (EXIT_CODE, f"{MESSAGE}\n")
+    assert (code, rest) == (EXIT_CODE, f"{MESSAGE}; begin anew\n")
     assert seconds < 10
 
 
