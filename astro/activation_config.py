@@ -1,8 +1,9 @@
 """What is done to the inputs of quantized layers: frozen settings that check themselves.
 
-Inputs are rounded by the server while it computes: each token (the last dimension of a layer's input) gets a scale of
-its own from its largest magnitude, with no zero point. Nothing of that is stored, so the files of the weights are the
-same; only config.json tells the server.
+Inputs are rounded by the server while it computes. Dynamic: each token (the last dimension of a layer's input) gets a
+scale of its own from its largest magnitude, with no zero point. Nothing of that is stored, so the files of the weights
+are the same; only config.json tells the server. Static: every input of a layer is rounded between two clips that
+training learned, which are stored beside the weights.
 """
 
 import dataclasses
@@ -18,15 +19,18 @@ MOST_RANK = 512
 
 @dataclasses.dataclass(frozen=True)
 class ActivationScheme:
-    """The grid of a layer's inputs: one scale a token, found as the token comes (dynamic), no zero point.
+    """The kind of grid that inputs of layers are rounded to.
 
     Attributes:
         bits: Width of one input, 8 or 4.
         type: `int` for integers; `float` for FP8 E4M3, which has 8 bits.
+        is_static: Whether each layer has a grid of its own between two clips; otherwise each token has a scale, found
+            as the token comes (dynamic), and no zero point.
     """
 
     bits: int
     type: Literal["int", "float"]
+    is_static: bool = False
 
     def __post_init__(self) -> None:
         if self.bits not in (4, 8):
@@ -35,10 +39,14 @@ class ActivationScheme:
             raise ConfigError(f"inputs of layers: expected type int or float, got {self.type}")
         if self.type == "float" and self.bits != 8:
             raise ConfigError(f"inputs of layers: type float is FP8 (E4M3) and has 8 bits, got {self.bits}")
+        if self.type == "float" and self.is_static:
+            raise ConfigError("inputs of layers: between clips they are integers, got type float")
 
     @property
     def in_words(self) -> str:
-        """The grid in words, such as "int8 per token"."""
+        """The grid in words, such as "int8 per token" or "int4 between learned clips"."""
+        if self.is_static:
+            return f"int{self.bits} between learned clips"
         return f"{'FP8' if self.type == 'float' else f'int{self.bits}'} per token"
 
     @property
@@ -55,11 +63,17 @@ class Activations:
 
     bits: Literal[16, 8, 4] = 16
     """Width of the inputs of every quantized layer, as servers round them: 8 or 4, or 16 for inputs that stay as they
-    are. Each token gets a scale of its own while the server computes. It is written into config.json; the stored
-    weights need nothing for it. A run rounds inputs in the same way wherever it runs quantized layers, so that its
-    figures are those with rounded inputs, and weights make up for what they can (`quantization.compensation`)."""
+    are. Each token gets a scale of its own while the server computes, unless `clips` says otherwise. It is written into
+    config.json; the stored weights need nothing for it. A run rounds inputs in the same way wherever it runs quantized
+    layers, so that its figures are those with rounded inputs, and weights make up for what they can
+    (`quantization.compensation`)."""
     type: Literal["int", "float"] = "int"
     """What inputs are rounded to: `int` is integers of `bits`, `float` is FP8 (E4M3), which has 8 bits."""
+    clips: Literal["none", "from-checkpoint"] = "none"
+    """With `from-checkpoint`, inputs of a layer do not get a scale for each token. They are rounded between the two
+    clips that `astro-dist train` learned for the layer, in steps of equal size, as they were in training, which must
+    have had the same width. The clips are read from activation_clips.safetensors beside the weights. Every quantized
+    layer must have them. No server that we know of computes so yet."""
     smoothing: Literal["none", "aser", "smoothquant"] = "none"
     """How channels of the inputs that are much larger than others are made smaller, and the weights that read them
     larger. The factors go into the norm or the linear layer that makes an input, where that is exact, so that they cost
@@ -82,11 +96,29 @@ class Activations:
                 f"smoothing: {self.smoothing} makes inputs easier to round, and bits: 16 rounds none; set bits to 8 or "
                 "4, or smoothing to none"
             )
+        self._check_clips()
         if self.outlier_channels < 1:
             raise ConfigError(f"outlier_channels: expected at least 1, got {self.outlier_channels}")
         if not 0 <= self.smoothing_strength <= 1:
             raise ConfigError(f"smoothing_strength: expected 0 to 1, got {self.smoothing_strength}")
         self._refuse_without_rule()
+
+    def _check_clips(self) -> None:
+        """Refuse learned clips beside settings that they contradict."""
+        if self.clips == "none":
+            return
+        if self.bits == 16:
+            raise ConfigError(
+                f"clips: {self.clips} says between which numbers inputs are rounded, and bits: 16 rounds none; set "
+                "bits to the width that the clips were learned for, 8 or 4, or clips to none"
+            )
+        if self.type == "float":
+            raise ConfigError(f"clips: {self.clips} rounds inputs to integers, got type: float; take type: int")
+        if self.smoothing != "none":
+            raise ConfigError(
+                f"clips: {self.clips} holds for inputs as training made them, and smoothing: {self.smoothing} makes "
+                "them smaller; set smoothing to none, or clips to none"
+            )
 
     def _refuse_without_rule(self) -> None:
         """Refuse settings of a rule that is not the one in use."""
@@ -98,7 +130,7 @@ class Activations:
     @property
     def scheme(self) -> ActivationScheme | None:
         """The grid of the inputs; None where they stay as they are."""
-        return None if self.bits == 16 else ActivationScheme(self.bits, self.type)
+        return None if self.bits == 16 else ActivationScheme(self.bits, self.type, self.clips != "none")
 
     @property
     def rounds_cache(self) -> bool:

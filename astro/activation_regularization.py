@@ -6,18 +6,12 @@ layer's outputs is added to the loss. Weights are trained as they are, and quant
 
 Both are hooks on the linear layers of a model. Its class, its parameters and their names stay what they were.
 
-Shapes: T tokens, C columns (inputs of a layer), R rows (outputs), L regularized layers. n = 2^b − 1 is the number of
-steps between the clips c⁻ and c⁺. The equations are numbered here:
+Shapes: T tokens, C columns (inputs of a layer), R rows (outputs), L regularized layers. Equations (1) to (5), of the
+rounding, are in `model.clipped_rounding`; two more are numbered here:
 
-(1) s = n / (c⁺ − c⁻)
-(2) v = (clamp(x, c⁻, c⁺) − c⁻) · s,  q = rint(v),  x̂ = q / s + c⁻
-(3) ∂x̂/∂x  = 1 for c⁻ < x < c⁺, else 0                              (straight through the rounding)
-(4) ∂x̂/∂c⁺ = 1 for x ≥ c⁺, 0 for x ≤ c⁻, else (q − v) / n           (clipped at the end; what s gives)
-(5) ∂x̂/∂c⁻ = 1 for x ≤ c⁻, 0 for x ≥ c⁺, else (v − q) / n
 (6) K(y) = 1/R Σ_r ((y_r − μ) / (σ + ε))⁴, μ and σ the mean and the standard deviation of the R features of a token
 (7) loss = cross-entropy + λ Σ_layers Σ_tokens K(y), a mean over sequences
 
-(3) to (5) are the exact derivatives of x̂ = clamp(x, c⁻, c⁺) + (q − v) (c⁺ − c⁻) / n with q − v held fixed.
 The paper does not say over which tokens (7) sums. Here it is those of one sequence, so that neither the number of
 workers nor that of sequences in a batch changes the objective.
 """
@@ -29,42 +23,24 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import nn
 from torch.autograd.function import once_differentiable
 from transformers.pytorch_utils import Conv1D
 
 from astro.errors import CheckpointError, ConfigError, NumericalError
+from astro.model.clipped_rounding import round_clipped
+from astro.model.clips_file import read_clips, write_clips
 from astro.model.exact_layers import is_held_exact
 from astro.model.experts import expert_owners, is_gate, num_experts
 from astro.model.model_class import find_blocks
 from astro.model.residual_writers import residual_writers
-from astro.storage.atomic import write_atomic
+from astro.storage.byte_store import FolderStore
 from astro.training_config import ActivationRegularization
 
-__all__ = ["CLIPS_FILE", "ActivationRegularizer", "kurtosis_sum", "round_clipped"]
+__all__ = ["ActivationRegularizer", "kurtosis_sum"]
 
-CLIPS_FILE = "activation_clips.safetensors"
-"""Name of the file with the learned clips, beside the weights."""
-_KEY_SUFFIX = ".input_clips"
 _EPSILON = 1e-8
 """ε of (6): small beside the standard deviation of any output. The paper does not tell its value."""
-
-
-def round_clipped(x: torch.Tensor, clips: torch.Tensor, bits: int) -> torch.Tensor:
-    """Clamp and round inputs to 2^bits levels between two learned clips, equations (1) and (2).
-
-    Args:
-        x: Inputs of a layer [..., C].
-        clips: c⁻ and c⁺ [2], which get gradients by (4) and (5).
-        bits: Number of bits.
-
-    Returns:
-        The rounded inputs x̂ [..., C], in the dtype of `x`.
-    """
-    rounded: torch.Tensor = _RoundClipped.apply(x, clips, 2**bits - 1)  # type: ignore[no-untyped-call]
-    return rounded
 
 
 def kurtosis_sum(y: torch.Tensor) -> torch.Tensor:
@@ -175,20 +151,17 @@ class ActivationRegularizer:
         self._hooks = []
 
     def save(self, path: Path) -> None:
-        """Write the clips: for each layer `NAME.input_clips`, float32 [2] with c⁻ and c⁺.
-
-        The header's metadata tells `bits`, the width they were learned for.
+        """Write the clips, and the width that they were learned for.
 
         Args:
-            path: Path of the file, see `CLIPS_FILE`.
+            path: Path of the file, see `clips_file.CLIPS_FILE`.
 
         Raises:
             StorageError: The file cannot be written.
         """
-        clips = self.clips.detach().float().cpu()
-        tensors = {f"{name}{_KEY_SUFFIX}": clips[i].clone() for i, name in enumerate(self.names)}
-        metadata = {"bits": str(self.settings.input_bits), "format": "pt"}
-        write_atomic(path, lambda partial: save_file(tensors, partial, metadata))
+        bits = self.settings.input_bits
+        assert bits is not None, "clips are only learned where inputs are rounded"
+        write_clips(path, dict(zip(self.names, self.clips.detach(), strict=True)), bits)
 
     def load(self, path: Path) -> None:
         """Take the clips from a file that `save` wrote.
@@ -199,12 +172,7 @@ class ActivationRegularizer:
         Raises:
             CheckpointError: The file cannot be read, or is of other layers.
         """
-        try:
-            with safe_open(path, "pt") as file:
-                stored = {key.removesuffix(_KEY_SUFFIX): file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
-        except (OSError, SafetensorError) as error:
-            raise CheckpointError(f"{path}: cannot be read: {error}") from error
-        self._set(stored, path)
+        self._set(read_clips(FolderStore(path.parent), path.name).by_layer, path)
 
     def _set(self, stored: Mapping[str, torch.Tensor], path: Path) -> None:
         different = set(stored) ^ set(self.names)
@@ -250,40 +218,6 @@ def _linear_layers(model: nn.Module) -> tuple[dict[str, nn.Module], tuple[str, .
                 named = module.named_parameters(recurse=False)
                 joined += [f"{name}.{key}" for key, value in named if value.ndim == 3 and len(value) == experts]
     return layers, tuple(joined)
-
-
-class _RoundClipped(torch.autograd.Function):
-    """Equations (1) and (2) forward, (3) to (5) backward. It keeps x alone, and rounds it again on the way back."""
-
-    @staticmethod
-    def forward(ctx: Any, x: torch.Tensor, clips: torch.Tensor, steps: int) -> torch.Tensor:
-        ctx.save_for_backward(x, clips)
-        ctx.steps = steps
-        v, scale = _scaled(x, clips, steps)
-        return (v.round_() / scale + clips[0]).to(x.dtype)  # round: halves to even, as rint
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, *gradients: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, None]:
-        x, clips = ctx.saved_tensors
-        (gradient,) = gradients
-        v, _ = _scaled(x, clips, ctx.steps)
-        low, high = v <= 0, v >= ctx.steps
-        g = gradient.to(v.dtype)
-        of_rounding = torch.linalg.vecdot((v.round() - v).flatten(), g.flatten()) / ctx.steps  # Σ g (q − v) / n
-        # Clipped elements have q = v, and move their clip alone.
-        of_low, of_high = g.masked_fill(~low, 0).sum(), g.masked_fill(~high, 0).sum()
-        clip_gradient = torch.stack((of_low - of_rounding, of_high + of_rounding))
-        return gradient.masked_fill(low | high, 0), clip_gradient.to(clips.dtype), None
-
-
-def _scaled(x: torch.Tensor, clips: torch.Tensor, steps: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """Return v of equation (2) and s, in float32 at least."""
-    dtype = torch.promote_types(x.dtype, clips.dtype)
-    low, high = clips.to(dtype)
-    scale = steps / (high - low)
-    v = (x.to(dtype).clamp(low, high) - low) * scale
-    return v.clamp_(0, steps), scale  # the product of the last element may be a little above n
 
 
 class _KurtosisSum(torch.autograd.Function):

@@ -29,6 +29,7 @@ from astro_dist.planning.compute_dtype import compute_dtype
 from astro_dist.planning.cost import CostModel
 from astro_dist.planning.devices import DEVICES, measure
 from astro_dist.planning.estimate import require_room
+from astro_dist.planning.input_clips import clips_sha256
 from astro_dist.planning.outlook import Outlook
 from astro_dist.planning.validate import Prepared, prepare, tokens_of
 from astro_dist.planning.worker_count import local_workers
@@ -146,6 +147,7 @@ def quantize(config: RunConfig) -> Summary:
         arithmetic=config.arithmetic(),
         commit=prepared.source.commit,
         asked=asked if prepared.source.commit else None,
+        clips_sha256=clips_sha256(prepared.plan),
         texts={str(number): share.to_json() for number, share in enumerate(chunks.shares)},
     )
     begun = is_begun(run, identity)

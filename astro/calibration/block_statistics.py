@@ -11,7 +11,7 @@ from typing import TypeVar
 import torch
 
 from astro.activation_config import ActivationScheme
-from astro.calibration.input_sums import AS_THEY_ARE, InputSums, SumKind
+from astro.calibration.input_sums import InputSums, SumKind, as_they_are
 from astro.calibration.starved_experts import (
     AllTokens,
     InputStatistics,
@@ -22,7 +22,7 @@ from astro.calibration.starved_experts import (
 from astro.calibration.token_weights import TokenWeights
 from astro.config import Experts
 from astro.errors import NumericalError, UnsupportedError
-from astro.model.activations import BlockLayers, Inputs, Operand, is_same_input, names_of
+from astro.model.activations import BlockLayers, Inputs, Operand, is_same_input, names_of, share_input
 from astro.timing import Stopwatch
 
 __all__ = ["BlockStatistics", "input_stages", "inputs_of"]
@@ -33,8 +33,9 @@ Output = TypeVar("Output")
 class BlockStatistics:
     """Collects the Hessians of a block's layers while its forward runs.
 
-    Layers that are called one after the other with the very same input share one Hessian. The first forward shows which
-    layers these are, and every later one is checked against it. Gate and up of one expert are always one input group.
+    Layers that are called one after the other with the very same input share one Hessian, unless each of them rounds it
+    with learned clips of its own. The first forward shows which layers these are, and every later one is checked
+    against it. Gate and up of one expert are always one input group.
 
     Attributes:
         input_groups: Operands of each input group, in the order of the first forward; experts one after the other.
@@ -46,7 +47,7 @@ class BlockStatistics:
         layers: BlockLayers,
         device: torch.device,
         weights: TokenWeights,
-        sum_kind: SumKind = AS_THEY_ARE,
+        sum_kind: Callable[[Operand], SumKind] = as_they_are,
         served: ActivationScheme | None = None,
     ) -> None:
         """Begin with no statistics.
@@ -55,14 +56,14 @@ class BlockStatistics:
             layers: The layers of the block, which is loaded.
             device: Device of the sums.
             weights: How much each token counts.
-            sum_kind: What is summed of every input, but for a drift from the source.
-            served: Grid to which the forwards round the inputs of layers; None in the source model.
+            sum_kind: Returns what is summed of an operand's inputs, but for a drift from the source.
+            served: Kind of grid to which the forwards round the inputs of layers; None in the source model.
         """
         self._layers, self._weights, self._chunk = layers, weights, ""
         self._device, self._sum_kind, self._served = device, sum_kind, served
         self._sums: list[InputSums] = []
         self._input_group_of: dict[Operand, int] = {}
-        self._last: tuple[torch.Tensor, int] | None = None
+        self._last: tuple[torch.Tensor, Operand, int] | None = None
         self.input_groups: list[list[Operand]] = []
         self.stopwatch = Stopwatch(device)
 
@@ -117,14 +118,16 @@ class BlockStatistics:
         shared: dict[str, InputSums] = {}
         for group, sums in zip(self.input_groups, all_sums, strict=True):
             if group[0].expert is not None:
-                empty = InputSums(group[0].columns, self._device, self._sum_kind)
+                empty = InputSums(group[0].columns, self._device, self._sum_kind(group[0]))
                 shared.setdefault(group[0].parameter, empty).absorb_(sums)
         return shared
 
     def _observe(self, operand: Operand, inputs: Inputs) -> None:
         X = inputs.X
-        last, last_index = self._last if self._last is not None else (None, -1)
-        shares = operand.expert is None and last is not None and is_same_input(last, X)
+        shares, last_index = False, -1
+        if self._last is not None and operand.expert is None:
+            last_X, last, last_index = self._last
+            shares = share_input(operand, X, last, last_X)
         if operand not in self._input_group_of:
             self._open(operand, last_index if shares else None)
         index = self._input_group_of[operand]
@@ -134,7 +137,7 @@ class BlockStatistics:
         elif not shares or last_index != index:
             first, other = self.input_groups[index][0].names[0], operand.names[0]
             raise UnsupportedError(f"{other} shared its input with {first} in one forward, not in another")
-        self._last = (X, index)
+        self._last = (X, operand, index)
 
     def _open(self, operand: Operand, index: int | None) -> None:
         """Put an operand that was not seen before into an input group, or into a new one where `index` is None."""
@@ -146,7 +149,7 @@ class BlockStatistics:
             self._input_group_of[member] = len(self.input_groups)
             self.input_groups.append([member])
             is_expert = member.expert is not None
-            self._sums.append(InputSums(member.columns, self._device, self._sum_kind, keep_inputs=is_expert))
+            self._sums.append(InputSums(member.columns, self._device, self._sum_kind(member), keep_inputs=is_expert))
 
 
 class _Reached(Exception):
@@ -163,8 +166,9 @@ def _together(layers: BlockLayers, operand: Operand) -> list[Operand]:
 def input_stages(layers: BlockLayers, action: Callable[[], object]) -> list[list[list[Operand]]]:
     """Return the input groups of a block, in the order in which a forward comes to them.
 
-    Input groups whose inputs are known at the same time are in one stage: a single input group outside experts, and
-    those of all experts that read the same parameter.
+    Input groups whose inputs are known at the same time are in one stage: a single input group outside experts, several
+    where layers round one input each with learned clips of its own, and those of all experts that read the same
+    parameter.
 
     Args:
         layers: The layers of the block, which is loaded.
@@ -178,18 +182,21 @@ def input_stages(layers: BlockLayers, action: Callable[[], object]) -> list[list
     """
     stages: list[list[list[Operand]]] = []
     seen: set[Operand] = set()
-    last: list[torch.Tensor] = []  # kept alive, so that no other input can take its place in memory
+    last: list[tuple[Operand, torch.Tensor]] = []  # kept alive, so that no other input can take its place in memory
 
     def note(operand: Operand, inputs: Inputs) -> None:
         X = inputs.X
-        if operand not in seen and operand.expert is None and last and is_same_input(last[0], X):
-            stages[-1][0].append(operand)
+        if operand not in seen and operand.expert is None and last and is_same_input(last[0][1], X):
+            if share_input(operand, X, *last[0]):
+                stages[-1][-1].append(operand)
+            else:
+                stages[-1].append([operand])
             seen.add(operand)
         elif operand not in seen:
             members = _together(layers, operand)
             stages.append([[member] for member in members])
             seen.update(members)
-        last[:] = [X]
+        last[:] = [(operand, X)]
 
     with layers.observed(note):
         action()

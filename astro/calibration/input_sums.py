@@ -12,13 +12,13 @@ from collections.abc import Sequence
 
 import torch
 
-from astro.activation_config import ActivationScheme
 from astro.calibration.drift import DriftAccumulator
 from astro.calibration.hessian import HessianAccumulator, shrinkage
 from astro.linalg.batching import stacked_padded
-from astro.model.activation_rounding import round_activations
+from astro.model.activation_rounding import InputGrid, round_activations
+from astro.model.activations import Operand
 
-__all__ = ["AS_THEY_ARE", "MOST_ROWS", "InputSums", "RoundedSample", "RoundingMoments", "SumKind", "side_by_side"]
+__all__ = ["MOST_ROWS", "InputSums", "RoundedSample", "RoundingMoments", "SumKind", "as_they_are", "side_by_side"]
 
 _SAMPLED = 16
 """Tokens of every chunk that are kept. A few hundred say within some percent what a layer makes of all of them, and
@@ -32,18 +32,19 @@ class SumKind:
     """What is summed of an input group.
 
     Attributes:
-        scheme: Grid to which servers round the inputs; None where they stay as they are.
+        grid: Grid to which servers round the inputs; None where they stay as they are.
         has_drift: Whether the drift from the source model's inputs is summed.
         has_rounding_drift: Whether the drift from rounding is summed, where inputs are rounded.
     """
 
-    scheme: ActivationScheme | None = None
+    grid: InputGrid | None = None
     has_drift: bool = False
     has_rounding_drift: bool = False
 
 
-AS_THEY_ARE = SumKind()
-"""Sums of inputs that nothing is done to."""
+def as_they_are(_: Operand) -> SumKind:
+    """Return the sums of inputs that nothing is done to, which every operand has in the source model."""
+    return SumKind()
 
 
 class RoundedSample:
@@ -160,7 +161,7 @@ class InputSums:
         def drift() -> DriftAccumulator:
             return DriftAccumulator(num_columns, device, keep_inputs)
 
-        is_rounded = kind.scheme is not None
+        is_rounded = kind.grid is not None
         self.kind = kind
         self.hessian = HessianAccumulator(num_columns, device, keep_inputs)
         self.drift = drift() if kind.has_drift else None
@@ -183,10 +184,10 @@ class InputSums:
         Returns:
             The inputs as servers round them.
         """
-        if self.kind.scheme is None:
+        if self.kind.grid is None:
             self.hessian.add_(X, weights)
             return X
-        rounded = round_activations(X, self.kind.scheme)
+        rounded = round_activations(X, self.kind.grid)
         self.hessian.add_(rounded, weights)
         assert self.sample is not None
         self.sample.add_(X, rounded, weights)

@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 from astro.activation_config import ActivationScheme
-from astro.calibration.input_sums import AS_THEY_ARE, InputSums, RoundingMoments, SumKind
+from astro.calibration.input_sums import InputSums, RoundingMoments, SumKind, as_they_are
 from astro.calibration.token_weights import Kind, norm_weights
 from astro.config import Experts
 from astro.errors import NumericalError
@@ -79,7 +79,7 @@ class AllTokens:
         operands: Sequence[Operand],
         repeats: Iterable[Callable[[], object]],
         token_weights: Kind,
-        sum_kind: SumKind = AS_THEY_ARE,
+        sum_kind: Callable[[Operand], SumKind] = as_they_are,
         served: ActivationScheme | None = None,
     ) -> None:
         """Run the block once more over the calibration chunks and keep what its experts are called with.
@@ -90,8 +90,8 @@ class AllTokens:
             repeats: A forward of the block for every calibration chunk.
             token_weights: What tokens are weighted by elsewhere. Here their norm weighs them, since the loss says
                 nothing of an expert that it does not depend on; with `none` they all count alike.
-            sum_kind: What is summed of the inputs.
-            served: Grid to which the inputs of layers are rounded in these forwards; None in the source model.
+            sum_kind: Returns what is summed of an operand's inputs.
+            served: Kind of grid to which the inputs of layers are rounded in these forwards; None in the source model.
         """
         self._layers, self._weighs = layers, token_weights != "none"
         self._sum_kind, self._served = sum_kind, served
@@ -127,7 +127,7 @@ class AllTokens:
         """
         if operand.parameter in self._shared:
             return self._shared[operand.parameter]
-        sums = InputSums(operand.columns, device, self._sum_kind)
+        sums = InputSums(operand.columns, device, self._sum_kind(operand))
 
         def note(multiplied: Operand, inputs: Inputs) -> None:
             if multiplied == operand:

@@ -24,7 +24,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.hooks import RemovableHandle
 
 from astro.errors import UnsupportedError
-from astro.model.activations import BlockLayers, Inputs, Operand, is_same_input
+from astro.model.activations import BlockLayers, Inputs, Operand, share_input
 from astro.model.block_call import BlockState
 
 __all__ = [
@@ -258,7 +258,7 @@ class _Energies:
         self._of_experts: dict[Operand, torch.Tensor] = {}
         self._num_outputs: dict[str, int] = {}
         self._unknown: set[str] = set()
-        self._last: tuple[torch.Tensor, str] | None = None
+        self._last: tuple[torch.Tensor, Operand, str] | None = None
         self._hooks: list[RemovableHandle] = []
 
     def close(self) -> None:
@@ -272,11 +272,11 @@ class _Energies:
         """Take note of a product, and ask autograd for the gradient at it."""
         key, tokens = group_key(operand), inputs.tokens
         if operand.expert is None:
-            if self._last is not None and is_same_input(self._last[0], inputs.X):
-                key = self._last[1]
+            if self._last is not None and share_input(operand, inputs.X, self._last[1], self._last[0]):
+                key = self._last[2]
         elif tokens is None:
             self._unknown.add(key)
-        self._last = (inputs.X, key)
+        self._last = (inputs.X, operand, key)
         if not Z.requires_grad or key in self._unknown:
             return
         # A token is counted at each of its experts, so that their outputs are not added up as layers' are.

@@ -94,20 +94,21 @@ class Layout(Protocol):
             schemes: Bits, group size and symmetry of every quantized layer, by module name.
             ignore: Names of the linear modules that are not quantized.
             act_order: Order in which the solver visited columns.
-            inputs: Grid to which servers round the inputs of every quantized layer; None where they stay as they are.
+            inputs: Kind of grid to which servers round the inputs of every quantized layer; None where they stay as
+                they are.
 
         Raises:
             ConfigError: The layout cannot say that inputs are rounded.
         """
 
     def read_inputs(self, config: Mapping[str, Any]) -> ActivationScheme | None:
-        """Read to which grid servers round the inputs of quantized layers; None where they stay as they are.
+        """Read to which kind of grid servers round the inputs of quantized layers; None where they stay as they are.
 
         Args:
             config: The `quantization_config` of config.json.
 
         Raises:
-            CheckpointError: Inputs are rounded otherwise than one scale a token, or not alike in all layers.
+            CheckpointError: Inputs are rounded in a way that this project never writes, or not alike in all layers.
         """
 
     def read_schemes(self, config: Mapping[str, Any], names: Sequence[str]) -> dict[str, LayerScheme]:

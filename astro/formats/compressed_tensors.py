@@ -136,7 +136,8 @@ def quantization_config(
         schemes: Bits, group size and symmetry of every quantized layer, by module name.
         ignore: Names of the linear modules that are not quantized.
         act_order: Order in which the solver visited columns.
-        inputs: Grid to which servers round the inputs of every quantized layer; None where they stay as they are.
+        inputs: Kind of grid to which servers round the inputs of every quantized layer; None where they stay as they
+            are.
     """
     # Without a format of the group, compressed-tensors would take such weights for unpacked ones.
     rounded = {} if inputs is None else {"input_activations": _inputs(inputs), "format": _FORMAT}
@@ -161,13 +162,14 @@ def quantization_config(
 
 
 def read_inputs(config: Mapping[str, Any]) -> ActivationScheme | None:
-    """Read to which grid servers round the inputs of quantized layers; None where they stay as they are.
+    """Read to which kind of grid servers round the inputs of quantized layers; None where they stay as they are.
 
     Args:
         config: The `quantization_config` of config.json.
 
     Raises:
-        CheckpointError: Inputs are rounded otherwise than one scale a token, or not alike in all layers.
+        CheckpointError: Inputs are rounded in a way that `quantization_config` never writes, or not alike in all
+            layers.
     """
     every = {_read_inputs(config_group.get("input_activations")) for config_group in config["config_groups"].values()}
     if len(every) > 1:
@@ -256,15 +258,22 @@ def _weights(scheme: LayerScheme, act_order: str) -> dict[str, Any]:
 
 
 def _inputs(scheme: ActivationScheme) -> dict[str, Any]:
-    """Say that each token's inputs get a scale as they come, in the words of compressed-tensors."""
-    return {"num_bits": scheme.bits, "type": scheme.type, "strategy": "token", "dynamic": True, "symmetric": True}
+    """Say how inputs are rounded in the words of compressed-tensors: by a scale a token, or by tensors of the layer.
+
+    Those tensors are `input_scale` and `input_zero_point`; the latter is no integer, see `InputClips`.
+    """
+    if scheme.is_static:
+        kind = {"strategy": "tensor", "dynamic": False, "symmetric": False, "zp_dtype": "torch.float32"}
+    else:
+        kind = {"strategy": "token", "dynamic": True, "symmetric": True}
+    return {"num_bits": scheme.bits, "type": scheme.type, **kind}
 
 
 def _read_inputs(args: Mapping[str, Any] | None) -> ActivationScheme | None:
     if args is None:
         return None
     try:
-        scheme = ActivationScheme(args["num_bits"], args["type"])
+        scheme = ActivationScheme(args["num_bits"], args["type"], is_static=not args["dynamic"])
     except ConfigError as error:
         raise CheckpointError(f"input_activations: {error}") from error
     written = _inputs(scheme)

@@ -25,6 +25,10 @@ _FP8_TILE = 128
 """Outputs of a layer are a multiple of this where CUTLASS multiplies int4 weights with FP8 inputs."""
 _FP8_EXPERT_TILE = 256
 """The same for the inputs of experts, whose weights CUTLASS stores in another order."""
+_STATIC_NOTE = (
+    "{}: no server that we know of takes such inputs, and vLLM 0.32 refuses the model; it can be measured (`evaluate`) "
+    "and runs in transformers. To serve it, take activations.clips: none, which gives each token a scale"
+)
 _LEAST_INT4_GROUP = 64
 """Columns of a group that Humming needs at least where it multiplies with int4 inputs."""
 _OTHER_KERNELS = (4, 8)
@@ -41,7 +45,7 @@ def inputs_refusal(
         schemes: Every scheme that each of them may get, by module name.
         inputs: Grid of their inputs; None where they stay as they are.
     """
-    if inputs is None:
+    if inputs is None or inputs.is_static:  # no server takes static inputs of any layer, which is a note
         return None
     refuse = _float_refusal if inputs.type == "float" else _integer_refusal
     found = (refuse(layer, scheme, inputs) for layer in layers for scheme in schemes[layer.name])
@@ -60,6 +64,8 @@ def inputs_notes(
     """
     if inputs is None:
         return []
+    if inputs.is_static:
+        return [_STATIC_NOTE.format(inputs.in_words)]
     if inputs.type == "float":
         return list(_float_notes(layers))
     return list(_integer_notes({scheme for possible in schemes.values() for scheme in possible}, inputs))

@@ -13,9 +13,22 @@ import torch
 from torch import nn
 from torch.overrides import TorchFunctionMode
 
+from astro.activation_config import ActivationScheme
+from astro.model.activation_rounding import InputGrid
+from astro.model.clipped_rounding import InputClips
 from astro.model.linear_layer import LinearLayer
 
-__all__ = ["BlockLayers", "Inputs", "Operand", "Places", "Product", "is_same_input", "names_of", "product_of"]
+__all__ = [
+    "BlockLayers",
+    "Inputs",
+    "Operand",
+    "Places",
+    "Product",
+    "is_same_input",
+    "names_of",
+    "product_of",
+    "share_input",
+]
 
 _OPERANDS = {
     "linear": ((0, "input"), (1, "weight")),
@@ -38,12 +51,25 @@ class Operand:
         parameter: Name of the model's parameter that holds the weight.
         expert: Index of the expert; None outside experts.
         columns: Input size.
+        clips: Learned grid of its inputs; None where it has none.
     """
 
     names: tuple[str, ...]
     parameter: str
     expert: int | None
     columns: int
+    clips: InputClips | None = None
+
+    def grid(self, scheme: ActivationScheme | None) -> InputGrid | None:
+        """Return the grid to which servers round the inputs; None where they stay as they are.
+
+        Args:
+            scheme: Kind of the grid; None for none.
+        """
+        if scheme is None or not scheme.is_static:
+            return scheme
+        assert self.clips is not None, f"{self.names[0]} has no clips"
+        return self.clips
 
 
 @dataclasses.dataclass(frozen=True)
@@ -111,6 +137,21 @@ def is_same_input(X: torch.Tensor, other: torch.Tensor) -> bool:
     return X.data_ptr() == other.data_ptr() and X.shape == other.shape
 
 
+def share_input(operand: Operand, X: torch.Tensor, other: Operand, other_X: torch.Tensor) -> bool:
+    """Tell whether two operands outside experts are one input group.
+
+    They are where they read the same memory and round it alike: a layer with learned clips of its own multiplies with
+    other inputs than its neighbour.
+
+    Args:
+        operand: An operand.
+        X: Its inputs.
+        other: Another operand.
+        other_X: Its inputs, which are alive too.
+    """
+    return is_same_input(X, other_X) and operand.clips == other.clips
+
+
 def names_of(operands: Iterable[Operand]) -> list[str]:
     """Return the names of all layers of some operands.
 
@@ -141,7 +182,7 @@ class BlockLayers:
         for layer in layers:
             by_weight.setdefault((layer.parameter, layer.expert), []).append(layer)
         self.operands = tuple(
-            Operand(tuple(layer.name for layer in members), parameter, expert, members[0].columns)
+            Operand(tuple(x.name for x in members), parameter, expert, members[0].columns, members[0].clips)
             for (parameter, expert), members in by_weight.items()
         )
         self.by_name = {name: operand for operand in self.operands for name in operand.names}

@@ -8,6 +8,8 @@ import dataclasses
 
 import torch
 
+from astro.model.clipped_rounding import InputClips
+
 __all__ = ["LinearLayer"]
 
 
@@ -33,6 +35,7 @@ class LinearLayer:
         turned: Whether the checkpoint tensor has the last two dimensions of the parameter exchanged.
         stored_first: Index of the layer's first row in the checkpoint tensor, where this holds the rows of several
             parameters; None where it holds one parameter.
+        clips: Learned grid of the layer's inputs; None where it has none, or none is used.
     """
 
     name: str
@@ -50,6 +53,7 @@ class LinearLayer:
     served_as: tuple[str, ...] = ()
     turned: bool = False
     stored_first: int | None = None
+    clips: InputClips | None = None
 
     @classmethod
     def plain(cls, name: str, key: str, rows: int, columns: int, transposed: bool = False) -> "LinearLayer":

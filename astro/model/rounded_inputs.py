@@ -4,7 +4,7 @@ Layers are recognized by where their weights lie, as in `activations`, so that e
 each gets the tokens that are routed to it, and a token's scale depends on that token alone.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -13,7 +13,7 @@ from torch.overrides import TorchFunctionMode
 
 from astro.activation_config import ActivationScheme
 from astro.errors import UnsupportedError
-from astro.model.activation_rounding import round_activations
+from astro.model.activation_rounding import InputGrid, round_activations
 from astro.model.activations import BlockLayers, Operand, Places, is_same_input, product_of
 
 __all__ = ["rounded_inputs"]
@@ -27,7 +27,7 @@ def rounded_inputs(layers: BlockLayers, scheme: ActivationScheme | None, is_whol
 
     Args:
         layers: The quantized layers of the block, which is loaded.
-        scheme: The grid of the inputs; None for none, which changes nothing.
+        scheme: The kind of grid of the inputs; None for none, which changes nothing.
         is_whole: Whether the body runs whole forwards, which reach every layer outside experts.
 
     Raises:
@@ -53,7 +53,7 @@ class _Rounding(TorchFunctionMode):
     def __init__(self, places: Places, scheme: ActivationScheme) -> None:
         super().__init__()
         self._places, self._scheme = places, scheme
-        self._last: tuple[torch.Tensor, torch.Tensor] | None = None
+        self._last: tuple[torch.Tensor, InputGrid, torch.Tensor] | None = None
         self.rounded: set[Operand] = set()
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
@@ -62,15 +62,23 @@ class _Rounding(TorchFunctionMode):
         if product is None or not product.operands:
             return func(*args, **kwargs)
         self.rounded.update(product.operands)
-        X = self._rounded(product.X)
+        X = self._rounded(product.X, _common_grid(product.operands, self._scheme))
         if product.position < len(args):
             args = (*args[: product.position], X, *args[product.position + 1 :])
         else:
             kwargs[product.keyword] = X
         return func(*args, **kwargs)
 
-    def _rounded(self, X: torch.Tensor) -> torch.Tensor:
-        """Round inputs; layers that read the same input one after the other share what comes of it."""
-        if self._last is None or not is_same_input(self._last[0], X):
-            self._last = (X, round_activations(X, self._scheme))
-        return self._last[1]
+    def _rounded(self, X: torch.Tensor, grid: InputGrid) -> torch.Tensor:
+        """Round inputs; layers that round the same input alike one after the other share what comes of it."""
+        if self._last is None or self._last[1] != grid or not is_same_input(self._last[0], X):
+            self._last = (X, grid, round_activations(X, grid))
+        return self._last[2]
+
+
+def _common_grid(operands: Sequence[Operand], scheme: ActivationScheme) -> InputGrid:
+    """The grid of an operand, or of all experts that one product multiplies with; only dynamic grids are theirs."""
+    grid = operands[0].grid(scheme)
+    assert grid is not None
+    assert all(operand.grid(scheme) == grid for operand in operands)
+    return grid

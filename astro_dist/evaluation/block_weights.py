@@ -4,6 +4,7 @@ A packed layer is unpacked in float32 and put where the model holds it, so that 
 first. A quantized model of others is decoded to 16 bits, as a source is.
 """
 
+import dataclasses
 import hashlib
 import logging
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -31,6 +32,7 @@ from astro.storage.byte_store import Store
 from astro.storage.checkpoint import Checkpoint
 from astro_dist.export.adapter_file import AdapterFile
 from astro_dist.export.cache_scales import SCALE_NAMES
+from astro_dist.export.input_scales import read_input_scales
 from astro_dist.export.packed_layers import is_packed, packed_layers
 from astro_dist.planning.checkpoint_plan import assign_tensors
 from astro_dist.source.resolve import Source
@@ -50,7 +52,7 @@ class BlockWeights:
         skeleton: The model, on the meta device but for what is filled.
         dtype: Dtype of most weights in the files, after decoding.
         num_weights: Number of weights that text needs.
-        inputs: Grid to which servers round the inputs of packed layers; None where they stay as they are.
+        inputs: Kind of grid to which servers round the inputs of packed layers; None where they stay as they are.
         rounds_cache: Whether servers hold keys and values in FP8.
     """
 
@@ -159,6 +161,9 @@ class BlockWeights:
         if self.inputs is not None and indices not in self._layers:
             of_blocks = (self._packed_parameters(index, keys[index]).values() for index in indices)
             packed = [layer for layers in chain(*of_blocks) for layer in layers if layer.stem in self._stems]
+            if self.inputs.is_static:
+                grids = read_input_scales(self._checkpoint, packed, self.inputs.bits)
+                packed = [dataclasses.replace(layer, clips=grids[layer.name]) for layer in packed]
             self._layers[indices] = BlockLayers(self.skeleton.model, packed)
         scales = self._cache_scales(chain(*keys.values())) if self.rounds_cache else {}
         inputs = rounded_inputs(self._layers[indices], self.inputs) if self.inputs is not None else nullcontext()

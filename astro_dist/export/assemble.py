@@ -15,6 +15,7 @@ from astro.storage.source_quantization import without_quantization
 from astro_dist.config.schema import RunConfig
 from astro_dist.export.adapter_file import write_adapter
 from astro_dist.export.cache_scales import CACHE_SCALES_NAME, write_cache_scales
+from astro_dist.export.input_scales import INPUT_SCALES_NAME, write_input_scales
 from astro_dist.export.model_code import without_model_code
 from astro_dist.export.smoothing_file import SMOOTHING_NAME, write_smoothing
 from astro_dist.planning.units import Plan
@@ -51,6 +52,12 @@ def assemble(source: Path, plan: Plan, run: RunDirectory, config: RunConfig, is_
         scales = write_cache_scales(plan, run)
         weight_map |= dict.fromkeys(scales, CACHE_SCALES_NAME)
         total += 4 * len(scales)
+    inputs = config.activations.scheme
+    has_input_scales = inputs is not None and inputs.is_static
+    if has_input_scales:
+        grids = write_input_scales(plan, run)
+        weight_map |= dict.fromkeys(grids, INPUT_SCALES_NAME)
+        total += 4 * len(grids)
     index = {"metadata": {"total_size": total}, "weight_map": dict(sorted(weight_map.items()))}
     write_json(run.model / INDEX_NAME, index)
     texts = {Path(text.source).expanduser().resolve() for text in config.calibration.texts}
@@ -66,15 +73,16 @@ def assemble(source: Path, plan: Plan, run: RunDirectory, config: RunConfig, is_
     layout, final = LAYOUTS[config.quantization.format], final_schemes(config.quantization, plan, run)
     linears = (linear for unit in plan.blocks for linear in unit.linears)
     schemes = {name: final[linear.name] for linear in linears for name in linear.config_names}
-    act_order, inputs = config.quantization.act_order, config.activations.scheme
-    packing = layout.quantization_config(schemes, plan.ignore, act_order, inputs)
+    packing = layout.quantization_config(schemes, plan.ignore, config.quantization.act_order, inputs)
     content["quantization_config"] = packing | ({"kv_cache_scheme": FP8_CACHE} if rounds_cache else {})
     write_json(run.model / "config.json", content)
     smoothed = smoothed_inputs(run, len(plan.blocks))
     if smoothed:
         write_smoothing(run.model, smoothed)
     adapter = write_adapter(run, plan, config.publish.repo) if config.reconstruction.is_on else []
-    written = [*([SMOOTHING_NAME] if smoothed else []), *([CACHE_SCALES_NAME] if rounds_cache else [])]
+    written = [SMOOTHING_NAME] if smoothed else []
+    written += [CACHE_SCALES_NAME] if rounds_cache else []
+    written += [INPUT_SCALES_NAME] if has_input_scales else []
     return [INDEX_NAME, "config.json", *written, *adapter, *beside]
 
 

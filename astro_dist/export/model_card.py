@@ -20,6 +20,7 @@ from astro.quantization.layer_record import LayerRecord, predicted_nats
 from astro_dist.config.schema import RunConfig
 from astro_dist.config.text_place import PYTHON_DOCS
 from astro_dist.console import in_words
+from astro_dist.export.input_scales import INPUT_SCALES_NAME
 from astro_dist.run_directory.identity import Identity
 from astro_dist.run_directory.summary import Summary
 from astro_dist.run_directory.unit_record import BlockResult
@@ -89,7 +90,7 @@ def metadata(
             quantization.format,
             *methods,
             "astro-dist",
-            *(["vllm"] if _are_served(quantization.format, widths) else []),
+            *(["vllm"] if _is_served(config, widths) else []),
         ],
     )
 
@@ -141,7 +142,8 @@ def model_card(
         method=[(name, _cell(value)) for name, value in _method(config, summary)],
         kinds=_by_kind(layers),
         text=_texts(config, identity, summary.python),
-        is_served=_are_served(config.quantization.format, widths),
+        is_served=_is_served(config, widths),
+        has_served_widths=_are_served(config.quantization.format, widths),
         is_low=min(widths) < _TRIED_BITS,
         inputs=config.activations.in_words,
         needs_humming=any(HUMMING_OPTION in note for note in summary.notes),
@@ -218,12 +220,14 @@ def _method(config: RunConfig, summary: Summary) -> list[tuple[str, str]]:
     columns = "a whole row" if q.group_size == -1 else f"{q.group_size} input columns"
     grid = "symmetric" if q.symmetric else "asymmetric"
     static = "by falling activation energy, stored unpermuted"
-    inputs = config.activations.in_words
+    inputs, grid = config.activations.in_words, config.activations.scheme
+    is_static = grid is not None and grid.is_static
+    how = f"a pair for each layer, in {INPUT_SCALES_NAME}" if is_static else "rounded by the server as they come"
     return [
         ("method", _METHODS[q.method]),
         ("bits a weight", f"{summary.average_bits:.3g}{_spent_by(summary)}"),
         ("one scale for", f"{columns}, {grid}, {_SCALES[q.scale_search]}"),
-        *([("inputs of these layers", f"{inputs}, rounded by the server as they come")] if inputs else []),
+        *([("inputs of these layers", f"{inputs}, {how}")] if inputs else []),
         *([("keys and values", _CACHE)] if config.activations.rounds_cache else []),
         ("order of columns", static if q.act_order == "static" else "as stored"),
         ("regularizer", f"{regularizer.name}, solver {regularizer.solver}" if regularizer.name != "none" else "none"),
@@ -255,6 +259,12 @@ def _spent_by(summary: Summary) -> str:
 def _are_served(layout: str, widths: Collection[int]) -> bool:
     """Tell whether servers have kernels for all of these widths."""
     return set(widths) <= set(_SERVED_BITS[layout])
+
+
+def _is_served(config: RunConfig, widths: Collection[int]) -> bool:
+    """Tell whether a server takes a model of these widths with its inputs."""
+    inputs = config.activations.scheme
+    return _are_served(config.quantization.format, widths) and not (inputs is not None and inputs.is_static)
 
 
 def _without_places(config: RunConfig, identity: Identity) -> tuple[dict[str, Any], bool]:

@@ -19,6 +19,7 @@ from astro.storage.checkpoint import Checkpoint, require_finite
 from astro_dist.config.schema import ModelConfig
 from astro_dist.export.adapter_file import ADAPTER_WEIGHTS, AdapterFile
 from astro_dist.export.cache_scales import SCALE_NAMES
+from astro_dist.export.input_scales import read_input_scales
 from astro_dist.export.inventory import describe, read_inventory
 from astro_dist.export.named_model import find_model
 from astro_dist.export.packed_layers import is_of_packed, is_packed, linear_layers, packed_layers, read_packing
@@ -129,6 +130,8 @@ def verify_model(model: Path | str, against: Path | str | None = None, trust_rem
     original = _OriginalModel(source, skeleton, read_smoothing(opened.folder)) if source else None
     if original:
         original.require_scaled(checkpoint, [layer.name for layer in layers])
+    if inputs is not None and inputs.is_static:
+        read_input_scales(checkpoint, layers, inputs.bits)
     errors = {}
     for layer in layers:
         W_hat = _check_linear(checkpoint, packing, layer, schemes[layer.config_names[0]])

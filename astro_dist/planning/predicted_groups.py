@@ -1,7 +1,8 @@
 """Input groups of a block, predicted before anything runs: layers that read the same input and are solved together.
 
 Headers do not say which layers share an input. Layers of the same module with inputs of equal width are taken to share
-it, except attention's output, which is recognized by its name. In a run the forward pass of the block decides.
+it, except attention's output, which is recognized by its name. Layers with learned clips of their own round it
+differently, and are not solved together. In a run the forward pass of the block decides.
 """
 
 import dataclasses
@@ -24,7 +25,8 @@ class PredictedInputGroup:
         rows: Rows of all layers of an input group together.
         columns: Width of the input.
         reach: Share of the tokens that reaches the layers.
-        stage: Name that is equal for input groups whose turn comes together, as that of all experts does.
+        stage: Name that is equal for input groups whose turn comes together, as that of all experts does, and of layers
+            that read one input and round it differently.
         count: Number of input groups that are side by side.
     """
 
@@ -55,11 +57,13 @@ def predicted_input_groups(linears: Iterable[LinearLayer], expert_share: float) 
     Returns:
         The input groups, in the order of their first layers.
     """
-    input_groups: dict[tuple[str, int | None, int, bool], PredictedInputGroup] = {}
+    input_groups: dict[tuple[object, ...], PredictedInputGroup] = {}
+    stages: dict[tuple[object, ...], str] = {}
     for linear in linears:
         module, _, suffix = linear.name.rpartition(".")
-        stage = linear.name if linear.expert is None else linear.parameter
-        key = (module, linear.expert, linear.columns, suffix in _ATTENTION_OUTPUTS)
+        same_input = (module, linear.expert, linear.columns, suffix in _ATTENTION_OUTPUTS)
+        stage = stages.setdefault(same_input, linear.name) if linear.expert is None else linear.parameter
+        key = (*same_input, linear.clips)
         reach = 1.0 if linear.expert is None else expert_share
         input_group = input_groups.get(key, PredictedInputGroup(0, linear.columns, reach, stage))
         input_groups[key] = dataclasses.replace(input_group, rows=input_group.rows + linear.rows)
@@ -85,7 +89,7 @@ def together(input_groups: Sequence[PredictedInputGroup], tile_elements: int) ->
 
 
 def stages_of(input_groups: Sequence[PredictedInputGroup]) -> list[list[int]]:
-    """Find the input groups whose turn comes together: a single one, or those of all experts.
+    """Find the input groups whose turn comes together: a single one, those of one input, or those of all experts.
 
     Args:
         input_groups: Input groups of a block.

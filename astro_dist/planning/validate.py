@@ -30,6 +30,7 @@ from astro_dist.planning.compute_dtype import compute_dtype
 from astro_dist.planning.correction_cost import correction_notes
 from astro_dist.planning.devices import DEVICES, measure, memory_shortage, usable_bytes
 from astro_dist.planning.estimate import Estimate, estimate
+from astro_dist.planning.input_clips import with_clips
 from astro_dist.planning.left_out import exact_expert_notes, zero_expert_notes
 from astro_dist.planning.source_notes import source_notes
 from astro_dist.planning.tile_size import settle_tiles, tile_note
@@ -92,6 +93,7 @@ def prepare(config: RunConfig, commit: str | None = None) -> Prepared:
     skeleton = Skeleton(source.folder, torch.float32, config.model.trust_remote_code)
     asked, config = config.calibration, _with_length(config, skeleton.limits()[1])
     plan = make_plan(checkpoint, skeleton, config.quantization)
+    plan, clips_notes = with_clips(plan, source.store, config.activations)
     plan = dataclasses.replace(plan, hidden_size=rehearse(skeleton))
     is_open = config.calibration.chunk_samples == "auto"
     asked_tile = config.execution.tile_weights
@@ -119,6 +121,7 @@ def prepare(config: RunConfig, commit: str | None = None) -> Prepared:
     notes = [
         *layout.server_notes(schemes, plan.ignore),
         *layout.inputs_notes(linears.values(), schemes, inputs),
+        *clips_notes,
         *layout.reader_notes(linears.values()),
         *correction_notes(plan, config.reconstruction),
         *zero_expert_notes(skeleton, plan.left_out),

@@ -25,6 +25,7 @@ class Identity:
         commit: Commit of the Hub repository that the source was read from; None for other sources.
         asked: Repository and revision as the configuration names them, under "source" and "revision"; None for other
             sources.
+        clips_sha256: SHA-256 of the learned clips of inputs; None where none are used.
         texts: What was taken of each calibration text, by its number from "0" on: its place as the configuration names
             it, the commit of a dataset on the Hub, and the number of its sequences.
     """
@@ -36,6 +37,7 @@ class Identity:
     arithmetic: Mapping[str, Any]
     commit: str | None = None
     asked: Mapping[str, Any] | None = None
+    clips_sha256: str | None = None
     texts: Mapping[str, Mapping[str, Any]] | None = None
 
     def to_json(self) -> dict[str, Any]:
@@ -52,17 +54,18 @@ class Identity:
         """
         texts = {name: str(content.get(name, "")) for name in ("key", "source_sha256", "tokens_sha256", "version")}
         arithmetic: Mapping[str, Any] = content.get("arithmetic", {})
-        rest: dict[str, Any] = {name: content.get(name) for name in ("commit", "asked", "texts")}
+        rest: dict[str, Any] = {name: content.get(name) for name in ("commit", "asked", "texts", "clips_sha256")}
         plain: dict[str, Any] = texts | rest
         return cls(**plain, arithmetic=arithmetic)
 
     def is_same_run(self, other: "Identity") -> bool:
-        """Tell whether two identities are of the same run. The key does not cover the tokens, so both are compared.
+        """Tell whether two identities are of the same run. The key covers neither the tokens nor the clips of inputs.
 
         Args:
             other: Identity to compare with.
         """
-        return (self.key, self.tokens_sha256) == (other.key, other.tokens_sha256)
+        fields = ("key", "tokens_sha256", "clips_sha256")
+        return all(getattr(self, field) == getattr(other, field) for field in fields)
 
     def difference(self, other: "Identity") -> str:
         """Say in words what differs between this run and the run that a folder holds.

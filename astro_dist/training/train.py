@@ -11,8 +11,8 @@ from typing import Any
 import torch
 
 from astro import errors
-from astro.activation_regularization import CLIPS_FILE
 from astro.errors import ConfigError, RunError
+from astro.model.clips_file import CLIPS_FILE
 from astro.process import configure_process
 from astro_dist.config.cluster_paths import require_absolute
 from astro_dist.config.training import TrainConfig
@@ -37,6 +37,7 @@ class TrainSummary:
     Attributes:
         model: Folder of the trained model.
         clips: File of the learned clips; None where inputs were not rounded.
+        input_bits: Width to which inputs were rounded; None where they were not.
         steps: Number of steps.
         tokens: Number of tokens that were trained on, those of repeated passes too.
         loss: Mean cross-entropy of the last step's tokens, in nats.
@@ -51,6 +52,7 @@ class TrainSummary:
     loss: float
     penalty: float
     wall_s: float
+    input_bits: int | None = None
 
     def to_json(self) -> dict[str, Any]:
         """Return the figures as a JSON object."""
@@ -63,7 +65,11 @@ class TrainSummary:
                  f"{in_words(self.wall_s)}", f"Model: {self.model}"]  # fmt: skip
         if self.clips:
             lines.append(f"Clips of inputs: {self.clips}")
-        return [*lines, "Next:", f"  astro-dist inspect {self.model}", f"  astro-dist quantize {self.model}"]
+        lines += ["Next:", f"  astro-dist inspect {self.model}"]
+        clips = ""
+        if self.input_bits in (4, 8):
+            clips = f" --set activations.bits={self.input_bits} --set activations.clips=from-checkpoint"
+        return [*lines, f"  astro-dist quantize {self.model}{clips}"]
 
 
 def train(config: TrainConfig) -> TrainSummary:
@@ -99,6 +105,7 @@ def train(config: TrainConfig) -> TrainSummary:
             loss=last["loss"],
             penalty=last["penalty"],
             wall_s=round(time.perf_counter() - begin, 2),
+            input_bits=config.regularization.input_bits,
         )
         run.finish(summary.to_json())
         return summary

@@ -9,8 +9,9 @@ from typing import Any
 import torch
 import transformers
 
-from astro.activation_regularization import CLIPS_FILE, ActivationRegularizer
+from astro.activation_regularization import ActivationRegularizer
 from astro.errors import AstroError, CheckpointError, ConfigError, StorageError, UnsupportedError
+from astro.model.clips_file import CLIPS_FILE
 from astro.storage.atomic import read_json, write_json
 from astro_dist.config.training import TrainModelConfig
 from astro_dist.source.demo import resolve_demo

@@ -349,7 +349,7 @@ class BlockRunner:
         return self._scales[1]
 
     def served(self, stream: str) -> ActivationScheme | None:
-        """Return the grid to which a stream rounds the inputs of quantized layers; the source's rounds nothing.
+        """Return the kind of grid to which a stream rounds the inputs of quantized layers; the source's rounds nothing.
 
         Args:
             stream: Stream of the model.

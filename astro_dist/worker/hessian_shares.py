@@ -244,7 +244,7 @@ class HessianShares:
         """
         quantization, inputs = self._runner.spec.quantization, self._runner.spec.activations
         has_drift = quantization.compensates and operand.expert is None
-        return SumKind(inputs.scheme, has_drift, quantization.makes_up_for_rounding(inputs.bits))
+        return SumKind(operand.grid(inputs.scheme), has_drift, quantization.makes_up_for_rounding(inputs.bits))
 
     def _empty(self, operand: Operand) -> InputSums:
         """Empty sums for an input group."""
@@ -339,13 +339,12 @@ class HessianShares:
             self._substitute = substitute = None  # makes room
             runner = self._runner
             source: AllTokens | InputSums
-            sum_kind = self._sum_kind(operand)
             if runner.spec.experts.policy == "all-tokens":
                 repeats = runner.repeats(_RESULT, block.unit.index)
                 kind, served = runner.spec.token_weights, runner.served(_RESULT)
-                source = AllTokens(runner.layers(block.unit), [operand], repeats, kind, sum_kind, served)
+                source = AllTokens(runner.layers(block.unit), [operand], repeats, kind, self._sum_kind, served)
             else:
-                source = InputSums(operand.columns, runner.device, sum_kind)
+                source = InputSums(operand.columns, runner.device, self._sum_kind(operand))
                 for batch in block.stages[stage]:
                     for sums, _ in self._merged(block, batch, {}):
                         source.absorb_(sums)

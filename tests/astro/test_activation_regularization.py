@@ -6,13 +6,10 @@ import pytest
 import torch
 import transformers
 
-from astro.activation_regularization import (
-    CLIPS_FILE,
-    ActivationRegularizer,
-    kurtosis_sum,
-    round_clipped,
-)
+from astro.activation_regularization import ActivationRegularizer, kurtosis_sum
 from astro.errors import CheckpointError, ConfigError, NumericalError
+from astro.model.clipped_rounding import round_clipped
+from astro.model.clips_file import CLIPS_FILE
 from astro.training_config import ActivationRegularization
 from tests.support.architectures import DENSE, EXPERTS, IDS
 

@@ -27,7 +27,8 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
 sys.path.insert(0, str(Path(__file__).parents[2]))
 
-from astro.activation_regularization import CLIPS_FILE, round_clipped
+from astro.model.clipped_rounding import round_clipped
+from astro.model.clips_file import CLIPS_FILE
 from astro_dist import pipeline
 from astro_dist.config.schema import RunConfig, TextSource
 from astro_dist.config.training import TrainConfig

@@ -10,8 +10,8 @@ import ray
 import torch
 from safetensors import safe_open
 
-from astro.activation_regularization import CLIPS_FILE
 from astro.errors import ConfigError, NumericalError
+from astro.model.clips_file import CLIPS_FILE
 from astro_dist.training.train import train
 
 pytestmark = [pytest.mark.ray, pytest.mark.slow, pytest.mark.timeout(900)]  # Ray Train starts workers for half a minute

@@ -8,8 +8,8 @@ import torch
 import transformers
 from safetensors import safe_open
 
-from astro.activation_regularization import CLIPS_FILE
 from astro.errors import CheckpointError, ConfigError, NumericalError, UnsupportedError
+from astro.model.clips_file import CLIPS_FILE
 from astro_dist import cli
 from astro_dist.config.training import OptimizationConfig
 from astro_dist.training import loop
