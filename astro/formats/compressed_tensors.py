@@ -273,7 +273,7 @@ def _read_inputs(args: Mapping[str, Any] | None) -> ActivationScheme | None:
     if args is None:
         return None
     try:
-        scheme = ActivationScheme(args["num_bits"], args["type"], is_static=not args["dynamic"])
+        scheme = ActivationScheme(args["num_bits"], args["type"], is_static=not args.get("dynamic"))
     except ConfigError as error:
         raise CheckpointError(f"input_activations: {error}") from error
     written = _inputs(scheme)

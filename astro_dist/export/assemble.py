@@ -52,8 +52,7 @@ def assemble(source: Path, plan: Plan, run: RunDirectory, config: RunConfig, is_
         scales = write_cache_scales(plan, run)
         weight_map |= dict.fromkeys(scales, CACHE_SCALES_NAME)
         total += 4 * len(scales)
-    inputs = config.activations.scheme
-    has_input_scales = inputs is not None and inputs.is_static
+    has_input_scales = config.activations.clips != "none"
     if has_input_scales:
         grids = write_input_scales(plan, run)
         weight_map |= dict.fromkeys(grids, INPUT_SCALES_NAME)
@@ -73,7 +72,7 @@ def assemble(source: Path, plan: Plan, run: RunDirectory, config: RunConfig, is_
     layout, final = LAYOUTS[config.quantization.format], final_schemes(config.quantization, plan, run)
     linears = (linear for unit in plan.blocks for linear in unit.linears)
     schemes = {name: final[linear.name] for linear in linears for name in linear.config_names}
-    packing = layout.quantization_config(schemes, plan.ignore, config.quantization.act_order, inputs)
+    packing = layout.quantization_config(schemes, plan.ignore, config.quantization.act_order, config.activations.scheme)
     content["quantization_config"] = packing | ({"kv_cache_scheme": FP8_CACHE} if rounds_cache else {})
     write_json(run.model / "config.json", content)
     smoothed = smoothed_inputs(run, len(plan.blocks))

@@ -220,8 +220,7 @@ def _method(config: RunConfig, summary: Summary) -> list[tuple[str, str]]:
     columns = "a whole row" if q.group_size == -1 else f"{q.group_size} input columns"
     grid = "symmetric" if q.symmetric else "asymmetric"
     static = "by falling activation energy, stored unpermuted"
-    inputs, grid = config.activations.in_words, config.activations.scheme
-    is_static = grid is not None and grid.is_static
+    inputs, is_static = config.activations.in_words, config.activations.clips != "none"
     how = f"a pair for each layer, in {INPUT_SCALES_NAME}" if is_static else "rounded by the server as they come"
     return [
         ("method", _METHODS[q.method]),
@@ -263,8 +262,7 @@ def _are_served(layout: str, widths: Collection[int]) -> bool:
 
 def _is_served(config: RunConfig, widths: Collection[int]) -> bool:
     """Tell whether a server takes a model of these widths with its inputs."""
-    inputs = config.activations.scheme
-    return _are_served(config.quantization.format, widths) and not (inputs is not None and inputs.is_static)
+    return _are_served(config.quantization.format, widths) and config.activations.clips == "none"
 
 
 def _without_places(config: RunConfig, identity: Identity) -> tuple[dict[str, Any], bool]:

@@ -21,9 +21,11 @@ from astro_dist.config.training import TrainConfig
 from astro_dist.evaluation.block_weights import BlockWeights
 from astro_dist.export.finished_run import FinishedRun
 from astro_dist.export.input_scales import INPUT_SCALES_NAME
+from astro_dist.export.inventory import read_inventory
 from astro_dist.export.verify import verify_model
 from astro_dist.planning.predicted_groups import predicted_input_groups, stages_of
 from astro_dist.planning.validate import prepare
+from astro_dist.report.findings import Findings
 from astro_dist.run_directory.summary import read_summary
 from astro_dist.training.train import train
 from astro_dist.worker.worker import Worker
@@ -115,9 +117,10 @@ def test_interrupted_run_goes_on_and_writes_the_same_bytes(run_config, clips, tm
             raise KeyboardInterrupt
         return real(self, call)
 
-    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+    with monkeypatch.context() as patch:
         patch.setattr(Worker, "do", counted)
-        pipeline.quantize(run_config(**CLIPS, **MODES[mode]))
+        with pytest.raises(KeyboardInterrupt):
+            pipeline.quantize(run_config(**CLIPS, **MODES[mode]))
     summary = pipeline.quantize(run_config(**CLIPS, **MODES[mode], execution__workers=2))
     assert files_of(model_of(summary)) == files_of(model_of(whole))
 
@@ -166,10 +169,10 @@ def test_transformers_rounds_as_training_did(run_config, llama, clips, tmp_path)
 
 
 def test_layers_that_read_one_input_have_a_hessian_each(run_config, clips):
-    summary = pipeline.quantize(run_config(**CLIPS))
-    run = FinishedRun.open(model_of(summary).parent)
-    names = [layer.name for block in run.blocks for layer in block.layers]
-    assert sorted(names) == sorted(clips)
+    summary = pipeline.quantize(run_config(**CLIPS, **LOSS))
+    layers = Findings.read(model_of(summary).parent).layers
+    assert sorted(layer.name for layer in layers) == sorted(clips)
+    assert {layer.token_weights for layer in layers} == {"loss"}
 
 
 def test_parts_of_a_block_are_as_foretold(run_config, clips, monkeypatch):
@@ -205,7 +208,7 @@ def test_what_inputs_are_is_said(run_config, clips):
     assert f"| int4 between learned clips, a pair for each layer, in {INPUT_SCALES_NAME} |" in card.text
     assert "No server has kernels for inputs between learned clips." in card.text
     assert "vllm" not in card.data.tags
-    assert INPUT_SCALES_NAME in {file.name for file in run.files}
+    assert INPUT_SCALES_NAME in {file.name for file in read_inventory(run.run)}
 
 
 def test_source_without_clips_is_refused(run_config, llama):

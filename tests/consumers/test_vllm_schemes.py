@@ -141,6 +141,14 @@ def test_experts_have_a_class_for_fp8_alone(ask):
             assert answer["scheme"] in unpacked
 
 
+def test_inputs_between_learned_clips_have_no_scheme(ask):
+    static = [ActivationScheme(bits, "int", is_static=True) for bits in (4, 8)]
+    pairs = list(itertools.product(GRIDS, static))
+    for (_, inputs), answer in zip(pairs, ask([question(*pair) for pair in pairs]), strict=True):
+        assert "No compressed-tensors compatible scheme" in answer["error"]
+        assert "vLLM 0.32 refuses the model" in inputs_notes([], {}, inputs)[0]
+
+
 def test_layers_with_grids_of_their_own_are_found_by_their_fused_names(ask):
     attention = "model.layers.0.self_attn"
     schemes = {f"{attention}.{name}_proj": LayerScheme(bits=3, group_size=-1) for name in "qkv"}

@@ -73,7 +73,14 @@ def test_config_is_accepted_by_the_library(group_size, symmetric):
 
 
 @pytest.mark.parametrize(
-    "inputs", [ActivationScheme(8, "int"), ActivationScheme(4, "int"), ActivationScheme(8, "float")]
+    "inputs",
+    [
+        ActivationScheme(8, "int"),
+        ActivationScheme(4, "int"),
+        ActivationScheme(8, "float"),
+        ActivationScheme(4, "int", is_static=True),
+        ActivationScheme(8, "int", is_static=True),
+    ],
 )
 def test_rounded_inputs_are_named_in_every_group_and_read_back(inputs):
     schemes = {"m.q": LayerScheme(group_size=32), "m.k": LayerScheme(bits=8)}
@@ -83,8 +90,10 @@ def test_rounded_inputs_are_named_in_every_group_and_read_back(inputs):
     assert len(parsed.config_groups) == 2
     for group in parsed.config_groups.values():
         args = group.input_activations
-        assert (args.num_bits, args.type, args.strategy) == (inputs.bits, inputs.type, "token")
-        assert (args.dynamic, args.symmetric) == (True, True)
+        strategy, is_dynamic = "tensor" if inputs.is_static else "token", not inputs.is_static
+        assert (args.num_bits, args.type, args.strategy) == (inputs.bits, inputs.type, strategy)
+        assert (args.dynamic, args.symmetric) == (is_dynamic, is_dynamic)
+        assert not inputs.is_static or args.zp_dtype == torch.float32
     assert ct.read_inputs(config) == inputs
     assert ct.read_schemes(config, list(schemes)) == schemes
     assert ct.read_inputs(ct.quantization_config(schemes, [], "static")) is None
@@ -96,7 +105,12 @@ def test_inputs_that_are_rounded_otherwise_are_refused():
     config["config_groups"]["group_1"]["input_activations"] = None
     with pytest.raises(CheckpointError, match="round the inputs of layers differently"):
         ct.read_inputs(config)
-    for change, message in (({"dynamic": False}, "expected .*'dynamic': True.*, got"), ({"num_bits": 6}, "got 6")):
+    for change, message in (
+        ({"dynamic": False}, "expected .*'strategy': 'tensor'.*, got"),
+        ({"dynamic": False, "strategy": "tensor", "symmetric": False, "zp_dtype": "torch.int8"}, "float32.*, got"),
+        ({"dynamic": False, "type": "float"}, "between clips they are integers, got type float"),
+        ({"num_bits": 6}, "got 6"),
+    ):
         args = config["config_groups"]["group_0"]["input_activations"] | change
         with pytest.raises(CheckpointError, match=message):
             ct.read_inputs({"config_groups": {"group_0": {"input_activations": args}}})

@@ -7,6 +7,7 @@ from astro.config import LayerScheme
 from astro.formats.rounded_inputs import inputs_notes, inputs_refusal
 from astro.model.linear_layer import LinearLayer
 
+STATIC = ActivationScheme(4, "int", is_static=True)
 INT8, INT4, FP8 = ActivationScheme(8, "int"), ActivationScheme(4, "int"), ActivationScheme(8, "float")
 
 
@@ -86,12 +87,20 @@ def test_every_width_that_may_be_chosen_is_judged():
         ({}, INT4, ["on 9.0 and 12.0 it takes int8", "--linear-backend humming"]),
         ({"bits": 2}, INT4, ["on 9.0 and 12.0 it takes int8"]),
         ({}, FP8, ["capability 9.0"]),
+        ({}, STATIC, ["vLLM 0.32 refuses the model"]),
     ],
 )
 def test_inputs_that_stay_in_16_bits_are_said(scheme, inputs, phrases):
     notes = asked(inputs_notes, scheme, inputs)
     assert len(notes) == len(phrases)
     assert all(phrase in note for phrase, note in zip(phrases, notes, strict=True))
+
+
+@pytest.mark.parametrize("scheme", [{}, {"symmetric": False}, {"bits": 8}, {"group_size": 32}])
+def test_learned_clips_are_a_note_and_no_refusal_because_they_are_for_measuring(scheme):
+    assert asked(inputs_refusal, scheme, STATIC) is None
+    (note,) = asked(inputs_notes, scheme, STATIC)
+    assert note.startswith("int4 between learned clips: no server that we know of takes such inputs")
 
 
 def test_outputs_of_fused_layers_count_together():

@@ -49,6 +49,19 @@ def test_resolved_config_reads_back_the_same(write):
         (MINIMAL + "publish: {repository: a/b}", "unknown key publish.repository; known here: repo, private"),
         (MINIMAL + "activations: {bits: 6}", "activations.bits: expected 16, 8 or 4, got 6"),
         (MINIMAL + "activations: {type: float}", "activations.type: float is FP8 and wants bits: 8, got bits: 16"),
+        (MINIMAL + "activations: {clips: from-checkpoint}", "clips: from-checkpoint says .* and bits: 16 rounds none"),
+        (
+            MINIMAL + "activations: {bits: 8, type: float, clips: from-checkpoint}",
+            "clips: from-checkpoint rounds inputs to integers, got type: float; take type: int",
+        ),
+        (
+            MINIMAL + "activations: {bits: 4, smoothing: aser, clips: from-checkpoint}",
+            "clips: from-checkpoint holds for inputs as training made them, and smoothing: aser makes them smaller",
+        ),
+        (
+            MINIMAL + "quantization: {format: gptq}\nactivations: {bits: 4, clips: from-checkpoint}",
+            "activations.bits: 4 wants quantization.format: compressed-tensors",
+        ),
         (
             MINIMAL + "quantization: {format: gptq}\nactivations: {bits: 8}",
             "activations.bits: 8 wants quantization.format: compressed-tensors",
