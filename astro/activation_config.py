@@ -71,10 +71,10 @@ class Activations:
     """What inputs are rounded to: `int` is integers of `bits`, `float` is FP8 (E4M3), which has 8 bits."""
     clips: Literal["none", "from-checkpoint"] = "none"
     """Where the range of inputs comes from: each token's largest magnitude (`none`), or the two clips that
-    `astro-dist train` learned for each layer (`from-checkpoint`). With clips, all inputs of a layer are rounded between its clips in steps of
-    equal size, as they were in training, which must have had the same width. The clips are read from
-    activation_clips.safetensors beside the weights. Every quantized layer must have them. No server that we know of
-    computes so; transformers does."""
+    `astro-dist train` learned for each layer (`from-checkpoint`). With clips, all inputs of a layer
+    are rounded between its clips in steps of equal size, as they were in training, which must have had the same width.
+    The clips are read from activation_clips.safetensors beside the weights. Every quantized layer must have them. No
+    server that we know of computes so; transformers does."""
     smoothing: Literal["none", "aser", "smoothquant"] = "none"
     """How channels of the inputs that are much larger than others are made smaller, and the weights that read them
     larger. The factors go into the norm or the linear layer that makes an input, where that is exact, so that they cost

@@ -6,6 +6,7 @@ For a linear layer `name` of R rows and C columns in G groups:
     name.weight_scale       [R, G]                    in the model's dtype
     name.weight_shape       int64 [2]                 R, C
     name.weight_zero_point  int32 [ceil(R·b/32), G]   packed along rows; only where asymmetric
+    name.input_scale, name.input_zero_point  float32 [1], see `InputClips`; only with learned clips, in another file
 
 No `weight_g_idx`: with a static activation order the columns are stored in their original order.
 """
