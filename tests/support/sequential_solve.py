@@ -16,6 +16,7 @@ from astro.activation_config import ActivationScheme, Reconstruction
 from astro.calibration.token_weights import TokenWeights
 from astro.config import Experts, Quantization, Regularizer, SolverSettings
 from astro.linalg.tiling import TILE_ELEMENTS, row_tiles
+from astro.model.activations import Operand
 from astro.quantization.beta_search import sample_tiles
 from astro.quantization.grid import Grid, QuantizedLinear
 from astro.quantization.recipe import Corrections, Recipe
@@ -110,7 +111,7 @@ def peaks_of_sequential_solve(
     """
     settings = SolverSettings(compensation=compensation, refine_passes=1)  # more take time, and no memory
     quantization = Quantization(compensation=compensation)
-    operand = SimpleNamespace(columns=columns, expert=None, names=[_NAME], parameter="")
+    operand = Operand((_NAME,), "", None, columns)
     spec = SimpleNamespace(
         quantization=quantization, activations=SimpleNamespace(scheme=scheme, bits=scheme.bits if scheme else 16),
         experts=Experts(), token_weights="none", shares=_SHARES,

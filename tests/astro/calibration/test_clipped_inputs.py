@@ -99,7 +99,7 @@ def test_every_group_has_token_weights_of_its_own(block):
     state = BlockState(block.hidden)
     with torch.no_grad():
         passed = pass_back(block.layers, block.run, state, BlockState(torch.randn_like(block.hidden)))
-        groups = [group for stage in input_stages(block.layers, lambda: block.run(state)) for group in stage]
-    assert passed.energies.keys() == {group[0].names[0] for group in groups}
+    firsts = ["q_proj", "k_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
+    assert sorted(name.rpartition(".")[2] for name in passed.energies) == sorted(firsts)
     energies = list(passed.energies.values())
     assert all(not torch.equal(energies[0], other) for other in energies[1:])

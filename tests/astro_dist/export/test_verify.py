@@ -155,7 +155,7 @@ def test_rounded_inputs_are_read_back(run_config, tmp_path):
     assert "round the inputs of packed layers: int8 per token" in verification_lines(verified, None, False)[-2]
     assert BlockWeights(Source(FolderStore(model), model), Skeleton(model, torch.float32)).inputs == verified.inputs
     change_groups(model, lambda group: group["input_activations"].update(dynamic=False))
-    with pytest.raises(CheckpointError, match=r"config\.json: input_activations: expected .*'dynamic': True"):
+    with pytest.raises(CheckpointError, match=r"config\.json: input_activations: expected .*'strategy': 'tensor'"):
         verify_model(model)
 
 
