@@ -24,6 +24,15 @@ class LongWait:
         """
         self._what, self._total, self._unit = what, total, unit
         self._said = time.monotonic()
+        self._done = 0.0
+
+    def advanced(self, more: float) -> None:
+        """Log a line if the last one is long enough ago, where it is known how much has been done since the last call.
+
+        Args:
+            more: Amount that was done since then, in units.
+        """
+        self.reached(self._done + more)
 
     def reached(self, done: float) -> None:
         """Log a line if the last one is long enough ago.
@@ -31,6 +40,7 @@ class LongWait:
         Args:
             done: Amount that is done, in units.
         """
+        self._done = done
         now = time.monotonic()
         if now - self._said >= _EVERY_S:
             self._said = now

@@ -47,20 +47,21 @@ class TextTokenizer:
         names = sorted(filter(None, special.values()), key=len, reverse=True)
         self._names = re.compile("|".join(map(re.escape, names))) if names else None
 
-    def tokens_of(self, documents: Sequence[Document]) -> "array.array[int]":
+    def tokens_of(self, documents: Sequence[Document], wait: LongWait | None = None) -> "array.array[int]":
         """Return the tokens of all documents, one after the other.
 
         Args:
             documents: Documents.
+            wait: What says how far it is, in millions of characters; None for documents that are a calibration text.
         """
-        tokens, done = array.array("q"), 0
-        size = sum(len(document.text) for document in documents)
-        wait = LongWait("calibration text: tokenized", size / 1e6, "million characters")
+        tokens = array.array("q")
+        if wait is None:
+            size = sum(len(document.text) for document in documents)
+            wait = LongWait("calibration text: tokenized", size / 1e6, "million characters")
         for document in documents:
             for index, piece in enumerate(cut_text(document.text, _PIECE_CHARACTERS)):
                 tokens.extend(self._chat_tokens(piece, index == 0) if document.is_chat else self._encode_plain(piece))
-                done += len(piece)
-                wait.reached(done / 1e6)
+                wait.advanced(len(piece) / 1e6)
         return tokens
 
     def _chat_tokens(self, piece: str, is_first: bool) -> list[int]:

@@ -20,6 +20,7 @@ from astro.storage.atomic import read_json, write_atomic, write_json
 from astro_dist.config.schema import TextSource
 from astro_dist.config.training import TrainTextConfig
 from astro_dist.source.documents import Document
+from astro_dist.source.long_wait import LongWait
 from astro_dist.source.text_tokens import TextTokenizer, require_known
 from astro_dist.source.whole_text import read_documents, require_documents
 
@@ -97,12 +98,14 @@ def write_tokens(config: TrainTextConfig, tokenizer: Any, vocab_size: int, path:
     of_text = TextTokenizer(tokenizer)
     end = getattr(tokenizer, "eos_token_id", None)
     digest, count, largest = hashlib.sha256(), 0, 0
+    wait = LongWait(f"text.source {config.source}: tokenized", None, "million characters")
 
     def write(partial: Path) -> None:
         nonlocal count, largest
         with partial.open("wb") as file:
             for text in _documents(config):
-                tokens = np.array([*of_text.tokens_of([Document(text)]), *([] if end is None else [end])], dtype=_DTYPE)
+                ids = of_text.tokens_of([Document(text)], wait)
+                tokens = np.array([*ids, *([] if end is None else [end])], dtype=_DTYPE)
                 raw = tokens.tobytes()
                 digest.update(raw)
                 file.write(raw)

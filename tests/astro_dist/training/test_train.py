@@ -12,8 +12,9 @@ from astro.errors import CheckpointError, ConfigError, NumericalError, Unsupport
 from astro.model.clips_file import CLIPS_FILE
 from astro_dist import cli
 from astro_dist.config.training import OptimizationConfig
+from astro_dist.source import long_wait
 from astro_dist.training import loop
-from astro_dist.training.token_file import TokenFile
+from astro_dist.training.token_file import TokenFile, write_tokens
 from astro_dist.training.train import train
 from tests.support.models import byte_tokenizer
 
@@ -148,6 +149,15 @@ def test_every_sequence_comes_once_in_a_pass(settings):
     assert not torch.equal(first, second)
     assert sorted(map(tuple, first.tolist())) == sorted(map(tuple, second.tolist()))
     assert torch.equal(tokens.sequences(20, 3, seed=0), first[20:23])
+
+
+def test_a_long_text_says_how_much_of_it_is_tokenized(settings, tmp_path, monkeypatch, caplog):
+    monkeypatch.setattr(long_wait, "_EVERY_S", 0.0)
+    caplog.set_level("INFO", "astro_dist")
+    text = tmp_path / "texts.jsonl"
+    text.write_text("".join(json.dumps({"text": "word " * 20_000}) + "\n" for _ in range(3)))
+    write_tokens(settings(text__source=str(text)).text, byte_tokenizer(), 1000, tmp_path / "tokens.bin")
+    assert caplog.messages == [f"text.source {text}: tokenized 0.{done} million characters" for done in (1, 2, 3)]
 
 
 def test_documents_are_parted_by_the_end_of_text(settings, tmp_path):
