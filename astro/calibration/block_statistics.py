@@ -205,7 +205,10 @@ def input_stages(layers: BlockLayers, action: Callable[[], object]) -> list[list
 
 
 def inputs_of(
-    layers: BlockLayers, operands: Collection[Operand], action: Callable[[], object]
+    layers: BlockLayers,
+    operands: Collection[Operand],
+    action: Callable[[], object],
+    is_enough: Callable[[], bool] | None = None,
 ) -> dict[Operand, Inputs]:
     """Return the inputs of some operands in a forward, which ends as soon as all of them are known.
 
@@ -213,6 +216,8 @@ def inputs_of(
         layers: The layers of the block, which is loaded.
         operands: The operands; experts among them that no token reaches are left out of the result.
         action: A forward of the block.
+        is_enough: A function that tells whether the forward has shown all else that somebody waits for; None where
+            nobody does.
 
     Raises:
         NumericalError: The forward does not reach an operand outside experts.
@@ -222,7 +227,7 @@ def inputs_of(
     def note(operand: Operand, inputs: Inputs) -> None:
         if operand in operands:
             seen[operand] = inputs
-        if len(seen) == len(operands):
+        if len(seen) == len(operands) and (is_enough is None or is_enough()):
             raise _Reached
 
     with contextlib.suppress(_Reached), layers.observed(note):

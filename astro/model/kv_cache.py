@@ -7,7 +7,6 @@ Shapes: B sequences, K heads of keys and values, T tokens, D numbers of a head.
 """
 
 import contextlib
-import dataclasses
 import inspect
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
@@ -17,48 +16,12 @@ from torch import nn
 from transformers import PreTrainedModel
 from transformers.modeling_utils import AttentionInterface
 
-__all__ = ["FP8_MAX", "CacheScales", "LargestCached", "cache_refusal", "rounded_cache", "watched_cache"]
+from astro.model.cache_scales import FP8_MAX, CacheScales, LargestCached
 
-FP8_MAX = torch.finfo(torch.float8_e4m3fn).max
-"""Largest number of FP8 (E4M3), 448."""
-_LEAST = torch.finfo(torch.float32).tiny
+__all__ = ["cache_refusal", "caching_modules", "rounded_cache", "watched_cache"]
+
 _Change = Callable[[nn.Module, torch.Tensor, torch.Tensor], tuple[torch.Tensor, torch.Tensor]]
 """A function of an attention module, its keys and its values [B, K, T, D], which returns what takes their place."""
-
-
-@dataclasses.dataclass(frozen=True)
-class LargestCached:
-    """The largest magnitudes of what an attention module would cache.
-
-    Attributes:
-        key: Largest magnitude of a key.
-        value: Largest magnitude of a value.
-    """
-
-    key: float
-    value: float
-
-    def __or__(self, other: "LargestCached") -> "LargestCached":
-        """Return the largest magnitudes of both."""
-        return LargestCached(max(self.key, other.key), max(self.value, other.value))
-
-    @property
-    def scales(self) -> "CacheScales":
-        """The scales with which the largest magnitudes become the largest FP8 number."""
-        return CacheScales(max(self.key, _LEAST) / FP8_MAX, max(self.value, _LEAST) / FP8_MAX)
-
-
-@dataclasses.dataclass(frozen=True)
-class CacheScales:
-    """What the keys and the values of an attention module are divided by before a cache holds them in FP8.
-
-    Attributes:
-        key: Scale of keys.
-        value: Scale of values.
-    """
-
-    key: float
-    value: float
 
 
 def cache_refusal(model: PreTrainedModel, blocks: Iterable[nn.Module]) -> str | None:
@@ -73,10 +36,19 @@ def cache_refusal(model: PreTrainedModel, blocks: Iterable[nn.Module]) -> str | 
         return "its latent attention (such as MLA) caches neither keys nor values, and servers round that otherwise"
     if getattr(config, "num_kv_shared_layers", None):
         return "some of its layers take the keys and values of others, whose cache then has more than one scale"
-    kinds = {type(module) for block in blocks for module in block.modules()}
-    if not any(_hands_over(kind) for kind in kinds if "Attention" in kind.__name__):
+    if not any(map(caching_modules, blocks)):
         return "its attention is not handed to the attention functions of transformers, where keys and values are seen"
     return None
+
+
+def caching_modules(block: nn.Module) -> list[nn.Module]:
+    """Return the modules of a block whose keys and values are seen here.
+
+    Args:
+        block: The block, also on the meta device.
+    """
+    modules = [module for module in block.modules() if "Attention" in type(module).__name__]
+    return [module for module in modules if _hands_over(type(module))]
 
 
 def _hands_over(kind: type[nn.Module]) -> bool:
@@ -88,17 +60,20 @@ def _hands_over(kind: type[nn.Module]) -> bool:
 
 
 @contextlib.contextmanager
-def watched_cache(largest: dict[nn.Module, LargestCached]) -> Iterator[None]:
+def watched_cache(largest: dict[nn.Module, LargestCached], rounds: bool = False) -> Iterator[None]:
     """Note what attention would cache while the body of a `with` statement runs.
 
     Args:
         largest: Largest magnitudes by attention module, which grow.
+        rounds: Whether attention computes with rounded keys and values, whose scales are those of the call alone.
     """
 
     def watch(module: nn.Module, key: torch.Tensor, value: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        found = LargestCached(*torch.stack([tensor.detach().abs().amax() for tensor in (key, value)]).tolist())
-        largest[module] = largest[module] | found if module in largest else found
-        return key, value
+        seen = LargestCached(*torch.stack([tensor.detach().abs().amax() for tensor in (key, value)]).tolist())
+        largest[module] = largest[module] | seen if module in largest else seen
+        if not rounds:
+            return key, value
+        return _rounded(key, seen.scales.key), _rounded(value, seen.scales.value)
 
     with _changed(watch):
         yield

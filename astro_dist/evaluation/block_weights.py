@@ -22,7 +22,8 @@ from astro.errors import CheckpointError
 from astro.formats import LAYOUTS, Layout
 from astro.formats.block_shard import packed_keys, stem_of, unpack_layer
 from astro.model.activations import BlockLayers
-from astro.model.kv_cache import CacheScales, rounded_cache
+from astro.model.cache_scales import CacheScales
+from astro.model.kv_cache import rounded_cache
 from astro.model.linear_layer import LinearLayer
 from astro.model.low_rank import attach
 from astro.model.rounded_inputs import rounded_inputs

@@ -8,8 +8,9 @@ import torch
 from astro.errors import RunError
 from astro.storage.atomic import save_tensors
 from astro_dist.planning.units import BlockUnit, Plan
-from astro_dist.run_directory.cached_values import read_scales
 from astro_dist.run_directory.records import RunDirectory
+from astro_dist.run_directory.unit_record import BlockResult
+from astro_dist.schedule.names import block_unit
 
 __all__ = ["CACHE_SCALES_NAME", "SCALE_NAMES", "write_cache_scales"]
 
@@ -31,11 +32,12 @@ def write_cache_scales(plan: Plan, run: RunDirectory) -> list[str]:
 
     Raises:
         RunError: Calibration saw no keys and values at all, or an attention has no tensor in the checkpoint.
-        DamagedError: A file with what calibration saw is not as it was written.
+        DamagedError: The record of a block cannot be read.
     """
     tensors: dict[str, torch.Tensor] = {}
     for unit in plan.blocks:
-        for module, scales in read_scales(run, run.rounds - 1, unit.index).items():
+        result = run.read(block_unit(run.rounds - 1, unit.index), BlockResult)
+        for module, scales in result.cache_scales.items():
             stem = _stem_of(module, unit)
             for name, scale in zip(SCALE_NAMES, (scales.key, scales.value), strict=True):
                 tensors[f"{stem}.{name}"] = torch.tensor([scale], dtype=torch.float32)

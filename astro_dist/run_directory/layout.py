@@ -8,7 +8,6 @@ rounds/        shards of earlier rounds          allocation.json  with a width b
 model.json     files of the finished model       uploads.json   what the Hub holds of it
 source/        of a remote model: config, tokenizer, code
 adapter/       corrections of low rank, block by block
-kv_cache/      the largest keys and values of each block, where the cache is rounded
 """
 
 import dataclasses
@@ -177,14 +176,6 @@ class RunLayout:
             name: Name of the file without its suffix; see `part_file`.
         """
         return self.activations / "parts" / f"{round_index}-{block:04d}" / f"{name}.safetensors"
-
-    def cached(self, unit: str) -> Path:
-        """Return the path of the folder with the largest keys and values that calibration saw in a block.
-
-        Args:
-            unit: Name of the unit that quantizes the block.
-        """
-        return self.root / "kv_cache" / unit
 
     def token_weights(self, block: int) -> Path:
         """Return the file of the weights that the loss gives the calibration tokens at a block's layers.

@@ -6,6 +6,7 @@ import json
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any, ClassVar, Self
 
+from astro.model.cache_scales import CacheScales
 from astro.model.sequence_figures import SequenceFigures
 from astro.quantization.layer_record import LayerRecord
 from astro_dist.run_directory.plain_record import PlainRecord
@@ -94,6 +95,7 @@ class BlockResult:
         torch: Version of torch.
         peak_rss_bytes: Largest resident memory that the worker's process ever had, in bytes.
         peak_device_bytes: Largest memory that the process ever had on the GPU, in bytes; 0 without a GPU.
+        cache_scales: Scales of an FP8 cache by the attention module's name in the model; empty where none is rounded.
     """
 
     MARK: ClassVar[str] = "layers"
@@ -104,21 +106,27 @@ class BlockResult:
     torch: str
     peak_rss_bytes: int
     peak_device_bytes: int
+    cache_scales: Mapping[str, CacheScales] = dataclasses.field(default_factory=dict)
 
     def to_json(self) -> dict[str, Any]:
         """Return the result as a JSON object."""
         plain = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
-        return {**plain, "layers": [layer.to_json() for layer in self.layers], "seconds": dict(self.seconds)}
+        scales = {name: dataclasses.asdict(of_module) for name, of_module in self.cache_scales.items()}
+        layers = [layer.to_json() for layer in self.layers]
+        return {**plain, "layers": layers, "seconds": dict(self.seconds), "cache_scales": scales}
 
     @classmethod
     def from_json(cls, content: Mapping[str, Any]) -> Self:
         """Read back what `to_json` returned.
 
         Args:
-            content: JSON object with every field.
+            content: JSON object with every field; only `cache_scales` may be missing.
         """
-        plain = {field.name: content[field.name] for field in dataclasses.fields(cls)}
-        return cls(**{**plain, "layers": tuple(map(LayerRecord.from_json, content["layers"]))})
+        scales = {name: CacheScales(**of_module) for name, of_module in content.get("cache_scales", {}).items()}
+        layers = tuple(map(LayerRecord.from_json, content["layers"]))
+        names = [field.name for field in dataclasses.fields(cls)]
+        plain = {name: content[name] for name in names if name != "cache_scales"}
+        return cls(**{**plain, "layers": layers, "cache_scales": scales})
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import Future
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -17,8 +17,8 @@ from astro.formats import LAYOUTS, peft_adapter
 from astro.formats.block_shard import kept_keys, pack_block
 from astro.model.activations import BlockLayers
 from astro.model.block_call import BlockState, forward
+from astro.model.cache_scales import CacheScales
 from astro.model.call_file import Recording
-from astro.model.kv_cache import CacheScales, LargestCached, rounded_cache, watched_cache
 from astro.model.low_rank import attach, takes_correction
 from astro.model.rounded_inputs import rounded_inputs
 from astro.model.skeleton import Skeleton
@@ -31,8 +31,8 @@ from astro.storage.device_copies import DeviceCopies
 from astro.storage.part_writer import PartWriter
 from astro_dist.planning.devices import reads_weights_ahead
 from astro_dist.planning.units import BlockUnit
-from astro_dist.run_directory.cached_values import read_scales, write_largest
-from astro_dist.schedule.names import ORIGINAL, is_held_out, round_of_stream
+from astro_dist.schedule.names import ORIGINAL, is_held_out
+from astro_dist.worker.block_cache import BlockCache
 from astro_dist.worker.device_check import require_memory
 from astro_dist.worker.hidden_samples import sample_of
 from astro_dist.worker.prefetch import Prefetch
@@ -59,6 +59,7 @@ class BlockRunner:
         checkpoint: Checkpoint of the source.
         skeleton: The model, on the meta device but for what is loaded.
         smoothed: What was decided about the inputs of blocks.
+        cache: What servers would cache of the loaded block.
     """
 
     def __init__(self, spec: WorkerSpec) -> None:
@@ -78,6 +79,7 @@ class BlockRunner:
         self.checkpoint = spec.checkpoint
         self.skeleton = Skeleton(spec.folder, spec.compute_dtype, spec.trust_remote_code)
         self.smoothed = SmoothedBlocks(spec, self.skeleton)
+        self.cache = BlockCache(spec, self.skeleton)
         copies = DeviceCopies(self.device)
         self._prefetch, self._writer = Prefetch(copies), PartWriter(copies)
         self._weights = StoredWeights(spec, self.device, copies)
@@ -85,7 +87,6 @@ class BlockRunner:
         self._loaded: tuple[str, int] | None = None
         self._corrected: list[RemovableHandle] = []
         self._layers: tuple[int, BlockLayers] | None = None
-        self._scales: tuple[tuple[str, int], dict[torch.nn.Module, CacheScales]] | None = None
         self._calls = RecordedCalls(spec.run, self.device)
 
     @property
@@ -182,7 +183,7 @@ class BlockRunner:
     def close(self) -> None:
         """Take the block off the device."""
         self._prefetch.forget()
-        self._scales = None
+        self.cache.forget()
         while self._corrected:
             self._corrected.pop().remove()
         if self._loaded is not None:
@@ -307,46 +308,23 @@ class BlockRunner:
         return forward(self.skeleton.blocks[index], state, call)
 
     @contextmanager
-    def watching_cache(self, round_index: int, index: int) -> Iterator[None]:
-        """Write down the largest keys and values of the loaded block in the body of a `with` statement, if asked for.
-
-        Args:
-            round_index: Index of the round whose scales follow from them.
-            index: Index of the block.
-        """
-        largest: dict[torch.nn.Module, LargestCached] = {}
-        with watched_cache(largest) if self.spec.activations.rounds_cache else nullcontext():
-            yield
-        if largest:
-            block, prefix = self.skeleton.blocks[index], f"{self.skeleton.blocks_name}.{index}"
-            names = {module: name for name, module in block.named_modules(prefix=prefix)}
-            by_name = {names[module]: of_module for module, of_module in largest.items()}
-            write_largest(self.spec.run, round_index, index, by_name)
-
-    @contextmanager
-    def serving(self, stream: str, unit: BlockUnit) -> Iterator[None]:
+    def serving(
+        self, stream: str, unit: BlockUnit, cache_scales: Mapping[str, CacheScales] | None = None
+    ) -> Iterator[None]:
         """Let the loaded block compute as servers do in the body of a `with` statement, which runs whole forwards.
 
         Args:
             stream: Stream of the model; that of the source rounds nothing.
             unit: Unit of the block.
+            cache_scales: Scales of keys and values by the attention module's name in the model; None for those in the
+                record of the block, which is finished then.
 
         Raises:
-            DamagedError: A file with what calibration saw of keys and values is not as it was written.
+            DamagedError: The record of the block cannot be read.
         """
-        with self.rounding(stream, unit), rounded_cache(self._cache_scales(stream, unit.index)):
+        scales = self.cache.recorded_scales(stream, unit.index) if cache_scales is None else cache_scales
+        with self.rounding(stream, unit), self.cache.rounding(scales):
             yield
-
-    def _cache_scales(self, stream: str, index: int) -> dict[torch.nn.Module, CacheScales]:
-        """Return the scales of the loaded block's keys and values by attention module; empty where none are rounded."""
-        wrote = round_of_stream(stream)
-        if wrote is None or not self.spec.activations.rounds_cache:
-            return {}
-        if self._scales is None or self._scales[0] != (stream, index):
-            by_name = read_scales(self.spec.run, wrote, index)
-            scales = {self.skeleton.model.get_submodule(name): of_name for name, of_name in by_name.items()}
-            self._scales = ((stream, index), scales)
-        return self._scales[1]
 
     def served(self, stream: str) -> ActivationScheme | None:
         """Return the kind of grid to which a stream rounds the inputs of quantized layers; the source's rounds nothing.
@@ -366,17 +344,20 @@ class BlockRunner:
         """
         return rounded_inputs(self.layers(unit), self.served(stream), is_whole)
 
-    def repeats(self, stream: str, index: int) -> list[Callable[[], object]]:
+    def repeats(
+        self, stream: str, index: int, cache_scales: Mapping[str, CacheScales] | None = None
+    ) -> list[Callable[[], object]]:
         """Return a forward of the loaded block for every calibration chunk, whose output is not kept.
 
         Args:
             stream: Stream whose hidden states are the input.
             index: Index of the block.
+            cache_scales: Scales of keys and values, see `serving`.
         """
         unit = self.spec.plan.blocks[index]
 
         def repeat(chunk: str) -> None:
-            with self.serving(stream, unit):
+            with self.serving(stream, unit, cache_scales):
                 self.forward(index, self.state(stream, index, chunk), chunk)
 
         return [partial(repeat, chunk) for chunk in self.spec.chunks if not is_held_out(chunk)]

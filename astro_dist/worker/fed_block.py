@@ -4,6 +4,7 @@ import dataclasses
 
 from astro.calibration.block_statistics import BlockStatistics
 from astro.model.activations import names_of
+from astro.model.cache_scales import LargestByModule
 from astro_dist.planning.units import BlockUnit
 
 __all__ = ["FedBlock"]
@@ -18,12 +19,15 @@ class FedBlock:
         unit: Unit of the block.
         statistics: Statistics of the layers' inputs, to which every calibration chunk adds.
         seconds: Time by phase, to which every call adds; `forward` holds the time of the statistics too.
+        largest: Largest keys and values, to which every calibration chunk adds; no module is in it where servers do
+            not round them.
     """
 
     round_index: int
     unit: BlockUnit
     statistics: BlockStatistics
     seconds: dict[str, float]
+    largest: LargestByModule = dataclasses.field(default_factory=LargestByModule)
 
     @property
     def place(self) -> tuple[int, int]:

@@ -6,7 +6,7 @@ hold the errors of the stages before. A share is a fixed part of the chunks. Sha
 
 import dataclasses
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import ExitStack, contextmanager
 from itertools import zip_longest
 from typing import Any
 
@@ -27,6 +27,7 @@ from astro.calibration.token_weights import TokenWeights
 from astro.linalg.batching import stacked, stacked_padded
 from astro.linalg.symmetric import packed, unpacked
 from astro.model.activations import Inputs, Operand
+from astro.model.cache_scales import LargestByModule
 from astro.model.low_rank import LowRank, attached
 from astro.quantization.block import COUNTED
 from astro.timing import Stopwatch, add_seconds, clock_s
@@ -117,15 +118,20 @@ class HessianShares:
             for operand, of_operand in zip(self._operands(block, batch), sums[batch], strict=True)
         }
         watches = {phase: Stopwatch(runner.device) for phase in ("hessian", "compensate")}
-        self._feed(block, stage, shares(runner.spec.chunks, runner.spec.shares)[share], by_operand, watches)
+        chunks = shares(runner.spec.chunks, runner.spec.shares)[share]
+        largest = self._feed(block, stage, chunks, by_operand, watches)
         total_s, seconds = clock_s(runner.device) - start, {phase: watch.read_s() for phase, watch in watches.items()}
         seconds["forward"] = total_s - sum(seconds.values())
         by_operand.clear()
         for batch in batches:
-            self._save_share(block, batch, share, sums.pop(batch), seconds if batch == batches[0] else {})
+            self._save_share(block, batch, share, sums.pop(batch), seconds if batch == batches[0] else {}, largest)
 
     def save_sums(
-        self, block: BlockInParts, statistics: Iterable[InputStatistics], seconds: Mapping[str, float]
+        self,
+        block: BlockInParts,
+        statistics: Iterable[InputStatistics],
+        seconds: Mapping[str, float],
+        largest: LargestByModule,
     ) -> None:
         """Write the sums of all batches of a block that this worker fed.
 
@@ -133,11 +139,12 @@ class HessianShares:
             block: The block, all of its input groups in one stage.
             statistics: Statistics of every input group in order, which are finished here.
             seconds: Time by phase that was spent on the block so far.
+            largest: Largest keys and values.
         """
         remaining = iter(statistics)
         for batch, input_groups in enumerate(block.batches):
             finished = [next(remaining) for _ in input_groups]
-            _save_sum(block, batch, finished, {} if batch else seconds)
+            _save_sum(block, batch, finished, {} if batch else seconds, largest)
             finished.clear()
         exhaust(remaining)
 
@@ -168,7 +175,7 @@ class HessianShares:
             del sums
             energy = self._token_weights(block).energy_of(operand)
             finished.append(dataclasses.replace(statistics, gradient_energy=energy))
-        written = _save_sum(block, batch, finished, seconds)
+        written = _save_sum(block, batch, finished, seconds, self._largest(block, batch))
         return dataclasses.replace(written, spread=stacked(spreads)) if spreads else written
 
     def read(self, block: BlockInParts, batch: int) -> BatchStatistics:
@@ -200,8 +207,13 @@ class HessianShares:
         chunks: Sequence[str],
         sums: Mapping[Operand, InputSums],
         watches: Mapping[str, Stopwatch],
-    ) -> None:
-        """Pass chunks through the block up to a stage, those of the source too where the drift from it is wanted."""
+    ) -> LargestByModule:
+        """Pass chunks through the block up to a stage, those of the source too where the drift from it is wanted.
+
+        Returns:
+            The largest keys and values; of no module but in the first stage.
+        """
+        largest = LargestByModule()
         earlier, nothing = self._earlier_stages(block, stage), _SolvedLayers({}, {})
         weights = self._token_weights(block)
         drifts = [operand for operand, of_operand in sums.items() if of_operand.drift is not None]
@@ -210,7 +222,7 @@ class HessianShares:
                 later = (_RESULT, following) if following else None
                 with self._put_in(block, earlier if drifts else nothing):
                     source = (ORIGINAL, chunk) if drifts else later
-                    inputs = self._inputs(block, sums.keys(), (_RESULT, chunk), source)
+                    inputs = self._inputs(block, sums.keys(), (_RESULT, chunk), source, largest if stage == 0 else None)
                 source_inputs = self._inputs(block, drifts, (ORIGINAL, chunk), later) if drifts else {}
                 for operand, of_operand in inputs.items():
                     with watches["hessian"].running():
@@ -220,16 +232,40 @@ class HessianShares:
                     if drift is not None:
                         with watches["compensate"].running():
                             drift.add_(source_inputs[operand].X, of_operand.X, of_tokens, rounded)
+        return largest
 
     def _inputs(
-        self, block: BlockInParts, operands: Iterable[Operand], chunk: tuple[str, str], then: tuple[str, str] | None
+        self,
+        block: BlockInParts,
+        operands: Iterable[Operand],
+        chunk: tuple[str, str],
+        then: tuple[str, str] | None,
+        largest: LargestByModule | None = None,
     ) -> dict[Operand, Inputs]:
-        """What operands read of one chunk of a stream, with the weights as they are now; `then` is read meanwhile."""
+        """What operands read of one chunk of a stream, with the weights as they are now; `then` is read meanwhile.
+
+        In the first stage `largest` grows by the keys and values of the chunk. The weights that make them are not
+        quantized yet. Where all of these stay in 16 bits, the stage's own inputs are behind attention, and the chunk
+        alone says how its keys and values round.
+        """
         runner, index = self._runner, block.unit.index
         state = runner.state(chunk[0], index, chunk[1], then)
-        watching = runner.watching_cache(0, index) if chunk[0] == _RESULT else nullcontext()
-        with runner.rounding(chunk[0], block.unit, is_whole=False), watching:
-            return inputs_of(runner.layers(block.unit), list(operands), lambda: runner.forward(index, state, chunk[1]))
+        layers, cache = runner.layers(block.unit), runner.cache
+        with ExitStack() as stack:
+            stack.enter_context(runner.rounding(chunk[0], block.unit, is_whole=False))
+            is_enough = None
+            if largest is not None:
+                is_enough = stack.enter_context(cache.watching(index, largest, rounds=True))
+            elif chunk[0] == _RESULT:
+                stack.enter_context(cache.rounding(block.cache_scales))
+            return inputs_of(layers, list(operands), lambda: runner.forward(index, state, chunk[1]), is_enough)
+
+    def _largest(self, block: BlockInParts, batch: int) -> LargestByModule:
+        """The largest keys and values in all shares, if the batch is in the first stage and servers round them."""
+        largest, spec = LargestByModule(), self._runner.spec
+        for share in range(len(shares(spec.chunks, spec.shares)) if spec.activations.rounds_cache else 0):
+            largest.absorb_(block.largest(batch, share_part(share)))
+        return largest
 
     def _operands(self, block: BlockInParts, batch: int) -> list[Operand]:
         """The first operand of each input group."""
@@ -252,7 +288,13 @@ class HessianShares:
         return InputSums(operand.columns, self._runner.device, self._sum_kind(operand), keep_inputs=is_expert)
 
     def _save_share(
-        self, block: BlockInParts, batch: int, share: int, sums: Sequence[InputSums], seconds: Mapping[str, float]
+        self,
+        block: BlockInParts,
+        batch: int,
+        share: int,
+        sums: Sequence[InputSums],
+        seconds: Mapping[str, float],
+        largest: LargestByModule,
     ) -> None:
         tensors = {"hessian": stacked([packed(each.hessian.partial) for each in sums])}
         for name, drifts in (
@@ -265,6 +307,7 @@ class HessianShares:
             "num_tokens": [each.num_tokens for each in sums],
             "totals": [each.hessian.totals.tolist() for each in sums],
             "seconds": seconds,
+            "largest": largest.to_json(),
         }
         samples = [each.sample for each in sums if each.sample is not None]
         rows = stacked_padded([sample.rows for sample in samples], 2 * block.columns(batch))
@@ -319,28 +362,29 @@ class HessianShares:
         runner, experts, kind = self._runner, self._runner.spec.experts, self._runner.spec.token_weights
         if not is_starved(operand, sums.num_tokens, experts):
             return sufficient_statistics(names, sums, self._token_weights(block).kind_of(operand))
-        stage = next(i for i, batches in enumerate(block.stages) if batch in batches)
+        stage = block.stage_of(batch)
         instead: InputSums | None = None
         if experts.policy == "all-tokens":
             runner.load(ORIGINAL, block.unit.index)
             with self._put_in(block, self._earlier_stages(block, stage)):
-                all_tokens = self._gathered(block, stage, operand)
+                all_tokens = self._gathered(block, batch, operand)
                 if isinstance(all_tokens, AllTokens):
                     instead = all_tokens.sums(operand, runner.device)
         elif experts.policy == "shared-hessian":
-            shared = self._gathered(block, stage, operand)
+            shared = self._gathered(block, batch, operand)
             instead = shared if isinstance(shared, InputSums) else None
         return starved_statistics(operand, sums.num_tokens, experts, instead, runner.device, kind)
 
-    def _gathered(self, block: BlockInParts, stage: int, operand: Operand) -> AllTokens | InputSums:
-        """What replaces the sums of the starved experts of a stage; it is gathered for the first of them."""
-        substitute = self._substitute
+    def _gathered(self, block: BlockInParts, batch: int, operand: Operand) -> AllTokens | InputSums:
+        """What replaces the sums of the starved experts of a batch's stage; it is gathered for the first of them."""
+        stage, substitute = block.stage_of(batch), self._substitute
         if substitute is None or (substitute.block, substitute.stage) != (block, stage):
             self._substitute = substitute = None  # makes room
             runner = self._runner
             source: AllTokens | InputSums
             if runner.spec.experts.policy == "all-tokens":
-                repeats = runner.repeats(_RESULT, block.unit.index)
+                scales = block.cache_scales if stage else self._largest(block, batch).scales
+                repeats = runner.repeats(_RESULT, block.unit.index, scales)
                 kind, served = runner.spec.token_weights, runner.served(_RESULT)
                 source = AllTokens(runner.layers(block.unit), [operand], repeats, kind, self._sum_kind, served)
             else:
@@ -378,6 +422,7 @@ def _save_sum(
     batch: int,
     statistics: Sequence[InputStatistics],
     seconds: Mapping[str, float],
+    largest: LargestByModule,
 ) -> BatchStatistics:
     """Write the statistics of a batch's input groups, and return them side by side."""
     H, columns = stacked([inputs.H for inputs in statistics]), block.columns(batch)
@@ -390,6 +435,7 @@ def _save_sum(
         "num_tokens": [inputs.num_tokens for inputs in statistics],
         **{figure: [getattr(inputs, figure) for inputs in statistics] for figure in COUNTED},
         "seconds": seconds,
+        "largest": largest.to_json(),
     }
     block.save(batch, SUM, tensors, note)
     return BatchStatistics(H, drift, None, tuple(note["fallback"]), rounding)

@@ -16,6 +16,7 @@ import torch
 from astro.config import LayerScheme
 from astro.errors import RunError
 from astro.linalg.tiling import row_tiles
+from astro.model.cache_scales import CacheScales, LargestByModule
 from astro.model.low_rank import LowRank, takes_correction
 from astro.quantization import beta_search
 from astro.quantization.block import COUNTED, apart, side_by_side
@@ -112,9 +113,34 @@ class BlockInParts:
             self.stages.append(list(range(len(self.batches), len(self.batches) + len(together))))
             self.batches += [[input_groups[i] for i in batch] for batch in together]
 
+    def stage_of(self, batch: int) -> int:
+        """Return the index of the stage of a batch."""
+        return next(index for index, batches in enumerate(self.stages) if batch in batches)
+
     def columns(self, batch: int) -> int:
         """Return the width of the inputs of a batch."""
         return self.unit.by_name[self.batches[batch][0][0]].columns
+
+    @functools.cached_property
+    def cache_scales(self) -> dict[str, CacheScales]:
+        """The scales of an FP8 cache by the attention module's name in the model, once the first batch is merged.
+
+        Raises:
+            DamagedError: The statistics of the first batch are missing, or not as they were written.
+        """
+        return self.largest(0, SUM).scales if self.batches and self._spec.activations.rounds_cache else {}
+
+    def largest(self, batch: int, part: str) -> LargestByModule:
+        """Return the largest keys and values that statistics of a batch in the first stage carry.
+
+        Args:
+            batch: Index of the batch.
+            part: Name of the statistics.
+
+        Raises:
+            DamagedError: The part is missing, or not as it was written.
+        """
+        return LargestByModule.from_json(self.note(batch, part)["largest"])
 
     def parts(self, batch: int) -> BatchParts:
         """Count the calls that a batch takes once its Hessians are merged."""

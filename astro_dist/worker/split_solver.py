@@ -7,7 +7,7 @@ under every β, and solved tiles as files.
 """
 
 import dataclasses
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 
 import torch
 
@@ -29,7 +29,6 @@ from astro.quantization.row_solver import (
     with_regularizer,
 )
 from astro.timing import add_seconds, clock_s
-from astro_dist.planning.units import BlockUnit
 from astro_dist.schedule.calls import (
     AccumulateHessians,
     BlockParts,
@@ -43,7 +42,9 @@ from astro_dist.schedule.calls import (
 from astro_dist.schedule.names import DECISION, ORIGINAL, SUM, round_stream, sample_part, share_part, tile_part
 from astro_dist.schedule.sequential import shares
 from astro_dist.worker.block_runner import BlockRunner
+from astro_dist.worker.fed_block import FedBlock
 from astro_dist.worker.hessian_shares import BatchStatistics, HessianShares
+from astro_dist.worker.solved_block import SolvedBlock
 from astro_dist.worker.split_block import BlockInParts, Tile
 
 __all__ = ["SplitSolver"]
@@ -101,29 +102,19 @@ class SplitSolver:
         batches = block.stages[call.stage] if block.stages else []
         return BlockParts(tuple(map(block.parts, batches)), len(block.stages))
 
-    def split_block(
-        self,
-        round_index: int,
-        unit: BlockUnit,
-        input_groups: Sequence[Sequence[str]],
-        statistics: Iterable[InputStatistics],
-        seconds: Mapping[str, float],
-    ) -> BlockParts:
+    def split_block(self, fed_block: FedBlock, statistics: Iterable[InputStatistics]) -> BlockParts:
         """Hand on the Hessians of all input groups of a block that this worker fed.
 
         Args:
-            round_index: Index of the round.
-            unit: The block.
-            input_groups: Names of the layers of each input group.
+            fed_block: The block.
             statistics: Statistics of every input group in order, which are finished here.
-            seconds: Time by phase that was spent on the block so far.
 
         Returns:
             The parts of all batches, the batch with the widest input first.
         """
-        block = BlockInParts(self._runner.spec, round_index, unit)
-        block.lay_out([input_groups])
-        self._shares.save_sums(block, statistics, seconds)
+        block = BlockInParts(self._runner.spec, fed_block.round_index, fed_block.unit)
+        block.lay_out([fed_block.input_groups])
+        self._shares.save_sums(block, statistics, fed_block.feeding_seconds(), fed_block.largest)
         widest = sorted(range(len(block.batches)), key=lambda batch: -block.columns(batch))
         return BlockParts(tuple(map(block.parts, widest)))
 
@@ -202,12 +193,8 @@ class SplitSolver:
             corrected += [groups] if groups else []
         block.save_corrections(batch, corrected)
 
-    def put_together(self, call: WriteBlock) -> tuple[dict[str, QuantizedLinear], list[LayerRecord], dict[str, float]]:
-        """Put a block's solved tiles together.
-
-        Returns:
-            Every layer by name, the records of the input groups, and the time by phase that all but the tiles took.
-        """
+    def put_together(self, call: WriteBlock) -> SolvedBlock:
+        """Put a block's solved tiles together."""
         block = self._turn_to(call.place)
         seconds: dict[str, float] = {}
         layers: dict[str, QuantizedLinear] = {}
@@ -219,8 +206,9 @@ class SplitSolver:
             solved, solved_records = block.solved(batch)
             layers |= solved
             records += solved_records
+        scales = block.cache_scales
         self.forget()
-        return layers, records, seconds
+        return SolvedBlock(layers, records, seconds, scales)
 
     def _turn_to(self, place: tuple[int, int], chunk: str | None = None) -> BlockInParts:
         """Return a block that is laid out, and let go of any other.

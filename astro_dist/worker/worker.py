@@ -18,8 +18,6 @@ from astro.model.block_call import BlockState
 from astro.model.recording import count_outputs
 from astro.process import configure_process, keep_freed_memory, peak_rss_bytes
 from astro.quantization.block import quantize_block
-from astro.quantization.grid import QuantizedLinear
-from astro.quantization.layer_record import LayerRecord
 from astro.quantization.recipe import Recipe
 from astro.storage.atomic import save_tensors
 from astro.timing import add_seconds, clock_s, host_clock_s, timed
@@ -67,6 +65,7 @@ from astro_dist.worker.device_check import require_gpu, set_allocator, within_me
 from astro_dist.worker.fed_block import FedBlock
 from astro_dist.worker.loss_evaluation import evaluate_loss
 from astro_dist.worker.smoother import PROBE, PROBE_TOKENS, Smoother
+from astro_dist.worker.solved_block import SolvedBlock
 from astro_dist.worker.spec import WorkerSpec
 from astro_dist.worker.split_solver import SplitSolver
 from astro_dist.worker.token_weigher import TokenWeigher, read_token_weights
@@ -271,7 +270,7 @@ class Worker:
             with runner.serving(stream, fed_block.unit):
                 if is_held_out(chunk):
                     return runner.forward(block, states[0], chunk)
-                with runner.watching_cache(call.round_index, block):
+                with runner.cache.watching(block, fed_block.largest):
                     return fed_block.statistics.run(lambda: runner.forward(block, states[0], chunk), chunk)
 
         def save(chunk: str, output: BlockState) -> None:
@@ -293,15 +292,15 @@ class Worker:
         statistics, recipe = self._input_statistics(fed_block), runner.recipe(unit)
         quantized, records = quantize_block(weights, fed_block.input_groups, statistics, schemes, recipe, widths)
         self._fed_block = None
-        finished = self._finish_block(call.round_index, unit, quantized, records, fed_block.feeding_seconds())
+        solved = SolvedBlock(quantized, records, fed_block.feeding_seconds(), fed_block.largest.scales)
+        finished = self._finish_block(call.round_index, unit, solved)
         runner.close()
         return finished
 
     def split_block(self, call: SplitBlock) -> BlockParts:
         """Write the open block's Hessians, so that workers that have nothing to do help to solve it."""
         fed_block = self._require_fed_block(call)
-        statistics, seconds = self._input_statistics(fed_block), fed_block.feeding_seconds()
-        parts = self._solver.split_block(call.round_index, fed_block.unit, fed_block.input_groups, statistics, seconds)
+        parts = self._solver.split_block(fed_block, self._input_statistics(fed_block))
         self._fed_block = None
         return parts
 
@@ -340,10 +339,10 @@ class Worker:
     def write_block(self, call: WriteBlock) -> UnitRecord:
         """Put a block's solved tiles together and write its shard."""
         start = clock_s(self._device)
-        quantized, records, seconds = self._solver.put_together(call)
-        seconds["write"] = clock_s(self._device) - start
+        solved = self._solver.put_together(call)
+        read_s = clock_s(self._device) - start
         unit = self._spec.plan.blocks[call.block]
-        return self._finish_block(call.round_index, unit, quantized, records, seconds)
+        return self._finish_block(call.round_index, unit, solved, read_s)
 
     def evaluate_loss(self, call: EvaluateLoss) -> UnitRecord:
         """Measure what a stream's model predicts of the held-out text."""
@@ -361,20 +360,16 @@ class Worker:
         self._fed_block = None
         self._solver.forget()
 
-    def _finish_block(
-        self,
-        round_index: int,
-        unit: BlockUnit,
-        quantized: dict[str, QuantizedLinear],
-        records: list[LayerRecord],
-        seconds: dict[str, float],
-    ) -> UnitRecord:
-        """Write a quantized block's shard, then its record."""
-        for layer in records:
+    def _finish_block(self, round_index: int, unit: BlockUnit, solved: SolvedBlock, read_s: float = 0.0) -> UnitRecord:
+        """Write a quantized block's shard, then its record. The time to read its tiles counts as that of writing."""
+        seconds = {**solved.seconds, "write": read_s}
+        for layer in solved.records:
             add_seconds(seconds, layer.seconds)
         with timed(seconds, "write", self._device):
-            paths = self._runner.write_block(unit, round_index, quantized)
-        result = BlockResult(layers=tuple(records), seconds=seconds, **self.describe())
+            paths = self._runner.write_block(unit, round_index, dict(solved.layers))
+        result = BlockResult(
+            layers=tuple(solved.records), seconds=seconds, cache_scales=solved.cache_scales, **self.describe()
+        )
         return self._spec.run.finish(block_unit(round_index, unit.index), paths, result)
 
     def _require_fed_block(self, call: HeldCall) -> FedBlock:

@@ -53,6 +53,17 @@ def layers_of(summary):
     return [layer for record in records for layer in json.loads(record.read_text())["result"].get("layers", [])]
 
 
+def test_experts_that_nothing_quantized_comes_before_read_behind_a_rounded_cache(experts_config, tmp_path):
+    changes = {"execution__mode": "sequential", "execution__hessian_shares": 2, "activations__kv_cache": "fp8"}
+    results = []
+    for workers in (1, 3):
+        changes |= {"execution__workers": workers, "output__dir": str(tmp_path / f"run{workers}")}
+        summary = pipeline.quantize(experts_config("qwen3-moe", quantization__ignore=["*.self_attn.*"], **changes))
+        results.append(files_of(Path(summary.model)))
+    assert results[0] == results[1]
+    assert any(layer["fallback"] == "all-tokens" for layer in layers_of(summary))
+
+
 @pytest.mark.parametrize("name", RUNS)
 def test_number_of_workers_does_not_change_a_byte(experts_config, tmp_path, name):
     results = []

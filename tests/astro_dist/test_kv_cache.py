@@ -1,5 +1,6 @@
 """Scales of an FP8 cache are those of the calibration text, whoever measured them, and readers find them."""
 
+import hashlib
 import json
 from pathlib import Path
 
@@ -9,6 +10,8 @@ import transformers
 from safetensors.torch import load_file, save_file
 
 from astro.errors import CheckpointError, UnsupportedError
+from astro.model.cache_scales import CacheScales
+from astro.model.kv_cache import rounded_cache
 from astro.model.skeleton import Skeleton
 from astro.storage.byte_store import FolderStore
 from astro_dist import pipeline
@@ -17,10 +20,14 @@ from astro_dist.export.cache_scales import CACHE_SCALES_NAME
 from astro_dist.export.verify import verify_model
 from astro_dist.planning.validate import prepare
 from astro_dist.report.command_output import verification_lines
+from astro_dist.run_directory.records import RunDirectory
 from astro_dist.schedule.names import is_held_out
 from astro_dist.source.resolve import Source
+from astro_dist.worker import hessian_shares
+from astro_dist.worker.worker import Worker
 
 FP8 = {"activations__kv_cache": "fp8"}
+SEQUENTIAL = {"execution__mode": "sequential", "execution__hessian_shares": 2}
 
 
 def scales_of(config):
@@ -72,15 +79,130 @@ def test_workers_do_not_change_the_bytes(run_config, tmp_path, settings):
         assert (models[0] / name).read_bytes() == (models[1] / name).read_bytes(), name
 
 
-def test_a_run_that_goes_on_keeps_what_it_saw(run_config):
-    config = run_config(**FP8)
-    model = Path(pipeline.quantize(config).model)
-    before = (model / CACHE_SCALES_NAME).read_bytes()
+@pytest.mark.parametrize("settings", [{}, {"execution__rounds": 2}, SEQUENTIAL])
+def test_scales_are_in_the_record_of_their_block(run_config, settings):
+    config = run_config(**FP8, **settings)
+    scales = scales_of(config)
+    run = RunDirectory(config.output.dir, "", rounds=config.execution.rounds)
+    for (round_index, block), result in run.blocks().items():
+        ((name, recorded),) = result.cache_scales.items()
+        assert name == f"model.layers.{block}.self_attn"
+        if round_index == run.rounds - 1:
+            stored = [float(scales[f"{name}.{part}"]) for part in ("k_scale", "v_scale")]
+            assert [recorded.key, recorded.value] == pytest.approx(stored, rel=1e-6)
+    assert not (config.output.dir / "kv_cache").exists()
+
+
+@pytest.mark.parametrize("settings", [{}, SEQUENTIAL])
+def test_a_record_with_other_scales_is_no_record(run_config, settings):
+    config = run_config(**FP8, **settings)
+    before = scales_of(config)
     (config.output.dir / "model.json").unlink()
-    (config.output.dir / "records" / "round-0-block-0001.json").unlink()
-    (model / CACHE_SCALES_NAME).unlink()
-    pipeline.quantize(config)
-    assert (model / CACHE_SCALES_NAME).read_bytes() == before
+    record = config.output.dir / "records" / "round-0-block-0001.json"
+    content = json.loads(record.read_text())
+    content["result"]["cache_scales"]["model.layers.1.self_attn"]["key"] *= 2
+    record.write_text(json.dumps(content))
+    after = scales_of(config)
+    assert all(torch.equal(after[name], scale) for name, scale in before.items())
+    assert "round-0-block-0001" in (config.output.dir / "journal.jsonl").read_text().partition('"damaged"')[2]
+
+
+class _Interrupted(BaseException):
+    pass
+
+
+@pytest.mark.parametrize(("settings", "calls"), [({}, 13), (SEQUENTIAL, 40)])
+def test_files_of_another_run_change_no_scale(run_config, tmp_path, monkeypatch, settings, calls):
+    expected = scales_of(run_config(output__dir=str(tmp_path / "whole"), **FP8, **settings))
+    left, real = [calls], Worker.do
+
+    def counted(self, call):
+        left[0] -= 1
+        if left[0] < 0:
+            raise _Interrupted
+        return real(self, call)
+
+    config = run_config(**FP8, **settings)
+    with monkeypatch.context() as patch:
+        patch.setattr(Worker, "do", counted)
+        with pytest.raises(_Interrupted):
+            pipeline.quantize(config)
+    run = RunDirectory(config.output.dir, "")
+    assert 0 < len(run.blocks()) < 3, "it ended between blocks"
+    for block in range(3):
+        content = {f"model.layers.{block}.self_attn": [1e4, 1e4]}
+        name = hashlib.sha256(json.dumps(content).encode()).hexdigest()[:16]
+        path = run.root / "kv_cache" / f"round-0-block-{block:04d}" / f"{name}.json"
+        path.parent.mkdir(parents=True)
+        path.write_text(json.dumps(content))
+    found = scales_of(config)
+    assert all(torch.equal(found[name], scale) for name, scale in expected.items())
+
+
+def packed(config, layer):
+    tensors = {}
+    for path in Path(pipeline.quantize(config).model).glob("*.safetensors"):
+        tensors |= load_file(path)
+    return tensors[f"model.layers.0.{layer}.weight_packed"]
+
+
+ATTENTION = ["*.q_proj", "*.k_proj", "*.v_proj"]
+
+
+@pytest.mark.parametrize(
+    ("settings", "ignored"),
+    [
+        ({"execution__rounds": 2}, []),
+        (SEQUENTIAL, []),
+        ({**SEQUENTIAL, "quantization__compensation": 0.0}, []),
+        (SEQUENTIAL, ATTENTION),
+        (SEQUENTIAL, [*ATTENTION, "*.o_proj"]),
+    ],
+)
+def test_layers_behind_attention_learn_from_the_rounded_cache(run_config, tmp_path, settings, ignored):
+    """Nothing else differs in the first block, where both runs begin with the same embeddings."""
+    configs = [
+        run_config(output__dir=str(tmp_path / name), quantization__ignore=ignored, **settings, **changes)
+        for name, changes in (("exact", {}), ("fp8", FP8))
+    ]
+    behind = "mlp.gate_proj" if "*.o_proj" in ignored else "self_attn.o_proj"
+    assert not torch.equal(*(packed(config, behind) for config in configs))
+    if not ignored:
+        assert torch.equal(*(packed(config, "self_attn.v_proj") for config in configs))
+
+
+@torch.no_grad()
+def test_in_sequence_every_layer_reads_what_the_server_computes(run_config, monkeypatch):
+    read, real = {}, hessian_shares.inputs_of
+
+    def noting(layers, operands, action, is_enough=None):
+        inputs = real(layers, operands, action, is_enough)
+        for operand, of_operand in inputs.items():
+            read.setdefault(operand.names[0], []).append(of_operand.X.clone())
+        return inputs
+
+    monkeypatch.setattr(hessian_shares, "inputs_of", noting)
+    config = run_config(**FP8, **SEQUENTIAL, quantization__compensation=0.0)
+    scales = scales_of(config)
+    model = transformers.AutoModelForCausalLM.from_pretrained(config.output.dir / "model", dtype=torch.float32)
+    by_module = {
+        layer.self_attn: CacheScales(
+            *(float(scales[f"model.layers.{i}.self_attn.{n}"]) for n in ("k_scale", "v_scale"))
+        )
+        for i, layer in enumerate(model.model.layers)
+    }
+    expected = {}
+    for name, module in model.named_modules():
+        if name in read:
+            module.register_forward_pre_hook(lambda _, args, name=name: expected.setdefault(name, []).append(args[0]))
+    with rounded_cache(by_module):
+        chunks = load_file(config.output.dir / "tokens.safetensors")
+        for chunk in sorted(name for name in chunks if not is_held_out(name)):
+            model(chunks[chunk])
+    assert {name.rpartition(".")[2] for name in read} == {"q_proj", "o_proj", "gate_proj", "down_proj"}
+    for name, chunks in read.items():
+        for X, server in zip(chunks, expected[name], strict=True):
+            torch.testing.assert_close(X, server, atol=1e-4, rtol=0, msg=name)
 
 
 def test_readers_take_the_scales(run_config, tmp_path):

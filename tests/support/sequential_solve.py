@@ -113,7 +113,8 @@ def peaks_of_sequential_solve(
     quantization = Quantization(compensation=compensation)
     operand = Operand((_NAME,), "", None, columns)
     spec = SimpleNamespace(
-        quantization=quantization, activations=SimpleNamespace(scheme=scheme, bits=scheme.bits if scheme else 16),
+        quantization=quantization,
+        activations=SimpleNamespace(scheme=scheme, bits=scheme.bits if scheme else 16, rounds_cache=False),
         experts=Experts(), token_weights="none", shares=_SHARES,
         chunks=tuple(f"c{number:04d}" for number in range(8)),
     )  # fmt: skip

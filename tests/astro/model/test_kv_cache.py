@@ -4,7 +4,8 @@ import pytest
 import torch
 import transformers
 
-from astro.model.kv_cache import CacheScales, LargestCached, cache_refusal, rounded_cache, watched_cache
+from astro.model.cache_scales import CacheScales, LargestCached
+from astro.model.kv_cache import cache_refusal, rounded_cache, watched_cache
 from tests.support.architectures import DENSE, EXPERTS, STATEFUL
 from tests.support.models import LLAMA
 
