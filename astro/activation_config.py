@@ -152,9 +152,11 @@ class Reconstruction:
 
     rank: int | Literal["auto"] = 0
     """Rank of the correction of each quantized linear layer outside experts, from the error that the solve leaves; 0 is
-    none. A layer's correction has rank · (inputs + outputs) weights of 16 bits, and takes as many multiplications a
-    token. All of them are a LoRA adapter of PEFT in the folder `adapter` of the model, which servers have to be told to
-    load. `auto` takes the least rank that holds `energy`, at most 512."""
+    none. A layer's correction has rank · (inputs + outputs) weights of 16 bits (bfloat16 where the source has float32),
+    and takes as many multiplications a token. All of them are a LoRA adapter of PEFT in the folder `adapter` of the
+    model, which servers have to be told to load. `auto` takes the least rank that holds `energy`, at most 512. What
+    rounding leaves is spread over nearly all directions alike, so that this is mostly a very large rank: choose 16, 32
+    or 64 unless you know that a few directions hold most of the error."""
     energy: float = 0.9
     """With `rank: auto`: share of the squared error of a layer's outputs that the correction takes away, above 0 and at
     most 1."""

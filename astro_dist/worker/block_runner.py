@@ -244,6 +244,7 @@ class BlockRunner:
         """Return how a block's layers are quantized.
 
         Scales are stored in the layout's dtype, or, where it has none, in that of the block's weights in the source.
+        Corrections have 16 bits: in that dtype too, or in bfloat16 where the source has float32.
 
         Args:
             unit: Unit of the block.
@@ -254,7 +255,9 @@ class BlockRunner:
         corrections = None
         if spec.reconstruction.is_on:
             layers = frozenset(linear.name for linear in unit.linears if takes_correction(linear))
-            corrections = Corrections(spec.reconstruction, layers, self._stored_dtype(unit))
+            stored = self._stored_dtype(unit)
+            dtype = stored if stored.itemsize == 2 else torch.bfloat16  # which has the range of float32
+            corrections = Corrections(spec.reconstruction, layers, dtype)
         return Recipe(spec.quantization, spec.regularization, scale_dtype, spec.tile_elements, corrections)
 
     def _stored_dtype(self, unit: BlockUnit) -> torch.dtype:

@@ -20,6 +20,7 @@ from astro_dist.evaluation.streamed_model import StreamedModel
 from astro_dist.export.adapter_file import AdapterFile
 from astro_dist.export.named_model import find_model
 from astro_dist.export.verify import verify_model
+from astro_dist.planning.correction_cost import correction_size
 from astro_dist.planning.validate import prepare
 from astro_dist.publish.publication import publish_run
 from astro_dist.report.command_output import summary_lines, verification_lines
@@ -29,7 +30,7 @@ from astro_dist.run_directory.records import RunDirectory
 from astro_dist.run_directory.summary import read_summary
 from tests.astro_dist.test_modes import SEQUENTIAL
 from tests.astro_dist.test_pipeline import perplexity
-from tests.support.models import files_of, write_checkpoint
+from tests.support.models import LLAMA, files_of, write_checkpoint
 from tests.support.publish_faults import published
 
 pytestmark = [
@@ -125,6 +126,19 @@ def test_corrections_lower_errors_and_divergence_and_cost_what_is_said(run_confi
     assert all(layer.relative_error < layer.solved_error for block in blocks for layer in block.layers)
 
 
+def test_factors_have_sixteen_bits_whatever_the_source_has(run_config, tmp_path):
+    for dtype, stored in ((torch.float32, torch.bfloat16), (torch.float16, torch.float16)):
+        source = write_checkpoint(tmp_path / str(dtype), transformers.LlamaConfig(**LLAMA), dtype)
+        config = run_config(**RANK, model__source=str(source), output__dir=str(tmp_path / f"run-{dtype}"))
+        summary = pipeline.quantize(config)
+        path = Path(summary.model) / "adapter" / "adapter_model.safetensors"
+        tensors = load_file(path)
+        assert {tensor.dtype for tensor in tensors.values()} == {stored}
+        foretold = correction_size(prepare(config).plan.blocks, config.reconstruction).size_bytes
+        assert sum(tensor.nbytes for tensor in tensors.values()) == foretold
+        assert summary.corrections.error_after < 0.8 * summary.corrections.error_before
+
+
 @torch.no_grad()
 def test_card_says_what_transformers_leaves_unrounded(run_config, tmp_path, monkeypatch):
     config = run_config(**RANK, activations__bits=8, activations__smoothing="smoothquant", activations__kv_cache="fp8")
@@ -192,7 +206,7 @@ FIRST = "base_model.model.model.layers.0.self_attn.q_proj.lora_A.weight"
         (lambda folder: change_tensor(folder, lambda t: t[FIRST].fill_(float("nan"))), "q_proj holds NaN or Inf"),
         (lambda folder: change_tensor(folder, lambda t: t.pop(FIRST)), "only one of its two factors"),
         (
-            lambda folder: change_tensor(folder, lambda t: t.update({FIRST: torch.zeros(8, 62)})),
+            lambda folder: change_tensor(folder, lambda t: t.update({FIRST: torch.zeros(8, 62, dtype=torch.bfloat16)})),
             r"corrects model.layers.0.self_attn.q_proj as \(64, 62\), it is \(64, 64\)",
         ),
         (

@@ -136,6 +136,14 @@ def test_auto_takes_the_least_rank_that_holds_the_energy() -> None:
         assert factors.rank == 1 or held[factors.rank - 2] < 0.8
 
 
+def test_of_noise_auto_takes_half_of_all_directions() -> None:
+    E = torch.randn(1, 256, 256, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    H, damping = torch.eye(256, dtype=torch.float64)[None], torch.zeros(1, dtype=torch.float64)
+    ranks = [reconstruct(E, H, damping, "auto", energy)[0].rank for energy in (0.9, 0.2)]
+    assert 0.45 * 256 < ranks[0] < 0.55 * 256
+    assert ranks[1] < 0.1 * 256
+
+
 def test_auto_stops_at_the_largest_rank_that_servers_take(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(error_reconstruction, "MOST_RANK", 3)
     assert reconstruct(*problem(1, 16, 24), "auto", 0.99)[0].rank == 3
