@@ -2,6 +2,7 @@
 
 from typing import TYPE_CHECKING
 
+from rich.box import SIMPLE
 from rich.filesize import decimal
 from rich.table import Table
 
@@ -51,7 +52,10 @@ def task_table(judgement: "Judgement") -> Table:
     Args:
         judgement: What was found out.
     """
-    table = Table("task", "examples", "figure", "score", "±", "questions", "in %")
+    table = Table(box=SIMPLE, pad_edge=False, collapse_padding=True)
+    table.add_column("task", overflow="fold")
+    for title in ("examples", "figure", "score", "±", "questions", "in %"):
+        table.add_column(title, justify="left" if title == "figure" else "right", no_wrap=True)
     for score in judgement.tasks:
         is_share = 0 <= score.value <= 1
         table.add_row(

@@ -2,6 +2,7 @@
 
 import itertools
 
+from rich.box import SIMPLE
 from rich.filesize import decimal
 from rich.table import Table
 
@@ -60,17 +61,27 @@ def plan_table(plan: Plan) -> Table:
     Args:
         plan: Units of the run.
     """
-    table = Table("unit", "layers each", "read each", "written each", "file")
+    table = Table("unit", box=SIMPLE, pad_edge=False, collapse_padding=True)
+    for title in ("layers\neach", "read\neach", "written\neach"):
+        table.add_column(title, justify="right", no_wrap=True)
+    table.add_column("file, .safetensors", overflow="fold")
     words = UnitWords(len(plan.blocks))
     for unit in plan.copies:
-        table.add_row(words.unit(unit.name), "-", decimal(unit.read_bytes), decimal(unit.written_bytes), unit.file)
+        table.add_row(
+            words.unit(unit.name), "-", decimal(unit.read_bytes), decimal(unit.written_bytes), _stem(unit.file)
+        )
     for (layers, read_bytes, written_bytes), equal in itertools.groupby(plan.blocks, _size):
         blocks = list(equal)
         ends = blocks if len(blocks) == 1 else (blocks[0], blocks[-1])
-        numbers, files = " to ".join(str(block.index + 1) for block in ends), " to ".join(block.file for block in ends)
+        numbers = " to ".join(str(block.index + 1) for block in ends)
+        files = "\nto ".join(_stem(block.file) for block in ends)
         names = f"{'block' if len(blocks) == 1 else 'blocks'} {numbers}"
         table.add_row(names, str(layers), decimal(read_bytes), decimal(written_bytes), files)
     return table
+
+
+def _stem(file: str) -> str:
+    return file.removesuffix(".safetensors")
 
 
 def _count(number: int) -> str:

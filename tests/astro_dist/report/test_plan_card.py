@@ -1,8 +1,12 @@
 """The card of `plan` says at a glance what a run will be."""
 
+import io
+
 import pytest
+from rich.console import Console
 
 from astro_dist.report.forecast import plan
+from astro_dist.report.plan_card import plan_table
 
 
 @pytest.fixture
@@ -52,3 +56,13 @@ def test_long_runs_on_a_cpu_point_at_gpus(card, monkeypatch):
     assert not any("--device" in line for line in card())
     monkeypatch.setattr("astro_dist.report.plan_card._LONG_S", 0.0)
     assert "`--device h100` and the like foretell it for GPUs" in card()[-1]
+
+
+def test_table_of_units_names_files_whole_at_80_columns(run_config):
+    units = plan(run_config()).prepared.plan
+    console = Console(file=io.StringIO(), width=80)
+    console.print(plan_table(units))
+    shown = console.file.getvalue()
+    assert "…" not in shown
+    ends = units.blocks[0].file, units.blocks[-1].file
+    assert [file.removesuffix(".safetensors") in shown for file in ends] == [True, True]
