@@ -1,4 +1,4 @@
-"""Rounded inputs with learned clips and the kurtosis of outputs: equations against float64, hooks on real models."""
+"""The kurtosis of outputs against float64, and the hooks that round inputs and collect it on real models."""
 
 import copy
 
@@ -8,10 +8,10 @@ import transformers
 
 from astro.activation_regularization import ActivationRegularizer, kurtosis_sum
 from astro.errors import CheckpointError, ConfigError, NumericalError
-from astro.model.clipped_rounding import round_clipped
 from astro.model.clips_file import CLIPS_FILE
 from astro.training_config import ActivationRegularization
 from tests.support.architectures import DENSE, EXPERTS, IDS
+from tests.support.finite_differences import differences
 
 CPU = torch.device("cpu")
 
@@ -23,56 +23,6 @@ def model_of(config):
 
 def inputs(*shape, scale=3.0):
     return torch.randn(*shape, generator=torch.Generator().manual_seed(0), dtype=torch.float64) * scale
-
-
-def differences(function, at, step=1e-6):
-    """The gradient of a function of a float64 tensor by central differences."""
-    gradient = torch.zeros_like(at)
-    for place in range(at.numel()):
-        ends = []
-        for sign in (1, -1):
-            moved = at.clone()
-            moved.view(-1)[place] += sign * step
-            ends.append(function(moved))
-        gradient.view(-1)[place] = (ends[0] - ends[1]) / (2 * step)
-    return gradient
-
-
-@pytest.mark.parametrize("bits", [2, 4, 8])
-def test_round_clipped_against_the_equations(bits):
-    x, low, high, n = inputs(50), -2.5, 4.0, 2**bits - 1
-    s = n / (high - low)
-    expected = [round((min(max(value, low), high) - low) * s) / s + low for value in x.tolist()]
-    clips = torch.tensor([low, high], dtype=torch.float64)
-    torch.testing.assert_close(round_clipped(x, clips, bits), torch.tensor(expected, dtype=torch.float64))
-    assert len(round_clipped(inputs(4000), clips, bits).unique()) == 2**bits
-
-
-@pytest.mark.parametrize("bits", [2, 4, 8])
-def test_gradients_of_rounding_against_finite_differences_of_the_surrogate(bits):
-    x, clips, weights = inputs(40), torch.tensor([-2.5, 4.0], dtype=torch.float64), inputs(40, scale=1.0).flip(0)
-    n = 2**bits - 1
-    v = (x.clamp(*clips) - clips[0]) * n / (clips[1] - clips[0])
-    residue = v.round() - v
-    assert 0 < (x > 4).sum() < 40
-    assert 0 < (x < -2.5).sum() < 40
-
-    def surrogate(x, clips):
-        return (weights * (x.clamp(*clips) + residue * (clips[1] - clips[0]) / n)).sum()
-
-    x_leaf, clips_leaf = x.clone().requires_grad_(), clips.clone().requires_grad_()
-    (weights * round_clipped(x_leaf, clips_leaf, bits)).sum().backward()
-    torch.testing.assert_close(x_leaf.grad, differences(lambda moved: surrogate(moved, clips), x), atol=1e-7, rtol=1e-7)
-    expected = differences(lambda moved: surrogate(x, moved), clips)
-    torch.testing.assert_close(clips_leaf.grad, expected, atol=1e-7, rtol=1e-7)
-
-
-def test_element_that_lies_on_a_clip_moves_the_clip():
-    x = torch.tensor([-4.0, 4.0, 0.1], requires_grad=True)
-    clips = torch.tensor([-4.0, 4.0], requires_grad=True)
-    round_clipped(x, clips, 4).backward(torch.tensor([1.0, 10.0, 0.0]))
-    assert x.grad.tolist() == [0, 0, 0]
-    assert clips.grad.tolist() == [1, 10]
 
 
 def naive_kurtosis(y):
@@ -99,9 +49,6 @@ def test_kurtosis_of_normal_tokens_is_three_and_of_equal_features_nothing():
 def test_sixteen_bits_are_computed_in_float32(dtype):
     y = (inputs(4, 64) + 30).to(dtype)
     torch.testing.assert_close(kurtosis_sum(y), naive_kurtosis(y.float()))
-    clips = torch.tensor([-4.0, 4.0])
-    assert round_clipped(y, clips, 4).dtype == dtype
-    torch.testing.assert_close(round_clipped(y, clips, 4), round_clipped(y.float(), clips, 4).to(dtype))
 
 
 def test_the_whole_loss_has_the_gradients_of_plain_autograd():

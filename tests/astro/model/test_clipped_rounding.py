@@ -1,4 +1,4 @@
-"""The fixed grid between learned clips, in the two numbers that files tell, against training's own rounding."""
+"""Rounding between learned clips and its gradients against float64; the same grid in the numbers that files tell."""
 
 import pytest
 import torch
@@ -11,6 +11,7 @@ from astro.formats.compressed_tensors import quantization_config
 from astro.model.activation_rounding import round_activations
 from astro.model.clipped_rounding import InputClips, round_clipped
 from tests.support.devices import here
+from tests.support.finite_differences import differences
 
 pytestmark = pytest.mark.usefixtures("device")
 
@@ -70,3 +71,44 @@ def test_nan_stays_nan_and_infinity_is_clipped():
 def test_clips_that_are_no_range_are_refused(ends):
     with pytest.raises(CheckpointError, match="expected two numbers, the first below the second"):
         InputClips.between(*ends, 4)
+
+
+def normal(*shape, scale=3.0):
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(0), dtype=torch.float64) * scale
+
+
+@pytest.mark.parametrize("bits", [2, 4, 8])
+def test_round_clipped_against_the_equations(bits):
+    x, low, high, n = normal(50), -2.5, 4.0, 2**bits - 1
+    s = n / (high - low)
+    expected = [round((min(max(value, low), high) - low) * s) / s + low for value in x.tolist()]
+    clips = torch.tensor([low, high], dtype=torch.float64)
+    torch.testing.assert_close(round_clipped(x, clips, bits), torch.tensor(expected, dtype=torch.float64))
+    assert len(round_clipped(normal(4000), clips, bits).unique()) == 2**bits
+
+
+@pytest.mark.parametrize("bits", [2, 4, 8])
+def test_gradients_of_rounding_against_finite_differences_of_the_surrogate(bits):
+    x, clips, weights = normal(40), torch.tensor([-2.5, 4.0], dtype=torch.float64), normal(40, scale=1.0).flip(0)
+    n = 2**bits - 1
+    v = (x.clamp(*clips) - clips[0]) * n / (clips[1] - clips[0])
+    residue = v.round() - v
+    assert 0 < (x > 4).sum() < 40
+    assert 0 < (x < -2.5).sum() < 40
+
+    def surrogate(x, clips):
+        return (weights * (x.clamp(*clips) + residue * (clips[1] - clips[0]) / n)).sum()
+
+    x_leaf, clips_leaf = x.clone().requires_grad_(), clips.clone().requires_grad_()
+    (weights * round_clipped(x_leaf, clips_leaf, bits)).sum().backward()
+    torch.testing.assert_close(x_leaf.grad, differences(lambda moved: surrogate(moved, clips), x), atol=1e-7, rtol=1e-7)
+    expected = differences(lambda moved: surrogate(x, moved), clips)
+    torch.testing.assert_close(clips_leaf.grad, expected, atol=1e-7, rtol=1e-7)
+
+
+def test_element_that_lies_on_a_clip_moves_the_clip():
+    x = torch.tensor([-4.0, 4.0, 0.1], requires_grad=True)
+    clips = torch.tensor([-4.0, 4.0], requires_grad=True)
+    round_clipped(x, clips, 4).backward(torch.tensor([1.0, 10.0, 0.0]))
+    assert x.grad.tolist() == [0, 0, 0]
+    assert clips.grad.tolist() == [1, 10]
