@@ -174,8 +174,8 @@ def test_result_is_compared_with_its_smoothed_source(run_config, source, tmp_pat
 def test_input_whose_factors_change_the_block_stays_as_it_is(run_config, source, tmp_path, monkeypatch):
     real = Smoother._smoothed
 
-    def spoil(self, unit, tensors, place, groups, statistics):
-        smoothed = real(self, unit, tensors, place, groups, statistics)
+    def spoil(self, unit, tensors, whole, place, groups, statistics):
+        smoothed = real(self, unit, tensors, whole, place, groups, statistics)
         return dataclasses.replace(smoothed, changes=smoothed.changes[1:]) if "mlp" in place.name else smoothed
 
     monkeypatch.setattr(Smoother, "_smoothed", spoil)
