@@ -16,6 +16,7 @@ class DriftAccumulator(ProductSum):
     """Sums w (x_s − x) x̂ᵀ over chunks: how the inputs x of a layer drifted from what they should be, x_s.
 
     The weights are multiplied with x̂, the inputs as a server rounds them, or x itself where inputs stay as they are.
+    What rounding takes is such a drift too: Σ w (x − x̂) x̂ᵀ, or Σ w (x − x̂) xᵀ for what reads inputs as they are.
     Order and merging are those of `HessianAccumulator`.
 
     Attributes:
@@ -39,7 +40,7 @@ class DriftAccumulator(ProductSum):
         X_source: torch.Tensor,
         X: torch.Tensor,
         weights: torch.Tensor | None = None,
-        X_rounded: torch.Tensor | None = None,
+        X_read: torch.Tensor | None = None,
     ) -> None:
         """Add the inputs of one chunk.
 
@@ -47,11 +48,11 @@ class DriftAccumulator(ProductSum):
             X_source: What the inputs of the layer should be, such as those in the source model [..., C].
             X: Inputs of the layer for the same tokens [..., C].
             weights: Weight of each token, float32 [T] and at least 0; every token has weight 1 where not given.
-            X_rounded: What the weights are multiplied with, if that is not X [..., C]. Where it is kept, nothing may
+            X_read: What the weights are multiplied with, if that is not X [..., C]. Where it is kept, nothing may
                 write to it any more.
         """
         D = X_source.reshape(-1, X.shape[-1]).float() - X.reshape(-1, X.shape[-1]).float()
-        X = (X if X_rounded is None else X_rounded).reshape(-1, X.shape[-1])
+        X = (X if X_read is None else X_read).reshape(-1, X.shape[-1])
         if weights is None:
             self.total_weight += len(X)
         else:

@@ -3,7 +3,7 @@
 Where servers round inputs, x̂ is what a token's inputs x become. Then the Hessian is that of x̂, because x̂ is what the
 quantized weights are multiplied with, and two things are learned of rounding: the drift Σ w (x − x̂) x̂ᵀ, from which the
 weights learn what of it they can make up for, and a sample of tokens, x̂ and x − x̂, on which the error of the outputs is
-measured.
+measured. A correction of low rank reads x itself; for it there is the drift Σ w (x − x̂) xᵀ besides.
 Shapes: T tokens, C columns, N sampled tokens.
 """
 
@@ -35,11 +35,14 @@ class SumKind:
         grid: Grid to which servers round the inputs; None where they stay as they are.
         has_drift: Whether the drift from the source model's inputs is summed.
         has_rounding_drift: Whether the drift from rounding is summed, where inputs are rounded.
+        has_correction_drift: Whether it is summed for corrections of low rank as well, where inputs are rounded. These
+            need the drift from rounding too, which is then summed in any case.
     """
 
     grid: InputGrid | None = None
     has_drift: bool = False
     has_rounding_drift: bool = False
+    has_correction_drift: bool = False
 
 
 def as_they_are(_: Operand) -> SumKind:
@@ -106,11 +109,14 @@ class RoundingMoments:
     Attributes:
         sample: Tokens before and after rounding, see `RoundedSample`, scaled so that sums of squares over them are
             weighted means over all tokens, float32 [..., N, 2C].
-        drift: Weighted mean of (x − x̂)x̂ᵀ, float32 [..., C, C]; None where weights do not make up for it.
+        drift: Weighted mean of (x − x̂)x̂ᵀ, float32 [..., C, C]; None where nothing makes up for it.
+        correction_drift: Weighted mean of (x − x̂)xᵀ, float32 [..., C, C]; None where no correction of low rank makes
+            up for it.
     """
 
     sample: torch.Tensor
     drift: torch.Tensor | None
+    correction_drift: torch.Tensor | None = None
 
     def to(self, device: torch.device) -> "RoundingMoments":
         """Return the same on a device.
@@ -118,7 +124,8 @@ class RoundingMoments:
         Args:
             device: The device.
         """
-        return RoundingMoments(self.sample.to(device), None if self.drift is None else self.drift.to(device))
+        drifts = (None if drift is None else drift.to(device) for drift in (self.drift, self.correction_drift))
+        return RoundingMoments(self.sample.to(device), *drifts)
 
 
 def side_by_side(moments: Sequence[RoundingMoments | None], num_columns: int) -> RoundingMoments | None:
@@ -134,7 +141,11 @@ def side_by_side(moments: Sequence[RoundingMoments | None], num_columns: int) ->
     sample = stacked_padded([each.sample if each else None for each in moments], 2 * num_columns)
     if sample is None:
         return None
-    return RoundingMoments(sample, stacked_padded([each.drift if each else None for each in moments], num_columns))
+    drift, correction_drift = (
+        stacked_padded([getattr(each, name) if each else None for each in moments], num_columns)
+        for name in ("drift", "correction_drift")
+    )
+    return RoundingMoments(sample, drift, correction_drift)
 
 
 class InputSums:
@@ -145,6 +156,7 @@ class InputSums:
         hessian: Sum of w x̂x̂ᵀ; x̂ is x where inputs stay as they are.
         drift: Sum of w (x_s − x)x̂ᵀ, x_s being the inputs in the source model; None where it is not wanted.
         rounding_drift: Sum of w (x − x̂)x̂ᵀ; None where it is not wanted.
+        correction_drift: Sum of w (x − x̂)xᵀ; None where it is not wanted.
         sample: Sample of tokens before and after rounding; None where inputs stay as they are.
     """
 
@@ -165,7 +177,8 @@ class InputSums:
         self.kind = kind
         self.hessian = HessianAccumulator(num_columns, device, keep_inputs)
         self.drift = drift() if kind.has_drift else None
-        self.rounding_drift = drift() if kind.has_rounding_drift and is_rounded else None
+        self.rounding_drift = drift() if (kind.has_rounding_drift or kind.has_correction_drift) and is_rounded else None
+        self.correction_drift = drift() if kind.has_correction_drift and is_rounded else None
         self.sample = RoundedSample(num_columns, device) if is_rounded else None
 
     @property
@@ -193,13 +206,15 @@ class InputSums:
         self.sample.add_(X, rounded, weights)
         if self.rounding_drift is not None:
             self.rounding_drift.add_(X, rounded, weights)
+        if self.correction_drift is not None:
+            self.correction_drift.add_(X, rounded, weights, X)
         return rounded
 
     def finish_(self, name: str) -> tuple[torch.Tensor, torch.Tensor | None, RoundingMoments | None]:
         """Return H, the drift from the source, and what was learned of rounding, as means. The sums are then empty.
 
-        The drift from rounding is shrunk as the Hessian is: what chance says of two columns counts as little in the one
-        as in the other. That from the source is left as it is, because halves of the text tell what of it is chance.
+        Drifts from rounding are shrunk as the Hessian is: what chance says of two columns counts as little in the one
+        as in the others. That from the source is left as it is, because halves of the text tell what of it is chance.
 
         Args:
             name: Name of the layers, for messages.
@@ -213,8 +228,11 @@ class InputSums:
         if self.sample is None:
             return H, drift, None
         factors = shrinkage(H.diagonal(), tokens)
-        rounding_drift = None if self.rounding_drift is None else self.rounding_drift.finish_(name, factors)
-        return H, drift, RoundingMoments(self.sample.finish_(), rounding_drift)
+        drifts = (
+            None if of_rounding is None else of_rounding.finish_(name, factors)
+            for of_rounding in (self.rounding_drift, self.correction_drift)
+        )
+        return H, drift, RoundingMoments(self.sample.finish_(), *drifts)
 
     def absorb_(self, other: "InputSums") -> None:
         """Add all that other sums have seen but for the drift from the source; they stay as they are.
@@ -225,5 +243,7 @@ class InputSums:
         self.hessian.absorb_(other.hessian)
         if self.rounding_drift is not None and other.rounding_drift is not None:
             self.rounding_drift.absorb_(other.rounding_drift)
+        if self.correction_drift is not None and other.correction_drift is not None:
+            self.correction_drift.absorb_(other.correction_drift)
         if self.sample is not None and other.sample is not None:
             self.sample.merge_(other.sample.rows, other.sample.total_weight)

@@ -1,7 +1,8 @@
 """The corrections of low rank of the layers of input groups, from the errors that the solve left.
 
 Every member of an input group gets factors of its own, as PEFT stores them and servers compute them, so that none of
-its rank is spent on the errors of the others. Shapes: B input groups side by side, R rows of a member, C columns.
+its rank is spent on the errors of the others. Where inputs are rounded to few bits, corrections also make up for what
+they can of that, see `unrounded_inputs`. Shapes: B input groups side by side, R rows of a member, C columns.
 """
 
 import dataclasses
@@ -18,6 +19,7 @@ from astro.quantization.grid import QuantizedLinear
 from astro.quantization.layer_record import LayerRecord
 from astro.quantization.output_error import sampled_errors
 from astro.quantization.row_solver import InputGroups, behind_errors, compensate
+from astro.quantization.unrounded_inputs import UnroundedInputs
 from astro.timing import add_seconds, timed
 
 __all__ = ["CorrectedGroups", "correct_input_groups", "with_corrections"]
@@ -56,7 +58,8 @@ def correct_input_groups(
         The corrections; None where no layer gets one.
 
     Raises:
-        NumericalError: A factor overflows the dtype in which it is stored.
+        NumericalError: A factor overflows the dtype in which it is stored, or the inputs that corrections read have a
+            Hessian that cannot be factored within the damping limit.
     """
     wanted = input_groups.recipe.corrections
     layers = wanted.layers if wanted is not None else frozenset()
@@ -64,7 +67,10 @@ def correct_input_groups(
         return None
     corrections: dict[str, LowRank] = {}
     taken = dict.fromkeys(input_groups.names, 0.0)
-    damping, start = _damping(input_groups), 0
+    with timed(input_groups.seconds, "reconstruct", W.device):
+        read = UnroundedInputs.of(input_groups)
+    H, damping = (input_groups.H, _damping(input_groups)) if read is None else (read.H, read.damping)
+    start = 0
     for alike in zip(*members, strict=True):  # the first members of all input groups, the second ones, ...
         names, num_rows = [name for name, _ in alike], alike[0][1]
         rows = slice(start, start + num_rows)
@@ -72,9 +78,9 @@ def correct_input_groups(
         if names[0] not in layers:
             continue
         of_names = [solved[name] for name in names]
-        E = _errors(input_groups, W[:, rows], of_names)
+        E = _errors(input_groups, W[:, rows], of_names, read)
         with timed(input_groups.seconds, "reconstruct", W.device):
-            factors = reconstruct(E, input_groups.H, damping, wanted.settings.rank, wanted.settings.energy)
+            factors = reconstruct(E, H, damping, wanted.settings.rank, wanted.settings.energy)
             stored = [correction.to(wanted.dtype) for correction in factors]
             before, after = _measured(input_groups, W[:, rows], of_names, E, stored)
         for name, correction, group, error, left in zip(names, stored, input_groups.names, before, after, strict=True):
@@ -135,8 +141,8 @@ def _measured(
 ) -> tuple[list[float], list[float]]:
     """Return the squared output error of each layer without its correction, and with it.
 
-    Where inputs are rounded, what E tells is not the whole error: the layer reads rounded inputs, the correction those
-    that are not. It is then measured on the sampled tokens, as the error of the solve was.
+    Where inputs are rounded, what E tells is not the whole error, as the layer reads rounded inputs and the correction
+    those that are not. It is then measured on the sampled tokens, as the error of the solve was.
     """
     rounding, H = input_groups.inputs.rounding, input_groups.H
     if rounding is None or any(input_groups.inputs.lacks_statistics):
@@ -152,10 +158,20 @@ def _measured(
     return before.tolist(), after.tolist()
 
 
-def _errors(input_groups: InputGroups, W: torch.Tensor, layers: Sequence[QuantizedLinear]) -> torch.Tensor:
-    """Return what some layers miss of the weights that were aimed at, float32 [B, R, C]; a tile of rows at a time."""
+def _errors(
+    input_groups: InputGroups, W: torch.Tensor, layers: Sequence[QuantizedLinear], read: UnroundedInputs | None
+) -> torch.Tensor:
+    """Return what corrections of some layers have to make up for, float32 [B, R, C]; a tile of rows at a time.
+
+    It is what the layers miss of the weights that were aimed at, but where corrections read other inputs than the
+    layers.
+    """
     E = torch.empty_like(W)
     for rows in _tiles(input_groups, W):
+        if read is not None:
+            W_hat = torch.stack([_dequantized(layer, rows, W.device) for layer in layers])
+            E[:, rows] = read.missed(behind_errors(input_groups, W[:, rows]), W_hat)
+            continue
         E[:, rows] = compensate(input_groups, W[:, rows])
         for of_layer, layer in zip(E, layers, strict=True):
             of_layer[rows].sub_(_dequantized(layer, rows, W.device))

@@ -73,6 +73,7 @@ def quantize_input_groups(
     rows = [[(name, len(weight)) for name, weight in members.items()] for members in input_groups]
     members, records = merge_rows(rows, solved, prepared.outcomes_(), num_tokens)
     del solved  # as large as the members
+    prepared = replace(prepared, problem=None)  # as large as H, and corrections need none
     members, records = with_corrections(members, records, correct_input_groups(prepared, W, rows, members))
     for i, record in enumerate(records):
         records[i] = replace(record, width_errors={bits: errors[bits][i] for bits in widths})

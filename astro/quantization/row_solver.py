@@ -49,7 +49,7 @@ class InputGroups:
 
     Attributes:
         names: Name of each input group: those of its members, joined by '+'.
-        inputs: What calibration learned of the inputs; drifts are None where nothing is made up for.
+        inputs: What calibration learned of the inputs; the drift is None where nothing is made up for.
         share: Share of the drift that is made up for, float32 [B]. It is kept apart, because a drift that is scaled
             would be another matrix of columns × columns.
         scheme: The grid of all members.
@@ -146,8 +146,7 @@ def factor_input_groups(names: Sequence[str], inputs: InputMoments, scheme: Laye
     none = H.new_zeros(len(H), dtype=torch.float64)
     lacking = torch.tensor(list(inputs.lacks_statistics) or [False] * len(H), device=H.device)
     if factor is None:
-        rounding = None if inputs.rounding is None else dataclasses.replace(inputs.rounding, drift=None)
-        inputs = dataclasses.replace(inputs, drift=None, rounding=rounding)
+        inputs = dataclasses.replace(inputs, drift=None)
     return InputGroups(tuple(names), inputs, share, scheme, recipe, factor, None, none, none, lacking, seconds)
 
 
@@ -265,7 +264,7 @@ def behind_errors(input_groups: InputGroups, W: torch.Tensor) -> torch.Tensor:
 def _behind_rounding(input_groups: InputGroups, W: torch.Tensor) -> torch.Tensor:
     """Return W*, which makes up for what rounding takes from the layer's inputs."""
     rounding, share = input_groups.inputs.rounding, input_groups.recipe.solver.compensation
-    drift = None if rounding is None else rounding.drift
+    drift = None if rounding is None or share == 0 else rounding.drift
     return _behind(input_groups, W, drift, 1.0 if share == "auto" else share)
 
 

@@ -96,14 +96,17 @@ class CostModel:
         self._tile_elements = config.execution.tile_elements(device_type)
         self._reconstruction = config.reconstruction
         self._is_rounded = config.activations.scheme is not None
-        self._drifts_of_rounding = int(config.quantization.makes_up_for_rounding(config.activations.bits))
+        makes_up_for_rounding = config.quantization.makes_up_for_rounding(config.activations.bits)
+        self._corrects_rounding = config.reconstruction.makes_up_for_rounding(config.activations.bits)
+        # Experts have no corrections, and are counted as if they had.
+        self._drifts_of_rounding = int(makes_up_for_rounding or self._corrects_rounding) + self._corrects_rounding
         self._solve = SolveCost(
             config.quantization,
             config.regularizer,
             self._tile_elements,
             loops,
             self._is_rounded,
-            bool(self._drifts_of_rounding),
+            makes_up_for_rounding,
         )
         self._batches_of: dict[int, list[PredictedInputGroup]] = {}
         self._plan, self._tokens, self._itemsize = plan, dict(chunk_tokens), dtype.itemsize
@@ -308,7 +311,7 @@ class CostModel:
 
     def _correct(self, batch: PredictedInputGroup) -> Work:
         """Count what it takes to correct the errors of a batch's rows."""
-        return correction_work(batch, self._reconstruction, self._compensated)
+        return correction_work(batch, self._reconstruction, self._compensated, self._corrects_rounding)
 
     def _adapter_bytes(self, *units: BlockUnit) -> int:
         """Size of the corrections of some blocks in a file."""

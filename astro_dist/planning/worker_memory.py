@@ -42,6 +42,9 @@ _CORRECTING_TILES = 3
 _ROUNDED_TILES = 4
 """The same for what is besides computed of a row tile where inputs are rounded: the weights before they make up for
 that, the quantized weights, and the outputs of both on as many tokens as there are columns."""
+_FACTORED_INPUTS, _UNROUNDED_INPUTS = 4, 3
+"""Matrices of columns × columns that a correction holds beside the Hessian and drifts, where it reads inputs that are
+not rounded: the factor of the solve, their Hessian, and two while that is factored or then its factor."""
 
 
 class WorkerMemory:
@@ -65,6 +68,7 @@ class WorkerMemory:
         self._reconstruction = config.reconstruction
         self._is_rounded = config.activations.scheme is not None
         self._makes_up_for_rounding = config.quantization.makes_up_for_rounding(config.activations.bits)
+        self._corrects_rounding = config.reconstruction.makes_up_for_rounding(config.activations.bits)
         self._all_tokens = config.experts.policy == "all-tokens"
         self._weighs_by_loss = calibration.token_weights == "loss"
         self._smooths = config.activations.smoothing != "none"
@@ -123,8 +127,9 @@ class WorkerMemory:
             forwarding += weights * self._itemsize + sums
         else:
             solving += weights  # quantized layers wait as bytes until the shard is written
-            if self._makes_up_for_rounding:  # a product that is added to a drift
-                forwarding += max((4.0 * batch.square / batch.count for batch in batches), default=0.0)
+            # A product that is added to a drift.
+            drifting = (4.0 * batch.square / batch.count for batch in batches if self._rounding_drifts(batch))
+            forwarding += max(drifting, default=0.0)
         solving += correction_size([unit], self._reconstruction).size_bytes  # they wait too
         travelling = _TRAVELLING * self._state_bytes(sequences)
         phase = max(forwarding + travelling, solving)
@@ -146,31 +151,43 @@ class WorkerMemory:
     def _solving_bytes(self, batch: PredictedInputGroup) -> float:
         tile = min(batch.count * batch.rows, row_tile(batch.columns, self._tile_elements))
         # In mode `sequential` the Hessian itself, and the drift; experts have none.
-        drifts = (self._compensated and batch.reach == 1) + (self._sequential and self._makes_up_for_rounding)
+        drifts = (self._compensated and batch.reach == 1) + self._sequential * self._rounding_drifts(batch)
         squares, tiles = _SQUARES + self._sequential + drifts, _TILES + self._is_rounded * _ROUNDED_TILES
-        beside = float(tiles) * tile * batch.columns
+        solving = squares * batch.square + tiles * tile * batch.columns
         if self._reconstruction.is_on and batch.reach == 1:
             # The errors of all rows of a layer and the integers of all rows, beside arrays of a tile of rows.
             tiles = _CORRECTING_TILES + self._is_rounded * _ROUNDED_TILES
-            beside = max(beside, 1.25 * batch.weights + tiles * tile * batch.columns)
-        return 4.0 * (squares * batch.square + batch.weights + beside)
+            correcting = 1.25 * batch.weights + tiles * tile * batch.columns
+            if self._corrects_rounding:
+                beside = self._sequential + drifts
+                correcting += (_UNROUNDED_INPUTS + beside) * batch.square
+                solving = max(solving, (_FACTORED_INPUTS + beside) * batch.square)
+            else:
+                correcting += squares * batch.square
+            solving = max(solving, correcting)
+        return 4.0 * (solving + batch.weights)
+
+    def _rounding_drifts(self, batch: PredictedInputGroup) -> int:
+        """Number of matrices of columns × columns about what rounding takes from the inputs of a layer."""
+        is_corrected = self._corrects_rounding and batch.reach == 1
+        return int(self._makes_up_for_rounding or is_corrected) + is_corrected
 
     def _share_bytes(self, batch: PredictedInputGroup) -> float:
         """Size of what is summed over a share: the statistics, and a drift, to which a product as large is added."""
         drift = 8.0 * batch.square if self._compensated and batch.reach == 1 else 0.0
-        product = 4.0 * batch.square / batch.count if self._makes_up_for_rounding and not drift else 0.0
+        product = 4.0 * batch.square / batch.count if self._rounding_drifts(batch) and not drift else 0.0
         return self._statistics_bytes(batch) + drift + product
 
     def _statistics_bytes(self, batch: PredictedInputGroup) -> float:
         """Size of Hessians, or of the inputs that experts keep instead while they are smaller.
 
-        Where inputs are rounded there is a sample of tokens before and after, and the drift or its factors.
+        Where inputs are rounded there is a sample of tokens before and after, and the drifts or their factors.
         """
         squares, tokens = 4.0 * batch.square, self._calibration_tokens * batch.reach
         inputs = batch.count * tokens * batch.columns
         size = squares if batch.reach == 1 else min(squares, inputs * self._summed_itemsize)
         if self._is_rounded:
             size += 8.0 * batch.count * min(tokens, MOST_ROWS) * batch.columns
-        if self._makes_up_for_rounding:
-            size += squares if batch.reach == 1 else min(squares, inputs * (4.0 + self._itemsize))
+        drift = squares if batch.reach == 1 else min(squares, inputs * (4.0 + self._itemsize))
+        size += self._rounding_drifts(batch) * drift
         return size

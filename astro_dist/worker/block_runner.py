@@ -12,10 +12,11 @@ import torch
 from torch.utils.hooks import RemovableHandle
 
 from astro.activation_config import ActivationScheme
+from astro.calibration.input_sums import SumKind
 from astro.errors import CheckpointError
 from astro.formats import LAYOUTS, peft_adapter
 from astro.formats.block_shard import kept_keys, pack_block
-from astro.model.activations import BlockLayers
+from astro.model.activations import BlockLayers, Operand
 from astro.model.block_call import BlockState, forward
 from astro.model.cache_scales import CacheScales
 from astro.model.call_file import Recording
@@ -259,6 +260,25 @@ class BlockRunner:
             dtype = stored if stored.itemsize == 2 else torch.bfloat16  # which has the range of float32
             corrections = Corrections(spec.reconstruction, layers, dtype)
         return Recipe(spec.quantization, spec.regularization, scale_dtype, spec.tile_elements, corrections)
+
+    def sum_kind(self, operand: Operand, has_drift: bool = False) -> SumKind:
+        """Return what is summed of the inputs of an operand over the calibration tokens.
+
+        Errors made before experts are not compensated, because the tokens that reach one are not the same in the source
+        model. What rounding does to the inputs that do reach it is, but by no correction, which experts do not have.
+
+        Args:
+            operand: The operand.
+            has_drift: Whether the drift from the source is summed outside experts.
+        """
+        spec, is_expert = self.spec, operand.expert is not None
+        bits = spec.activations.bits
+        return SumKind(
+            operand.grid(spec.activations.scheme),
+            has_drift and not is_expert,
+            has_rounding_drift=spec.quantization.makes_up_for_rounding(bits),
+            has_correction_drift=spec.reconstruction.makes_up_for_rounding(bits) and not is_expert,
+        )
 
     def _stored_dtype(self, unit: BlockUnit) -> torch.dtype:
         """Dtype of a block's weights in the source."""

@@ -41,8 +41,8 @@ __all__ = ["BatchStatistics", "HessianShares"]
 
 _RESULT = round_stream(0)
 """The stream through what the only round of mode `sequential` writes."""
-_ROUNDING = "rounding_drift"
-"""Name of the drift from rounding in a file."""
+_ROUNDING, _CORRECTION = "rounding_drift", "correction_drift"
+"""Names of the drifts from rounding in a file, as sums have them too: for weights, and for corrections."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -191,7 +191,8 @@ class HessianShares:
         tensors, note = block.load(batch, SUM)
         H = unpacked(tensors["hessian"].to(self._runner.device), block.columns(batch))
         sample = tensors.get("sample")
-        rounding = None if sample is None else RoundingMoments(sample, tensors.get(_ROUNDING))
+        drifts = tensors.get(_ROUNDING), tensors.get(_CORRECTION)
+        rounding = None if sample is None else RoundingMoments(sample, *drifts)
         return BatchStatistics(H, tensors.get("drift"), None, tuple(note["fallback"]), rounding)
 
     def _token_weights(self, block: BlockInParts) -> TokenWeights:
@@ -273,14 +274,8 @@ class HessianShares:
         return [by_name[names[0]] for names in block.batches[batch]]
 
     def _sum_kind(self, operand: Operand) -> SumKind:
-        """What is summed of an input group.
-
-        Errors made before experts are not compensated, because the tokens that reach one are not the same in the source
-        model. What rounding does to the inputs that do reach it is.
-        """
-        quantization, inputs = self._runner.spec.quantization, self._runner.spec.activations
-        has_drift = quantization.compensates and operand.expert is None
-        return SumKind(operand.grid(inputs.scheme), has_drift, quantization.makes_up_for_rounding(inputs.bits))
+        """What is summed of an input group."""
+        return self._runner.sum_kind(operand, has_drift=self._runner.spec.quantization.compensates)
 
     def _empty(self, operand: Operand) -> InputSums:
         """Empty sums for an input group."""
@@ -300,6 +295,7 @@ class HessianShares:
         for name, drifts in (
             ("drift", [each.drift for each in sums]),
             (_ROUNDING, [each.rounding_drift for each in sums]),
+            (_CORRECTION, [each.correction_drift for each in sums]),
         ):
             partial = [drift.partial for drift in drifts if drift is not None]
             tensors |= {name: stacked(partial)} if partial else {}
@@ -345,8 +341,9 @@ class HessianShares:
                 if sums.sample is not None:
                     rows = tensors["sample"][i, : note["sampled"][i]].to(runner.device)
                     sums.sample.merge_(rows, note["sampled_weights"][i])
-                if sums.rounding_drift is not None:
-                    sums.rounding_drift.merge_(tensors[_ROUNDING][i].to(runner.device), totals[0])
+                for of_rounding, name in ((sums.rounding_drift, _ROUNDING), (sums.correction_drift, _CORRECTION)):
+                    if of_rounding is not None:
+                        of_rounding.merge_(tensors[name][i].to(runner.device), totals[0])
                 if sums.drift is not None:
                     of_share = tensors["drift"][i].to(runner.device)
                     sums.drift.merge_(of_share, totals[0])
@@ -430,7 +427,8 @@ def _save_sum(
     rounding = side_by_side([inputs.rounding for inputs in statistics], columns)
     tensors = {"hessian": packed(H)} | ({"drift": drift} if drift is not None else {})
     if rounding is not None:
-        tensors |= {"sample": rounding.sample} | ({} if rounding.drift is None else {_ROUNDING: rounding.drift})
+        drifts = {_ROUNDING: rounding.drift, _CORRECTION: rounding.correction_drift}
+        tensors |= {"sample": rounding.sample} | {name: each for name, each in drifts.items() if each is not None}
     note: dict[str, Any] = {
         "num_tokens": [inputs.num_tokens for inputs in statistics],
         **{figure: [getattr(inputs, figure) for inputs in statistics] for figure in COUNTED},

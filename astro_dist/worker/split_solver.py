@@ -189,6 +189,11 @@ class SplitSolver:
         corrected: list[CorrectedGroups] = []
         for tile in {tile.names: tile for tile in block.tiles(batch)}.values():
             prepared = self._factored_for(block, batch, tile)
+            # The regularizer's operator is as large as a Hessian, and corrections need none.
+            self._prepared = prepared = dataclasses.replace(
+                prepared, input_groups=dataclasses.replace(prepared.input_groups, problem=None)
+            )
+            self._with_betas = None
             groups = correct_input_groups(prepared.input_groups, prepared.W, block.members(tile), layers)
             corrected += [groups] if groups else []
         block.save_corrections(batch, corrected)

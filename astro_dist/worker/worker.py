@@ -10,10 +10,8 @@ from typing import Any, assert_never
 import torch
 
 from astro.calibration.block_statistics import BlockStatistics
-from astro.calibration.input_sums import SumKind
 from astro.calibration.starved_experts import InputStatistics
 from astro.errors import CheckpointError, RunError
-from astro.model.activations import Operand
 from astro.model.block_call import BlockState
 from astro.model.recording import count_outputs
 from astro.process import configure_process, keep_freed_memory, peak_rss_bytes
@@ -249,14 +247,8 @@ class Worker:
             self._release()
             stream = stream_names(self._spec.run.rounds)[call.round_index]
             unit = runner.load(stream, call.block)
-            inputs = self._spec.activations
-            makes_up = self._spec.quantization.makes_up_for_rounding(inputs.bits)
-            weights = read_token_weights(runner, unit)
-
-            def sum_kind(operand: Operand) -> SumKind:
-                return SumKind(operand.grid(inputs.scheme), has_rounding_drift=makes_up)
-
-            statistics = BlockStatistics(runner.layers(unit), self._device, weights, sum_kind, runner.served(stream))
+            weights, served = read_token_weights(runner, unit), runner.served(stream)
+            statistics = BlockStatistics(runner.layers(unit), self._device, weights, runner.sum_kind, served)
         self._fed_block = FedBlock(call.round_index, unit, statistics, seconds)
 
     def forward(self, call: Forward) -> None:

@@ -12,6 +12,7 @@ import transformers
 from safetensors.torch import load_file, save_file
 
 from astro.errors import CheckpointError, ConfigError
+from astro.quantization.unrounded_inputs import UnroundedInputs
 from astro_dist import pipeline
 from astro_dist.config.schema import PublishConfig
 from astro_dist.evaluation.block_weights import BlockWeights
@@ -30,6 +31,7 @@ from astro_dist.run_directory.records import RunDirectory
 from astro_dist.run_directory.summary import read_summary
 from tests.astro_dist.test_modes import SEQUENTIAL
 from tests.astro_dist.test_pipeline import perplexity
+from tests.astro_dist.test_smoothing import with_outliers
 from tests.support.models import LLAMA, files_of, write_checkpoint
 from tests.support.publish_faults import published
 
@@ -124,6 +126,22 @@ def test_corrections_lower_errors_and_divergence_and_cost_what_is_said(run_confi
     assert read_summary(tmp_path / "run" / "summary.json") == summary
     blocks = RunDirectory(tmp_path / "run", "").blocks().values()
     assert all(layer.relative_error < layer.solved_error for block in blocks for layer in block.layers)
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_corrections_know_how_inputs_of_four_bits_round(run_config, llama, tmp_path, monkeypatch, mode):
+    """As far as sums over shares, files of parts and rounds carry it."""
+    with_outliers(llama)
+    changes = {"reconstruction__rank": 8, "activations__bits": 4, "quantization__group_size": 64, **MODES[mode]}
+    errors = []
+    for name, workers in (("known", 3), ("unknown", 1)):
+        if name == "unknown":
+            monkeypatch.setattr(UnroundedInputs, "of", lambda input_groups: None)
+        config = run_config(output__dir=str(tmp_path / name), execution__workers=workers, **changes)
+        errors.append(pipeline.quantize(config).corrections)
+    known, unknown = errors
+    assert known.error_before == pytest.approx(unknown.error_before, rel=0.1 if mode != "blocks" else 1e-6)
+    assert known.error_after < 0.9 * unknown.error_after
 
 
 def test_factors_have_sixteen_bits_whatever_the_source_has(run_config, tmp_path):

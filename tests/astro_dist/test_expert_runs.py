@@ -22,7 +22,12 @@ from tests.support.architectures import EXPERTS
 from tests.support.models import LLAMA, files_of, write_checkpoint
 
 RUNS = {
-    "mixtral": {"execution__mode": "blocks", "calibration__token_weights": "loss", "activations__bits": 4},
+    "mixtral": {
+        "execution__mode": "blocks",
+        "calibration__token_weights": "loss",
+        "activations__bits": 4,
+        "reconstruction__rank": 4,
+    },
     "gpt-oss": {"execution__rounds": 2, "calibration__token_weights": "loss"},
     "qwen3-moe": {
         "execution__mode": "sequential",

@@ -59,6 +59,12 @@ MODES = {
     "budget": {"execution__rounds": 2, "quantization__bits": "auto", "quantization__average_bits": 3.5},
     "inputs, rounds": {"execution__rounds": 2, "activations__bits": 8},
     "inputs, sequential": {**SEQUENTIAL, "activations__bits": 4, "quantization__group_size": 64},
+    "corrected inputs": {
+        "reconstruction__rank": 4,
+        "execution__rounds": 2,
+        "activations__bits": 4,
+        "quantization__group_size": 64,
+    },
     "everything": {**LOSS, **EVERYTHING, "execution__rounds": 2},
     "everything, sequential": {**SEQUENTIAL, **EVERYTHING, "activations__bits": 4, "quantization__group_size": 64},
     "overrides": {

@@ -5,6 +5,7 @@
 prints the most memory that each call holds, in multiples of a matrix of columns × columns of float32 and in GB.
 """
 
+import dataclasses
 import sys
 from types import SimpleNamespace
 from typing import Any
@@ -13,6 +14,7 @@ from unittest import mock
 import torch
 
 from astro.activation_config import ActivationScheme, Reconstruction
+from astro.calibration.input_sums import SumKind
 from astro.calibration.token_weights import TokenWeights
 from astro.config import Experts, Quantization, Regularizer, SolverSettings
 from astro.linalg.tiling import TILE_ELEMENTS, row_tiles
@@ -35,10 +37,10 @@ _SHARES = 4
 class _Parts:
     """The files of one input group of one layer, which are made of nothing when they are read."""
 
-    def __init__(self, rows: int, columns: int, compensates: bool, is_rounded: bool) -> None:
+    def __init__(self, rows: int, columns: int, compensates: bool, kind: SumKind) -> None:
         self.batches, self.unit, self.round_index = [[[_NAME]]], SimpleNamespace(index=0), 0
         self._rows, self._columns = rows, columns
-        self._compensates, self._is_rounded = compensates, is_rounded
+        self._compensates, self._kind = compensates, kind
         self._scheme = Quantization().scheme(_NAME, columns)
         self._written: set[str] = set()
 
@@ -82,9 +84,11 @@ class _Parts:
         C = self._columns
         packed = sum(256 * (C - start) for start in range(0, C, 256))
         tensors = {"hessian": torch.empty(1, packed)} | ({"drift": torch.empty(1, C, C)} if self._compensates else {})
-        if self._is_rounded:
+        if self._kind.grid is not None:
             tensors |= {"sample": torch.empty(1, 8, 2 * C)}
-            tensors |= {"rounding_drift": torch.empty(1, C, C)} if self._compensates else {}
+            corrects = self._kind.has_correction_drift
+            tensors |= {"rounding_drift": torch.empty(1, C, C)} if self._compensates or corrects else {}
+            tensors |= {"correction_drift": torch.empty(1, C, C)} if corrects else {}
         if "sample" in part:
             tile = self.sample_tiles(batch)[0].rows
             return {"errors": torch.empty(1, 5, tile.stop - tile.start)}, {}
@@ -118,6 +122,12 @@ def peaks_of_sequential_solve(
         experts=Experts(), token_weights="none", shares=_SHARES,
         chunks=tuple(f"c{number:04d}" for number in range(8)),
     )  # fmt: skip
+    bits = scheme.bits if scheme else 16
+    kind = SumKind(
+        scheme,
+        has_rounding_drift=quantization.makes_up_for_rounding(bits),
+        has_correction_drift=Reconstruction(rank=rank).makes_up_for_rounding(bits),
+    )
     corrections = Corrections(Reconstruction(rank=rank), frozenset([_NAME]), torch.bfloat16) if rank else None
     peaks: dict[str, int] = {}
     with counted_memory() as memory:
@@ -125,13 +135,14 @@ def peaks_of_sequential_solve(
         runner = SimpleNamespace(
             spec=spec,
             device=device,
+            sum_kind=lambda operand, has_drift: dataclasses.replace(kind, has_drift=has_drift),
             layers=lambda unit: SimpleNamespace(by_name={_NAME: operand}),
             weights=lambda unit, names: {_NAME: torch.empty(rows, columns, dtype=torch.bfloat16, device=device)},
             recipe=lambda unit: Recipe(settings, Regularizer(), torch.bfloat16, corrections=corrections),
             widths=lambda round_index: (),
         )
         solver: Any = SplitSolver(runner)
-        block = _Parts(rows, columns, quantization.compensates, scheme is not None)
+        block = _Parts(rows, columns, quantization.compensates, kind)
         solver._turn_to = lambda place, chunk=None: block
         solver._shares._token_weights = lambda block: TokenWeights("none")
         outcomes = mock.patch("astro.quantization.row_solver.InputGroups.outcomes_", return_value=[])

@@ -100,3 +100,17 @@ def test_moments_of_different_samples_lie_side_by_side():
     assert together.sample.sum((1, 2)).tolist() == [24.0, 0.0, 40.0]
     assert together.drift.sum((1, 2)).tolist() == [4.0, 0.0, 4.0]
     assert side_by_side([None], 4) is None
+
+
+def test_corrections_get_the_drift_against_inputs_as_they_are():
+    kind = SumKind(INT4, has_correction_drift=True)
+    sums, X = InputSums(24, here(), kind), correlated_inputs(100, 24).float().to(here())
+    weights = torch.rand(100, device=here())
+    for x, w in zip(X.split(50), weights.split(50), strict=True):
+        sums.add_(x, w)
+    lost = (X - round_activations(X, INT4)).T * weights
+    torch.testing.assert_close(sums.correction_drift.partial, lost @ X, rtol=1e-3, atol=1e-4)
+    torch.testing.assert_close(sums.rounding_drift.partial, lost @ round_activations(X, INT4), rtol=1e-3, atol=1e-4)
+    both = InputSums(24, here(), kind)
+    both.absorb_(sums)
+    assert torch.equal(both.correction_drift.partial, sums.correction_drift.partial)

@@ -172,6 +172,18 @@ def test_calls_of_mode_sequential_hold_what_is_foretold():
         assert least < largest < foretold + 0.15, peaks
 
 
+@pytest.mark.parametrize(("compensation", "squares"), [("auto", 8), (0.0, 7)])
+def test_a_correction_that_reads_unrounded_inputs_holds_what_is_foretold(tmp_path, compensation, squares):
+    plan, _, folder = planned(tmp_path / "model", "70B")
+    changes = {"activations": {"bits": 4}, "quantization": {"group_size": 16, "compensation": compensation}}
+    config = run(folder, mode="sequential", **changes)
+    group, int4 = PredictedInputGroup(16, 2048, 1.0, "a"), ActivationScheme(4, "int")
+    settings = config.model_copy(update={"reconstruction": Reconstruction(rank=4)})
+    foretold = WorkerMemory(plan, settings, torch.bfloat16, "cuda")._solving_bytes(group)
+    peak = peaks_of_sequential_solve(group.rows, group.columns, compensation, rank=4, scheme=int4)["reconstruct"]
+    assert squares * 4 * 2048**2 < peak < 1.01 * foretold < 1.03 * peak
+
+
 def test_a_correction_holds_what_is_foretold(tmp_path):
     """At the sizes of the gate and up projections of a 405B model, of which E alone is more than tiles of rows are."""
     plan, _, folder = planned(tmp_path / "model", "405B")
