@@ -288,3 +288,12 @@ def test_trained_model_is_quantized_with_its_clips(run_config, tmp_path):
     run = model_of(pipeline.quantize(run_config(model__source=trained.model, **CLIPS))).parent
     assert read_summary(run / "summary.json").inputs == "int4 between learned clips"
     assert_judged_as_measured(run, trained.model)
+
+
+def test_clips_are_read_from_the_hub(run_config, llama, clips, online_hub, tmp_path):
+    online_hub.publish("org/llama", llama)
+    remote = run_config(model__source="org/llama", model__cache_dir=str(tmp_path / "cache"), **CLIPS)
+    blocks = [prepare(config).plan.blocks for config in (remote, run_config(**CLIPS))]
+    grids = [[linear.clips for unit in each for linear in unit.linears] for each in blocks]
+    assert grids[0] == grids[1]
+    assert all(grids[0])
