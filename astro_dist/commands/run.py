@@ -40,7 +40,10 @@ def plan(
         typer.Option(min=1, help="Workers to plan for; else as many as `quantize` starts here, and 1 of a cluster."),
     ] = None,
     device: Annotated[
-        str | None, typer.Option(help="cpu (this machine, measured), or a GPU: h100, a100, ...", show_default="cpu")
+        str | None,
+        typer.Option(
+            help="cpu (this machine, measured), or a GPU: h100, a100, ...", show_default="this machine's GPU, or cpu"
+        ),
     ] = None,
     verbose: Annotated[bool, typer.Option("--verbose", "-v", help="Show the units of the run too.")] = False,
     as_json: AsJson = False,

@@ -1,18 +1,21 @@
 """How fast devices compute and move data: the makers' figures for GPUs, a measurement for the machine at hand."""
 
 import dataclasses
+import re
 import time
 from collections.abc import Callable
 
 import torch
 from rich.filesize import decimal
 
+from astro.errors import ConfigError
 from astro.quantization.regularizer import PROX_PASSES, prox
 
 __all__ = [
     "CUDA_CONTEXT_BYTES",
     "DEVICES",
     "Device",
+    "gpu_here",
     "measure",
     "memory_shortage",
     "reads_weights_ahead",
@@ -74,6 +77,28 @@ DEVICES: dict[str, Device] = {
 }
 """NVIDIA's data sheets: float32 on CUDA cores, dense bfloat16 on tensor cores, bandwidth of the memory; SXM modules
 where there are several."""
+
+
+def gpu_here() -> Device | None:
+    """Return the figures of this machine's first GPU by its name and memory; None where there is no GPU.
+
+    Raises:
+        ConfigError: The figures of this GPU are not known.
+    """
+    if not torch.cuda.is_available():
+        return None
+    properties = torch.cuda.get_device_properties(0)
+    name = re.sub(r"[^a-z0-9]", "", properties.name.lower())
+    alike = [device for device in DEVICES.values() if device.name.partition("-")[0] in name]
+    if not alike:
+        raise ConfigError(
+            f"this machine's GPU is called {properties.name}, whose figures are not known here; say with --device what "
+            f"comes nearest: cpu or one of {', '.join(DEVICES)}"
+        )
+    # An L40S is no L4, and an A100 has the one memory or the other.
+    longest = max(len(device.name.partition("-")[0]) for device in alike)
+    same = [device for device in alike if len(device.name.partition("-")[0]) == longest]
+    return min(same, key=lambda device: abs(device.memory_bytes - properties.total_memory))
 
 
 def usable_bytes(memory_bytes: int) -> int:

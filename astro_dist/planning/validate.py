@@ -1,8 +1,6 @@
 """Before a run starts, its configuration is checked against the checkpoint's headers, and its needs are estimated."""
 
 import dataclasses
-import math
-import os
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
@@ -26,22 +24,18 @@ from astro_dist.config.schema import CalibrationConfig, RunConfig
 from astro_dist.config.text_place import is_file
 from astro_dist.planning.checkpoint_plan import make_plan
 from astro_dist.planning.chunk_size import chunk_note, settle_chunks
-from astro_dist.planning.compute_dtype import compute_dtype
 from astro_dist.planning.correction_cost import correction_notes
-from astro_dist.planning.devices import DEVICES, measure, memory_shortage, usable_bytes
-from astro_dist.planning.estimate import Estimate, estimate
 from astro_dist.planning.input_clips import with_clips
 from astro_dist.planning.left_out import exact_expert_notes, zero_expert_notes
 from astro_dist.planning.source_notes import source_notes
 from astro_dist.planning.tile_size import settle_tiles, tile_note
 from astro_dist.planning.units import Plan
-from astro_dist.planning.worker_count import foretold_workers, runs_here
 from astro_dist.source.calibration_text import TokenChunks, read_texts, tokenize
 from astro_dist.source.model_info import BaseModel, read_base_model
 from astro_dist.source.resolve import Source, resolve_source
 from astro_dist.source.text_tokens import require_known
 
-__all__ = ["Prepared", "forecast", "prepare", "require_text", "tokens_of"]
+__all__ = ["Prepared", "prepare", "require_text", "tokens_of"]
 
 _ENOUGH_TOKENS = 4
 """Calibration tokens for each input of the widest layer below which a note says that they are few."""
@@ -198,44 +192,6 @@ def _with_text(prepared: Prepared, calibration: CalibrationConfig, notes: Sequen
     config = prepared.config.model_copy(update={"calibration": calibration})
     all_notes = (*prepared.notes, *notes, *_text_notes(config, prepared.plan))
     return dataclasses.replace(prepared, config=config, notes=all_notes)
-
-
-def forecast(prepared: Prepared, workers: int | None, device_name: str | None) -> Estimate:
-    """Estimate what a run will need on workers that are all alike.
-
-    Args:
-        prepared: The run.
-        workers: Number of workers. None stands for as many as the run will start, or 1 where only its cluster tells.
-        device_name: Name of a GPU. `cpu` or None stands for the CPU of this machine.
-
-    Returns:
-        The estimate.
-
-    Raises:
-        ConfigError: The device is unknown or too small.
-    """
-    config, execution = prepared.config, prepared.config.execution
-    if device_name is None and execution.device == "cuda":
-        raise ConfigError(f"execution.device is cuda: say which GPUs with --device, one of {', '.join(DEVICES)}")
-    device_name = device_name.lower() if device_name else None
-    if device_name in (None, "cpu"):
-        device = measure(execution.cpu_threads)
-    elif device_name in DEVICES:
-        device = DEVICES[device_name]
-    else:
-        raise ConfigError(f"--device {device_name}: expected cpu or one of {', '.join(DEVICES)}")
-    kind = "cuda" if device.memory_bytes else "cpu"
-    count = workers or foretold_workers(execution, has_gpus=kind == "cuda")
-    dtype = compute_dtype(config, prepared.plan, prepared.checkpoint, kind)
-    at_once = None
-    if runs_here(execution, has_gpus=kind == "cuda"):
-        at_once = max(1, (os.cpu_count() or 1) // execution.cpu_threads)
-    needed = estimate(config, prepared.plan, dtype, count, device, at_once)
-    available = usable_bytes(device.memory_bytes) or math.inf
-    shortage = memory_shortage(needed.worker_bytes, available, f"a {device.name}")
-    if shortage:
-        raise ConfigError(shortage)
-    return needed
 
 
 def _with_length(config: RunConfig, positions: int | None) -> RunConfig:

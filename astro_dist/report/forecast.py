@@ -5,7 +5,8 @@ from typing import Any
 
 from astro_dist.config.schema import RunConfig
 from astro_dist.planning.estimate import Estimate
-from astro_dist.planning.validate import Prepared, forecast, prepare, require_text
+from astro_dist.planning.forecast import forecast
+from astro_dist.planning.validate import Prepared, prepare, require_text
 from astro_dist.planning.worker_count import count_note
 from astro_dist.report.plan_card import plan_card
 
@@ -44,7 +45,8 @@ def plan(config: RunConfig, workers: int | None = None, device: str | None = Non
     Args:
         config: Configuration of the run.
         workers: Number of workers. None stands for as many as the run will start, or 1 where only its cluster tells.
-        device: Name of a GPU, such as `h100`. `cpu` or None stands for the CPU of this machine, which is measured.
+        device: Name of a GPU, such as `h100`, or `cpu` for the CPU of this machine, which is measured. None stands for
+            what the run would take here: this machine's GPU where it has one.
 
     Raises:
         InputError: Something that the user gave is wrong; `quantize` would refuse it too.

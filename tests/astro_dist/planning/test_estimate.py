@@ -8,10 +8,12 @@ import torch
 from astro.errors import ConfigError, RunError
 from astro_dist import pipeline
 from astro_dist.planning import estimate as estimates
+from astro_dist.planning import forecast as forecasts
 from astro_dist.planning.cost import CostModel
 from astro_dist.planning.devices import DEVICES, Device
+from astro_dist.planning.forecast import forecast
 from astro_dist.planning.simulate import simulate
-from astro_dist.planning.validate import forecast, prepare
+from astro_dist.planning.validate import prepare
 from astro_dist.schedule.calls import Embed, EvaluateLoss, Forward
 from astro_dist.schedule.factory import schedule_of
 from astro_dist.schedule.schedule import RunShape
@@ -76,6 +78,17 @@ def test_forecast_of_a_gpu_and_of_one_that_is_not_known(prepared):
     assert (needed.workers, needed.device) == (4, "h100")
     with pytest.raises(ConfigError, match="--device h1000: expected cpu or one of a100"):
         forecast(prepared, 4, "h1000")
+
+
+def test_forecast_is_for_the_gpu_that_this_machine_has_unless_another_device_is_asked_for(prepared, monkeypatch):
+    monkeypatch.setattr(forecasts, "gpu_here", lambda: DEVICES["a100"])
+    kinds = {}
+    for kind in ("auto", "cuda", "cpu"):
+        execution = prepared.config.execution.model_copy(update={"device": kind})
+        kinds[kind] = dataclasses.replace(prepared, config=prepared.config.model_copy(update={"execution": execution}))
+    found = {kind: forecast(run, None, None).device for kind, run in kinds.items()}
+    assert found == {"auto": "a100", "cuda": "a100", "cpu": "cpu"}
+    assert forecast(kinds["auto"], None, "cpu").device == "cpu"
 
 
 def test_device_that_is_too_small_is_refused(prepared, monkeypatch):

@@ -6,7 +6,8 @@ import torch
 from astro.errors import ConfigError, UnsupportedError
 from astro_dist.config.schema import run_key
 from astro_dist.planning.compute_dtype import compute_dtype
-from astro_dist.planning.validate import forecast, prepare
+from astro_dist.planning.forecast import forecast
+from astro_dist.planning.validate import prepare
 
 
 def test_nothing_is_written_by_preparing(run_config, tmp_path):
