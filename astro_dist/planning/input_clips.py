@@ -10,9 +10,10 @@ from astro.model.clipped_rounding import InputClips
 from astro.model.clips_file import CLIPS_FILE, StoredClips, read_clips
 from astro.model.linear_layer import LinearLayer
 from astro.storage.byte_store import Store
+from astro_dist.config.schema import RunConfig
 from astro_dist.planning.units import Plan
 
-__all__ = ["clips_sha256", "with_clips"]
+__all__ = ["clips_sha256", "settle_compensation", "with_clips"]
 
 
 def with_clips(plan: Plan, store: Store, activations: Activations) -> tuple[Plan, list[str]]:
@@ -54,6 +55,20 @@ def with_clips(plan: Plan, store: Store, activations: Activations) -> tuple[Plan
     return dataclasses.replace(plan, blocks=blocks), list(_notes(linears, stored))
 
 
+def settle_compensation(config: RunConfig) -> RunConfig:
+    """Settle that weights make up for no errors of inputs where these are rounded between learned clips.
+
+    Such weights were trained for rounded inputs. Calibration compares with the source as if none were rounded, and
+    what training learned to do with them would be taken for an error. A share that the user gives stays.
+
+    Args:
+        config: Configuration of the run.
+    """
+    if config.activations.clips == "none" or config.quantization.compensation != "auto":
+        return config
+    return config.model_copy(update={"quantization": dataclasses.replace(config.quantization, compensation=0.0)})
+
+
 def clips_sha256(plan: Plan) -> str | None:
     """Return the SHA-256 of all clips of a plan, 64 hexadecimal digits; None where it has none.
 
@@ -82,6 +97,10 @@ def _notes(linears: Sequence[LinearLayer], stored: StoredClips) -> Iterator[str]
     yield (
         f"activations.clips: {len(linears)} layers round their inputs between clips of their own, so layers that read "
         "one input have a Hessian each, which takes more time and memory than a scale a token"
+    )
+    yield (
+        "activations.clips: the perplexity of the original is that with inputs in 16 bits; training rounded them, so a "
+        "result with rounded inputs may have a lower one"
     )
     unused = stored.by_layer.keys() - {_trained_name(linear) for linear in linears}
     if unused:

@@ -25,7 +25,7 @@ from astro_dist.config.text_place import is_file
 from astro_dist.planning.checkpoint_plan import make_plan
 from astro_dist.planning.chunk_size import chunk_note, settle_chunks
 from astro_dist.planning.correction_cost import correction_notes
-from astro_dist.planning.input_clips import with_clips
+from astro_dist.planning.input_clips import settle_compensation, with_clips
 from astro_dist.planning.left_out import exact_expert_notes, zero_expert_notes
 from astro_dist.planning.source_notes import source_notes
 from astro_dist.planning.tile_size import settle_tiles, tile_note
@@ -87,6 +87,7 @@ def prepare(config: RunConfig, commit: str | None = None) -> Prepared:
     skeleton = Skeleton(source.folder, torch.float32, config.model.trust_remote_code)
     asked, config = config.calibration, _with_length(config, skeleton.limits()[1])
     plan = make_plan(checkpoint, skeleton, config.quantization)
+    config = settle_compensation(config)
     plan, clips_notes = with_clips(plan, source.store, config.activations)
     plan = dataclasses.replace(plan, hidden_size=rehearse(skeleton))
     is_open = config.calibration.chunk_samples == "auto"

@@ -168,6 +168,19 @@ def test_transformers_rounds_as_training_did(run_config, llama, clips, tmp_path)
         assert len(found.unique()) == 16
 
 
+def test_weights_stay_as_they_were_trained_for_rounded_inputs(run_config, llama, clips, tmp_path):
+    fine = {**CLIPS, "quantization__bits": 8, "regularizer__name": "none"}
+    assert prepare(run_config(**fine)).config.quantization.compensation == 0
+    assert prepare(run_config(**fine, quantization__compensation=0.5)).config.quantization.compensation == 0.5
+    errors = {}
+    for compensation in ("auto", 1.0):
+        folder = tmp_path / str(compensation)
+        run = run_config(**fine, quantization__compensation=compensation, output__dir=str(folder))
+        errors[compensation] = verify_model(model_of(pipeline.quantize(run)), llama).relative_weight_errors
+    assert max(errors["auto"].values()) < 0.02
+    assert min(errors[1.0].values()) > 0.05
+
+
 def test_layers_that_read_one_input_have_a_hessian_each(run_config, clips):
     summary = pipeline.quantize(run_config(**CLIPS, **LOSS))
     layers = Findings.read(model_of(summary).parent).layers
