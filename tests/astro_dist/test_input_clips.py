@@ -33,6 +33,7 @@ from tests.astro_dist.evaluation.test_text_loss import assert_judged_as_measured
 from tests.astro_dist.test_pipeline import perplexity
 from tests.support.architectures import EXPERTS
 from tests.support.dequantized import write_dequantized
+from tests.support.interruption import interrupted_after
 from tests.support.models import LLAMA, byte_tokenizer, files_of, write_checkpoint
 
 CLIPS = {"activations__bits": 4, "activations__clips": "from-checkpoint"}
@@ -107,20 +108,10 @@ def test_run_is_the_same_with_any_workers_and_is_judged_as_it_was_measured(run_c
 
 
 @pytest.mark.parametrize(("mode", "calls"), [("blocks", 13), ("sequential", 14), ("sequential", 30)])
-def test_interrupted_run_goes_on_and_writes_the_same_bytes(run_config, clips, tmp_path, monkeypatch, mode, calls):
+def test_interrupted_run_goes_on_and_writes_the_same_bytes(run_config, clips, tmp_path, mode, calls):
     whole = pipeline.quantize(run_config(**CLIPS, **MODES[mode], output__dir=str(tmp_path / "whole")))
-    left, real = [calls], Worker.do
-
-    def counted(self, call):
-        left[0] -= 1
-        if left[0] < 0:
-            raise KeyboardInterrupt
-        return real(self, call)
-
-    with monkeypatch.context() as patch:
-        patch.setattr(Worker, "do", counted)
-        with pytest.raises(KeyboardInterrupt):
-            pipeline.quantize(run_config(**CLIPS, **MODES[mode]))
+    with interrupted_after(calls):
+        pipeline.quantize(run_config(**CLIPS, **MODES[mode]))
     summary = pipeline.quantize(run_config(**CLIPS, **MODES[mode], execution__workers=2))
     assert files_of(model_of(summary)) == files_of(model_of(whole))
 

@@ -32,6 +32,7 @@ from astro_dist.worker import token_weigher
 from astro_dist.worker.split_solver import SplitSolver
 from astro_dist.worker.worker import Worker
 from tests.astro_dist.test_pipeline import perplexity
+from tests.support.interruption import interrupted_after
 from tests.support.models import files_of
 
 SEQUENTIAL = {"execution__mode": "sequential", "execution__hessian_shares": 2}
@@ -126,10 +127,6 @@ def test_worker_that_begins_a_block_keeps_nothing_of_what_it_helped_with(run_con
     assert not any(block for _, block in kept)
 
 
-class _Interrupted(BaseException):
-    pass
-
-
 WHOLE = {}
 """Files of a run that nothing happened to, by mode: every test has the same model."""
 
@@ -164,20 +161,10 @@ def whole(run_config, tmp_path, mode):
         ("inputs, sequential", 14, 1),
     ],
 )
-def test_interrupted_run_goes_on_and_writes_the_same_bytes(run_config, tmp_path, monkeypatch, mode, calls, workers):
+def test_interrupted_run_goes_on_and_writes_the_same_bytes(run_config, tmp_path, mode, calls, workers):
     expected = whole(run_config, tmp_path, mode)
-    left, real = [calls], Worker.do
-
-    def counted(self, call):
-        left[0] -= 1
-        if left[0] < 0:
-            raise _Interrupted
-        return real(self, call)
-
-    with monkeypatch.context() as patch:
-        patch.setattr(Worker, "do", counted)
-        with pytest.raises(_Interrupted):
-            pipeline.quantize(run_config(execution__workers=workers, **MODES[mode]))
+    with interrupted_after(calls):
+        pipeline.quantize(run_config(execution__workers=workers, **MODES[mode]))
     before = {p.name: p.stat().st_mtime_ns for p in (tmp_path / "run" / "records").glob("*.json")}
     summary = pipeline.quantize(run_config(execution__workers=2, **MODES[mode]))
     assert files_of(model_of(summary)) == expected
