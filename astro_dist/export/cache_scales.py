@@ -31,16 +31,17 @@ def write_cache_scales(plan: Plan, run: RunDirectory) -> list[str]:
         Names of the tensors.
 
     Raises:
-        RunError: Calibration saw no keys and values at all, or an attention has no tensor in the checkpoint.
+        RunError: Calibration saw no keys and values at all, a record does not tell its scales, or an attention has no
+            tensor in the checkpoint.
         DamagedError: The record of a block cannot be read.
     """
     tensors: dict[str, torch.Tensor] = {}
     for unit in plan.blocks:
-        result = run.read(block_unit(run.rounds - 1, unit.index), BlockResult)
-        for module, scales in result.cache_scales.items():
+        name = block_unit(run.rounds - 1, unit.index)
+        for module, scales in run.read(name, BlockResult).require_cache_scales(name).items():
             stem = _stem_of(module, unit)
-            for name, scale in zip(SCALE_NAMES, (scales.key, scales.value), strict=True):
-                tensors[f"{stem}.{name}"] = torch.tensor([scale], dtype=torch.float32)
+            for part, scale in zip(SCALE_NAMES, (scales.key, scales.value), strict=True):
+                tensors[f"{stem}.{part}"] = torch.tensor([scale], dtype=torch.float32)
     if not tensors:
         raise RunError(f"{run.root}: calibration saw no keys and values, so that an FP8 cache has no scales")
     save_tensors(run.model / CACHE_SCALES_NAME, tensors)

@@ -6,6 +6,7 @@ import json
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any, ClassVar, Self
 
+from astro.errors import RunError
 from astro.model.cache_scales import CacheScales
 from astro.model.sequence_figures import SequenceFigures
 from astro.quantization.layer_record import LayerRecord
@@ -95,7 +96,8 @@ class BlockResult:
         torch: Version of torch.
         peak_rss_bytes: Largest resident memory that the worker's process ever had, in bytes.
         peak_device_bytes: Largest memory that the process ever had on the GPU, in bytes; 0 without a GPU.
-        cache_scales: Scales of an FP8 cache by the attention module's name in the model; empty where none is rounded.
+        cache_scales: Scales of an FP8 cache by the attention module's name in the model; empty where none is rounded,
+            None in a record of a version that kept them elsewhere.
     """
 
     MARK: ClassVar[str] = "layers"
@@ -106,14 +108,34 @@ class BlockResult:
     torch: str
     peak_rss_bytes: int
     peak_device_bytes: int
-    cache_scales: Mapping[str, CacheScales] = dataclasses.field(default_factory=dict)
+    cache_scales: Mapping[str, CacheScales] | None
+
+    def require_cache_scales(self, unit: str) -> Mapping[str, CacheScales]:
+        """Return the scales of an FP8 cache.
+
+        Args:
+            unit: Name of the unit, for messages.
+
+        Raises:
+            RunError: The record does not tell them.
+        """
+        if self.cache_scales is None:
+            raise RunError(
+                f"{unit}: its record does not tell the scales of an FP8 cache; another version of astro-dist wrote it. "
+                "Go on with that version, or begin anew in another output.dir"
+            )
+        return self.cache_scales
 
     def to_json(self) -> dict[str, Any]:
         """Return the result as a JSON object."""
         plain = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
-        scales = {name: dataclasses.asdict(of_module) for name, of_module in self.cache_scales.items()}
         layers = [layer.to_json() for layer in self.layers]
-        return {**plain, "layers": layers, "seconds": dict(self.seconds), "cache_scales": scales}
+        content = {**plain, "layers": layers, "seconds": dict(self.seconds)}
+        if self.cache_scales is None:
+            del content["cache_scales"]
+        else:
+            content["cache_scales"] = {name: dataclasses.asdict(each) for name, each in self.cache_scales.items()}
+        return content
 
     @classmethod
     def from_json(cls, content: Mapping[str, Any]) -> Self:
@@ -122,7 +144,9 @@ class BlockResult:
         Args:
             content: JSON object with every field; only `cache_scales` may be missing.
         """
-        scales = {name: CacheScales(**of_module) for name, of_module in content.get("cache_scales", {}).items()}
+        scales: dict[str, CacheScales] | None = None
+        if "cache_scales" in content:
+            scales = {name: CacheScales(**each) for name, each in content["cache_scales"].items()}
         layers = tuple(map(LayerRecord.from_json, content["layers"]))
         names = [field.name for field in dataclasses.fields(cls)]
         plain = {name: content[name] for name in names if name != "cache_scales"}

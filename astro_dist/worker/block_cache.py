@@ -76,11 +76,12 @@ class BlockCache:
 
         Raises:
             DamagedError: The record of the block cannot be read.
+            RunError: The record does not tell the scales.
         """
         wrote = round_of_stream(stream)
         if wrote is None or not self.is_rounded:
             return {}
         if self._recorded is None or self._recorded[0] != (stream, index):
-            result = self._run.read(block_unit(wrote, index), BlockResult)
-            self._recorded = ((stream, index), result.cache_scales)
+            unit = block_unit(wrote, index)
+            self._recorded = ((stream, index), self._run.read(unit, BlockResult).require_cache_scales(unit))
         return self._recorded[1]

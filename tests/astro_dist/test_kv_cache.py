@@ -1,5 +1,6 @@
 """Scales of an FP8 cache are those of the calibration text, whoever measured them, and readers find them."""
 
+import dataclasses
 import hashlib
 import json
 from pathlib import Path
@@ -9,10 +10,11 @@ import torch
 import transformers
 from safetensors.torch import load_file, save_file
 
-from astro.errors import CheckpointError, UnsupportedError
+from astro.errors import CheckpointError, RunError, UnsupportedError
 from astro.model.cache_scales import CacheScales
 from astro.model.kv_cache import rounded_cache
 from astro.model.skeleton import Skeleton
+from astro.storage.atomic import write_json
 from astro.storage.byte_store import FolderStore
 from astro_dist import pipeline
 from astro_dist.evaluation.block_weights import BlockWeights
@@ -21,12 +23,14 @@ from astro_dist.export.verify import verify_model
 from astro_dist.planning.validate import prepare
 from astro_dist.report.command_output import verification_lines
 from astro_dist.run_directory.records import RunDirectory
+from astro_dist.run_directory.unit_record import BlockResult, UnitRecord
 from astro_dist.schedule.names import is_held_out
 from astro_dist.source.resolve import Source
 from astro_dist.worker import hessian_shares
-from astro_dist.worker.worker import Worker
+from tests.support.interruption import interrupted_after
 
 FP8 = {"activations__kv_cache": "fp8"}
+ROUNDS = {"execution__rounds": 2}
 SEQUENTIAL = {"execution__mode": "sequential", "execution__hessian_shares": 2}
 
 
@@ -107,26 +111,30 @@ def test_a_record_with_other_scales_is_no_record(run_config, settings):
     assert "round-0-block-0001" in (config.output.dir / "journal.jsonl").read_text().partition('"damaged"')[2]
 
 
-class _Interrupted(BaseException):
-    pass
+@pytest.mark.parametrize(("settings", "calls"), [({}, 13), (SEQUENTIAL, 40), (ROUNDS, 25), (ROUNDS, 100)])
+def test_run_goes_on_only_with_records_that_tell_their_scales(run_config, settings, calls):
+    config = run_config(**FP8, **settings)
+    if calls < 100:
+        with interrupted_after(calls):
+            pipeline.quantize(config)
+    else:
+        pipeline.quantize(config)
+        (config.output.dir / "model.json").unlink()
+    record = max((config.output.dir / "records").glob("round-*-block-0000.json"))
+    written = UnitRecord.from_json(json.loads(record.read_text()))
+    assert isinstance(written.result, BlockResult)
+    without = dataclasses.replace(written, result=dataclasses.replace(written.result, cache_scales=None))
+    write_json(record, without.to_json())
+    with pytest.raises(RunError, match=rf"{record.stem}: its record does not tell the scales of an FP8 cache"):
+        pipeline.quantize(config)
 
 
 @pytest.mark.parametrize(("settings", "calls"), [({}, 13), (SEQUENTIAL, 40)])
-def test_files_of_another_run_change_no_scale(run_config, tmp_path, monkeypatch, settings, calls):
+def test_files_of_another_run_change_no_scale(run_config, tmp_path, settings, calls):
     expected = scales_of(run_config(output__dir=str(tmp_path / "whole"), **FP8, **settings))
-    left, real = [calls], Worker.do
-
-    def counted(self, call):
-        left[0] -= 1
-        if left[0] < 0:
-            raise _Interrupted
-        return real(self, call)
-
     config = run_config(**FP8, **settings)
-    with monkeypatch.context() as patch:
-        patch.setattr(Worker, "do", counted)
-        with pytest.raises(_Interrupted):
-            pipeline.quantize(config)
+    with interrupted_after(calls):
+        pipeline.quantize(config)
     run = RunDirectory(config.output.dir, "")
     assert 0 < len(run.blocks()) < 3, "it ended between blocks"
     for block in range(3):

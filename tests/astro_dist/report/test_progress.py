@@ -47,7 +47,7 @@ def solved(name, error):
     layers = (SimpleNamespace(name=name, relative_error=error),)
     return BlockResult(
         layers=layers, seconds={}, host="here", device="cpu", torch="2", peak_rss_bytes=2_000_000_000,
-        peak_device_bytes=0,
+        peak_device_bytes=0, cache_scales={},
     )  # fmt: skip
 
 
