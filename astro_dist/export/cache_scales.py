@@ -5,14 +5,17 @@ Servers look for them under the names that attention has in the checkpoint, `...
 
 import torch
 
-from astro.errors import RunError
+from astro.errors import CheckpointError, RunError
+from astro.model.kv_cache import caching_modules
+from astro.model.skeleton import Skeleton
 from astro.storage.atomic import save_tensors
+from astro.storage.checkpoint import Checkpoint
 from astro_dist.planning.units import BlockUnit, Plan
 from astro_dist.run_directory.records import RunDirectory
 from astro_dist.run_directory.unit_record import BlockResult
 from astro_dist.schedule.names import block_unit
 
-__all__ = ["CACHE_SCALES_NAME", "SCALE_NAMES", "write_cache_scales"]
+__all__ = ["CACHE_SCALES_NAME", "SCALE_NAMES", "checked_cache_scales", "write_cache_scales"]
 
 CACHE_SCALES_NAME = "kv-cache-scales.safetensors"
 """Name of the file in the model's folder."""
@@ -46,6 +49,33 @@ def write_cache_scales(plan: Plan, run: RunDirectory) -> list[str]:
         raise RunError(f"{run.root}: calibration saw no keys and values, so that an FP8 cache has no scales")
     save_tensors(run.model / CACHE_SCALES_NAME, tensors)
     return list(tensors)
+
+
+def checked_cache_scales(checkpoint: Checkpoint, skeleton: Skeleton) -> list[str]:
+    """Return the names of the scales in a model whose config asks for an FP8 cache.
+
+    Args:
+        checkpoint: Checkpoint of the model.
+        skeleton: The model on the meta device.
+
+    Raises:
+        CheckpointError: An attention module has no scale of its keys or values, or one that is not a positive number.
+    """
+    names = sorted(key for key in checkpoint.entries if key.endswith(tuple(f".{name}" for name in SCALE_NAMES)))
+    for name, scale in checkpoint.read(names).items():
+        if scale.numel() != 1 or not float(scale) > 0:
+            raise CheckpointError(f"{checkpoint.store}: {name} should be one positive number, got {scale.tolist()}")
+    stored = {skeleton.target_of(name)[0] for name in names}
+    for index, block in enumerate(skeleton.blocks):
+        caching = caching_modules(block)
+        for module_name, module in block.named_modules(prefix=f"{skeleton.blocks_name}.{index}"):
+            lacking = [name for name in SCALE_NAMES if f"{module_name}.{name}" not in stored]
+            if module in caching and lacking:
+                raise CheckpointError(
+                    f"{checkpoint.store}: {module_name} has no {lacking[0]}, and config.json asks for an FP8 cache "
+                    "(kv_cache_scheme): servers would take 1 for it"
+                )
+    return names
 
 
 def _stem_of(module: str, unit: BlockUnit) -> str:

@@ -18,7 +18,7 @@ from astro.model.smoothed_tensors import SmoothedInput, smoothed_layer, smoothed
 from astro.storage.checkpoint import Checkpoint, require_finite
 from astro_dist.config.schema import ModelConfig
 from astro_dist.export.adapter_file import ADAPTER_WEIGHTS, AdapterFile
-from astro_dist.export.cache_scales import SCALE_NAMES
+from astro_dist.export.cache_scales import checked_cache_scales
 from astro_dist.export.input_scales import read_input_scales
 from astro_dist.export.inventory import describe, read_inventory
 from astro_dist.export.named_model import find_model
@@ -143,26 +143,11 @@ def verify_model(model: Path | str, against: Path | str | None = None, trust_rem
         num_tensors=len(checkpoint.entries),
         num_corrections=_check_adapter(opened, {layer.name: layer for layer in layers}),
         inputs=inputs,
-        cache_scales=len(_checked_cache_scales(checkpoint)) if config.get("kv_cache_scheme") else 0,
+        cache_scales=len(checked_cache_scales(checkpoint, skeleton)) if config.get("kv_cache_scheme") else 0,
         not_finite=tuple(not_finite),
         checksums_compared=is_of_run,
         relative_weight_errors=errors,
     )
-
-
-def _checked_cache_scales(checkpoint: Checkpoint) -> list[str]:
-    """Return the names of the scales of an FP8 cache, and refuse a model that lacks one or has a wrong one."""
-    names = sorted(key for key in checkpoint.entries if key.endswith(tuple(f".{name}" for name in SCALE_NAMES)))
-    if not names:
-        raise CheckpointError(f"{checkpoint.store}: its config asks for an FP8 cache (kv_cache_scheme) without scales")
-    for name, scale in checkpoint.read(names).items():
-        if scale.numel() != 1 or not float(scale) > 0:
-            raise CheckpointError(f"{checkpoint.store}: {name} should be one positive number, got {scale.tolist()}")
-    for stem in {name.rpartition(".")[0] for name in names}:
-        lacking = [name for name in SCALE_NAMES if f"{stem}.{name}" not in names]
-        if lacking:
-            raise CheckpointError(f"{checkpoint.store}: {stem} has no {lacking[0]}")
-    return names
 
 
 def _unused(checkpoint: Checkpoint, skeleton: Skeleton, stems: set[str]) -> set[str]:

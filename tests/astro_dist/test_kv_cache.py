@@ -229,6 +229,22 @@ def test_readers_take_the_scales(run_config, tmp_path):
         verify_model(model)
 
 
+@pytest.mark.parametrize("parts", [("k_scale", "v_scale"), ("v_scale",)])
+def test_attention_without_a_scale_is_refused(run_config, tmp_path, parts):
+    model = Path(pipeline.quantize(run_config(calibration__holdout_samples=0, **FP8)).model).rename(tmp_path / "alone")
+    index = json.loads((model / "model.safetensors.index.json").read_text())
+    scales = load_file(model / CACHE_SCALES_NAME)
+    for part in parts:
+        name = f"model.layers.1.self_attn.{part}"
+        del scales[name], index["weight_map"][name]
+    save_file(scales, model / CACHE_SCALES_NAME)
+    (model / "model.safetensors.index.json").write_text(json.dumps(index))
+    with pytest.raises(
+        CheckpointError, match=rf"model\.layers\.1\.self_attn has no {parts[0]}, and config.json asks for"
+    ):
+        verify_model(model)
+
+
 def test_judging_reads_a_model_with_scales(run_config):
     model = Path(pipeline.quantize(run_config(**FP8)).model)
     weights = BlockWeights(Source(FolderStore(model), model), Skeleton(model, torch.float32))
