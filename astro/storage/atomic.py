@@ -76,6 +76,8 @@ def parse_json(raw: bytes, place: str) -> dict[str, Any]:
 def write_atomic(path: Path, write: Callable[[Path], None]) -> None:
     """Fill a file beside its place, sync it to disk and rename it into place.
 
+    Whoever may read the user's files may read it, also where the writer is a library that lets the owner alone.
+
     Args:
         path: Where the file belongs; folders above it are made.
         write: Writes the content to the path that it is called with.
@@ -86,7 +88,10 @@ def write_atomic(path: Path, write: Callable[[Path], None]) -> None:
     partial = path.with_name(f".{path.name}.{uuid.uuid4().hex[:12]}{PARTIAL_SUFFIX}")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
+        partial.touch()
+        mode = partial.stat().st_mode
         write(partial)
+        partial.chmod(mode)
         with partial.open("rb") as handle:
             os.fsync(handle.fileno())
         partial.replace(path)
@@ -150,14 +155,7 @@ def save_tensors(path: Path, tensors: "Mapping[str, torch.Tensor]", note: str | 
 
     metadata = {"format": "pt"} if note is None else {"note": note}
     ready = {name: tensors[name].detach().cpu().contiguous() for name in sorted(tensors)}
-
-    def write(partial: Path) -> None:
-        partial.touch()
-        mode = partial.stat().st_mode
-        save_file(ready, partial, metadata=metadata)
-        partial.chmod(mode)  # the library lets the owner alone read
-
-    write_atomic(path, write)
+    write_atomic(path, lambda partial: save_file(ready, partial, metadata=metadata))
 
 
 def load_tensors(path: Path) -> "tuple[dict[str, torch.Tensor], str]":

@@ -130,6 +130,9 @@ def write_model(
         write_json(partial / "config.json", {**config, "architectures": names, "dtype": str(dtype).split(".")[1]})
         if regularizer.settings.input_bits is not None:
             regularizer.save(partial / CLIPS_FILE)
+        mode = (partial / "config.json").stat().st_mode
+        for path in partial.glob("*.safetensors"):
+            path.chmod(mode)  # the library lets the owner alone read
         shutil.rmtree(folder, ignore_errors=True)  # of a worker that was lost behind this line
         os.replace(partial, folder)
     except OSError as error:

@@ -56,6 +56,7 @@ def test_all_four_ways_of_training(settings, bits, kurtosis, has_clips):
     summary = train(config)
     assert (summary.penalty > 0) == (kurtosis > 0)
     assert (config.output.dir / "model" / CLIPS_FILE).exists() == has_clips == (summary.clips is not None)
+    assert len({path.stat().st_mode for path in (config.output.dir / "model").iterdir()}) == 1, "others may read all"
 
 
 def test_regularization_changes_what_is_learned(settings):
