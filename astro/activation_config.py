@@ -179,13 +179,13 @@ class Reconstruction:
         """Whether anything is corrected."""
         return self.rank != 0
 
-    def makes_up_for_rounding(self, input_bits: int) -> bool:
-        """Tell whether corrections make up for what rounding takes from the inputs of their layer.
+    def minds_rounding(self, activations: Activations) -> bool:
+        """Tell whether corrections mind that they read inputs as they are, and their layer reads them rounded.
 
-        They do for 4 bits alone: 8 bits take so little that they would gain nothing by it, and it takes two matrices of
-        inputs × inputs.
+        Dynamic grids of 8 bits take so little from inputs that nothing would be gained by it, and it takes two matrices
+        of inputs × inputs. Learned clips may cut off much with 8 bits too.
 
         Args:
-            input_bits: Width of the inputs as servers round them; 16 where they stay as they are.
+            activations: What servers do with inputs.
         """
-        return self.is_on and input_bits < 8
+        return self.is_on and (activations.bits < 8 or activations.clips != "none")

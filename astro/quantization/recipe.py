@@ -25,11 +25,14 @@ class Corrections:
         settings: Rank of the corrections.
         layers: Names of the layers that get one.
         dtype: Dtype in which the factors are stored.
+        wants_rounded: Whether the outputs that are wanted are those of rounded inputs, for which weights were trained;
+            otherwise those of inputs as they are.
     """
 
     settings: Reconstruction
     layers: frozenset[str]
     dtype: torch.dtype
+    wants_rounded: bool = False
 
 
 @dataclasses.dataclass(frozen=True)

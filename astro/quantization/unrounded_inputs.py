@@ -13,6 +13,9 @@ H_x and E come from what is summed about x̂, without differences of large sums:
     Σ x̂ xᵀ = H + (Σ δ x̂ᵀ)ᵀ        H_x = Σ x̂ xᵀ + Σ δ xᵀ
     Σ (W x − Ŵ x̂) xᵀ = (W − Ŵ) Σ x̂ xᵀ + W Σ δ xᵀ
 
+Where weights were trained for rounded inputs, W x̂ is wanted in the place of W x. The correction then makes up for what
+the weights miss alone, and the last term is none.
+
 Shapes: B input groups side by side, R rows of a layer, C columns.
 """
 
@@ -41,6 +44,7 @@ class UnroundedInputs:
     damping: torch.Tensor
     _factor: Factor
     _input_groups: InputGroups
+    _wants_rounded: bool
 
     @classmethod
     def of(cls, input_groups: InputGroups) -> Self | None:
@@ -64,13 +68,15 @@ class UnroundedInputs:
         in_order = torch.arange(H.shape[-1], device=H.device).expand(H.shape[:-1])
         factor = factorize(H, in_order, solver.damping, solver.max_damping, input_groups.names)
         mean = H.diagonal(dim1=-2, dim2=-1).mean(-1)
-        return cls(H, factor.damping.float() * mean, factor, input_groups)
+        corrections = input_groups.recipe.corrections
+        wants_rounded = corrections is not None and corrections.wants_rounded
+        return cls(H, factor.damping.float() * mean, factor, input_groups, wants_rounded)
 
     def missed(self, W: torch.Tensor, W_hat: torch.Tensor) -> torch.Tensor:
         """Return what corrections of some rows have to make up for, E, float32 [B, R, C].
 
         Args:
-            W: The weights whose outputs with the inputs as they are are wanted, float32 [B, R, C].
+            W: The weights whose outputs are wanted, float32 [B, R, C].
             W_hat: The quantized weights, float32 [B, R, C].
         """
         rounding = self._input_groups.inputs.rounding
@@ -79,6 +85,8 @@ class UnroundedInputs:
         assert rounding.correction_drift is not None
         D = W - W_hat
         M = D * self.damping[:, None, None]
-        for left, right in ((D, self._input_groups.H), (D, rounding.drift.mT), (W, rounding.correction_drift)):
+        terms = [(D, self._input_groups.H), (D, rounding.drift.mT)]
+        terms += [] if self._wants_rounded else [(W, rounding.correction_drift)]
+        for left, right in terms:
             M.baddbmm_(left, right)
         return self._factor.solve(M)

@@ -95,7 +95,7 @@ def correction_notes(plan: Plan, settings: Reconstruction) -> list[str]:
 
 
 def correction_work(
-    batch: PredictedInputGroup, settings: Reconstruction, compensated: bool, makes_up_for_rounding: bool = False
+    batch: PredictedInputGroup, settings: Reconstruction, compensated: bool, minds_rounding: bool = False
 ) -> Work:
     """Count what it takes to correct all rows of a batch; experts are not corrected.
 
@@ -103,7 +103,7 @@ def correction_work(
         batch: The batch.
         settings: Rank of the corrections.
         compensated: Whether layers make up for errors made before them.
-        makes_up_for_rounding: Whether corrections make up for what rounding takes from inputs.
+        minds_rounding: Whether corrections mind that their layers read rounded inputs.
     """
     if not settings.is_on or batch.reach < 1:
         return Work()
@@ -111,7 +111,7 @@ def correction_work(
     product = float(batch.columns * batch.weights)
     # One half of a product with the Hessian for the error before and after each, and three for what was aimed at.
     measured, aimed = 2.0 * product, 6.0 * product * compensated
-    if makes_up_for_rounding:  # a factor, three products, and a solve with both halves of the factor
+    if minds_rounding:  # a factor, three products, and a solve with both halves of the factor
         aimed += batch.square * batch.columns / 3.0 + 8.0 * product
     found = batch.count * subspace_work(batch.rows, batch.columns, rank)
     return Work(exact=measured + aimed + found) + dequantizing(batch.weights)

@@ -97,7 +97,7 @@ class CostModel:
         self._reconstruction = config.reconstruction
         self._is_rounded = config.activations.scheme is not None
         makes_up_for_rounding = config.quantization.makes_up_for_rounding(config.activations.bits)
-        self._corrects_rounding = config.reconstruction.makes_up_for_rounding(config.activations.bits)
+        self._corrects_rounding = config.reconstruction.minds_rounding(config.activations)
         # Experts have no corrections, and are counted as if they had.
         self._drifts_of_rounding = int(makes_up_for_rounding or self._corrects_rounding) + self._corrects_rounding
         self._solve = SolveCost(

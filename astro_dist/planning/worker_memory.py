@@ -68,7 +68,7 @@ class WorkerMemory:
         self._reconstruction = config.reconstruction
         self._is_rounded = config.activations.scheme is not None
         self._makes_up_for_rounding = config.quantization.makes_up_for_rounding(config.activations.bits)
-        self._corrects_rounding = config.reconstruction.makes_up_for_rounding(config.activations.bits)
+        self._corrects_rounding = config.reconstruction.minds_rounding(config.activations)
         self._all_tokens = config.experts.policy == "all-tokens"
         self._weighs_by_loss = calibration.token_weights == "loss"
         self._smooths = config.activations.smoothing != "none"

@@ -258,7 +258,9 @@ class BlockRunner:
             layers = frozenset(linear.name for linear in unit.linears if takes_correction(linear))
             stored = self._stored_dtype(unit)
             dtype = stored if stored.itemsize == 2 else torch.bfloat16  # which has the range of float32
-            corrections = Corrections(spec.reconstruction, layers, dtype)
+            is_trained = spec.activations.clips != "none"
+            wants_rounded = is_trained and not spec.quantization.makes_up_for_rounding(spec.activations.bits)
+            corrections = Corrections(spec.reconstruction, layers, dtype, wants_rounded)
         return Recipe(spec.quantization, spec.regularization, scale_dtype, spec.tile_elements, corrections)
 
     def sum_kind(self, operand: Operand, has_drift: bool = False) -> SumKind:
@@ -272,12 +274,11 @@ class BlockRunner:
             has_drift: Whether the drift from the source is summed outside experts.
         """
         spec, is_expert = self.spec, operand.expert is not None
-        bits = spec.activations.bits
         return SumKind(
             operand.grid(spec.activations.scheme),
             has_drift and not is_expert,
-            has_rounding_drift=spec.quantization.makes_up_for_rounding(bits),
-            has_correction_drift=spec.reconstruction.makes_up_for_rounding(bits) and not is_expert,
+            has_rounding_drift=spec.quantization.makes_up_for_rounding(spec.activations.bits),
+            has_correction_drift=spec.reconstruction.minds_rounding(spec.activations) and not is_expert,
         )
 
     def _stored_dtype(self, unit: BlockUnit) -> torch.dtype:

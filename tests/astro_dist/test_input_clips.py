@@ -19,6 +19,7 @@ from astro.training_config import ActivationRegularization
 from astro_dist import pipeline
 from astro_dist.config.training import TrainConfig
 from astro_dist.evaluation.block_weights import BlockWeights
+from astro_dist.export.adapter_file import ADAPTER_WEIGHTS
 from astro_dist.export.finished_run import FinishedRun
 from astro_dist.export.input_scales import INPUT_SCALES_NAME
 from astro_dist.export.inventory import read_inventory
@@ -170,6 +171,23 @@ def test_weights_stay_as_they_were_trained_for_rounded_inputs(run_config, llama,
         errors[compensation] = verify_model(model_of(pipeline.quantize(run)), llama).relative_weight_errors
     assert max(errors["auto"].values()) < 0.02
     assert min(errors[1.0].values()) > 0.05
+
+
+@pytest.mark.parametrize("bits", [4, 8])
+def test_corrections_bring_back_no_inputs_for_which_weights_were_not_trained(run_config, llama, bits):
+    write_measured_clips(llama, bits)
+    fine = {"quantization__bits": 8, "regularizer__name": "none", "reconstruction__rank": 8}
+    clipped = {**CLIPS, "activations__bits": bits}
+    sizes = {}
+    for compensation in ("auto", 1.0):
+        folder = llama.parent / f"run-{compensation}"
+        run = run_config(**fine, **clipped, quantization__compensation=compensation, output__dir=str(folder))
+        factors = load_file(model_of(pipeline.quantize(run)) / ADAPTER_WEIGHTS)
+        pairs = [(B, factors[name.replace("lora_B", "lora_A")]) for name, B in factors.items() if "lora_B" in name]
+        sizes[compensation] = [float((B @ A).norm()) for B, A in pairs]
+    weights = [float(module.weight.detach().norm()) for module in linears_of(dense(llama)).values()]
+    assert max(sizes["auto"]) < 0.01 * min(weights)
+    assert min(sizes[1.0]) > 2 * max(sizes["auto"])
 
 
 def test_layers_that_read_one_input_have_a_hessian_each(run_config, clips):

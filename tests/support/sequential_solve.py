@@ -13,7 +13,7 @@ from unittest import mock
 
 import torch
 
-from astro.activation_config import ActivationScheme, Reconstruction
+from astro.activation_config import Activations, ActivationScheme, Reconstruction
 from astro.calibration.input_sums import SumKind
 from astro.calibration.token_weights import TokenWeights
 from astro.config import Experts, Quantization, Regularizer, SolverSettings
@@ -126,7 +126,7 @@ def peaks_of_sequential_solve(
     kind = SumKind(
         scheme,
         has_rounding_drift=quantization.makes_up_for_rounding(bits),
-        has_correction_drift=Reconstruction(rank=rank).makes_up_for_rounding(bits),
+        has_correction_drift=Reconstruction(rank=rank).minds_rounding(Activations(bits=bits)),
     )
     corrections = Corrections(Reconstruction(rank=rank), frozenset([_NAME]), torch.bfloat16) if rank else None
     peaks: dict[str, int] = {}

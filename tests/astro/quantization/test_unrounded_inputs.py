@@ -25,7 +25,7 @@ def with_outliers(num_tokens: int, num_columns: int) -> torch.Tensor:
     return X
 
 
-def groups_of(X: torch.Tensor, X_rounded: torch.Tensor, **settings: object) -> InputGroups:
+def groups_of(X: torch.Tensor, X_rounded: torch.Tensor, wants_rounded: bool = False, **settings: object) -> InputGroups:
     """An input group whose moments are those of some tokens, not shrunk, in float64."""
     lost = X - X_rounded
     H, drift, correction_drift = (
@@ -33,33 +33,28 @@ def groups_of(X: torch.Tensor, X_rounded: torch.Tensor, **settings: object) -> I
     )
     inputs = InputMoments(H, rounding=RoundingMoments(torch.zeros(1, 0, 2 * X.shape[1]), drift, correction_drift))
     quantization = Quantization(group_size=-1, **settings)
-    recipe = Recipe(quantization, Regularizer(name="none"), torch.float16)
+    corrections = Corrections(Reconstruction(rank=2), frozenset(["a"]), torch.float32, wants_rounded)
+    recipe = Recipe(quantization, Regularizer(name="none"), torch.float16, corrections=corrections)
     return factor_input_groups(["a"], inputs, quantization.scheme("a", X.shape[1]), recipe)
 
 
-def found(X: torch.Tensor, X_rounded: torch.Tensor, W: torch.Tensor, W_hat: torch.Tensor, rank: int) -> torch.Tensor:
-    read = UnroundedInputs.of(groups_of(X, X_rounded, damping=1e-4))
-    assert read is not None
-    E = read.missed(W[None], W_hat[None])
-    factors = reconstruct(E, read.H, read.damping, rank, 1.0)[0]
-    return factors.B @ factors.A
-
-
-def test_no_correction_of_that_rank_is_better_than_the_one_that_is_found() -> None:
+@pytest.mark.parametrize("wants_rounded", [False, True])
+def test_no_correction_of_that_rank_is_better_than_the_one_that_is_found(wants_rounded: bool) -> None:
     X = with_outliers(120, 7)
     X_rounded = round_activations(X, INT4)
     generator = torch.Generator().manual_seed(0)
     W = torch.randn(5, 7, generator=generator, dtype=torch.float64)
     W_hat = W + 0.1 * torch.randn(5, 7, generator=generator, dtype=torch.float64)
-    read = UnroundedInputs.of(groups_of(X, X_rounded, damping=1e-4))
+    read = UnroundedInputs.of(groups_of(X, X_rounded, wants_rounded, damping=1e-4))
     assert read is not None
     assert torch.allclose(read.H[0], X.T @ X / len(X), rtol=1e-9)
 
     def objective(D: torch.Tensor) -> torch.Tensor:
-        missed = X @ W.T - X_rounded @ W_hat.T - X @ D.T
+        missed = (X_rounded if wants_rounded else X) @ W.T - X_rounded @ W_hat.T - X @ D.T
         return missed.square().sum() / len(X) + read.damping[0] * (W - W_hat - D).square().sum()
 
-    least = objective(found(X, X_rounded, W, W_hat, 2))
+    factors = reconstruct(read.missed(W[None], W_hat[None]), read.H, read.damping, 2, 1.0)[0]
+    least = objective(factors.B @ factors.A)
     best = torch.inf
     for _ in range(4):  # brute force from other starts
         A, B = (torch.randn(*shape, generator=generator, dtype=torch.float64) for shape in ((2, 7), (5, 2)))
