@@ -132,7 +132,7 @@ def prepare(config: RunConfig, commit: str | None = None) -> Prepared:
         notes.append(chunk_note(config, plan, checkpoint))
     if config.execution.tile_weights != asked_tile:
         notes.append(tile_note(config))
-    notes += [f"calibration.source {name} is not there: `quantize` will refuse" for name in _missing_texts(config)]
+    notes[:0] = [f"calibration.source {name} is not there: `quantize` will refuse" for name in _missing_texts(config)]
     untied = untied_weights(skeleton, checkpoint, plan.outside)
     if untied:
         notes.append(
