@@ -10,6 +10,7 @@ import torch
 from astro.errors import ConfigError
 from astro.process import configure_process, peak_rss_bytes
 from astro_dist.config.schema import TextSource
+from astro_dist.evaluation.calibrated_text import calibration_note
 from astro_dist.evaluation.judge_settings import JudgeSettings
 from astro_dist.evaluation.streamed_model import StreamedModel
 from astro_dist.evaluation.tasks import TaskScore, require_harness, run_tasks, tasks_of
@@ -56,6 +57,7 @@ class Judgement:
         dtype: Dtype of the forward passes, such as "torch.float32".
         device: Kind of the device, "cpu" or "cuda".
         peak_rss_bytes: Largest resident memory of a process that judged, files that it mapped included, in bytes.
+        notes: Sentences for the user on what the figures are worth.
     """
 
     model: str
@@ -64,6 +66,7 @@ class Judgement:
     dtype: str
     device: str
     peak_rss_bytes: int
+    notes: Sequence[str] = ()
 
     def to_json(self) -> dict[str, Any]:
         """Return the judgement as a JSON object."""
@@ -132,4 +135,16 @@ def judge(name: str, request: JudgeRequest, settings: JudgeSettings, pool: Pool 
         dtype=str(model.dtype),
         device=model.device.type,
         peak_rss_bytes=(text.peak_rss_bytes if text else 0) or peak_rss_bytes(),
+        notes=_notes(name, request),
     )
+
+
+def _notes(name: str, request: JudgeRequest) -> list[str]:
+    """Say for which of the models the text is none that they have not seen."""
+    if request.text is None:
+        return []
+    return [
+        f"{model}: {note}" if request.against else note
+        for model in filter(None, (name, request.against))
+        if (note := calibration_note(model, request.text))
+    ]

@@ -17,7 +17,7 @@ __all__ = ["beside_line", "judgement_lines", "task_table"]
 
 
 def judgement_lines(judgement: "Judgement") -> list[str]:
-    """Describe how a model was judged, and its perplexity.
+    """Describe how a model was judged, its perplexity, and what that is worth.
 
     Args:
         judgement: What was found out.
@@ -28,7 +28,8 @@ def judgement_lines(judgement: "Judgement") -> list[str]:
         f"{judgement.model}, in {dtype} on {judgement.device}, block by block; most memory "
         f"{decimal(judgement.peak_rss_bytes)}{whose}"
     )
-    return [head, *(_text_lines(judgement.text) if judgement.text else [])]
+    notes = (f"note: {note}" for note in judgement.notes)
+    return [head, *(_text_lines(judgement.text) if judgement.text else []), *notes]
 
 
 def _text_lines(text: "TextLoss") -> list[str]:

@@ -93,7 +93,7 @@ def next_lines(summary: "Summary", root: Path, model: "ModelConfig") -> list[str
         "Next:",
         f"  astro-dist report {run}",
         f"  astro-dist try {run} 'The capital of France is'",
-        f"  astro-dist evaluate {run} --text FILE --against {original}",
+        f"  astro-dist evaluate {run} --text ANOTHER_TEXT --against {original}",
         f"  astro-dist verify {run}",
         f"  astro-dist publish {run} --repo ORG/NAME",
     ]

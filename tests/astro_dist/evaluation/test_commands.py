@@ -7,9 +7,12 @@ import sys
 from types import SimpleNamespace
 
 import pytest
+import yaml
 from rich.console import Console
 
 from astro_dist import cli
+from astro_dist.config.schema import TextSource
+from astro_dist.evaluation.calibrated_text import calibration_note
 from astro_dist.evaluation.words import task_table
 
 
@@ -61,6 +64,41 @@ def test_evaluate_refuses_what_it_cannot_do(run, llama, options, message):
     code, _, err = run("evaluate", llama, *options)
     assert code == 2
     assert message in err
+
+
+@pytest.mark.parametrize("name", ["run", "run/model"])
+def test_evaluate_says_that_the_run_was_calibrated_on_the_text(run, finished, tmp_path, monkeypatch, name):
+    (tmp_path / "text.txt").write_text("some words and more words " * 20)
+    (tmp_path / "run").symlink_to(finished)
+    config = yaml.safe_load((finished / "config.yaml").read_text())
+    config["calibration"]["source"] = str(tmp_path / "text.txt")
+    (finished / "config.yaml").write_text(yaml.safe_dump(config))
+    monkeypatch.chdir(tmp_path)
+    options = ("--window", 32, "--limit", 2)
+    _, out, _ = run("evaluate", name, "--text", "text.txt", *options)
+    note = "note: the run was calibrated on this text, so this flatters it; its hold-out figure is what `astro-dist"
+    assert f"{note} status {finished.resolve()}` shows" in " ".join(out.split())
+    (tmp_path / "other.txt").write_text("other words and more words " * 20)
+    assert "note: " not in run("evaluate", name, "--text", "other.txt", *options)[1]
+
+
+@pytest.mark.parametrize(
+    ("text", "is_same"),
+    [
+        ({"source": "org/text", "split": "train"}, True),
+        ({"source": "org/text", "split": "train", "subset": "en"}, True),
+        ({"source": "org/text", "split": "train", "subset": "de"}, False),
+        ({"source": "org/text", "split": "test"}, False),
+    ],
+)
+def test_a_dataset_is_the_text_of_calibration_by_name_subset_and_split(tmp_path, text, is_same):
+    texts = [{"source": "a.txt", "share": 0.5}, {"source": "org/text", "subset": "en", "share": 0.5}]
+    calibration = {"sources": texts, "holdout_samples": 0}
+    config = {"model": {"source": "org/model"}, "calibration": calibration, "output": {"dir": str(tmp_path)}}
+    (tmp_path / "config.yaml").write_text(yaml.safe_dump(config))
+    (tmp_path / "run.json").write_text("{}")
+    note = calibration_note(str(tmp_path), TextSource(**text, share=1.0))
+    assert (note is not None and "it held nothing out" in note) == is_same
 
 
 def test_compare_prints_a_table(run, finished, first_run, monkeypatch):

@@ -108,13 +108,14 @@ def test_status_of_a_finished_run_says_its_figures_and_what_is_next(run_config, 
     assert shown[3].endswith(" of the source")
     assert shown[4:6] == ["Next:", f"  astro-dist report {tmp_path / 'run'}"]
     judge = next(line for line in shown if "evaluate" in line)
-    assert judge == f"  astro-dist evaluate {tmp_path / 'run'} --text FILE --against {run_config().model.source}"
+    run, original = tmp_path / "run", run_config().model.source
+    assert judge == f"  astro-dist evaluate {run} --text ANOTHER_TEXT --against {original}"
 
 
 def test_the_original_to_judge_beside_has_its_revision_and_is_quoted(first_run):
     summary = read_summary(first_run / "summary.json")
     lines = next_lines(summary, Path("a run"), ModelConfig(source="org/model", revision="w 4"))
-    assert "  astro-dist evaluate 'a run' --text FILE --against 'org/model@w 4'" in lines
+    assert "  astro-dist evaluate 'a run' --text ANOTHER_TEXT --against 'org/model@w 4'" in lines
 
 
 def test_status_of_a_damaged_summary_still_says_the_rest(run_config, tmp_path):
