@@ -349,10 +349,10 @@ def _refuse_other_arithmetic(run: RunDirectory, dtype: torch.dtype, device: str)
     if before != str(dtype):
         raise ConfigError(
             f"{run.root}: this run was begun in {before} and would go on in {dtype} on this hardware; "
-            f"set execution.compute_dtype: {before.removeprefix('torch.')}, or choose another output.dir"
+            f"set execution.compute_dtype: {before.removeprefix('torch.')}, or choose another directory with --output"
         )
     if kind != device:
         raise ConfigError(
             f"{run.root}: this run was begun on {kind} and would go on on {device}; set execution.device: {kind}, wait "
-            "for such workers, or choose another output.dir"
+            "for such workers, or choose another directory with --output"
         )

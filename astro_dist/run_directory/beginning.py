@@ -37,12 +37,12 @@ def is_begun(run: RunDirectory, identity: Identity) -> bool:
         if not identity.is_same_run(begun):
             raise ConfigError(
                 f"{run.root}: holds another run ({identity.difference(begun)}); "
-                "choose another output.dir, or remove this one if it is not wanted. Only the version that began a "
-                "run can go on with it; a finished one can be verified and published by any"
+                "choose another directory with --output, or remove this one if it is not wanted. Only the "
+                "version that began a run can go on with it; a finished one can be verified and published by any"
             )
         return True
     if others or (run.root.exists() and not run.root.is_dir()):
-        raise ConfigError(f"{run.root}: exists and is not a run directory; choose another output.dir")
+        raise ConfigError(f"{run.root}: exists and is not a run directory; choose another one with --output")
     return False
 
 

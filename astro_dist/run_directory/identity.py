@@ -1,6 +1,7 @@
 """The identity of a run, which is the content of run.json."""
 
 import dataclasses
+import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Self
@@ -10,6 +11,16 @@ from astro_dist.run_directory.layout import RunLayout
 from astro_dist.run_directory.records import read_own_json
 
 __all__ = ["Identity", "begun_commit", "begun_texts", "read_identity"]
+
+_COUNT = re.compile(r"texts\.\d+\.(holdout_)?samples")
+_WORDS = {
+    "source_sha256": "SHA-256 of the source model's files",
+    "tokens_sha256": "SHA-256 of the calibration text's tokens",
+    "clips_sha256": "SHA-256 of the learned clips of inputs",
+    "commit": "commit of model.source",
+    "version": "version of astro-dist",
+}
+"""What the fields of run.json are that are no keys of a configuration."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -77,11 +88,12 @@ class Identity:
         ours = _flatten({name: value for name, value in here.items() if name != "key"})
         theirs = _flatten({name: there.get(name) for name in here if name != "key"})
         changed = [name for name in sorted({*theirs, *ours}) if theirs.get(name) != ours.get(name)]
-        if len(changed) > 1 and any(name.startswith("arithmetic.calibration.") for name in changed):
-            changed = [name for name in changed if name != "tokens_sha256"]  # the tokens follow from those settings
-        shown = [
-            f"{name.removeprefix('arithmetic.')}: {theirs.get(name)} there, {ours.get(name)} here" for name in changed
-        ]
+        # The number of sequences that a text gave follows from the settings, and so do the tokens where others differ.
+        changed = [name for name in changed if not _COUNT.fullmatch(name)]
+        if len(changed) > 1 and any(name.startswith(("arithmetic.calibration.", "texts.")) for name in changed):
+            changed = [name for name in changed if name != "tokens_sha256"]
+        num_texts = max(len(self.texts or ()), len(other.texts or ()))
+        shown = [f"{_in_words(name, num_texts)}: {theirs.get(name)} there, {ours.get(name)} here" for name in changed]
         return "; ".join(shown[:4]) or "of another kind"
 
 
@@ -138,6 +150,18 @@ def begun_texts(root: Path) -> dict[tuple[str, str | None], str]:
         return {}
     texts = (read_identity(root).texts or {}).values()
     return {(text["source"], text.get("revision")): text["commit"] for text in texts if text.get("commit")}
+
+
+def _in_words(name: str, num_texts: int) -> str:
+    """Name a field of run.json as the configuration names it; one that no key is of is described."""
+    section, _, rest = name.partition(".")
+    if section == "texts":
+        number, _, key = rest.partition(".")
+        place = "calibration" if num_texts == 1 else f"calibration.sources.{number}"
+        return f"commit of {place}.source" if key == "commit" else f"{place}.{key}"
+    if section == "asked":
+        return f"model.{rest}"
+    return rest if section == "arithmetic" else _WORDS.get(name, name)
 
 
 def _flatten(content: Any, prefix: str = "") -> dict[str, Any]:

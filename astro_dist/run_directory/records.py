@@ -142,7 +142,7 @@ class RunDirectory(RunLayout):
             self.journal.note("damaged", unit=unit, reason=f"record: {error}; the unit is redone")
             return None
         if record.key != self.key:
-            raise ConfigError(f"{self.record(unit)}: belongs to another run; choose another output.dir")
+            raise ConfigError(f"{self.record(unit)}: belongs to another run; choose another directory with --output")
         files = [file for file in record.files if not superseded or (self.root / file.name).exists()]
         damaged = next((file.name for file in files if not self._is_intact(file)), None)
         if damaged is None:

@@ -256,7 +256,7 @@ def test_output_folder_with_another_run(run, config):
     run("quantize", config)
     code, _, err = run("quantize", config, "--set", "quantization.bits=8")
     assert code == 2
-    assert "quantization.bits: 4 there, 8 here" in err
+    assert "(quantization.bits: 4 there, 8 here); choose another directory with --output" in err
 
 
 def test_failed_run_exits_with_one(run, config, monkeypatch):

@@ -183,7 +183,7 @@ def test_changed_source_is_another_run(run_config, llama):
     pipeline.quantize(run_config())
     content = json.loads((llama / "config.json").read_text())
     (llama / "config.json").write_text(json.dumps({**content, "rms_norm_eps": 1e-2}))
-    with pytest.raises(ConfigError, match="holds another run .*source_sha256"):
+    with pytest.raises(ConfigError, match="holds another run .*SHA-256 of the source model's files"):
         pipeline.quantize(run_config())
 
 

@@ -47,7 +47,7 @@ def test_a_run_keeps_the_commit_of_its_text(dataset, run_config, tmp_path, monke
     card = FinishedRun.open(tmp_path / "run").card(None).text
     assert f"[org/text](https://huggingface.co/datasets/org/text) (split `train`, commit `{first}`)" in card
     assert f"revision: {first}" in card
-    with pytest.raises(ConfigError, match=f"holds another run .*texts.0.commit: {first} there, {second} here"):
+    with pytest.raises(ConfigError, match=f"another run .*commit of calibration.source: {first} there, {second} here"):
         pipeline.quantize(run_config(calibration__source="org/text", calibration__revision=second))
 
 
