@@ -3,10 +3,11 @@
 Exit code 0 means done, 1 that the run failed, 2 that the input was wrong and nothing was started.
 """
 
+import inspect
 import io
 import sys
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Annotated
 
 import typer
@@ -14,7 +15,7 @@ import typer
 import astro
 from astro.errors import AstroError, InputError
 from astro_dist.commands.configuration import env, explain_config, init
-from astro_dist.commands.inspecting import inspect
+from astro_dist.commands.inspecting import inspect as inspect_model
 from astro_dist.commands.judging import compare, evaluate, try_prompt
 from astro_dist.commands.result import publish, report, status, verify
 from astro_dist.commands.run import plan, quantize, submit
@@ -27,16 +28,28 @@ __all__ = ["app", "main"]
 _EXAMPLES = """
 Examples:
 
-  astro-dist quantize meta-llama/Llama-3.1-8B --bits 4 --calibration texts.parquet
+  astro-dist quantize Qwen/Qwen3-8B --bits 4 --calibration texts.parquet
   astro-dist plan my-run.yaml --workers 8 --device h100
   astro-dist init ./my-model
 
 Documentation: README.md and configs/README.md of the repository; `astro-dist config` explains every key.
 """
 
+
+def _as_paragraphs(lines: Iterable[str]) -> str:
+    """Return text that keeps its lines, of which versions of typer keep all or join those of a paragraph."""
+    return "\n\n".join(line for line in lines if line)
+
+
+def _help_of(command: Callable[..., None]) -> str:
+    """Return a docstring whose paragraphs have no line breaks, so that they are wrapped at the terminal's width."""
+    paragraphs = inspect.cleandoc(command.__doc__ or "").split("\n\n")
+    return _as_paragraphs(paragraph.replace("\n", " ") for paragraph in paragraphs)
+
+
 app = typer.Typer(
     help="Quantize large language models on a Ray cluster: Astro + GPTQ, block by block.",
-    epilog=_EXAMPLES.strip().replace("\n", "\n\n"),
+    epilog=_as_paragraphs(_EXAMPLES.splitlines()),
     no_args_is_help=True,
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
@@ -54,14 +67,14 @@ _COMMANDS: dict[str, Callable[..., None]] = {
     "report": report,
     "verify": verify,
     "evaluate": evaluate,
-    "inspect": inspect,
+    "inspect": inspect_model,
     "train": train,
     "compare": compare,
     "try": try_prompt,
 }
 """The commands by name, in the order of `--help`."""
 for _name, _command in _COMMANDS.items():
-    app.command(_name)(_command)
+    app.command(_name, help=_help_of(_command))(_command)
 
 _FAILED, _WRONG_INPUT, _INTERRUPTED = 1, 2, 130
 

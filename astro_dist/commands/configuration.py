@@ -12,8 +12,10 @@ __all__ = ["env", "explain_config", "init"]
 
 
 def init(
-    model: Annotated[str, typer.Argument(help="Model: a folder, ORG/NAME on the Hub, or a URL.")],
-    file: Annotated[Path | None, typer.Argument(help="YAML file to write; NAME.yaml if none is given.")] = None,
+    model: Annotated[str, typer.Argument(help="Model: a folder, ORG/NAME on the Hub, or a URL.", metavar="MODEL")],
+    file: Annotated[
+        Path | None, typer.Argument(help="YAML file to write; NAME.yaml if none is given.", metavar="FILE")
+    ] = None,
 ) -> None:
     """Write a YAML file for a model, with a comment at each key and a group size that fits the model."""
     say_begin(model)
@@ -31,16 +33,19 @@ def init(
 
 
 def explain_config(
-    key: Annotated[str | None, typer.Argument(help="A key, e.g. quantization.bits, or a section.")] = None,
+    key: Annotated[
+        str | None, typer.Argument(help="A key, e.g. quantization.bits, or a section.", metavar="KEY")
+    ] = None,
     schema: Annotated[bool, typer.Option("--schema", help="Print the JSON schema of a YAML file.")] = False,
     training: Annotated[bool, typer.Option("--train", help="Keys of a file for `train`, not for `quantize`.")] = False,
+    explained: Annotated[str | None, typer.Option("--explain", hidden=True, help="The same as KEY.")] = None,
 ) -> None:
     """Explain a key of the YAML file; without a key, print all of them with their defaults."""
     from astro_dist.config.explanation import commented_defaults, explain, json_schema
     from astro_dist.config.schema import RunConfig
     from astro_dist.config.training import TrainConfig
 
-    kind = TrainConfig if training else RunConfig
+    kind, key = TrainConfig if training else RunConfig, key or explained
     if schema:
         print_json(json_schema(kind))
     else:

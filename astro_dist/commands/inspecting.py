@@ -14,7 +14,10 @@ __all__ = ["inspect"]
 
 def inspect(  # noqa: PLR0913 - every option is a parameter
     model: Annotated[
-        str, typer.Argument(help="Run directory, folder of a model, ORG/NAME\\[@REVISION] on the Hub, or a URL.")
+        str,
+        typer.Argument(
+            help="Run directory, folder of a model, ORG/NAME\\[@REVISION] on the Hub, or a URL.", metavar="MODEL"
+        ),
     ],
     against: Annotated[str | None, typer.Option(help="Show this model too, as the state before.")] = None,
     html: Annotated[Path | None, typer.Option(help="Also write a page with a chart of all layers.")] = None,

@@ -20,7 +20,8 @@ _HiddenGb = Annotated[float, typer.Option("--hidden-gb", help="Memory of each wo
 
 def evaluate(  # noqa: PLR0913 - every option is a parameter
     model: Annotated[
-        str, typer.Argument(help="Run directory, folder of a model, or ORG/NAME\\[@REVISION] on the Hub.")
+        str,
+        typer.Argument(help="Run directory, folder of a model, or ORG/NAME\\[@REVISION] on the Hub.", metavar="MODEL"),
     ],
     text: Annotated[
         str | None, typer.Option(help="Perplexity on this .parquet, .jsonl or .txt file, or dataset on the Hub.")
@@ -86,7 +87,7 @@ def _pool(workers: str | None, device: str) -> "AbstractContextManager[Pool | No
 
 
 def compare(
-    runs: Annotated[list[Path], typer.Argument(help="Run directories of finished runs.", metavar="RUN...")],
+    runs: Annotated[list[Path], typer.Argument(help="Run directories of finished runs.", metavar="RUN")],
     html: Annotated[Path | None, typer.Option(help="Also write a page with a chart of each figure.")] = None,
     as_json: AsJson = False,
 ) -> None:
@@ -109,8 +110,10 @@ def compare(
 
 
 def try_prompt(  # noqa: PLR0913 - every option is a parameter
-    model: Annotated[str, typer.Argument(help="Run directory of a finished run; another model needs --against.")],
-    prompt: Annotated[str, typer.Argument(help="Text to continue.")],
+    model: Annotated[
+        str, typer.Argument(help="Run directory of a finished run; another model needs --against.", metavar="MODEL")
+    ],
+    prompt: Annotated[str, typer.Argument(help="Text to continue.", metavar="PROMPT")],
     tokens: Annotated[int, typer.Option(min=1, help="Largest number of new tokens.")] = 60,
     against: Annotated[str | None, typer.Option(help="The original; without it the source of the run.")] = None,
     chat: Annotated[bool, typer.Option("--chat", help="The prompt is a message in the model's chat template.")] = False,

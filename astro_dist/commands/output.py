@@ -12,7 +12,6 @@ from astro_dist.console import say
 
 __all__ = [
     "AsJson",
-    "Assignments",
     "Device",
     "Dtype",
     "Trust",
@@ -25,11 +24,6 @@ __all__ = [
 
 AsJson = Annotated[bool, typer.Option("--json", help="One JSON object on stdout and nothing else.")]
 """The option of a command that programs call too."""
-Assignments = Annotated[
-    list[str] | None,
-    typer.Option("--set", help="Override a value: section.key=value. Repeatable.", metavar="KEY=VALUE"),
-]
-"""The option of a command that takes a configuration."""
 Device = Annotated[str, typer.Option(help="cpu, cuda, or auto for a GPU where there is one.")]
 """The option of a command that passes text through a model."""
 Dtype = Annotated[str, typer.Option(help="Dtype of forward passes; auto for the model's own.")]

@@ -18,7 +18,7 @@ _WATCH_S = 2.0
 
 
 def status(
-    run: Annotated[Path, typer.Argument(help="Run directory (output.dir), or the model in it.")],
+    run: Annotated[Path, typer.Argument(help="Run directory (output.dir), or the model in it.", metavar="RUN")],
     watch: Annotated[bool, typer.Option("--watch", help="Show it again every two seconds until the run ends.")] = False,
     as_json: AsJson = False,
 ) -> None:
@@ -43,7 +43,7 @@ def status(
 
 
 def publish(
-    run: Annotated[Path, typer.Argument(help="Run directory (output.dir) of a finished run.")],
+    run: Annotated[Path, typer.Argument(help="Run directory (output.dir) of a finished run.", metavar="RUN")],
     repo: Annotated[str, typer.Option(help="ORG/NAME of the repository on the Hub.", metavar="ORG/NAME")],
     revision: Annotated[str | None, typer.Option(help="Branch instead of main.")] = None,
     pull_request: Annotated[bool, typer.Option("--pull-request", help="Open a pull request.")] = False,
@@ -76,7 +76,10 @@ def report(run: Annotated[Path, typer.Argument(help="Run directory (output.dir).
 
 def verify(
     model: Annotated[
-        str, typer.Argument(help="Folder of a quantized model or of its run, or ORG/NAME\\[@REVISION] on the Hub.")
+        str,
+        typer.Argument(
+            help="Folder of a quantized model or of its run, or ORG/NAME\\[@REVISION] on the Hub.", metavar="MODEL"
+        ),
     ],
     against: Annotated[str | None, typer.Option(help="The source it was made from: also each layer's error.")] = None,
     show_all: Annotated[bool, typer.Option("--all", help="Show every layer's error, not the ten largest.")] = False,

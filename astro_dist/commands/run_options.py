@@ -8,7 +8,7 @@ from typing import Annotated, Any
 
 import typer
 
-from astro_dist.commands.output import Assignments, say_begin
+from astro_dist.commands.output import say_begin
 from astro_dist.console import waiting_for
 
 __all__ = ["takes_run"]
@@ -26,8 +26,26 @@ _GroupSize = Annotated[
     typer.Option(help="Columns that share a scale; -1 is one scale a row. Of a MODEL: 128, 64 or 32, what fits."),
 ]
 _Output = Annotated[Path | None, typer.Option(help="Run directory. Of a MODEL: runs/NAME-w4g128 and the like.")]
-_Calibration = Annotated[str | None, typer.Option(help="Text to calibrate on.")]
-_Mode = Annotated[str | None, typer.Option(help="blocks, all blocks in parallel; or sequential.")]
+_Calibration = Annotated[
+    str | None,
+    typer.Option(
+        help="Text to calibrate on: a .parquet, .jsonl, .jsonl.gz or .txt file, or a dataset on the Hub; python-docs, "
+        "which Python ships, if nothing says otherwise."
+    ),
+]
+_Mode = Annotated[
+    str | None,
+    typer.Option(help="blocks, all blocks in parallel; or sequential. It is blocks if nothing says otherwise."),
+]
+_Assignments = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--set",
+        help="Set a key of the configuration, such as calibration.samples=32; `astro-dist config` lists them. "
+        "Repeatable.",
+        metavar="KEY=VALUE",
+    ),
+]
 
 
 def takes_run(command: Callable[..., None]) -> Callable[..., None]:
@@ -48,7 +66,7 @@ def takes_run(command: Callable[..., None]) -> Callable[..., None]:
         command(config, **options)
 
     shared = {"target": _Target, "bits": _Bits, "group_size": _GroupSize, "output": _Output}
-    shared |= {"calibration": _Calibration, "mode": _Mode, "assignments": Assignments}
+    shared |= {"calibration": _Calibration, "mode": _Mode, "assignments": _Assignments}
     signature = inspect.signature(command)
     keyword = inspect.Parameter.KEYWORD_ONLY
     first = [

@@ -5,14 +5,23 @@ from typing import Annotated
 
 import typer
 
-from astro_dist.commands.output import AsJson, Assignments, print_json, say_begin, say_lines
+from astro_dist.commands.output import AsJson, print_json, say_begin, say_lines
 
 __all__ = ["train"]
 
+_Assignments = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--set",
+        help="Set a key, such as optimization.steps=1000; `astro-dist config --train` lists them. Repeatable.",
+        metavar="KEY=VALUE",
+    ),
+]
+
 
 def train(
-    config: Annotated[Path, typer.Argument(help="YAML file that describes the training.")],
-    assignments: Assignments = None,
+    config: Annotated[Path, typer.Argument(help="YAML file that describes the training.", metavar="CONFIG")],
+    assignments: _Assignments = None,
     as_json: AsJson = False,
 ) -> None:
     """Train a model without outlier channels in its activations, or go on from the last checkpoint."""

@@ -401,6 +401,20 @@ def test_plan_refuses_what_a_run_would_refuse(run, config, tmp_path, assignment,
     assert message in error
 
 
+def test_help_wraps_paragraphs_at_the_width_and_says_defaults(run, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "200")
+    out = run("plan", "--help")[1]
+    assert "a note says where the calibration text is not on this machine." in out
+    for words in ("such as calibration.samples=32; `astro-dist config` lists them", "python-docs", "It is blocks if"):
+        assert words in " ".join(out.replace("│", " ").split())
+
+
+@pytest.mark.parametrize("key", ["execution.mode", "quantization"])
+def test_a_key_may_be_asked_for_with_an_option(run, key):
+    assert run("config", "--explain", key) == run("config", key)
+    assert "--explain" not in run("config", "--help")[1]
+
+
 def test_help_shows_how_to_name_a_revision(run):
     assert "ORG/NAME[@REVISION]" in run("verify", "--help")[1]
 
@@ -422,11 +436,14 @@ def test_characters_that_the_terminal_lacks_do_not_end_a_run_that_is_done(first_
 
 
 @pytest.mark.parametrize("flag", ["-h", "--help"])
-def test_help_ends_with_examples_and_the_documentation(run, flag):
+def test_help_ends_with_examples_and_the_documentation(run, monkeypatch, flag):
+    monkeypatch.setenv("COLUMNS", "80")
     code, out, _ = run(flag)
+    shown = "\n".join(line.rstrip() for line in out.splitlines()).strip()
     assert code == 0
-    assert "astro-dist quantize meta-llama/Llama-3.1-8B --bits 4" in out
+    assert "astro-dist quantize Qwen/Qwen3-8B --bits 4 --calibration texts.parquet\n" in shown
     assert "configs/README.md" in out
+    assert "\n\n\n" not in shown
 
 
 def test_a_model_is_quantized_in_one_line(run, llama, tmp_path):
