@@ -170,7 +170,7 @@ class Quantization(SolverSettings):
     """What is asked for: which grid the weights go to, how they are rounded and which file layout holds them."""
 
     bits: int | Literal["auto"] = 4
-    """Width of one weight: 2, 3, 4 or 8. `auto` spends `average_bits` where the measured layer errors say."""
+    """Width of one weight: 2, 3, 4, 8 or `auto`, which spends `average_bits` where the measured layer errors say."""
     average_bits: float | None = None
     """With `bits: auto`: the largest mean width over all quantized weights. Scales are not counted."""
     bit_choices: tuple[int, ...] = BITS
@@ -190,7 +190,8 @@ class Quantization(SolverSettings):
     """What is different for layers whose name matches a shell pattern; of several that match, the last wins."""
 
     def __post_init__(self) -> None:
-        _require_grid(None if self.bits == "auto" else self.bits, self.group_size)
+        _require(self.bits == "auto" or self.bits in BITS, f"bits: expected 2, 3, 4, 8 or auto, got {self.bits}")
+        _require_grid(None, self.group_size)
         self._check_budget()
         asymmetric = not self.symmetric or any(override.symmetric is False for override in self.overrides.values())
         _require(not (asymmetric and self.format == "gptq"), "format: gptq wants symmetric: true")

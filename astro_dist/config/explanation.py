@@ -44,7 +44,7 @@ _SENTENCE = re.compile(r"(?<=[.])\s(?=[A-Z`])")
 
 
 _KINDS = {
-    int: "a whole number", float: "a number", bool: "true or false", tuple: "a list", dict: "a mapping", Path: "a path",
+    int: "a whole number", float: "a number", tuple: "a list", dict: "a mapping", Path: "a path",
 }  # fmt: skip
 _REQUIRED = object()
 
@@ -90,7 +90,8 @@ def commented_yaml(
         docs = _docs(sections[section])
         lines.append(f"{section}:")
         for key, value in values.items():
-            comment = textwrap.wrap(_summary(docs[key]), _WIDTH, initial_indent="  # ", subsequent_indent="  # ")
+            text = f"{_summary(docs[key])}{_open_choices(fields_of(sections[section])[key], docs[key])}"
+            comment = textwrap.wrap(text, _WIDTH, initial_indent="  # ", subsequent_indent="  # ")
             lines += [*comment, f"  {key}:{'' if value is None else f' {_inline(value)}'}"]
     return "\n".join([*lines, ""])
 
@@ -173,13 +174,29 @@ def _inline(value: Any) -> str:
 
 def _in_words(kind: Any) -> str:
     """The values that a key can have."""
+    *others, last = [word for part in _kinds(kind) for word in _values(part)]
+    return " or ".join(filter(None, (", ".join(others), last)))
+
+
+def _open_choices(kind: Any, doc: str) -> str:
+    """The values to choose from in brackets, where the first sentence does not name them all."""
+    choices = [word for part in _kinds(kind) if typing.get_origin(part) is typing.Literal for word in _values(part)]
+    summary = _summary(doc)
+    is_named = all(re.search(rf"\b{choice}\b" if choice.isdigit() else f"`{choice}`", summary) for choice in choices)
+    return "" if is_named else f" ({_in_words(kind)})"
+
+
+def _kinds(kind: Any) -> list[Any]:
+    """The types of a union without the limits that they are annotated with, or the only type."""
     parts = typing.get_args(kind) if typing.get_origin(kind) in (typing.Union, types.UnionType) else (kind,)
-    return " or ".join(word for part in parts for word in _values(part))
+    return [typing.get_args(part)[0] if typing.get_origin(part) is typing.Annotated else part for part in parts]
 
 
 def _values(kind: Any) -> list[str]:
     if typing.get_origin(kind) is typing.Literal:
         return [str(choice) for choice in typing.get_args(kind)]
+    if kind is bool:
+        return ["true", "false"]
     if kind is type(None):
         return ["nothing"]
     return [_KINDS.get(typing.get_origin(kind) or kind, "text")]

@@ -107,12 +107,15 @@ def _checked(schema: type[_Schema], content: dict[str, Any], assignments: Sequen
         ) from error
     if complaints:
         of_content = _complaints(schema, content)
-        assigned = ", ".join(assignment.partition("=")[0] for assignment in assignments or [])
+        keys = [assignment.partition("=")[0].strip() for assignment in assignments or []]
+        # Of several assignments the one is named that is wrong, if only one is.
+        named = [text for text in complaints if text not in of_content and text.partition(":")[0] in keys]
         by_origin = {
-            origin: [complaint for complaint in complaints if complaint in of_content],
-            f"{origin} with {assigned}": [text for text in complaints if text not in of_content],
+            f"{origin}: ": [text for text in complaints if text in of_content],
+            f"{origin} with ": named,
+            f"{origin} with {', '.join(keys)}: ": [text for text in complaints if text not in (*of_content, *named)],
         }
-        raise ConfigError("; ".join(f"{origin}: {'; '.join(texts)}" for origin, texts in by_origin.items() if texts))
+        raise ConfigError("; ".join(f"{origin}{'; '.join(texts)}" for origin, texts in by_origin.items() if texts))
     return schema.model_validate(assigned_content)
 
 

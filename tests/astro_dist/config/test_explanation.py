@@ -24,6 +24,8 @@ def test_every_key_is_explained_in_sentences(key):
 def test_a_key_shows_its_values_and_its_default():
     assert explain("quantization.bits").startswith("quantization.bits (a whole number or auto; default 4)\n")
     assert explain("execution.mode").startswith("execution.mode (blocks or sequential; default blocks)\n")
+    assert explain("calibration.chunk_samples").startswith("calibration.chunk_samples (a whole number or auto; default")
+    assert explain("calibration.token_weights").startswith("calibration.token_weights (loss, norm or none; default lo")
     assert explain("model.source").startswith("model.source (text; it must be given)\n")
     assert explain("quantization.overrides").startswith("quantization.overrides (a mapping; default {})\n")
 
@@ -51,6 +53,23 @@ def test_commented_defaults_are_the_defaults():
     shown = yaml.safe_load(commented_defaults())
     assert RunConfig.model_validate(shown).plain() == shown
     assert [f"{section}.{key}" for section, keys in shown.items() for key in keys] == KEYS
+
+
+@pytest.mark.parametrize(
+    ("key", "comment"),
+    [
+        ("mode", "  # The order of the blocks. (blocks or sequential)"),
+        ("workers", "  # The number of workers. (a whole number or auto)"),
+        ("compute_dtype", " activations. (auto, float32, bfloat16 or float16)"),
+        ("track", "none. (trackio, wandb, mlflow or nothing)"),
+        ("method", "nearest."),  # the sentence names both
+        ("source", "the quickstart."),
+    ],
+)
+def test_choices_that_a_comment_does_not_name_follow_it(key, comment):
+    lines = commented_defaults().splitlines()
+    place = next(number for number, line in enumerate(lines) if line.startswith(f"  {key}:"))
+    assert lines[place - 1].endswith(comment)
 
 
 def test_starting_file_keeps_what_was_set():

@@ -40,7 +40,7 @@ def test_resolved_config_reads_back_the_same(write):
         (MINIMAL + "regularizer: {gamma: 3}", "unknown key regularizer.gamma; known here: name, beta"),
         (MINIMAL + "quantization: {odd_widths: keep}", r"key quantization.odd_widths \(it is called indivisible now\)"),
         (MINIMAL + "excution: {}", r"unknown key excution \(did you mean execution\?\)"),
-        (MINIMAL + "quantization: {bits: 5}", "quantization.bits: expected 2, 3, 4 or 8, got 5"),
+        (MINIMAL + "quantization: {bits: 5}", "quantization.bits: expected 2, 3, 4, 8 or auto, got 5"),
         (
             "model: {source: x, name: llama}\noutput: {dir: r}",
             "model.name: expected ORG/NAME of a model on the Hub, got 'llama'",

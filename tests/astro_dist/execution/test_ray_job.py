@@ -101,7 +101,7 @@ def test_plain_ray_job_quantizes_and_passes_a_failure_through(server, config, tm
     assert json.loads((tmp_path / "run" / "summary.json").read_text())["units"]["blocks"] == 3
     wrong = subprocess.run([*submit, "--set", "quantization.bits=5"], env=environment, cwd=ROOT, capture_output=True)
     assert wrong.returncode == 1
-    assert b"bits: expected 2, 3, 4 or 8" in wrong.stdout
+    assert b"bits: expected 2, 3, 4, 8 or auto" in wrong.stdout
 
 
 @on_cluster

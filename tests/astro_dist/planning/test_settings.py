@@ -46,15 +46,15 @@ def test_a_file_is_read_and_options_win_over_it(llama, tmp_path):
     [
         ("nothing", {}, "nothing: there is no such file or folder; give the YAML file of a run, or a model"),
         ("nothing.yaml", {}, "nothing.yaml: no such configuration file"),
-        ("a/b", {"bits": 5}, "a/b with quantization.bits: quantization.bits: expected 2, 3, 4 or 8, got 5"),
-        ("a/b", {"mode": "fast"}, "execution.mode: expected 'blocks' or 'sequential', got 'fast'"),
+        ("a/b", {"bits": 5, "mode": "blocks"}, "a/b with quantization.bits: expected 2, 3, 4, 8 or auto, got 5"),
+        ("a/b", {"mode": "fast"}, "a/b with execution.mode: expected 'blocks' or 'sequential', got 'fast'"),
         ("/nowhere/model", {}, "/nowhere/model: no such folder"),
     ],
 )
 def test_what_is_wrong_is_said(target, keys, message):
     with pytest.raises(InputError) as error:
         run_config(target, **keys)
-    assert message in str(error.value)
+    assert str(error.value).startswith(message)
 
 
 def test_an_unknown_key_of_a_program_is_an_error_of_the_program():
