@@ -148,7 +148,7 @@ def inspect_model(name: str, request: InspectRequest, settings: JudgeSettings) -
     require_documents(request.text, "--text")
     configure_process(torch.get_num_threads())
     model = StreamedModel(find_model(name), settings)
-    before = StreamedModel(find_model(request.against), settings) if request.against else None
+    before = StreamedModel(find_model(request.against), settings, "--against") if request.against else None
     rows = read_documents(request.text, "--text")
     text = cut_windows(request.text.source, rows, model.tokenizer, WindowCut(request.window, request.limit))
     for each in filter(None, (model, before)):

@@ -121,7 +121,8 @@ def judge(name: str, request: JudgeRequest, settings: JudgeSettings, pool: Pool 
         settings.require_device()
     else:
         settings = pool.settle(settings)
-    model, against = StreamedModel(source, settings), StreamedModel(other, settings) if other else None
+    model = StreamedModel(source, settings)
+    against = StreamedModel(other, settings, "--against") if other else None
     text = None
     if request.text is not None:
         cut = WindowCut(request.window, request.limit, request.leads_each)

@@ -27,6 +27,7 @@ from astro_dist.evaluation.free_memory import available_bytes
 from astro_dist.evaluation.judge_settings import JudgeSettings
 from astro_dist.source.long_wait import LongWait
 from astro_dist.source.resolve import Source
+from astro_dist.wording import counted
 
 __all__ = ["StreamedModel", "result_of"]
 
@@ -70,12 +71,14 @@ class StreamedModel:
         num_readings: Number of times that the blocks were read so far.
     """
 
-    def __init__(self, source: Source, settings: JudgeSettings) -> None:
+    def __init__(self, source: Source, settings: JudgeSettings, option: str = "") -> None:
         """Read the headers and the tokenizer of a model.
 
         Args:
             source: Where the files of the model are.
             settings: Device, dtype and limits.
+            option: Option that names the model, such as "--against", for lines that say how far it is; empty for the
+                model that a command is about.
 
         Raises:
             InputError: The model cannot be read, or its blocks cannot be run one by one.
@@ -94,7 +97,7 @@ class StreamedModel:
             ranks = self._weights.correction_ranks.values()
             _log.info("%s: its adapter corrects %d layers, with ranks up to %d", self.name, len(ranks), max(ranks))
         self.num_readings = 0
-        self._settings = settings
+        self._settings, self._option = settings, option
         self._token_bytes = rehearse(skeleton) * self.dtype.itemsize
         self._num_outputs: int | None = None
         self._is_kept = False
@@ -199,7 +202,8 @@ class StreamedModel:
             What the last block makes of each batch, on the CPU [B, T, ...].
         """
         states, calls = self._embedded(batches)
-        wait = LongWait(f"{self.name}: through", len(self.skeleton.blocks), f"blocks, {len(batches)} batches each")
+        name, batch_count = f"{self._option} {self.name}".strip(), counted(len(batches), "batch", "batches")
+        wait = LongWait(f"{name}: through", len(self.skeleton.blocks), f"blocks with {batch_count}")
         self.num_readings += not self._is_kept
         for index, block in enumerate(self.skeleton.blocks):
             if not self._is_kept:

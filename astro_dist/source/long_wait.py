@@ -44,5 +44,10 @@ class LongWait:
         now = time.monotonic()
         if now - self._said >= _EVERY_S:
             self._said = now
-            of_total = "" if self._total is None else f" of {self._total:.1f}"
-            _log.info("%s %.1f%s %s", self._what, done, of_total, self._unit)
+            of_total = "" if self._total is None else f" of {_amount(self._total)}"
+            _log.info("%s %s%s %s", self._what, _amount(done), of_total, self._unit)
+
+
+def _amount(number: float) -> str:
+    """Write a whole number of things as it is, and an amount with one decimal place."""
+    return str(number) if isinstance(number, int) else f"{number:.1f}"

@@ -14,6 +14,7 @@ from astro_dist import cli
 from astro_dist.config.schema import TextSource
 from astro_dist.evaluation.calibrated_text import calibration_note
 from astro_dist.evaluation.words import task_table
+from astro_dist.source import long_wait
 
 
 @pytest.fixture
@@ -64,6 +65,17 @@ def test_evaluate_refuses_what_it_cannot_do(run, llama, options, message):
     code, _, err = run("evaluate", llama, *options)
     assert code == 2
     assert message in err
+
+
+@pytest.mark.parametrize("command", ["evaluate", "inspect"])
+def test_progress_counts_whole_blocks_and_says_which_of_two_models_it_is(run, finished, llama, monkeypatch, command):
+    monkeypatch.setattr(long_wait, "_EVERY_S", 0.0)
+    text = finished.parent / "text.txt"
+    text.write_text("some words and more words " * 20)
+    _, _, err = run(command, finished, "--against", llama, "--text", text, "--window", 32, "--limit", 2)
+    lines = [line.partition("] ")[2] for line in err.splitlines()]
+    assert f"--against {llama}: through 2 of 3 blocks with 1 batch" in lines
+    assert f"{finished}/model: through 2 of 3 blocks with 1 batch" in lines
 
 
 @pytest.mark.parametrize("name", ["run", "run/model"])
