@@ -71,6 +71,10 @@ def figure_lines(summary: "Summary", source: str = "") -> list[str]:
     mean = f"; {summary.average_bits:.3g} bits a quantized weight on average" if summary.widths_by else ""
     inputs = f"; servers are told to round inputs: {summary.inputs}" if summary.inputs else ""
     lines.append(f"{decimal(summary.bytes_written)} written, {share} of the source{mean}{inputs}")
+    tried = sum(summary.betas.values())
+    if tried:
+        helped = tried - summary.betas.get("0", 0)
+        lines.append(f"Regularized before they were rounded: {helped} of {tried} groups of layers")
     if summary.corrections is not None:
         words = summary.corrections.in_words
         lines.append(f"{words[0].upper()}{words[1:]}. They are the adapter that servers have to load too")

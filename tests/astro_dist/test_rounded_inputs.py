@@ -26,7 +26,7 @@ def test_what_inputs_are_is_said_everywhere(run):
     assert "4 bits, group size -1, inputs int8 per token, format" in settings_line(run.config)
     summary = json.loads((run.run.root / "summary.json").read_text())
     assert summary["inputs"] == run.summary.inputs == "int8 per token"
-    assert figure_lines(run.summary)[-1].endswith("servers are told to round inputs: int8 per token")
+    assert figure_lines(run.summary)[-2].endswith("servers are told to round inputs: int8 per token")
     assert "inputs int8 per token" in headline(Findings.read(run.run.root))
     card = run.card("org/model")
     assert "bits a weight, their inputs to int8 per token, by astro-dist" in card.text

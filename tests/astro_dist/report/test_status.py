@@ -106,7 +106,8 @@ def test_status_of_a_finished_run_says_its_figures_and_what_is_next(run_config, 
     assert shown[1].startswith(f"Hold-out perplexity {summary.perplexity.original:.3f} → ")
     assert shown[2] == summary.perplexity.divergence_in_words
     assert shown[3].endswith(" of the source")
-    assert shown[4:6] == ["Next:", f"  astro-dist report {tmp_path / 'run'}"]
+    assert shown[4] == f"Regularized before they were rounded: {12 - summary.betas.get('0', 0)} of 12 groups of layers"
+    assert shown[5:7] == ["Next:", f"  astro-dist report {tmp_path / 'run'}"]
     judge = next(line for line in shown if "evaluate" in line)
     run, original = tmp_path / "run", run_config().model.source
     assert judge == f"  astro-dist evaluate {run} --text ANOTHER_TEXT --against {original}"
