@@ -1,10 +1,11 @@
 """Finished runs beside each other: what each of them cost, and what it lost."""
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+from astro.activation_config import Activations
 from astro.quantization.layer_record import LayerRecord
 from astro_dist.export.finished_run import FinishedRun
 from astro_dist.run_directory.layout import RunLayout
@@ -24,6 +25,7 @@ class RunFigures:
         base: Name of the model that was quantized.
         bits: Mean number of bits of a quantized weight, without scales.
         group_size: Number of columns that share a scale; -1 for whole rows.
+        also_rounded: What servers round besides weights, such as "inputs int8 per token"; empty where nothing.
         mode: Mode of the run, and its number of rounds where there are several.
         size_bytes: Size of the result.
         share: Size of the result, as a share of the source.
@@ -42,6 +44,7 @@ class RunFigures:
     base: str
     bits: float
     group_size: int
+    also_rounded: str
     mode: str
     size_bytes: int
     share: float
@@ -107,6 +110,7 @@ def _figures(root: Path) -> RunFigures:
         base=summary.base_model.name or config.model.source,
         bits=summary.average_bits,
         group_size=config.quantization.group_size,
+        also_rounded=", ".join(_also_rounded(config.activations)),
         mode=f"{config.execution.mode}{f' × {rounds}' if rounds > 1 else ''}",
         size_bytes=summary.bytes_written,
         share=summary.bytes_written / summary.bytes_read,
@@ -120,6 +124,13 @@ def _figures(root: Path) -> RunFigures:
         tokens_sha256=finished.identity.tokens_sha256,
         version=finished.identity.version,
     )
+
+
+def _also_rounded(activations: Activations) -> Iterator[str]:
+    if activations.in_words:
+        yield f"inputs {activations.in_words}"
+    if activations.rounds_cache:
+        yield "FP8 cache"
 
 
 def _last_layers(finished: FinishedRun) -> list[LayerRecord]:

@@ -13,7 +13,7 @@ from astro_dist.wording import nats, percent
 
 __all__ = ["comparison_rows", "comparison_tables", "run_names"]
 
-_MODEL = "model"
+_MODEL, _ALSO_ROUNDED = "model", "also rounded"
 _GAP = 2
 """Characters between two columns of a table, and at its two ends together."""
 
@@ -29,13 +29,15 @@ def run_names(comparison: Comparison) -> list[str]:
 
 
 def comparison_rows(comparison: Comparison) -> Iterator[tuple[str, list[str]]]:
-    """Return the title of each row, and its cells, one for each run.
+    """Return the title of each row, and its cells, one for each run. What no run rounds besides weights is no row.
 
     Args:
         comparison: Figures of the runs.
     """
+    is_rounded = any(run.also_rounded for run in comparison.runs)
     for title, cell in _ROWS.items():
-        yield title, [cell(run) for run in comparison.runs]
+        if is_rounded or title != _ALSO_ROUNDED:
+            yield title, [cell(run) for run in comparison.runs]
 
 
 def comparison_tables(comparison: Comparison, width: int) -> list[Table]:
@@ -102,6 +104,7 @@ _ROWS: dict[str, Callable[[RunFigures], str]] = {
     _MODEL: lambda run: run.base,
     "bits": lambda run: f"{run.bits:.3g}",
     "group size": lambda run: "rows" if run.group_size == -1 else str(run.group_size),
+    _ALSO_ROUNDED: lambda run: run.also_rounded or "-",
     "mode": lambda run: run.mode,
     "size": lambda run: f"{decimal(run.size_bytes)} ({percent(run.share)})",
     "perplexity": _perplexity,

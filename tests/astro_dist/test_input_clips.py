@@ -19,6 +19,7 @@ from astro.training_config import ActivationRegularization
 from astro_dist import pipeline
 from astro_dist.config.training import TrainConfig
 from astro_dist.evaluation.block_weights import BlockWeights
+from astro_dist.evaluation.comparison import compare_runs
 from astro_dist.export.adapter_file import ADAPTER_WEIGHTS
 from astro_dist.export.finished_run import FinishedRun
 from astro_dist.export.input_scales import INPUT_SCALES_NAME
@@ -226,6 +227,7 @@ def test_what_inputs_are_is_said(run_config, clips):
     )
     run = FinishedRun.open(model_of(pipeline.quantize(config)).parent)
     assert run.summary.inputs == "int4 between learned clips"
+    assert compare_runs([run.run.root]).runs[0].also_rounded == "inputs int4 between learned clips"
     card = run.card("org/model")
     assert f"| int4 between learned clips, a pair for each layer, in {INPUT_SCALES_NAME} |" in card.text
     assert "No server has kernels for inputs between learned clips." in card.text

@@ -8,6 +8,7 @@ import torch
 import transformers
 
 from astro_dist import pipeline
+from astro_dist.evaluation.comparison import compare_runs
 from astro_dist.export.finished_run import FinishedRun
 from astro_dist.report.command_output import figure_lines, settings_line
 from astro_dist.report.findings import Findings
@@ -27,6 +28,7 @@ def test_what_inputs_are_is_said_everywhere(run):
     summary = json.loads((run.run.root / "summary.json").read_text())
     assert summary["inputs"] == run.summary.inputs == "int8 per token"
     assert figure_lines(run.summary)[-2].endswith("servers are told to round inputs: int8 per token")
+    assert compare_runs([run.run.root]).runs[0].also_rounded == "inputs int8 per token"
     assert "inputs int8 per token" in headline(Findings.read(run.run.root))
     card = run.card("org/model")
     assert "bits a weight, their inputs to int8 per token, by astro-dist" in card.text
@@ -72,6 +74,7 @@ def test_transformers_rounds_inputs_too(run, tmp_path):
 def test_the_card_says_with_what_it_was_measured(run_config, tmp_path):
     config = run_config(activations__bits=8, activations__kv_cache="fp8")
     pipeline.quantize(config)
+    assert compare_runs([config.output.dir]).runs[0].also_rounded == "inputs int8 per token, FP8 cache"
     text = FinishedRun.open(config.output.dir).card("org/model").text
     assert "with inputs rounded to int8 per token and keys and values rounded as in an FP8 cache." in text
     assert "relative error is ‖ŴX̂ − WX‖² / ‖WX‖², X̂ the inputs as they are rounded, on the calibration" in text

@@ -34,6 +34,13 @@ def test_page_holds_the_table_and_a_bar_of_every_figure(finished, tmp_path):
     assert page.count('class="bar"') == 2 + 3 * 2  # one of the runs measured no perplexity
 
 
+def test_what_servers_round_besides_weights_is_told_if_any_run_has_it(finished):
+    (run,) = compare_runs([finished]).runs
+    assert "also rounded" not in dict(comparison_rows(Comparison([run, run], [])))
+    other = dataclasses.replace(run, also_rounded="inputs int8 per token")
+    assert dict(comparison_rows(Comparison([run, other], [])))["also rounded"] == ["-", "inputs int8 per token"]
+
+
 def test_runs_of_one_name_are_told_apart(finished):
     (run,) = compare_runs([finished]).runs
     runs = [dataclasses.replace(run, run=f"/{folder}/run") for folder in "ab"]
