@@ -6,7 +6,7 @@ from collections.abc import Iterable, Mapping
 from astro.errors import ConfigError
 from astro_dist.config.execution import ExecutionConfig
 
-__all__ = ["count_note", "foretold_workers", "local_workers", "machine_cpus", "places", "runs_here"]
+__all__ = ["count_note", "foretold_workers", "gpus_here", "local_workers", "machine_cpus", "places", "runs_here"]
 
 
 def places(nodes: Iterable[Mapping[str, float]], threads: int, has_gpus: bool) -> int:
@@ -53,6 +53,17 @@ def runs_here(execution: ExecutionConfig, has_gpus: bool) -> bool:
     return not has_gpus and execution.cluster_address is None
 
 
+def gpus_here(execution: ExecutionConfig) -> int:
+    """Return the number of GPUs that a private cluster has: those of this machine; 0 where the cluster is another.
+
+    Args:
+        execution: Configuration of workers and cluster.
+    """
+    import torch
+
+    return torch.cuda.device_count() if execution.cluster_address is None else 0
+
+
 def foretold_workers(execution: ExecutionConfig, has_gpus: bool) -> int:
     """Return how many workers a run will start, or 1 where only its cluster will tell.
 
@@ -67,10 +78,11 @@ def foretold_workers(execution: ExecutionConfig, has_gpus: bool) -> int:
         return execution.workers
     if execution.executor == "local":
         return local_workers(execution)
-    if not runs_here(execution, has_gpus):
+    gpus = gpus_here(execution) if has_gpus else 0
+    if not runs_here(execution, has_gpus) and not gpus:
         return 1
     cpus = machine_cpus(execution)
-    count = places([{"CPU": cpus}], execution.cpu_threads, has_gpus=False)
+    count = places([{"CPU": cpus, "GPU": gpus}], execution.cpu_threads, has_gpus)
     if not count:
         raise ConfigError(
             f"execution.threads_per_worker: {execution.cpu_threads}, but this machine has {cpus} CPUs, not enough for "
@@ -87,5 +99,7 @@ def count_note(execution: ExecutionConfig, has_gpus: bool) -> str | None:
         has_gpus: Whether each worker has a GPU.
     """
     if execution.workers != "auto" or execution.executor == "local" or runs_here(execution, has_gpus):
+        return None
+    if has_gpus and gpus_here(execution):
         return None
     return "planned for one worker; execution.workers: auto takes all that the cluster has room for (--workers N)"

@@ -1,6 +1,9 @@
 """One rule says how many workers `auto` stands for, to those who start them and to those who foretell."""
 
+import os
+
 import pytest
+import torch
 
 from astro.errors import ConfigError
 from astro_dist.config.execution import ExecutionConfig
@@ -41,3 +44,12 @@ def test_places_are_counted_node_by_node():
     nodes = [{"CPU": 7.0, "GPU": 2.0}, {"CPU": 4.0}, {"CPU": 1.0, "GPU": 8.0}]
     assert places(nodes, threads=2, has_gpus=False) == 5
     assert places(nodes, threads=2, has_gpus=True) == 2
+
+
+def test_gpus_of_this_machine_are_counted_where_no_other_cluster_is_named(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 3)
+    monkeypatch.setattr(os, "cpu_count", lambda: 16)
+    here, elsewhere = ExecutionConfig(), ExecutionConfig(ray_address="ray://head:10001")
+    assert (foretold_workers(here, has_gpus=True), count_note(here, has_gpus=True)) == (3, None)
+    assert foretold_workers(elsewhere, has_gpus=True) == 1
+    assert "planned for one worker" in count_note(elsewhere, has_gpus=True)
