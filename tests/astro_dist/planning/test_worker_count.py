@@ -14,6 +14,7 @@ from astro_dist.planning.worker_count import count_note, foretold_workers, machi
 def _machine(monkeypatch):
     monkeypatch.delenv("RAY_ADDRESS", raising=False)
     monkeypatch.setattr("os.cpu_count", lambda: 6)
+    monkeypatch.setattr("torch.cuda.device_count", lambda: 0)
 
 
 @pytest.mark.parametrize(
