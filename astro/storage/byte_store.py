@@ -86,8 +86,7 @@ class FolderStore:
         except OSError as error:
             raise CheckpointError(f"{self.folder}: cannot be read: {error}") from error
         raise CheckpointError(
-            f"{self.folder}: no such folder; model.source, or what `verify` is given, is a folder with config.json "
-            "and *.safetensors, a Hub repository (ORG/NAME) or a URL of an object store (s3://..., gs://...)"
+            f"{self.folder}: no such folder; expected the folder of a model, with config.json and *.safetensors"
         )
 
     def fill(self, ranges: Sequence[Range]) -> None:

@@ -6,7 +6,7 @@ from typing import Annotated
 import typer
 from rich.console import Console
 
-from astro_dist.commands.output import AsJson, Device, Dtype, Trust, print_json, say_begin, say_lines
+from astro_dist.commands.output import AsJson, Device, Dtype, Trust, begin_with, print_json, say_lines
 from astro_dist.config.text_place import PYTHON_DOCS
 
 __all__ = ["inspect"]
@@ -35,7 +35,7 @@ def inspect(  # noqa: PLR0913 - every option is a parameter
     as_json: AsJson = False,
 ) -> None:
     """Show a model's outlier channels, kurtosis and largest weights, with one block of it in memory at a time."""
-    say_begin(model)
+    begin_with(model, against)
     from astro_dist.config.schema import TextSource
     from astro_dist.evaluation.inspection import InspectRequest, inspect_model
     from astro_dist.evaluation.judge_settings import JudgeSettings

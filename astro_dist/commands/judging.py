@@ -8,7 +8,18 @@ import typer
 from rich.console import Console
 
 from astro.errors import ConfigError
-from astro_dist.commands.output import AsJson, Device, Dtype, Trust, ignore, print_json, say_begin, say_lines, stream
+from astro_dist.commands.output import (
+    AsJson,
+    Device,
+    Dtype,
+    Trust,
+    begin_with,
+    ignore,
+    print_json,
+    require_runs,
+    say_lines,
+    stream,
+)
 
 if TYPE_CHECKING:
     from astro_dist.evaluation.judge import Pool
@@ -52,7 +63,7 @@ def evaluate(  # noqa: PLR0913 - every option is a parameter
     as_json: AsJson = False,
 ) -> None:
     """Judge a model by its perplexity on a text and by tasks, with one block of it in memory at a time."""
-    say_begin(model)
+    begin_with(model, against)
     from astro_dist.config.schema import TextSource
     from astro_dist.evaluation.judge import JudgeRequest, judge
     from astro_dist.evaluation.judge_settings import JudgeSettings
@@ -92,6 +103,7 @@ def compare(
     as_json: AsJson = False,
 ) -> None:
     """Show finished runs beside each other: bits, size, what they lost, time, worst layer, fallbacks."""
+    require_runs(*runs)
     from astro_dist.evaluation.comparison import compare_runs
     from astro_dist.report.comparison_words import comparison_tables
 
@@ -123,7 +135,7 @@ def try_prompt(  # noqa: PLR0913 - every option is a parameter
     as_json: AsJson = False,
 ) -> None:
     """Let the original and the quantized model continue a prompt, each token the most likely one."""
-    say_begin(model)
+    begin_with(model, against)
     from astro_dist.evaluation.beside import TryRequest, continue_beside
     from astro_dist.evaluation.judge_settings import JudgeSettings
     from astro_dist.evaluation.words import beside_line

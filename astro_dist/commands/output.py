@@ -2,12 +2,14 @@
 
 import json
 import sys
+from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 from rich.console import Console
 
 import astro
+from astro_dist.config.model_place import require_model
 from astro_dist.console import say
 
 __all__ = [
@@ -15,8 +17,10 @@ __all__ = [
     "Device",
     "Dtype",
     "Trust",
+    "begin_with",
     "ignore",
     "print_json",
+    "require_runs",
     "say_begin",
     "say_lines",
     "stream",
@@ -39,6 +43,34 @@ def say_begin(subject: str) -> None:
         subject: Model or configuration, as the user wrote it.
     """
     say(f"astro-dist {astro.__version__}: {subject}")
+
+
+def begin_with(*models: str | None) -> None:
+    """Say at once which model a command is about, and refuse a path that is not there, before the slow imports.
+
+    Args:
+        models: Models as the user wrote them, the one that the command is about first; None for none.
+    """
+    names = list(filter(None, models))
+    say_begin(names[0])
+    for name in names:
+        require_model(name)
+
+
+def require_runs(*folders: Path) -> None:
+    """Refuse folders that hold no run, before anything slow is imported.
+
+    Args:
+        folders: Run directories, or the models in them.
+
+    Raises:
+        ConfigError: A folder holds no run that has begun.
+    """
+    from astro_dist.run_directory.identity import read_identity
+    from astro_dist.run_directory.layout import RunLayout
+
+    for folder in folders:
+        read_identity(RunLayout.around(folder).root)
 
 
 def say_lines(*lines: str) -> None:

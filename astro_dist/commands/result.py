@@ -9,7 +9,7 @@ from rich.console import Console
 from rich.live import Live
 from rich.text import Text
 
-from astro_dist.commands.output import AsJson, Trust, print_json, say_begin, say_lines
+from astro_dist.commands.output import AsJson, Trust, begin_with, print_json, require_runs, say_lines
 
 __all__ = ["publish", "report", "status", "verify"]
 
@@ -52,11 +52,14 @@ def publish(
 ) -> None:
     """Upload a finished run to the Hub, or go on with that. Sends what is missing and makes one commit."""
     from astro_dist.config.yaml_file import make_target
+
+    target = make_target(repo, not public, revision, pull_request)
+    require_runs(run)
     from astro_dist.publish.publication import publish_run
     from astro_dist.report.command_output import publication_line
     from astro_dist.run_directory.layout import RunLayout
 
-    published = publish_run(RunLayout.around(run).root, make_target(repo, not public, revision, pull_request))
+    published = publish_run(RunLayout.around(run).root, target)
     if as_json:
         print_json(published.to_json())
     else:
@@ -87,7 +90,7 @@ def verify(
     as_json: AsJson = False,
 ) -> None:
     """Read a written model again: every tensor is there, shapes fit, scales are finite, index and config agree."""
-    say_begin(model)
+    begin_with(model, against)
     from astro_dist.export.verify import verify_model
     from astro_dist.report.command_output import verification_lines
 

@@ -27,9 +27,11 @@ def train(
     """Train a model without outlier channels in its activations, or go on from the last checkpoint."""
     say_begin(str(config))
     from astro_dist.config.yaml_file import load_train_config
-    from astro_dist.training.train import train as do_training
 
-    summary = do_training(load_train_config(config, assignments))
+    settings = load_train_config(config, assignments)
+    from astro_dist.training.train import train as do_training  # it loads torch, for which a wrong file need not wait
+
+    summary = do_training(settings)
     if as_json:
         print_json(summary.to_json())
     else:

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from astro.config import PER_CHANNEL, SERVED_GROUP_SIZES
+from astro_dist.config.model_place import require_model
 from astro_dist.config.schema import RunConfig
 from astro_dist.config.yaml_file import make_config
 
@@ -37,6 +38,7 @@ def starting_config(source: str, assignments: Sequence[str] = ()) -> RunConfig:
     config = make_config(content, assignments, source)
     assigned = {assignment.partition("=")[0].strip() for assignment in assignments}
     if "quantization.group_size" not in assigned:
+        require_model(source)
         content["quantization"] = _fitting(_input_widths(config))
         config = make_config(content, assignments, source)
     if "output.dir" not in assigned:

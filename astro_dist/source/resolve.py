@@ -8,6 +8,7 @@ from pathlib import Path
 from astro.errors import ConfigError
 from astro.storage.atomic import write_bytes
 from astro.storage.byte_store import FolderStore, Range, Store
+from astro_dist.config.model_place import is_repository, require_model
 from astro_dist.config.schema import ModelConfig
 from astro_dist.source.demo import resolve_demo
 from astro_dist.source.range_cache import cache_folder
@@ -15,7 +16,7 @@ from astro_dist.source.side_files import RUN_FILE, large_files, list_folder, sid
 
 __all__ = ["Source", "fetch_side_files", "resolve_source"]
 
-_REPOSITORY, _OTHER = re.compile(r"\w[\w.-]*/\w[\w.-]*"), re.compile(r"[^\w.-]+")
+_OTHER = re.compile(r"[^\w.-]+")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -60,12 +61,13 @@ def resolve_source(model: ModelConfig, commit: str | None = None) -> Source:
         raise ConfigError(f"model.cache_dir: {model.cache_dir} is relative, which is another folder in every process")
     cache_dir = model.cache_dir.expanduser() if model.cache_dir is not None else None
     folder = Path(name).expanduser().absolute()
-    is_repository = bool(_REPOSITORY.fullmatch(name)) and not folder.exists()
-    if model.revision is not None and not is_repository:
+    on_hub = is_repository(name)
+    if model.revision is not None and not on_hub:
         raise ConfigError(f"model.revision: only a Hub repository has revisions, {name} is none")
     if name.startswith("demo:"):
         folder = resolve_demo(name)
-    if "://" not in name and not is_repository:
+    if "://" not in name and not on_hub:
+        require_model(name)
         if (folder / RUN_FILE).is_file():
             raise ConfigError(f"{folder}: is a run directory and no model; its result is {folder / 'model'}")
         return Source(FolderStore(folder), folder)
@@ -73,11 +75,11 @@ def resolve_source(model: ModelConfig, commit: str | None = None) -> Source:
     from astro_dist.source.object_store import open_url
     from astro_dist.source.remote_store import RemoteStore
 
-    files = open_hub(name, commit or model.revision or "main") if is_repository else open_url(name)
+    files = open_hub(name, commit or model.revision or "main") if on_hub else open_url(name)
     store = RemoteStore(files, cache_dir, int(model.cache_gb * 1e9))
     copies = (cache_dir or cache_folder()) / "side" / f"{_OTHER.sub('-', str(files))}-{files.revision[:16]}"
     sizes = files.every_size()
-    source = Source(store, copies, files.revision if is_repository else None, sizes)
+    source = Source(store, copies, files.revision if on_hub else None, sizes)
     fetch_side_files(source)
     return source
 

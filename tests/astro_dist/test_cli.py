@@ -122,6 +122,34 @@ def test_first_line_comes_before_anything_slow_is_imported(config, command):
     assert printed_by(code) == f"astro-dist {astro.__version__}: {config} set()\n"
 
 
+@pytest.mark.parametrize(
+    ("command", "message"),
+    [
+        (["plan", "/nowhere/model"], "/nowhere/model: no such folder; expected a folder with config.json"),
+        (["quantize", "~/no/such/model"], "~/no/such/model: no such folder"),
+        (["init", "./nowhere"], "./nowhere: no such folder"),
+        (["inspect", "../nowhere"], "../nowhere: no such folder"),
+        (["verify", "nowhere"], "nowhere: no such folder"),
+        (["evaluate", "org/model", "--text", "a.txt", "--against", "/nowhere"], "/nowhere: no such folder"),
+        (["try", "/nowhere@v1", "x"], "/nowhere@v1: no such folder"),
+        (["compare", "runs/nothing"], "runs/nothing: holds no run.json"),
+        (["publish", "runs/nothing", "--repo", "a/b"], "runs/nothing: holds no run.json"),
+        (["train", "nothing.yaml"], "nothing.yaml: no such configuration file"),
+    ],
+    ids=str,
+)
+def test_a_wrong_path_is_refused_before_anything_slow_is_imported(command, message):
+    code = (
+        "import sys, astro_dist.cli as cli\n"
+        f"sys.argv = ['astro-dist', *{command}]\n"
+        "try: cli.main()\n"
+        "except SystemExit as end: print(end.code, {'torch', 'transformers', 'ray'} & {*sys.modules})"
+    )
+    done = subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True)
+    assert done.stdout == "2 set()\n"
+    assert done.stderr.splitlines()[-1].startswith(f"error: {message}")
+
+
 def test_looking_at_a_run_imports_nothing_very_slow():
     modules = "astro_dist.report.status, astro_dist.report.command_output"
     code = f"import sys, {modules}; print({{'torch', 'transformers', 'ray'}} & {{*sys.modules}})"

@@ -1,0 +1,38 @@
+"""What the name of a model says of its place: a folder, a repository of the Hub, a URL, or a demo."""
+
+import re
+from pathlib import Path
+
+from astro.errors import CheckpointError
+
+__all__ = ["is_repository", "require_model"]
+
+_REPOSITORY = re.compile(r"\w[\w.-]*/\w[\w.-]*")
+
+
+def is_repository(name: str) -> bool:
+    """Tell whether a name is that of a repository on the Hub. What lies here under that name comes first.
+
+    Args:
+        name: Value of `model.source`.
+    """
+    return bool(_REPOSITORY.fullmatch(name)) and not Path(name).expanduser().absolute().exists()
+
+
+def require_model(name: str) -> None:
+    """Refuse the path of a model that is not there. It is known at once, before anything slow is imported.
+
+    Args:
+        name: Path of a folder; any other name of a model, ORG/NAME@REVISION among them, is left to who reads it.
+
+    Raises:
+        CheckpointError: There is no such folder.
+    """
+    before, *_ = name.split("@")
+    if "://" in name or name.startswith("demo:") or is_repository(before):
+        return
+    if not any(Path(path).expanduser().exists() for path in (name, before)):
+        raise CheckpointError(
+            f"{name}: no such folder; expected a folder with config.json and *.safetensors, a Hub repository "
+            "(ORG/NAME) or a URL of an object store (s3://..., gs://...)"
+        )
