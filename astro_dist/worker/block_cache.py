@@ -53,8 +53,9 @@ class BlockCache:
             yield lambda: True
             return
         block, seen = self._skeleton.blocks[index], dict[nn.Module, LargestCached]()
+        caching = caching_modules(block)  # reads source code, and the function is called at every layer
         with watched_cache(seen, rounds):
-            yield lambda: all(module in seen for module in caching_modules(block))
+            yield lambda: all(module in seen for module in caching)
         for name, module in block.named_modules(prefix=f"{self._skeleton.blocks_name}.{index}"):
             if module in seen:
                 largest.add_(name, seen[module])
