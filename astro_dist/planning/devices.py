@@ -89,16 +89,15 @@ def gpu_here() -> Device | None:
         return None
     properties = torch.cuda.get_device_properties(0)
     name = re.sub(r"[^a-z0-9]", "", properties.name.lower())
-    alike = [device for device in DEVICES.values() if device.name.partition("-")[0] in name]
+    alike = [model for model in (device.name.partition("-")[0] for device in DEVICES.values()) if model in name]
     if not alike:
         raise ConfigError(
             f"this machine's GPU is called {properties.name}, whose figures are not known here; say with --device what "
             f"comes nearest: cpu or one of {', '.join(DEVICES)}"
         )
-    # An L40S is no L4, and an A100 has the one memory or the other.
-    longest = max(len(device.name.partition("-")[0]) for device in alike)
-    same = [device for device in alike if len(device.name.partition("-")[0]) == longest]
-    return min(same, key=lambda device: abs(device.memory_bytes - properties.total_memory))
+    model = max(alike, key=len)  # an L40S is no L4
+    of_model = [device for device in DEVICES.values() if device.name.partition("-")[0] == model]
+    return min(of_model, key=lambda device: abs(device.memory_bytes - properties.total_memory))
 
 
 def usable_bytes(memory_bytes: int) -> int:

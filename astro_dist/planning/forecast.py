@@ -9,7 +9,7 @@ from astro_dist.planning.compute_dtype import compute_dtype
 from astro_dist.planning.devices import DEVICES, Device, gpu_here, measure, memory_shortage, usable_bytes
 from astro_dist.planning.estimate import Estimate, estimate
 from astro_dist.planning.validate import Prepared
-from astro_dist.planning.worker_count import foretold_workers, runs_here
+from astro_dist.planning.worker_count import foretold_workers
 
 __all__ = ["forecast"]
 
@@ -35,7 +35,7 @@ def forecast(prepared: Prepared, workers: int | None, device_name: str | None) -
     count = workers or foretold_workers(execution, has_gpus=kind == "cuda")
     dtype = compute_dtype(config, prepared.plan, prepared.checkpoint, kind)
     at_once = None
-    if runs_here(execution, has_gpus=kind == "cuda"):
+    if kind == "cpu" and execution.cluster_address is None:
         at_once = max(1, (os.cpu_count() or 1) // execution.cpu_threads)
     needed = estimate(config, prepared.plan, dtype, count, device, at_once)
     available = usable_bytes(device.memory_bytes) or math.inf

@@ -3,10 +3,12 @@
 import os
 from collections.abc import Iterable, Mapping
 
+import torch
+
 from astro.errors import ConfigError
 from astro_dist.config.execution import ExecutionConfig
 
-__all__ = ["count_note", "foretold_workers", "gpus_here", "local_workers", "machine_cpus", "places", "runs_here"]
+__all__ = ["count_note", "foretold_workers", "local_workers", "machine_cpus", "places"]
 
 
 def places(nodes: Iterable[Mapping[str, float]], threads: int, has_gpus: bool) -> int:
@@ -43,27 +45,6 @@ def machine_cpus(execution: ExecutionConfig) -> int:
     return max(os.cpu_count() or 1, asked)
 
 
-def runs_here(execution: ExecutionConfig, has_gpus: bool) -> bool:
-    """Tell whether the workers are this machine's CPUs, so that it is known here how many `auto` stands for.
-
-    Args:
-        execution: Configuration of workers and cluster.
-        has_gpus: Whether each worker has a GPU.
-    """
-    return not has_gpus and execution.cluster_address is None
-
-
-def gpus_here(execution: ExecutionConfig) -> int:
-    """Return the number of GPUs that a private cluster has: those of this machine; 0 where the cluster is another.
-
-    Args:
-        execution: Configuration of workers and cluster.
-    """
-    import torch
-
-    return torch.cuda.device_count() if execution.cluster_address is None else 0
-
-
 def foretold_workers(execution: ExecutionConfig, has_gpus: bool) -> int:
     """Return how many workers a run will start, or 1 where only its cluster will tell.
 
@@ -74,21 +55,7 @@ def foretold_workers(execution: ExecutionConfig, has_gpus: bool) -> int:
     Raises:
         ConfigError: This machine has too few CPUs for one worker.
     """
-    if isinstance(execution.workers, int):
-        return execution.workers
-    if execution.executor == "local":
-        return local_workers(execution)
-    gpus = gpus_here(execution) if has_gpus else 0
-    if not runs_here(execution, has_gpus) and not gpus:
-        return 1
-    cpus = machine_cpus(execution)
-    count = places([{"CPU": cpus, "GPU": gpus}], execution.cpu_threads, has_gpus)
-    if not count:
-        raise ConfigError(
-            f"execution.threads_per_worker: {execution.cpu_threads}, but this machine has {cpus} CPUs, not enough for "
-            "one worker; lower it, or give a number of workers"
-        )
-    return count
+    return _known_workers(execution, has_gpus) or 1
 
 
 def count_note(execution: ExecutionConfig, has_gpus: bool) -> str | None:
@@ -98,8 +65,25 @@ def count_note(execution: ExecutionConfig, has_gpus: bool) -> str | None:
         execution: Configuration of workers and cluster.
         has_gpus: Whether each worker has a GPU.
     """
-    if execution.workers != "auto" or execution.executor == "local" or runs_here(execution, has_gpus):
-        return None
-    if has_gpus and gpus_here(execution):
+    if _known_workers(execution, has_gpus) is not None:
         return None
     return "planned for one worker; execution.workers: auto takes all that the cluster has room for (--workers N)"
+
+
+def _known_workers(execution: ExecutionConfig, has_gpus: bool) -> int | None:
+    """Return how many workers a run will start; None where only its cluster will tell."""
+    if isinstance(execution.workers, int):
+        return execution.workers
+    if execution.executor == "local":
+        return local_workers(execution)
+    gpus = torch.cuda.device_count() if has_gpus else 0
+    if execution.cluster_address is not None or (has_gpus and not gpus):
+        return None
+    cpus = machine_cpus(execution)
+    count = places([{"CPU": cpus, "GPU": gpus}], execution.cpu_threads, has_gpus)
+    if not count:
+        raise ConfigError(
+            f"execution.threads_per_worker: {execution.cpu_threads}, but this machine has {cpus} CPUs, not enough for "
+            "one worker; lower it, or give a number of workers"
+        )
+    return count
