@@ -106,7 +106,7 @@ class Activations:
 
     def _check_clips(self) -> None:
         """Refuse learned clips beside settings that they contradict."""
-        if self.clips == "none":
+        if not self.has_clips:
             return
         if self.bits == 16:
             raise ConfigError(
@@ -131,7 +131,12 @@ class Activations:
     @property
     def scheme(self) -> ActivationScheme | None:
         """The grid of the inputs; None where they stay as they are."""
-        return None if self.bits == 16 else ActivationScheme(self.bits, self.type, self.clips != "none")
+        return None if self.bits == 16 else ActivationScheme(self.bits, self.type, self.has_clips)
+
+    @property
+    def has_clips(self) -> bool:
+        """Whether each layer rounds its inputs between clips that training learned."""
+        return self.clips != "none"
 
     @property
     def rounds_cache(self) -> bool:
@@ -188,4 +193,4 @@ class Reconstruction:
         Args:
             activations: What servers do with inputs.
         """
-        return self.is_on and (activations.bits < 8 or activations.clips != "none")
+        return self.is_on and (activations.bits < 8 or activations.has_clips)

@@ -52,8 +52,7 @@ def assemble(source: Path, plan: Plan, run: RunDirectory, config: RunConfig, is_
         scales = write_cache_scales(plan, run)
         weight_map |= dict.fromkeys(scales, CACHE_SCALES_NAME)
         total += 4 * len(scales)
-    has_input_scales = config.activations.clips != "none"
-    if has_input_scales:
+    if config.activations.has_clips:
         grids = write_input_scales(plan, run)
         weight_map |= dict.fromkeys(grids, INPUT_SCALES_NAME)
         total += 4 * len(grids)
@@ -81,7 +80,7 @@ def assemble(source: Path, plan: Plan, run: RunDirectory, config: RunConfig, is_
     adapter = write_adapter(run, plan, config.publish.repo) if config.reconstruction.is_on else []
     written = [SMOOTHING_NAME] if smoothed else []
     written += [CACHE_SCALES_NAME] if rounds_cache else []
-    written += [INPUT_SCALES_NAME] if has_input_scales else []
+    written += [INPUT_SCALES_NAME] if config.activations.has_clips else []
     return [INDEX_NAME, "config.json", *written, *adapter, *beside]
 
 

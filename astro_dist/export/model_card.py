@@ -220,8 +220,8 @@ def _method(config: RunConfig, summary: Summary) -> list[tuple[str, str]]:
     columns = "a whole row" if q.group_size == -1 else f"{q.group_size} input columns"
     grid = "symmetric" if q.symmetric else "asymmetric"
     static = "by falling activation energy, stored unpermuted"
-    inputs, is_static = config.activations.in_words, config.activations.clips != "none"
-    how = f"a pair for each layer, in {INPUT_SCALES_NAME}" if is_static else "rounded by the server as they come"
+    inputs, has_clips = config.activations.in_words, config.activations.has_clips
+    how = f"a pair for each layer, in {INPUT_SCALES_NAME}" if has_clips else "rounded by the server as they come"
     return [
         ("method", _METHODS[q.method]),
         ("bits a weight", f"{summary.average_bits:.3g}{_spent_by(summary)}"),
@@ -262,7 +262,7 @@ def _are_served(layout: str, widths: Collection[int]) -> bool:
 
 def _is_served(config: RunConfig, widths: Collection[int]) -> bool:
     """Tell whether a server takes a model of these widths with its inputs."""
-    return _are_served(config.quantization.format, widths) and config.activations.clips == "none"
+    return _are_served(config.quantization.format, widths) and not config.activations.has_clips
 
 
 def _without_places(config: RunConfig, identity: Identity) -> tuple[dict[str, Any], bool]:

@@ -31,7 +31,7 @@ def with_clips(plan: Plan, store: Store, activations: Activations) -> tuple[Plan
         ConfigError: The source has no clips, or they were learned for another width.
         CheckpointError: The file of the clips is damaged, a quantized layer has none, or its clips are no range.
     """
-    if activations.clips == "none":
+    if not activations.has_clips:
         return plan, []
     path = f"{store}/{CLIPS_FILE}"
     if CLIPS_FILE not in store.sizes():
@@ -64,7 +64,7 @@ def settle_compensation(config: RunConfig) -> RunConfig:
     Args:
         config: Configuration of the run.
     """
-    if config.activations.clips == "none" or config.quantization.compensation != "auto":
+    if not config.activations.has_clips or config.quantization.compensation != "auto":
         return config
     return config.model_copy(update={"quantization": dataclasses.replace(config.quantization, compensation=0.0)})
 

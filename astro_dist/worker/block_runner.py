@@ -258,8 +258,9 @@ class BlockRunner:
             layers = frozenset(linear.name for linear in unit.linears if takes_correction(linear))
             stored = self._stored_dtype(unit)
             dtype = stored if stored.itemsize == 2 else torch.bfloat16  # which has the range of float32
-            is_trained = spec.activations.clips != "none"
-            wants_rounded = is_trained and not spec.quantization.makes_up_for_rounding(spec.activations.bits)
+            wants_rounded = spec.activations.has_clips and not spec.quantization.makes_up_for_rounding(
+                spec.activations.bits
+            )
             corrections = Corrections(spec.reconstruction, layers, dtype, wants_rounded)
         return Recipe(spec.quantization, spec.regularization, scale_dtype, spec.tile_elements, corrections)
 
