@@ -5,9 +5,11 @@ import logging
 import time
 from collections.abc import Iterator
 
+from rich.box import SIMPLE
 from rich.console import Console
+from rich.table import Table
 
-__all__ = ["in_words", "say", "show_log", "show_log_by_default", "waiting_for"]
+__all__ = ["compact_table", "in_words", "say", "show_log", "show_log_by_default", "waiting_for"]
 
 _spinning: list[Console] = []
 """The console on which a spinner turns, if one does: lines printed through another one would end up beside it."""
@@ -23,6 +25,15 @@ def in_words(seconds: float) -> str:
         if seconds >= 2 * length:
             return f"{seconds / length:.1f} {unit}"
     return f"{seconds:.0f} s"
+
+
+def compact_table(title: str | None = None) -> Table:
+    """Return a table without columns that is as narrow as it can be, for terminals of 80 characters.
+
+    Args:
+        title: Line above the table; None for none.
+    """
+    return Table(title=title, title_justify="left", box=SIMPLE, pad_edge=False, collapse_padding=True)
 
 
 def say(text: str, console: Console | None = None) -> None:

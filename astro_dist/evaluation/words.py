@@ -2,11 +2,10 @@
 
 from typing import TYPE_CHECKING
 
-from rich.box import SIMPLE
 from rich.filesize import decimal
 from rich.table import Table
 
-from astro_dist.console import in_words
+from astro_dist.console import compact_table, in_words
 
 if TYPE_CHECKING:  # some of them import torch, which the command at hand may not need
     from astro_dist.evaluation.beside import Beside
@@ -53,7 +52,7 @@ def task_table(judgement: "Judgement") -> Table:
     Args:
         judgement: What was found out.
     """
-    table = Table(box=SIMPLE, pad_edge=False, collapse_padding=True)
+    table = compact_table()
     table.add_column("task", overflow="fold")
     for title in ("examples", "figure", "score", "±", "questions", "in %"):
         table.add_column(title, justify="left" if title == "figure" else "right", no_wrap=True)

@@ -3,11 +3,10 @@
 from collections.abc import Callable, Iterator
 from pathlib import PurePath
 
-from rich.box import SIMPLE
 from rich.filesize import decimal
 from rich.table import Table
 
-from astro_dist.console import in_words
+from astro_dist.console import compact_table, in_words
 from astro_dist.evaluation.comparison import Comparison, RunFigures
 from astro_dist.wording import nats, percent
 
@@ -70,7 +69,7 @@ def comparison_tables(comparison: Comparison, width: int) -> list[Table]:
 
 def _table(model: str | None, titles: list[str], columns: list[list[str]]) -> Table:
     """Make one table; a single column that is too long for the terminal goes on in the next line."""
-    table = Table(title=model, title_justify="left", box=SIMPLE, pad_edge=False, collapse_padding=True)
+    table = compact_table(model)
     table.add_column("", no_wrap=True)
     for name, *_ in columns:
         table.add_column(name, overflow="fold", justify="right")

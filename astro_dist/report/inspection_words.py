@@ -2,11 +2,11 @@
 
 from collections.abc import Sequence
 
-from rich.box import SIMPLE
 from rich.filesize import decimal
 from rich.table import Table
 
 from astro.calibration.outlier_channels import OUTLIER_RATIO
+from astro_dist.console import compact_table
 from astro_dist.evaluation.inspection import Inspection, KindFigures, ModelFigures
 from astro_dist.wording import counted
 
@@ -47,7 +47,7 @@ def inspection_table(inspection: Inspection) -> Table:
     Args:
         inspection: What was seen.
     """
-    table = Table(box=SIMPLE, pad_edge=False, collapse_padding=True)
+    table = compact_table()
     table.add_column(TITLES[0], overflow="fold")
     for title in TITLES[1:]:
         table.add_column(title.replace(" ", "\n"), justify="right", no_wrap=True)

@@ -2,11 +2,10 @@
 
 import itertools
 
-from rich.box import SIMPLE
 from rich.filesize import decimal
 from rich.table import Table
 
-from astro_dist.console import in_words
+from astro_dist.console import compact_table, in_words
 from astro_dist.planning.estimate import Estimate
 from astro_dist.planning.units import BlockUnit, Plan
 from astro_dist.planning.validate import Prepared
@@ -61,7 +60,8 @@ def plan_table(plan: Plan) -> Table:
     Args:
         plan: Units of the run.
     """
-    table = Table("unit", box=SIMPLE, pad_edge=False, collapse_padding=True)
+    table = compact_table()
+    table.add_column("unit")
     for title in ("layers\neach", "read\neach", "written\neach"):
         table.add_column(title, justify="right", no_wrap=True)
     table.add_column("file, .safetensors", overflow="fold")
