@@ -1,17 +1,14 @@
 """Paths of a configuration that travels: on a cluster a relative path is another folder in every process."""
 
-import re
 from collections.abc import Mapping
 from pathlib import Path
 
 from astro.errors import ConfigError
+from astro_dist.config.model_place import is_elsewhere
 from astro_dist.config.schema import RunConfig
 from astro_dist.config.text_place import PYTHON_DOCS, is_dataset
 
 __all__ = ["require_absolute", "require_absolute_paths"]
-
-_NOT_A_FOLDER = re.compile(r"[\w.+-]+://.*|demo:.*|\w[\w.-]*/\w[\w.-]*")
-"""What names a model elsewhere: a URL, a demo, or ORG/NAME on the Hub unless a folder of that name exists."""
 
 
 def require_absolute_paths(config: RunConfig) -> None:
@@ -25,7 +22,7 @@ def require_absolute_paths(config: RunConfig) -> None:
     """
     paths = {"output.dir": config.output.dir}
     source = config.model.source
-    if Path(source).exists() or not _NOT_A_FOLDER.fullmatch(source):
+    if not is_elsewhere(source):
         paths["model.source"] = Path(source)
     if config.model.cache_dir is not None:
         paths["model.cache_dir"] = config.model.cache_dir

@@ -5,7 +5,7 @@ from pathlib import Path
 
 from astro.errors import CheckpointError
 
-__all__ = ["is_repository", "require_model"]
+__all__ = ["is_elsewhere", "is_repository", "require_model"]
 
 _REPOSITORY = re.compile(r"\w[\w.-]*/\w[\w.-]*")
 
@@ -19,6 +19,15 @@ def is_repository(name: str) -> bool:
     return bool(_REPOSITORY.fullmatch(name)) and not Path(name).expanduser().absolute().exists()
 
 
+def is_elsewhere(name: str) -> bool:
+    """Tell whether a name is no path: a URL, a demo, or a repository on the Hub.
+
+    Args:
+        name: Value of `model.source`.
+    """
+    return "://" in name or name.startswith("demo:") or is_repository(name)
+
+
 def require_model(name: str) -> None:
     """Refuse the path of a model that is not there. It is known at once, before anything slow is imported.
 
@@ -29,7 +38,7 @@ def require_model(name: str) -> None:
         CheckpointError: There is no such folder.
     """
     before, *_ = name.split("@")
-    if "://" in name or name.startswith("demo:") or is_repository(before):
+    if is_elsewhere(name) or is_repository(before):
         return
     if not any(Path(path).expanduser().exists() for path in (name, before)):
         raise CheckpointError(
