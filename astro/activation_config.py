@@ -148,6 +148,12 @@ class Activations:
         """What the inputs are, such as "int8 per token"; empty where they stay as they are."""
         return "" if self.scheme is None else self.scheme.in_words
 
+    @property
+    def rounded_in_words(self) -> tuple[str, ...]:
+        """What servers round besides weights, such as "inputs int8 per token" and "FP8 cache"."""
+        inputs = (f"inputs {self.in_words}",) if self.in_words else ()
+        return (*inputs, "FP8 cache") if self.rounds_cache else inputs
+
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Reconstruction:

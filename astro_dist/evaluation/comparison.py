@@ -1,11 +1,10 @@
 """Finished runs beside each other: what each of them cost, and what it lost."""
 
 import dataclasses
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from astro.activation_config import Activations
 from astro.quantization.layer_record import LayerRecord
 from astro_dist.export.finished_run import FinishedRun
 from astro_dist.run_directory.layout import RunLayout
@@ -110,7 +109,7 @@ def _figures(root: Path) -> RunFigures:
         base=summary.base_model.name or config.model.source,
         bits=summary.average_bits,
         group_size=config.quantization.group_size,
-        also_rounded=", ".join(_also_rounded(config.activations)),
+        also_rounded=", ".join(config.activations.rounded_in_words),
         mode=f"{config.execution.mode}{f' × {rounds}' if rounds > 1 else ''}",
         size_bytes=summary.bytes_written,
         share=summary.bytes_written / summary.bytes_read,
@@ -124,13 +123,6 @@ def _figures(root: Path) -> RunFigures:
         tokens_sha256=finished.identity.tokens_sha256,
         version=finished.identity.version,
     )
-
-
-def _also_rounded(activations: Activations) -> Iterator[str]:
-    if activations.in_words:
-        yield f"inputs {activations.in_words}"
-    if activations.rounds_cache:
-        yield "FP8 cache"
 
 
 def _last_layers(finished: FinishedRun) -> list[LayerRecord]:

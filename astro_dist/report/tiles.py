@@ -54,9 +54,7 @@ def headline(findings: Findings) -> list[str]:
     group = "one scale a row" if q.group_size == -1 else f"group size {q.group_size}"
     mode = f"mode {execution.mode}"
     rounds = [counted(execution.rounds, "round")] if execution.rounds > 1 else []
-    inputs = [f"inputs {words}"] if (words := config.activations.in_words) else []
-    inputs += ["FP8 cache"] if config.activations.rounds_cache else []
-    return [bits, group, *inputs, q.format, ", ".join([mode, *rounds])]
+    return [bits, group, *config.activations.rounded_in_words, q.format, ", ".join([mode, *rounds])]
 
 
 def tiles(findings: Findings) -> list[Tile]:
