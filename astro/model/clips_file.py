@@ -66,16 +66,14 @@ def read_clips(store: Store, file: str) -> StoredClips:
     path, sizes = f"{store}/{file}", store.sizes()
     if file not in sizes:
         raise CheckpointError(f"{path}: is not there; `astro-dist train` writes it beside the weights")
-    names = {entry.name for entry in read_store_header(store, sizes, file)}
+    read_store_header(store, sizes, file)  # refuses a damaged file
     content = read_bytes(store, file, 0, sizes[file])
     metadata = json.loads(content[8 : 8 + struct.unpack("<Q", content[:8])[0]]).get("__metadata__") or {}
     bits = metadata.get("bits", "")
     if not bits.isdecimal():
         raise CheckpointError(f"{path}: its metadata should tell the `bits` that clips were learned for, got {bits!r}")
     tensors = load(content)
-    for name in names:
-        if not name.endswith(_KEY_SUFFIX) or tensors[name].shape != (2,):
-            raise CheckpointError(
-                f"{path}: expected tensors NAME{_KEY_SUFFIX} of [2], got {name} {list(tensors[name].shape)}"
-            )
-    return StoredClips({name.removesuffix(_KEY_SUFFIX): tensors[name].float() for name in tensors}, int(bits))
+    for name, tensor in tensors.items():
+        if not name.endswith(_KEY_SUFFIX) or tensor.shape != (2,):
+            raise CheckpointError(f"{path}: expected tensors NAME{_KEY_SUFFIX} of [2], got {name} {list(tensor.shape)}")
+    return StoredClips({name.removesuffix(_KEY_SUFFIX): each.float() for name, each in tensors.items()}, int(bits))
