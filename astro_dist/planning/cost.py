@@ -11,6 +11,7 @@ import torch
 from astro_dist.config.schema import RunConfig
 from astro_dist.planning.correction_cost import correction_size, correction_work
 from astro_dist.planning.devices import Device, reads_weights_ahead
+from astro_dist.planning.forward_cost import ForwardCost
 from astro_dist.planning.predicted_groups import PredictedInputGroup, predicted_input_groups, stages_of, together
 from astro_dist.planning.solve_cost import SolveCost, dequantizing, packing, unpacking
 from astro_dist.planning.units import BlockUnit, Plan
@@ -57,16 +58,6 @@ block of a large model this is nothing; of a tiny one it is most of the time."""
 _ROUNDING_PASSES = 6
 """Elementwise operations on each input that is rounded, at the speed of the proximal map's passes: 20 to 34 ms for 6.3
 million inputs in float32 on a CPU, one thread."""
-_DIFFERENTIATED = 2.3
-"""Forwards that a forward with gradients to its input alone is worth: one product forth, and one of the same size back
-for each layer, and attention's, which are two for each. 2.3 to 2.5 were measured on a CPU."""
-_FORWARD_PASSES = {"cpu": 100.0, "cuda": 20.0}
-"""Elementwise operations of a block's forward on each element of its hidden states, at the speed of the proximal map's
-passes: norms, rotary embeddings, softmax, the activation function. 110 to 180 were measured on a CPU, of which some are
-products with few rows; for a GPU they are counted in bytes of bfloat16, unfused."""
-_LOGIT_PASSES = {"cpu": 20.0, "cuda": 6.0}
-"""Elementwise operations on each logit for the loss, and as many for its gradient, counted in the same way."""
-
 _TRIED_TOKENS = 32 * 40
 """Tokens that pass a block while it is decided how its inputs are smoothed: 32, in about 40 forwards."""
 
@@ -115,6 +106,7 @@ class CostModel:
         self._compensated = self._sequential and config.quantization.compensates
         self._square_bytes = _PACKED_BYTES + 4.0 * (self._compensated + self._drifts_of_rounding)
         self._sequence_length = config.calibration.longest_sequence
+        self._forward = ForwardCost(plan, self._sequence_length, device_type)
         self._held_out = sum(n for chunk, n in self._tokens.items() if is_held_out(chunk))
         self._weighs_by_loss = config.calibration.token_weights == "loss"
         self._smooths = config.activations.smoothing != "none"
@@ -137,7 +129,9 @@ class CostModel:
                 return Work(moved_bytes=self._activations(self._tokens) + plan.outside_weights * self._itemsize)
             case EvaluateLoss():
                 heads = 1 if call.stream == ORIGINAL else 2  # a result is compared with the original
-                return self._head(self._held_out) * heads + Work(moved_bytes=self._activations(self._held_out_chunks))
+                return self._forward.head(self._held_out) * heads + Work(
+                    moved_bytes=self._activations(self._held_out_chunks)
+                )
             case CopyTensors(index):
                 return Work(moved_bytes=float(plan.copies[index].read_bytes + plan.copies[index].written_bytes))
             case FinishEvaluation() | WeighTokens():
@@ -146,7 +140,7 @@ class CostModel:
                 tokens = sum(self._tokens[chunk] for chunk in call.chunks)
                 moved = 2.0 * self._activations(call.chunks)
                 # Gradients are written behind.
-                return self._head(tokens) * 2.0 + Work(moved_bytes=moved, behind_bytes=moved / 2)
+                return self._forward.head(tokens) * 2.0 + Work(moved_bytes=moved, behind_bytes=moved / 2)
         return self._block_work(call, plan.blocks[call.block])
 
     def result(self, call: Call) -> Result:
@@ -231,10 +225,10 @@ class CostModel:
                     return Work(moved_bytes=unit.read_bytes)
                 return unpacking(self._weights(unit)) + Work(moved_bytes=unit.written_bytes)
             case Backward():
-                forwards = self._forward(unit, self._tokens[call.chunk]) * _DIFFERENTIATED
-                return _behind(forwards, 3.0 * self._activations([call.chunk]))
+                passed = self._forward.forth_and_back(self._batches(unit), self._tokens[call.chunk])
+                return _behind(passed, 3.0 * self._activations([call.chunk]))
             case SmoothChannels():
-                return self._forward(unit, _TRIED_TOKENS) + Work(moved_bytes=2.0 * unit.read_bytes)
+                return self._forward.forth(self._batches(unit), _TRIED_TOKENS) + Work(moved_bytes=2.0 * unit.read_bytes)
             case Forward() | ForwardChunk() | MeasureChannels():
                 return self._forward_work(call, unit)
             case SolveBlock():
@@ -261,7 +255,7 @@ class CostModel:
         """Count what it takes to pass a chunk through a block, and to add it to the block's statistics."""
         tokens = self._tokens[call.chunk]
         moved = (1.0 + self._writes_output(call)) * self._activations([call.chunk])
-        passed = _behind(self._forward(unit, tokens), moved)
+        passed = _behind(self._forward.forth(self._batches(unit), tokens), moved)
         in_later_round = isinstance(call, Forward) and call.round_index > 0
         if in_later_round or (isinstance(call, ForwardChunk) and call.stream != ORIGINAL):
             passed += self._rounding(self._batches(unit), tokens)
@@ -285,7 +279,7 @@ class CostModel:
         # Layers of the stages before take their new weights from tiles.
         earlier = float(sum(batches[i].weights for before in stages[: call.stage] for i in before))
         sums += dequantizing(earlier) + Work(moved_bytes=earlier)
-        forwards = self._forward(unit, tokens) * (streams * passed)
+        forwards = self._forward.forth(self._batches(unit), tokens) * (streams * passed)
         computed = sums + forwards + Work(moved_bytes=square + unit.read_bytes)
         return _behind(computed, streams * self._activations(chunks))
 
@@ -330,21 +324,6 @@ class CostModel:
             return True
         is_there = (self._weighs_by_loss or self._smooths) and call.round_index == 0
         return not is_there and call.block + 1 < len(self._plan.blocks)
-
-    def _forward(self, unit: BlockUnit, tokens: int) -> Work:
-        """The layers' products, attention's two with its scores, none of which is left out, and what is elementwise."""
-        shape = self._plan.forward_shape
-        runs_all = bool(shape.dense_experts)
-        layers = sum((1.0 if runs_all else batch.reach) * batch.weights for batch in self._batches(unit))
-        states = float(tokens) * self._plan.hidden_size
-        attention = 2.0 * states * self._sequence_length if shape.heads else 0.0
-        return Work(2.0 * (tokens * layers + attention), elements=_FORWARD_PASSES[self._device_type] * states)
-
-    def _head(self, tokens: int) -> Work:
-        """The product with the head, and the loss of its logits."""
-        logits = tokens * self._plan.outside_weights / self._plan.hidden_size
-        compute = 2.0 * tokens * self._plan.outside_weights
-        return Work(compute, elements=_LOGIT_PASSES[self._device_type] * logits)
 
     def _hessian(self, batches: Sequence[PredictedInputGroup], tokens: int, drifts: int = 0) -> Work:
         """XᵀX on and above the diagonal, and drifts. A GPU multiplies 16-bit inputs as they are, a drift as two."""
