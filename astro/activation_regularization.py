@@ -28,6 +28,7 @@ from torch.autograd.function import once_differentiable
 from transformers.pytorch_utils import Conv1D
 
 from astro.errors import CheckpointError, ConfigError, NumericalError
+from astro.linalg import compiled
 from astro.model.clipped_rounding import round_clipped
 from astro.model.clips_file import read_clips, write_clips
 from astro.model.exact_layers import is_held_exact
@@ -226,24 +227,37 @@ class _KurtosisSum(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, y: torch.Tensor) -> torch.Tensor:
         ctx.save_for_backward(y)
-        centered, deviation = _centered(y)
-        return (centered / (deviation + _EPSILON)).square().square().mean(-1).sum()
+        ctx.gradient_of = compiled.carried(_kurtosis_gradient)
+        return _kurtosis(y.detach())
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, *gradients: torch.Tensor) -> torch.Tensor:
-        (y,) = ctx.saved_tensors
+        (y,) = (X.detach() for X in ctx.saved_tensors)
         (gradient,) = gradients
-        a, deviation = _centered(y)
-        S = deviation + _EPSILON
-        z = a / S
-        squares = z.square()
-        cubes, moment = squares * z, squares.square().mean(-1, keepdim=True)
-        # ∂K/∂y_r = 4/(R S) [z_r³ − mean z³ − mean z⁴ · a_r / σ], because ∂σ/∂y_r = a_r / (R σ). A token whose
-        # outputs are all equal has a = 0 and the gradient 0.
-        bracket = cubes - cubes.mean(-1, keepdim=True) - moment * a / deviation.where(deviation > 0, 1)
-        whole: torch.Tensor = gradient * 4 / y.shape[-1] * bracket / S
-        return whole.to(y.dtype)
+        whole: torch.Tensor = ctx.gradient_of(y, gradient)
+        return whole
+
+
+@compiled.fused
+def _kurtosis(y: torch.Tensor) -> torch.Tensor:
+    """Return the sum of equation (6) over all tokens."""
+    a, deviation = _centered(y)
+    return (a / (deviation + _EPSILON)).square().square().mean(-1).sum()
+
+
+@compiled.fused
+def _kurtosis_gradient(y: torch.Tensor, gradient: torch.Tensor) -> torch.Tensor:
+    """Return the gradient of that sum for y, times the one that is given [], in the dtype of y."""
+    a, deviation = _centered(y)
+    S = deviation + _EPSILON
+    z = a / S
+    squares = z.square()
+    cubes, moment = squares * z, squares.square().mean(-1, keepdim=True)
+    # ∂K/∂y_r = 4/(R S) [z_r³ − mean z³ − mean z⁴ · a_r / σ], because ∂σ/∂y_r = a_r / (R σ). A token whose
+    # outputs are all equal has a = 0 and the gradient 0.
+    bracket = cubes - cubes.mean(-1, keepdim=True) - moment * a / deviation.where(deviation > 0, 1)
+    return (gradient * 4 / y.shape[-1] * bracket / S).to(y.dtype)
 
 
 def _centered(y: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:

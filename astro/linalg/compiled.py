@@ -11,16 +11,17 @@ last bits:
   (`astro.quantization.column_kernels`). They are compiled in seconds.
 """
 
+import contextlib
 import functools
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Literal, ParamSpec, TypeVar
 
 import torch
 
 from astro.errors import NumericalError
 
-__all__ = ["ColumnLoops", "fused", "is_enabled", "run_by_kernels", "use"]
+__all__ = ["ColumnLoops", "carried", "fused", "is_enabled", "run_by_kernels", "use", "using"]
 
 ColumnLoops = Literal["plain", "compiled", "kernels"]
 """How the innermost loops run."""
@@ -57,6 +58,39 @@ def use(loops: ColumnLoops) -> None:
         torch._inductor.config.compile_threads = 1
 
 
+@contextlib.contextmanager
+def using(loops: ColumnLoops) -> Iterator[None]:
+    """Choose how the innermost loops run in this thread while the body of a `with` statement runs.
+
+    Args:
+        loops: The way until then.
+    """
+    before = _thread.loops
+    use(loops)
+    try:
+        yield
+    finally:
+        _thread.loops = before
+
+
+def carried(function: Callable[P, T]) -> Callable[P, T]:
+    """Return a function that runs as this thread chose, whichever thread calls it.
+
+    Autograd calls the backward functions of a GPU in threads of its own, which chose nothing.
+
+    Args:
+        function: A function that calls marked ones, or is marked.
+    """
+    loops = _thread.loops
+
+    @functools.wraps(function)
+    def call(*args: P.args, **kwargs: P.kwargs) -> T:
+        with using(loops):
+            return function(*args, **kwargs)
+
+    return call
+
+
 def is_enabled() -> bool:
     """Return whether this thread compiles marked functions."""
     return _thread.loops == "compiled"
@@ -71,8 +105,9 @@ def fused(function: Callable[P, T]) -> Callable[P, T]:
     """Mark a function that is compiled in threads which chose that.
 
     Args:
-        function: The function. It takes tensors, has no side effects and is elementwise, because the last bits of a
-            compiled sum would depend on the shapes that a process met first.
+        function: The function. It takes tensors and has no side effects. Where results must have the same bits in
+            every process it is elementwise, because the last bits of a compiled sum depend on the shapes that a process
+            met first.
 
     Returns:
         A function with the same arguments and results. It raises NumericalError where the function cannot be
@@ -99,4 +134,5 @@ def fused(function: Callable[P, T]) -> Callable[P, T]:
 
 
 def _first_line(error: Exception) -> str:
-    return next((line for line in str(error).splitlines() if line.strip()), type(error).__name__)
+    lines = (line.strip() for line in str(error).splitlines())
+    return next((line for line in lines if line and not line.endswith("raised:")), type(error).__name__)

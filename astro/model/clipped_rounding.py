@@ -18,6 +18,7 @@ import torch
 from torch.autograd.function import once_differentiable
 
 from astro.errors import CheckpointError
+from astro.linalg import compiled
 
 __all__ = ["InputClips", "round_clipped"]
 
@@ -97,23 +98,37 @@ class _RoundClipped(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: torch.Tensor, clips: torch.Tensor, steps: int) -> torch.Tensor:
         ctx.save_for_backward(x, clips)
-        ctx.steps = steps
-        v, scale = _scaled(x, clips, steps)
-        return (v.round_() / scale + clips[0]).to(x.dtype)  # round: halves to even, as rint
+        ctx.steps, ctx.gradients = steps, compiled.carried(_gradients)
+        return _rounded(x.detach(), clips.detach(), steps)  # a compiler asks what is not detached for its gradient
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, *gradients: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, None]:
-        x, clips = ctx.saved_tensors
+        x, clips = (X.detach() for X in ctx.saved_tensors)
         (gradient,) = gradients
-        v, _ = _scaled(x, clips, ctx.steps)
-        low, high = v <= 0, v >= ctx.steps
-        g = gradient.to(v.dtype)
-        of_rounding = torch.linalg.vecdot((v.round() - v).flatten(), g.flatten()) / ctx.steps  # Σ g (q − v) / n
-        # Clipped elements have q = v, and move their clip alone.
-        of_low, of_high = g.masked_fill(~low, 0).sum(), g.masked_fill(~high, 0).sum()
-        clip_gradient = torch.stack((of_low - of_rounding, of_high + of_rounding))
-        return gradient.masked_fill(low | high, 0), clip_gradient.to(clips.dtype), None
+        return *ctx.gradients(x, clips, gradient, ctx.steps), None
+
+
+@compiled.fused
+def _rounded(x: torch.Tensor, clips: torch.Tensor, steps: int) -> torch.Tensor:
+    """Return x̂ of equation (2), in the dtype of x."""
+    v, scale = _scaled(x, clips, steps)
+    return (v.round_() / scale + clips[0]).to(x.dtype)  # round: halves to even, as rint
+
+
+@compiled.fused
+def _gradients(
+    x: torch.Tensor, clips: torch.Tensor, gradient: torch.Tensor, steps: int
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return the gradients for x and for both clips [2], equations (3) to (5), from that of x̂."""
+    v, _ = _scaled(x, clips, steps)
+    low, high = v <= 0, v >= steps
+    g = gradient.to(v.dtype)
+    of_rounding = ((v.round() - v) * g).sum() / steps  # Σ g (q − v) / n
+    # Clipped elements have q = v, and move their clip alone.
+    of_low, of_high = g.masked_fill(~low, 0).sum(), g.masked_fill(~high, 0).sum()
+    of_clips = torch.stack((of_low - of_rounding, of_high + of_rounding))
+    return gradient.masked_fill(low | high, 0), of_clips.to(clips.dtype)
 
 
 def _scaled(x: torch.Tensor, clips: torch.Tensor, steps: int) -> tuple[torch.Tensor, torch.Tensor]:

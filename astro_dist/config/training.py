@@ -119,6 +119,10 @@ class TrainExecutionConfig(Section):
     """The kind of device; `auto` is `cuda` where the cluster, or with the local executor this machine, has GPUs."""
     threads_per_worker: int = Field(1, ge=1)
     """The number of CPU threads of each worker."""
+    compile: bool | Literal["auto"] = "auto"
+    """Whether the rounding of inputs and the kurtosis of outputs are compiled by torch.compile, which wants a C
+    compiler for GPUs and one for C++ for CPUs. Without it they take many times as long. `auto` compiles where a worker
+    can, and the first line of a training says whether it does."""
     ray_address: str = "auto"
     """The address of the Ray cluster. `auto` is the cluster in the variable RAY_ADDRESS, or a private one on this
     machine where it is not set."""

@@ -11,12 +11,14 @@ from typing import Any
 import torch
 
 from astro.activation_regularization import ActivationRegularizer
-from astro.errors import NumericalError
+from astro.errors import NumericalError, RunError
+from astro.linalg import compiled
 from astro_dist.config.training import OptimizationConfig, TrainConfig
 from astro_dist.training.checkpoint import load_checkpoint, save_checkpoint
 from astro_dist.training.parallel import ParallelModel, Place
 from astro_dist.training.token_file import TokenFile
 from astro_dist.training.trained_model import build_model, load_tokenizer, write_model
+from astro_dist.worker.compile_check import require_compiler
 
 __all__ = ["Outlet", "Trainer", "learning_rate"]
 
@@ -71,12 +73,14 @@ class Trainer:
 
         Raises:
             InputError: The model cannot be made, or a pattern matches no layer.
+            RunError: The regularization is to be compiled, which this machine cannot.
         """
         self._config, self._tokens, self._place = config, tokens, place
         optimization = config.optimization
         self._precision = optimization.precision
         if self._precision == "auto":
             self._precision = "bfloat16" if place.device.type == "cuda" else "float32"
+        self._not_compiled = self._why_not_compiled()
         model = build_model(config.model, optimization.seed)
         self.num_parameters = sum(parameter.numel() for parameter in model.parameters())
         self.regularizer = ActivationRegularizer(model, config.regularization, place.device)
@@ -119,6 +123,10 @@ class Trainer:
         Raises:
             NumericalError: The loss is not finite, or clips have met; it is the same on all workers.
         """
+        with compiled.using("plain" if self._not_compiled else "compiled"):
+            self._run(outlet)
+
+    def _run(self, outlet: Outlet) -> None:
         output = self._config.output
         regularizer = self.regularizer
         is_plain = self._config.regularization.is_off
@@ -126,6 +134,7 @@ class Trainer:
             "layers": 0 if is_plain else len(regularizer.names), "left_out": [] if is_plain else regularizer.left_out,
             "step": self.step, "parameters": self.num_parameters, "workers": self._place.world_size,
             "precision": self._precision, "device": self._place.device.type, "pid": os.getpid(),
+            "not_compiled": "" if is_plain else self._not_compiled,
         })  # fmt: skip
         since, first = time.monotonic(), self.step
         while not self.is_done and not outlet.is_stopped():
@@ -181,6 +190,22 @@ class Trainer:
             optimizer.zero_grad(set_to_none=True)
         self.step += 1
         return total
+
+    def _why_not_compiled(self) -> str:
+        """Return why the regularization is not compiled on this worker; nothing where it is."""
+        compile_wish = self._config.execution.compile
+        if self._config.regularization.is_off:
+            return "there is none"
+        if compile_wish is False:
+            return "execution.compile: false"
+        advice = "Mend that on every node" + (", or set execution.compile: auto" if compile_wish is True else "")
+        try:
+            require_compiler(self._place.device, advice)
+        except RunError as error:
+            if compile_wish is True:
+                raise
+            return str(error)
+        return ""
 
     def _write_checkpoint(self, folder: Path) -> None:
         clips = {"clips": self.regularizer.clips.detach(), "optimizer": self._clip_optimizer.state_dict()}

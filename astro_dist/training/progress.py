@@ -67,7 +67,8 @@ def in_line(event: Mapping[str, Any]) -> str | None:
             parts.append(f"{counted(event['layers'], 'layer')} regularized")
         if event["left_out"]:
             parts.append(f"but not {counted(len(event['left_out']), 'set')} of experts ({event['left_out'][0]}, ...)")
-        return f"{', '.join(parts)}, {event['precision']} on {event['device']}"
+        slow = f"; not compiled, which is slower: {event['not_compiled']}" if event["not_compiled"] else ""
+        return f"{', '.join(parts)}, {event['precision']} on {event['device']}{slow}"
     if kind == "step":
         extra = f" + {event['penalty']:.4f} for kurtosis" if event["penalty"] else ""
         return (

@@ -18,11 +18,15 @@ from astro.quantization.column_ops import require_kernels
 from astro.quantization.recipe import InputMoments, Recipe
 from astro.quantization.row_solver import prepare_input_groups, solve_rows
 
-__all__ = ["require_loops"]
+__all__ = ["require_compiler", "require_loops"]
 
 _COMPILERS = {"cpu": ("g++", "clang++", "c++"), "cuda": ("gcc", "clang", "cc")}
 """Compilers of which torch.compile needs one, by type of device: for C++ on a CPU, for C on a GPU, where Triton builds
 what starts its kernels."""
+_ADVICE = (
+    "Mend that on every node, or set execution.compile: false, which is slower on GPUs and, being part of the run's "
+    "identity, wants another output.dir"
+)
 _COLUMNS, _ROWS, _GROUP_SIZE = 64, 24, 16
 """Size of the layer that is solved. No two of its sizes are equal, or a compiler could take them for the same."""
 
@@ -44,7 +48,7 @@ def require_loops(loops: compiled.ColumnLoops, recipe: Recipe, device: torch.dev
     if loops == "kernels":
         _require_kernels(device)
     if loops == "compiled":
-        _require_compiler(device)
+        require_compiler(device, _ADVICE)
     if loops == "kernels" or (loops == "compiled" and warms_up):
         _warm_up(recipe, device)
 
@@ -56,13 +60,21 @@ def _require_kernels(device: torch.device) -> None:
         raise RunError(f"{platform.node()}: {error}") from error
 
 
-def _require_compiler(device: torch.device) -> None:
-    """Compile a tiny function, which takes seconds. What was compiled before and kept on disk is not used."""
+def require_compiler(device: torch.device, advice: str) -> None:
+    """Compile a tiny function, which takes seconds. What was compiled before and kept on disk is not used.
+
+    Args:
+        device: Device that the code is for.
+        advice: What to do where it cannot be compiled.
+
+    Raises:
+        RunError: It cannot; the message names this machine and says what is missing.
+    """
     X = torch.ones(4, 3, device=device)
     from torch._inductor.utils import fresh_cache  # late, because it imports for seconds
 
-    with fresh_cache():
-        _compiled(lambda: _difference(X, X), device)
+    with compiled.using("compiled"), fresh_cache():
+        _compiled(lambda: _difference(X, X), device, advice)
 
 
 def _warm_up(recipe: Recipe, device: torch.device) -> None:
@@ -77,7 +89,7 @@ def _warm_up(recipe: Recipe, device: torch.device) -> None:
             prepared = beta_search.search(prepared, W)  # which is the first to round columns
         solve_rows(prepared, W)
 
-    _compiled(solve, device)
+    _compiled(solve, device, _ADVICE)
 
 
 @compiled.fused
@@ -86,7 +98,7 @@ def _difference(A: torch.Tensor, B: torch.Tensor) -> torch.Tensor:
     return torch.round(A * 2 - B)
 
 
-def _compiled(action: Callable[[], object], device: torch.device) -> None:
+def _compiled(action: Callable[[], object], device: torch.device, advice: str) -> None:
     try:
         action()
     except Exception as error:  # compilers of several projects have errors of their own
@@ -95,8 +107,7 @@ def _compiled(action: Callable[[], object], device: torch.device) -> None:
         missing = "; ".join(_missing(device)) or "a compiler, Python's headers and the driver's library are there"
         raise RunError(
             f"{platform.node()}: the innermost loops cannot be compiled: {_first_line(error)}. Seen here: {missing}. "
-            "Mend that on every node, or set execution.compile: false, which is slower on GPUs and, being part of the "
-            "run's identity, wants another output.dir"
+            f"{advice}"
         ) from error
 
 

@@ -8,6 +8,8 @@ import transformers
 
 from astro.activation_regularization import ActivationRegularizer, kurtosis_sum
 from astro.errors import CheckpointError, ConfigError, NumericalError
+from astro.linalg import compiled
+from astro.model.clipped_rounding import round_clipped
 from astro.model.clips_file import CLIPS_FILE
 from astro.training_config import ActivationRegularization
 from tests.support.architectures import DENSE, EXPERTS, IDS
@@ -43,6 +45,22 @@ def test_kurtosis_of_normal_tokens_is_three_and_of_equal_features_nothing():
     y = torch.ones(2, 6, requires_grad=True)
     kurtosis_sum(y).backward()
     assert y.grad.tolist() == torch.zeros(2, 6).tolist()
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")  # of torch's own compiler
+@pytest.mark.parametrize("shape", [(6, 40), (2, 3, 96)])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_compiled_regularization_is_the_plain_one(shape, dtype):
+    """Its value, and the gradients of inputs, outputs and clips."""
+    results = []
+    for loops in ("plain", "compiled"):
+        x, y = (inputs(*shape, scale=2.0).to(dtype).requires_grad_() for _ in range(2))
+        clips = torch.tensor([-3.0, 2.5], requires_grad=True)
+        with compiled.using(loops):
+            rounded = round_clipped(x, clips, 4)
+            (rounded.float().square().sum() + kurtosis_sum(y)).backward()
+        results.append((rounded.detach(), x.grad, y.grad, clips.grad))
+    torch.testing.assert_close(*results, rtol=1e-2 if dtype == torch.bfloat16 else 1e-5, atol=1e-5)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])

@@ -4,8 +4,9 @@
 
 It trains a Llama of about 6 million parameters four ways: plainly, with rounded inputs, with the kurtosis of outputs in
 the loss, and with both. On the way it counts outlier channels. Then it quantizes the weights per output channel, by
-rounding to nearest and by Astro + GPTQ, and measures perplexity on held-out text, with inputs as they are and rounded
-to 4 bits, a scale for each token. It prints tables in Markdown. A way whose figures are in DIR is not repeated.
+rounding to nearest and by Astro + GPTQ, and measures perplexity on held-out text. Inputs are as they are, rounded to 4
+bits with a scale for each token, and rounded between the learned clips; Astro + GPTQ solves the weights for just these
+inputs. It prints tables in Markdown. A way whose figures are in DIR is not repeated.
 
 The tokenizer is made of the text. λ is a sum over the tokens of a sequence: with 256 of them, the published 1e-5 weighs
 an eighth of what it does with 2048, so the default here is 8e-5.
@@ -50,6 +51,8 @@ METHODS = {
     },
     "Astro + GPTQ": {},
 }
+INPUTS = {"A16": {}, "A4": {"bits": 4}, "A4 clips": {"bits": 4, "clips": "from-checkpoint"}}
+"""The section `activations` by how inputs are rounded."""
 HELD_OUT_EVERY = 10
 CPU = torch.device("cpu")
 
@@ -193,21 +196,23 @@ def perplexity_of(model: torch.nn.Module, sequences: torch.Tensor) -> float:
     return math.exp(sum(losses) / len(losses))
 
 
-def perplexities(folder: Path, sequences: torch.Tensor, clips: dict[str, torch.Tensor] | None) -> dict[str, float]:
-    """Measure a model with inputs as they are, rounded per token, and rounded between learned clips."""
+def perplexity_with(
+    folder: Path, sequences: torch.Tensor, inputs: str, clips: dict[str, torch.Tensor] | None
+) -> float:
+    """Measure a model with inputs as they are, rounded per token, or rounded between learned clips."""
     model = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
-    figures = {"A16": perplexity_of(model, sequences)}
-    with rounded_inputs(model, None):
-        figures["A4"] = perplexity_of(model, sequences)
-    if clips:
-        with rounded_inputs(model, clips):
-            figures["A4 clips"] = perplexity_of(model, sequences)
-    return figures
+    if inputs == "A16":
+        return perplexity_of(model, sequences)
+    with rounded_inputs(model, clips if inputs == "A4 clips" else None):
+        return perplexity_of(model, sequences)
 
 
-def quantized(options: argparse.Namespace, way: str, method: str, bits: int, text: Path) -> Path:
+def quantized(options: argparse.Namespace, way: str, method: str, bits: int, inputs: str, text: Path) -> Path:
     """Quantize the weights of a trained model per output channel, and return a folder with dequantized weights."""
-    model, folder = options.out / way / "model", options.out / way / f"{method.replace(' + ', '-')}-{bits}"
+    if method == "RTN":
+        inputs = "A16"  # the weights are the same whatever the inputs
+    model = options.out / way / "model"
+    folder = options.out / way / f"{method} {bits} {inputs}".replace(" + ", "-").replace(" ", "-")
     target = folder / "dequantized"
     if not target.exists():
         content = {
@@ -219,6 +224,7 @@ def quantized(options: argparse.Namespace, way: str, method: str, bits: int, tex
             "execution": {"executor": "local", "device": "cpu", "threads_per_worker": options.threads},
             "output": {"dir": str(folder)},
             "quantization": {"bits": bits, "group_size": -1},
+            "activations": INPUTS[inputs],
         }  # fmt: skip
         for section, keys in METHODS[method].items():
             content[section] = {**content.get(section, {}), **keys}
@@ -242,11 +248,14 @@ def measure_way(options: argparse.Namespace, way: str, text: Path, held_out: Pat
     if (model / CLIPS_FILE).exists():
         with safe_open(model / CLIPS_FILE, "pt") as file:
             clips = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-    figures["perplexity"] = {"W16": perplexities(model, sequences, clips)}
+    kinds = [inputs for inputs in INPUTS if clips or inputs != "A4 clips"]
+    figures["perplexity"] = {"W16": {inputs: perplexity_with(model, sequences, inputs, clips) for inputs in kinds}}
     for bits in options.bits:
         for method in METHODS:
-            folder = quantized(options, way, method, bits, text)
-            figures["perplexity"][f"W{bits} {method}"] = perplexities(folder, sequences, clips)
+            figures["perplexity"][f"W{bits} {method}"] = {
+                inputs: perplexity_with(quantized(options, way, method, bits, inputs, text), sequences, inputs, clips)
+                for inputs in kinds
+            }
     path.write_text(json.dumps(figures, indent=1))
     return figures
 
@@ -265,7 +274,7 @@ def print_tables(results: dict[str, dict]) -> None:
     rows = [
         [f"{weights}, {inputs}", *(f"{r['perplexity'][weights].get(inputs, math.nan):.2f}" for r in results.values())]
         for weights in first["perplexity"]
-        for inputs in ("A16", "A4", "A4 clips")
+        for inputs in INPUTS
     ]
     print(table(["perplexity", *results], [[row[0], *(c.replace("nan", "-") for c in row[1:])] for row in rows]))
     print()

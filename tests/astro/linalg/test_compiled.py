@@ -106,6 +106,15 @@ def test_only_the_thread_that_asked_for_it_compiles():
     assert not compiled.is_enabled()
 
 
+def test_what_is_carried_runs_elsewhere_as_it_was_chosen_here():
+    with compiled.using("compiled"):
+        asked = compiled.carried(compiled.is_enabled)
+    assert not compiled.is_enabled()
+    with ThreadPoolExecutor(1) as pool:
+        assert pool.submit(asked).result()
+        assert not pool.submit(compiled.is_enabled).result(), "the thread is as it was"
+
+
 def test_what_cannot_be_compiled_names_the_switch(monkeypatch):
     @compiled.fused
     def looks_at_values(X):

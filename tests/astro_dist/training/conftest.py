@@ -29,7 +29,7 @@ def settings(source, tmp_path):
             "optimization": {
                 "steps": 6, "batch_sequences": 4, "micro_batch_sequences": 2, "learning_rate": 1e-2, "warmup_steps": 2,
             },
-            "execution": {"executor": "local", "device": "cpu"},
+            "execution": {"executor": "local", "device": "cpu", "compile": False},
             "output": {"dir": str(tmp_path / output), "checkpoint_every": 2, "report_every": 1},
         }  # fmt: skip
         for name, value in changes.items():

@@ -8,7 +8,8 @@ import torch
 import transformers
 from safetensors import safe_open
 
-from astro.errors import CheckpointError, ConfigError, NumericalError, UnsupportedError
+from astro.errors import CheckpointError, ConfigError, NumericalError, RunError, UnsupportedError
+from astro.linalg import compiled
 from astro.model.clips_file import CLIPS_FILE
 from astro_dist import cli
 from astro_dist.config.training import OptimizationConfig
@@ -16,6 +17,7 @@ from astro_dist.source import long_wait
 from astro_dist.training import loop
 from astro_dist.training.token_file import TokenFile, write_tokens
 from astro_dist.training.train import train
+from astro_dist.worker import compile_check
 from tests.support.models import byte_tokenizer
 
 
@@ -97,6 +99,30 @@ def test_stopped_training_goes_on_as_if_it_had_not_stopped(settings, events, mon
         safe_open(whole.output.dir / "model" / CLIPS_FILE, "pt") as b,
     ):
         assert all(torch.equal(a.get_tensor(key), b.get_tensor(key)) for key in a.keys())  # noqa: SIM118
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")  # of torch's own compiler
+@pytest.mark.parametrize("compile_wish", [True, "auto"])
+def test_compiled_training_learns_the_same(settings, events, compile_wish):
+    plain, other = settings("plain"), settings("compiled", execution__compile=compile_wish)
+    assert train(other).loss == pytest.approx(train(plain).loss, rel=1e-3)
+    assert events(plain, "begun")[0]["not_compiled"] == "execution.compile: false"
+    assert events(other, "begun")[0]["not_compiled"] == ""
+    assert not compiled.is_enabled()
+
+
+def test_machine_that_cannot_compile_trains_and_says_so_unless_it_was_told_to(settings, events, monkeypatch, caplog):
+    monkeypatch.setattr(compile_check, "_difference", lambda *_: torch.full((1,), "x"))
+    auto = settings("auto", execution__compile="auto")
+    with caplog.at_level("INFO", "astro_dist"):
+        train(auto)
+    assert "; not compiled, which is slower: " in caplog.text
+    assert "Mend that on every node" in events(auto, "begun")[0]["not_compiled"]
+    with pytest.raises(RunError, match=r"cannot be compiled: .* or set execution\.compile: auto"):
+        train(settings("true", execution__compile=True))
+    plain = settings("off", execution__compile=True, regularization__input_bits=None, regularization__kurtosis=0.0)
+    train(plain)  # nothing is to be compiled
+    assert events(plain, "begun")[0]["not_compiled"] == ""
 
 
 def test_finished_training_is_not_done_again(settings, events):
