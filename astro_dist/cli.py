@@ -21,7 +21,7 @@ from astro_dist.commands.result import publish, report, status, verify
 from astro_dist.commands.run import plan, quantize, submit
 from astro_dist.commands.training import train
 from astro_dist.console import show_log
-from astro_dist.execution.termination import EXIT_CODE, MESSAGE, Terminated, Termination
+from astro_dist.execution.termination import EXIT_CODE, KEPT, MESSAGE, Terminated, Termination
 
 __all__ = ["app", "main"]
 
@@ -81,8 +81,6 @@ _FAILED, _WRONG_INPUT, _INTERRUPTED = 1, 2, 130
 _GO_ON = {"quantize", "submit", "train", "publish"}
 """The commands that keep what is finished when they are stopped, and go on with it."""
 
-_KEPT = "; what is finished is kept"
-
 _shows_tracebacks = False
 
 
@@ -101,9 +99,7 @@ def _options(context: typer.Context, debug: _Debug = False, version: _Version = 
     global _shows_tracebacks
     _shows_tracebacks = debug
     if isinstance(context.obj, Termination):  # it is not where the app is called by another program
-        keeps = context.invoked_subcommand in _GO_ON
-        anew = "; run the same command to begin anew"
-        context.obj.advice = f"{_KEPT}, run the same command to go on" if keeps else anew
+        context.obj.keeps_work = context.invoked_subcommand in _GO_ON
 
 
 def main() -> None:
@@ -126,14 +122,14 @@ def _run_command(termination: Termination) -> int:
     try:
         code = app(standalone_mode=False, obj=termination) or 0
     except Exception as error:
-        code = EXIT_CODE if termination.has_come else _code_of(error, termination.advice)
+        code = EXIT_CODE if termination.has_come else _code_of(error, bool(termination.keeps_work))
     if code == _INTERRUPTED:
         typer.echo(f"interrupted{termination.advice}", err=True)
     return int(code)
 
 
-def _code_of(error: BaseException, advice: str) -> int:
-    """Return the exit code of an error, after it was explained; the advice says how to go on after an interruption."""
+def _code_of(error: BaseException, keeps_work: bool) -> int:
+    """Return the exit code of an error, after it was explained; the command keeps what is finished, or not."""
     show = getattr(error, "show", None)
     if isinstance(error, typer.Abort):
         return _INTERRUPTED
@@ -144,8 +140,7 @@ def _code_of(error: BaseException, advice: str) -> int:
         show()
         return _WRONG_INPUT
     # A defect of ours or of a library: still one paragraph.
-    kept = _KEPT if advice.startswith(_KEPT) else ""
-    _explain(f"{type(error).__name__}: {error}. This is unexpected{kept}. See --debug")
+    _explain(f"{type(error).__name__}: {error}. This is unexpected{KEPT if keeps_work else ''}. See --debug")
     return _FAILED
 
 

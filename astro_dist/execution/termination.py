@@ -8,11 +8,12 @@ import time
 from collections.abc import Iterator
 from types import FrameType
 
-__all__ = ["EXIT_CODE", "MESSAGE", "Terminated", "Termination", "keep_handler"]
+__all__ = ["EXIT_CODE", "KEPT", "MESSAGE", "Terminated", "Termination", "keep_handler"]
 
 EXIT_CODE = 128 + signal.SIGTERM
 """Exit code of a process that SIGTERM has ended, as a shell tells it: 143."""
 MESSAGE = "stopped by SIGTERM"
+KEPT = "; what is finished is kept"
 _GRACE_S = 12.0
 """Seconds in which workers and cluster are ended in order. After that the process ends as it is: Kubernetes and Slurm
 kill it 30 s after the signal, and the notice of a spot instance may be as short. What is finished is on disk anyway."""
@@ -23,17 +24,25 @@ class Terminated(BaseException):
 
 
 class Termination:
-    """Tells whether SIGTERM has arrived.
+    """Tells whether SIGTERM has arrived, and what an end before the work is done means for that work.
 
     Attributes:
         has_come: Whether it has.
-        advice: What is said behind `MESSAGE` where the process has to be ended before it is in order.
+        keeps_work: Whether the command keeps what is finished, and goes on with it when it is run again; None as long
+            as no command is known.
     """
 
     def __init__(self) -> None:
-        """Begin without it."""
+        """Begin without the signal and without a command."""
         self.has_come = False
-        self.advice = ""
+        self.keeps_work: bool | None = None
+
+    @property
+    def advice(self) -> str:
+        """What is said behind `MESSAGE`, or behind another reason to end early."""
+        if self.keeps_work is None:
+            return ""
+        return f"{KEPT}, run the same command to go on" if self.keeps_work else "; run the same command to begin anew"
 
     @contextlib.contextmanager
     def handled(self) -> Iterator[None]:

@@ -196,9 +196,7 @@ def perplexity_of(model: torch.nn.Module, sequences: torch.Tensor) -> float:
     return math.exp(sum(losses) / len(losses))
 
 
-def perplexity_with(
-    folder: Path, sequences: torch.Tensor, inputs: str, clips: dict[str, torch.Tensor] | None
-) -> float:
+def perplexity_with(folder: Path, sequences: torch.Tensor, inputs: str, clips: dict[str, torch.Tensor] | None) -> float:
     """Measure a model with inputs as they are, rounded per token, or rounded between learned clips."""
     model = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
     if inputs == "A16":

@@ -79,7 +79,7 @@ import sys, time
 from astro_dist.execution import termination
 termination._GRACE_S = 0.3
 stop = termination.Termination()
-stop.advice = "; begin anew"
+stop.keeps_work = False
 with stop.handled():
     try:
         print("ready", file=sys.stderr, flush=True)  # the signal may come at once
@@ -93,7 +93,7 @@ def test_a_process_that_hangs_while_it_clears_up_ends_all_the_same(start):
     process = start("-c", WAITING)
     wait_for(process, "ready")
     code, rest, seconds = ended(process)
-    assert (code, rest) == (EXIT_CODE, f"{MESSAGE}; begin anew\n")
+    assert (code, rest) == (EXIT_CODE, f"{MESSAGE}; run the same command to begin anew\n")
     assert seconds < 10
 
 
