@@ -49,13 +49,19 @@ def starting_config(source: str, assignments: Sequence[str] = ()) -> RunConfig:
 def run_name(source: str, config: RunConfig) -> str:
     """Return a name for the run of a model, such as `Llama-3.1-8B-w4g128`, or `Llama-3.1-8B-w4a8g128`.
 
+    A folder `model` goes by the name of the folder that it is in, which is the run directory of a training.
+
     Args:
         source: Source of the model.
         config: Configuration of the run.
     """
     quantization, inputs = config.quantization, config.activations.scheme
     folder = Path(source).expanduser()
-    place = os.path.abspath(folder) if folder.is_dir() else source.partition("?")[0].removeprefix("demo:")  # of `.` too
+    if folder.is_dir():
+        path = os.path.abspath(folder)  # of `.` too
+        place = path.removesuffix("/model") or path
+    else:
+        place = source.partition("?")[0].removeprefix("demo:")
     model = re.sub(r"[^\w.-]+", "-", place.rstrip("/").rpartition("/")[2])
     bits = f"{quantization.average_bits:g}" if quantization.bits == "auto" else quantization.bits
     group = "" if quantization.group_size == PER_CHANNEL else f"g{quantization.group_size}"

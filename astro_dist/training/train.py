@@ -19,6 +19,7 @@ from astro_dist.config.training import TrainConfig
 from astro_dist.console import in_words
 from astro_dist.run_directory.lock import hold
 from astro_dist.training.loop import Outlet, Trainer
+from astro_dist.training.next_commands import next_commands
 from astro_dist.training.parallel import Place
 from astro_dist.training.progress import EventReader, add_event, in_line
 from astro_dist.training.token_file import TokenFile, require_text, write_tokens
@@ -37,12 +38,14 @@ class TrainSummary:
     Attributes:
         model: Folder of the trained model.
         clips: File of the learned clips; None where inputs were not rounded.
-        input_bits: Width to which inputs were rounded; None where they were not.
         steps: Number of steps.
         tokens: Number of tokens that were trained on, those of repeated passes too.
         loss: Mean cross-entropy of the last step's tokens, in nats.
         penalty: What kurtosis added to the loss in the last step.
         wall_s: Time of the last session, in seconds.
+        input_bits: Width to which inputs were rounded; None where they were not.
+        commands: Commands that go on with the model, quoted for a shell.
+        notes: Sentences on what `quantize` refuses of the model.
     """
 
     model: str
@@ -53,6 +56,8 @@ class TrainSummary:
     penalty: float
     wall_s: float
     input_bits: int | None = None
+    commands: tuple[str, ...] = ()
+    notes: tuple[str, ...] = ()
 
     def to_json(self) -> dict[str, Any]:
         """Return the figures as a JSON object."""
@@ -65,11 +70,8 @@ class TrainSummary:
                  f"{in_words(self.wall_s)}", f"Model: {self.model}"]  # fmt: skip
         if self.clips:
             lines.append(f"Clips of inputs: {self.clips}")
-        lines += ["Next:", f"  astro-dist inspect {self.model}"]
-        clips = ""
-        if self.input_bits in (4, 8):
-            clips = f" --set activations.bits={self.input_bits} --set activations.clips=from-checkpoint"
-        return [*lines, f"  astro-dist quantize {self.model}{clips}"]
+        lines += [f"note: {note}" for note in self.notes]
+        return [*lines, "Next:", *(f"  {command}" for command in self.commands)]
 
 
 def train(config: TrainConfig) -> TrainSummary:
@@ -91,24 +93,33 @@ def train(config: TrainConfig) -> TrainSummary:
         done = run.finished()
         if done is not None:
             _log.info("%s: this training was finished already; nothing was done", run.root)
-            return TrainSummary(**done)
-        vocabulary = settings.get_text_config().vocab_size
-        tokens = write_tokens(config.text, tokenizer, vocabulary, run.tokens)
-        _say_text(config, tokens)
-        last = _train_and_listen(config, tokens, run)
-        has_clips = config.regularization.input_bits is not None
-        summary = TrainSummary(
-            model=str(run.model),
-            clips=str(run.model / CLIPS_FILE) if has_clips else None,
-            steps=config.optimization.steps,
-            tokens=config.optimization.steps * config.optimization.batch_sequences * tokens.length,
-            loss=last["loss"],
-            penalty=last["penalty"],
-            wall_s=round(time.perf_counter() - begin, 2),
-            input_bits=config.regularization.input_bits,
-        )
-        run.finish(summary.to_json())
-        return summary
+            summary = TrainSummary(**done)
+        else:
+            vocabulary = settings.get_text_config().vocab_size
+            tokens = write_tokens(config.text, tokenizer, vocabulary, run.tokens)
+            _say_text(config, tokens)
+            last = _train_and_listen(config, tokens, run)
+            summary = _summary(config, tokens, run, last, time.perf_counter() - begin)
+            run.finish(summary.to_json())
+    following = next_commands(run.model, summary.input_bits, config.model.trust_remote_code)
+    return dataclasses.replace(summary, commands=following.commands, notes=following.notes)
+
+
+def _summary(
+    config: TrainConfig, tokens: TokenFile, run: TrainingDirectory, last: dict[str, Any], wall_s: float
+) -> TrainSummary:
+    """Return the figures of a training, of which the event of the last step is given."""
+    has_clips = config.regularization.input_bits is not None
+    return TrainSummary(
+        model=str(run.model),
+        clips=str(run.model / CLIPS_FILE) if has_clips else None,
+        steps=config.optimization.steps,
+        tokens=config.optimization.steps * config.optimization.batch_sequences * tokens.length,
+        loss=last["loss"],
+        penalty=last["penalty"],
+        wall_s=round(wall_s, 2),
+        input_bits=config.regularization.input_bits,
+    )
 
 
 def _train_and_listen(config: TrainConfig, tokens: TokenFile, run: TrainingDirectory) -> dict[str, Any]:

@@ -80,6 +80,13 @@ def test_names_of_runs_in_a_folder_are_the_folders(source, run_config, tmp_path,
     assert run_name(source, run_config(quantization__group_size=128)) == "my-model-w4g128"
 
 
+def test_name_of_a_run_of_a_trained_model_is_the_trainings(run_config, tmp_path):
+    (tmp_path / "my-training" / "model").mkdir(parents=True)
+    source = str(tmp_path / "my-training" / "model")
+    assert run_name(source, run_config(quantization__group_size=128)) == "my-training-w4g128"
+    assert run_name("org/model", run_config(quantization__group_size=128)) == "model-w4g128"
+
+
 def test_names_of_runs_tell_widths(run_config):
     auto = {"bits": "auto", "average_bits": 3.5, "group_size": -1}
     config = run_config(execution__rounds=2, **{f"quantization__{key}": value for key, value in auto.items()})
