@@ -1,9 +1,9 @@
 """What the name of a calibration text says of its place: text that Python ships, a file, or a dataset on the Hub."""
 
 import re
-from pathlib import Path
+from pathlib import Path, PurePath
 
-__all__ = ["FILE_SUFFIXES", "PYTHON_DOCS", "is_dataset", "is_file"]
+__all__ = ["FILE_SUFFIXES", "PYTHON_DOCS", "is_dataset", "is_file", "name_elsewhere"]
 
 PYTHON_DOCS = "python-docs"
 """The name of the Python language reference that every CPython ships."""
@@ -19,6 +19,15 @@ def is_file(source: str) -> bool:
         source: Value of `calibration.source`.
     """
     return source.endswith(FILE_SUFFIXES)
+
+
+def name_elsewhere(source: str) -> str:
+    """Return the name of a calibration text for those who do not know the folders of this machine: a file has no path.
+
+    Args:
+        source: Value of `calibration.source`.
+    """
+    return PurePath(source).name if is_file(source) else source
 
 
 def is_dataset(source: str) -> bool:

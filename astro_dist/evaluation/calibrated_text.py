@@ -1,7 +1,7 @@
 """Whether a run was calibrated on the very text that its result is judged by."""
 
 import shlex
-from pathlib import Path
+from pathlib import Path, PurePath
 
 from astro_dist.config.schema import RunConfig, TextSource
 from astro_dist.config.text_place import is_file
@@ -28,9 +28,15 @@ def calibration_note(name: str, text: TextSource) -> str | None:
     if not (layout.identity.is_file() and layout.config.is_file()):
         return None
     config = load_recorded_config(layout.config)
-    if not any(_is_same(text, calibrated) for calibrated in config.calibration.texts):
-        return None
-    return f"the run was calibrated on this text, so this flatters it; {_fairer_figure(config, layout.root)}"
+    texts = config.calibration.texts
+    if any(_is_same(text, calibrated) for calibrated in texts):
+        return f"the run was calibrated on this text, so this flatters it; {_fairer_figure(config, layout.root)}"
+    if any(_may_be_same(text, calibrated) for calibrated in texts):
+        return (
+            f"the run was calibrated on a file of this name, {PurePath(text.source).name}; if it is this text, this "
+            f"flatters it; {_fairer_figure(config, layout.root)}"
+        )
+    return None
 
 
 def _fairer_figure(config: RunConfig, root: Path) -> str:
@@ -46,3 +52,9 @@ def _is_same(text: TextSource, other: TextSource) -> bool:
         return len(set(paths)) == 1
     subsets = {text.subset, other.subset} - {None}
     return (text.source, text.split) == (other.source, other.split) and len(subsets) <= 1
+
+
+def _may_be_same(text: TextSource, calibrated: TextSource) -> bool:
+    """Tell whether a run may have read a text, because it read a file of that name by a path from an unknown folder."""
+    path = Path(calibrated.source).expanduser()
+    return is_file(calibrated.source) and not path.is_absolute() and path.name == PurePath(text.source).name

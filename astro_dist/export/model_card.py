@@ -18,7 +18,7 @@ from astro.formats.rounded_inputs import HUMMING_OPTION
 from astro.formats.server_limits import FUSED_EXPERTS, TRANSPOSED
 from astro.quantization.layer_record import LayerRecord, predicted_nats
 from astro_dist.config.schema import RunConfig
-from astro_dist.config.text_place import PYTHON_DOCS
+from astro_dist.config.text_place import PYTHON_DOCS, name_elsewhere
 from astro_dist.console import in_words
 from astro_dist.export.input_scales import INPUT_SCALES_NAME
 from astro_dist.run_directory.identity import Identity
@@ -270,17 +270,28 @@ def _without_places(config: RunConfig, identity: Identity) -> tuple[dict[str, An
 
     The second value tells whether paths were shortened.
     """
-    shortened = False
     plain = config.plain()
     del plain["publish"], plain["model"]["cache_dir"], plain["execution"]["ray_address"]
     del plain["output"]["activations_dir"], plain["output"]["track"]
     texts = plain["calibration"]["sources"] or [plain["calibration"]]
-    for section, key in ((plain["model"], "source"), (plain["output"], "dir"), *((text, "source") for text in texts)):
-        if PurePath(section[key]).is_absolute():
-            section[key], shortened = PurePath(section[key]).name, True
+    names = {("output", "dir"): _last_part(plain["output"]["dir"])}
+    if identity.commit is None and ":" not in plain["model"]["source"]:  # it is a folder here, and no place elsewhere
+        names["model", "source"] = _last_part(plain["model"]["source"])
+    shortened = False
+    for (section, key), name in names.items():
+        shortened |= plain[section][key] != name
+        plain[section][key] = name
     for number, text in enumerate(texts):
+        name = name_elsewhere(text["source"])
+        shortened |= text["source"] != name
+        text["source"] = name
         text["revision"] = (identity.texts or {}).get(str(number), {}).get("commit", text["revision"])
     return plain, shortened
+
+
+def _last_part(path: str) -> str:
+    """Return the name of a folder without the path to it, which a reader elsewhere does not have."""
+    return PurePath(path).name or path
 
 
 def _texts(config: RunConfig, identity: Identity, python: str) -> str:
@@ -289,7 +300,7 @@ def _texts(config: RunConfig, identity: Identity, python: str) -> str:
     parts = []
     for number, text in enumerate(config.calibration.texts):
         taken = recorded.get(str(number), {})
-        name = f"`{PurePath(text.source).name}`"
+        name = f"`{name_elsewhere(text.source)}`"
         if text.source == PYTHON_DOCS:
             name = f"the Python language reference of CPython {python} (`pydoc_data.topics`)"
         elif "commit" in taken:

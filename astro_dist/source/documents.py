@@ -7,7 +7,7 @@ from typing import Any
 
 from astro.errors import ConfigError
 from astro_dist.config.schema import TextSource
-from astro_dist.config.text_place import FILE_SUFFIXES, PYTHON_DOCS, is_dataset, is_file
+from astro_dist.config.text_place import FILE_SUFFIXES, PYTHON_DOCS, is_dataset, is_file, name_elsewhere
 from astro_dist.source.chats import ChatRenderer
 from astro_dist.source.rows import Rows
 from astro_dist.source.text_files import read_file
@@ -119,6 +119,7 @@ def _documents(rows: Rows, name: str, tokenizer: Any, notes: list[str]) -> Itera
             f"first with {renderer.reason}; choose another column or text"
         )
     yield from (Document(text, is_chat=True) for text in rendered)
+    name = name_elsewhere(name)  # the card of the model shows notes
     notes.append(
         f"calibration text {name}: column {rows.column!r} holds chats, which the model's chat template renders"
     )

@@ -94,6 +94,19 @@ def test_evaluate_says_that_the_run_was_calibrated_on_the_text(run, finished, tm
     assert "note: " not in run("evaluate", name, "--text", "other.txt", *options)[1]
 
 
+def test_relative_path_of_a_calibration_text_is_only_known_by_its_name(tmp_path):
+    config = {"model": {"source": "m"}, "calibration": {"source": "../x/a.txt"}, "output": {"dir": str(tmp_path)}}
+    (tmp_path / "config.yaml").write_text(yaml.safe_dump(config))
+    (tmp_path / "run.json").write_text("{}")
+    notes = [
+        calibration_note(str(tmp_path), TextSource(source=f"/texts/{name}", share=1.0)) for name in ["a.txt", "b.txt"]
+    ]
+    assert notes[0].startswith(
+        "the run was calibrated on a file of this name, a.txt; if it is this text, this flatters"
+    )
+    assert notes[1] is None
+
+
 @pytest.mark.parametrize(
     ("text", "is_same"),
     [

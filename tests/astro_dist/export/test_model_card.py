@@ -137,8 +137,23 @@ def test_base_model_of_a_finished_run_can_be_corrected(run_config):
 
 
 def test_card_says_that_paths_are_shortened_only_where_they_are(run, monkeypatch, tmp_path):
-    words = "its absolute paths shortened here to their last part"
+    words = "its paths shortened here to their last part"
     assert words in str(run.card(None))
     places = {"model": {"source": "llama"}, "output": {"dir": "run"}}
     relative = type(run.config).model_validate({**run.config.plain(), **places})
     assert words not in str(dataclasses.replace(run, config=relative).card(None))
+
+
+def test_card_names_files_and_folders_without_the_paths_to_them(run):
+    places = {"model": {"source": "../secret/llama"}, "output": {"dir": "secret/run"}}
+    texts = [{"source": "~/secret/a.jsonl", "share": 0.5}, {"source": "org/text", "share": 0.5}]
+    changes = {**places, "calibration": {"sources": texts}}
+    config = type(run.config).model_validate({**run.config.plain(), **changes})
+    card = str(dataclasses.replace(run, config=config).card(None))
+    assert "secret" not in card
+    shown = yaml.safe_load(card.split("```yaml\n")[1].split("```")[0])
+    assert (shown["model"]["source"], shown["output"]["dir"]) == ("llama", "run")
+    assert [text["source"] for text in shown["calibration"]["sources"]] == ["a.jsonl", "org/text"]
+    of_hub = dataclasses.replace(run.identity, commit="0" * 40)
+    card = str(dataclasses.replace(run, config=config, identity=of_hub).card(None))
+    assert "source: ../secret/llama" in card, "a name on the Hub has two parts"

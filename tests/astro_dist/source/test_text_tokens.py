@@ -77,7 +77,7 @@ def test_special_tokens_that_a_template_writes_are_special(tmp_path):
     assert of_text.tokens_of(text.documents).tolist() == expected * 4
     assert of_text.num_lookalikes == 0
     assert text.notes == (
-        f"calibration text {tmp_path}/a.jsonl: column 'messages' holds chats, which the model's chat template renders",
+        "calibration text a.jsonl: column 'messages' holds chats, which the model's chat template renders",
     )
 
 
