@@ -126,6 +126,8 @@ def model_card(
     change = quantized / original - 1 if original is not None and quantized is not None else None
     reproduction, shortened = _without_places(config, identity)
     steps = [_METHODS[config.regularizer.name], _METHODS[config.quantization.method]]
+    # PEFT looks at the weights of layers, which packed ones have once they are decompressed.
+    is_decompressed = bool(summary.corrections) and config.quantization.format == "compressed-tensors"
     text = _TEMPLATES.get_template("model_card.md.j2").render(
         metadata=metadata(config, base, widths, repository),
         name=repository.partition("/")[2] if repository else PurePath(config.output.dir).name,
@@ -157,8 +159,8 @@ def model_card(
         reproduction=yaml.safe_dump(reproduction, sort_keys=False),
         shortened=shortened,
         adapter=FOLDER,
-        # PEFT looks at the weights of layers, which packed ones have once they are decompressed.
-        is_decompressed=bool(summary.corrections) and config.quantization.format == "compressed-tensors",
+        is_decompressed=is_decompressed,
+        is_float32=config.activations.has_clips and not is_decompressed,
         lora_rank=next((r for r in _LORA_RANKS if summary.corrections and r >= summary.corrections.largest_rank), 0),
         percent=percent,
         counted=counted,

@@ -231,6 +231,8 @@ def test_what_inputs_are_is_said(run_config, clips):
     card = run.card("org/model")
     assert f"| int4 between learned clips, a pair for each layer, in {INPUT_SCALES_NAME} |" in card.text
     assert "No server has kernels for inputs between learned clips." in card.text
+    assert "It has to be float32: in bfloat16 transformers rounds the grids of inputs too" in card.text
+    assert 'from_pretrained("org/model", device_map="auto", dtype="float32")' in card.text
     assert "vllm" not in card.data.tags
     assert INPUT_SCALES_NAME in {file.name for file in read_inventory(run.run)}
 

@@ -44,6 +44,10 @@ def test_server_that_checks_cards_finds_what_is_wrong(run, online_hub):
         card.validate()
 
 
+def test_dtype_is_left_to_transformers_where_inputs_have_no_grid_of_their_own(run):
+    assert "float32" not in section(run.card("org/model"), "How to load it")
+
+
 def test_card_is_written_into_every_model(run):
     text = (run.run.model / "README.md").read_text()
     assert text == str(run.card(None))
