@@ -19,7 +19,7 @@ from itertools import pairwise
 from typing import Any, Generic, TypeVar
 
 from astro.model.block_call import BlockState
-from astro_dist.worker.block_runner import BlockRunner
+from astro_dist.worker.hidden_states import HiddenStates
 
 __all__ = ["ChunkPipeline", "Passage"]
 
@@ -62,14 +62,15 @@ class _Ahead:
 class ChunkPipeline:
     """Passes chunks through blocks, and keeps the output of one chunk that is not asked for yet."""
 
-    def __init__(self, runner: BlockRunner) -> None:
+    def __init__(self, states: HiddenStates, chunks: Sequence[str]) -> None:
         """Begin with nothing.
 
         Args:
-            runner: Runner of the worker's blocks.
+            states: Hidden states of chunks, which are read and written.
+            chunks: Names of the chunks in the order in which they travel.
         """
-        self._runner = runner
-        self._following = dict(pairwise(runner.spec.chunks))
+        self._states = states
+        self._following = dict(pairwise(chunks))
         self.forget()
 
     def forget(self) -> None:
@@ -102,12 +103,12 @@ class ChunkPipeline:
             output = self._compute(passage, chunk)
         passage.save(chunk, output)
         self._go_on(passage, chunk)
-        self._runner.finish_writing()
+        self._states.finish_writing()
 
     def _go_on(self, passage: Passage[Output], chunk: str) -> None:
         """Compute the next chunk's output if its input is there before the files of this chunk are written."""
-        following, writing = self._next(chunk), self._runner.writing
-        reading = self._runner.expect_states(*passage.inputs(following)) if following else None
+        following, writing = self._next(chunk), self._states.writing
+        reading = self._states.expect(*passage.inputs(following)) if following else None
         if following is None or writing is None or reading is None:
             return
         wait((writing, reading), return_when=FIRST_COMPLETED)
@@ -116,10 +117,10 @@ class ChunkPipeline:
 
     def _compute(self, passage: Passage[Output], chunk: str) -> Output:
         """Return the output of a chunk; the input of the next one is read meanwhile."""
-        states = self._runner.states(*passage.inputs(chunk))
+        states = self._states.read_several(*passage.inputs(chunk))
         following = self._next(chunk)
         if following is not None:
-            self._runner.expect_states(*passage.inputs(following))
+            self._states.expect(*passage.inputs(following))
         return passage.compute(chunk, states)
 
     def _next(self, chunk: str) -> str | None:

@@ -33,6 +33,7 @@ from astro.quantization.block import COUNTED
 from astro.timing import Stopwatch, add_seconds, clock_s
 from astro_dist.schedule.names import ORIGINAL, SUM, round_stream, share_part
 from astro_dist.schedule.sequential import shares
+from astro_dist.worker.block_recipe import sum_kind
 from astro_dist.worker.block_runner import BlockRunner
 from astro_dist.worker.split_block import BlockInParts
 from astro_dist.worker.token_weigher import read_token_weights
@@ -250,7 +251,7 @@ class HessianShares:
         alone says how its keys and values round.
         """
         runner, index = self._runner, block.unit.index
-        state = runner.state(chunk[0], index, chunk[1], then)
+        state = runner.states.read(chunk[0], index, chunk[1], then)
         layers, cache = runner.layers(block.unit), runner.cache
         with ExitStack() as stack:
             stack.enter_context(runner.rounding(chunk[0], block.unit, is_whole=False))
@@ -275,7 +276,7 @@ class HessianShares:
 
     def _sum_kind(self, operand: Operand) -> SumKind:
         """What is summed of an input group."""
-        return self._runner.sum_kind(operand, has_drift=self._runner.spec.quantization.compensates)
+        return sum_kind(self._runner.spec, operand, has_drift=self._runner.spec.quantization.compensates)
 
     def _empty(self, operand: Operand) -> InputSums:
         """Empty sums for an input group."""

@@ -30,16 +30,17 @@ def evaluate_loss(runner: BlockRunner, call: EvaluateLoss) -> UnitRecord:
     run, last = runner.spec.run, len(runner.spec.plan.blocks)
     sequences: list[SequenceFigures] = []
     with runner.outside_loaded():
-        for chunk in runner.held_out:
-            hidden, num_outputs = runner.state(call.stream, last, chunk).hidden, runner.recording(chunk).num_outputs
-            source = runner.state(ORIGINAL, last, chunk).hidden if call.stream != ORIGINAL else None
+        for chunk in runner.spec.held_out_chunks:
+            hidden = runner.states.read(call.stream, last, chunk).hidden
+            num_outputs = runner.calls.recording(runner.tokens.shape(chunk)).num_outputs
+            source = runner.states.read(ORIGINAL, last, chunk).hidden if call.stream != ORIGINAL else None
             sequences += measure_sequences(
-                runner.skeleton, runner.input_ids(chunk), hidden, num_outputs, source, runner.spec.num_leading
+                runner.skeleton, runner.tokens.input_ids(chunk), hidden, num_outputs, source, runner.spec.num_leading
             )
     total = sum(sequence.loss + sequence.divergence for sequence in sequences)
     if not math.isfinite(total):
         raise NumericalError(
             f"the loss on the held-out text is {total} (stream {call.stream}); a forward pass overflowed"
         )
-    errors = hidden_errors(run, call.stream, last, runner.held_out) if call.stream != ORIGINAL else ()
+    errors = hidden_errors(run, call.stream, last, runner.spec.held_out_chunks) if call.stream != ORIGINAL else ()
     return run.finish(call.unit, [], LossResult.of(sequences, errors))

@@ -22,7 +22,7 @@ from astro.timing import clock_s
 from astro_dist.planning.units import BlockUnit
 from astro_dist.run_directory.unit_record import SmoothingResult, UnitRecord
 from astro_dist.schedule.calls import MeasureChannels, SmoothChannels, SmoothingCall
-from astro_dist.schedule.names import CHANNELS, ORIGINAL, is_held_out
+from astro_dist.schedule.names import CHANNELS, ORIGINAL
 from astro_dist.worker.block_runner import BlockRunner
 from astro_dist.worker.chunk_pipeline import ChunkPipeline, Passage
 from astro_dist.worker.recorded_calls import RecordedCalls
@@ -128,9 +128,9 @@ class Smoother:
         tensors = {f"total.{key}": of_key.total for key, of_key in sums.items()}
         tensors |= {f"maximum.{key}": of_key.maximum for key, of_key in sums.items()}
         note = {"num_tokens": {key: of_key.num_tokens for key, of_key in sums.items()}, "seconds": measured.seconds}
-        runner.begin_writing(runner.spec.run.hidden(CHANNELS, block + 1, chunk), tensors, json.dumps(note))
+        runner.states.begin_writing(runner.spec.run.hidden(CHANNELS, block + 1, chunk), tensors, json.dumps(note))
         if block + 1 < len(runner.spec.plan.blocks) or runner.spec.token_weights == "loss":
-            runner.save_state(ORIGINAL, block + 1, chunk, measured.output)
+            runner.states.save(ORIGINAL, block + 1, chunk, measured.output)
 
     def smooth(self, call: SmoothChannels) -> UnitRecord:
         """Decide how the inputs of a block are smoothed, check it, and write the record of that."""
@@ -140,7 +140,7 @@ class Smoother:
         inputs: list[SmoothedInput] = []
         dtype, change = runner.spec.compute_dtype, 0.0
         if unit.linears:
-            tensors = runner.checkpoint.read(unit.keys)
+            tensors = runner.spec.checkpoint.read(unit.keys)
             tried = self._tried(unit, tensors)
             dtype = tried.dtype
             inputs = self._decided(unit, tensors, tried, statistics)
@@ -156,7 +156,7 @@ class Smoother:
         """The statistics of every input over all calibration chunks by `_key`, and the time of the forwards."""
         run, seconds = self._runner.spec.run, 0.0
         merged: dict[str, ChannelSums] = {}
-        for chunk in (chunk for chunk in self._runner.spec.chunks if not is_held_out(chunk)):
+        for chunk in self._runner.spec.calibration_chunks:
             tensors, text = load_part(run.hidden(CHANNELS, unit.index + 1, chunk))
             note = json.loads(text)
             seconds += note["seconds"]
@@ -209,9 +209,9 @@ class Smoother:
     def _sample(self, index: int) -> tuple[BlockState, BlockCall]:
         """A few tokens of the first chunk before a block; all of them where it gets more than hidden states."""
         runner = self._runner
-        chunk = next(chunk for chunk in runner.spec.chunks if not is_held_out(chunk))
-        state = runner.state(ORIGINAL, index, chunk)
-        calls, shape = RecordedCalls(runner.spec.run, runner.device), runner.input_ids(chunk).shape
+        chunk = runner.spec.calibration_chunks[0]
+        state = runner.states.read(ORIGINAL, index, chunk)
+        calls, shape = RecordedCalls(runner.spec.run, runner.device), runner.tokens.shape(chunk)
         if state.others:
             return state, calls.call(index, chunk, shape)
         length = min(PROBE_TOKENS, shape[1])
@@ -315,7 +315,7 @@ class Smoother:
 
     def _whole(self, unit: BlockUnit) -> dict[str, str]:
         """The checkpoint tensors of a block that hold a parameter as it is, by the parameter's name in the model."""
-        skeleton, entries = self._runner.skeleton, self._runner.checkpoint.entries
+        skeleton, entries = self._runner.skeleton, self._runner.spec.checkpoint.entries
         targets = {key: skeleton.target_of(key) for key in unit.keys}
         return {
             name: key

@@ -12,6 +12,7 @@ from astro.linalg.compiled import ColumnLoops
 from astro.storage.checkpoint import Checkpoint
 from astro_dist.planning.units import Plan
 from astro_dist.run_directory.records import RunDirectory
+from astro_dist.schedule.names import is_held_out
 
 __all__ = ["WorkerSpec"]
 
@@ -67,3 +68,13 @@ class WorkerSpec:
     column_loops: ColumnLoops
     tile_elements: int
     needed_bytes: int
+
+    @property
+    def calibration_chunks(self) -> list[str]:
+        """The names of the chunks that are calibrated on."""
+        return [chunk for chunk in self.chunks if not is_held_out(chunk)]
+
+    @property
+    def held_out_chunks(self) -> list[str]:
+        """The names of the chunks that are only measured on."""
+        return [chunk for chunk in self.chunks if is_held_out(chunk)]

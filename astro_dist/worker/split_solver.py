@@ -41,6 +41,7 @@ from astro_dist.schedule.calls import (
 )
 from astro_dist.schedule.names import DECISION, ORIGINAL, SUM, round_stream, sample_part, share_part, tile_part
 from astro_dist.schedule.sequential import shares
+from astro_dist.worker.block_recipe import block_recipe, measured_widths
 from astro_dist.worker.block_runner import BlockRunner
 from astro_dist.worker.fed_block import FedBlock
 from astro_dist.worker.hessian_shares import BatchStatistics, HessianShares
@@ -147,7 +148,7 @@ class SplitSolver:
                 made_up_for = self._shares_to_make_up_for(block, batch, prepared, statistics)
                 prepared = self._compensate_(prepared, made_up_for)
                 compensation |= dict(zip(tile.names, made_up_for, strict=True))
-            widths = self._runner.widths(call.round_index)
+            widths = measured_widths(self._runner.spec, call.round_index)
             measured = {bits: measure_width(prepared.input_groups, prepared.W, bits) for bits in widths}
             for i, name in enumerate(tile.names):
                 errors[name] = {bits: of_width[i] for bits, of_width in measured.items()}
@@ -228,7 +229,7 @@ class SplitSolver:
         if self._block is None:
             block = BlockInParts(runner.spec, round_index, unit)
             if unit.linears and chunk is not None:
-                state = runner.state(round_stream(0), index, chunk)
+                state = runner.states.read(round_stream(0), index, chunk)
                 stages = input_stages(runner.layers(unit), lambda: runner.forward(index, state, chunk))
                 block.lay_out([[names_of(operands) for operands in input_groups] for input_groups in stages])
             elif unit.linears:
@@ -266,7 +267,7 @@ class SplitSolver:
             lacks_statistics=[fallback == "rtn" for fallback in statistics.fallbacks],
             rounding=statistics.rounding.to(runner.device) if statistics.rounding is not None else None,
         )
-        input_groups = factor_input_groups(tile.names, inputs, tile.scheme, runner.recipe(block.unit))
+        input_groups = factor_input_groups(tile.names, inputs, tile.scheme, block_recipe(runner.spec, block.unit))
         self._prepared = _PreparedGroups(tile.names, input_groups, W)
         return self._prepared
 

@@ -19,7 +19,7 @@ from astro.timing import clock_s
 from astro_dist.planning.units import BlockUnit
 from astro_dist.run_directory.unit_record import UnitRecord, WeightsResult
 from astro_dist.schedule.calls import Backward, DifferentiateLoss, WeighingCall, WeighTokens
-from astro_dist.schedule.names import ENERGY, GRADIENT, ORIGINAL, is_held_out
+from astro_dist.schedule.names import ENERGY, GRADIENT, ORIGINAL
 from astro_dist.worker.block_runner import BlockRunner
 from astro_dist.worker.chunk_pipeline import ChunkPipeline, Passage
 
@@ -75,11 +75,12 @@ class TokenWeigher:
         runner, last = self._runner, len(self._runner.spec.plan.blocks)
         with runner.outside_loaded():
             for chunk in call.chunks:
-                hidden, num_outputs = runner.state(ORIGINAL, last, chunk).hidden, runner.recording(chunk).num_outputs
+                hidden = runner.states.read(ORIGINAL, last, chunk).hidden
+                num_outputs = runner.calls.recording(runner.tokens.shape(chunk)).num_outputs
                 gradient = loss_gradient(
-                    runner.skeleton, runner.input_ids(chunk), hidden, num_outputs, runner.spec.num_leading
+                    runner.skeleton, runner.tokens.input_ids(chunk), hidden, num_outputs, runner.spec.num_leading
                 )
-                runner.save_state(GRADIENT, last, chunk, BlockState(gradient))
+                runner.states.save(GRADIENT, last, chunk, BlockState(gradient))
 
     def backward(self, call: Backward) -> None:
         """Take one chunk's gradient back through a block, and write what it measured there.
@@ -115,14 +116,14 @@ class TokenWeigher:
 
     def _save(self, block: int, chunk: str, passed: _PassedBack) -> None:
         runner, note = self._runner, json.dumps({"reason": passed.reason, "seconds": passed.seconds})
-        runner.begin_writing(runner.spec.run.hidden(ENERGY, block + 1, chunk), passed.energies, note)
+        runner.states.begin_writing(runner.spec.run.hidden(ENERGY, block + 1, chunk), passed.energies, note)
         if block:
-            runner.save_state(GRADIENT, block, chunk, passed.gradient)
+            runner.states.save(GRADIENT, block, chunk, passed.gradient)
 
     def weigh(self, call: WeighTokens) -> UnitRecord:
         """Write the weights of all tokens at a block's input groups, and the record of that."""
         run, device = self._runner.spec.run, self._runner.device
-        chunks = [chunk for chunk in self._runner.spec.chunks if not is_held_out(chunk)]
+        chunks = self._runner.spec.calibration_chunks
         parts = {chunk: load_part(run.hidden(ENERGY, call.block + 1, chunk)) for chunk in chunks}
         notes = [json.loads(note) for _, note in parts.values()]
         reason = next((note["reason"] for note in notes if note["reason"]), "")
@@ -161,7 +162,7 @@ class TokenWeigher:
         for tensors in parts:
             for key, energy in tensors.items():
                 energies.setdefault(f"{_TYPICAL}.{key.partition('.')[2]}", []).append(energy)
-        num_tokens = sum(self._runner.input_ids(chunk).numel() for chunk in chunks)
+        num_tokens = sum(self._runner.tokens.input_ids(chunk).numel() for chunk in chunks)
         scale = gradient_scale(self._runner.spec.compute_dtype) ** 2
         typical = {name: typical_energy(pieces, num_tokens) / scale for name, pieces in energies.items()}
         return {name: torch.tensor(energy, dtype=torch.float64) for name, energy in typical.items()}

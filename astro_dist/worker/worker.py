@@ -5,6 +5,7 @@ What a worker makes for others is a file in the run directory. What it returns i
 
 import platform
 from collections.abc import Iterator, Sequence
+from functools import partial
 from typing import Any, assert_never
 
 import torch
@@ -55,6 +56,8 @@ from astro_dist.schedule.calls import (
     WriteBlock,
 )
 from astro_dist.schedule.names import EMBED, ORIGINAL, block_unit, is_held_out, stream_names
+from astro_dist.worker.block_files import write_block
+from astro_dist.worker.block_recipe import block_recipe, measured_widths, sum_kind
 from astro_dist.worker.block_runner import BlockRunner
 from astro_dist.worker.call_recorder import CallRecorder
 from astro_dist.worker.chunk_pipeline import ChunkPipeline, Passage
@@ -115,7 +118,7 @@ class Worker:
         recipe = Recipe(spec.quantization, spec.regularization, torch.bfloat16)
         require_loops(spec.column_loops, recipe, device, warms_up)
         self._solver = SplitSolver(self._runner)
-        self._pipeline = ChunkPipeline(self._runner)
+        self._pipeline = ChunkPipeline(self._runner.states, spec.chunks)
         self._weigher = TokenWeigher(self._runner, self._pipeline)
         self._smoother = Smoother(self._runner, self._pipeline)
 
@@ -152,9 +155,9 @@ class Worker:
             self._last = type(call)
         try:
             result = self._do(call)
-            self._runner.finish_writing()
+            self._runner.states.finish_writing()
         except Exception:
-            self._runner.give_up_writing()  # a worker that takes its place may be in this very process
+            self._runner.states.give_up_writing()  # a worker that takes its place may be in this very process
             raise
         return result
 
@@ -211,16 +214,16 @@ class Worker:
         spec, runner = self._spec, self._runner
         self._release()
         with runner.outside_loaded(with_block=spec.plan.blocks[0]):
-            num_outputs = count_outputs(runner.skeleton, runner.input_ids(spec.chunks[0])[:1, :_PROBE_TOKENS])
+            num_outputs = count_outputs(runner.skeleton, runner.tokens.input_ids(spec.chunks[0])[:1, :_PROBE_TOKENS])
             runner.skeleton.blocks[0].to("meta")
             recorder = CallRecorder(spec.run, runner.skeleton, num_outputs)
             for chunk in spec.chunks:
-                hidden = recorder.record(chunk, runner.input_ids(chunk))
-                runner.save_state(ORIGINAL, 0, chunk, BlockState(hidden))
+                hidden = recorder.record(chunk, runner.tokens.input_ids(chunk))
+                runner.states.save(ORIGINAL, 0, chunk, BlockState(hidden))
             if spec.activations.smoothing != "none":
-                chunk = next(chunk for chunk in spec.chunks if not is_held_out(chunk))
-                recorder.record(PROBE, runner.input_ids(chunk)[:1, :PROBE_TOKENS])
-            runner.finish_writing()
+                chunk = spec.calibration_chunks[0]
+                recorder.record(PROBE, runner.tokens.input_ids(chunk)[:1, :PROBE_TOKENS])
+            runner.states.finish_writing()
             recorder.save()
         return spec.run.finish(EMBED, [], EmbedResult(compute_dtype=str(spec.compute_dtype), device=spec.device))
 
@@ -233,10 +236,10 @@ class Worker:
         self._release()
         unit = self._spec.plan.copies[call.index]
         path = self._spec.run.model / unit.file
-        tensors = self._runner.checkpoint.read(unit.keys)
+        tensors = self._runner.spec.checkpoint.read(unit.keys)
         for name, tensor in tensors.items():
             if tensor.is_floating_point() and not bool(torch.isfinite(tensor).all()):
-                raise CheckpointError(f"{self._runner.checkpoint.place(name)}: tensor {name} holds NaN or Inf")
+                raise CheckpointError(f"{self._runner.spec.checkpoint.place(name)}: tensor {name} holds NaN or Inf")
         save_tensors(path, tensors)
         return self._spec.run.finish(unit.name, [path], CopyResult(bytes_read=unit.read_bytes))
 
@@ -248,7 +251,8 @@ class Worker:
             stream = stream_names(self._spec.run.rounds)[call.round_index]
             unit = runner.load(stream, call.block)
             weights, served = read_token_weights(runner, unit), runner.served(stream)
-            statistics = BlockStatistics(runner.layers(unit), self._device, weights, runner.sum_kind, served)
+            kind = partial(sum_kind, runner.spec)
+            statistics = BlockStatistics(runner.layers(unit), self._device, weights, kind, served)
         self._fed_block = FedBlock(call.round_index, unit, statistics, seconds)
 
     def forward(self, call: Forward) -> None:
@@ -267,7 +271,7 @@ class Worker:
 
         def save(chunk: str, output: BlockState) -> None:
             if not is_last or is_held_out(chunk):
-                runner.save_state(stream, block + 1, chunk, output)
+                runner.states.save(stream, block + 1, chunk, output)
 
         place = (Forward, *call.place)
         self._pipeline.run(Passage(place, lambda chunk: [(stream, block, chunk)], compute, save), call.chunk, True)
@@ -280,8 +284,8 @@ class Worker:
         if call.following is not None:
             runner.expect_block(call.following)
         schemes = layer_schemes(spec.run, spec.quantization, unit, call.round_index)
-        weights, widths = runner.weights(unit, unit.by_name), runner.widths(call.round_index)
-        statistics, recipe = self._input_statistics(fed_block), runner.recipe(unit)
+        weights, widths = runner.weights(unit, unit.by_name), measured_widths(spec, call.round_index)
+        statistics, recipe = self._input_statistics(fed_block), block_recipe(runner.spec, unit)
         quantized, records = quantize_block(weights, fed_block.input_groups, statistics, schemes, recipe, widths)
         self._fed_block = None
         solved = SolvedBlock(quantized, records, fed_block.feeding_seconds(), fed_block.largest.scales)
@@ -318,7 +322,7 @@ class Worker:
             (ForwardChunk, stream, block),
             lambda chunk: [(stream, block, chunk)],
             compute,
-            lambda chunk, output: runner.save_state(stream, block + 1, chunk, output),
+            lambda chunk, output: runner.states.save(stream, block + 1, chunk, output),
         )
         self._pipeline.run(passage, call.chunk)
         return host_clock_s() - start
@@ -358,7 +362,7 @@ class Worker:
         for layer in solved.records:
             add_seconds(seconds, layer.seconds)
         with timed(seconds, "write", self._device):
-            paths = self._runner.write_block(unit, round_index, dict(solved.layers))
+            paths = write_block(self._runner, unit, round_index, dict(solved.layers))
         result = BlockResult(
             layers=tuple(solved.records), seconds=seconds, cache_scales=solved.cache_scales, **self.describe()
         )

@@ -20,10 +20,10 @@ from pathlib import Path
 from astro_dist import pipeline
 from astro_dist.config.schema import RunConfig
 from astro_dist.run_directory.records import RunDirectory
-from astro_dist.worker.block_runner import BlockRunner
+from astro_dist.worker.hidden_states import HiddenStates
 from astro_dist.worker.worker import Worker
 
-owner = {"BlockRunner": BlockRunner, "RunDirectory": RunDirectory, "Worker": Worker}[sys.argv[2]]
+owner = {"HiddenStates": HiddenStates, "RunDirectory": RunDirectory, "Worker": Worker}[sys.argv[2]]
 real = getattr(owner, sys.argv[3])
 
 def dying(*args, **kwargs):
@@ -41,8 +41,8 @@ pipeline.quantize(RunConfig.model_validate_json(Path(sys.argv[1]).read_text()))
 @pytest.mark.parametrize(
     "place",
     [
-        ("BlockRunner", "save_state", "gradient", "3", "c0002"),  # norm and head have begun to hand gradients on
-        ("BlockRunner", "save_state", "gradient", "1", "c0001"),  # the energies are written, the gradient is not
+        ("HiddenStates", "save", "gradient", "3", "c0002"),  # norm and head have begun to hand gradients on
+        ("HiddenStates", "save", "gradient", "1", "c0001"),  # the energies are written, the gradient is not
         ("RunDirectory", "finish", "weights-0001"),  # the weights are written, their record is not
         ("Worker", "open_block"),  # all weights are there
     ],

@@ -5,6 +5,7 @@
 prints the most memory that each call holds, in multiples of a matrix of columns × columns of float32 and in GB.
 """
 
+import contextlib
 import dataclasses
 import sys
 from types import SimpleNamespace
@@ -24,6 +25,7 @@ from astro.quantization.grid import Grid, QuantizedLinear
 from astro.quantization.recipe import Corrections, Recipe
 from astro_dist.schedule.calls import MergeHessians, PartCall, Reconstruct, SolveRows, TryBetas
 from astro_dist.schedule.names import SUM
+from astro_dist.worker import hessian_shares, split_solver
 from astro_dist.worker.split_block import Tile
 from astro_dist.worker.split_solver import SplitSolver
 from tests.support.device_memory import DEVICE, counted_memory
@@ -135,21 +137,30 @@ def peaks_of_sequential_solve(
         runner = SimpleNamespace(
             spec=spec,
             device=device,
-            sum_kind=lambda operand, has_drift: dataclasses.replace(kind, has_drift=has_drift),
             layers=lambda unit: SimpleNamespace(by_name={_NAME: operand}),
             weights=lambda unit, names: {_NAME: torch.empty(rows, columns, dtype=torch.bfloat16, device=device)},
-            recipe=lambda unit: Recipe(settings, Regularizer(), torch.bfloat16, corrections=corrections),
-            widths=lambda round_index: (),
         )
         solver: Any = SplitSolver(runner)
         block = _Parts(rows, columns, quantization.compensates, kind)
         solver._turn_to = lambda place, chunk=None: block
         solver._shares._token_weights = lambda block: TokenWeights("none")
-        outcomes = mock.patch("astro.quantization.row_solver.InputGroups.outcomes_", return_value=[])
+        recipe = Recipe(settings, Regularizer(), torch.bfloat16, corrections=corrections)
+        patches = [
+            mock.patch("astro.quantization.row_solver.InputGroups.outcomes_", return_value=[]),
+            mock.patch.object(split_solver, "block_recipe", return_value=recipe),
+            mock.patch.object(split_solver, "measured_widths", return_value=()),
+            mock.patch.object(
+                hessian_shares,
+                "sum_kind",
+                lambda spec, operand, has_drift: dataclasses.replace(kind, has_drift=has_drift),
+            ),
+        ]
         calls: list[PartCall] = [MergeHessians(0, 0, 0), TryBetas(0, 0, 0, 0), SolveRows(0, 0, 0, 0)]
         if rank:
             calls = [Reconstruct(0, 0, 0)]
-        with outcomes:
+        with contextlib.ExitStack() as stack:
+            for patch in patches:
+                stack.enter_context(patch)
             for call in calls:
                 memory.restart()
                 solver.do(call)

@@ -6,7 +6,7 @@ import torch
 from astro.errors import ConfigError, RunError
 from astro_dist import pipeline
 from astro_dist.execution import local_executor
-from astro_dist.worker.block_runner import BlockRunner
+from astro_dist.worker import worker
 
 TOO_OLD = "torch 3.0 is built for CUDA 13.0 and can use no GPU"
 
@@ -32,11 +32,11 @@ def test_auto_takes_the_gpu_that_is_there_and_none_that_is_not(monkeypatch):
 def test_too_little_memory_is_tried_once_more_and_says_how_much_was_wanted(run_config, monkeypatch, retries):
     asked = []
 
-    def short(self, *_):
-        asked.append(self)
+    def short(runner, *_):
+        asked.append(runner)
         raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 13.50 GiB. GPU 0 has a total capacity of")
 
-    monkeypatch.setattr(BlockRunner, "write_block", short)
+    monkeypatch.setattr(worker, "write_block", short)
     attempts = min(retries, 1) + 1
     match = (
         rf"block 1 of 3, solve block on .*: out of memory: 13.50 GiB more were wanted. Attempt {attempts} of {attempts}"

@@ -74,17 +74,16 @@ def test_which_chunks_are_computed_ahead(run_config, monkeypatch, slow_writer, k
         assert hits == [False, False, *[True] * 4] * 3
 
 
-class Runner:
-    """A runner whose files are read at once, and whole only when somebody waits for them."""
+class States:
+    """Hidden states whose files are read at once, and whole only when somebody waits for them."""
 
-    def __init__(self, chunks):
-        self.spec = SimpleNamespace(chunks=chunks)
+    def __init__(self):
         self.writing, self.finish_writing = Future(), lambda: None
 
-    def states(self, *places):
+    def read_several(self, *places):
         return places
 
-    def expect_states(self, *places):
+    def expect(self, *places):
         reading = Future()
         reading.set_result(None)
         return reading
@@ -110,7 +109,7 @@ def test_nothing_is_computed_ahead_where_others_share_the_chunks(asked, computed
     def save(chunk, output):
         assert output == chunk.upper()
 
-    ahead = chunk_pipeline.ChunkPipeline(Runner("0123456"))
+    ahead = chunk_pipeline.ChunkPipeline(States(), "0123456")
     for chunk in asked:
         place = "elsewhere" if chunk == "a" else "here"
         ahead.run(chunk_pipeline.Passage(place, lambda chunk: [chunk], compute, save), chunk)
@@ -158,9 +157,10 @@ def test_call_that_fails_waits_until_nothing_is_written_any_more():
     """The worker in its place may be in this very process, and make the same files."""
     seen, worker = [], Worker(SimpleNamespace(device="cpu"))
     worker._pipeline = SimpleNamespace(forget=lambda: None)
-    worker._runner = SimpleNamespace(
+    states = SimpleNamespace(
         finish_writing=lambda: seen.append("finished"), give_up_writing=lambda: seen.append("given up")
     )
+    worker._runner = SimpleNamespace(states=states)
     worker._do = lambda call: None if call.block else 1 / 0
     worker.do(ForwardChunk("original", 1, "c0000", "unit"))
     with pytest.raises(ZeroDivisionError):

@@ -19,7 +19,7 @@ PHASES = {
     "Hessian": ("HessianAccumulator", "add_"),
     "solve": ("Worker", "solve_block"),
     "tile": ("SplitSolver", "solve_rows"),
-    "write": ("BlockRunner", "write_block"),
+    "write": ("worker", "write_block"),
     "rename": ("Path", "replace"),  # a file is whole, but not yet under its name
     "record": ("RunDirectory", "finish"),
 }
@@ -53,7 +53,7 @@ def _wrap(phase):
     owner = {
         "BlockRunner": block_runner.BlockRunner, "SplitSolver": split_solver.SplitSolver, "Worker": worker.Worker,
         "HessianAccumulator": HessianAccumulator,
-        "RunDirectory": RunDirectory, "Path": Path,
+        "RunDirectory": RunDirectory, "Path": Path, "worker": worker,
     }[class_name]  # fmt: skip
     real, calls = getattr(owner, method), [0]
 

@@ -1,0 +1,43 @@
+"""The files that a quantized block becomes: its shard, and its corrections of low rank beside it."""
+
+from pathlib import Path
+
+from astro.formats import LAYOUTS, peft_adapter
+from astro.formats.block_shard import kept_keys, pack_block
+from astro.quantization.grid import QuantizedLinear
+from astro.storage.atomic import save_tensors
+from astro_dist.planning.units import BlockUnit
+from astro_dist.worker.block_recipe import block_recipe
+from astro_dist.worker.block_runner import BlockRunner
+
+__all__ = ["write_block"]
+
+
+def write_block(
+    runner: BlockRunner, unit: BlockUnit, round_index: int, quantized_: dict[str, QuantizedLinear]
+) -> list[Path]:
+    """Write a block's shard: packed layers, and every other tensor as it was, or as smoothed inputs want it.
+
+    Corrections have a file of their own.
+
+    Args:
+        runner: Runner of the worker's blocks.
+        unit: Unit of the block.
+        round_index: Index of the round.
+        quantized_: Every quantized layer by name, which is taken out as it is packed.
+
+    Returns:
+        The paths of the files.
+    """
+    spec, scale_dtype = runner.spec, block_recipe(runner.spec, unit).scale_dtype
+    corrections = {name: layer.correction for name, layer in quantized_.items() if layer.correction}
+    layout = LAYOUTS[spec.quantization.format]
+    kept = runner.smoothed.applied(unit, spec.checkpoint.read(kept_keys(unit.linears, unit.keys)))
+    tensors = pack_block(layout, unit.linears, quantized_, kept, scale_dtype, runner.device)
+    path = spec.run.shard(round_index, unit.file)
+    save_tensors(path, tensors)
+    if not corrections:
+        return [path]
+    beside = spec.run.corrections(round_index, unit.file)
+    save_tensors(beside, peft_adapter.pack(corrections))
+    return [path, beside]
