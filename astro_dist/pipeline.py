@@ -13,7 +13,6 @@ import torch
 import astro
 from astro.errors import ConfigError
 from astro.storage.atomic import write_json
-from astro.storage.checkpoint import require_finite
 from astro_dist.config.cluster_paths import require_absolute_paths
 from astro_dist.config.schema import RunConfig, run_key
 from astro_dist.console import show_log_by_default, waiting_for
@@ -55,6 +54,7 @@ from astro_dist.schedule.names import EMBED, is_block_unit
 from astro_dist.schedule.schedule import Schedule
 from astro_dist.schedule.unit_words import UnitWords
 from astro_dist.source.calibration_text import Chunk, TokenChunks, as_tensors
+from astro_dist.source.weight_check import check_weights
 from astro_dist.worker.spec import WorkerSpec
 
 __all__ = ["quantize"]
@@ -157,7 +157,7 @@ def quantize(config: RunConfig) -> Summary:
         for note in publication.prepare(weights, prepared.base, planned_card(config, prepared.base)):
             _log.info(note)
     if not begun and config.model.check_weights and not prepared.source.is_remote:
-        for name in require_finite(prepared.checkpoint, prepared.plan.unknown):
+        for name in check_weights(prepared.checkpoint, prepared.plan.unknown):
             _log.warning("tensor %s, which the model does not read, holds NaN or Inf; it is copied as it is", name)
     with run.locked():
         if not begun:

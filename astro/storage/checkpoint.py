@@ -10,7 +10,7 @@ shape of what `read` returns, and the scales are hidden.
 import copy
 import hashlib
 import itertools
-from collections.abc import Collection, Iterable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from pathlib import Path, PurePosixPath
 from typing import Any, Self
 
@@ -235,12 +235,15 @@ class Checkpoint:
         self.store.fill([span for _, part in batch for span in part.ranges])
 
 
-def require_finite(checkpoint: Checkpoint, unused: Collection[str] = ()) -> list[str]:
+def require_finite(
+    checkpoint: Checkpoint, unused: Collection[str] = (), watch: Callable[[int], None] | None = None
+) -> list[str]:
     """Read every float tensor once, a piece at a time, and refuse NaN and Inf.
 
     Args:
         checkpoint: The checkpoint that is read.
         unused: Names of the tensors that the model does not read. A mask that is stored among them may hold -Inf.
+        watch: Function that gets the size in bytes of each tensor that is checked; None where nobody waits.
 
     Returns:
         Names of the unused tensors that are not finite.
@@ -250,17 +253,20 @@ def require_finite(checkpoint: Checkpoint, unused: Collection[str] = ()) -> list
     """
     others = []
     for name, entry in checkpoint.entries.items():
-        if entry.float_dtype is None:
-            continue
-        if all(bool(torch.isfinite(piece).all()) for piece in checkpoint.pieces(name, _PIECE_ELEMENTS)):
-            continue
-        if name not in unused:
-            raise CheckpointError(
-                f"{checkpoint.place(name)}: tensor {name} holds NaN or Inf; "
-                "the checkpoint is damaged or diverged in training, and quantizing it cannot work"
-            )
-        others.append(name)
+        if entry.float_dtype is not None and not _is_finite(checkpoint, name):
+            if name not in unused:
+                raise CheckpointError(
+                    f"{checkpoint.place(name)}: tensor {name} holds NaN or Inf; "
+                    "the checkpoint is damaged or diverged in training, and quantizing it cannot work"
+                )
+            others.append(name)
+        if watch is not None:
+            watch(entry.size_bytes)
     return others
+
+
+def _is_finite(checkpoint: Checkpoint, name: str) -> bool:
+    return all(bool(torch.isfinite(piece).all()) for piece in checkpoint.pieces(name, _PIECE_ELEMENTS))
 
 
 def _read_json(store: Store, sizes: Mapping[str, int], file: str) -> dict[str, Any]:

@@ -2,6 +2,7 @@
 
 import dataclasses
 import itertools
+import logging
 import shlex
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -26,6 +27,8 @@ from astro_dist.source.resolve import Source, resolve_source
 from astro_dist.source.text_tokens import require_known
 
 __all__ = ["Beside", "Continued", "TryRequest", "continue_beside"]
+
+_log = logging.getLogger("astro_dist")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -129,6 +132,7 @@ def _continue(
     settings: JudgeSettings,
     output: tuple[Callable[[str], None], Callable[[str], None]],
 ) -> Continued:
+    _log.info("%s: reading %s", what, source.store)
     model = StreamedModel(source, settings)
     prompt, ends = _prompt_tokens(model, request), _end_tokens(model, source.folder)
     longest = model.longest

@@ -152,8 +152,10 @@ class StreamedModel:
         if not self._is_kept and self.held_bytes <= _KEPT_SHARE * available_bytes(self.device):
             self.skeleton.load(self.skeleton.model, self._weights.outside(), self.device)
             self.skeleton.tie()
+            wait = LongWait(f"{self.name}: read", len(self.skeleton.blocks), "blocks")
             for index in range(len(self.skeleton.blocks)):
                 self._weights.fill_block(index, self.device)
+                wait.reached(index + 1)
             self._is_kept = True
             self.num_readings += 1
         return self._is_kept

@@ -1,6 +1,7 @@
 """Read a written model again and compare it with what its own config promises and its loaders ask for."""
 
 import dataclasses
+import logging
 from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -15,7 +16,7 @@ from astro.formats.block_shard import packed_keys, stem_of, unpack_layer
 from astro.model.linear_layer import LinearLayer
 from astro.model.skeleton import Skeleton
 from astro.model.smoothed_tensors import SmoothedInput, smoothed_layer, smoothed_tensors
-from astro.storage.checkpoint import Checkpoint, require_finite
+from astro.storage.checkpoint import Checkpoint
 from astro_dist.config.schema import ModelConfig
 from astro_dist.export.adapter_file import ADAPTER_WEIGHTS, AdapterFile
 from astro_dist.export.cache_scales import checked_cache_scales
@@ -29,9 +30,14 @@ from astro_dist.run_directory.identity import read_identity
 from astro_dist.run_directory.layout import RunLayout
 from astro_dist.run_directory.records import RunDirectory
 from astro_dist.run_directory.unit_record import FileRecord
+from astro_dist.source.long_wait import LongWait
 from astro_dist.source.resolve import Source, resolve_source
+from astro_dist.source.weight_check import check_weights
+from astro_dist.wording import counted
 
 __all__ = ["Verification", "verify_model"]
+
+_log = logging.getLogger("astro_dist")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -104,12 +110,14 @@ def verify_model(model: Path | str, against: Path | str | None = None, trust_rem
     if is_of_run:
         _require_as_written(root)
     checkpoint = Checkpoint.open(opened.store)
+    num_bytes = sum(entry.size_bytes for entry in checkpoint.entries.values())
+    _log.info("%s: %s are read, %.1f GB", opened.store, counted(len(checkpoint.entries), "tensor"), num_bytes / 1e9)
     skeleton = Skeleton(opened.folder, torch.float32, trust_remote_code)
     source = Checkpoint.open_source(resolve_source(ModelConfig(source=str(against))).store) if against else None
     path = opened.folder / "config.json"
     packing, config = read_packing(path)
     stems = {stem for key in checkpoint.entries if (stem := stem_of(key, packing.MARK)) is not None}
-    not_finite = require_finite(checkpoint, _unused(checkpoint, skeleton, stems))
+    not_finite = check_weights(checkpoint, _unused(checkpoint, skeleton, stems))
     layers, unpacked = packed_layers(checkpoint, skeleton, stems)
     try:
         schemes = packing.read_schemes(config, [name for layer in layers for name in layer.config_names])
@@ -133,10 +141,12 @@ def verify_model(model: Path | str, against: Path | str | None = None, trust_rem
     if inputs is not None and inputs.is_static:
         read_input_scales(checkpoint, layers, inputs.bits)
     errors = {}
-    for layer in layers:
+    wait = LongWait(f"{opened.store}: unpacked", len(layers), "layers")
+    for number, layer in enumerate(layers, 1):
         W_hat = _check_linear(checkpoint, packing, layer, schemes[layer.config_names[0]])
         if original:
             errors[layer.stem] = original.error_of(layer.stem, W_hat)
+        wait.reached(number)
     return Verification(
         model=str(opened.store),
         num_linears=len(layers),
@@ -232,7 +242,12 @@ def _require_as_written(root: Path) -> None:
     run = RunDirectory(root, read_identity(root).key)
     folder = run.model
     files = read_inventory(run)
-    wrong = [file.name for file in files if not _is_there(folder, file)]
+    wait = LongWait(f"{folder}: compared", sum(file.size_bytes for file in files) / 1e9, "GB with the run's SHA-256")
+    wrong = []
+    for file in files:
+        if not _is_there(folder, file):
+            wrong.append(file.name)
+        wait.advanced(file.size_bytes / 1e9)
     if wrong:
         raise CheckpointError(
             f"{folder / wrong[0]}: is gone, or is not as the run wrote it (size and SHA-256 in {run.inventory.name}); "

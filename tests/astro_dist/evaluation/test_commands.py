@@ -138,9 +138,14 @@ def test_compare_prints_a_table(run, finished, first_run, monkeypatch):
     assert json.loads(out)["runs"][0]["bits"] == 4.0
 
 
-def test_try_shows_both_continuations(run, finished):
-    code, out, _ = run("try", finished, "Once upon", "--tokens", 4)
+def test_try_shows_both_continuations(run, finished, llama, monkeypatch):
+    monkeypatch.setattr(long_wait, "_EVERY_S", 0.0)
+    code, out, err = run("try", finished, "Once upon", "--tokens", 4, "--against", llama)
     assert code == 0
+    lines = [line.partition("] ")[2] for line in err.splitlines()]
+    for what, folder in (("original", llama), ("quantized", finished / "model")):
+        said = lines.index(f"{what}: reading {folder}")
+        assert lines[said + 1] == f"{folder}: read 1 of 3 blocks", "the first word comes before anything is loaded"
     assert "original: " in out
     assert "quantized: " in out
     assert "tokens" in out.splitlines()[-1]

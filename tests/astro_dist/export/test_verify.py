@@ -17,6 +17,7 @@ from astro_dist import pipeline
 from astro_dist.evaluation.block_weights import BlockWeights
 from astro_dist.export.verify import verify_model
 from astro_dist.report.command_output import verification_lines
+from astro_dist.source import long_wait
 from astro_dist.source.resolve import Source
 
 
@@ -81,6 +82,18 @@ def test_checksums_of_a_run_are_compared(run_model):
     path.unlink()
     with pytest.raises(CheckpointError, match="00002-of-00004.* is gone.*`astro-dist quantize`"):
         verify_model(run_model)
+
+
+def test_how_far_a_verification_is_is_said(run_model, llama, monkeypatch, caplog):
+    monkeypatch.setattr(long_wait, "_EVERY_S", 0.0)
+    caplog.set_level("INFO", "astro_dist")
+    verify_model(run_model, llama)
+    lines = [line.partition(": ")[2] for line in caplog.messages]
+    number = len([*run_model.iterdir()])
+    assert lines[number].endswith(" tensors are read, 0.0 GB")
+    assert set(lines[:number]) == {"compared 0.0 of 0.0 GB with the run's SHA-256"}
+    assert "checked for NaN 0.0 of 0.0 GB" in lines
+    assert lines[-21:] == [f"unpacked {done} of 21 layers" for done in range(1, 22)]
 
 
 def test_checksums_are_those_of_the_folder_that_is_meant(run_model, tmp_path):
