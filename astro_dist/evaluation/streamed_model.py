@@ -8,13 +8,10 @@ waves, each of which reads the model once. The blocks are called as they are in 
 import logging
 from collections.abc import Callable, Generator, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from pathlib import Path
 from typing import TypeVar
 
 import torch
-import transformers
 
-from astro.errors import CheckpointError
 from astro.model.block_call import BlockCall, BlockState, forward
 from astro.model.call_file import differing_tensors, with_tensors
 from astro.model.linear_layer import LinearLayer
@@ -27,6 +24,7 @@ from astro_dist.evaluation.free_memory import available_bytes
 from astro_dist.evaluation.judge_settings import JudgeSettings
 from astro_dist.source.long_wait import LongWait
 from astro_dist.source.resolve import Source
+from astro_dist.source.tokenizer import load_tokenizer
 from astro_dist.wording import counted
 
 __all__ = ["StreamedModel", "result_of"]
@@ -92,7 +90,7 @@ class StreamedModel:
             skeleton = Skeleton(source.folder, self.dtype, trusted)
             self._weights = BlockWeights(source, skeleton)
         self.skeleton = skeleton
-        self.tokenizer = _tokenizer(source.folder, trusted)
+        self.tokenizer = load_tokenizer(source.folder, str(source.folder), trusted)
         if self._weights.correction_ranks:
             ranks = self._weights.correction_ranks.values()
             _log.info("%s: its adapter corrects %d layers, with ranks up to %d", self.name, len(ranks), max(ranks))
@@ -287,10 +285,3 @@ class _Calls:
         shape, different = self._batches[batch]
         call = self._first[shape][block]
         return with_tensors(call, different[block]) if different[block] else call
-
-
-def _tokenizer(folder: Path, trust_remote_code: bool) -> transformers.PreTrainedTokenizerBase:
-    try:
-        return transformers.AutoTokenizer.from_pretrained(folder, trust_remote_code=trust_remote_code)
-    except Exception as error:  # tokenizers raises bare Exceptions for files it cannot parse
-        raise CheckpointError(f"{folder}: its tokenizer cannot be loaded: {error}") from error

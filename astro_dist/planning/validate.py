@@ -5,10 +5,9 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
 import torch
-import transformers
 
 from astro.config import LayerScheme
-from astro.errors import CheckpointError, ConfigError, UnsupportedError
+from astro.errors import ConfigError, UnsupportedError
 from astro.formats import LAYOUTS
 from astro.formats.tensor_parallel import TensorParallelLimit, tensor_parallel_limit
 from astro.model.head_counts import head_counts
@@ -34,6 +33,7 @@ from astro_dist.source.calibration_text import TokenChunks, read_texts, tokenize
 from astro_dist.source.model_info import BaseModel, read_base_model
 from astro_dist.source.resolve import Source, resolve_source
 from astro_dist.source.text_tokens import require_known
+from astro_dist.source.tokenizer import load_tokenizer
 
 __all__ = ["Prepared", "prepare", "require_text", "tokens_of"]
 
@@ -160,10 +160,7 @@ def tokens_of(
         InputError: The text, the tokenizer or their settings cannot be used.
     """
     config, source = prepared.config, prepared.source.folder
-    try:
-        tokenizer = transformers.AutoTokenizer.from_pretrained(source, trust_remote_code=config.model.trust_remote_code)
-    except Exception as error:  # tokenizers raises bare Exceptions for files it cannot parse
-        raise CheckpointError(f"{source}: its tokenizer cannot be loaded: {error}") from error
+    tokenizer = load_tokenizer(source, str(source), config.model.trust_remote_code)
     chunks = tokenize(read_texts(config.calibration, tokenizer, commits), tokenizer, config.calibration)
     require_known(max(int(chunk.tokens.max()) for chunk in chunks.chunks), prepared.plan.vocab_size, source)
     return _with_text(prepared, chunks.settled(config.calibration), chunks.notes), chunks

@@ -17,7 +17,7 @@ from astro_dist.config.training import OptimizationConfig, TrainConfig
 from astro_dist.training.checkpoint import load_checkpoint, save_checkpoint
 from astro_dist.training.parallel import ParallelModel, Place
 from astro_dist.training.token_file import TokenFile
-from astro_dist.training.trained_model import build_model, load_tokenizer, write_model
+from astro_dist.training.trained_model import build_model, model_tokenizer, write_model
 from astro_dist.worker.compile_check import require_compiler
 
 __all__ = ["Outlet", "Trainer", "learning_rate"]
@@ -162,7 +162,7 @@ class Trainer:
         state = self.model.full_state()
         if self._place.rank == 0:
             dtype = torch.bfloat16 if self._precision == "bfloat16" else torch.float32
-            tokenizer = load_tokenizer(self._config.model)
+            tokenizer = model_tokenizer(self._config.model)
             write_model(self.model.model, state, tokenizer, self.regularizer, folder, dtype)
 
     def _do_step(self) -> torch.Tensor:

@@ -23,7 +23,7 @@ from astro_dist.training.next_commands import next_commands
 from astro_dist.training.parallel import Place
 from astro_dist.training.progress import EventReader, add_event, in_line
 from astro_dist.training.token_file import TokenFile, require_text, write_tokens
-from astro_dist.training.trained_model import load_tokenizer, model_config
+from astro_dist.training.trained_model import model_config, model_tokenizer
 from astro_dist.training.training_directory import TrainingDirectory
 
 __all__ = ["TrainSummary", "train"]
@@ -87,7 +87,7 @@ def train(config: TrainConfig) -> TrainSummary:
     begin = time.perf_counter()
     _require_places(config)
     run = TrainingDirectory(config.output.dir.expanduser().absolute())
-    tokenizer, settings = load_tokenizer(config.model), model_config(config.model)
+    tokenizer, settings = model_tokenizer(config.model), model_config(config.model)
     with hold(run.root):
         run.begin(config)
         done = run.finished()

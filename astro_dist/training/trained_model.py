@@ -15,8 +15,9 @@ from astro.model.clips_file import CLIPS_FILE
 from astro.storage.atomic import read_json, write_json
 from astro_dist.config.training import TrainModelConfig
 from astro_dist.source.demo import resolve_demo
+from astro_dist.source.tokenizer import load_tokenizer
 
-__all__ = ["build_model", "load_tokenizer", "model_config", "write_model"]
+__all__ = ["build_model", "model_config", "model_tokenizer", "write_model"]
 
 
 def model_config(config: TrainModelConfig) -> Any:
@@ -45,7 +46,7 @@ def model_config(config: TrainModelConfig) -> Any:
     return found
 
 
-def load_tokenizer(config: TrainModelConfig) -> Any:
+def model_tokenizer(config: TrainModelConfig) -> Any:
     """Return the tokenizer of the source.
 
     Args:
@@ -54,12 +55,7 @@ def load_tokenizer(config: TrainModelConfig) -> Any:
     Raises:
         CheckpointError: It cannot be loaded.
     """
-    try:
-        return transformers.AutoTokenizer.from_pretrained(_place(config), **_options(config))
-    except AstroError:
-        raise
-    except Exception as error:  # tokenizers raises bare Exceptions for files it cannot parse
-        raise CheckpointError(f"model.source {config.source}: its tokenizer cannot be loaded: {error}") from error
+    return load_tokenizer(_place(config), f"model.source {config.source}", **_options(config))
 
 
 def build_model(config: TrainModelConfig, seed: int) -> Any:
