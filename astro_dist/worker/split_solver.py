@@ -41,12 +41,15 @@ from astro_dist.schedule.calls import (
 )
 from astro_dist.schedule.names import DECISION, ORIGINAL, SUM, round_stream, sample_part, share_part, tile_part
 from astro_dist.schedule.sequential import shares
+from astro_dist.worker.batch_statistics import BatchStatistics, read_sum, save_sums
 from astro_dist.worker.block_recipe import block_recipe, measured_widths
 from astro_dist.worker.block_runner import BlockRunner
 from astro_dist.worker.fed_block import FedBlock
-from astro_dist.worker.hessian_shares import BatchStatistics, HessianShares
+from astro_dist.worker.hessian_shares import HessianShares
+from astro_dist.worker.share_merger import ShareMerger
 from astro_dist.worker.solved_block import SolvedBlock
 from astro_dist.worker.split_block import BlockInParts, Tile
+from astro_dist.worker.summed_inputs import SummedInputs
 
 __all__ = ["SplitSolver"]
 
@@ -81,7 +84,9 @@ class SplitSolver:
             runner: Runner of the worker's blocks.
         """
         self._runner = runner
-        self._shares = HessianShares(runner)
+        self._inputs = SummedInputs(runner)
+        self._shares = HessianShares(runner, self._inputs)
+        self._merger = ShareMerger(runner, self._inputs)
         self.forget()
 
     def forget(self) -> None:
@@ -89,7 +94,8 @@ class SplitSolver:
         self._block: BlockInParts | None = None
         self._prepared: _PreparedGroups | None = None
         self._with_betas: _PreparedGroups | None = None
-        self._shares.forget()
+        self._inputs.forget()
+        self._merger.forget()
 
     def accumulate_hessians(self, call: AccumulateHessians) -> BlockParts:
         """Sum the Hessians of a stage's batches over one share of the calibration chunks.
@@ -115,7 +121,7 @@ class SplitSolver:
         """
         block = BlockInParts(self._runner.spec, fed_block.round_index, fed_block.unit)
         block.lay_out([fed_block.input_groups])
-        self._shares.save_sums(block, statistics, fed_block.feeding_seconds(), fed_block.largest)
+        save_sums(block, statistics, fed_block.feeding_seconds(), fed_block.largest)
         widest = sorted(range(len(block.batches)), key=lambda batch: -block.columns(batch))
         return BlockParts(tuple(map(block.parts, widest)))
 
@@ -138,7 +144,7 @@ class SplitSolver:
         """Add up the shares of a batch where there are any, see that it can be solved, and measure widths."""
         block, batch = self._turn_to(call.place), call.batch
         self._prepared = self._with_betas = None  # makes room
-        statistics = self._shares.merge(block, batch)
+        statistics = self._merger.merge(block, batch)
         errors: dict[str, dict[int, float]] = {}
         compensation: dict[str, float] = {}
         seconds: dict[str, float] = {}
@@ -241,7 +247,7 @@ class SplitSolver:
         """The input groups of a tile, as a call before left them or from their statistics."""
         prepared = self._prepared
         if prepared is None or prepared.names != tile.names:
-            prepared = self._prepare_(block, tile, self._shares.read(block, batch))
+            prepared = self._prepare_(block, tile, read_sum(block, batch, self._runner.device))
             if prepared.input_groups.drift is not None:
                 prepared = self._compensate_(prepared, self._decided_compensation(block, batch, tile.names))
         return prepared

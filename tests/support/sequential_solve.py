@@ -16,7 +16,6 @@ import torch
 
 from astro.activation_config import Activations, ActivationScheme, Reconstruction
 from astro.calibration.input_sums import SumKind
-from astro.calibration.token_weights import TokenWeights
 from astro.config import Experts, Quantization, Regularizer, SolverSettings
 from astro.linalg.tiling import TILE_ELEMENTS, row_tiles
 from astro.model.activations import Operand
@@ -25,7 +24,7 @@ from astro.quantization.grid import Grid, QuantizedLinear
 from astro.quantization.recipe import Corrections, Recipe
 from astro_dist.schedule.calls import MergeHessians, PartCall, Reconstruct, SolveRows, TryBetas
 from astro_dist.schedule.names import SUM
-from astro_dist.worker import hessian_shares, split_solver
+from astro_dist.worker import split_solver, summed_inputs
 from astro_dist.worker.split_block import Tile
 from astro_dist.worker.split_solver import SplitSolver
 from tests.support.device_memory import DEVICE, counted_memory
@@ -143,14 +142,13 @@ def peaks_of_sequential_solve(
         solver: Any = SplitSolver(runner)
         block = _Parts(rows, columns, quantization.compensates, kind)
         solver._turn_to = lambda place, chunk=None: block
-        solver._shares._token_weights = lambda block: TokenWeights("none")
         recipe = Recipe(settings, Regularizer(), torch.bfloat16, corrections=corrections)
         patches = [
             mock.patch("astro.quantization.row_solver.InputGroups.outcomes_", return_value=[]),
             mock.patch.object(split_solver, "block_recipe", return_value=recipe),
             mock.patch.object(split_solver, "measured_widths", return_value=()),
             mock.patch.object(
-                hessian_shares,
+                summed_inputs,
                 "sum_kind",
                 lambda spec, operand, has_drift: dataclasses.replace(kind, has_drift=has_drift),
             ),
