@@ -14,17 +14,17 @@ so that nothing passes that tells signs apart, such as ReLU. Shapes: T tokens, C
 
 import contextlib
 import dataclasses
-import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import Any
+from collections.abc import Callable, Iterator, Mapping
 
 import torch
 from torch import nn
 
 from astro.model.block_call import BlockState
 from astro.model.block_products import BlockProducts, Product
+from astro.model.differences import TOLERANCE_EPS, is_same, largest_difference, multiplied_channels
+from astro.model.norm_form import NormCall, norm_calls, norm_form
 
-__all__ = ["WIDE_BYTES", "Place", "Reader", "Trial", "largest_difference"]
+__all__ = ["WIDE_BYTES", "Place", "Reader", "Trial"]
 
 WIDE_BYTES = 16 << 30
 """Size of a block's parameters in float64 up to which it is tried in float64; a larger one in its compute dtype."""
@@ -33,13 +33,6 @@ _EXPONENTS = 3
 """Factors that are tried are 2⁻³ to 2³, and their negatives."""
 _MARK = -2
 """Factor of the rows whose binary digit is 1."""
-_TOLERANCE_EPS = 64
-"""Units of the last place by which something may differ that was only multiplied by powers of two."""
-_FORM_TOLERANCE = 1e-4
-"""Relative deviation up to which a module counts as a gain on normalized channels: some compute in float32. In 16 bits
-it is two units of the last place."""
-_THIRD = 3.0
-"""Value of a parameter that shows whether 0 and 1 lie on a straight line."""
 _MOST_CANDIDATES = 4
 """Weights before a reader that are tried, the nearest first."""
 
@@ -89,23 +82,6 @@ class _Seen(Exception):
     """Ends a forward that is only wanted up to some product."""
 
 
-@dataclasses.dataclass(frozen=True)
-class _NormCall:
-    """The call of a module that may be a norm.
-
-    Attributes:
-        module: The module.
-        args: Positional arguments.
-        kwargs: Keyword arguments.
-        width: Size of the last dimension of what it returned.
-    """
-
-    module: nn.Module
-    args: tuple[Any, ...]
-    kwargs: Mapping[str, Any]
-    width: int
-
-
 class Trial:
     """Tries what can be done to the channels of a loaded block, on a few tokens."""
 
@@ -117,27 +93,19 @@ class Trial:
             action: A forward of the block on a few tokens, the same every time.
         """
         self._block, self._action = block, action
-        self._modules = {name: module for name, module in block.named_modules() if _has_vectors_alone(module)}
-        self._norms: dict[str, _NormCall] = {}
         self._products: list[Product] = []
-        hooks = [
-            module.register_forward_hook(self._noting(name), with_kwargs=True) for name, module in self._modules.items()
-        ]
-        try:
-            with BlockProducts(block, self._note):
-                self._output = action()
-        finally:
-            for hook in hooks:
-                hook.remove()
+        with norm_calls(block) as self._norms, BlockProducts(block, self._note):
+            self._output = action()
 
     def norms(self) -> list[Place]:
         """Return every norm of the block into which factors can go, with all that reads it."""
         places = []
         for name, call in self._norms.items():
-            form = self._form(name, call)
+            form = norm_form(self._block, name, call)
             readers = self._readers_of_module(call) if form else ()
             if form and readers:
-                places.append(Place(name, torch.arange(call.width), call.width, form[0], None, form[1], readers))
+                rows = torch.arange(call.width)
+                places.append(Place(name, rows, call.width, form.gains, None, form.biases, readers))
         return places
 
     def linear(self, parameter: str) -> Place | None:
@@ -166,45 +134,7 @@ class Trial:
         self._products.append(dataclasses.replace(product, X=product.X.clone()))
         return product.X
 
-    def _noting(self, name: str) -> Callable[..., None]:
-        def note(module: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
-            width = next(module.parameters()).numel()
-            if isinstance(output, torch.Tensor) and output.shape[-1] == width:
-                self._norms[name] = _NormCall(module, _copied(args), _copied(kwargs), width)
-
-        return note
-
-    def _form(self, name: str, call: _NormCall) -> tuple[dict[str, float], tuple[str, ...]] | None:
-        """The offsets of a module's gains and the names of its biases; None where it is no gain on its channels.
-
-        With all parameters 0, a gain of 1 adds the normalized input n, and the gain's offset times n is there before.
-        """
-        names = [f"{name}.{parameter}" for parameter, _ in call.module.named_parameters()]
-        tolerance = max(_FORM_TOLERANCE, 2 * torch.finfo(next(call.module.parameters()).dtype).eps)
-        gains: dict[str, float] = {}
-        biases: list[str] = []
-
-        def output(one: str | None, value: float = 1.0) -> torch.Tensor:
-            with _replaced(self._block, {n: value * (n == one) for n in names}):
-                result: torch.Tensor = call.module(*call.args, **call.kwargs)
-                return result.double()
-
-        zero = output(None)
-        for parameter in names:
-            change = output(parameter) - zero
-            if _difference(output(parameter, _THIRD) - zero, _THIRD * change) > tolerance:
-                return None
-            if bool((change - 1).abs().max() < tolerance):
-                biases.append(parameter)
-                continue
-            energy = change.square().sum()
-            offset = float((zero * change).sum() / energy) if energy > 0 else float("nan")
-            if not torch.linalg.vector_norm(zero - offset * change) <= tolerance * energy.sqrt():
-                return None
-            gains[parameter] = float(round(offset)) if abs(offset - round(offset)) < tolerance else offset
-        return (gains, tuple(biases)) if len(gains) == 1 else None
-
-    def _readers_of_module(self, call: _NormCall) -> tuple[Reader, ...]:
+    def _readers_of_module(self, call: NormCall) -> tuple[Reader, ...]:
         factors = self._factors(call.width)
         with _hooked(call.module, lambda output: output * factors.to(output.device, output.dtype)):
             return self._readers(factors)
@@ -220,9 +150,9 @@ class Trial:
             before = next(remaining, None)
             if before is None or before.place != product.place or before.X.shape != product.X.shape:
                 raise _NotExact
-            if _is_same(product.X, before.X):
+            if is_same(product.X, before.X):
                 return before.X
-            is_scaled = len(factors) == before.X.shape[-1] and _is_same(
+            is_scaled = len(factors) == before.X.shape[-1] and is_same(
                 product.X, before.X * factors.to(before.X.device, before.X.dtype)
             )
             if not is_scaled:
@@ -235,7 +165,7 @@ class Trial:
                 output = self._action()
         except _NotExact:
             return ()
-        tolerance = _TOLERANCE_EPS * torch.finfo(output.hidden.dtype).eps
+        tolerance = TOLERANCE_EPS * torch.finfo(output.hidden.dtype).eps
         return tuple(readers) if largest_difference(output, self._output) <= tolerance else ()
 
     def _spans(self, producer: Product, num_channels: int) -> Iterator[slice]:
@@ -277,7 +207,7 @@ class Trial:
         for digit in range(int(numbers.max()).bit_length()):
             digits = (numbers >> digit) & 1
             X = self._input_of(consumer, _multiplying(producer.parameter, torch.where(digits > 0, _MARK, 1).double()))
-            marked = _marked(X, consumer.X)
+            marked = multiplied_channels(X, consumer.X, _MARK)
             if marked is None:
                 return None
             found += marked.long().cpu() << digit
@@ -304,80 +234,11 @@ class Trial:
         return torch.exp2(exponents.double()) * (1 - 2 * torch.randint(0, 2, (count,), generator=generator))
 
 
-def largest_difference(state: BlockState, other: BlockState) -> float:
-    """Return how far two states lie apart in anything that passes to the next block, relative to the largest value.
-
-    Args:
-        state: A state.
-        other: Another state.
-
-    Returns:
-        The largest difference; infinity where they do not hold the same kinds of things.
-    """
-    if state.others.keys() != other.others.keys():
-        return math.inf
-    pairs = [(state.hidden, other.hidden), *((value, other.others[name]) for name, value in state.others.items())]
-    return max(_difference(*pair) for pair in pairs)
-
-
-def _difference(A: torch.Tensor, B: torch.Tensor) -> float:
-    if A.shape != B.shape:
-        return math.inf
-    if not A.is_floating_point():
-        return 0.0 if torch.equal(A, B) else math.inf
-    if not A.numel() or torch.equal(A, B):
-        return 0.0
-    difference = float((A - B).abs().max() / B.abs().max())
-    return difference if math.isfinite(difference) else math.inf
-
-
-def _is_same(A: torch.Tensor, B: torch.Tensor) -> bool:
-    return _difference(A, B) <= _TOLERANCE_EPS * torch.finfo(A.dtype).eps
-
-
-def _marked(X: torch.Tensor, before: torch.Tensor) -> torch.Tensor | None:
-    """Say of each channel whether it is −2 times what it was, bool [C]; None where one is neither that nor the same."""
-    X, before = X.reshape(-1, X.shape[-1]), before.reshape(-1, before.shape[-1])
-    if X.shape != before.shape:
-        return None
-    allowed = _TOLERANCE_EPS * torch.finfo(X.dtype).eps * before.abs().amax(0)
-    is_same, is_marked = ((X - factor * before).abs().amax(0) <= allowed for factor in (1, _MARK))
-    return is_marked if bool((is_same ^ is_marked).all()) else None
-
-
 def _multiplying(parameter: str, factors: torch.Tensor) -> Callable[[Product, torch.Tensor], torch.Tensor]:
     def change(product: Product, Y: torch.Tensor) -> torch.Tensor:
         return Y * factors.to(Y.device, Y.dtype) if product.parameter == parameter else Y
 
     return change
-
-
-def _has_vectors_alone(module: nn.Module) -> bool:
-    """Tell whether all parameters of a module, one or more, are vectors of one size and its own."""
-    shapes = {tuple(parameter.shape) for parameter in module.parameters()}
-    owned: Sequence[Any] = list(module.named_parameters(recurse=False))
-    return len(shapes) == 1 and len(next(iter(shapes))) == 1 and len(owned) == len(list(module.parameters()))
-
-
-def _copied(value: Any) -> Any:
-    if isinstance(value, torch.Tensor):
-        return value.clone()
-    if isinstance(value, tuple):
-        return tuple(map(_copied, value))
-    return {key: _copied(item) for key, item in value.items()} if isinstance(value, dict) else value
-
-
-@contextlib.contextmanager
-def _replaced(block: nn.Module, values: Mapping[str, float]) -> Iterator[None]:
-    """Fill some parameters with a number while the body of a `with` statement runs."""
-    before = {name: block.get_parameter(name).data for name in values}
-    try:
-        for name, value in values.items():
-            block.get_parameter(name).data = torch.full_like(before[name], value)
-        yield
-    finally:
-        for name, data in before.items():
-            block.get_parameter(name).data = data
 
 
 @contextlib.contextmanager

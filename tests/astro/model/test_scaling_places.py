@@ -5,8 +5,9 @@ import torch
 from torch import nn
 
 from astro.model.block_call import BlockState, forward
+from astro.model.differences import largest_difference
 from astro.model.recording import count_outputs, record
-from astro.model.scaling_places import Reader, Trial, largest_difference
+from astro.model.scaling_places import Reader, Trial
 from astro.model.skeleton import Skeleton
 from astro.storage.checkpoint import Checkpoint
 from tests.support.architectures import DENSE, EXPERTS
