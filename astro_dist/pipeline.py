@@ -27,6 +27,7 @@ from astro_dist.export.model_card import planned_card
 from astro_dist.planning.compute_dtype import compute_dtype
 from astro_dist.planning.cost import CostModel
 from astro_dist.planning.devices import DEVICES, measure
+from astro_dist.planning.disk_size import DiskSize
 from astro_dist.planning.estimate import require_room
 from astro_dist.planning.input_clips import clips_sha256
 from astro_dist.planning.outlook import Outlook
@@ -257,7 +258,8 @@ def _execute(
     tokens = {chunk.name: chunk.tokens.size for chunk in job.chunks}
     cost = CostModel(plan, config, tokens, dtype, device)
     if not schedule.finished:
-        needed, kept = cost.disk_bytes(executor.num_workers), cost.kept_bytes()
+        size = DiskSize(plan, config, tokens, dtype, device)
+        needed, kept = size.most_bytes(executor.num_workers), size.kept_bytes()
         require_room(needed if run.local is None else kept, run.root)
         if run.local is not None:
             require_room(needed - kept, run.local, "output.activations_dir")

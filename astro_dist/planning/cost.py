@@ -1,9 +1,9 @@
-"""What a run costs, from headers and configuration alone: operations, bytes, time and disk. Nothing is read.
+"""What the calls of a run cost, from headers and configuration alone: operations, bytes, time. Nothing is read.
 
 The layers of a block are solved in batches: input groups of one shape side by side.
 """
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from typing import assert_never
 
 import torch
@@ -12,8 +12,9 @@ from astro_dist.config.schema import RunConfig
 from astro_dist.planning.correction_cost import correction_size, correction_work
 from astro_dist.planning.devices import Device, reads_weights_ahead
 from astro_dist.planning.forward_cost import ForwardCost
-from astro_dist.planning.predicted_groups import PredictedInputGroup, predicted_input_groups, stages_of, together
+from astro_dist.planning.predicted_groups import PredictedInputGroup, block_batches, stages_of
 from astro_dist.planning.solve_cost import SolveCost, dequantizing, packing, unpacking
+from astro_dist.planning.statistics_cost import StatisticsCost
 from astro_dist.planning.units import BlockUnit, Plan
 from astro_dist.planning.work import Work
 from astro_dist.planning.worker_memory import WorkerMemory
@@ -49,21 +50,15 @@ from astro_dist.schedule.sequential import shares
 
 __all__ = ["CostModel"]
 
-_PACKED_BYTES = 2.1
-"""Bytes of a Hessian in a file for each of its elements. One half of the matrix is kept in float32, which is 2, and a
-little more for the squares on the diagonal: of 5120 columns 2.1 bytes are kept, in strips of 256 columns."""
 _CALL_S = 0.005
 """Seconds of a call besides its work: messages, small files, and a forward's operations on nearly nothing. Beside a
 block of a large model this is nothing; of a tiny one it is most of the time."""
-_ROUNDING_PASSES = 6
-"""Elementwise operations on each input that is rounded, at the speed of the proximal map's passes: 20 to 34 ms for 6.3
-million inputs in float32 on a CPU, one thread."""
 _TRIED_TOKENS = 32 * 40
 """Tokens that pass a block while it is decided how its inputs are smoothed: 32, in about 40 forwards."""
 
 
 class CostModel:
-    """Tells what the calls of a run cost, and what a worker and the run directory must hold."""
+    """Tells what the calls of a run cost, and what a worker must hold."""
 
     def __init__(
         self,
@@ -86,25 +81,19 @@ class CostModel:
         loops = config.execution.column_loops(device_type)
         self._tile_elements = config.execution.tile_elements(device_type)
         self._reconstruction = config.reconstruction
-        self._is_rounded = config.activations.scheme is not None
-        makes_up_for_rounding = config.quantization.makes_up_for_rounding(config.activations.bits)
-        self._corrects_rounding = config.reconstruction.minds_rounding(config.activations)
-        # Experts have no corrections, and are counted as if they had.
-        self._drifts_of_rounding = int(makes_up_for_rounding or self._corrects_rounding) + self._corrects_rounding
+        self._statistics = StatisticsCost(config, dtype, device_type)
         self._solve = SolveCost(
             config.quantization,
             config.regularizer,
             self._tile_elements,
             loops,
-            self._is_rounded,
-            makes_up_for_rounding,
+            config.activations.scheme is not None,
+            config.quantization.makes_up_for_rounding(config.activations.bits),
         )
         self._batches_of: dict[int, list[PredictedInputGroup]] = {}
         self._plan, self._tokens, self._itemsize = plan, dict(chunk_tokens), dtype.itemsize
         self._shares = shares(list(chunk_tokens), config.execution.hessian_shares)
-        self._sequential, self._rounds = config.execution.mode == "sequential", config.execution.rounds
-        self._compensated = self._sequential and config.quantization.compensates
-        self._square_bytes = _PACKED_BYTES + 4.0 * (self._compensated + self._drifts_of_rounding)
+        self._sequential = config.execution.mode == "sequential"
         self._sequence_length = config.calibration.longest_sequence
         self._forward = ForwardCost(plan, self._sequence_length, device_type)
         self._held_out = sum(n for chunk, n in self._tokens.items() if is_held_out(chunk))
@@ -165,42 +154,6 @@ class CostModel:
         """Return the peak memory in bytes that a worker on a GPU takes of its host, see `WorkerMemory.of_host`."""
         return self._memory.of_host(max(self._tokens.values()) // self._sequence_length)
 
-    def disk_bytes(self, workers: int) -> int:
-        """Return what the run directory holds at most, in bytes.
-
-        It holds the result, an earlier round, the inputs of the blocks in flight, and in mode `sequential` the parts of
-        one block. Where the loss weighs tokens or inputs are smoothed, it holds the calibration inputs of all blocks
-        for a while, and the gradients of those in flight.
-
-        Args:
-            workers: Number of workers.
-        """
-        inputs = self._activations(self._tokens)
-        calibration = self._activations(chunk for chunk in self._tokens if not is_held_out(chunk))
-        kept = (len(self._plan.blocks) + workers + 2) * calibration * (self._weighs_by_loss or self._smooths)
-        largest = max(map(self._batches, self._plan.blocks), key=_total_square)
-        if not self._sequential:
-            written = self.kept_bytes()
-            num_split = min(workers // 2, len(self._plan.blocks))
-            squares = num_split * sum(self._square_bytes * batch.square for batch in largest)
-            return int(written + kept + (workers + 2) * self._rounds * inputs + squares)
-        squares = self._square_bytes * (_total_square(largest) + self._widest(largest))
-        tiles = sum(1.1 * batch.weights for batch in largest)
-        return int(self.kept_bytes() + kept + (4 + 3 * self._compensated) * inputs + squares + tiles)
-
-    def kept_bytes(self) -> int:
-        """Return how much of `disk_bytes` are no activations: the result, and an earlier round.
-
-        Corrections are there twice at the end, block by block and as one adapter.
-        """
-        corrections, rounds = self._adapter_bytes(*self._plan.blocks), min(self._rounds, 2)
-        return self._plan.written_bytes * (1 if self._sequential else rounds) + corrections * (rounds + 1)
-
-    def _widest(self, batches: list[PredictedInputGroup]) -> float:
-        """Elements of all shares of the stage with the largest Hessians."""
-        stages = stages_of(batches)
-        return float(len(self._shares) * max(sum(batches[i].square for i in stage) for stage in stages))
-
     def _block_work(
         self,
         call: OpenBlock
@@ -244,7 +197,9 @@ class CostModel:
                 rewritten = packing(self._weights(unit)) + unpacking(self._weights(unit))
                 return rewritten + Work(moved_bytes=4.0 * unit.written_bytes)
             case SplitBlock():
-                return Work(moved_bytes=sum(self._square_bytes * batch.square for batch in self._batches(unit)))
+                return Work(
+                    moved_bytes=sum(self._statistics.square_bytes * batch.square for batch in self._batches(unit))
+                )
             case AccumulateHessians():
                 return self._share_work(call, unit)
             case BatchCall():
@@ -258,24 +213,23 @@ class CostModel:
         passed = _behind(self._forward.forth(self._batches(unit), tokens), moved)
         in_later_round = isinstance(call, Forward) and call.round_index > 0
         if in_later_round or (isinstance(call, ForwardChunk) and call.stream != ORIGINAL):
-            passed += self._rounding(self._batches(unit), tokens)
+            passed += self._statistics.rounding(self._batches(unit), tokens)
         counts = isinstance(call, Forward) and not is_held_out(call.chunk)
-        drifts = self._drifts_of_rounding
-        return passed + self._hessian(self._batches(unit), tokens, drifts) if counts else passed
+        return passed + self._statistics.sums(self._batches(unit), tokens) if counts else passed
 
     def _share_work(self, call: AccumulateHessians, unit: BlockUnit) -> Work:
         """Count what it takes to sum the Hessians of one stage over one share of the chunks."""
         batches = self._batches(unit)
         stages = stages_of(batches)
         stage = [batches[i] for i in stages[min(call.stage, len(stages) - 1)]] if stages else []
-        square = sum(self._square_bytes * batch.square for batch in stage)
+        square = sum(self._statistics.square_bytes * batch.square for batch in stage)
         chunks = self._shares[call.share]
         tokens = sum(self._tokens[chunk] for chunk in chunks)
-        streams = 1 + self._compensated
+        streams = 1 + self._statistics.is_compensated
         # A stage's inputs take the block's forward up to that stage; which worker has the block already is open.
         passed = (call.stage + 1) / max(len(stages), 1)
-        sums = self._hessian(stage, tokens, self._compensated + self._drifts_of_rounding)
-        sums += self._rounding([batches[i] for before in stages[: call.stage + 1] for i in before], tokens)
+        sums = self._statistics.sums(stage, tokens)
+        sums += self._statistics.rounding([batches[i] for before in stages[: call.stage + 1] for i in before], tokens)
         # Layers of the stages before take their new weights from tiles.
         earlier = float(sum(batches[i].weights for before in stages[: call.stage] for i in before))
         sums += dequantizing(earlier) + Work(moved_bytes=earlier)
@@ -287,7 +241,7 @@ class CostModel:
         """Count what a call does by which several workers solve a block."""
         batches = self._batches(unit)
         batch = batches[min(call.batch, len(batches) - 1)]
-        square = self._square_bytes * batch.square
+        square = self._statistics.square_bytes * batch.square
         weights = batch.weights * self._itemsize
         if isinstance(call, MergeHessians):
             moved = square * (len(self._shares) + 1 if self._sequential else 1) + weights
@@ -305,11 +259,13 @@ class CostModel:
 
     def _correct(self, batch: PredictedInputGroup) -> Work:
         """Count what it takes to correct the errors of a batch's rows."""
-        return correction_work(batch, self._reconstruction, self._compensated, self._corrects_rounding)
+        return correction_work(
+            batch, self._reconstruction, self._statistics.is_compensated, self._statistics.corrects_rounding
+        )
 
-    def _adapter_bytes(self, *units: BlockUnit) -> int:
-        """Size of the corrections of some blocks in a file."""
-        return correction_size(units, self._reconstruction).size_bytes
+    def _adapter_bytes(self, unit: BlockUnit) -> int:
+        """Size of the corrections of a block in a file."""
+        return correction_size([unit], self._reconstruction).size_bytes
 
     def _weights(self, unit: BlockUnit) -> float:
         """Number of a block's quantized weights."""
@@ -325,22 +281,10 @@ class CostModel:
         is_there = (self._weighs_by_loss or self._smooths) and call.round_index == 0
         return not is_there and call.block + 1 < len(self._plan.blocks)
 
-    def _hessian(self, batches: Sequence[PredictedInputGroup], tokens: int, drifts: int = 0) -> Work:
-        """XᵀX on and above the diagonal, and drifts. A GPU multiplies 16-bit inputs as they are, a drift as two."""
-        halves = self._device_type == "cuda" and self._itemsize == 2
-        operations = tokens * sum(batch.reach * batch.square for batch in batches)
-        operations *= 1.0 + drifts * (4.0 if halves else 2.0)
-        return (Work(operations) if halves else Work(exact=operations)) + self._rounding(batches, tokens)
-
-    def _rounding(self, batches: Iterable[PredictedInputGroup], tokens: int) -> Work:
-        """The inputs of every layer on the grid of a server, where they are rounded."""
-        inputs = tokens * sum(batch.reach * batch.count * batch.columns for batch in batches)
-        return Work(elements=_ROUNDING_PASSES * self._is_rounded * inputs)
-
     def _batches(self, unit: BlockUnit) -> list[PredictedInputGroup]:
         if unit.index not in self._batches_of:
-            input_groups = predicted_input_groups(unit.linears, self._plan.expert_share)
-            self._batches_of[unit.index] = together(input_groups, self._tile_elements)
+            batches = block_batches(unit.linears, self._plan.expert_share, self._tile_elements)
+            self._batches_of[unit.index] = batches
         return self._batches_of[unit.index]
 
     def _parts(self, batches: list[PredictedInputGroup], index: int) -> BatchParts:
@@ -360,10 +304,6 @@ class CostModel:
 def _behind(work: Work, moved_bytes: float) -> Work:
     """Return work with bytes that are moved while it is computed."""
     return work + Work(moved_bytes=moved_bytes, behind_bytes=moved_bytes)
-
-
-def _total_square(batches: Iterable[PredictedInputGroup]) -> float:
-    return sum(batch.square for batch in batches)
 
 
 def _nearest(tiles: list[slice], index: int) -> slice:

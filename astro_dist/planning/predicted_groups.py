@@ -11,7 +11,7 @@ from collections.abc import Iterable, Sequence
 from astro.linalg.batching import batches
 from astro.model.linear_layer import LinearLayer
 
-__all__ = ["PredictedInputGroup", "predicted_input_groups", "stages_of", "together"]
+__all__ = ["PredictedInputGroup", "block_batches", "predicted_input_groups", "stages_of", "together"]
 
 _ATTENTION_OUTPUTS = ("o_proj", "out_proj", "dense", "wo", "c_proj")
 """Last names of the layer that multiplies the output of attention."""
@@ -86,6 +86,17 @@ def together(input_groups: Sequence[PredictedInputGroup], tile_elements: int) ->
         for batch in batches(shapes, tile_elements):
             batched.append(dataclasses.replace(input_groups[stage[batch.start]], count=len(batch)))
     return batched
+
+
+def block_batches(linears: Iterable[LinearLayer], expert_share: float, tile_elements: int) -> list[PredictedInputGroup]:
+    """Predict the batches in which the layers of a block are solved: its input groups, side by side.
+
+    Args:
+        linears: Linear layers of the block.
+        expert_share: Share of the tokens that reaches an expert.
+        tile_elements: Weights of a tile.
+    """
+    return together(predicted_input_groups(linears, expert_share), tile_elements)
 
 
 def stages_of(input_groups: Sequence[PredictedInputGroup]) -> list[list[int]]:

@@ -4,13 +4,14 @@ import torch
 from astro.activation_config import Reconstruction
 from astro_dist.planning.correction_cost import correction_notes, correction_size
 from astro_dist.planning.cost import CostModel
+from astro_dist.planning.disk_size import DiskSize
 from astro_dist.planning.validate import prepare
 from astro_dist.schedule.calls import Reconstruct, SolveBlock, SplitBlock
 from astro_dist.source.calibration_text import chunk_tokens
 
 
-def cost_of(config):
-    return CostModel(prepare(config).plan, config, chunk_tokens(config.calibration), torch.float32, "cpu")
+def cost_of(config, kind=CostModel):
+    return kind(prepare(config).plan, config, chunk_tokens(config.calibration), torch.float32, "cpu")
 
 
 def test_the_size_is_that_of_the_factors(run_config):
@@ -34,12 +35,14 @@ def test_auto_is_foretold_at_its_most(run_config):
 
 
 def test_corrections_take_time_memory_and_disk(run_config):
-    plain, corrected = (cost_of(run_config(reconstruction__rank=rank)) for rank in (0, 64))
+    configs = [run_config(reconstruction__rank=rank) for rank in (0, 64)]
+    plain, corrected = map(cost_of, configs)
     assert corrected.work(SolveBlock(0, 0)).exact > plain.work(SolveBlock(0, 0)).exact
     assert corrected.work(SolveBlock(0, 0)).moved_bytes > plain.work(SolveBlock(0, 0)).moved_bytes
     assert corrected.worker_bytes() > plain.worker_bytes()
     size = correction_size(prepare(run_config()).plan.blocks, Reconstruction(rank=64)).size_bytes
-    assert corrected.disk_bytes(1) - plain.disk_bytes(1) == 2 * size  # block by block, and joined
+    without, with_them = (cost_of(config, DiskSize).most_bytes(1) for config in configs)
+    assert with_them - without == 2 * size  # block by block, and joined
 
 
 @pytest.mark.parametrize("mode", ["blocks", "sequential"])
