@@ -17,6 +17,7 @@ from astro.activation_config import ActivationScheme
 from astro.model.activation_rounding import InputGrid
 from astro.model.clipped_rounding import InputClips
 from astro.model.linear_layer import LinearLayer
+from astro.model.torch_products import PRODUCTS
 
 __all__ = [
     "BlockLayers",
@@ -29,17 +30,6 @@ __all__ = [
     "product_of",
     "share_input",
 ]
-
-_OPERANDS = {
-    "linear": ((0, "input"), (1, "weight")),
-    "matmul": ((0, "input"), (1, "other")),
-    "__matmul__": ((0, "self"), (1, "other")),
-    "mm": ((0, "input"), (1, "mat2")),
-    "bmm": ((0, "input"), (1, "mat2")),
-    "addmm": ((1, "mat1"), (2, "mat2")),
-    "baddbmm": ((1, "batch1"), (2, "batch2")),
-}
-"""Positions and names of the inputs and the weight among the arguments of torch's matrix products, by function name."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -120,11 +110,11 @@ def product_of(func: Any, args: Sequence[Any], kwargs: Mapping[str, Any], places
         kwargs: Keyword arguments of the call.
         places: Where the weights of a block's operands lie.
     """
-    names = _OPERANDS.get(getattr(func, "__name__", ""))
-    if names is None:
+    arguments = PRODUCTS.get(getattr(func, "__name__", ""))
+    if arguments is None:
         return None
-    X, weight = (args[i] if i < len(args) else kwargs[name] for i, name in names)
-    return Product(X, places.get((weight.data_ptr(), weight.ndim), ()), *names[0])
+    X, weight = (args[i] if i < len(args) else kwargs[name] for i, name in arguments[:2])
+    return Product(X, places.get((weight.data_ptr(), weight.ndim), ()), *arguments[0])
 
 
 def is_same_input(X: torch.Tensor, other: torch.Tensor) -> bool:

@@ -14,18 +14,9 @@ import torch
 from torch import nn
 from torch.overrides import TorchFunctionMode
 
-__all__ = ["BlockProducts", "Product"]
+from astro.model.torch_products import PRODUCTS, Argument
 
-_PLACES = {
-    "linear": ((0, "input"), (1, "weight"), (2, "bias")),
-    "matmul": ((0, "input"), (1, "other"), None),
-    "__matmul__": ((0, "self"), (1, "other"), None),
-    "mm": ((0, "input"), (1, "mat2"), None),
-    "bmm": ((0, "input"), (1, "mat2"), None),
-    "addmm": ((1, "mat1"), (2, "mat2"), (0, "input")),
-    "baddbmm": ((1, "batch1"), (2, "batch2"), (0, "input")),
-}
-"""Positions and names of inputs, weight and bias among the arguments of torch's matrix products, by function name."""
+__all__ = ["BlockProducts", "Product"]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -76,12 +67,12 @@ class BlockProducts(TorchFunctionMode):
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = dict(kwargs or {})
-        places = _PLACES.get(getattr(func, "__name__", ""))
+        places = PRODUCTS.get(getattr(func, "__name__", ""))
         if places is None:
             return func(*args, **kwargs)
         arguments = list(args)
         X, weight, bias = (_argument(arguments, kwargs, place) for place in places)
-        product = self._product(X, weight, bias, -1 if places is _PLACES["linear"] else -2)
+        product = self._product(X, weight, bias, -1 if places is PRODUCTS["linear"] else -2)
         if product is None:
             return func(*args, **kwargs)
         position, name = places[0]
@@ -118,7 +109,7 @@ class BlockProducts(TorchFunctionMode):
         return (name, parameter) if is_inside and tensor.dtype == parameter.dtype else None
 
 
-def _argument(arguments: list[Any], kwargs: Mapping[str, Any], place: tuple[int, str] | None) -> Any:
+def _argument(arguments: list[Any], kwargs: Mapping[str, Any], place: Argument | None) -> Any:
     if place is None:
         return None
     position, name = place
