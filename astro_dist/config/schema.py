@@ -7,14 +7,13 @@ import re
 from pathlib import Path
 from typing import Any, Literal
 
-import yaml
 from pydantic import Field, model_validator
 
 from astro.activation_config import Activations, Reconstruction
 from astro.config import Experts, Quantization, Regularizer, SolverSettings
 from astro_dist.config.calibration import CalibrationConfig, TextSource
 from astro_dist.config.execution import MOST_TILE_WEIGHTS, ExecutionConfig
-from astro_dist.config.section import Section
+from astro_dist.config.section import Configuration, Section
 
 __all__ = [
     "MOST_TILE_WEIGHTS",
@@ -127,7 +126,7 @@ class PublishConfig(Section):
         return self
 
 
-class RunConfig(Section):
+class RunConfig(Configuration):
     """Everything that one run is asked to do; a YAML file of these sections is one run."""
 
     model: ModelConfig
@@ -169,7 +168,7 @@ class RunConfig(Section):
 
     def plain(self) -> dict[str, Any]:
         """Return the configuration as JSON types, with every default written out."""
-        content = self.model_dump(mode="json")
+        content = super().plain()
         # What is asked for comes before how it is computed; a base class would have its fields first.
         solver = {field.name for field in dataclasses.fields(SolverSettings)}
         asked = {key: value for key, value in content["quantization"].items() if key not in solver}
@@ -188,10 +187,6 @@ class RunConfig(Section):
         if deciding["execution"]["tile_weights"] == "auto":  # no memory is named by which it could be settled
             deciding["execution"]["tile_weights"] = self.execution.tile_elements("cuda")
         return deciding
-
-    def to_yaml(self) -> str:
-        """Return the configuration as a YAML document that `load_config` reads back."""
-        return yaml.safe_dump(self.plain(), sort_keys=False)
 
 
 def run_key(config: RunConfig, source_fingerprint: str, version: str) -> str:

@@ -3,11 +3,10 @@
 from pathlib import Path
 from typing import Any, Literal
 
-import yaml
 from pydantic import Field, model_validator
 
 from astro.training_config import ActivationRegularization
-from astro_dist.config.section import Section, cluster_address
+from astro_dist.config.section import Configuration, Section, cluster_address
 from astro_dist.config.text_place import PYTHON_DOCS
 
 __all__ = [
@@ -155,7 +154,7 @@ class TrainOutputConfig(Section):
     """The number of steps between two lines on the terminal."""
 
 
-class TrainConfig(Section):
+class TrainConfig(Configuration):
     """Everything that one training is asked to do; a YAML file of these sections is one training."""
 
     model: TrainModelConfig
@@ -182,16 +181,8 @@ class TrainConfig(Section):
             )
         return self
 
-    def plain(self) -> dict[str, Any]:
-        """Return the configuration as JSON types, with every default written out."""
-        return self.model_dump(mode="json")
-
     def arithmetic(self) -> dict[str, Any]:
         """Return the keys that decide what is trained: all but those that say where and how fast."""
         content = self.plain()
         del content["execution"], content["output"], content["optimization"]["micro_batch_sequences"]
         return content
-
-    def to_yaml(self) -> str:
-        """Return the configuration as a YAML document that `load_train_config` reads back."""
-        return yaml.safe_dump(self.plain(), sort_keys=False)
