@@ -47,6 +47,25 @@ class StartingPoint:
     present: Present = dataclasses.field(default_factory=dict)
     written: Collection[str] | None = None
 
+    def chunks_before(self, stream: str, num_blocks: int) -> list[set[str]]:
+        """Return the chunks of a stream that are there as input of each block, and behind the last one.
+
+        Args:
+            stream: Name of the stream.
+            num_blocks: Number of blocks of the model.
+        """
+        by_block = self.present.get(stream, {})
+        return [set(by_block.get(block, ())) for block in range(num_blocks + 1)]
+
+    def chunks_behind(self, stream: str, num_blocks: int) -> list[set[str]]:
+        """Return the chunks of a stream that each block has left behind.
+
+        Args:
+            stream: Name of the stream.
+            num_blocks: Number of blocks of the model.
+        """
+        return self.chunks_before(stream, num_blocks)[1:]
+
 
 NOTHING_DONE = StartingPoint()
 """The beginning of a new run."""

@@ -43,12 +43,8 @@ class SmoothingSchedule:
         self.units = [EMBED, *map(smoothing_unit, range(shape.num_blocks))]
         self.finished = set(start.finished) & set(self.units)
         self._open = {block for block in range(shape.num_blocks) if smoothing_unit(block) not in self.finished}
-
-        def present(stream: str, shift: int = 0) -> list[set[str]]:
-            by_block = start.present.get(stream, {})
-            return [set(by_block.get(block + shift, ())) for block in range(shape.num_blocks + 1)]
-
-        self._hidden, self._measured = present(ORIGINAL), present(CHANNELS, shift=1)
+        self._hidden = start.chunks_before(ORIGINAL, shape.num_blocks)
+        self._measured = start.chunks_behind(CHANNELS, shape.num_blocks)
         for block in self._open:  # what is decided is tried on the first chunk
             if self._chunks[0] not in self._hidden[block]:
                 self._measured[block].discard(self._chunks[0])

@@ -62,13 +62,8 @@ class TokenWeightSchedule:
         done_with = set(range(shape.num_blocks)) - wanted
         self.finished = (set(start.finished) & set(self.units)) | set(map(weights_unit, done_with))
         self._open = {block for block in wanted if weights_unit(block) not in self.finished}
-
-        def present(stream: str, shift: int = 0) -> list[set[str]]:
-            by_block = start.present.get(stream, {})
-            return [set(by_block.get(block + shift, ())) for block in range(shape.num_blocks + 1)]
-
-        self._hidden, self._gradient = present(ORIGINAL), present(GRADIENT)
-        self._energy = present(ENERGY, shift=1)
+        self._hidden, self._gradient = (start.chunks_before(each, shape.num_blocks) for each in (ORIGINAL, GRADIENT))
+        self._energy = start.chunks_behind(ENERGY, shape.num_blocks)
         self._places: dict[int, Place] = {}  # by worker
         self._taken: set[Call] = set()
         self._steps: dict[str, _Step | None] = {}  # by chunk
