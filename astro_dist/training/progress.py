@@ -1,7 +1,10 @@
-"""What a training says of itself: events in a file of the run directory, which worker 0 writes and the driver reads."""
+"""What a training says of itself: events in its journal, which worker 0 writes and the driver reads as they come.
+
+The kinds are `begun`, `step`, `checkpoint` and `failed`. Events of a run are classes, because much is made of them;
+these are shown, line by line, and forgotten.
+"""
 
 import json
-import os
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -9,23 +12,7 @@ from typing import Any
 from astro_dist.console import in_words
 from astro_dist.wording import counted
 
-__all__ = ["EventReader", "add_event", "in_line"]
-
-
-def add_event(path: Path, kind: str, content: Mapping[str, Any]) -> None:
-    """Append an event.
-
-    Args:
-        path: Path of the file.
-        kind: Kind of the event: `begun`, `step`, `checkpoint` or `failed`.
-        content: What is known of it.
-    """
-    line = json.dumps({"event": kind, **content}) + "\n"
-    descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
-    try:
-        os.write(descriptor, line.encode())
-    finally:
-        os.close(descriptor)
+__all__ = ["EventReader", "in_line"]
 
 
 class EventReader:
@@ -41,7 +28,7 @@ class EventReader:
         self._offset = path.stat().st_size if path.is_file() else 0
 
     def new_events(self) -> Iterator[dict[str, Any]]:
-        """Yield the new events; a line that is still being written comes next time."""
+        """Yield the new events; a line that is still being written comes next time, one that was cut short never."""
         if not self._path.is_file():
             return
         with self._path.open("rb") as file:
@@ -50,7 +37,11 @@ class EventReader:
                 if not line.endswith(b"\n"):
                     return
                 self._offset += len(line)
-                yield json.loads(line)
+                try:
+                    event = json.loads(line)
+                except ValueError:  # the worker was killed while it wrote
+                    continue
+                yield event
 
 
 def in_line(event: Mapping[str, Any]) -> str | None:

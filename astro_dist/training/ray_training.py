@@ -13,14 +13,13 @@ import ray.train
 import ray.train.torch
 import torch
 
-from astro.errors import AstroError, ConfigError, RunError
+from astro.errors import AstroError, ConfigError, RunError, StorageError
 from astro.process import configure_process
 from astro_dist.config.schema import ExecutionConfig
 from astro_dist.config.training import TrainConfig
 from astro_dist.execution.ray_executor import connect
 from astro_dist.training.loop import Outlet, Trainer
 from astro_dist.training.parallel import Place
-from astro_dist.training.progress import add_event
 from astro_dist.training.token_file import TokenFile
 from astro_dist.training.training_directory import CHECKPOINTS, TrainingDirectory
 
@@ -155,10 +154,10 @@ def _train_on_worker(content: Mapping[str, Any]) -> None:
         ray.train.get_all_reported_checkpoints()  # it waits until the checkpoint counts, whatever happens then
 
     try:
-        trainer.run(Outlet(lambda kind, event: add_event(run.events, kind, event), keep, run.stop.exists))
+        trainer.run(Outlet(lambda kind, event: run.journal.note(kind, **event), keep, run.stop.exists))
         if trainer.is_done:
             trainer.write(run.model)
     except AstroError as error:  # all workers come to the same one, and would again: nothing is to be retried
         if place.rank == 0:
-            with contextlib.suppress(OSError):
-                add_event(run.events, "failed", {"kind": type(error).__name__, "message": str(error)})
+            with contextlib.suppress(StorageError):
+                run.journal.note("failed", kind=type(error).__name__, message=str(error))

@@ -21,7 +21,7 @@ from astro_dist.run_directory.lock import hold
 from astro_dist.training.loop import Outlet, Trainer
 from astro_dist.training.next_commands import next_commands
 from astro_dist.training.parallel import Place
-from astro_dist.training.progress import EventReader, add_event, in_line
+from astro_dist.training.progress import EventReader, in_line
 from astro_dist.training.token_file import TokenFile, require_text, write_tokens
 from astro_dist.training.trained_model import model_config, model_tokenizer
 from astro_dist.training.training_directory import TrainingDirectory
@@ -124,7 +124,7 @@ def _summary(
 
 def _train_and_listen(config: TrainConfig, tokens: TokenFile, run: TrainingDirectory) -> dict[str, Any]:
     """Train, say what happens, and return the event of the last step."""
-    reader = EventReader(run.events)
+    reader = EventReader(run.journal.path)
     last: dict[str, Any] = {}
 
     def look() -> None:
@@ -149,7 +149,7 @@ def _train_and_listen(config: TrainConfig, tokens: TokenFile, run: TrainingDirec
         train_with_ray(config, tokens, run, look)
     look()
     if not last:
-        raise RunError(f"{run.events}: tells of no step; run the same command to go on")
+        raise RunError(f"{run.journal.path}: tells of no step; run the same command to go on")
     return last
 
 
@@ -175,7 +175,7 @@ def _train_here(config: TrainConfig, tokens: TokenFile, run: TrainingDirectory, 
             shutil.rmtree(old)
 
     def say(kind: str, content: Any) -> None:
-        add_event(run.events, kind, content)
+        run.journal.note(kind, **content)
         look()
 
     trainer.run(Outlet(say, keep))

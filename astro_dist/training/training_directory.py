@@ -8,6 +8,7 @@ from astro.errors import ConfigError, RunError
 from astro.storage.atomic import read_json, write_json, write_text
 from astro_dist.config.training import TrainConfig
 from astro_dist.config.yaml_file import load_train_config
+from astro_dist.run_directory.journal import Journal
 from astro_dist.run_directory.layout import RunLayout
 
 __all__ = ["CHECKPOINTS", "TrainingDirectory"]
@@ -37,9 +38,9 @@ class TrainingDirectory:
         return self.root / "tokens.bin"
 
     @property
-    def events(self) -> Path:
-        """File of the events of the training, one JSON object on each line."""
-        return self.root / "progress.jsonl"
+    def journal(self) -> Journal:
+        """Journal of the training, in which its events are lines."""
+        return Journal(self.root / "progress.jsonl")
 
     @property
     def checkpoints(self) -> Path:

@@ -13,8 +13,10 @@ from astro.linalg import compiled
 from astro.model.clips_file import CLIPS_FILE
 from astro_dist import cli
 from astro_dist.config.training import OptimizationConfig
+from astro_dist.run_directory.journal import Journal
 from astro_dist.source import long_wait
 from astro_dist.training import loop
+from astro_dist.training.progress import EventReader
 from astro_dist.training.token_file import TokenFile, write_tokens
 from astro_dist.training.train import train
 from astro_dist.worker import compile_check
@@ -123,6 +125,17 @@ def test_machine_that_cannot_compile_trains_and_says_so_unless_it_was_told_to(se
     plain = settings("off", execution__compile=True, regularization__input_bits=None, regularization__kurtosis=0.0)
     train(plain)  # nothing is to be compiled
     assert events(plain, "begun")[0]["not_compiled"] == ""
+
+
+def test_event_that_a_killed_worker_cut_short_is_passed_over(tmp_path):
+    journal = Journal(tmp_path / "progress.jsonl")
+    reader = EventReader(journal.path)
+    journal.note("begun", step=0)
+    with journal.path.open("a") as file:
+        file.write('{"event": "step", "st')
+    assert [event["event"] for event in reader.new_events()] == ["begun"]
+    journal.note("begun", step=2)
+    assert [event["step"] for event in reader.new_events()] == [2]
 
 
 def test_finished_training_is_not_done_again(settings, events):
