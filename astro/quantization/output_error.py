@@ -71,7 +71,8 @@ def sampled_errors(
         energy += wanted.square().sum(-1)
         missed = (W_hat @ X_rounded).sub_(wanted)
         before += missed.square().sum(-1)
-        for of_group, of_input, correction in zip(missed, X, corrections, strict=bool(corrections)):
-            of_group.add_(correction.B.to(X.dtype) @ (correction.A.to(X.dtype) @ of_input))
-        after += missed.square_().sum(-1)
-    return before, after, energy
+        if corrections:
+            for of_group, of_input, correction in zip(missed, X, corrections, strict=True):
+                of_group.add_(correction.B.to(X.dtype) @ (correction.A.to(X.dtype) @ of_input))
+            after += missed.square_().sum(-1)
+    return before, after if corrections else before, energy
