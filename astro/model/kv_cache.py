@@ -60,17 +60,17 @@ def _hands_over(kind: type[nn.Module]) -> bool:
 
 
 @contextlib.contextmanager
-def watched_cache(largest: dict[nn.Module, LargestCached], rounds: bool = False) -> Iterator[None]:
+def watched_cache(note: Callable[[nn.Module, LargestCached], None], rounds: bool = False) -> Iterator[None]:
     """Note what attention would cache while the body of a `with` statement runs.
 
     Args:
-        largest: Largest magnitudes by attention module, which grow.
+        note: Function that gets an attention module and the largest magnitudes of each of its calls.
         rounds: Whether attention computes with rounded keys and values, whose scales are those of the call alone.
     """
 
     def watch(module: nn.Module, key: torch.Tensor, value: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         seen = LargestCached(*torch.stack([tensor.detach().abs().amax() for tensor in (key, value)]).tolist())
-        largest[module] = largest[module] | seen if module in largest else seen
+        note(module, seen)
         if not rounds:
             return key, value
         return _rounded(key, seen.scales.key), _rounded(value, seen.scales.value)

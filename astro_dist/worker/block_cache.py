@@ -43,7 +43,7 @@ class BlockCache:
 
         Args:
             index: Index of the block, which is loaded.
-            largest: Largest magnitudes, which grow when the body ends.
+            largest: Largest magnitudes, which grow.
             rounds: Whether the block computes with rounded ones already, see `watched_cache`.
 
         Yields:
@@ -52,13 +52,16 @@ class BlockCache:
         if not self.is_rounded:
             yield lambda: True
             return
-        block, seen = self._skeleton.blocks[index], dict[nn.Module, LargestCached]()
+        block, seen = self._skeleton.blocks[index], set[nn.Module]()
+        names = {module: name for name, module in block.named_modules(prefix=f"{self._skeleton.blocks_name}.{index}")}
         caching = caching_modules(block)  # reads source code, and the function is called at every layer
-        with watched_cache(seen, rounds):
-            yield lambda: all(module in seen for module in caching)
-        for name, module in block.named_modules(prefix=f"{self._skeleton.blocks_name}.{index}"):
-            if module in seen:
-                largest.add_(name, seen[module])
+
+        def note(module: nn.Module, cached: LargestCached) -> None:
+            seen.add(module)
+            largest.add_(names[module], cached)
+
+        with watched_cache(note, rounds):
+            yield lambda: seen.issuperset(caching)
 
     def rounding(self, scales: Mapping[str, CacheScales]) -> AbstractContextManager[None]:
         """Return a context in which loaded blocks round keys and values as servers do.

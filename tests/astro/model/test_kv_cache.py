@@ -4,7 +4,7 @@ import pytest
 import torch
 import transformers
 
-from astro.model.cache_scales import CacheScales, LargestCached
+from astro.model.cache_scales import CacheScales, LargestByModule, LargestCached
 from astro.model.kv_cache import cache_refusal, rounded_cache, watched_cache
 from tests.support.architectures import DENSE, EXPERTS, STATEFUL
 from tests.support.models import LLAMA
@@ -22,14 +22,15 @@ def model(request):
 
 @torch.no_grad()
 def test_largest_magnitudes_are_those_of_transformers_own_cache(model):
-    largest = {}
-    with watched_cache(largest):
-        model(IDS[:, :16], use_cache=False)
+    largest, names = LargestByModule(), {module: name for name, module in model.named_modules()}
+    with watched_cache(lambda module, seen: largest.add_(names[module], seen)):
         cache = model(IDS, use_cache=True).past_key_values
-    for layer, cached in zip(model.model.layers, cache.layers, strict=True):
-        found = largest[layer.self_attn]
-        assert (found.key, found.value) == pytest.approx([float(t.abs().amax()) for t in (cached.keys, cached.values)])
-        assert found.scales.key == pytest.approx(found.key / 448)
+        model(IDS[:, :16], use_cache=False)
+    for index, cached in enumerate(cache.layers):
+        name = f"model.layers.{index}.self_attn"
+        expected = [float(tensor.abs().amax()) for tensor in (cached.keys, cached.values)]
+        assert largest.to_json()[name] == pytest.approx(expected)
+        assert largest.scales[name].key == pytest.approx(expected[0] / 448)
 
 
 @torch.no_grad()
@@ -37,7 +38,7 @@ def test_rounding_is_that_of_a_cache_of_eight_bits(model):
     attention = model.model.layers[1].self_attn
     exact = model(IDS).logits
     largest = {}
-    with watched_cache(largest):
+    with watched_cache(largest.__setitem__):
         model(IDS)
     scales = {attention: largest[attention].scales}
     seen = {}
@@ -95,7 +96,7 @@ def test_every_attention_is_seen_or_the_model_is_refused(name):
         return
     assert refusal is None
     largest = {}
-    with watched_cache(largest):
+    with watched_cache(largest.__setitem__):
         model(IDS)
     seen = [sum(module in largest for module in block.modules()) for block in blocks]
     assert seen == HYBRID.get(name, [1] * len(blocks))
