@@ -9,13 +9,14 @@ from astro.activation_config import Reconstruction
 from astro.errors import ConfigError
 from astro.model.low_rank import takes_correction
 from astro.quantization.error_reconstruction import subspace_work
+from astro_dist.config.schema import RunConfig
 from astro_dist.planning.predicted_groups import PredictedInputGroup
 from astro_dist.planning.solve_cost import dequantizing
 from astro_dist.planning.units import BlockUnit, Plan
 from astro_dist.planning.work import Work
 from astro_dist.wording import percent
 
-__all__ = ["CorrectionSize", "correction_notes", "correction_size", "correction_work"]
+__all__ = ["CorrectionSize", "correction_notes", "correction_size", "correction_work", "rounding_drifts"]
 
 _STORED_BYTES = 2
 """Bytes of a weight of a correction, in a model of 16 bits."""
@@ -41,6 +42,19 @@ class CorrectionSize:
     def size_bytes(self) -> int:
         """Size of the corrections in a file, in bytes."""
         return _STORED_BYTES * self.weights
+
+
+def rounding_drifts(config: RunConfig, is_corrected: bool = True) -> int:
+    """Count the matrices of columns × columns that are summed of what rounding takes from the inputs of a layer.
+
+    What weights make up for and corrections that mind rounding share one, and such corrections want a second.
+
+    Args:
+        config: Configuration of the run.
+        is_corrected: Whether the layer gets a correction, if any does; experts get none.
+    """
+    minds = is_corrected and config.reconstruction.minds_rounding(config.activations)
+    return int(minds or config.quantization.makes_up_for_rounding(config.activations.bits)) + minds
 
 
 def correction_size(blocks: Iterable[BlockUnit], settings: Reconstruction) -> CorrectionSize:

@@ -5,6 +5,7 @@ from collections.abc import Iterable, Sequence
 import torch
 
 from astro_dist.config.schema import RunConfig
+from astro_dist.planning.correction_cost import rounding_drifts
 from astro_dist.planning.predicted_groups import PredictedInputGroup
 from astro_dist.planning.work import Work
 
@@ -39,9 +40,8 @@ class StatisticsCost:
         self._is_rounded = config.activations.scheme is not None
         self.is_compensated = config.execution.mode == "sequential" and config.quantization.compensates
         self.corrects_rounding = config.reconstruction.minds_rounding(config.activations)
-        makes_up_for_rounding = config.quantization.makes_up_for_rounding(config.activations.bits)
         # Experts have no corrections, and are counted as if they had.
-        of_rounding = int(makes_up_for_rounding or self.corrects_rounding) + self.corrects_rounding
+        of_rounding = rounding_drifts(config)
         self._num_drifts = self.is_compensated + of_rounding
         self.square_bytes = _PACKED_BYTES + 4.0 * self._num_drifts
 

@@ -11,7 +11,7 @@ from astro.calibration.input_sums import MOST_ROWS
 from astro.linalg.tiling import row_tile
 from astro.model.scaling_places import WIDE_BYTES
 from astro_dist.config.schema import RunConfig
-from astro_dist.planning.correction_cost import correction_size
+from astro_dist.planning.correction_cost import correction_size, rounding_drifts
 from astro_dist.planning.devices import CUDA_CONTEXT_BYTES
 from astro_dist.planning.forward_memory import ForwardMemory
 from astro_dist.planning.predicted_groups import PredictedInputGroup, predicted_input_groups, stages_of, together
@@ -67,7 +67,7 @@ class WorkerMemory:
         self._compensated = self._sequential and config.quantization.compensates
         self._reconstruction = config.reconstruction
         self._is_rounded = config.activations.scheme is not None
-        self._makes_up_for_rounding = config.quantization.makes_up_for_rounding(config.activations.bits)
+        self._drifts = {is_corrected: rounding_drifts(config, is_corrected) for is_corrected in (False, True)}
         self._corrects_rounding = config.reconstruction.minds_rounding(config.activations)
         self._all_tokens = config.experts.policy == "all-tokens"
         self._weighs_by_loss = calibration.token_weights == "loss"
@@ -169,8 +169,7 @@ class WorkerMemory:
 
     def _rounding_drifts(self, batch: PredictedInputGroup) -> int:
         """Number of matrices of columns × columns about what rounding takes from the inputs of a layer."""
-        is_corrected = self._corrects_rounding and batch.reach == 1
-        return int(self._makes_up_for_rounding or is_corrected) + is_corrected
+        return self._drifts[batch.reach == 1]
 
     def _share_bytes(self, batch: PredictedInputGroup) -> float:
         """Size of what is summed over a share: the statistics, and a drift, to which a product as large is added."""

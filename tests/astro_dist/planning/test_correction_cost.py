@@ -2,7 +2,7 @@ import pytest
 import torch
 
 from astro.activation_config import Reconstruction
-from astro_dist.planning.correction_cost import correction_notes, correction_size
+from astro_dist.planning.correction_cost import correction_notes, correction_size, rounding_drifts
 from astro_dist.planning.cost import CostModel
 from astro_dist.planning.disk_size import DiskSize
 from astro_dist.planning.validate import prepare
@@ -59,3 +59,12 @@ def test_making_up_for_earlier_errors_takes_more(run_config):
     changes = {"execution__mode": "sequential", "reconstruction__rank": 4}
     aims, plain = (cost_of(run_config(quantization__compensation=share, **changes)) for share in (0.5, 0.0))
     assert aims.work(Reconstruct(0, 0, 0)).exact > plain.work(Reconstruct(0, 0, 0)).exact
+
+
+@pytest.mark.parametrize(
+    ("bits", "compensation", "rank", "of_experts", "of_others"),
+    [(16, 1.0, 8, 0, 0), (4, 1.0, 0, 1, 1), (4, 0.0, 8, 0, 2), (4, 1.0, 8, 1, 2), (8, 1.0, 8, 1, 1)],
+)
+def test_matrices_about_rounding_are_counted(run_config, bits, compensation, rank, of_experts, of_others):
+    config = run_config(activations__bits=bits, quantization__compensation=compensation, reconstruction__rank=rank)
+    assert (rounding_drifts(config, is_corrected=False), rounding_drifts(config)) == (of_experts, of_others)
