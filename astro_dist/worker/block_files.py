@@ -1,4 +1,4 @@
-"""The files that a quantized block becomes: its shard, and its corrections of low rank beside it."""
+"""The files that a solved block becomes: its shard, its corrections of low rank beside it, and then its record."""
 
 from pathlib import Path
 
@@ -6,11 +6,42 @@ from astro.formats import LAYOUTS, peft_adapter
 from astro.formats.block_shard import kept_keys, pack_block
 from astro.quantization.grid import QuantizedLinear
 from astro.storage.atomic import save_tensors
+from astro.timing import add_seconds, timed
 from astro_dist.planning.units import BlockUnit
+from astro_dist.run_directory.unit_record import BlockResult, UnitRecord
+from astro_dist.schedule.names import block_unit
 from astro_dist.worker.block_recipe import block_recipe
 from astro_dist.worker.block_runner import BlockRunner
+from astro_dist.worker.machine import describe_machine
+from astro_dist.worker.solved_block import SolvedBlock
 
-__all__ = ["write_block"]
+__all__ = ["finish_block", "write_block"]
+
+
+def finish_block(
+    runner: BlockRunner, round_index: int, unit: BlockUnit, solved: SolvedBlock, read_s: float = 0.0
+) -> UnitRecord:
+    """Write a solved block's shard, then its record.
+
+    Args:
+        runner: Runner of the worker's blocks.
+        round_index: Index of the round.
+        unit: Unit of the block.
+        solved: The block.
+        read_s: Seconds that it took to read the block's tiles, which count as those of writing.
+    """
+    seconds = {**solved.seconds, "write": read_s}
+    for layer in solved.records:
+        add_seconds(seconds, layer.seconds)
+    with timed(seconds, "write", runner.device):
+        paths = write_block(runner, unit, round_index, dict(solved.layers))
+    result = BlockResult(
+        layers=tuple(solved.records),
+        seconds=seconds,
+        cache_scales=solved.cache_scales,
+        **describe_machine(runner.device),
+    )
+    return runner.spec.run.finish(block_unit(round_index, unit.index), paths, result)
 
 
 def write_block(

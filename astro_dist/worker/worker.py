@@ -3,8 +3,7 @@
 What a worker makes for others is a file in the run directory. What it returns is a small record.
 """
 
-import platform
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from functools import partial
 from typing import Any, assert_never
 
@@ -12,23 +11,13 @@ import torch
 
 from astro.calibration.block_statistics import BlockStatistics
 from astro.calibration.starved_experts import InputStatistics
-from astro.errors import CheckpointError, RunError
-from astro.model.block_call import BlockState
-from astro.model.recording import count_outputs
-from astro.process import configure_process, keep_freed_memory, peak_rss_bytes
+from astro.errors import RunError
+from astro.process import configure_process, keep_freed_memory
 from astro.quantization.block import quantize_block
 from astro.quantization.recipe import Recipe
-from astro.storage.atomic import save_tensors
-from astro.timing import add_seconds, clock_s, host_clock_s, timed
-from astro_dist.planning.units import BlockUnit
+from astro.timing import clock_s, timed
 from astro_dist.run_directory.layer_widths import layer_schemes
-from astro_dist.run_directory.unit_record import (
-    BlockResult,
-    CopyResult,
-    EmbedResult,
-    EvaluationResult,
-    UnitRecord,
-)
+from astro_dist.run_directory.unit_record import EvaluationResult, UnitRecord
 from astro_dist.schedule.calls import (
     AccumulateHessians,
     Backward,
@@ -55,26 +44,26 @@ from astro_dist.schedule.calls import (
     WeighTokens,
     WriteBlock,
 )
-from astro_dist.schedule.names import EMBED, ORIGINAL, block_unit, is_held_out, stream_names
-from astro_dist.worker.block_files import write_block
+from astro_dist.schedule.names import stream_names
+from astro_dist.worker.block_files import finish_block
+from astro_dist.worker.block_passes import feed_chunk, forward_chunk
 from astro_dist.worker.block_recipe import block_recipe, measured_widths, sum_kind
 from astro_dist.worker.block_runner import BlockRunner
-from astro_dist.worker.call_recorder import CallRecorder
-from astro_dist.worker.chunk_pipeline import ChunkPipeline, Passage
+from astro_dist.worker.chunk_pipeline import ChunkPipeline
 from astro_dist.worker.compile_check import require_loops
+from astro_dist.worker.copied_tensors import copy_tensors
 from astro_dist.worker.device_check import require_gpu, set_allocator, within_memory
+from astro_dist.worker.embedding import embed_text
 from astro_dist.worker.fed_block import FedBlock
 from astro_dist.worker.loss_evaluation import evaluate_loss
-from astro_dist.worker.smoother import PROBE, PROBE_TOKENS, Smoother
+from astro_dist.worker.machine import describe_machine
+from astro_dist.worker.smoother import Smoother
 from astro_dist.worker.solved_block import SolvedBlock
 from astro_dist.worker.spec import WorkerSpec
 from astro_dist.worker.split_solver import SplitSolver
 from astro_dist.worker.token_weigher import TokenWeigher, read_token_weights
 
 __all__ = ["Worker"]
-
-_PROBE_TOKENS = 8
-"""Tokens of the short forward that shows what blocks return."""
 
 
 class Worker:
@@ -124,14 +113,7 @@ class Worker:
 
     def describe(self) -> dict[str, Any]:
         """Return where this worker runs and the most memory that it ever used, as JSON types."""
-        on_gpu = self._device.type == "cuda"
-        return {
-            "host": platform.node(),
-            "device": torch.cuda.get_device_name(self._device) if on_gpu else platform.machine(),
-            "torch": torch.__version__,
-            "peak_rss_bytes": peak_rss_bytes(),
-            "peak_device_bytes": torch.cuda.max_memory_allocated(self._device) if on_gpu else 0,
-        }
+        return describe_machine(self._device)
 
     @torch.no_grad()
     def do(self, call: Call) -> Result:
@@ -211,21 +193,8 @@ class Worker:
 
     def embed(self) -> UnitRecord:
         """Make every chunk's hidden states before the first block, and record what else blocks are called with."""
-        spec, runner = self._spec, self._runner
         self._release()
-        with runner.outside_loaded(with_block=spec.plan.blocks[0]):
-            num_outputs = count_outputs(runner.skeleton, runner.tokens.input_ids(spec.chunks[0])[:1, :_PROBE_TOKENS])
-            runner.skeleton.blocks[0].to("meta")
-            recorder = CallRecorder(spec.run, runner.skeleton, num_outputs)
-            for chunk in spec.chunks:
-                hidden = recorder.record(chunk, runner.tokens.input_ids(chunk))
-                runner.states.save(ORIGINAL, 0, chunk, BlockState(hidden))
-            if spec.activations.smoothing != "none":
-                chunk = spec.calibration_chunks[0]
-                recorder.record(PROBE, runner.tokens.input_ids(chunk)[:1, :PROBE_TOKENS])
-            runner.states.finish_writing()
-            recorder.save()
-        return spec.run.finish(EMBED, [], EmbedResult(compute_dtype=str(spec.compute_dtype), device=spec.device))
+        return embed_text(self._runner)
 
     def copy_tensors(self, call: CopyTensors) -> UnitRecord:
         """Copy tensors from outside the blocks, as they are, to a shard of the result.
@@ -234,14 +203,7 @@ class Worker:
             CheckpointError: A tensor holds NaN or Inf.
         """
         self._release()
-        unit = self._spec.plan.copies[call.index]
-        path = self._spec.run.model / unit.file
-        tensors = self._runner.spec.checkpoint.read(unit.keys)
-        for name, tensor in tensors.items():
-            if tensor.is_floating_point() and not bool(torch.isfinite(tensor).all()):
-                raise CheckpointError(f"{self._runner.spec.checkpoint.place(name)}: tensor {name} holds NaN or Inf")
-        save_tensors(path, tensors)
-        return self._spec.run.finish(unit.name, [path], CopyResult(bytes_read=unit.read_bytes))
+        return copy_tensors(self._runner.spec, self._spec.plan.copies[call.index])
 
     def open_block(self, call: OpenBlock) -> None:
         """Load the block that chunks will pass: the source's, or, in later rounds, that of the round before."""
@@ -257,25 +219,7 @@ class Worker:
 
     def forward(self, call: Forward) -> None:
         """Pass one chunk through the open block and keep the output; a calibration chunk adds to the statistics."""
-        # The call ends when its output is on disk. A clock that waits for the device would wait for the next chunk too.
-        fed_block, start, runner = self._require_fed_block(call), host_clock_s(), self._runner
-        stream, block = stream_names(self._spec.run.rounds)[call.round_index], call.block
-        is_last = block + 1 == len(self._spec.plan.blocks)
-
-        def compute(chunk: str, states: Sequence[BlockState]) -> BlockState:
-            with runner.serving(stream, fed_block.unit):
-                if is_held_out(chunk):
-                    return runner.forward(block, states[0], chunk)
-                with runner.cache.watching(block, fed_block.largest):
-                    return fed_block.statistics.run(lambda: runner.forward(block, states[0], chunk), chunk)
-
-        def save(chunk: str, output: BlockState) -> None:
-            if not is_last or is_held_out(chunk):
-                runner.states.save(stream, block + 1, chunk, output)
-
-        place = (Forward, *call.place)
-        self._pipeline.run(Passage(place, lambda chunk: [(stream, block, chunk)], compute, save), call.chunk, True)
-        fed_block.seconds["forward"] += host_clock_s() - start
+        feed_chunk(self._runner, self._pipeline, self._require_fed_block(call), call)
 
     def solve_block(self, call: SolveBlock) -> UnitRecord:
         """Quantize the open block's original weights and write its shard: in the last round a file of the model."""
@@ -289,7 +233,7 @@ class Worker:
         quantized, records = quantize_block(weights, fed_block.input_groups, statistics, schemes, recipe, widths)
         self._fed_block = None
         solved = SolvedBlock(quantized, records, fed_block.feeding_seconds(), fed_block.largest.scales)
-        finished = self._finish_block(call.round_index, unit, solved)
+        finished = finish_block(runner, call.round_index, unit, solved)
         runner.close()
         return finished
 
@@ -310,22 +254,8 @@ class Worker:
 
     def forward_chunk(self, call: ForwardChunk) -> float:
         """Pass one chunk through a block of a stream, and return the seconds that it took."""
-        start, runner, stream, block = host_clock_s(), self._runner, call.stream, call.block
         self._release()
-        unit = runner.load(stream, block)
-
-        def compute(chunk: str, states: Sequence[BlockState]) -> BlockState:
-            with runner.serving(stream, unit):
-                return runner.forward(block, states[0], chunk)
-
-        passage = Passage(
-            (ForwardChunk, stream, block),
-            lambda chunk: [(stream, block, chunk)],
-            compute,
-            lambda chunk, output: runner.states.save(stream, block + 1, chunk, output),
-        )
-        self._pipeline.run(passage, call.chunk)
-        return host_clock_s() - start
+        return forward_chunk(self._runner, self._pipeline, call)
 
     def do_part(self, call: AccumulateHessians | PartCall) -> BlockParts | None:
         """Do one of the calls by which several workers solve a block."""
@@ -338,7 +268,7 @@ class Worker:
         solved = self._solver.put_together(call)
         read_s = clock_s(self._device) - start
         unit = self._spec.plan.blocks[call.block]
-        return self._finish_block(call.round_index, unit, solved, read_s)
+        return finish_block(self._runner, call.round_index, unit, solved, read_s)
 
     def evaluate_loss(self, call: EvaluateLoss) -> UnitRecord:
         """Measure what a stream's model predicts of the held-out text."""
@@ -355,18 +285,6 @@ class Worker:
         """Let go of an open block that the schedule gave up, and of what was helped with, to make room for another."""
         self._fed_block = None
         self._solver.forget()
-
-    def _finish_block(self, round_index: int, unit: BlockUnit, solved: SolvedBlock, read_s: float = 0.0) -> UnitRecord:
-        """Write a quantized block's shard, then its record. The time to read its tiles counts as that of writing."""
-        seconds = {**solved.seconds, "write": read_s}
-        for layer in solved.records:
-            add_seconds(seconds, layer.seconds)
-        with timed(seconds, "write", self._device):
-            paths = write_block(self._runner, unit, round_index, dict(solved.layers))
-        result = BlockResult(
-            layers=tuple(solved.records), seconds=seconds, cache_scales=solved.cache_scales, **self.describe()
-        )
-        return self._spec.run.finish(block_unit(round_index, unit.index), paths, result)
 
     def _require_fed_block(self, call: HeldCall) -> FedBlock:
         fed_block = self._fed_block

@@ -6,7 +6,7 @@ import torch
 from astro.errors import ConfigError, RunError
 from astro_dist import pipeline
 from astro_dist.execution import local_executor
-from astro_dist.worker import worker
+from astro_dist.worker import block_files
 
 TOO_OLD = "torch 3.0 is built for CUDA 13.0 and can use no GPU"
 
@@ -36,7 +36,7 @@ def test_too_little_memory_is_tried_once_more_and_says_how_much_was_wanted(run_c
         asked.append(runner)
         raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 13.50 GiB. GPU 0 has a total capacity of")
 
-    monkeypatch.setattr(worker, "write_block", short)
+    monkeypatch.setattr(block_files, "write_block", short)
     attempts = min(retries, 1) + 1
     match = (
         rf"block 1 of 3, solve block on .*: out of memory: 13.50 GiB more were wanted. Attempt {attempts} of {attempts}"

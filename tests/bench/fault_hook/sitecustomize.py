@@ -19,7 +19,7 @@ PHASES = {
     "Hessian": ("HessianAccumulator", "add_"),
     "solve": ("Worker", "solve_block"),
     "tile": ("SplitSolver", "solve_rows"),
-    "write": ("worker", "write_block"),
+    "write": ("block_files", "write_block"),
     "rename": ("Path", "replace"),  # a file is whole, but not yet under its name
     "record": ("RunDirectory", "finish"),
 }
@@ -47,13 +47,13 @@ class _Finder(importlib.abc.MetaPathFinder):
 def _wrap(phase):
     from astro.calibration.hessian import HessianAccumulator
     from astro_dist.run_directory.records import RunDirectory
-    from astro_dist.worker import block_runner, split_solver, worker
+    from astro_dist.worker import block_files, block_runner, split_solver, worker
 
     class_name, method = PHASES[phase]
     owner = {
         "BlockRunner": block_runner.BlockRunner, "SplitSolver": split_solver.SplitSolver, "Worker": worker.Worker,
         "HessianAccumulator": HessianAccumulator,
-        "RunDirectory": RunDirectory, "Path": Path, "worker": worker,
+        "RunDirectory": RunDirectory, "Path": Path, "block_files": block_files,
     }[class_name]  # fmt: skip
     real, calls = getattr(owner, method), [0]
 
