@@ -8,6 +8,7 @@ from rich.console import Console
 
 from astro_dist.commands.output import AsJson, Device, Dtype, Trust, begin_with, print_json, say_lines
 from astro_dist.config.text_place import PYTHON_DOCS
+from astro_dist.console import waiting_for
 
 __all__ = ["inspect"]
 
@@ -36,10 +37,11 @@ def inspect(  # noqa: PLR0913 - every option is a parameter
 ) -> None:
     """Show a model's outlier channels, kurtosis and largest weights, with one block of it in memory at a time."""
     begin_with(model, against)
-    from astro_dist.config.schema import TextSource
-    from astro_dist.evaluation.inspection import InspectRequest, inspect_model
-    from astro_dist.evaluation.judge_settings import JudgeSettings
-    from astro_dist.report.inspection_words import inspection_lines, inspection_table
+    with waiting_for("loading the libraries"):
+        from astro_dist.config.schema import TextSource
+        from astro_dist.evaluation.inspection import InspectRequest, inspect_model
+        from astro_dist.evaluation.judge_settings import JudgeSettings
+        from astro_dist.report.inspection_words import inspection_lines, inspection_table
 
     settings = JudgeSettings(device=device, dtype=dtype, trust_remote_code=trust)
     source = TextSource(source=text, column=column, subset=subset, split=split, share=1.0)

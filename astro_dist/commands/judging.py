@@ -20,6 +20,7 @@ from astro_dist.commands.output import (
     say_lines,
     stream,
 )
+from astro_dist.console import waiting_for
 
 if TYPE_CHECKING:
     from astro_dist.evaluation.judge import Pool
@@ -64,10 +65,11 @@ def evaluate(  # noqa: PLR0913 - every option is a parameter
 ) -> None:
     """Judge a model by its perplexity on a text and by tasks, with one block of it in memory at a time."""
     begin_with(model, against)
-    from astro_dist.config.schema import TextSource
-    from astro_dist.evaluation.judge import JudgeRequest, judge
-    from astro_dist.evaluation.judge_settings import JudgeSettings
-    from astro_dist.evaluation.words import judgement_lines, task_table
+    with waiting_for("loading the libraries"):
+        from astro_dist.config.schema import TextSource
+        from astro_dist.evaluation.judge import JudgeRequest, judge
+        from astro_dist.evaluation.judge_settings import JudgeSettings
+        from astro_dist.evaluation.words import judgement_lines, task_table
 
     settings = JudgeSettings(device=device, dtype=dtype, hidden_gb=hidden_gb, trust_remote_code=trust)
     source = None
@@ -136,9 +138,10 @@ def try_prompt(  # noqa: PLR0913 - every option is a parameter
 ) -> None:
     """Let the original and the quantized model continue a prompt, each token the most likely one."""
     begin_with(model, against)
-    from astro_dist.evaluation.beside import TryRequest, continue_beside
-    from astro_dist.evaluation.judge_settings import JudgeSettings
-    from astro_dist.evaluation.words import beside_line
+    with waiting_for("loading the libraries"):
+        from astro_dist.evaluation.beside import TryRequest, continue_beside
+        from astro_dist.evaluation.judge_settings import JudgeSettings
+        from astro_dist.evaluation.words import beside_line
 
     settings = JudgeSettings(device=device, dtype=dtype, trust_remote_code=trust)
     request = TryRequest(prompt=prompt, num_tokens=tokens, against=against, chat=chat)

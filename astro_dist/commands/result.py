@@ -10,6 +10,7 @@ from rich.live import Live
 from rich.text import Text
 
 from astro_dist.commands.output import AsJson, Trust, begin_with, print_json, require_runs, say_lines
+from astro_dist.console import waiting_for
 
 __all__ = ["publish", "report", "status", "verify"]
 
@@ -91,8 +92,9 @@ def verify(
 ) -> None:
     """Read a written model again: every tensor is there, shapes fit, scales are finite, index and config agree."""
     begin_with(model, against)
-    from astro_dist.export.verify import verify_model
-    from astro_dist.report.command_output import verification_lines
+    with waiting_for("loading the libraries"):
+        from astro_dist.export.verify import verify_model
+        from astro_dist.report.command_output import verification_lines
 
     verification = verify_model(model, against, trust)
     if as_json:

@@ -6,6 +6,7 @@ from typing import Annotated
 import typer
 
 from astro_dist.commands.output import AsJson, print_json, say_begin, say_lines
+from astro_dist.console import waiting_for
 
 __all__ = ["train"]
 
@@ -29,7 +30,8 @@ def train(
     from astro_dist.config.yaml_file import load_train_config
 
     settings = load_train_config(config, assignments)
-    from astro_dist.training.train import train as do_training  # it loads torch, for which a wrong file need not wait
+    with waiting_for("loading the libraries"):  # torch among them, for which a wrong file need not wait
+        from astro_dist.training.train import train as do_training
 
     summary = do_training(settings)
     if as_json:
