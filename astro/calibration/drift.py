@@ -109,13 +109,12 @@ class DriftAccumulator(ProductSum):
         mean = half.partial.div_(half.total_weight.clamp(min=tiny))
         return mean.sub_(rest.div_(rest_weight.clamp(min=tiny))).mul_(share)
 
-    def finish_(self, name: str, factors: torch.Tensor | None = None) -> torch.Tensor:
-        """Return the weighted mean over all tokens, [C, C] float32. The accumulator is empty afterwards.
+    def finish_(self, name: str, factors: torch.Tensor) -> torch.Tensor:
+        """Return the weighted mean over all tokens, shrunk, [C, C] float32. The accumulator is empty afterwards.
 
         Args:
             name: Name of the layer, for messages.
-            factors: Factors [C] by which all but the diagonal is shrunk, see `hessian.shrinkage`; nothing is shrunk
-                where not given.
+            factors: Factors [C] by which all but the diagonal is shrunk, see `hessian.shrinkage`.
 
         Raises:
             NumericalError: An input was not finite.
@@ -127,4 +126,4 @@ class DriftAccumulator(ProductSum):
                 "(execution.compute_dtype)"
             )
         drift.div_(torch.where(self.total_weight > 0, self.total_weight, 1.0))
-        return drift if factors is None else shrunk_(drift, factors)
+        return shrunk_(drift, factors)

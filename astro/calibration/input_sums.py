@@ -13,7 +13,7 @@ from collections.abc import Sequence
 import torch
 
 from astro.calibration.drift import DriftAccumulator
-from astro.calibration.hessian import HessianAccumulator, shrinkage
+from astro.calibration.hessian import HessianAccumulator, shrinkage, shrunk_
 from astro.linalg.batching import stacked_padded
 from astro.model.activation_rounding import InputGrid, round_activations
 from astro.model.activations import Operand
@@ -213,8 +213,9 @@ class InputSums:
     def finish_(self, name: str) -> tuple[torch.Tensor, torch.Tensor | None, RoundingMoments | None]:
         """Return H, the drift from the source, and what was learned of rounding, as means. The sums are then empty.
 
-        Drifts from rounding are shrunk as the Hessian is: what chance says of two columns counts as little in the one
-        as in the others. That from the source is left as it is, because halves of the text tell what of it is chance.
+        Drifts are shrunk as the Hessian is: what chance says of two columns counts as little in the one as in the
+        others. Were a drift d = A x̂ left as it is, the weights W A that make up for it would come out too large by what
+        the Hessian lost.
 
         Args:
             name: Name of the layers, for messages.
@@ -224,15 +225,27 @@ class InputSums:
         """
         tokens = self.hessian.effective_tokens()
         H = self.hessian.finish_(name)
-        drift = None if self.drift is None else self.drift.finish_(name)
+        factors = shrinkage(H.diagonal(), tokens)
+        drift = None if self.drift is None else self.drift.finish_(name, factors)
         if self.sample is None:
             return H, drift, None
-        factors = shrinkage(H.diagonal(), tokens)
         drifts = (
             None if of_rounding is None else of_rounding.finish_(name, factors)
             for of_rounding in (self.rounding_drift, self.correction_drift)
         )
         return H, drift, RoundingMoments(self.sample.finish_(), *drifts)
+
+    def spread_(self, half: DriftAccumulator) -> torch.Tensor:
+        """Return how far the drifts from the source over some tokens and over the others lie apart, float32 [C, C].
+
+        It is shrunk as the drift is, see `finish_`; for what it is, see `DriftAccumulator.spread_`.
+
+        Args:
+            half: The sum of the drift over some of the tokens, whose memory is taken for the result.
+        """
+        assert self.drift is not None
+        energies = self.hessian.partial.diagonal()
+        return shrunk_(self.drift.spread_(half), shrinkage(energies, self.hessian.effective_tokens()))
 
     def absorb_(self, other: "InputSums") -> None:
         """Add all that other sums have seen but for the drift from the source; they stay as they are.

@@ -78,7 +78,7 @@ class ShareMerger:
             del of_group
             if sums.drift is not None and even is not None:
                 # It is needed once, after the Hessian is factored, which takes the device's memory.
-                spreads.append(sums.drift.spread_(even).cpu())
+                spreads.append(sums.spread_(even).cpu())
             del even
             statistics = self._statistics(block, batch, names, operand, sums)
             del sums

@@ -4,6 +4,7 @@ import pytest
 import torch
 
 from astro.activation_config import ActivationScheme
+from astro.calibration.drift import DriftAccumulator
 from astro.calibration.input_sums import InputSums, RoundedSample, RoundingMoments, SumKind, side_by_side
 from astro.model.activation_rounding import round_activations
 from tests.support.devices import here
@@ -90,6 +91,24 @@ def test_nothing_more_is_summed_where_inputs_stay_as_they_are():
     assert drift is None
     assert rounding is None
     torch.testing.assert_close(H.cpu().double(), naive_hessian(X, weights), rtol=1e-4, atol=1e-4)
+
+
+def test_inputs_that_were_larger_in_the_source_want_weights_that_are_larger_by_as_much():
+    """d = 0.1 x makes the drift 0.1 H, and W + W D H⁻¹ = 1.1 W, only if both are shrunk alike; halves are as well."""
+    sums, half = InputSums(24, here(), SumKind(has_drift=True)), DriftAccumulator(24, here())
+    for number, (X, weights) in enumerate(chunks()):
+        X, weights = X.to(here()), weights.to(here())
+        sums.add_(X, weights)
+        for drift in (sums.drift, half)[: 2 if number < 2 else 1]:
+            drift.add_(1.1 * X, X, weights)
+    total, of_half = float(sums.drift.total_weight), float(half.total_weight)
+    D, rest = half.partial / of_half, (sums.drift.partial - half.partial) / (total - of_half)
+    apart = (D - rest).double() * (of_half * (total - of_half)) ** 0.5 / total
+    tokens = float(sums.hessian.effective_tokens())
+    energies = sums.hessian.partial.diagonal().double()
+    torch.testing.assert_close(sums.spread_(half).double(), shrunk(apart, energies, tokens), rtol=1e-3, atol=1e-5)
+    H, drift, _ = sums.finish_("q")
+    torch.testing.assert_close(drift, 0.1 * H, rtol=1e-4, atol=1e-5)
 
 
 def test_moments_of_different_samples_lie_side_by_side():

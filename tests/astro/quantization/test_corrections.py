@@ -124,7 +124,7 @@ def test_with_drift_what_the_solve_aimed_at_is_what_is_corrected(W):
     X, D = correlated_inputs(300, 48).float(), 0.1 * correlated_inputs(300, 48, seed=5).float()
     H, sums = X.T @ X / 300, DriftAccumulator(48, here())
     sums.add_(X + D, X)
-    inputs = InputMoments(H[None], sums.finish_("a")[None])
+    inputs = InputMoments(H[None], sums.finish_("a", torch.ones(48))[None])
     settings, how = recipe(("a",), rank=20, compensation=0.5)
     layers, _ = quantize_input_groups([{"a": W}], inputs, [300], settings.scheme("a", 48), how)
     target = compensate(prepare_input_groups(["a"], W[None], inputs, settings.scheme("a", 48), how), W[None])[0]

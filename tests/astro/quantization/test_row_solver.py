@@ -101,7 +101,7 @@ def drifted(seed=0, size=0.3):
     X = X_source + size * noise * X_source.std() / noise.std()
     drift = DriftAccumulator(64, here())
     drift.add_(X_source.float(), X.float())
-    return X_source, X, drift.finish_("a")
+    return X_source, X, drift.finish_("a", torch.ones(64))
 
 
 def test_drift_is_the_mean_of_its_definition():
@@ -181,7 +181,7 @@ def test_drift_that_is_not_finite_is_an_error():
     drift = DriftAccumulator(4, here())
     drift.add_(torch.full((2, 4), float("inf")), torch.ones(2, 4))
     with pytest.raises(NumericalError, match="a: its inputs in the source model hold NaN or Inf"):
-        drift.finish_("a")
+        drift.finish_("a", torch.ones(4))
 
 
 @pytest.mark.parametrize(("noise", "low", "high"), [(0.0, 0.999, 1.0), (20.0, 0.2, 0.8), (2000.0, 0.0, 0.05)])
