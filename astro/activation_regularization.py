@@ -10,10 +10,11 @@ Shapes: T tokens, C columns (inputs of a layer), R rows (outputs), L regularized
 rounding, are in `model.clipped_rounding`; two more are numbered here:
 
 (6) K(y) = 1/R Σ_r ((y_r − μ) / (σ + ε))⁴, μ and σ the mean and the standard deviation of the R features of a token
-(7) loss = cross-entropy + λ Σ_layers Σ_tokens K(y), a mean over sequences
+(7) loss = mean over tokens of [cross-entropy + λ Σ_layers K(y)]
 
-The paper does not say over which tokens (7) sums. Here it is those of one sequence, so that neither the number of
-workers nor that of sequences in a batch changes the objective.
+The paper sums K over tokens, and does not say how it takes the cross-entropy. Here both are means over tokens, so that
+neither workers nor the sizes of batches and sequences change the objective. A sum of K beside a mean of the
+cross-entropy, with the published λ of 1e-5, would be ruinous (tests/bench/README.md, Regularized training).
 """
 
 import contextlib
@@ -107,16 +108,16 @@ class ActivationRegularizer:
             if name in self.output_names:
                 self._hooks.append(layer.register_forward_hook(self._collect))
 
-    def penalty(self, num_sequences: int) -> torch.Tensor:
+    def penalty(self, num_tokens: int) -> torch.Tensor:
         """Return what the forwards since the last call add to the loss, the second part of equation (7).
 
         Args:
-            num_sequences: Number of sequences that these forwards saw.
+            num_tokens: Number of tokens that these forwards saw.
         """
         collected, self._collected = self._collected, []
         if not collected:
             return torch.zeros((), device=self.clips.device)
-        return self.settings.kurtosis / num_sequences * torch.stack(collected).sum()
+        return self.settings.kurtosis / num_tokens * torch.stack(collected).sum()
 
     def parameter_group(self) -> dict[str, Any]:
         """Return the clips as a group of AdamW: its rate, but neither momentum (β₁ = 0) nor decay."""

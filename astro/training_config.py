@@ -21,7 +21,7 @@ class ActivationRegularization:
     """The clips of every layer at the start: minus and plus this number. They are learned, with the learning rate of
     the weights, without momentum and without decay."""
     kurtosis: float = 1e-5
-    """How much the kurtosis of outputs counts in the loss: λ, times the sum over the tokens of a sequence and over the
+    """How much the kurtosis of outputs counts in the loss: λ, times the mean over the tokens of the sum over the
     layers; 0 leaves it out."""
     layers: tuple[str, ...] = ("*",)
     """The layers whose inputs are rounded and whose outputs count, as shell patterns for names of linear layers. Only

@@ -177,7 +177,7 @@ class Trainer:
         for number, sequences in enumerate(micro_batches, 1):
             with self.model.adding_up(is_last=number == len(micro_batches)):
                 loss = self.model.loss(sequences)
-                penalty = self.regularizer.penalty(len(sequences))
+                penalty = self.regularizer.penalty(sequences.numel())
                 ((loss + penalty) / len(micro_batches)).backward()
             total += torch.stack((loss.detach(), penalty.detach())) / len(micro_batches)
         if self.regularizer.clips.grad is not None:

@@ -91,9 +91,9 @@ def test_the_whole_loss_has_the_gradients_of_plain_autograd():
         layer = reference.get_submodule(name)
         layer.register_forward_pre_hook(before(index))
         layer.register_forward_hook(lambda _, __, y: sums.append(naive_kurtosis(y)))
-    loss = model(IDS, labels=IDS).loss + regularizer.penalty(len(IDS))
+    loss = model(IDS, labels=IDS).loss + regularizer.penalty(IDS.numel())
     loss.backward()
-    expected = reference(IDS, labels=IDS).loss + 1e-3 / len(IDS) * sum(sums)
+    expected = reference(IDS, labels=IDS).loss + 1e-3 / IDS.numel() * sum(sums)
     expected.backward()
     torch.testing.assert_close(loss, expected)
     torch.testing.assert_close(regularizer.clips.grad, clips.grad)
@@ -153,19 +153,19 @@ def test_patterns_choose_layers_and_one_that_matches_none_is_refused():
         ActivationRegularizer(model, settings, CPU)
 
 
-def test_penalty_is_the_mean_over_sequences_and_is_taken_once():
+def test_penalty_is_the_mean_over_tokens_and_is_taken_once():
     model = model_of(DENSE["llama"])
     regularizer = ActivationRegularizer(model, ActivationRegularization(input_bits=None, kurtosis=1.0), CPU)
     parts = []
     for row in IDS:
         model(row[None])
-        parts.append(regularizer.penalty(1))
+        parts.append(regularizer.penalty(len(row)))
     model(IDS)
-    torch.testing.assert_close(regularizer.penalty(2), torch.stack(parts).mean())
-    assert regularizer.penalty(2) == 0
+    torch.testing.assert_close(regularizer.penalty(IDS.numel()), torch.stack(parts).mean())
+    assert regularizer.penalty(1) == 0
     with torch.no_grad():
         model(IDS)
-    assert regularizer.penalty(2) == 0
+    assert regularizer.penalty(1) == 0
 
 
 def test_clips_have_a_group_without_momentum_and_decay():
@@ -173,7 +173,7 @@ def test_clips_have_a_group_without_momentum_and_decay():
     regularizer = ActivationRegularizer(model, ActivationRegularization(), CPU)
     group = regularizer.parameter_group()
     optimizer = torch.optim.AdamW([{"params": list(model.parameters())}, group], lr=1e-2, betas=(0.9, 0.999))
-    loss = model(IDS, labels=IDS).loss + regularizer.penalty(2)
+    loss = model(IDS, labels=IDS).loss + regularizer.penalty(IDS.numel())
     loss.backward()
     gradient = regularizer.clips.grad.clone()
     optimizer.step()
