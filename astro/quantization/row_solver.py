@@ -291,7 +291,7 @@ def reproducible_share(input_groups: InputGroups, W: torch.Tensor, spread: torch
     Args:
         input_groups: The input groups, factored.
         W: Weights of all members of each, float32 [B, R, C].
-        spread: How far the halves' drifts lie apart, Δ, as `DriftAccumulator.spread_` returns it, float32 [B, C, C].
+        spread: How far the halves' drifts lie apart, Δ, as `InputSums.spread_` returns it, float32 [B, C, C].
 
     Returns:
         The share of each input group, float32 [B].

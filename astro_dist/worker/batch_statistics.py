@@ -31,7 +31,7 @@ class BatchStatistics:
         drift: Weighted mean of (x_s − x)x̂ᵀ of each input group, float32 [B, C, C]; None where errors are not
             compensated.
         spread: How far the drifts of the even and the odd shares lie apart, float32 [B, C, C] in the memory of the
-            machine, see `DriftAccumulator.spread_`; None where it was not just measured.
+            machine, see `InputSums.spread_`; None where it was not just measured.
         fallbacks: Policy that was used for each input group because too few tokens reached it; empty elsewhere.
         rounding: What was learned of how the inputs are rounded; None where they stay as they are.
     """
