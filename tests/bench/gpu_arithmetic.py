@@ -80,7 +80,8 @@ def arithmetic(bench: Bench) -> None:
             Y = (X.float() + 0.1 * inputs(3000, 1536, 5)).to(dtype)
             drift.add_(Y.to(device), X.to(device))
             found["hessian"] = far(sums.partial.triu() / 3000, (X.double().T @ X.double() / 3000).triu())
-            found["drift"] = far(drift.finish_("x", torch.ones(1536, device=device)), (Y.double() - X.double()).T @ X.double() / 3000)
+            D = drift.finish_("x", torch.ones(1536, device=device))
+            found["drift"] = far(D, (Y.double() - X.double()).T @ X.double() / 3000)
             found["ok"] = found["hessian"] < 2e-6 and found["drift"] < 1e-4
     one, three = hessians(1, 768 if bench.tiny else 1536), hessians(3, 320)
     for H in (one, three):
