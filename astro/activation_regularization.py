@@ -14,7 +14,7 @@ rounding, are in `model.clipped_rounding`; two more are numbered here:
 
 The paper sums K over tokens, and does not say how it takes the cross-entropy. Here both are means over tokens, so that
 neither workers nor the sizes of batches and sequences change the objective. A sum of K beside a mean of the
-cross-entropy, with the published λ of 1e-5, would be ruinous (tests/bench/README.md, Regularized training).
+cross-entropy, with the published λ of 1e-5 and 2048 tokens, ruined a small model (tests/bench/README.md).
 """
 
 import contextlib

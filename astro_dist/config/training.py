@@ -120,8 +120,8 @@ class TrainExecutionConfig(Section):
     """The number of CPU threads of each worker."""
     compile: bool | Literal["auto"] = "auto"
     """Whether the rounding of inputs and the kurtosis of outputs are compiled by torch.compile, which wants a C
-    compiler for GPUs and one for C++ for CPUs. Without it they take many times as long. `auto` compiles where a worker
-    can, and the first line of a training says whether it does."""
+    compiler for GPUs and one for C++ for CPUs. Without it they take longer. `auto` compiles where a worker can; where
+    worker 0 cannot, the first line of a training says so."""
     ray_address: str = "auto"
     """The address of the Ray cluster. `auto` is the cluster in the variable RAY_ADDRESS, or a private one on this
     machine where it is not set."""

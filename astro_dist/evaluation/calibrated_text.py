@@ -48,8 +48,9 @@ def _fairer_figure(config: RunConfig, root: Path) -> str:
 def _is_same(text: TextSource, other: TextSource) -> bool:
     """Tell whether two texts are one file, or one split of a dataset; a subset that is not named may be any."""
     if is_file(text.source) or is_file(other.source):
-        paths = (Path(each.source).expanduser().resolve() for each in (text, other))
-        return len(set(paths)) == 1
+        recorded = Path(other.source).expanduser()
+        # Nobody knows from which folder a relative path was meant.
+        return recorded.is_absolute() and recorded.resolve() == Path(text.source).expanduser().resolve()
     subsets = {text.subset, other.subset} - {None}
     return (text.source, text.split) == (other.source, other.split) and len(subsets) <= 1
 

@@ -150,6 +150,11 @@ def _train_and_listen(config: TrainConfig, tokens: TokenFile, run: TrainingDirec
     look()
     if not last:
         raise RunError(f"{run.journal.path}: tells of no step; run the same command to go on")
+    if last["step"] != config.optimization.steps or not (run.model / "config.json").is_file():
+        raise RunError(
+            f"training stopped at step {last['step']} of {config.optimization.steps}, or its model was not written to "
+            f"{run.model}; run the same command to go on from the last checkpoint"
+        )
     return last
 
 

@@ -8,8 +8,7 @@ rounding to nearest and by Astro + GPTQ, and measures perplexity on held-out tex
 bits with a scale for each token, and rounded between the learned clips; Astro + GPTQ solves the weights for just these
 inputs. It prints tables in Markdown. A way whose figures are in DIR is not repeated.
 
-The tokenizer is made of the text. λ is 50 times the published 1e-5, which would hardly act on so few layers and
-channels.
+The tokenizer is made of the text.
 """
 
 import argparse
