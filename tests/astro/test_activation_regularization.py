@@ -52,13 +52,19 @@ def test_kurtosis_of_normal_tokens_is_three_and_of_equal_features_nothing():
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_compiled_regularization_is_the_plain_one(shape, dtype):
     """Its value, and the gradients of inputs, outputs and clips."""
+    torch._dynamo.reset()
     results = []
     for loops in ("plain", "compiled"):
         x, y = (inputs(*shape, scale=2.0).to(dtype).requires_grad_() for _ in range(2))
         clips = torch.tensor([-3.0, 2.5], requires_grad=True)
+        graphs = [torch._dynamo.utils.counters["stats"]["unique_graphs"]]
         with compiled.using(loops):
             rounded = round_clipped(x, clips, 4)
-            (rounded.float().square().sum() + kurtosis_sum(y)).backward()
+            loss = rounded.float().square().sum() + kurtosis_sum(y)
+        graphs.append(torch._dynamo.utils.counters["stats"]["unique_graphs"])
+        loss.backward()  # where nothing was chosen, as in autograd's own threads
+        graphs.append(torch._dynamo.utils.counters["stats"]["unique_graphs"])
+        assert (graphs[0] < graphs[1] < graphs[2]) == (loops == "compiled")
         results.append((rounded.detach(), x.grad, y.grad, clips.grad))
     torch.testing.assert_close(*results, rtol=1e-2 if dtype == torch.bfloat16 else 1e-5, atol=1e-5)
 
