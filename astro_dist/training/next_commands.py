@@ -44,7 +44,8 @@ def next_commands(model: Path, input_bits: int | None, trust_remote_code: bool) 
             options = "".join(f" --set {key}" for key in (*trusted, *keys))
             commands.append(f"astro-dist quantize {place}{options}")
             break
-        notes.append(f"`quantize` does not take {what}: {refusal}")
+        loses = "; the model was trained for them and is much worse without" if keys else ""
+        notes.append(f"`quantize` does not take {what}: {refusal}{loses}")
     return NextCommands(tuple(commands), tuple(notes))
 
 

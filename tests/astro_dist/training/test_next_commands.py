@@ -45,6 +45,7 @@ def test_clips_that_would_be_refused_are_not_named(settings, changes, note):
     (said,) = [line for line in lines if line.startswith("note: ")]
     assert said.startswith("note: `quantize` does not take the learned clips: ")
     assert note in said
+    assert said.endswith("; the model was trained for them and is much worse without")
 
 
 def test_model_that_quantize_refuses_is_only_inspected(settings, monkeypatch):
