@@ -123,7 +123,8 @@ class Trainer:
         Raises:
             NumericalError: The loss is not finite, or clips have met; it is the same on all workers.
         """
-        with compiled.using("plain" if self._not_compiled else "compiled"):
+        is_compiled = not (self._config.regularization.is_off or self._not_compiled)
+        with compiled.using("compiled" if is_compiled else "plain"):
             self._run(outlet)
 
     def _run(self, outlet: Outlet) -> None:
@@ -134,7 +135,7 @@ class Trainer:
             "layers": 0 if is_plain else len(regularizer.names), "left_out": [] if is_plain else regularizer.left_out,
             "step": self.step, "parameters": self.num_parameters, "workers": self._place.world_size,
             "precision": self._precision, "device": self._place.device.type, "pid": os.getpid(),
-            "not_compiled": "" if is_plain else self._not_compiled,
+            "not_compiled": self._not_compiled,
         })  # fmt: skip
         since, first = time.monotonic(), self.step
         while not self.is_done and not outlet.is_stopped():
@@ -192,10 +193,10 @@ class Trainer:
         return total
 
     def _why_not_compiled(self) -> str:
-        """Return why the regularization is not compiled on this worker; nothing where it is."""
+        """Return why the regularization is not compiled on this worker; nothing where it is, or where there is none."""
         compile_wish = self._config.execution.compile
         if self._config.regularization.is_off:
-            return "there is none"
+            return ""
         if compile_wish is False:
             return "execution.compile: false"
         advice = "Mend that on every node" + (", or set execution.compile: auto" if compile_wish is True else "")

@@ -26,7 +26,6 @@ from astro_dist.schedule.calls import MeasureChannels, SmoothChannels, Smoothing
 from astro_dist.schedule.names import CHANNELS, ORIGINAL
 from astro_dist.worker.block_runner import BlockRunner
 from astro_dist.worker.chunk_pipeline import ChunkPipeline, Passage
-from astro_dist.worker.recorded_calls import RecordedCalls
 
 __all__ = ["PROBE", "PROBE_TOKENS", "Smoother"]
 
@@ -212,11 +211,11 @@ class Smoother:
         runner = self._runner
         chunk = runner.spec.calibration_chunks[0]
         state = runner.states.read(ORIGINAL, index, chunk)
-        calls, shape = RecordedCalls(runner.spec.run, runner.device), runner.tokens.shape(chunk)
+        shape = runner.tokens.shape(chunk)
         if state.others:
-            return state, calls.call(index, chunk, shape)
+            return state, runner.calls.call(index, chunk, shape)
         length = min(PROBE_TOKENS, shape[1])
-        return BlockState(state.hidden[:1, :length]), calls.call(index, PROBE, torch.Size((1, length)))
+        return BlockState(state.hidden[:1, :length]), runner.calls.call(index, PROBE, torch.Size((1, length)))
 
     def _decided(
         self,
