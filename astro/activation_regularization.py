@@ -10,11 +10,12 @@ Shapes: T tokens, C columns (inputs of a layer), R rows (outputs), L regularized
 rounding, are in `model.clipped_rounding`; two more are numbered here:
 
 (6) K(y) = 1/R Σ_r ((y_r − μ) / (σ + ε))⁴, μ and σ the mean and the standard deviation of the R features of a token
-(7) loss = mean over tokens of [cross-entropy + λ Σ_layers K(y)]
+(7) loss = mean over predicted tokens of the cross-entropy + λ · mean over all tokens of Σ_layers K(y)
 
-The paper sums K over tokens, and does not say how it takes the cross-entropy. Here both are means over tokens, so that
-neither workers nor the sizes of batches and sequences change the objective. A sum of K beside a mean of the
-cross-entropy, with the published λ of 1e-5 and 2048 tokens, ruined a small model (tests/bench/README.md).
+The first token of a sequence is not predicted, but its outputs count. The paper sums K over tokens, and does not say
+how it takes the cross-entropy. Here both are means, so that neither workers nor the sizes of batches and sequences
+change the objective. A sum of K beside a mean of the cross-entropy, with the published λ of 1e-5 and 2048 tokens,
+ruined a small model (tests/bench/README.md).
 """
 
 import contextlib
@@ -39,7 +40,7 @@ from astro.model.residual_writers import residual_writers
 from astro.storage.byte_store import FolderStore
 from astro.training_config import ActivationRegularization
 
-__all__ = ["ActivationRegularizer", "kurtosis_sum"]
+__all__ = ["ActivationRegularizer", "kurtosis_sum", "rehearse"]
 
 _EPSILON = 1e-8
 """ε of (6): small beside the standard deviation of any output. The paper does not tell its value."""
@@ -56,6 +57,23 @@ def kurtosis_sum(y: torch.Tensor) -> torch.Tensor:
     """
     total: torch.Tensor = _KurtosisSum.apply(y)  # type: ignore[no-untyped-call]
     return total
+
+
+def rehearse(settings: ActivationRegularization, dtype: torch.dtype, device: torch.device) -> None:
+    """Regularize the input and the output of one layer forward and backward, so that what is compiled is compiled.
+
+    Args:
+        settings: What is done to layers.
+        dtype: Dtype of inputs and outputs.
+        device: Device of the training.
+    """
+    # The sizes are like those of a model, because a compiler vectorizes for the sizes that it meets first.
+    x = torch.linspace(-5, 5, 2 * 64 * 1024, device=device).view(2, 64, 1024).to(dtype).requires_grad_()
+    if settings.input_bits is not None:
+        clips = torch.tensor([-settings.clip, settings.clip], device=device, requires_grad=True)
+        round_clipped(x, clips, settings.input_bits).sum().backward()
+    if settings.kurtosis:
+        kurtosis_sum(x).backward()
 
 
 class ActivationRegularizer:

@@ -6,6 +6,7 @@ AstroError
 │   ├── CheckpointError    a file of the source checkpoint
 │   └── UnsupportedError   an architecture, layer or format that cannot be handled
 ├── NumericalError         a Hessian that cannot be factored, a value that is not finite
+│   └── DivergedError      a training whose loss is not finite
 └── RunError               a run that could not finish: a worker died
     ├── StorageError       the run directory cannot be written: a disk is full
     ├── MemoryShortage     a device or a machine had less memory than a step wanted
@@ -32,6 +33,7 @@ __all__ = [
     "CheckpointError",
     "ConfigError",
     "DamagedError",
+    "DivergedError",
     "InputError",
     "MemoryShortage",
     "NumericalError",
@@ -63,6 +65,10 @@ class UnsupportedError(InputError):
 
 class NumericalError(AstroError):
     """An arithmetic step has no valid result."""
+
+
+class DivergedError(NumericalError):
+    """A training has no valid result any more. All of its workers come to that in the same step."""
 
 
 class RunError(AstroError):

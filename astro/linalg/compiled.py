@@ -15,7 +15,7 @@ import contextlib
 import functools
 import threading
 from collections.abc import Callable, Iterator
-from typing import Literal, ParamSpec, TypeVar
+from typing import Any, Literal, ParamSpec, TypeVar
 
 import torch
 
@@ -50,12 +50,9 @@ def use(loops: ColumnLoops) -> None:
     """
     _thread.loops = loops
     if loops == "compiled":
-        torch._dynamo.config.recompile_limit = _VARIANTS
-        torch._dynamo.config.fail_on_recompile_limit_hit = True
-        # Sizes and offsets that are equal by chance in one call need not be in the next one.
-        torch.fx.experimental._config.use_duck_shape = False
-        # Many workers share a machine, and there are few kernels: processes that compile them would only be in the way.
-        torch._inductor.config.compile_threads = 1
+        for settings, values in _compiler_settings():
+            for name, value in values.items():
+                setattr(settings, name, value)
 
 
 @contextlib.contextmanager
@@ -63,14 +60,26 @@ def using(loops: ColumnLoops) -> Iterator[None]:
     """Choose how the innermost loops run in this thread while the body of a `with` statement runs.
 
     Args:
-        loops: The way until then.
+        loops: The way until then. Afterwards torch's compiler has the settings that it had.
     """
     before = _thread.loops
-    use(loops)
+    _thread.loops = loops
     try:
-        yield
+        with contextlib.ExitStack() as changed:
+            for settings, values in _compiler_settings() if loops == "compiled" else ():
+                changed.enter_context(settings.patch(values))
+            yield
     finally:
         _thread.loops = before
+
+
+def _compiler_settings() -> Iterator[tuple[Any, dict[str, Any]]]:
+    """Yield what marked functions ask of torch's compiler, by module of settings."""
+    yield torch._dynamo.config, {"recompile_limit": _VARIANTS, "fail_on_recompile_limit_hit": True}
+    # Sizes and offsets that are equal by chance in one call need not be in the next one.
+    yield torch.fx.experimental._config, {"use_duck_shape": False}
+    # Many workers share a machine, and there are few kernels: processes that compile them would only be in the way.
+    yield torch._inductor.config, {"compile_threads": 1}
 
 
 def carried(function: Callable[P, T]) -> Callable[P, T]:

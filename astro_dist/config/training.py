@@ -6,6 +6,7 @@ from typing import Any, Literal
 from pydantic import Field, model_validator
 
 from astro.training_config import ActivationRegularization
+from astro_dist.config.calibration import TextSource
 from astro_dist.config.section import Configuration, Section, cluster_address
 from astro_dist.config.text_place import PYTHON_DOCS
 
@@ -65,6 +66,14 @@ class TrainTextConfig(Section):
     """The length of each sequence in tokens. Documents follow each other with the tokenizer's end-of-text token between
     them, and are cut where a sequence is full."""
 
+    @property
+    def place(self) -> TextSource:
+        """Where the text is."""
+        return TextSource(
+            source=self.source, subset=self.subset, split=self.split, revision=self.revision,
+            column=self.column, share=1.0,
+        )  # fmt: skip
+
 
 class OptimizationConfig(Section):
     """The section `optimization` says how the weights are trained; the optimizer is AdamW."""
@@ -120,8 +129,8 @@ class TrainExecutionConfig(Section):
     """The number of CPU threads of each worker."""
     compile: bool | Literal["auto"] = "auto"
     """Whether the rounding of inputs and the kurtosis of outputs are compiled by torch.compile, which wants a C
-    compiler for GPUs and one for C++ for CPUs. Without it they take longer. `auto` compiles where a worker can; where
-    worker 0 cannot, the first line of a training says so."""
+    compiler for GPUs and one for C++ for CPUs. Without it they take longer. `auto` compiles where all workers can, and
+    says so where one cannot."""
     ray_address: str = "auto"
     """The address of the Ray cluster. `auto` is the cluster in the variable RAY_ADDRESS, or a private one on this
     machine where it is not set."""
@@ -147,11 +156,12 @@ class TrainOutputConfig(Section):
     """The run directory: the trained model will be in its folder `model`, checkpoints are in `checkpoints`. On a
     cluster every node must see it under this absolute path."""
     checkpoint_every: int = Field(500, ge=1)
-    """The number of steps between two checkpoints. Training goes on from the last one."""
+    """The number of steps between two checkpoints. Training goes on from the last one. Ctrl-C and SIGTERM make one,
+    too, where the workers have the time: two minutes, or eight seconds."""
     keep_checkpoints: int = Field(2, ge=1)
     """The number of checkpoints that are kept."""
     report_every: int = Field(10, ge=1)
-    """The number of steps between two lines on the terminal."""
+    """The number of steps between two lines on the terminal. There is one for the first step besides."""
 
 
 class TrainConfig(Configuration):

@@ -35,7 +35,9 @@ def require_place(source: TextSource, option: str) -> None:
     if source.subset is not None or source.revision is not None:
         raise ConfigError(f"{option} {source.source}: only a dataset on the Hub has a subset or a revision")
     if not Path(source.source).expanduser().is_file():
-        raise ConfigError(f"{option} {source.source}: there is no such file")
+        place = Path(source.source).expanduser()
+        where = "" if place.is_absolute() else f" in {Path.cwd()}"
+        raise ConfigError(f"{option} {source.source}: there is no such file{where}")
 
 
 def read_rows(source: TextSource, option: str) -> Iterator[str]:

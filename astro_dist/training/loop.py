@@ -1,6 +1,7 @@
 """The loop of a training on one worker; it knows no Ray. A worker computes its share of the sequences of every step."""
 
 import dataclasses
+import functools
 import math
 import os
 import time
@@ -10,15 +11,15 @@ from typing import Any
 
 import torch
 
-from astro.activation_regularization import ActivationRegularizer
-from astro.errors import NumericalError, RunError
+from astro.activation_regularization import ActivationRegularizer, rehearse
+from astro.errors import DivergedError, NumericalError, RunError
 from astro.linalg import compiled
 from astro_dist.config.training import OptimizationConfig, TrainConfig
 from astro_dist.training.checkpoint import load_checkpoint, save_checkpoint
 from astro_dist.training.parallel import ParallelModel, Place
 from astro_dist.training.token_file import TokenFile
 from astro_dist.training.trained_model import build_model, model_tokenizer, write_model
-from astro_dist.worker.compile_check import require_compiler
+from astro_dist.worker.compile_check import require_compiled
 
 __all__ = ["Outlet", "Trainer", "learning_rate"]
 
@@ -43,10 +44,12 @@ class Outlet:
     """Where the loop leaves what it makes.
 
     Attributes:
-        say: Function that takes the kind of an event and what is known of it; called on worker 0 alone.
+        say: Function that takes the kind of an event and what is known of it; called on worker 0 alone. The kinds are
+            in `progress`.
         keep: Function that takes the number of the next step and a function that writes a checkpoint into a folder; it
             is called on all workers.
-        is_stopped: Function that tells before every step whether the training shall end early.
+        is_stopped: Function that tells before every step whether the training shall end early. All workers end behind
+            the same step, as soon as one of them is told.
     """
 
     say: Callable[[str, Mapping[str, Any]], None]
@@ -73,14 +76,12 @@ class Trainer:
 
         Raises:
             InputError: The model cannot be made, or a pattern matches no layer.
-            RunError: The regularization is to be compiled, which this machine cannot.
         """
         self._config, self._tokens, self._place = config, tokens, place
         optimization = config.optimization
         self._precision = optimization.precision
         if self._precision == "auto":
             self._precision = "bfloat16" if place.device.type == "cuda" else "float32"
-        self._not_compiled = self._why_not_compiled()
         model = build_model(config.model, optimization.seed)
         self.num_parameters = sum(parameter.numel() for parameter in model.parameters())
         self.regularizer = ActivationRegularizer(model, config.regularization, place.device)
@@ -115,19 +116,22 @@ class Trainer:
         self.step = int(small["step"])
 
     def run(self, outlet: Outlet) -> None:
-        """Do the steps that are left.
+        """Do the steps that are left, and write a checkpoint where the training is stopped before its end.
 
         Args:
             outlet: Where figures and checkpoints go.
 
         Raises:
-            NumericalError: The loss is not finite, or clips have met; it is the same on all workers.
+            DivergedError: The loss is not finite, or clips have met; it is the same on all workers.
+            RunError: The regularization is to be compiled, which some worker cannot.
+            NumericalError: Something was compiled at first, and cannot be for other sizes.
+            StorageError: The journal cannot be written.
         """
-        is_compiled = not (self._config.regularization.is_off or self._not_compiled)
-        with compiled.using("compiled" if is_compiled else "plain"):
-            self._run(outlet)
+        loops = self._choose_loops(outlet)
+        with compiled.using(loops):
+            self._run(outlet, loops)
 
-    def _run(self, outlet: Outlet) -> None:
+    def _run(self, outlet: Outlet, loops: compiled.ColumnLoops) -> None:
         output = self._config.output
         regularizer = self.regularizer
         is_plain = self._config.regularization.is_off
@@ -135,21 +139,25 @@ class Trainer:
             "layers": 0 if is_plain else len(regularizer.names), "left_out": [] if is_plain else regularizer.left_out,
             "step": self.step, "parameters": self.num_parameters, "workers": self._place.world_size,
             "precision": self._precision, "device": self._place.device.type, "pid": os.getpid(),
-            "not_compiled": self._not_compiled,
+            "is_compiled": loops == "compiled",
         })  # fmt: skip
         since, first = time.monotonic(), self.step
-        while not self.is_done and not outlet.is_stopped():
+        begin = kept = self.step
+        while not self.is_done and not self._place.any_says(outlet.is_stopped()):
             losses = self._do_step()
-            is_end = self.is_done
-            if self.step % output.report_every == 0 or is_end or self.step % output.checkpoint_every == 0:
+            reports = self.step % output.report_every == 0 or self.is_done or self.step == begin + 1
+            keeps = self.step % output.checkpoint_every == 0 and not self.is_done
+            if reports or keeps:
                 figures = self.model.mean(losses).tolist()
                 self._require_finite(figures)
-                if self.step % output.report_every == 0 or is_end:
+                if reports:
                     self._report(outlet, figures, (time.monotonic() - since) / (self.step - first))
                     since, first = time.monotonic(), self.step
-            if self.step % output.checkpoint_every == 0 and not is_end:
-                outlet.keep(self.step, self._write_checkpoint)
-                self._say(outlet, "checkpoint", {"step": self.step})
+            if keeps:
+                kept = self._keep(outlet)
+        if not self.is_done and self.step > kept:
+            self._require_finite(self.model.mean(losses).tolist())
+            self._keep(outlet)
 
     def write(self, folder: Path) -> None:
         """Write the trained model; all workers must call it.
@@ -192,21 +200,39 @@ class Trainer:
         self.step += 1
         return total
 
-    def _why_not_compiled(self) -> str:
-        """Return why the regularization is not compiled on this worker; nothing where it is, or where there is none."""
-        compile_wish = self._config.execution.compile
-        if self._config.regularization.is_off:
-            return ""
-        if compile_wish is False:
-            return "execution.compile: false"
-        advice = "Mend that on every node" + (", or set execution.compile: auto" if compile_wish is True else "")
+    def _choose_loops(self, outlet: Outlet) -> compiled.ColumnLoops:
+        """Return how the regularization runs, which is the same on all workers."""
+        wish = self._config.execution.compile
+        if self._config.regularization.is_off or wish is False:
+            return "plain"
+        self._say(outlet, "compiling", {})
+        advice = "Mend that on every node" + (", or set execution.compile: auto" if wish is True else "")
+        reasons = [reason for reason in self._place.of_all(self._why_not_compiled(advice)) if reason]
+        if not reasons:
+            return "compiled"
+        if wish is True:
+            raise RunError(reasons[0])
+        self._say(outlet, "not_compiled", {"reason": reasons[0]})
+        return "plain"
+
+    def _why_not_compiled(self, advice: str) -> str:
+        """Compile the regularization, and return why this worker cannot; nothing where it can."""
+        settings, device = self._config.regularization, self._place.device
+        dtypes = {torch.float32, torch.bfloat16 if self._precision == "bfloat16" else torch.float32}
         try:
-            require_compiler(self._place.device, advice)
+            with compiled.using("compiled"):
+                for dtype in dtypes:
+                    action = functools.partial(rehearse, settings, dtype, device)
+                    require_compiled(action, "the regularization", device, advice)
         except RunError as error:
-            if compile_wish is True:
-                raise
             return str(error)
         return ""
+
+    def _keep(self, outlet: Outlet) -> int:
+        """Leave a checkpoint, say so, and return the step behind which it is."""
+        outlet.keep(self.step, self._write_checkpoint)
+        self._say(outlet, "checkpoint", {"step": self.step})
+        return self.step
 
     def _write_checkpoint(self, folder: Path) -> None:
         clips = {"clips": self.regularizer.clips.detach(), "optimizer": self._clip_optimizer.state_dict()}
@@ -215,12 +241,16 @@ class Trainer:
 
     def _require_finite(self, figures: list[float]) -> None:
         if not math.isfinite(sum(figures)):
-            raise NumericalError(
+            raise DivergedError(
                 f"step {self.step}: the loss is {figures[0]:g}, of which kurtosis adds {figures[1]:g}; lower "
                 "optimization.learning_rate, or lengthen optimization.warmup_steps"
             )
-        if self._config.regularization.input_bits is not None:
+        if self._config.regularization.input_bits is None:
+            return
+        try:
             self.regularizer.require_open()
+        except NumericalError as error:
+            raise DivergedError(f"step {self.step}: {error}") from error
 
     def _report(self, outlet: Outlet, figures: list[float], step_s: float) -> None:
         optimization = self._config.optimization

@@ -5,7 +5,7 @@ import shlex
 from collections.abc import Sequence
 from pathlib import Path
 
-from astro.errors import InputError
+from astro.errors import AstroError
 from astro_dist.config.yaml_file import make_config
 from astro_dist.planning.validate import prepare
 
@@ -37,15 +37,22 @@ def next_commands(model: Path, input_bits: int | None, trust_remote_code: bool) 
     trust = " --trust-remote-code" if trust_remote_code else ""
     trusted = ("model.trust_remote_code=true",) if trust_remote_code else ()
     clips = (f"activations.bits={input_bits}", "activations.clips=from-checkpoint") if input_bits else ()
-    commands, notes = [f"astro-dist inspect {place}{trust}"], []
-    for what, keys in [*([("the learned clips", clips)] if clips else []), ("the model", ())]:
+    commands, refusals = [f"astro-dist inspect {place}{trust}"], []
+    for keys in dict.fromkeys((clips, ())):
         refusal = _refusal(model, (*trusted, *keys))
         if refusal is None:
             options = "".join(f" --set {key}" for key in (*trusted, *keys))
             commands.append(f"astro-dist quantize {place}{options}")
             break
-        loses = "; the model was trained for them and is much worse without" if keys else ""
-        notes.append(f"`quantize` does not take {what}: {refusal}{loses}")
+        refusals.append(refusal)
+    notes = []
+    if len(commands) == 1:  # whatever is wrong with the clips besides
+        notes.append(f"`quantize` does not take the model: {refusals[-1]}")
+    elif refusals:
+        notes.append(
+            f"`quantize` does not take the learned clips: {refusals[0]}; the model was trained for them and is much "
+            "worse without"
+        )
     return NextCommands(tuple(commands), tuple(notes))
 
 
@@ -59,6 +66,6 @@ def _refusal(model: Path, assignments: Sequence[str]) -> str | None:
     }
     try:
         prepare(make_config(content, assignments, str(model)))
-    except InputError as error:
+    except AstroError as error:  # also that a disk is full: the training is done, and its model is there
         return str(error)
     return None

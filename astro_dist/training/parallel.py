@@ -31,6 +31,29 @@ class Place:
     world_size: int
     device: torch.device
 
+    def of_all(self, value: str) -> list[str]:
+        """Return what all workers give, in their order. All must call it.
+
+        Args:
+            value: What this one gives.
+        """
+        values: list[Any] = [value] * self.world_size
+        if self.world_size > 1:
+            dist.all_gather_object(values, value)
+        return values
+
+    def any_says(self, answer: bool) -> bool:
+        """Return whether any worker says yes, for which no GPU is waited. All must call it.
+
+        Args:
+            answer: What this one says.
+        """
+        if self.world_size == 1:
+            return answer
+        said = torch.tensor(int(answer))
+        dist.all_reduce(said, dist.ReduceOp.MAX)
+        return bool(said)
+
 
 class ParallelModel:
     """A model on all workers.

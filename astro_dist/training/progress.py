@@ -1,7 +1,7 @@
 """What a training says of itself: events in its journal, which worker 0 writes and the driver reads as they come.
 
-The kinds are `begun`, `step`, `checkpoint` and `failed`. Events of a run are classes, because much is made of them;
-these are shown, line by line, and forgotten.
+The kinds are `compiling`, `not_compiled`, `begun`, `step`, `checkpoint` and `failed`. Events of a run are classes,
+because much is made of them; these are shown, line by line, and forgotten.
 """
 
 import json
@@ -51,15 +51,19 @@ def in_line(event: Mapping[str, Any]) -> str | None:
         event: Event of the file.
     """
     kind = event["event"]
+    if kind == "compiling":
+        return "compiling the regularization, which takes up to a minute"
+    if kind == "not_compiled":
+        return f"the regularization runs without a compiler, which is slower: {event['reason']}"
     if kind == "begun":
         begin = f"going on behind step {event['step']:,}" if event["step"] else "training begins"
         parts = [begin, f"{event['parameters'] / 1e6:,.1f}M parameters", counted(event["workers"], "worker")]
         if event["layers"]:
-            parts.append(f"{counted(event['layers'], 'layer')} regularized")
+            how = "compiled" if event["is_compiled"] else "not compiled"
+            parts.append(f"{counted(event['layers'], 'layer')} regularized ({how})")
         if event["left_out"]:
             parts.append(f"but not {counted(len(event['left_out']), 'set')} of experts ({event['left_out'][0]}, ...)")
-        slow = f"; not compiled, which is slower: {event['not_compiled']}" if event["not_compiled"] else ""
-        return f"{', '.join(parts)}, {event['precision']} on {event['device']}{slow}"
+        return f"{', '.join(parts)}, {event['precision']} on {event['device']}"
     if kind == "step":
         extra = f" + {event['penalty']:.4f} for kurtosis" if event["penalty"] else ""
         return (

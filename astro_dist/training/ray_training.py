@@ -3,7 +3,6 @@
 import contextlib
 import logging
 import tempfile
-import threading
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -13,7 +12,7 @@ import ray.train
 import ray.train.torch
 import torch
 
-from astro.errors import AstroError, ConfigError, RunError, StorageError
+from astro.errors import AstroError, ConfigError, DivergedError, RunError, StorageError
 from astro.process import configure_process
 from astro_dist.config.schema import ExecutionConfig
 from astro_dist.config.training import TrainConfig
@@ -22,13 +21,9 @@ from astro_dist.training.loop import Outlet, Trainer
 from astro_dist.training.parallel import Place
 from astro_dist.training.token_file import TokenFile
 from astro_dist.training.training_directory import CHECKPOINTS, TrainingDirectory
+from astro_dist.training.watched import run_watched
 
 __all__ = ["train_with_ray"]
-
-_LOOK_S = 0.2
-"""Seconds between two looks at what workers have said."""
-_END_S = 120.0
-"""Seconds in which workers on a cluster that stays must have ended after an interruption."""
 
 
 def train_with_ray(config: TrainConfig, tokens: TokenFile, run: TrainingDirectory, look: Callable[[], None]) -> None:
@@ -43,6 +38,7 @@ def train_with_ray(config: TrainConfig, tokens: TokenFile, run: TrainingDirector
     Raises:
         ConfigError: GPUs are asked for, but the cluster has none.
         RunError: The cluster cannot be reached, or workers failed more often than `max_retries`.
+        AstroError: What ended a worker for good.
     """
     execution = config.execution
     logging.getLogger("ray.train").setLevel(logging.WARNING)
@@ -56,9 +52,16 @@ def train_with_ray(config: TrainConfig, tokens: TokenFile, run: TrainingDirector
             )
         )
     try:
-        run.stop.unlink(missing_ok=True)
+        trainer = _trainer(config, tokens, run)
+
+        def fit() -> None:
+            try:
+                trainer.fit()
+            except Exception as error:
+                raise _explained(error) from error
+
         # A private cluster, or this process's place on another one, ends its workers when it is left.
-        _fit(_trainer(config, tokens, run), look, None if started_here else run.stop)
+        run_watched(fit, look, run.stop, awaits_end=not started_here)
     finally:
         if started_here:
             ray.shutdown()
@@ -78,7 +81,8 @@ def _trainer(config: TrainConfig, tokens: TokenFile, run: TrainingDirectory) -> 
             use_gpu=use_gpu,
             resources_per_worker={"CPU": execution.threads_per_worker, **({"GPU": 1} if use_gpu else {})},
         ),
-        torch_config=ray.train.torch.TorchConfig(backend="nccl" if use_gpu else "gloo"),
+        # What workers agree on is on their CPUs, so that no GPU is waited for.
+        torch_config=ray.train.torch.TorchConfig(backend="cpu:gloo,cuda:nccl" if use_gpu else "gloo"),
         # Ray Train goes on from the newest checkpoint below a name that it finds again.
         run_config=ray.train.RunConfig(
             name=CHECKPOINTS,
@@ -87,37 +91,6 @@ def _trainer(config: TrainConfig, tokens: TokenFile, run: TrainingDirectory) -> 
             checkpoint_config=ray.train.CheckpointConfig(num_to_keep=output.keep_checkpoints),
         ),
     )
-
-
-def _fit(trainer: Any, look: Callable[[], None], stop: Path | None) -> None:
-    """Let a trainer work in a thread, so that Ctrl-C and SIGTERM end it as they end every other command.
-
-    Args:
-        trainer: Trainer of Ray Train.
-        look: Function that is called again and again.
-        stop: File that tells workers to end, for a cluster to which this process stays connected; else None.
-    """
-    failures: list[BaseException] = []
-
-    def work() -> None:
-        try:
-            trainer.fit()
-        except BaseException as error:
-            failures.append(error)
-
-    thread = threading.Thread(target=work, name="ray-train", daemon=True)
-    thread.start()
-    try:
-        while thread.is_alive():
-            thread.join(_LOOK_S)
-            look()
-    except BaseException:
-        if stop is not None:
-            stop.touch()
-            thread.join(_END_S)
-        raise
-    if failures:
-        raise _explained(failures[0]) from failures[0]
 
 
 def _explained(error: BaseException) -> AstroError:
@@ -140,11 +113,6 @@ def _train_on_worker(content: Mapping[str, Any]) -> None:
     configure_process(config.execution.threads_per_worker)
     device = ray.train.torch.get_device()
     place = Place(context.get_world_rank(), context.get_world_size(), torch.device(device))
-    trainer = Trainer(config, tokens, place)
-    checkpoint = ray.train.get_checkpoint()
-    if checkpoint is not None:
-        with checkpoint.as_directory() as folder:
-            trainer.load(Path(folder))
 
     def keep(step: int, write: Callable[[Path], None]) -> None:
         with tempfile.TemporaryDirectory() as folder:
@@ -154,10 +122,23 @@ def _train_on_worker(content: Mapping[str, Any]) -> None:
         ray.train.get_all_reported_checkpoints()  # it waits until the checkpoint counts, whatever happens then
 
     try:
+        trainer = Trainer(config, tokens, place)
+        checkpoint = ray.train.get_checkpoint()
+        if checkpoint is not None:
+            with checkpoint.as_directory() as folder:
+                trainer.load(Path(folder))
         trainer.run(Outlet(lambda kind, event: run.journal.note(kind, **event), keep, run.stop.exists))
         if trainer.is_done:
             trainer.write(run.model)
-    except AstroError as error:  # all workers come to the same one, and would again: nothing is to be retried
+    except DivergedError as error:  # all workers come to it in the same step, so all end in order
         if place.rank == 0:
-            with contextlib.suppress(StorageError):
-                run.journal.note("failed", kind=type(error).__name__, message=str(error))
+            _note_failure(run, error)
+    except AstroError as error:  # maybe of this worker alone: others wait for it until Ray Train ends them all
+        _note_failure(run, error)
+        raise
+
+
+def _note_failure(run: TrainingDirectory, error: AstroError) -> None:
+    """Tell the driver of an error that would come again, so that it does not let Ray Train try once more."""
+    with contextlib.suppress(StorageError):
+        run.journal.note("failed", kind=type(error).__name__, message=str(error))

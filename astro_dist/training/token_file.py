@@ -17,14 +17,13 @@ import torch
 
 from astro.errors import ConfigError
 from astro.storage.atomic import read_json, write_atomic, write_json
-from astro_dist.config.schema import TextSource
 from astro_dist.config.training import TrainTextConfig
 from astro_dist.source.documents import Document
 from astro_dist.source.long_wait import LongWait
 from astro_dist.source.text_tokens import TextTokenizer, require_known
-from astro_dist.source.whole_text import read_documents, require_documents
+from astro_dist.source.whole_text import read_documents
 
-__all__ = ["TokenFile", "require_text", "write_tokens"]
+__all__ = ["TokenFile", "write_tokens"]
 
 _DTYPE = np.dtype("<u4")
 _INFO = "tokens.json"
@@ -63,18 +62,6 @@ class TokenFile:
             place = _place(number, self.num_sequences, seed)
             rows.append(tokens[place * self.length : (place + 1) * self.length].astype(np.int64))
         return torch.from_numpy(np.stack(rows))
-
-
-def require_text(config: TrainTextConfig) -> None:
-    """Refuse a text whose place says already that it cannot be read.
-
-    Args:
-        config: Section of the configuration.
-
-    Raises:
-        ConfigError: It is neither a file of a known kind nor a dataset, or the file is not there.
-    """
-    require_documents(_source(config), "text.source")
 
 
 def write_tokens(config: TrainTextConfig, tokenizer: Any, vocab_size: int, path: Path) -> TokenFile:
@@ -125,15 +112,8 @@ def write_tokens(config: TrainTextConfig, tokenizer: Any, vocab_size: int, path:
 
 def _documents(config: TrainTextConfig) -> Iterator[str]:
     """Yield the documents of a text in their order, without empty ones."""
-    rows = read_documents(_source(config), "text.source")
+    rows = read_documents(config.place, "text.source")
     return (row for row in rows if row)
-
-
-def _source(config: TrainTextConfig) -> TextSource:
-    return TextSource(
-        source=config.source, subset=config.subset, split=config.split, revision=config.revision,
-        column=config.column, share=1.0,
-    )  # fmt: skip
 
 
 def _place(number: int, num_sequences: int, seed: int) -> int:

@@ -17,14 +17,17 @@ from astro.process import configure_process
 from astro_dist.config.cluster_paths import require_absolute
 from astro_dist.config.training import TrainConfig
 from astro_dist.console import in_words
+from astro_dist.execution.termination import Terminated
 from astro_dist.run_directory.lock import hold
+from astro_dist.source.whole_text import require_documents
 from astro_dist.training.loop import Outlet, Trainer
 from astro_dist.training.next_commands import next_commands
 from astro_dist.training.parallel import Place
 from astro_dist.training.progress import EventReader, in_line
-from astro_dist.training.token_file import TokenFile, require_text, write_tokens
+from astro_dist.training.token_file import TokenFile, write_tokens
 from astro_dist.training.trained_model import model_config, model_tokenizer
 from astro_dist.training.training_directory import TrainingDirectory
+from astro_dist.training.watched import run_watched
 
 __all__ = ["TrainSummary", "train"]
 
@@ -55,9 +58,9 @@ class TrainSummary:
     loss: float
     penalty: float
     wall_s: float
-    input_bits: int | None = None
-    commands: tuple[str, ...] = ()
-    notes: tuple[str, ...] = ()
+    input_bits: int | None
+    commands: tuple[str, ...]
+    notes: tuple[str, ...]
 
     def to_json(self) -> dict[str, Any]:
         """Return the figures as a JSON object."""
@@ -90,63 +93,61 @@ def train(config: TrainConfig) -> TrainSummary:
     tokenizer, settings = model_tokenizer(config.model), model_config(config.model)
     with hold(run.root):
         run.begin(config)
-        done = run.finished()
-        if done is not None:
+        figures = run.finished()
+        if figures is not None:
             _log.info("%s: this training was finished already; nothing was done", run.root)
-            summary = TrainSummary(**done)
         else:
             vocabulary = settings.get_text_config().vocab_size
             tokens = write_tokens(config.text, tokenizer, vocabulary, run.tokens)
             _say_text(config, tokens)
             last = _train_and_listen(config, tokens, run)
-            summary = _summary(config, tokens, run, last, time.perf_counter() - begin)
-            run.finish(summary.to_json())
-    following = next_commands(run.model, summary.input_bits, config.model.trust_remote_code)
-    return dataclasses.replace(summary, commands=following.commands, notes=following.notes)
+            figures = _figures(config, tokens, run, last, time.perf_counter() - begin)
+            run.finish(figures)
+    following = next_commands(run.model, figures["input_bits"], config.model.trust_remote_code)
+    return TrainSummary(**{**figures, "commands": following.commands, "notes": following.notes})
 
 
-def _summary(
+def _figures(
     config: TrainConfig, tokens: TokenFile, run: TrainingDirectory, last: dict[str, Any], wall_s: float
-) -> TrainSummary:
-    """Return the figures of a training, of which the event of the last step is given."""
+) -> dict[str, Any]:
+    """Return what is recorded of a finished training, of which the event of the last step is given."""
     has_clips = config.regularization.input_bits is not None
-    return TrainSummary(
-        model=str(run.model),
-        clips=str(run.model / CLIPS_FILE) if has_clips else None,
-        steps=config.optimization.steps,
-        tokens=config.optimization.steps * config.optimization.batch_sequences * tokens.length,
-        loss=last["loss"],
-        penalty=last["penalty"],
-        wall_s=round(wall_s, 2),
-        input_bits=config.regularization.input_bits,
-    )
+    return {
+        "model": str(run.model),
+        "clips": str(run.model / CLIPS_FILE) if has_clips else None,
+        "steps": config.optimization.steps,
+        "tokens": config.optimization.steps * config.optimization.batch_sequences * tokens.length,
+        "loss": last["loss"],
+        "penalty": last["penalty"],
+        "wall_s": round(wall_s, 2),
+        "input_bits": config.regularization.input_bits,
+    }
 
 
 def _train_and_listen(config: TrainConfig, tokens: TokenFile, run: TrainingDirectory) -> dict[str, Any]:
     """Train, say what happens, and return the event of the last step."""
     reader = EventReader(run.journal.path)
     last: dict[str, Any] = {}
+    kept: int | None = None
 
     def look() -> None:
+        nonlocal kept
         for event in reader.new_events():
             line = in_line(event)
             if line:
                 _log.info(line)
             if event["event"] == "step":
                 last.update(event)
+            if event["event"] in ("begun", "checkpoint"):
+                kept = event["step"]
             if event["event"] == "failed":
                 raise getattr(errors, event["kind"], RunError)(event["message"])
 
-    if config.execution.executor == "local":
-        _train_here(config, tokens, run, look)
-    else:
-        try:
-            from astro_dist.training.ray_training import train_with_ray  # slow to import, and wants pandas
-        except ImportError as error:
-            raise ConfigError(
-                f"execution.executor: ray wants Ray Train: pip install 'astro-dist[train]' ({error})"
-            ) from error
-        train_with_ray(config, tokens, run, look)
+    try:
+        _train_where_it_belongs(config, tokens, run, look)
+    except (KeyboardInterrupt, Terminated):
+        _log.info("the last checkpoint is behind step %s", f"{kept:,}" if kept else "0: there is none yet")
+        raise
     look()
     if not last:
         raise RunError(f"{run.journal.path}: tells of no step; run the same command to go on")
@@ -158,17 +159,28 @@ def _train_and_listen(config: TrainConfig, tokens: TokenFile, run: TrainingDirec
     return last
 
 
+def _train_where_it_belongs(
+    config: TrainConfig, tokens: TokenFile, run: TrainingDirectory, look: Callable[[], None]
+) -> None:
+    if config.execution.executor == "local":
+        _train_here(config, tokens, run, look)
+    else:
+        try:
+            from astro_dist.training.ray_training import train_with_ray  # slow to import, and wants pandas
+        except ImportError as error:
+            raise ConfigError(
+                f"execution.executor: ray wants Ray Train: pip install 'astro-dist[train]' ({error})"
+            ) from error
+        train_with_ray(config, tokens, run, look)
+
+
 def _train_here(config: TrainConfig, tokens: TokenFile, run: TrainingDirectory, look: Callable[[], None]) -> None:
     """Train in this process, from the last checkpoint if there is one."""
     execution = config.execution
     is_gpu = execution.device == "cuda" or (execution.device == "auto" and torch.cuda.is_available())
     if is_gpu and not torch.cuda.is_available():
         raise ConfigError("execution.device: cuda, but torch sees no GPU here; install torch for CUDA, or take cpu")
-    configure_process(execution.threads_per_worker)
-    trainer = Trainer(config, tokens, Place(0, 1, torch.device("cuda" if is_gpu else "cpu")))
-    folders = sorted(run.checkpoints.glob("step-*"))
-    if folders:
-        trainer.load(folders[-1])
+    place = Place(0, 1, torch.device("cuda" if is_gpu else "cpu"))
 
     def keep(step: int, write: Callable[[Path], None]) -> None:
         partial = run.checkpoints / f".step-{step:09d}.partial"
@@ -179,17 +191,22 @@ def _train_here(config: TrainConfig, tokens: TokenFile, run: TrainingDirectory, 
         for old in sorted(run.checkpoints.glob("step-*"))[: -config.output.keep_checkpoints]:
             shutil.rmtree(old)
 
-    def say(kind: str, content: Any) -> None:
-        run.journal.note(kind, **content)
-        look()
+    def work() -> None:
+        configure_process(execution.threads_per_worker)
+        trainer = Trainer(config, tokens, place)
+        folders = sorted(run.checkpoints.glob("step-*"))
+        if folders:
+            trainer.load(folders[-1])
+        trainer.run(Outlet(lambda kind, event: run.journal.note(kind, **event), keep, run.stop.exists))
+        if trainer.is_done:
+            trainer.write(run.model)
 
-    trainer.run(Outlet(say, keep))
-    trainer.write(run.model)
+    run_watched(work, look, run.stop, awaits_end=False)
 
 
 def _require_places(config: TrainConfig) -> None:
     """Refuse a text that is not there, and paths that only mean the same on this machine."""
-    require_text(config.text)
+    require_documents(config.text.place, "text.source")
     if config.execution.executor == "local" or config.execution.cluster_address is None:
         return
     paths = {"output.dir": config.output.dir}

@@ -11,7 +11,11 @@ from astro_dist.config.yaml_file import load_train_config
 from astro_dist.run_directory.journal import Journal
 from astro_dist.run_directory.layout import RunLayout
 
-__all__ = ["CHECKPOINTS", "TrainingDirectory"]
+__all__ = ["CHECKPOINTS", "OBJECTIVE", "TrainingDirectory"]
+
+OBJECTIVE = 2
+"""Number of what a training minimizes, which grows when the same settings come to mean something else. In 1, of
+versions before 0.11.0, kurtosis was added up over the tokens of a sequence; in 2 it is their mean."""
 
 CHECKPOINTS = "checkpoints"
 """Name of the folder of checkpoints in the run directory."""
@@ -57,6 +61,11 @@ class TrainingDirectory:
         """File of the figures of the finished training."""
         return self.root / "training.json"
 
+    @property
+    def objective(self) -> Path:
+        """File of the number of what is minimized, see `OBJECTIVE`."""
+        return self.root / "objective.json"
+
     def begin(self, config: TrainConfig) -> None:
         """Record the configuration, or refuse to go on with another one.
 
@@ -64,12 +73,14 @@ class TrainingDirectory:
             config: Configuration of the training.
 
         Raises:
-            ConfigError: A training with other settings lies in the folder; the message names a key.
+            ConfigError: A training with other settings lies in the folder, or one of an earlier version that minimized
+                something else; the message names a key.
         """
         path = self.root / "train.yaml"
         if not path.is_file():
             if RunLayout(self.root).identity.exists():
                 raise ConfigError(f"output.dir {self.root}: holds a run of quantize; take another folder")
+            write_json(self.objective, {"number": OBJECTIVE})
             write_text(path, config.to_yaml())
             return
         before = load_train_config(path).arithmetic()
@@ -81,6 +92,14 @@ class TrainingDirectory:
                         f"{self.root}: its training has {section}.{key}: {before[section][key]}, got {value}; set it "
                         "back to go on, or take another output.dir"
                     )
+        if config.regularization.kurtosis and self.finished() is None:
+            number = read_json(self.objective)["number"] if self.objective.is_file() else 1
+            if number != OBJECTIVE:
+                raise ConfigError(
+                    f"{self.root}: its training was begun by another version, in which the same "
+                    "regularization.kurtosis counts otherwise; begin anew in another output.dir, or finish it with "
+                    "that version"
+                )
         write_text(path, config.to_yaml())
 
     def finished(self) -> dict[str, Any] | None:

@@ -1,4 +1,4 @@
-"""Whether the innermost loops can run on a worker's machine, found out on tiny layers before any block is begun."""
+"""Whether what is to be compiled can be on a worker's machine, found out on tiny tensors before the work begins."""
 
 import platform
 import shutil
@@ -18,7 +18,7 @@ from astro.quantization.column_ops import require_kernels
 from astro.quantization.recipe import InputMoments, Recipe
 from astro.quantization.row_solver import prepare_input_groups, solve_rows
 
-__all__ = ["require_compiler", "require_loops"]
+__all__ = ["require_compiled", "require_loops"]
 
 _COMPILERS = {"cpu": ("g++", "clang++", "c++"), "cuda": ("gcc", "clang", "cc")}
 """Compilers of which torch.compile needs one, by type of device: for C++ on a CPU, for C on a GPU, where Triton builds
@@ -27,6 +27,7 @@ _ADVICE = (
     "Mend that on every node, or set execution.compile: false, which is slower on GPUs and, being part of the run's "
     "identity, wants another output.dir"
 )
+_LOOPS = "the innermost loops"
 _COLUMNS, _ROWS, _GROUP_SIZE = 64, 24, 16
 """Size of the layer that is solved. No two of its sizes are equal, or a compiler could take them for the same."""
 
@@ -48,7 +49,7 @@ def require_loops(loops: compiled.ColumnLoops, recipe: Recipe, device: torch.dev
     if loops == "kernels":
         _require_kernels(device)
     if loops == "compiled":
-        require_compiler(device, _ADVICE)
+        _require_compiler(device)
     if loops == "kernels" or (loops == "compiled" and warms_up):
         _warm_up(recipe, device)
 
@@ -60,21 +61,13 @@ def _require_kernels(device: torch.device) -> None:
         raise RunError(f"{platform.node()}: {error}") from error
 
 
-def require_compiler(device: torch.device, advice: str) -> None:
-    """Compile a tiny function, which takes seconds. What was compiled before and kept on disk is not used.
-
-    Args:
-        device: Device that the code is for.
-        advice: What to do where it cannot be compiled.
-
-    Raises:
-        RunError: It cannot; the message names this machine and says what is missing.
-    """
+def _require_compiler(device: torch.device) -> None:
+    """Compile a tiny function, which takes seconds. What was compiled before and kept on disk is not used."""
     X = torch.ones(4, 3, device=device)
     from torch._inductor.utils import fresh_cache  # late, because it imports for seconds
 
     with compiled.using("compiled"), fresh_cache():
-        _compiled(lambda: _difference(X, X), device, advice)
+        require_compiled(lambda: _difference(X, X), _LOOPS, device, _ADVICE)
 
 
 def _warm_up(recipe: Recipe, device: torch.device) -> None:
@@ -89,7 +82,7 @@ def _warm_up(recipe: Recipe, device: torch.device) -> None:
             prepared = beta_search.search(prepared, W)  # which is the first to round columns
         solve_rows(prepared, W)
 
-    _compiled(solve, device, _ADVICE)
+    require_compiled(solve, _LOOPS, device, _ADVICE)
 
 
 @compiled.fused
@@ -98,7 +91,18 @@ def _difference(A: torch.Tensor, B: torch.Tensor) -> torch.Tensor:
     return torch.round(A * 2 - B)
 
 
-def _compiled(action: Callable[[], object], device: torch.device, advice: str) -> None:
+def require_compiled(action: Callable[[], object], what: str, device: torch.device, advice: str) -> None:
+    """Call something that compiles, and explain why it cannot.
+
+    Args:
+        action: Function that compiles when it is called.
+        what: What is compiled, for the message.
+        device: Device that the code is for.
+        advice: What to do where it cannot be compiled.
+
+    Raises:
+        RunError: It cannot; the message names this machine and says what is missing.
+    """
     try:
         action()
     except Exception as error:  # compilers of several projects have errors of their own
@@ -106,8 +110,7 @@ def _compiled(action: Callable[[], object], device: torch.device, advice: str) -
             raise
         missing = "; ".join(_missing(device)) or "a compiler, Python's headers and the driver's library are there"
         raise RunError(
-            f"{platform.node()}: the innermost loops cannot be compiled: {_first_line(error)}. Seen here: {missing}. "
-            f"{advice}"
+            f"{platform.node()}: {what} cannot be compiled: {_first_line(error)}. Seen here: {missing}. {advice}"
         ) from error
 
 

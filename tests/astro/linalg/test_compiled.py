@@ -106,6 +106,23 @@ def test_only_the_thread_that_asked_for_it_compiles():
     assert not compiled.is_enabled()
 
 
+def test_compiler_has_its_own_settings_again_behind_a_context():
+    wanted = [values for _, values in compiled._compiler_settings()]
+
+    def settings():
+        return [{name: getattr(module, name) for name in values} for module, values in compiled._compiler_settings()]
+
+    def before_within_and_behind():
+        before = settings()
+        with compiled.using("compiled"):
+            within = settings()
+        return before, within, settings()
+
+    with ThreadPoolExecutor(1) as pool:  # a thread in which nothing was set yet
+        before, within, behind = pool.submit(before_within_and_behind).result()
+    assert before == behind != within == wanted
+
+
 def test_what_is_carried_runs_elsewhere_as_it_was_chosen_here():
     with compiled.using("compiled"):
         asked = compiled.carried(compiled.is_enabled)

@@ -5,7 +5,7 @@ import sys
 
 import pytest
 
-from astro.errors import UnsupportedError
+from astro.errors import StorageError, UnsupportedError
 from astro_dist import cli
 from astro_dist.run_directory.summary import read_summary
 from astro_dist.training import next_commands
@@ -48,14 +48,16 @@ def test_clips_that_would_be_refused_are_not_named(settings, changes, note):
     assert said.endswith("; the model was trained for them and is much worse without")
 
 
-def test_model_that_quantize_refuses_is_only_inspected(settings, monkeypatch):
+@pytest.mark.parametrize("kind", [UnsupportedError, StorageError])
+def test_model_that_quantize_refuses_is_only_inspected(settings, monkeypatch, kind):
     def refuse(config):
-        raise UnsupportedError("its blocks cannot be found")
+        raise kind("its blocks cannot be found")
 
     monkeypatch.setattr(next_commands, "prepare", refuse)
     lines = train(settings()).lines()
     assert [line.split()[1] for line in lines[lines.index("Next:") + 1 :]] == ["inspect"]
-    assert lines[lines.index("Next:") - 1] == "note: `quantize` does not take the model: its blocks cannot be found"
+    notes = [line for line in lines if line.startswith("note: ")]
+    assert notes == ["note: `quantize` does not take the model: its blocks cannot be found"]
 
 
 def test_code_that_was_trusted_has_to_be_trusted_again(settings):

@@ -10,8 +10,9 @@ import ray
 import torch
 from safetensors import safe_open
 
-from astro.errors import ConfigError, NumericalError
+from astro.errors import ConfigError, NumericalError, StorageError
 from astro.model.clips_file import CLIPS_FILE
+from astro_dist.training.progress import in_line
 from astro_dist.training.train import train
 
 pytestmark = [pytest.mark.ray, pytest.mark.slow, pytest.mark.timeout(900)]  # Ray Train starts workers for half a minute
@@ -83,16 +84,19 @@ def test_training_that_stopped_goes_on_with_other_workers_and_another_strategy(c
     train(whole)
 
     def stop_at_once(event):
-        if event["event"] == "checkpoint":
+        if event["event"] == "step":
+            monkeypatch.setattr(module, "in_line", in_line)
             raise KeyboardInterrupt
 
     monkeypatch.setattr(module, "in_line", stop_at_once)
     with pytest.raises(KeyboardInterrupt):
         train(cut)
     monkeypatch.undo()
+    kept = events(cut, "checkpoint")[-1]["step"]
+    assert kept == events(cut)[-1]["step"], "no step is lost"
     again = settings("cut", **RAY, execution__workers=1, execution__strategy="fsdp", optimization__steps=12)
     train(again)
-    assert events(again, "begun")[-1]["step"] >= 2
+    assert events(again, "begun")[-1]["step"] == kept
     assert events(again, "begun")[-1]["workers"] == 1
     require_close(whole, again)
 
@@ -102,6 +106,18 @@ def test_loss_that_is_not_finite_is_not_tried_again(cluster, settings, events):
     with pytest.raises(NumericalError, match=r"step \d: the loss is"):
         train(config)
     assert len(events(config, "begun")) == 1
+
+
+@pytest.mark.parametrize("changes", [{"regularization__layers": ["*.nothing"]}, {}], ids=["input", "storage"])
+def test_error_of_a_worker_ends_all_at_once_and_is_not_tried_again(cluster, settings, changes):
+    config = settings(**RAY, execution__workers=2, execution__max_retries=0 if not changes else 3, **changes)
+    if not changes:
+        config.output.dir.mkdir()
+        (config.output.dir / "progress.jsonl").mkdir()  # worker 0 alone writes there, and the other waits for it
+    begin = time.monotonic()
+    with pytest.raises(ConfigError if changes else StorageError, match=r"matches no linear layer|progress\.jsonl"):
+        train(config)
+    assert time.monotonic() - begin < 60, "a worker waited for one that had ended"
 
 
 def test_gpus_that_are_not_there_are_refused(cluster, settings):

@@ -1,7 +1,9 @@
 """Trainings in this process: loss falls, they go on bit by bit, the result loads, wrong input is refused."""
 
 import json
+import platform
 import sys
+import time
 
 import pytest
 import torch
@@ -13,13 +15,15 @@ from astro.linalg import compiled
 from astro.model.clips_file import CLIPS_FILE
 from astro_dist import cli
 from astro_dist.config.training import OptimizationConfig
+from astro_dist.execution.termination import Terminated
 from astro_dist.run_directory.journal import Journal
 from astro_dist.source import long_wait
 from astro_dist.training import loop
-from astro_dist.training.progress import EventReader
+from astro_dist.training import train as module
+from astro_dist.training.parallel import Place
+from astro_dist.training.progress import EventReader, in_line
 from astro_dist.training.token_file import TokenFile, write_tokens
 from astro_dist.training.train import train
-from astro_dist.worker import compile_check
 from tests.support.models import byte_tokenizer
 
 
@@ -108,23 +112,111 @@ def test_stopped_training_goes_on_as_if_it_had_not_stopped(settings, events, mon
 def test_compiled_training_learns_the_same(settings, events, compile_wish):
     plain, other = settings("plain"), settings("compiled", execution__compile=compile_wish)
     assert train(other).loss == pytest.approx(train(plain).loss, rel=1e-3)
-    assert events(plain, "begun")[0]["not_compiled"] == "execution.compile: false"
-    assert events(other, "begun")[0]["not_compiled"] == ""
+    assert not events(plain, "begun")[0]["is_compiled"]
+    assert not events(plain, "compiling")
+    assert events(other, "begun")[0]["is_compiled"]
+    assert not events(other, "not_compiled")
     assert not compiled.is_enabled()
 
 
-def test_machine_that_cannot_compile_trains_and_says_so_unless_it_was_told_to(settings, events, monkeypatch, caplog):
-    monkeypatch.setattr(compile_check, "_difference", lambda *_: torch.full((1,), "x"))
+@pytest.fixture
+def no_compiler(monkeypatch):
+    def fail(*_):
+        raise RuntimeError("Failed to find C compiler.")
+
+    monkeypatch.setattr(loop, "rehearse", fail)
+
+
+def test_machine_that_cannot_compile_trains_and_says_so_unless_it_was_told_to(settings, events, no_compiler, caplog):
     auto = settings("auto", execution__compile="auto")
     with caplog.at_level("INFO", "astro_dist"):
         train(auto)
-    assert "; not compiled, which is slower: " in caplog.text
-    assert "Mend that on every node" in events(auto, "begun")[0]["not_compiled"]
+    assert "regularized (not compiled), " in caplog.text
+    (event,) = events(auto, "not_compiled")
+    assert event["reason"].startswith(f"{platform.node()}: the regularization cannot be compiled: Failed to find C")
+    assert "Mend that on every node" in event["reason"]
+    assert f"the regularization runs without a compiler, which is slower: {event['reason']}" in caplog.text
     with pytest.raises(RunError, match=r"cannot be compiled: .* or set execution\.compile: auto"):
         train(settings("true", execution__compile=True))
     plain = settings("off", execution__compile=True, regularization__input_bits=None, regularization__kurtosis=0.0)
     train(plain)  # nothing is to be compiled
-    assert events(plain, "begun")[0]["not_compiled"] == ""
+    assert not events(plain, "compiling")
+
+
+class OneOfTwo(Place):
+    """A worker beside one that cannot compile."""
+
+    def of_all(self, value):
+        return [value, "node-2: no compiler"]
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")
+@pytest.mark.parametrize("compile_wish", [True, "auto"])
+def test_all_workers_compile_or_none_does(settings, compile_wish):
+    config = settings(execution__compile=compile_wish)
+    train(settings(optimization__steps=1))  # for its tokens
+    tokens = TokenFile(config.output.dir / "tokens.bin", 32 * 50, 32)
+    said = []
+    trainer = loop.Trainer(config, tokens, OneOfTwo(0, 1, torch.device("cpu")))
+    outlet = loop.Outlet(lambda kind, event: said.append((kind, event)), lambda step, write: None)
+    if compile_wish is True:
+        with pytest.raises(RunError, match="node-2: no compiler"):
+            trainer.run(outlet)
+        return
+    trainer.run(outlet)
+    assert said[1] == ("not_compiled", {"reason": "node-2: no compiler"})
+    assert not said[2][1]["is_compiled"]
+
+
+@pytest.mark.parametrize("stop", [KeyboardInterrupt, Terminated])
+def test_stopped_training_leaves_a_checkpoint_behind_its_step(settings, events, monkeypatch, caplog, stop):
+    whole, cut = (settings(name, optimization__steps=40, output__checkpoint_every=1000) for name in ("whole", "cut"))
+    train(whole)
+
+    def stop_in_the_first(event):
+        if event["event"] == "step":
+            monkeypatch.setattr(module, "in_line", in_line)
+            raise stop
+
+    monkeypatch.setattr(module, "in_line", stop_in_the_first)
+    step = loop.Trainer._do_step
+    monkeypatch.setattr(loop.Trainer, "_do_step", lambda self: (time.sleep(0.1), step(self))[1])
+    with caplog.at_level("INFO", "astro_dist"), pytest.raises(stop):
+        train(cut)
+    (kept,) = events(cut, "checkpoint")
+    assert 1 <= kept["step"] < 40
+    assert kept["step"] == events(cut)[-1]["step"]
+    assert ("; press Ctrl-C again" in caplog.text) == (stop is KeyboardInterrupt)
+    assert f"the last checkpoint is behind step {kept['step']}" in caplog.text
+    monkeypatch.undo()
+    train(cut)
+    assert events(cut, "begun")[-1]["step"] == kept["step"]
+    assert same(weights(whole), weights(cut))
+
+
+def test_training_that_is_stopped_before_any_step_says_that_there_is_no_checkpoint(settings, monkeypatch, caplog):
+    def stop(*_):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(loop.Trainer, "run", stop)
+    with caplog.at_level("INFO", "astro_dist"), pytest.raises(KeyboardInterrupt):
+        train(settings())
+    assert "the last checkpoint is behind step 0: there is none yet" in caplog.text
+
+
+def test_training_of_a_version_that_minimized_something_else_is_not_gone_on_with(settings):
+    old, finished, plain = (
+        settings(name, regularization__kurtosis=kurtosis) for name, kurtosis in [("a", 1e-3), ("b", 1e-3), ("c", 0.0)]
+    )
+    for config in (old, finished, plain):
+        train(config)
+        (config.output.dir / "objective.json").unlink()  # as before 0.11.0
+    for config in (old, plain):
+        (config.output.dir / "training.json").unlink()
+    with pytest.raises(ConfigError, match=r"begun by another version, in which the same regularization\.kurtosis"):
+        train(old)
+    train(plain)
+    train(finished)
 
 
 def test_event_that_a_killed_worker_cut_short_is_passed_over(tmp_path):
@@ -212,7 +304,7 @@ def test_documents_are_parted_by_the_end_of_text(settings, tmp_path):
 @pytest.mark.parametrize(
     ("changes", "error", "message"),
     [
-        ({"text__source": "nothing.txt"}, ConfigError, "text.source nothing.txt: there is no such file"),
+        ({"text__source": "nothing.txt"}, ConfigError, "text.source nothing.txt: there is no such file in /"),
         ({"model__source": "/nothing"}, CheckpointError, "model.source /nothing: its tokenizer cannot be loaded"),
         ({"model__overrides": {"layers": 3}}, ConfigError, "model.overrides.layers: LlamaConfig has no such key"),
         ({"model__start": "weights"}, UnsupportedError, "no causal language model can be made of it"),

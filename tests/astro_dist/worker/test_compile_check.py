@@ -91,5 +91,5 @@ def test_machine_without_kernels_is_named(monkeypatch):
 
 
 def test_plain_loops_want_nothing(monkeypatch):
-    monkeypatch.setattr(compile_check, "_compiled", fail)
+    monkeypatch.setattr(compile_check, "require_compiled", fail)
     require("plain")
