@@ -39,30 +39,32 @@ def run_watched(work: Callable[[], None], look: Callable[[], None], stop: Path, 
             work()
         except BaseException as error:
             failures.append(error)
+        finally:
+            has_ended.set()
 
     stop.unlink(missing_ok=True)
-    thread = threading.Thread(target=run, name="training", daemon=True)
-    thread.start()
+    # Not joined: before Python 3.13 a thread whose join is interrupted counts as ended, though it runs on.
+    has_ended = threading.Event()
+    threading.Thread(target=run, name="training", daemon=True).start()
     try:
-        while thread.is_alive():
-            thread.join(_LOOK_S)
+        while not has_ended.wait(_LOOK_S):
             look()
     except (KeyboardInterrupt, Terminated) as interruption:
         is_terminated = isinstance(interruption, Terminated)
         again = "" if is_terminated else "; press Ctrl-C again to end at once"
         _log.info("the training ends behind this step, and writes a checkpoint%s", again)
-        _end(thread, stop, _TERMINATED_S if is_terminated else _INTERRUPTED_S)
+        _end(has_ended, stop, _TERMINATED_S if is_terminated else _INTERRUPTED_S)
         look()
         raise
     except BaseException:
         if awaits_end:
-            _end(thread, stop, _INTERRUPTED_S)
+            _end(has_ended, stop, _INTERRUPTED_S)
         raise
     if failures:
         raise failures[0]
 
 
-def _end(thread: threading.Thread, stop: Path, seconds: float) -> None:
+def _end(has_ended: threading.Event, stop: Path, seconds: float) -> None:
     with contextlib.suppress(OSError):  # of a full disk: then workers end with this process
         stop.touch()
-        thread.join(seconds)
+        has_ended.wait(seconds)

@@ -1,7 +1,9 @@
 """Trainings in this process: loss falls, they go on bit by bit, the result loads, wrong input is refused."""
 
+import functools
 import json
 import platform
+import signal
 import sys
 import time
 
@@ -19,9 +21,8 @@ from astro_dist.execution.termination import Terminated
 from astro_dist.run_directory.journal import Journal
 from astro_dist.source import long_wait
 from astro_dist.training import loop
-from astro_dist.training import train as module
 from astro_dist.training.parallel import Place
-from astro_dist.training.progress import EventReader, in_line
+from astro_dist.training.progress import EventReader
 from astro_dist.training.token_file import TokenFile, write_tokens
 from astro_dist.training.train import train
 from tests.support.models import byte_tokenizer
@@ -169,22 +170,27 @@ def test_all_workers_compile_or_none_does(settings, compile_wish):
 
 
 @pytest.mark.parametrize("stop", [KeyboardInterrupt, Terminated])
-def test_stopped_training_leaves_a_checkpoint_behind_its_step(settings, events, monkeypatch, caplog, stop):
+def test_stopped_training_leaves_a_checkpoint_behind_its_step(settings, events, monkeypatch, caplog, request, stop):
     whole, cut = (settings(name, optimization__steps=40, output__checkpoint_every=1000) for name in ("whole", "cut"))
     train(whole)
-
-    def stop_in_the_first(event):
-        if event["event"] == "step":
-            monkeypatch.setattr(module, "in_line", in_line)
-            raise stop
-
-    monkeypatch.setattr(module, "in_line", stop_in_the_first)
     step = loop.Trainer._do_step
-    monkeypatch.setattr(loop.Trainer, "_do_step", lambda self: (time.sleep(0.1), step(self))[1])
+
+    def stop_in_the_third(self):
+        if self.step == 2:  # the main thread waits in a call that the signal interrupts
+            signal.raise_signal(signal.SIGINT if stop is KeyboardInterrupt else signal.SIGTERM)
+        time.sleep(0.1)
+        return step(self)
+
+    def terminate(*_):
+        raise Terminated
+
+    monkeypatch.setattr(loop.Trainer, "_do_step", stop_in_the_third)
+    if stop is Terminated:
+        request.addfinalizer(functools.partial(signal.signal, signal.SIGTERM, signal.signal(signal.SIGTERM, terminate)))
     with caplog.at_level("INFO", "astro_dist"), pytest.raises(stop):
         train(cut)
     (kept,) = events(cut, "checkpoint")
-    assert 1 <= kept["step"] < 40
+    assert 3 <= kept["step"] < 40
     assert kept["step"] == events(cut)[-1]["step"]
     assert ("; press Ctrl-C again" in caplog.text) == (stop is KeyboardInterrupt)
     assert f"the last checkpoint is behind step {kept['step']}" in caplog.text
