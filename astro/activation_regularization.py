@@ -18,8 +18,7 @@ change the objective. A sum of K beside a mean of the cross-entropy, with the pu
 ruined a small model (tests/bench/README.md).
 """
 
-import contextlib
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Sequence
 from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any
@@ -29,18 +28,17 @@ from torch import nn
 from torch.autograd.function import once_differentiable
 from transformers.pytorch_utils import Conv1D
 
-from astro.errors import CheckpointError, ConfigError, NumericalError
+from astro.errors import ConfigError, NumericalError
 from astro.linalg import compiled
 from astro.model.clipped_rounding import round_clipped
-from astro.model.clips_file import read_clips, write_clips
+from astro.model.clips_file import write_clips
 from astro.model.exact_layers import is_held_exact
 from astro.model.experts import expert_owners, is_gate, num_experts
 from astro.model.model_class import find_blocks
 from astro.model.residual_writers import residual_writers
-from astro.storage.byte_store import FolderStore
 from astro.training_config import ActivationRegularization
 
-__all__ = ["ActivationRegularizer", "kurtosis_sum", "rehearse"]
+__all__ = ["ActivationRegularizer", "kurtosis_sum", "regularized_layers", "rehearse"]
 
 _EPSILON = 1e-8
 """ε of (6): small beside the standard deviation of any output. The paper does not tell its value."""
@@ -71,9 +69,9 @@ def rehearse(settings: ActivationRegularization, dtype: torch.dtype, device: tor
     x = torch.linspace(-5, 5, 2 * 64 * 1024, device=device).view(2, 64, 1024).to(dtype).requires_grad_()
     if settings.input_bits is not None:
         clips = torch.tensor([-settings.clip, settings.clip], device=device, requires_grad=True)
-        round_clipped(x, clips, settings.input_bits).sum().backward()
+        round_clipped(x, clips, settings.input_bits).square().sum().backward()  # a gradient of full strides
     if settings.kurtosis:
-        kurtosis_sum(x).backward()
+        (1e-5 * torch.stack([kurtosis_sum(x)]).sum()).backward()
 
 
 class ActivationRegularizer:
@@ -102,23 +100,20 @@ class ActivationRegularizer:
             UnsupportedError: The blocks of the model cannot be found.
         """
         self.settings = settings
-        layers, self.left_out = _linear_layers(model)
-        for pattern in settings.layers:
-            if not any(fnmatchcase(name, pattern) for name in layers):
-                known = f", e.g. {next(reversed(layers))}" if layers else ""
-                raise ConfigError(f"layers: {pattern!r} matches no linear layer of the blocks{known}")
-        chosen = {n: m for n, m in layers.items() if any(fnmatchcase(n, pattern) for pattern in settings.layers)}
+        chosen, self.left_out = regularized_layers(model, settings.layers)
         self.names = tuple(chosen)
         self.output_names: tuple[str, ...] = ()
         if settings.kurtosis:
             writers = residual_writers(model) if settings.outputs == "residual" else set(chosen)
             self.output_names = tuple(name for name in chosen if name in writers)
             if not self.output_names:
-                raise ConfigError("outputs: residual, but none of the chosen layers writes to the residual stream")
+                raise ConfigError(
+                    "regularization.outputs: residual, but none of the chosen layers writes to the residual stream; "
+                    "add some to regularization.layers, such as '*.down_proj', or take outputs: all"
+                )
         start = torch.tensor([[-settings.clip, settings.clip]], device=device).repeat(len(chosen), 1)
         self.clips = nn.Parameter(start, requires_grad=settings.input_bits is not None)
         self._collected: list[torch.Tensor] = []
-        self._rounds_inputs = True
         self._hooks = []
         for index, (name, layer) in enumerate(chosen.items()):
             if settings.input_bits is not None:
@@ -151,18 +146,8 @@ class ActivationRegularizer:
         for name, below, above in zip(self.names, low.tolist(), high.tolist(), strict=True):
             if not below < above or not abs(above) + abs(below) < float("inf"):
                 raise NumericalError(
-                    f"{name}: its learned clips are {below:g} and {above:g}, expected the first below the second; "
-                    "lower the learning rate, or go on from an earlier checkpoint"
+                    f"{name}: its learned clips are {below:g} and {above:g}, expected the first below the second"
                 )
-
-    @contextlib.contextmanager
-    def paused(self) -> Iterator[None]:
-        """Leave the inputs as they are while the body of a `with` statement runs, to measure the model in 16 bits."""
-        self._rounds_inputs = False
-        try:
-            yield
-        finally:
-            self._rounds_inputs = True
 
     def detach(self) -> None:
         """Take all hooks off the model."""
@@ -183,33 +168,10 @@ class ActivationRegularizer:
         assert bits is not None, "clips are only learned where inputs are rounded"
         write_clips(path, dict(zip(self.names, self.clips.detach(), strict=True)), bits)
 
-    def load(self, path: Path) -> None:
-        """Take the clips from a file that `save` wrote.
-
-        Args:
-            path: Path of the file.
-
-        Raises:
-            CheckpointError: The file cannot be read, or is of other layers.
-        """
-        self._set(read_clips(FolderStore(path.parent), path.name).by_layer, path)
-
-    def _set(self, stored: Mapping[str, torch.Tensor], path: Path) -> None:
-        different = set(stored) ^ set(self.names)
-        if different:
-            raise CheckpointError(
-                f"{path}: holds the clips of {len(stored)} layers, expected those of {len(self.names)}; "
-                f"{min(different)} is in one of both only; set regularization.layers as it was"
-            )
-        with torch.no_grad():
-            self.clips.copy_(torch.stack([stored[name] for name in self.names]))
-
-    def _rounding(self, index: int, bits: int) -> Callable[..., tuple[Any, ...] | None]:
+    def _rounding(self, index: int, bits: int) -> Callable[..., tuple[Any, ...]]:
         """Return the hook that rounds the inputs of one layer."""
 
-        def hook(_: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...] | None:
-            if not self._rounds_inputs:
-                return None
+        def hook(_: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:
             return (round_clipped(args[0], self.clips[index], bits), *args[1:])
 
         return hook
@@ -217,6 +179,31 @@ class ActivationRegularizer:
     def _collect(self, _: nn.Module, __: tuple[Any, ...], y: torch.Tensor) -> None:
         if torch.is_grad_enabled():  # who only evaluates asks for no penalty
             self._collected.append(kurtosis_sum(y))
+
+
+def regularized_layers(model: nn.Module, patterns: Sequence[str]) -> tuple[dict[str, nn.Module], tuple[str, ...]]:
+    """Find the linear layers of a model's blocks that patterns match. Gates never are among them.
+
+    Args:
+        model: A causal language model of transformers, which may be on the meta device.
+        patterns: Shell patterns for names of layers.
+
+    Returns:
+        The layers by name, and the names of the parameters that hold the experts of a block together.
+
+    Raises:
+        ConfigError: A pattern matches none.
+        UnsupportedError: The blocks of the model cannot be found.
+    """
+    layers, joined = _linear_layers(model)
+    for pattern in patterns:
+        if not any(fnmatchcase(name, pattern) for name in layers):
+            known = f", whose names are like {next(reversed(layers))}" if layers else ""
+            raise ConfigError(
+                f"regularization.layers: {pattern!r} matches no linear layer of the blocks{known}; take a shell "
+                "pattern that does, such as '*.down_proj', or '*' for all"
+            )
+    return {n: m for n, m in layers.items() if any(fnmatchcase(n, pattern) for pattern in patterns)}, joined
 
 
 def _linear_layers(model: nn.Module) -> tuple[dict[str, nn.Module], tuple[str, ...]]:

@@ -21,7 +21,7 @@ import torch
 
 from astro.errors import NumericalError
 
-__all__ = ["ColumnLoops", "carried", "fused", "is_enabled", "run_by_kernels", "use", "using"]
+__all__ = ["ColumnLoops", "carried", "first_line", "fused", "is_enabled", "run_by_kernels", "use", "using"]
 
 ColumnLoops = Literal["plain", "compiled", "kernels"]
 """How the innermost loops run."""
@@ -135,13 +135,18 @@ def fused(function: Callable[P, T]) -> Callable[P, T]:
             return compiled()(*args, **kwargs)
         except (torch._dynamo.exc.TorchDynamoException, torch._dynamo.exc.FailOnRecompileLimitHit) as error:
             raise NumericalError(
-                f"{function.__module__}.{function.__qualname__} cannot be compiled: {_first_line(error)}; see to a C++ "
+                f"{function.__module__}.{function.__qualname__} cannot be compiled: {first_line(error)}; see to a C++ "
                 "compiler (g++) and Python's headers on every node, or set execution.compile to false"
             ) from error
 
     return call
 
 
-def _first_line(error: Exception) -> str:
+def first_line(error: BaseException) -> str:
+    """Return the line of a compiler's error that says what is wrong.
+
+    Args:
+        error: The error.
+    """
     lines = (line.strip() for line in str(error).splitlines())
     return next((line for line in lines if line and not line.endswith("raised:")), type(error).__name__)

@@ -32,7 +32,7 @@ def train(
     settings = load_train_config(config, assignments)
     from astro_dist.source.whole_text import require_documents
 
-    require_documents(settings.text.place, "text.source")
+    require_documents(settings.text.text_source, "text.source")
     with waiting_for("loading the libraries"):  # torch among them, for which a wrong file need not wait
         from astro_dist.training.train import train as do_training
 

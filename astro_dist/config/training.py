@@ -67,7 +67,7 @@ class TrainTextConfig(Section):
     them, and are cut where a sequence is full."""
 
     @property
-    def place(self) -> TextSource:
+    def text_source(self) -> TextSource:
         """Where the text is."""
         return TextSource(
             source=self.source, subset=self.subset, split=self.split, revision=self.revision,
@@ -100,7 +100,7 @@ class OptimizationConfig(Section):
     """The norm to which the gradient of the weights is cut; 0 leaves it as it is."""
     precision: Literal["auto", "float32", "bfloat16"] = "auto"
     """The dtype of the forward and backward passes. Weights, sums and the optimizer's state stay in float32. `auto` is
-    bfloat16 on GPUs and float32 on CPUs."""
+    bfloat16 on GPUs and float32 on CPUs; a training goes on in the precision in which it began."""
     seed: int = Field(0, ge=0)
     """The seed of random weights, and of the order of the sequences."""
 
@@ -112,13 +112,18 @@ class OptimizationConfig(Section):
 
 
 class TrainExecutionConfig(Section):
-    """The section `execution` says who trains. None of its keys changes the result but in its last bits."""
+    """The section `execution` says who trains.
+
+    None of its keys changes the result but in its last bits, with two exceptions: dropout leaves out other inputs with
+    another number of workers, and in bfloat16 `fsdp` has norms and the residual stream in bfloat16 too.
+    """
 
     executor: Literal["ray", "local"] = "ray"
-    """Where the workers live: `ray` trains with Ray Train on a cluster, `local` with one worker in this process."""
+    """Where the workers live: `ray` trains with Ray Train on a cluster, `local` with one worker in this process. A
+    training goes on with the executor that began it."""
     workers: int = Field(1, ge=1)
     """The number of workers, each with one GPU, or with `threads_per_worker` CPUs. Each computes its share of every
-    step."""
+    step. The cluster must have room for all of them when a training begins."""
     strategy: Literal["ddp", "fsdp"] = "ddp"
     """What each worker holds: with `ddp` all parameters, with `fsdp` (FSDP2) its share of them, and of the optimizer's
     state, for models that do not fit on one GPU. When it starts, a worker has all of the model in the memory of its

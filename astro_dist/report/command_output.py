@@ -69,7 +69,7 @@ def figure_lines(summary: "Summary", source: str = "") -> list[str]:
         lines += filter(None, ["; ".join(divergences)])
     share = percent(summary.bytes_written / summary.bytes_read)
     mean = f"; {summary.average_bits:.3g} bits a quantized weight on average" if summary.widths_by else ""
-    inputs = f"; servers are told to round inputs: {summary.inputs}" if summary.inputs else ""
+    inputs = f"; config.json asks servers to round inputs: {summary.inputs}" if summary.inputs else ""
     lines.append(f"{decimal(summary.bytes_written)} written, {share} of the source{mean}{inputs}")
     tried = sum(summary.betas.values())
     if tried:

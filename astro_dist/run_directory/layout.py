@@ -14,7 +14,10 @@ import dataclasses
 from pathlib import Path
 from typing import Self
 
-__all__ = ["RunLayout"]
+__all__ = ["TRAINING_FILE", "RunLayout"]
+
+TRAINING_FILE = "train.yaml"
+"""Name of the file by which the folder of a training is known, which is no run directory."""
 
 
 @dataclasses.dataclass(frozen=True)

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 
 from astro.activation_regularization import ActivationRegularizer, rehearse
-from astro.errors import DivergedError, NumericalError, RunError
+from astro.errors import ConfigError, DivergedError, NumericalError, RunError
 from astro.linalg import compiled
 from astro_dist.config.training import OptimizationConfig, TrainConfig
 from astro_dist.training.checkpoint import load_checkpoint, save_checkpoint
@@ -22,6 +22,8 @@ from astro_dist.training.trained_model import build_model, model_tokenizer, writ
 from astro_dist.worker.compile_check import require_compiled
 
 __all__ = ["Outlet", "Trainer", "learning_rate"]
+
+_ADVICE = "begin anew in another output.dir, with a lower optimization.learning_rate or more optimization.warmup_steps"
 
 
 def learning_rate(optimization: OptimizationConfig, step: int) -> float:
@@ -108,12 +110,22 @@ class Trainer:
 
         Args:
             folder: Folder of the checkpoint.
+
+        Raises:
+            ConfigError: It was trained in another precision.
+            DamagedError: It cannot be read.
         """
-        small = load_checkpoint(folder, self.model.model, self._optimizer, self._place.device)
+        common = load_checkpoint(folder, self.model.model, self._optimizer)
+        if common.get("precision", self._precision) != self._precision:
+            raise ConfigError(
+                f"{folder}: was trained in {common['precision']}, and optimization.precision: "
+                f"{self._config.optimization.precision} is {self._precision} on {self._place.device.type}; set it to "
+                f"{common['precision']} to go on"
+            )
         with torch.no_grad():
-            self.regularizer.clips.copy_(small["clips"])
-        self._clip_optimizer.load_state_dict(small["optimizer"])
-        self.step = int(small["step"])
+            self.regularizer.clips.copy_(common["clips"])
+        self._clip_optimizer.load_state_dict(common["optimizer"])
+        self.step = int(common["step"])
 
     def run(self, outlet: Outlet) -> None:
         """Do the steps that are left, and write a checkpoint where the training is stopped before its end.
@@ -125,7 +137,7 @@ class Trainer:
             DivergedError: The loss is not finite, or clips have met; it is the same on all workers.
             RunError: The regularization is to be compiled, which some worker cannot.
             NumericalError: Something was compiled at first, and cannot be for other sizes.
-            StorageError: The journal cannot be written.
+            StorageError: The journal or a checkpoint cannot be written.
         """
         loops = self._choose_loops(outlet)
         with compiled.using(loops):
@@ -143,7 +155,7 @@ class Trainer:
         })  # fmt: skip
         since, first = time.monotonic(), self.step
         begin = kept = self.step
-        while not self.is_done and not self._place.any_says(outlet.is_stopped()):
+        while not self.is_done and not self._place.any_rank(outlet.is_stopped()):
             losses = self._do_step()
             reports = self.step % output.report_every == 0 or self.is_done or self.step == begin + 1
             keeps = self.step % output.checkpoint_every == 0 and not self.is_done
@@ -155,6 +167,7 @@ class Trainer:
                     since, first = time.monotonic(), self.step
             if keeps:
                 kept = self._keep(outlet)
+                since, first = time.monotonic(), self.step
         if not self.is_done and self.step > kept:
             self._require_finite(self.model.mean(losses).tolist())
             self._keep(outlet)
@@ -175,7 +188,7 @@ class Trainer:
             write_model(self.model.model, state, tokenizer, self.regularizer, folder, dtype)
 
     def _do_step(self) -> torch.Tensor:
-        """Do one step, and return the mean loss and penalty of this worker's sequences [2]."""
+        """Do one step, and return the mean loss and penalty of this worker's sequences, and the gradient's norm [3]."""
         optimization, place = self._config.optimization, self._place
         share = optimization.batch_sequences // place.world_size
         first = self.step * optimization.batch_sequences + place.rank * share
@@ -184,21 +197,21 @@ class Trainer:
         micro_batches = batch.split(optimization.micro_batch_sequences)
         total = torch.zeros(2, device=place.device)
         for number, sequences in enumerate(micro_batches, 1):
-            with self.model.adding_up(is_last=number == len(micro_batches)):
+            with self.model.accumulating(is_last=number == len(micro_batches)):
                 loss = self.model.loss(sequences)
                 penalty = self.regularizer.penalty(sequences.numel())
                 ((loss + penalty) / len(micro_batches)).backward()
             total += torch.stack((loss.detach(), penalty.detach())) / len(micro_batches)
         if self.regularizer.clips.grad is not None:
             self.regularizer.clips.grad = self.model.mean(self.regularizer.clips.grad)
-        self.model.cut_gradient(optimization.gradient_clip)
+        gradient = self.model.clip_gradient(optimization.gradient_clip)
         for optimizer in (self._optimizer, self._clip_optimizer):
             for group in optimizer.param_groups:
                 group["lr"] = learning_rate(optimization, self.step)
             optimizer.step()
             optimizer.zero_grad(set_to_none=True)
         self.step += 1
-        return total
+        return torch.cat((total, gradient.to(total)[None]))
 
     def _choose_loops(self, outlet: Outlet) -> compiled.ColumnLoops:
         """Return how the regularization runs, which is the same on all workers."""
@@ -207,7 +220,7 @@ class Trainer:
             return "plain"
         self._say(outlet, "compiling", {})
         advice = "Mend that on every node" + (", or set execution.compile: auto" if wish is True else "")
-        reasons = [reason for reason in self._place.of_all(self._why_not_compiled(advice)) if reason]
+        reasons = [reason for reason in self._place.all_gather(self._why_not_compiled(advice)) if reason]
         if not reasons:
             return "compiled"
         if wish is True:
@@ -236,21 +249,23 @@ class Trainer:
 
     def _write_checkpoint(self, folder: Path) -> None:
         clips = {"clips": self.regularizer.clips.detach(), "optimizer": self._clip_optimizer.state_dict()}
-        small = {**clips, "step": self.step} if self._place.rank == 0 else None
-        save_checkpoint(folder, self.model.model, self._optimizer, small)
+        common = {**clips, "step": self.step, "precision": self._precision} if self._place.rank == 0 else None
+        save_checkpoint(folder, self.model.model, self._optimizer, common)
 
     def _require_finite(self, figures: list[float]) -> None:
+        """Refuse what no step can mend: with such a gradient, the weights are not finite either."""
+        loss, penalty, gradient = figures
         if not math.isfinite(sum(figures)):
             raise DivergedError(
-                f"step {self.step}: the loss is {figures[0]:g}, of which kurtosis adds {figures[1]:g}; lower "
-                "optimization.learning_rate, or lengthen optimization.warmup_steps"
+                f"step {self.step}: the loss is {loss:g}, kurtosis adds {penalty:g}, and the gradient's norm is "
+                f"{gradient:g}; {_ADVICE}"
             )
         if self._config.regularization.input_bits is None:
             return
         try:
             self.regularizer.require_open()
         except NumericalError as error:
-            raise DivergedError(f"step {self.step}: {error}") from error
+            raise DivergedError(f"step {self.step}: {error}; {_ADVICE}") from error
 
     def _report(self, outlet: Outlet, figures: list[float], step_s: float) -> None:
         optimization = self._config.optimization

@@ -10,6 +10,7 @@ import torch.distributed as dist
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 
 from astro.model.model_class import find_blocks
@@ -31,8 +32,8 @@ class Place:
     world_size: int
     device: torch.device
 
-    def of_all(self, value: str) -> list[str]:
-        """Return what all workers give, in their order. All must call it.
+    def all_gather(self, value: str) -> list[str]:
+        """Return what all workers give, in the order of their ranks. All must call it.
 
         Args:
             value: What this one gives.
@@ -42,8 +43,8 @@ class Place:
             dist.all_gather_object(values, value)
         return values
 
-    def any_says(self, answer: bool) -> bool:
-        """Return whether any worker says yes, for which no GPU is waited. All must call it.
+    def any_rank(self, answer: bool) -> bool:
+        """Return whether any worker says yes, without waiting for a GPU. All must call it.
 
         Args:
             answer: What this one says.
@@ -101,8 +102,8 @@ class ParallelModel:
         return loss.float()
 
     @contextlib.contextmanager
-    def adding_up(self, is_last: bool) -> Iterator[None]:
-        """Exchange gradients between workers only in the last of several backward passes.
+    def accumulating(self, is_last: bool) -> Iterator[None]:
+        """Accumulate gradients, which are exchanged between workers only in the last of several backward passes.
 
         Args:
             is_last: Whether the pass inside of the context is the last one.
@@ -125,13 +126,14 @@ class ParallelModel:
         dist.all_reduce(total)
         return total / self.place.world_size
 
-    def cut_gradient(self, norm: float) -> None:
-        """Cut the gradient of all parameters to a norm.
+    def clip_gradient(self, norm: float) -> torch.Tensor:
+        """Clip the gradient of all parameters, and return the norm that it had, without dimensions.
 
         Args:
             norm: Largest norm; 0 leaves the gradient as it is.
         """
-        torch.nn.utils.clip_grad_norm_(self.model.parameters(), norm or float("inf"))
+        total = torch.nn.utils.clip_grad_norm_(self.model.parameters(), norm or float("inf"))
+        return total.full_tensor() if isinstance(total, DTensor) else total
 
     def full_state(self) -> dict[str, torch.Tensor]:
         """Return all weights by name, on the CPU of worker 0; empty on others. All workers must call it."""

@@ -17,6 +17,7 @@ from astro.process import configure_process
 from astro_dist.config.schema import ExecutionConfig
 from astro_dist.config.training import TrainConfig
 from astro_dist.execution.ray_executor import connect
+from astro_dist.training.checkpoint import lasts, writing
 from astro_dist.training.loop import Outlet, Trainer
 from astro_dist.training.parallel import Place
 from astro_dist.training.token_file import TokenFile
@@ -36,7 +37,7 @@ def train_with_ray(config: TrainConfig, tokens: TokenFile, run: TrainingDirector
         look: Function that is called again and again while workers train.
 
     Raises:
-        ConfigError: GPUs are asked for, but the cluster has none.
+        ConfigError: The cluster has too few CPUs or GPUs, or the training was begun by another executor.
         RunError: The cluster cannot be reached, or workers failed more often than `max_retries`.
         AstroError: What ended a worker for good.
     """
@@ -52,6 +53,7 @@ def train_with_ray(config: TrainConfig, tokens: TokenFile, run: TrainingDirector
             )
         )
     try:
+        run.require_executor("ray")
         trainer = _trainer(config, tokens, run)
 
         def fit() -> None:
@@ -73,13 +75,15 @@ def _trainer(config: TrainConfig, tokens: TokenFile, run: TrainingDirectory) -> 
     if execution.device == "cuda" and not has_gpus:
         raise ConfigError("execution.device: cuda, but the cluster has no GPU; take cpu or auto, or another cluster")
     use_gpu = has_gpus and execution.device != "cpu"
+    wanted = {"CPU": execution.threads_per_worker, **({"GPU": 1} if use_gpu else {})}
+    _require_room(execution.workers, wanted)
     return ray.train.torch.TorchTrainer(
         _train_on_worker,
         train_loop_config={"config": config, "tokens": tokens, "run": run},
         scaling_config=ray.train.ScalingConfig(
             num_workers=execution.workers,
             use_gpu=use_gpu,
-            resources_per_worker={"CPU": execution.threads_per_worker, **({"GPU": 1} if use_gpu else {})},
+            resources_per_worker=wanted,
         ),
         # What workers agree on is on their CPUs, so that no GPU is waited for.
         torch_config=ray.train.torch.TorchConfig(backend="cpu:gloo,cuda:nccl" if use_gpu else "gloo"),
@@ -91,6 +95,18 @@ def _trainer(config: TrainConfig, tokens: TokenFile, run: TrainingDirectory) -> 
             checkpoint_config=ray.train.CheckpointConfig(num_to_keep=output.keep_checkpoints),
         ),
     )
+
+
+def _require_room(workers: int, wanted: Mapping[str, int]) -> None:
+    """Refuse a cluster that is too small, for which Ray Train would wait without a word."""
+    there = ray.cluster_resources()
+    for name, each in wanted.items():
+        if there.get(name, 0) < workers * each:
+            raise ConfigError(
+                f"execution.workers: {workers} want {workers * each} {name}s, and the cluster has "
+                f"{there.get(name, 0):g}; start more nodes, or take fewer workers"
+                + (", or fewer execution.threads_per_worker" if name == "CPU" and each > 1 else "")
+            )
 
 
 def _explained(error: BaseException) -> AstroError:
@@ -107,15 +123,15 @@ def _explained(error: BaseException) -> AstroError:
 def _train_on_worker(content: Mapping[str, Any]) -> None:
     """Train on one worker; Ray Train calls it on each."""
     config, tokens, run = content["config"], content["tokens"], content["run"]
-    if run.stop.exists():
-        return
     context = ray.train.get_context()
     configure_process(config.execution.threads_per_worker)
     device = ray.train.torch.get_device()
     place = Place(context.get_world_rank(), context.get_world_size(), torch.device(device))
+    if place.any_rank(run.stop.exists()):
+        return
 
     def keep(step: int, write: Callable[[Path], None]) -> None:
-        with tempfile.TemporaryDirectory() as folder:
+        with writing(run.checkpoints), tempfile.TemporaryDirectory() as folder:
             write(Path(folder))
             # What each worker wrote becomes one folder; it has been copied when this returns.
             ray.train.report({"step": step}, checkpoint=ray.train.Checkpoint.from_directory(folder))
@@ -134,7 +150,8 @@ def _train_on_worker(content: Mapping[str, Any]) -> None:
         if place.rank == 0:
             _note_failure(run, error)
     except AstroError as error:  # maybe of this worker alone: others wait for it until Ray Train ends them all
-        _note_failure(run, error)
+        if not isinstance(error, StorageError) or lasts(error):
+            _note_failure(run, error)
         raise
 
 

@@ -59,8 +59,8 @@ class TokenFile:
         tokens: npt.NDArray[np.uint32] = np.memmap(self.path, dtype=_DTYPE, mode="r")
         rows = []
         for number in range(first, first + count):
-            place = _place(number, self.num_sequences, seed)
-            rows.append(tokens[place * self.length : (place + 1) * self.length].astype(np.int64))
+            index = _index_of(number, self.num_sequences, seed)
+            rows.append(tokens[index * self.length : (index + 1) * self.length].astype(np.int64))
         return torch.from_numpy(np.stack(rows))
 
 
@@ -112,11 +112,11 @@ def write_tokens(config: TrainTextConfig, tokenizer: Any, vocab_size: int, path:
 
 def _documents(config: TrainTextConfig) -> Iterator[str]:
     """Yield the documents of a text in their order, without empty ones."""
-    rows = read_documents(config.place, "text.source")
+    rows = read_documents(config.text_source, "text.source")
     return (row for row in rows if row)
 
 
-def _place(number: int, num_sequences: int, seed: int) -> int:
+def _index_of(number: int, num_sequences: int, seed: int) -> int:
     """Return which sequence of the file is at a place of the training."""
     passed, rest = divmod(number, num_sequences)
     return int(_order(passed, num_sequences, seed)[rest])

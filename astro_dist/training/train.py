@@ -20,13 +20,14 @@ from astro_dist.console import in_words
 from astro_dist.execution.termination import Terminated
 from astro_dist.run_directory.lock import hold
 from astro_dist.source.whole_text import require_documents
+from astro_dist.training.checkpoint import writing
 from astro_dist.training.loop import Outlet, Trainer
 from astro_dist.training.next_commands import next_commands
 from astro_dist.training.parallel import Place
 from astro_dist.training.progress import EventReader, in_line
 from astro_dist.training.token_file import TokenFile, write_tokens
-from astro_dist.training.trained_model import model_config, model_tokenizer
-from astro_dist.training.training_directory import TrainingDirectory
+from astro_dist.training.trained_model import model_config, model_tokenizer, require_layers
+from astro_dist.training.training_directory import LOCAL_CHECKPOINT, TrainingDirectory
 from astro_dist.training.watched import run_watched
 
 __all__ = ["TrainSummary", "train"]
@@ -91,6 +92,8 @@ def train(config: TrainConfig) -> TrainSummary:
     _require_places(config)
     run = TrainingDirectory(config.output.dir.expanduser().absolute())
     tokenizer, settings = model_tokenizer(config.model), model_config(config.model)
+    require_layers(config.model, config.regularization.layers)
+    _say_warmup(config)
     with hold(run.root):
         run.begin(config)
         figures = run.finished()
@@ -103,8 +106,10 @@ def train(config: TrainConfig) -> TrainSummary:
             last = _train_and_listen(config, tokens, run)
             figures = _figures(config, tokens, run, last, time.perf_counter() - begin)
             run.finish(figures)
-    following = next_commands(run.model, figures["input_bits"], config.model.trust_remote_code)
-    return TrainSummary(**{**figures, "commands": following.commands, "notes": following.notes})
+    input_bits = config.regularization.input_bits
+    following = next_commands(run.model, input_bits, config.model.trust_remote_code)
+    named = {field.name: figures[field.name] for field in dataclasses.fields(TrainSummary) if field.name in figures}
+    return TrainSummary(**{**named, "input_bits": input_bits, "commands": following.commands, "notes": following.notes})
 
 
 def _figures(
@@ -120,7 +125,6 @@ def _figures(
         "loss": last["loss"],
         "penalty": last["penalty"],
         "wall_s": round(wall_s, 2),
-        "input_bits": config.regularization.input_bits,
     }
 
 
@@ -143,20 +147,28 @@ def _train_and_listen(config: TrainConfig, tokens: TokenFile, run: TrainingDirec
             if event["event"] == "failed":
                 raise getattr(errors, event["kind"], RunError)(event["message"])
 
+    def is_done() -> bool:
+        return last.get("step") == config.optimization.steps and (run.model / "config.json").is_file()
+
     try:
         _train_where_it_belongs(config, tokens, run, look)
     except (KeyboardInterrupt, Terminated):
-        _log.info("the last checkpoint is behind step %s", f"{kept:,}" if kept else "0: there is none yet")
-        raise
+        if not is_done():  # else it came in the last step
+            _log.info("%s", "nothing was trained" if kept is None else _say_kept(kept))
+            raise
     look()
     if not last:
         raise RunError(f"{run.journal.path}: tells of no step; run the same command to go on")
-    if last["step"] != config.optimization.steps or not (run.model / "config.json").is_file():
+    if not is_done():
         raise RunError(
             f"training stopped at step {last['step']} of {config.optimization.steps}, or its model was not written to "
             f"{run.model}; run the same command to go on from the last checkpoint"
         )
     return last
+
+
+def _say_kept(step: int) -> str:
+    return f"the last checkpoint is behind step {step:,}" if step else "there is no checkpoint yet"
 
 
 def _train_where_it_belongs(
@@ -180,22 +192,24 @@ def _train_here(config: TrainConfig, tokens: TokenFile, run: TrainingDirectory, 
     is_gpu = execution.device == "cuda" or (execution.device == "auto" and torch.cuda.is_available())
     if is_gpu and not torch.cuda.is_available():
         raise ConfigError("execution.device: cuda, but torch sees no GPU here; install torch for CUDA, or take cpu")
+    run.require_executor("local")
     place = Place(0, 1, torch.device("cuda" if is_gpu else "cpu"))
 
     def keep(step: int, write: Callable[[Path], None]) -> None:
-        partial = run.checkpoints / f".step-{step:09d}.partial"
+        target = run.checkpoints / f"{LOCAL_CHECKPOINT}{step:09d}"
+        partial = target.with_name(f".{target.name}.partial")
         shutil.rmtree(partial, ignore_errors=True)
-        partial.mkdir(parents=True)
-        write(partial)
-        partial.rename(run.checkpoints / f"step-{step:09d}")
-        for old in sorted(run.checkpoints.glob("step-*"))[: -config.output.keep_checkpoints]:
+        with writing(target):
+            partial.mkdir(parents=True)
+            write(partial)
+            partial.rename(target)
+        for old in _folders(run)[: -config.output.keep_checkpoints]:
             shutil.rmtree(old)
 
     def work() -> None:
         configure_process(execution.threads_per_worker)
         trainer = Trainer(config, tokens, place)
-        folders = sorted(run.checkpoints.glob("step-*"))
-        if folders:
+        if folders := _folders(run):
             trainer.load(folders[-1])
         trainer.run(Outlet(lambda kind, event: run.journal.note(kind, **event), keep, run.stop.exists))
         if trainer.is_done:
@@ -204,15 +218,28 @@ def _train_here(config: TrainConfig, tokens: TokenFile, run: TrainingDirectory, 
     run_watched(work, look, run.stop, awaits_end=False)
 
 
+def _folders(run: TrainingDirectory) -> list[Path]:
+    """The checkpoints of the local executor, the newest last."""
+    return sorted(run.checkpoints.glob(f"{LOCAL_CHECKPOINT}*"))
+
+
 def _require_places(config: TrainConfig) -> None:
     """Refuse a text that is not there, and paths that only mean the same on this machine."""
-    require_documents(config.text.place, "text.source")
+    require_documents(config.text.text_source, "text.source")
     if config.execution.executor == "local" or config.execution.cluster_address is None:
         return
     paths = {"output.dir": config.output.dir}
     if Path(config.model.source).exists():
         paths["model.source"] = Path(config.model.source)
     require_absolute(paths)
+
+
+def _say_warmup(config: TrainConfig) -> None:
+    steps, warmup = config.optimization.steps, config.optimization.warmup_steps
+    if warmup >= steps:
+        _log.warning(
+            "optimization.warmup_steps: %d is not below steps: %d, so the learning rate rises to the end", warmup, steps
+        )
 
 
 def _say_text(config: TrainConfig, tokens: TokenFile) -> None:

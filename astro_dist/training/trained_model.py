@@ -2,14 +2,14 @@
 
 import os
 import shutil
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 import transformers
 
-from astro.activation_regularization import ActivationRegularizer
+from astro.activation_regularization import ActivationRegularizer, regularized_layers
 from astro.errors import AstroError, CheckpointError, ConfigError, StorageError, UnsupportedError
 from astro.model.clips_file import CLIPS_FILE
 from astro.storage.atomic import read_json, write_json
@@ -17,7 +17,7 @@ from astro_dist.config.training import TrainModelConfig
 from astro_dist.source.demo import resolve_demo
 from astro_dist.source.tokenizer import load_tokenizer
 
-__all__ = ["build_model", "model_config", "model_tokenizer", "write_model"]
+__all__ = ["build_model", "model_config", "model_tokenizer", "require_layers", "write_model"]
 
 
 def model_config(config: TrainModelConfig) -> Any:
@@ -32,7 +32,7 @@ def model_config(config: TrainModelConfig) -> Any:
         UnsupportedError: The source is quantized.
     """
     try:
-        found = transformers.AutoConfig.from_pretrained(_place(config), **_options(config))
+        found = transformers.AutoConfig.from_pretrained(_source_path(config), **_options(config))
     except AstroError:
         raise
     except Exception as error:  # transformers raises many kinds
@@ -55,7 +55,7 @@ def model_tokenizer(config: TrainModelConfig) -> Any:
     Raises:
         CheckpointError: It cannot be loaded.
     """
-    return load_tokenizer(_place(config), f"model.source {config.source}", **_options(config))
+    return load_tokenizer(_source_path(config), f"model.source {config.source}", **_options(config))
 
 
 def build_model(config: TrainModelConfig, seed: int) -> Any:
@@ -68,27 +68,57 @@ def build_model(config: TrainModelConfig, seed: int) -> Any:
     Raises:
         InputError: The source cannot be read, or transformers has no causal language model for it.
     """
-    settings = model_config(config)
     torch.manual_seed(seed)
     auto: Any = transformers.AutoModelForCausalLM
     info: dict[str, Any] = {}
-    try:
-        if config.start == "weights":
+    if config.start == "weights":
+        model_config(config)
+        try:
             model, info = auto.from_pretrained(
-                _place(config), dtype=torch.float32, output_loading_info=True, **_options(config)
+                _source_path(config), dtype=torch.float32, output_loading_info=True, **_options(config)
             )
-        else:
-            model = auto.from_config(settings, dtype=torch.float32, trust_remote_code=config.trust_remote_code)
-    except Exception as error:  # whatever the model's own code raises
-        raise UnsupportedError(
-            f"model.source {config.source}: no causal language model can be made of it: {type(error).__name__}: "
-            f"{str(error).splitlines()[0] if str(error) else 'no reason given'}"
-        ) from error
+        except Exception as error:  # whatever the model's own code raises
+            raise _no_model(config, error) from error
+    else:
+        model = _from_config(config)
     missing = [*info.get("missing_keys", ()), *info.get("mismatched_keys", ())]
     if missing:
         raise CheckpointError(f"model.source {config.source}: holds no fitting weights for {missing[0]}")
     model.config.use_cache = False
     return model.train()
+
+
+def require_layers(config: TrainModelConfig, patterns: Sequence[str]) -> None:
+    """Refuse patterns that match no layer of the model, which is made without memory for that.
+
+    Args:
+        config: Section of the configuration.
+        patterns: Shell patterns for names of linear layers.
+
+    Raises:
+        InputError: A pattern matches none, or transformers has no causal language model for the source.
+    """
+    with torch.device("meta"):
+        model = _from_config(config)
+    regularized_layers(model, patterns)
+
+
+def _from_config(config: TrainModelConfig) -> Any:
+    """Return the model with random weights, in float32 on the current device."""
+    settings = model_config(config)
+    try:
+        return transformers.AutoModelForCausalLM.from_config(
+            settings, dtype=torch.float32, trust_remote_code=config.trust_remote_code
+        )
+    except Exception as error:  # whatever the model's own code raises
+        raise _no_model(config, error) from error
+
+
+def _no_model(config: TrainModelConfig, error: Exception) -> UnsupportedError:
+    return UnsupportedError(
+        f"model.source {config.source}: no causal language model can be made of it: {type(error).__name__}: "
+        f"{str(error).splitlines()[0] if str(error) else 'no reason given'}"
+    )
 
 
 def write_model(
@@ -137,7 +167,7 @@ def write_model(
         model.config.use_cache = False
 
 
-def _place(config: TrainModelConfig) -> str:
+def _source_path(config: TrainModelConfig) -> str:
     """Return what transformers loads: a folder, or ORG/NAME on the Hub."""
     return str(resolve_demo(config.source)) if config.source.startswith("demo:") else config.source
 

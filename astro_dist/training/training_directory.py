@@ -2,17 +2,19 @@
 
 import dataclasses
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from astro.errors import ConfigError, RunError
 from astro.storage.atomic import read_json, write_json, write_text
 from astro_dist.config.training import TrainConfig
 from astro_dist.config.yaml_file import load_train_config
 from astro_dist.run_directory.journal import Journal
-from astro_dist.run_directory.layout import RunLayout
+from astro_dist.run_directory.layout import TRAINING_FILE, RunLayout
 
-__all__ = ["CHECKPOINTS", "OBJECTIVE", "TrainingDirectory"]
+__all__ = ["CHECKPOINTS", "LOCAL_CHECKPOINT", "OBJECTIVE", "TrainingDirectory"]
 
+LOCAL_CHECKPOINT, _RAY_CHECKPOINT = "step-", "checkpoint_"
+"""How names of checkpoints begin: those of the local executor, and those of Ray Train."""
 OBJECTIVE = 2
 """Number of what a training minimizes, which grows when the same settings come to mean something else. In 1, of
 versions before 0.11.0, kurtosis was added up over the tokens of a sequence; in 2 it is their mean."""
@@ -67,7 +69,7 @@ class TrainingDirectory:
         return self.root / "objective.json"
 
     def begin(self, config: TrainConfig) -> None:
-        """Record the configuration, or refuse to go on with another one.
+        """Record the configuration, or refuse to go on with another one once there is a checkpoint.
 
         Args:
             config: Configuration of the training.
@@ -76,10 +78,13 @@ class TrainingDirectory:
             ConfigError: A training with other settings lies in the folder, or one of an earlier version that minimized
                 something else; the message names a key.
         """
-        path = self.root / "train.yaml"
-        if not path.is_file():
-            if RunLayout(self.root).identity.exists():
-                raise ConfigError(f"output.dir {self.root}: holds a run of quantize; take another folder")
+        path = self.root / TRAINING_FILE
+        if RunLayout(self.root).identity.exists():
+            raise ConfigError(f"output.dir {self.root}: holds a run of quantize; take another folder")
+        if not path.is_file() or not self._has_begun():
+            # What a first try left behind: its tokens are those of another text, maybe.
+            for file in (self.tokens, self.journal.path):
+                file.unlink(missing_ok=True)
             write_json(self.objective, {"number": OBJECTIVE})
             write_text(path, config.to_yaml())
             return
@@ -101,6 +106,29 @@ class TrainingDirectory:
                     "that version"
                 )
         write_text(path, config.to_yaml())
+
+    def _has_begun(self) -> bool:
+        """Return whether something lies here that would be lost: a checkpoint, or the trained model."""
+        names = (LOCAL_CHECKPOINT, _RAY_CHECKPOINT)
+        return self.summary.is_file() or any(any(self.checkpoints.glob(f"{name}*")) for name in names)
+
+    def require_executor(self, executor: Literal["ray", "local"]) -> None:
+        """Refuse a folder with checkpoints of the other executor, which keeps them in another way.
+
+        Args:
+            executor: The executor that is to go on.
+
+        Raises:
+            ConfigError: The other one began the training.
+        """
+        is_local = any(self.checkpoints.glob(f"{LOCAL_CHECKPOINT}*"))
+        is_ray = any(path.is_dir() for path in self.checkpoints.glob(f"{_RAY_CHECKPOINT}*"))
+        if (executor == "ray" and is_local) or (executor == "local" and is_ray):
+            other = "local" if executor == "ray" else "ray"
+            raise ConfigError(
+                f"{self.checkpoints}: holds checkpoints of execution.executor: {other}; set it back to go on, or take "
+                "another output.dir"
+            )
 
     def finished(self) -> dict[str, Any] | None:
         """Return the figures of a finished training; None where it is not finished."""

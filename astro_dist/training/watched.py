@@ -53,8 +53,12 @@ def run_watched(work: Callable[[], None], look: Callable[[], None], stop: Path, 
         is_terminated = isinstance(interruption, Terminated)
         again = "" if is_terminated else "; press Ctrl-C again to end at once"
         _log.info("the training ends behind this step, and writes a checkpoint%s", again)
-        _end(has_ended, stop, _TERMINATED_S if is_terminated else _INTERRUPTED_S)
+        seconds = _TERMINATED_S if is_terminated else _INTERRUPTED_S
+        if not _end(has_ended, stop, seconds):
+            _log.info("its step took longer than %.0f s, so it ends without that checkpoint", seconds)
         look()
+        for failure in failures:
+            _log.warning("the training did not end in order: %s", failure)
         raise
     except BaseException:
         if awaits_end:
@@ -64,7 +68,9 @@ def run_watched(work: Callable[[], None], look: Callable[[], None], stop: Path, 
         raise failures[0]
 
 
-def _end(has_ended: threading.Event, stop: Path, seconds: float) -> None:
+def _end(has_ended: threading.Event, stop: Path, seconds: float) -> bool:
+    """Tell workers to end, and return whether they do so in time."""
     with contextlib.suppress(OSError):  # of a full disk: then workers end with this process
         stop.touch()
-        has_ended.wait(seconds)
+        return has_ended.wait(seconds)
+    return False

@@ -110,7 +110,7 @@ def require_compiled(action: Callable[[], object], what: str, device: torch.devi
             raise
         missing = "; ".join(_missing(device)) or "a compiler, Python's headers and the driver's library are there"
         raise RunError(
-            f"{platform.node()}: {what} cannot be compiled: {_first_line(error)}. Seen here: {missing}. {advice}"
+            f"{platform.node()}: {what} cannot be compiled: {_reason(error)}. Seen here: {missing}. {advice}"
         ) from error
 
 
@@ -125,6 +125,6 @@ def _missing(device: torch.device) -> Iterator[str]:
         yield "no libcuda.so that a linker finds: install the driver's libraries, or run ldconfig where they are"
 
 
-def _first_line(error: Exception) -> str:
-    text = str(error) if not isinstance(error, NumericalError) else str(error).partition("; see to")[0]
-    return next((line.strip() for line in text.splitlines() if line.strip()), type(error).__name__)
+def _reason(error: Exception) -> str:
+    """Return what a compiler said, without what `compiled.fused` adds to it."""
+    return compiled.first_line(error.__cause__ if isinstance(error, NumericalError) and error.__cause__ else error)

@@ -27,7 +27,7 @@ def test_what_inputs_are_is_said_everywhere(run):
     assert "4 bits, group size -1, inputs int8 per token, format" in settings_line(run.config)
     summary = json.loads((run.run.root / "summary.json").read_text())
     assert summary["inputs"] == run.summary.inputs == "int8 per token"
-    assert figure_lines(run.summary)[-2].endswith("servers are told to round inputs: int8 per token")
+    assert figure_lines(run.summary)[-2].endswith("config.json asks servers to round inputs: int8 per token")
     assert compare_runs([run.run.root]).runs[0].also_rounded == "inputs int8 per token"
     assert "inputs int8 per token" in headline(Findings.read(run.run.root))
     card = run.card("org/model")

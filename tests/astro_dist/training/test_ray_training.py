@@ -1,21 +1,34 @@
 """Trainings on a real Ray cluster: two workers do what one does, and go on when one of them is killed."""
 
+import errno
 import os
 import signal
 import threading
 import time
+from unittest import mock
 
 import pytest
 import ray
 import torch
 from safetensors import safe_open
 
-from astro.errors import ConfigError, NumericalError, StorageError
+from astro.errors import ConfigError, NumericalError, StorageError, UnsupportedError
 from astro.model.clips_file import CLIPS_FILE
+from astro_dist.training import ray_training
+from astro_dist.training.parallel import Place
 from astro_dist.training.progress import in_line
 from astro_dist.training.train import train
+from astro_dist.training.training_directory import TrainingDirectory
 
 pytestmark = [pytest.mark.ray, pytest.mark.slow, pytest.mark.timeout(900)]  # Ray Train starts workers for half a minute
+
+
+def storage_error(number):
+    error = StorageError("it cannot be written")
+    error.__cause__ = OSError(number, "it failed")
+    return error
+
+
 RAY = {"execution__executor": "ray", "optimization__micro_batch_sequences": 2}
 
 
@@ -108,16 +121,39 @@ def test_loss_that_is_not_finite_is_not_tried_again(cluster, settings, events):
     assert len(events(config, "begun")) == 1
 
 
-@pytest.mark.parametrize("changes", [{"regularization__layers": ["*.nothing"]}, {}], ids=["input", "storage"])
-def test_error_of_a_worker_ends_all_at_once_and_is_not_tried_again(cluster, settings, changes):
-    config = settings(**RAY, execution__workers=2, execution__max_retries=0 if not changes else 3, **changes)
-    if not changes:
-        config.output.dir.mkdir()
-        (config.output.dir / "progress.jsonl").mkdir()  # worker 0 alone writes there, and the other waits for it
+def test_error_of_one_worker_ends_the_others_which_wait_for_it(cluster, settings):
+    config = settings(**RAY, execution__workers=2, execution__max_retries=0)
+    config.output.dir.mkdir()
+    (config.output.dir / "progress.jsonl").mkdir()  # worker 0 alone writes there
     begin = time.monotonic()
-    with pytest.raises(ConfigError if changes else StorageError, match=r"matches no linear layer|progress\.jsonl"):
+    with pytest.raises(StorageError, match=r"progress\.jsonl"):
         train(config)
     assert time.monotonic() - begin < 60, "a worker waited for one that had ended"
+
+
+@pytest.mark.parametrize(
+    ("error", "is_noted"),
+    [(UnsupportedError("no blocks"), True), (storage_error(errno.ENOSPC), True), (storage_error(errno.EIO), False)],
+    ids=["input", "disk is full", "disk may be back"],
+)
+def test_only_what_would_come_again_is_told_to_the_driver(settings, events, tmp_path, monkeypatch, error, is_noted):
+    def fail(*_):
+        raise error
+
+    monkeypatch.setattr(ray_training, "Trainer", fail)
+    monkeypatch.setattr(ray_training, "Place", lambda *_: Place(0, 1, torch.device("cpu")))
+    monkeypatch.setattr(ray.train, "get_context", mock.MagicMock())
+    monkeypatch.setattr(ray.train.torch, "get_device", lambda: "cpu")
+    config, run = settings(), TrainingDirectory(tmp_path / "training")
+    with pytest.raises(type(error)):
+        ray_training._train_on_worker({"config": config, "tokens": None, "run": run})
+    assert run.journal.path.exists() == is_noted
+    assert not is_noted or [event["kind"] for event in events(config, "failed")] == [type(error).__name__]
+
+
+def test_cluster_that_is_too_small_is_refused(cluster, settings):
+    with pytest.raises(ConfigError, match="execution.workers: 4 want 4 CPUs, and the cluster has 3; start more nodes"):
+        train(settings(**{**RAY, "optimization__micro_batch_sequences": 1}, execution__workers=4))
 
 
 def test_gpus_that_are_not_there_are_refused(cluster, settings):

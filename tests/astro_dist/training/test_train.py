@@ -3,6 +3,7 @@
 import functools
 import json
 import platform
+import shutil
 import signal
 import sys
 import time
@@ -12,19 +13,29 @@ import torch
 import transformers
 from safetensors import safe_open
 
-from astro.errors import CheckpointError, ConfigError, NumericalError, RunError, UnsupportedError
+from astro.errors import (
+    CheckpointError,
+    ConfigError,
+    DivergedError,
+    NumericalError,
+    RunError,
+    StorageError,
+    UnsupportedError,
+)
 from astro.linalg import compiled
 from astro.model.clips_file import CLIPS_FILE
 from astro_dist import cli
 from astro_dist.config.training import OptimizationConfig
 from astro_dist.execution.termination import Terminated
+from astro_dist.run_directory.identity import read_identity
 from astro_dist.run_directory.journal import Journal
 from astro_dist.source import long_wait
 from astro_dist.training import loop
-from astro_dist.training.parallel import Place
+from astro_dist.training.parallel import ParallelModel, Place
 from astro_dist.training.progress import EventReader
 from astro_dist.training.token_file import TokenFile, write_tokens
 from astro_dist.training.train import train
+from astro_dist.training.training_directory import TrainingDirectory
 from tests.support.models import byte_tokenizer
 
 
@@ -147,7 +158,7 @@ def test_machine_that_cannot_compile_trains_and_says_so_unless_it_was_told_to(se
 class OneOfTwo(Place):
     """A worker beside one that cannot compile."""
 
-    def of_all(self, value):
+    def all_gather(self, value):
         return [value, "node-2: no compiler"]
 
 
@@ -155,7 +166,7 @@ class OneOfTwo(Place):
 @pytest.mark.parametrize("compile_wish", [True, "auto"])
 def test_all_workers_compile_or_none_does(settings, compile_wish):
     config = settings(execution__compile=compile_wish)
-    train(settings(optimization__steps=1))  # for its tokens
+    train(settings(optimization__steps=1, optimization__warmup_steps=0))  # for its tokens
     tokens = TokenFile(config.output.dir / "tokens.bin", 32 * 50, 32)
     said = []
     trainer = loop.Trainer(config, tokens, OneOfTwo(0, 1, torch.device("cpu")))
@@ -207,7 +218,79 @@ def test_training_that_is_stopped_before_any_step_says_that_there_is_no_checkpoi
     monkeypatch.setattr(loop.Trainer, "run", stop)
     with caplog.at_level("INFO", "astro_dist"), pytest.raises(KeyboardInterrupt):
         train(settings())
-    assert "the last checkpoint is behind step 0: there is none yet" in caplog.text
+    assert "nothing was trained" in caplog.text
+
+
+def test_interruption_in_the_last_step_ends_a_training_that_is_done(settings, monkeypatch):
+    def interrupt(self):
+        figures = step(self)
+        if self.is_done:
+            signal.raise_signal(signal.SIGINT)
+            time.sleep(1)  # until the main thread has told the loop to end
+        return figures
+
+    step = loop.Trainer._do_step
+    monkeypatch.setattr(loop.Trainer, "_do_step", interrupt)
+    assert train(settings()).steps == 6
+
+
+def test_failure_at_the_stop_is_said(settings, monkeypatch, caplog):
+    def fail(*_):
+        raise StorageError("the disk is full")
+
+    def interrupt(self):
+        signal.raise_signal(signal.SIGINT)
+        time.sleep(1)
+        return step(self)
+
+    step = loop.Trainer._do_step
+    monkeypatch.setattr(loop.Trainer, "_do_step", interrupt)
+    monkeypatch.setattr(loop, "save_checkpoint", fail)
+    with caplog.at_level("INFO", "astro_dist"), pytest.raises(KeyboardInterrupt):
+        train(settings())
+    assert "the training did not end in order: the disk is full" in caplog.text
+    assert "there is no checkpoint yet" in caplog.text
+
+
+def test_gradient_that_is_not_finite_leaves_no_checkpoint(settings, events, monkeypatch):
+    clip = ParallelModel.clip_gradient
+
+    def spoil(self, norm):
+        next(self.model.parameters()).grad[0, 0] = torch.nan
+        return clip(self, norm)
+
+    monkeypatch.setattr(ParallelModel, "clip_gradient", spoil)
+    config = settings(output__checkpoint_every=1)
+    with pytest.raises(DivergedError, match=r"step 1: the loss is \d.*, and the gradient's norm is nan; begin anew in"):
+        train(config)
+    assert not (config.output.dir / "checkpoints").exists()
+
+
+def test_another_executor_or_precision_does_not_begin_anew_in_silence(settings):
+    config = settings(output__checkpoint_every=2)
+    train(config)
+    (config.output.dir / "training.json").unlink()
+    other = settings(optimization__precision="auto", execution__executor="ray")
+    with pytest.raises(ConfigError, match=r"checkpoints: holds checkpoints of execution\.executor: local; set it back"):
+        TrainingDirectory(other.output.dir).require_executor("ray")
+    trainer = loop.Trainer(
+        settings(optimization__precision="bfloat16"), TokenFile(config.output.dir / "tokens.bin", 3200, 32),
+        Place(0, 1, torch.device("cpu")),
+    )  # fmt: skip
+    with pytest.raises(ConfigError, match="was trained in float32, and optimization.precision: bfloat16 is bfloat16"):
+        trainer.load(config.output.dir / "checkpoints" / "step-000000004")
+    shutil.rmtree(config.output.dir / "checkpoints")
+    (config.output.dir / "checkpoints" / "checkpoint_2026").mkdir(parents=True)
+    with pytest.raises(ConfigError, match=r"holds checkpoints of execution\.executor: ray; set it back"):
+        train(config)
+
+
+def test_finished_training_of_an_earlier_version_is_read(settings):
+    config = settings()
+    now = train(config)
+    path = config.output.dir / "training.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), "commands": [], "of_a_later_version": 1}))
+    assert train(config) == now
 
 
 def test_training_of_a_version_that_minimized_something_else_is_not_gone_on_with(settings):
@@ -242,6 +325,23 @@ def test_finished_training_is_not_done_again(settings, events):
     assert len(events(config, "begun")) == 1
 
 
+def test_first_try_that_was_refused_does_not_bind_the_next(settings, tmp_path, caplog):
+    text = tmp_path / "text.txt"
+    text.write_text("ab")
+    with pytest.raises(ConfigError, match="expected at least one sequence"):
+        train(settings(text__source=str(text)))
+    text.write_text("more text " * 100)
+    train(settings(text__source=str(text), optimization__warmup_steps=6))
+    assert "warmup_steps: 6 is not below steps: 6, so the learning rate rises to the end" in caplog.text
+
+
+def test_command_of_runs_says_that_a_folder_holds_a_training(settings):
+    config = settings()
+    train(config)
+    with pytest.raises(ConfigError, match="training: holds a training, and this command takes runs of quantize"):
+        read_identity(config.output.dir)
+
+
 def test_other_settings_in_the_same_folder_are_refused(settings):
     train(settings())
     with pytest.raises(ConfigError, match=r"its training has optimization.seed: 0, got 1; set it back"):
@@ -263,7 +363,7 @@ def test_only_checkpoints_that_are_wanted_are_kept(settings):
 
 
 def test_loss_that_is_not_finite_ends_the_training(settings):
-    with pytest.raises(NumericalError, match=r"step \d: the loss is .*lower optimization.learning_rate"):
+    with pytest.raises(NumericalError, match=r"step \d: the loss is .*with a lower optimization.learning_rate"):
         train(settings(optimization__learning_rate=1e30, regularization__input_bits=None))
     with pytest.raises(NumericalError, match=r"_proj: its learned clips are .*, expected the first below the second"):
         train(settings("clips", optimization__learning_rate=1e3, optimization__warmup_steps=0))
