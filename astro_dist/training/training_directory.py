@@ -78,26 +78,19 @@ class TrainingDirectory:
             ConfigError: A training with other settings lies in the folder, or one of an earlier version that minimized
                 something else; the message names a key.
         """
-        path = self.root / TRAINING_FILE
         if RunLayout(self.root).identity.exists():
             raise ConfigError(f"output.dir {self.root}: holds a run of quantize; take another folder")
-        if not path.is_file() or not self._has_begun():
-            # What a first try left behind: its tokens are those of another text, maybe.
-            for file in (self.tokens, self.journal.path):
-                file.unlink(missing_ok=True)
+        path = self.root / TRAINING_FILE
+        changed = _first_change(load_train_config(path), config) if path.is_file() else None
+        if not self._has_begun():
+            if changed:
+                self.tokens.unlink(missing_ok=True)  # maybe of another text
             write_json(self.objective, {"number": OBJECTIVE})
-            write_text(path, config.to_yaml())
-            return
-        before = load_train_config(path).arithmetic()
-        now = config.arithmetic()
-        for section, keys in now.items():
-            for key, value in keys.items():
-                if before[section][key] != value:
-                    raise ConfigError(
-                        f"{self.root}: its training has {section}.{key}: {before[section][key]}, got {value}; set it "
-                        "back to go on, or take another output.dir"
-                    )
-        if config.regularization.kurtosis and self.finished() is None:
+        elif changed:
+            raise ConfigError(
+                f"{self.root}: its training has {changed}; set it back to go on, or take another output.dir"
+            )
+        elif config.regularization.kurtosis and self.finished() is None:
             number = read_json(self.objective)["number"] if self.objective.is_file() else 1
             if number != OBJECTIVE:
                 raise ConfigError(
@@ -147,3 +140,13 @@ class TrainingDirectory:
         if not (self.model / "config.json").is_file():
             raise RunError(f"{self.model}: the trained model is not there; run the same command to go on")
         write_json(self.summary, figures)
+
+
+def _first_change(before: TrainConfig, now: TrainConfig) -> str | None:
+    """Return the first key that decides what is trained and has another value, with both values; None if none has."""
+    earlier = before.arithmetic()
+    for section, keys in now.arithmetic().items():
+        for key, value in keys.items():
+            if earlier[section][key] != value:
+                return f"{section}.{key}: {earlier[section][key]}, got {value}"
+    return None

@@ -145,6 +145,7 @@ def test_only_what_would_come_again_is_told_to_the_driver(settings, events, tmp_
     monkeypatch.setattr(ray.train, "get_context", mock.MagicMock())
     monkeypatch.setattr(ray.train.torch, "get_device", lambda: "cpu")
     config, run = settings(), TrainingDirectory(tmp_path / "training")
+    run.root.mkdir()
     with pytest.raises(type(error)):
         ray_training._train_on_worker({"config": config, "tokens": None, "run": run})
     assert run.journal.path.exists() == is_noted
