@@ -16,8 +16,9 @@ __all__ = ["CHECKPOINTS", "LOCAL_CHECKPOINT", "OBJECTIVE", "TrainingDirectory"]
 LOCAL_CHECKPOINT, _RAY_CHECKPOINT = "step-", "checkpoint_"
 """How names of checkpoints begin: those of the local executor, and those of Ray Train."""
 OBJECTIVE = 2
-"""Number of what a training minimizes, which grows when the same settings come to mean something else. In 1, of
-versions before 0.11.0, kurtosis was added up over the tokens of a sequence; in 2 it is their mean."""
+"""Number of what a training minimizes, which grows when the same settings come to mean something else. In 1, kurtosis
+was added up over the tokens of a sequence; in 2 it is their mean. Versions before 0.12.0 recorded none, and the last of
+them had 2."""
 
 CHECKPOINTS = "checkpoints"
 """Name of the folder of checkpoints in the run directory."""
@@ -91,11 +92,11 @@ class TrainingDirectory:
                 f"{self.root}: its training has {changed}; set it back to go on, or take another output.dir"
             )
         elif config.regularization.kurtosis and self.finished() is None:
-            number = read_json(self.objective)["number"] if self.objective.is_file() else 1
+            number = read_json(self.objective)["number"] if self.objective.is_file() else None
             if number != OBJECTIVE:
                 raise ConfigError(
                     f"{self.root}: its training was begun by another version, in which the same "
-                    "regularization.kurtosis counts otherwise; begin anew in another output.dir, or finish it with "
+                    "regularization.kurtosis may count otherwise; begin anew in another output.dir, or finish it with "
                     "that version"
                 )
         write_text(path, config.to_yaml())
