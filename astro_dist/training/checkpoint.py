@@ -3,6 +3,9 @@
 import contextlib
 import errno
 import io
+import os
+import pickle
+import shutil
 import warnings
 from collections.abc import Iterator
 from pathlib import Path
@@ -21,6 +24,8 @@ __all__ = ["lasts", "load_checkpoint", "save_checkpoint", "writing"]
 
 _COMMON = "clips.pt"
 """Name of the file with what every worker has alike: clips, their optimizer's state, and the number of steps."""
+_ROOM = 1 << 20
+"""Bytes that are free where a disk is not full."""
 _LASTING = {errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES}
 
 
@@ -64,7 +69,7 @@ def load_checkpoint(folder: Path, model: nn.Module, optimizer: torch.optim.Optim
         with _alone_or_not():
             load(content, checkpoint_id=str(folder))
         common: dict[str, Any] = torch.load(folder / _COMMON, map_location="cpu", weights_only=True)
-    except (OSError, CheckpointException) as error:
+    except (OSError, EOFError, RuntimeError, pickle.UnpicklingError, CheckpointException) as error:
         reason = f"this checkpoint cannot be read: {_cause(error)}; see that every node sees all of it"
         raise DamagedError(folder, reason) from error
     set_state_dict(model, optimizer, model_state_dict=content["model"], optim_state_dict=content["optimizer"])
@@ -85,9 +90,9 @@ def writing(folder: Path) -> Iterator[None]:
         yield
     except (OSError, CheckpointException) as error:
         cause = _cause(error)
-        if isinstance(cause, OSError):
-            raise StorageError(f"{folder}: the checkpoint cannot be written: {cause}") from cause
-        raise
+        if not isinstance(cause, OSError) and not _has_room(folder):
+            cause = OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))  # torch says something else of a full disk
+        raise StorageError(f"{folder}: the checkpoint cannot be written: {cause}") from cause
 
 
 def lasts(error: StorageError) -> bool:
@@ -97,6 +102,11 @@ def lasts(error: StorageError) -> bool:
         error: The error.
     """
     return isinstance(error.__cause__, OSError) and error.__cause__.errno in _LASTING
+
+
+def _has_room(folder: Path) -> bool:
+    place = next((path for path in (folder, *folder.parents) if path.is_dir()), folder)
+    return shutil.disk_usage(place).free > _ROOM
 
 
 def _cause(error: BaseException) -> BaseException:

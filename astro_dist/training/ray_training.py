@@ -12,7 +12,7 @@ import ray.train
 import ray.train.torch
 import torch
 
-from astro.errors import AstroError, ConfigError, DivergedError, RunError, StorageError
+from astro.errors import AstroError, ConfigError, DamagedError, DivergedError, RunError, StorageError
 from astro.process import configure_process
 from astro_dist.config.schema import ExecutionConfig
 from astro_dist.config.training import TrainConfig
@@ -23,8 +23,14 @@ from astro_dist.training.parallel import Place
 from astro_dist.training.token_file import TokenFile
 from astro_dist.training.training_directory import CHECKPOINTS, TrainingDirectory
 from astro_dist.training.watched import run_watched
+from astro_dist.wording import counted
 
 __all__ = ["train_with_ray"]
+
+
+_START_ATTEMPTS = 30
+"""How often workers are begun where nodes are missing, say because one was lost. Ray Train waits a minute each time,
+and would go on for ever."""
 
 
 def train_with_ray(config: TrainConfig, tokens: TokenFile, run: TrainingDirectory, look: Callable[[], None]) -> None:
@@ -91,7 +97,10 @@ def _trainer(config: TrainConfig, tokens: TokenFile, run: TrainingDirectory) -> 
         run_config=ray.train.RunConfig(
             name=CHECKPOINTS,
             storage_path=str(run.root),
-            failure_config=ray.train.FailureConfig(max_failures=execution.max_retries),
+            # The types that Ray ships are those of its first Ray Train, which had no such limit.
+            failure_config=ray.train.FailureConfig(  # type: ignore[call-arg]
+                max_failures=execution.max_retries, controller_failure_limit=_START_ATTEMPTS
+            ),
             checkpoint_config=ray.train.CheckpointConfig(num_to_keep=output.keep_checkpoints),
         ),
     )
@@ -99,14 +108,14 @@ def _trainer(config: TrainConfig, tokens: TokenFile, run: TrainingDirectory) -> 
 
 def _require_room(workers: int, wanted: Mapping[str, int]) -> None:
     """Refuse a cluster that is too small, for which Ray Train would wait without a word."""
-    there = ray.cluster_resources()
-    for name, each in wanted.items():
-        if there.get(name, 0) < workers * each:
-            raise ConfigError(
-                f"execution.workers: {workers} want {workers * each} {name}s, and the cluster has "
-                f"{there.get(name, 0):g}; start more nodes, or take fewer workers"
-                + (", or fewer execution.threads_per_worker" if name == "CPU" and each > 1 else "")
-            )
+    nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
+    room = sum(min(int(node.get(name, 0) // each) for name, each in wanted.items()) for node in nodes)
+    if room < workers:
+        each = " and ".join(counted(number, name) for name, number in wanted.items())
+        raise ConfigError(
+            f"execution.workers: {workers}, each with {each} of one node, and the cluster has room for {room}; start "
+            "more nodes, or take fewer workers or threads_per_worker"
+        )
 
 
 def _explained(error: BaseException) -> AstroError:
@@ -158,4 +167,5 @@ def _train_on_worker(content: Mapping[str, Any]) -> None:
 def _note_failure(run: TrainingDirectory, error: AstroError) -> None:
     """Tell the driver of an error that would come again, so that it does not let Ray Train try once more."""
     with contextlib.suppress(StorageError):
-        run.journal.note("failed", kind=type(error).__name__, message=str(error))
+        kind = RunError if isinstance(error, DamagedError) else type(error)  # which is made of its message alone
+        run.journal.note("failed", kind=kind.__name__, message=str(error))

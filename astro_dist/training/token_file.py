@@ -26,7 +26,6 @@ from astro_dist.source.whole_text import read_documents
 __all__ = ["TokenFile", "write_tokens"]
 
 _DTYPE = np.dtype("<u4")
-_INFO = "tokens.json"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -71,14 +70,14 @@ def write_tokens(config: TrainTextConfig, tokenizer: Any, vocab_size: int, path:
         config: Section of the configuration.
         tokenizer: Tokenizer of the model, as transformers loads it.
         vocab_size: Number of tokens that the model has.
-        path: Path of the file of tokens; what it holds is recorded in tokens.json beside it.
+        path: Path of the file of tokens; what it holds is recorded in a .json file beside it.
 
     Raises:
         ConfigError: The text cannot be read, or is shorter than one sequence.
         CheckpointError: The tokenizer gives tokens that the model does not have.
         StorageError: The file cannot be written.
     """
-    info = path.with_name(_INFO)
+    info = path.with_suffix(".json")
     if info.is_file() and path.is_file():
         content = read_json(info)
         return TokenFile(path, content["num_tokens"], config.sequence_length)

@@ -154,7 +154,7 @@ def _train_and_listen(config: TrainConfig, tokens: TokenFile, run: TrainingDirec
         _train_where_it_belongs(config, tokens, run, look)
     except (KeyboardInterrupt, Terminated):
         if not is_done():  # else it came in the last step
-            _log.info("%s", "nothing was trained" if kept is None else _say_kept(kept))
+            _log.info("%s", "no step was done" if kept is None else _say_kept(kept))
             raise
     look()
     if not last:

@@ -1,6 +1,7 @@
 """The run directory of a training: where its files are, and whether it is this very training that lies there."""
 
 import dataclasses
+import shutil
 from pathlib import Path
 from typing import Any, Literal
 
@@ -45,6 +46,11 @@ class TrainingDirectory:
         return self.root / "tokens.bin"
 
     @property
+    def tokens_info(self) -> Path:
+        """File of what is known of the tokens; without it they are made anew."""
+        return self.root / "tokens.json"
+
+    @property
     def journal(self) -> Journal:
         """Journal of the training, in which its events are lines."""
         return Journal(self.root / "progress.jsonl")
@@ -85,7 +91,9 @@ class TrainingDirectory:
         changed = _first_change(load_train_config(path), config) if path.is_file() else None
         if not self._has_begun():
             if changed:
-                self.tokens.unlink(missing_ok=True)  # maybe of another text
+                for file in (self.tokens_info, self.tokens):  # maybe of another text
+                    file.unlink(missing_ok=True)
+                shutil.rmtree(self.model, ignore_errors=True)
             write_json(self.objective, {"number": OBJECTIVE})
         elif changed:
             raise ConfigError(

@@ -55,7 +55,7 @@ def run_watched(work: Callable[[], None], look: Callable[[], None], stop: Path, 
         _log.info("the training ends behind this step, and writes a checkpoint%s", again)
         seconds = _TERMINATED_S if is_terminated else _INTERRUPTED_S
         if not _end(has_ended, stop, seconds):
-            _log.info("its step took longer than %.0f s, so it ends without that checkpoint", seconds)
+            _log.info("the training did not end within %.0f s, so its last steps may be lost", seconds)
         look()
         for failure in failures:
             _log.warning("the training did not end in order: %s", failure)

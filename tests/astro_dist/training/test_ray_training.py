@@ -153,8 +153,10 @@ def test_only_what_would_come_again_is_told_to_the_driver(settings, events, tmp_
 
 
 def test_cluster_that_is_too_small_is_refused(cluster, settings):
-    with pytest.raises(ConfigError, match="execution.workers: 4 want 4 CPUs, and the cluster has 3; start more nodes"):
-        train(settings(**{**RAY, "optimization__micro_batch_sequences": 1}, execution__workers=4))
+    with pytest.raises(
+        ConfigError, match=r"workers: 2, each with 2 CPUs .*, and the cluster has room for 1; start more nodes"
+    ):
+        train(settings(**RAY, execution__workers=2, execution__threads_per_worker=2))
 
 
 def test_gpus_that_are_not_there_are_refused(cluster, settings):
