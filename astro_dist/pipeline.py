@@ -4,14 +4,13 @@ import contextlib
 import dataclasses
 import logging
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 
 import astro
-from astro.errors import ConfigError
 from astro.storage.atomic import write_json
 from astro_dist.config.cluster_paths import require_absolute_paths
 from astro_dist.config.schema import RunConfig, run_key
@@ -26,6 +25,7 @@ from astro_dist.export.inventory import all_shards, is_whole, replace_card, seal
 from astro_dist.export.model_card import planned_card
 from astro_dist.planning.compute_dtype import compute_dtype
 from astro_dist.planning.cost import CostModel
+from astro_dist.planning.deadlines import deadlines
 from astro_dist.planning.devices import DEVICES, measure
 from astro_dist.planning.disk_size import DiskSize
 from astro_dist.planning.estimate import require_room
@@ -47,11 +47,9 @@ from astro_dist.run_directory.journal import Damaged
 from astro_dist.run_directory.layer_widths import settle_widths
 from astro_dist.run_directory.local_activations import local_activations, open_activations
 from astro_dist.run_directory.records import RunDirectory
-from astro_dist.run_directory.resume import make_schedule
+from astro_dist.run_directory.resume import make_schedule, require_same_arithmetic
 from astro_dist.run_directory.summary import Summary, read_summary
-from astro_dist.run_directory.unit_record import EmbedResult
-from astro_dist.schedule.calls import Call
-from astro_dist.schedule.names import EMBED, is_block_unit
+from astro_dist.schedule.names import is_block_unit
 from astro_dist.schedule.schedule import Schedule
 from astro_dist.schedule.unit_words import UnitWords
 from astro_dist.source.calibration_text import Chunk, TokenChunks, as_tensors
@@ -61,15 +59,6 @@ from astro_dist.worker.spec import WorkerSpec
 __all__ = ["quantize"]
 
 _log = logging.getLogger("astro_dist")
-
-_CALL_PATIENCE_S = 600.0
-"""Seconds that any call may take, however little work it is."""
-_SLACK = 20.0
-"""Factor between the time that a slow device would need and the time that a call may take."""
-_SLOWEST_CORE, _SLOWEST_GPU = 5e9, 1e12
-"""Operations a second of a CPU core and of a GPU that are slower than any device in use."""
-_CRAWL = 5e6
-"""Bytes a second of a shared folder that is slower than any in use."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -254,7 +243,7 @@ def _execute(
     config, plan, run = job.config, job.prepared.plan, job.run
     device = "cuda" if executor.has_gpus else "cpu"
     dtype = compute_dtype(config, plan, job.prepared.checkpoint, device)
-    _refuse_other_arithmetic(run, dtype, device)
+    require_same_arithmetic(run, dtype, device)
     tokens = {chunk.name: chunk.tokens.size for chunk in job.chunks}
     cost = CostModel(plan, config, tokens, dtype, device)
     if not schedule.finished:
@@ -283,7 +272,7 @@ def _execute(
 
     driver = Driver(
         executor, run, display,
-        Limits(config.execution.max_retries, _deadlines(config, cost, device), config.execution.worker_timeout_s),
+        Limits(config.execution.max_retries, deadlines(config, cost, device), config.execution.worker_timeout_s),
         job.schedule, on_finished,
     )  # fmt: skip
     executor.start(spec)
@@ -326,35 +315,3 @@ def _worker_spec(job: _Job, folder: Path, dtype: torch.dtype, executor: Executor
         tile_elements=config.execution.tile_elements(device),
         needed_bytes=needed_bytes,
     )
-
-
-def _deadlines(config: RunConfig, cost: CostModel, device: str) -> Callable[[Call], float]:
-    """Return a function that gives the seconds after which a call is taken to hang, many times what it should need."""
-    timeout_s = config.execution.call_timeout_s
-    rate = _SLOWEST_GPU if device == "cuda" else _SLOWEST_CORE * config.execution.cpu_threads
-
-    def at_worst(call: Call) -> float:
-        work = cost.work(call)
-        return _CALL_PATIENCE_S + _SLACK * (work.compute + work.exact) / rate + work.moved_bytes / _CRAWL
-
-    return at_worst if timeout_s == "auto" else lambda call: timeout_s
-
-
-def _refuse_other_arithmetic(run: RunDirectory, dtype: torch.dtype, device: str) -> None:
-    """Refuse to go on in another dtype or on another kind of device: the result would become a mixture."""
-    record = run.finished(EMBED)
-    if record is None:
-        return
-    begun = record.result
-    assert isinstance(begun, EmbedResult)
-    before, kind = begun.compute_dtype, begun.device
-    if before != str(dtype):
-        raise ConfigError(
-            f"{run.root}: this run was begun in {before} and would go on in {dtype} on this hardware; "
-            f"set execution.compute_dtype: {before.removeprefix('torch.')}, or choose another directory with --output"
-        )
-    if kind != device:
-        raise ConfigError(
-            f"{run.root}: this run was begun on {kind} and would go on on {device}; set execution.device: {kind}, wait "
-            "for such workers, or choose another directory with --output"
-        )

@@ -2,12 +2,15 @@
 
 from collections.abc import Collection, Sequence
 
-from astro.errors import DamagedError
+import torch
+
+from astro.errors import ConfigError, DamagedError
 from astro.model.call_file import read_recording
 from astro_dist.config.schema import RunConfig
 from astro_dist.planning.units import Plan
 from astro_dist.run_directory.beginning import mend_tokens
 from astro_dist.run_directory.records import RunDirectory
+from astro_dist.run_directory.unit_record import EmbedResult
 from astro_dist.schedule.factory import schedule_of
 from astro_dist.schedule.names import (
     CHANNELS,
@@ -26,7 +29,7 @@ from astro_dist.schedule.names import (
 from astro_dist.schedule.schedule import RunShape, Schedule, StartingPoint
 from astro_dist.source.calibration_text import Chunk, as_tensors
 
-__all__ = ["make_schedule"]
+__all__ = ["make_schedule", "require_same_arithmetic"]
 
 
 def make_schedule(config: RunConfig, plan: Plan, run: RunDirectory, chunks: Sequence[Chunk]) -> Schedule:
@@ -95,3 +98,32 @@ def _finished(run: RunDirectory, units: Sequence[str]) -> set[str]:
         if run.finished(unit, superseded) is not None:
             finished.add(unit)
     return finished
+
+
+def require_same_arithmetic(run: RunDirectory, dtype: torch.dtype, device: str) -> None:
+    """Refuse to go on in another dtype or on another kind of device: the result would become a mixture.
+
+    Args:
+        run: Run directory.
+        dtype: Dtype of forward passes.
+        device: Type of the workers' devices, "cpu" or "cuda".
+
+    Raises:
+        ConfigError: The run was begun otherwise.
+    """
+    record = run.finished(EMBED)
+    if record is None:
+        return
+    begun = record.result
+    assert isinstance(begun, EmbedResult)
+    before, kind = begun.compute_dtype, begun.device
+    if before != str(dtype):
+        raise ConfigError(
+            f"{run.root}: this run was begun in {before} and would go on in {dtype} on this hardware; "
+            f"set execution.compute_dtype: {before.removeprefix('torch.')}, or choose another directory with --output"
+        )
+    if kind != device:
+        raise ConfigError(
+            f"{run.root}: this run was begun on {kind} and would go on on {device}; set execution.device: {kind}, wait "
+            "for such workers, or choose another directory with --output"
+        )
