@@ -31,6 +31,7 @@ from astro_dist.planning.disk_size import DiskSize
 from astro_dist.planning.estimate import require_room
 from astro_dist.planning.input_clips import clips_sha256
 from astro_dist.planning.outlook import Outlook
+from astro_dist.planning.planned_run import PlannedRun
 from astro_dist.planning.validate import Prepared, prepare, tokens_of
 from astro_dist.planning.worker_count import local_workers
 from astro_dist.publish.background_upload import BackgroundUpload
@@ -245,9 +246,10 @@ def _execute(
     dtype = compute_dtype(config, plan, job.prepared.checkpoint, device)
     require_same_arithmetic(run, dtype, device)
     tokens = {chunk.name: chunk.tokens.size for chunk in job.chunks}
-    cost = CostModel(plan, config, tokens, dtype, device)
+    planned = PlannedRun(plan, config, tokens, dtype, device)
+    cost = CostModel(planned)
     if not schedule.finished:
-        size = DiskSize(plan, config, tokens, dtype, device)
+        size = DiskSize(planned)
         needed, kept = size.most_bytes(executor.num_workers), size.kept_bytes()
         require_room(needed if run.local is None else kept, run.root)
         if run.local is not None:

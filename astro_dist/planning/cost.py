@@ -3,19 +3,17 @@
 The layers of a block are solved in batches: input groups of one shape side by side.
 """
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 from typing import assert_never
 
-import torch
-
-from astro_dist.config.schema import RunConfig
 from astro_dist.planning.correction_cost import correction_size, correction_work
 from astro_dist.planning.devices import Device, reads_weights_ahead
 from astro_dist.planning.forward_cost import ForwardCost
+from astro_dist.planning.planned_run import PlannedRun
 from astro_dist.planning.predicted_groups import PredictedInputGroup, block_batches, stages_of
 from astro_dist.planning.solve_cost import SolveCost, dequantizing, packing, unpacking
 from astro_dist.planning.statistics_cost import StatisticsCost
-from astro_dist.planning.units import BlockUnit, Plan
+from astro_dist.planning.units import BlockUnit
 from astro_dist.planning.work import Work
 from astro_dist.planning.worker_memory import WorkerMemory
 from astro_dist.schedule.calls import (
@@ -60,23 +58,13 @@ _TRIED_TOKENS = 32 * 40
 class CostModel:
     """Tells what the calls of a run cost, and what a worker must hold."""
 
-    def __init__(
-        self,
-        plan: Plan,
-        config: RunConfig,
-        chunk_tokens: Mapping[str, int],
-        dtype: torch.dtype,
-        device_type: str,
-    ) -> None:
+    def __init__(self, planned: PlannedRun) -> None:
         """Look at a run.
 
         Args:
-            plan: Units of the run.
-            config: Configuration of the run.
-            chunk_tokens: Number of tokens of each chunk by name, in the order in which the chunks travel.
-            dtype: Dtype of forward passes.
-            device_type: Type of the device, "cpu" or "cuda".
+            planned: The run.
         """
+        plan, config, dtype, device_type = planned.plan, planned.config, planned.dtype, planned.device_type
         self._device_type = device_type
         loops = config.execution.column_loops(device_type)
         self._tile_elements = config.execution.tile_elements(device_type)
@@ -91,8 +79,8 @@ class CostModel:
             config.quantization.makes_up_for_rounding(config.activations.bits),
         )
         self._batches_of: dict[int, list[PredictedInputGroup]] = {}
-        self._plan, self._tokens, self._itemsize = plan, dict(chunk_tokens), dtype.itemsize
-        self._shares = shares(list(chunk_tokens), config.execution.hessian_shares)
+        self._plan, self._tokens, self._itemsize = plan, dict(planned.chunk_tokens), dtype.itemsize
+        self._shares = shares(list(self._tokens), config.execution.hessian_shares)
         self._sequential = config.execution.mode == "sequential"
         self._sequence_length = config.calibration.longest_sequence
         self._forward = ForwardCost(plan, self._sequence_length, device_type)

@@ -1,14 +1,12 @@
 """What the folder of a run takes on the disk, from headers and configuration alone."""
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 
-import torch
-
-from astro_dist.config.schema import RunConfig
 from astro_dist.planning.correction_cost import correction_size
+from astro_dist.planning.planned_run import PlannedRun
 from astro_dist.planning.predicted_groups import PredictedInputGroup, block_batches, stages_of
 from astro_dist.planning.statistics_cost import StatisticsCost
-from astro_dist.planning.units import BlockUnit, Plan
+from astro_dist.planning.units import BlockUnit
 from astro_dist.schedule.names import is_held_out
 from astro_dist.schedule.sequential import shares
 
@@ -21,27 +19,17 @@ _TILE_BYTES = 1.1
 class DiskSize:
     """Tells what the run directory holds at most."""
 
-    def __init__(
-        self,
-        plan: Plan,
-        config: RunConfig,
-        chunk_tokens: Mapping[str, int],
-        dtype: torch.dtype,
-        device_type: str,
-    ) -> None:
+    def __init__(self, planned: PlannedRun) -> None:
         """Look at a run.
 
         Args:
-            plan: Units of the run.
-            config: Configuration of the run.
-            chunk_tokens: Number of tokens of each chunk by name, in the order in which the chunks travel.
-            dtype: Dtype of forward passes.
-            device_type: Type of the device, "cpu" or "cuda".
+            planned: The run.
         """
-        self._plan, self._config, self._tokens, self._itemsize = plan, config, chunk_tokens, dtype.itemsize
-        self._statistics = StatisticsCost(config, dtype, device_type)
-        self._tile_elements = config.execution.tile_elements(device_type)
-        self._is_sequential = config.execution.mode == "sequential"
+        self._plan, self._config = planned.plan, planned.config
+        self._tokens, self._itemsize = planned.chunk_tokens, planned.dtype.itemsize
+        self._statistics = StatisticsCost(planned.config, planned.dtype, planned.device_type)
+        self._tile_elements = planned.config.execution.tile_elements(planned.device_type)
+        self._is_sequential = planned.config.execution.mode == "sequential"
 
     def most_bytes(self, workers: int) -> int:
         """Return what the run directory holds at most, in bytes.

@@ -12,6 +12,7 @@ from astro_dist.config.schema import RunConfig
 from astro_dist.planning.cost import CostModel
 from astro_dist.planning.devices import Device
 from astro_dist.planning.disk_size import DiskSize
+from astro_dist.planning.planned_run import PlannedRun
 from astro_dist.planning.simulate import simulate
 from astro_dist.planning.units import Plan
 from astro_dist.schedule.calls import Call
@@ -72,7 +73,8 @@ def estimate(
     at_once = min(workers, at_once or workers)
     tokens = chunk_tokens(config.calibration)
     device_type = "cuda" if device.memory_bytes else "cpu"
-    cost = CostModel(plan, config, tokens, dtype, device_type)
+    planned = PlannedRun(plan, config, tokens, dtype, device_type)
+    cost = CostModel(planned)
     moved = [0.0]
 
     def seconds(call: Call) -> float:
@@ -87,7 +89,7 @@ def estimate(
         device=device.name,
         worker_bytes=cost.worker_bytes(),
         host_bytes=cost.host_bytes() if device.memory_bytes else 0,
-        disk_bytes=DiskSize(plan, config, tokens, dtype, device_type).most_bytes(workers),
+        disk_bytes=DiskSize(planned).most_bytes(workers),
         moved_bytes=int(moved[0]),
         wall_s=simulated.wall_s,
         device_hours=at_once * simulated.wall_s / 3600,

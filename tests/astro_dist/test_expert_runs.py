@@ -16,6 +16,7 @@ from astro.formats import compressed_tensors
 from astro_dist import pipeline
 from astro_dist.export.verify import verify_model
 from astro_dist.planning.disk_size import DiskSize
+from astro_dist.planning.planned_run import PlannedRun
 from astro_dist.planning.validate import prepare
 from astro_dist.planning.worker_memory import WorkerMemory
 from tests.support.architectures import EXPERTS
@@ -188,7 +189,10 @@ def test_room_on_disk_is_that_of_the_largest_block(experts_config):
     prepared = prepare(experts_config("deepseek-v3"))
     blocks = prepared.plan.blocks
     turned = dataclasses.replace(prepared.plan, blocks=tuple(reversed(blocks)))
-    sizes = [DiskSize(plan, prepared.config, {"c0000": 64}, torch.float32, "cpu") for plan in (prepared.plan, turned)]
+    sizes = [
+        DiskSize(PlannedRun(plan, prepared.config, {"c0000": 64}, torch.float32, "cpu"))
+        for plan in (prepared.plan, turned)
+    ]
     assert sizes[0].most_bytes(2) == sizes[1].most_bytes(2)
 
 

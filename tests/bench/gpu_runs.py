@@ -22,6 +22,7 @@ from astro_dist import pipeline
 from astro_dist.config.schema import RunConfig
 from astro_dist.planning.cost import CostModel
 from astro_dist.planning.devices import DEVICES
+from astro_dist.planning.planned_run import PlannedRun
 from astro_dist.planning.validate import prepare
 from astro_dist.schedule.calls import SolveBlock
 from astro_dist.source.calibration_text import chunk_tokens
@@ -195,9 +196,9 @@ def _block(bench: Bench, name: str) -> None:
 def _foretold(bench: Bench, source: Path, config: RunConfig) -> dict[str, Any]:
     """What `plan` says of the solve and of the memory, and the least seconds by phase."""
     device = DEVICES["h200"]
-    cost = CostModel(
+    cost = CostModel(PlannedRun(
         prepare(config).plan, config, chunk_tokens(config.calibration), torch.bfloat16, bench.device.type
-    )  # fmt: skip
+    ))  # fmt: skip
     gpu = some_gpus("h200", 1, half=True)
     least = {phase: gpu.seconds(need) for phase, need in count(shape_of(source, config, 2), config).items()}
     return {

@@ -25,6 +25,7 @@ from astro_dist.config.yaml_file import load_recorded_config
 from astro_dist.planning.cost import CostModel
 from astro_dist.planning.coverage import Coverage
 from astro_dist.planning.devices import DEVICES
+from astro_dist.planning.planned_run import PlannedRun
 from astro_dist.planning.simulate import simulate
 from astro_dist.planning.units import BlockUnit, CopyUnit, Plan
 from astro_dist.schedule.calls import (
@@ -132,7 +133,7 @@ def table(name: str, device_name: str, gigabits: float) -> None:
         shares = {"hessian_shares": 8} if mode == "sequential" else {}
         config = RunConfig.model_validate({**CONFIG, "execution": {"mode": mode, **shares}})
         tokens = chunk_tokens(config.calibration)
-        cost = CostModel(plan, config, tokens, torch.bfloat16, "cuda")
+        cost = CostModel(PlannedRun(plan, config, tokens, torch.bfloat16, "cuda"))
         walls, efficiencies, alone = [], [], 0.0
         for workers in WORKERS:
             schedule = schedule_of(config, RunShape(len(plan.blocks), len(plan.copies), list(tokens)))

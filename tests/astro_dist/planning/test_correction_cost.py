@@ -5,13 +5,14 @@ from astro.activation_config import Reconstruction
 from astro_dist.planning.correction_cost import correction_notes, correction_size, rounding_drifts
 from astro_dist.planning.cost import CostModel
 from astro_dist.planning.disk_size import DiskSize
+from astro_dist.planning.planned_run import PlannedRun
 from astro_dist.planning.validate import prepare
 from astro_dist.schedule.calls import Reconstruct, SolveBlock, SplitBlock
 from astro_dist.source.calibration_text import chunk_tokens
 
 
 def cost_of(config, kind=CostModel):
-    return kind(prepare(config).plan, config, chunk_tokens(config.calibration), torch.float32, "cpu")
+    return kind(PlannedRun(prepare(config).plan, config, chunk_tokens(config.calibration), torch.float32, "cpu"))
 
 
 def test_the_size_is_that_of_the_factors(run_config):

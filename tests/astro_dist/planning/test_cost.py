@@ -7,6 +7,7 @@ import torch
 
 from astro_dist.planning.cost import CostModel
 from astro_dist.planning.devices import DEVICES
+from astro_dist.planning.planned_run import PlannedRun
 from astro_dist.planning.solve_cost import dequantizing, packing, unpacking
 from astro_dist.planning.validate import prepare
 from astro_dist.planning.work import Work
@@ -31,7 +32,7 @@ AUTO = {"quantization__bits": "auto", "quantization__average_bits": 3.5, "execut
 
 def cost_of(config, dtype=torch.float32, device="cpu"):
     prepared = prepare(config)
-    return CostModel(prepared.plan, config, chunk_tokens(config.calibration), dtype, device), prepared.plan
+    return CostModel(PlannedRun(prepared.plan, config, chunk_tokens(config.calibration), dtype, device)), prepared.plan
 
 
 def solved(config, round_index=0):

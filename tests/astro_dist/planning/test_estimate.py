@@ -13,6 +13,7 @@ from astro_dist.planning.cost import CostModel
 from astro_dist.planning.devices import DEVICES, Device
 from astro_dist.planning.disk_size import DiskSize
 from astro_dist.planning.forecast import forecast
+from astro_dist.planning.planned_run import PlannedRun
 from astro_dist.planning.simulate import simulate
 from astro_dist.planning.validate import prepare
 from astro_dist.schedule.calls import Embed, EvaluateLoss, Forward
@@ -32,7 +33,7 @@ def prepared(run_config):
 def every_call(prepared, workers=1):
     calls = []
     tokens = chunk_tokens(prepared.config.calibration)
-    cost = CostModel(prepared.plan, prepared.config, tokens, torch.float32, "cpu")
+    cost = CostModel(PlannedRun(prepared.plan, prepared.config, tokens, torch.float32, "cpu"))
     schedule = schedule_of(
         prepared.config, RunShape(len(prepared.plan.blocks), len(prepared.plan.copies), list(tokens))
     )
@@ -128,5 +129,7 @@ def test_disk_is_never_needed_beyond_the_estimate(run_config, tmp_path, monkeypa
     config = run_config(execution__workers=2, execution__mode=mode, calibration__samples=60)
     prepared = prepare(config)
     pipeline.quantize(config)
-    size = DiskSize(prepared.plan, config, chunk_tokens(config.calibration), torch.float32, "cpu").most_bytes(2)
+    size = DiskSize(
+        PlannedRun(prepared.plan, config, chunk_tokens(config.calibration), torch.float32, "cpu")
+    ).most_bytes(2)
     assert 0.4 * size < largest[0] < 1.1 * size

@@ -12,6 +12,7 @@ from astro.quantization import gptq, refine
 from astro.quantization.block import quantize_block
 from astro.quantization.recipe import Recipe
 from astro_dist.planning.cost import CostModel
+from astro_dist.planning.planned_run import PlannedRun
 from astro_dist.planning.predicted_groups import predicted_input_groups
 from astro_dist.source.calibration_text import chunk_tokens
 from tests.bench.floor import plan_of
@@ -70,7 +71,7 @@ def test_a_block_is_solved_on_one_device_without_waiting_and_in_the_memory_foret
     groups = predicted_input_groups(plan.blocks[0].linears, 1.0)
     tiles = sum(len(row_tiles(group.rows, group.columns, TILE_ELEMENTS["cuda"])) for group in groups)
     assert gpu.waits["quantization/refine.py:refine"] == config.quantization.refine_passes * tiles
-    cost = CostModel(plan, config, chunk_tokens(config.calibration), torch.bfloat16, "cuda")
+    cost = CostModel(PlannedRun(plan, config, chunk_tokens(config.calibration), torch.bfloat16, "cuda"))
     foretold = cost.worker_bytes()
     assert 0.5 * foretold < gpu.peak_bytes <= foretold, f"{gpu.peak_bytes / 1e9:.1f} GB in {gpu.peak_place}"
 

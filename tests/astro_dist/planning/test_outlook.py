@@ -9,6 +9,7 @@ import torch
 from astro_dist.planning.cost import CostModel
 from astro_dist.planning.devices import DEVICES
 from astro_dist.planning.outlook import Outlook
+from astro_dist.planning.planned_run import PlannedRun
 from astro_dist.planning.validate import prepare
 from astro_dist.schedule.factory import schedule_of
 from astro_dist.schedule.schedule import RunShape, assign
@@ -26,7 +27,7 @@ def make(run_config):
         prepared = prepare(run_config(**{f"calibration__{key}": value for key, value in sizes.items()}, **changes))
         plan, config = prepared.plan, prepared.config
         tokens = chunk_tokens(config.calibration)
-        cost = CostModel(plan, config, tokens, torch.float32, "cpu")
+        cost = CostModel(PlannedRun(plan, config, tokens, torch.float32, "cpu"))
         schedule = schedule_of(config, RunShape(len(plan.blocks), len(plan.copies), list(tokens)))
         return schedule, cost, lambda call: cost.seconds(call, DEVICES["h100"])
 

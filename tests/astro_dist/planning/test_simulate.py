@@ -4,6 +4,7 @@ import pytest
 import torch
 
 from astro_dist.planning.cost import CostModel
+from astro_dist.planning.planned_run import PlannedRun
 from astro_dist.planning.simulate import simulate
 from astro_dist.planning.validate import prepare
 from astro_dist.schedule.factory import schedule_of
@@ -16,7 +17,7 @@ def simulated(run_config):
     prepared = prepare(run_config())
     plan, config = prepared.plan, prepared.config
     tokens = chunk_tokens(config.calibration)
-    cost = CostModel(plan, config, tokens, torch.float32, "cpu")
+    cost = CostModel(PlannedRun(plan, config, tokens, torch.float32, "cpu"))
 
     def run(workers, seconds=lambda call: 1.0):
         schedule = schedule_of(config, RunShape(len(plan.blocks), len(plan.copies), list(tokens)))
