@@ -79,7 +79,8 @@ class Activations:
     """How channels of the inputs that are much larger than others are made smaller, and the weights that read them
     larger. The factors go into the norm or the linear layer that makes an input, where that is exact, so that they cost
     nothing; which inputs stay as they are is reported. `aser` takes the channels of largest mean |x| · mean |w|,
-    `smoothquant` all channels."""
+    whose weights the corrections of low rank then hold alone if `reconstruction.rank` is at least `outlier_channels`;
+    `smoothquant` takes all channels."""
     outlier_channels: int = 32
     """With `smoothing: aser`: number of channels of each input that are made smaller."""
     smoothing_strength: float = 0.5
@@ -189,6 +190,17 @@ class Reconstruction:
     def is_on(self) -> bool:
         """Whether anything is corrected."""
         return self.rank != 0
+
+    def holds_channels(self, activations: Activations) -> bool:
+        """Tell whether corrections hold the weights of the outlier channels that smoothing has made larger.
+
+        They do as ASER has it, where they have rank enough for all of them. Less rank would leave some of them out.
+
+        Args:
+            activations: What is done to inputs.
+        """
+        has_rank = self.rank != "auto" and self.rank >= activations.outlier_channels
+        return activations.smoothing == "aser" and has_rank
 
     def minds_rounding(self, activations: Activations) -> bool:
         """Tell whether corrections mind that they read inputs as they are, and their layer reads them rounded.

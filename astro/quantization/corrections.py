@@ -16,6 +16,7 @@ from astro.linalg.tiling import row_tiles
 from astro.model.low_rank import LowRank
 from astro.quantization.error_reconstruction import reconstruct, remaining_errors
 from astro.quantization.grid import QuantizedLinear
+from astro.quantization.held_columns import held_columns
 from astro.quantization.layer_record import LayerRecord
 from astro.quantization.output_error import sampled_errors
 from astro.quantization.row_solver import InputGroups, behind_errors, compensate
@@ -33,11 +34,14 @@ class CorrectedGroups:
         corrections: Correction of each layer that gets one, by its name.
         taken: Squared output error that the corrections took from each input group, by its name.
         seconds: Time by phase that each input group took, by its name.
+        whole: Squared output error without corrections, and the energy that it is relative to, of each input group of
+            which corrections hold columns, by its name. The solve has measured both without these columns.
     """
 
     corrections: Mapping[str, LowRank]
     taken: Mapping[str, float]
     seconds: Mapping[str, Mapping[str, float]]
+    whole: Mapping[str, tuple[float, float]] = dataclasses.field(default_factory=dict)
 
 
 def correct_input_groups(
@@ -50,7 +54,7 @@ def correct_input_groups(
 
     Args:
         input_groups: The input groups, factored; the regularizer is not needed.
-        W: Original weights of all members of each, float32 [B, R, C].
+        W: Original weights of all members of each, float32 [B, R, C], with the columns that corrections hold.
         members: Name and number of rows of each member of each.
         solved: Every member on its grid by name, on any device.
 
@@ -67,6 +71,8 @@ def correct_input_groups(
         return None
     corrections: dict[str, LowRank] = {}
     taken = dict.fromkeys(input_groups.names, 0.0)
+    held = [held_columns([name for name, _ in of_group], input_groups.recipe) for of_group in members]
+    whole = {group: (0.0, 0.0) for group, columns in zip(input_groups.names, held, strict=True) if columns}
     with timed(input_groups.seconds, "reconstruct", W.device):
         read = UnroundedInputs.of(input_groups)
     H, damping = (input_groups.H, _damping(input_groups)) if read is None else (read.H, read.damping)
@@ -83,15 +89,19 @@ def correct_input_groups(
             factors = reconstruct(E, H, damping, wanted.settings.rank, wanted.settings.energy)
             stored = [correction.to(wanted.dtype) for correction in factors]
             before, after = _measured(input_groups, W[:, rows], of_names, E, stored)
-        for name, correction, group, error, left in zip(names, stored, input_groups.names, before, after, strict=True):
+            energies = _energies(input_groups, W[:, rows]) if whole else before
+        figures = zip(names, stored, input_groups.names, before, after, energies, strict=True)
+        for name, correction, group, error, left, energy in figures:
             if not left < float("inf"):
                 raise NumericalError(
                     f"{name}: its correction of low rank is not finite in {wanted.dtype}; set reconstruction.rank: 0"
                 )
             corrections[name] = correction
             taken[group] += error - left
+            if group in whole:
+                whole[group] = (whole[group][0] + error, whole[group][1] + energy)
     spent = {phase: seconds / len(input_groups.names) for phase, seconds in input_groups.spent_().items()}
-    return CorrectedGroups(corrections, taken, dict.fromkeys(input_groups.names, spent))
+    return CorrectedGroups(corrections, taken, dict.fromkeys(input_groups.names, spent), whole)
 
 
 def with_corrections(
@@ -120,12 +130,15 @@ def _recorded(record: LayerRecord, corrections: Mapping[str, LowRank], corrected
     add_seconds(seconds, corrected.seconds.get(record.name, {}))
     if not of_record:
         return dataclasses.replace(record, seconds=seconds)
-    tiny = torch.finfo(torch.float32).tiny
-    share = corrected.taken[record.name] / max(record.output_energy, tiny)
+    of_solve = record.relative_error * record.output_energy, record.output_energy
+    error, energy = corrected.whole.get(record.name, of_solve)
+    divisor = max(energy, torch.finfo(torch.float32).tiny)
     return dataclasses.replace(
         record,
-        relative_error=max(record.relative_error - share, 0.0),
-        solved_error=record.relative_error,
+        relative_error=max(error - corrected.taken[record.name], 0.0) / divisor,
+        solved_error=error / divisor,
+        output_energy=energy,
+        width_errors={bits: of_width * of_solve[1] / divisor for bits, of_width in record.width_errors.items()},
         ranks={name: correction.rank for name, correction in of_record.items()},
         correction_weights=sum(correction.num_weights for correction in of_record.values()),
         seconds=seconds,
@@ -156,6 +169,19 @@ def _measured(
         before += plain.sum(-1)
         after += corrected.sum(-1)
     return before.tolist(), after.tolist()
+
+
+def _energies(input_groups: InputGroups, W: torch.Tensor) -> list[float]:
+    """Return what the errors of some rows are relative to, as `output_error` does."""
+    rounding, H = input_groups.inputs.rounding, input_groups.H
+    energies = W.new_zeros(len(W))
+    for rows in _tiles(input_groups, W):
+        wanted = behind_errors(input_groups, W[:, rows])
+        if rounding is None or any(input_groups.inputs.lacks_statistics):
+            energies += squared_error(wanted, H).sum(-1)
+        else:
+            energies += sampled_errors(rounding, wanted, wanted)[2].sum(-1)
+    return energies.tolist()
 
 
 def _errors(

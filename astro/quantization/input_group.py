@@ -17,6 +17,7 @@ from astro.linalg.tiling import row_tiles
 from astro.quantization import beta_search
 from astro.quantization.corrections import correct_input_groups, with_corrections
 from astro.quantization.grid import Grid, QuantizedLinear
+from astro.quantization.held_columns import HeldColumns
 from astro.quantization.layer_record import LayerRecord
 from astro.quantization.recipe import InputGroupOutcome, InputMoments, Recipe, SolvedRows
 from astro.quantization.row_solver import measure_width, prepare_input_groups, solve_rows
@@ -64,6 +65,7 @@ def quantize_input_groups(
     """
     W = stack([list(members.values()) for members in input_groups])
     names = ["+".join(members) for members in input_groups]
+    held = HeldColumns.taken_from_(W, [list(members) for members in input_groups], recipe)
     prepared = prepare_input_groups(names, W, inputs, scheme, recipe)
     if prepared.beta is None:
         prepared = beta_search.search(prepared, W)
@@ -73,11 +75,12 @@ def quantize_input_groups(
     rows = [[(name, len(weight)) for name, weight in members.items()] for members in input_groups]
     members, records = merge_rows(rows, solved, prepared.outcomes_(), num_tokens)
     del solved  # as large as the members
-    prepared = replace(prepared, problem=None)  # as large as H, and corrections need none
-    members, records = with_corrections(members, records, correct_input_groups(prepared, W, rows, members))
     for i, record in enumerate(records):
         records[i] = replace(record, width_errors={bits: errors[bits][i] for bits in widths})
-    return members, records
+    prepared = replace(prepared, problem=None)  # as large as H, and corrections need none
+    with held.put_back(W):
+        corrected = correct_input_groups(prepared, W, rows, members)
+    return with_corrections(members, records, corrected)
 
 
 def merge_rows(

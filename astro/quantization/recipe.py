@@ -4,7 +4,7 @@ Shapes: B input groups side by side, mostly 1; R rows of all members of an input
 """
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import torch
 
@@ -27,12 +27,15 @@ class Corrections:
         dtype: Dtype in which the factors are stored.
         wants_rounded: Whether the outputs that are wanted are those of rounded inputs, for which weights were trained;
             otherwise those of inputs as they are.
+        columns: Columns that corrections hold alone, by the name of the layer, see `held_columns`. All layers that read
+            one input have the same, and each of them gets a correction.
     """
 
     settings: Reconstruction
     layers: frozenset[str]
     dtype: torch.dtype
     wants_rounded: bool = False
+    columns: Mapping[str, tuple[int, ...]] = dataclasses.field(default_factory=dict)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -5,7 +5,7 @@ from collections.abc import Iterable
 
 from rich.filesize import decimal
 
-from astro.activation_config import Reconstruction
+from astro.activation_config import Activations, Reconstruction
 from astro.errors import ConfigError
 from astro.model.low_rank import takes_correction
 from astro.quantization.error_reconstruction import subspace_work
@@ -16,7 +16,14 @@ from astro_dist.planning.units import BlockUnit, Plan
 from astro_dist.planning.work import Work
 from astro_dist.wording import percent
 
-__all__ = ["CorrectionSize", "correction_notes", "correction_size", "correction_work", "rounding_drifts"]
+__all__ = [
+    "CorrectionSize",
+    "correction_notes",
+    "correction_size",
+    "correction_work",
+    "held_channel_notes",
+    "rounding_drifts",
+]
 
 _STORED_BYTES = 2
 """Bytes of a weight of a correction, in a model of 16 bits."""
@@ -106,6 +113,29 @@ def correction_notes(plan: Plan, settings: Reconstruction) -> list[str]:
             "of a layer in one parameter, for which PEFT has no adapter by expert"
         )
     return notes
+
+
+def held_channel_notes(settings: Reconstruction, activations: Activations) -> list[str]:
+    """Say what becomes of the weights of outlier channels, which ASER's smoothing makes larger.
+
+    Args:
+        settings: Rank of the corrections.
+        activations: What is done to inputs.
+    """
+    if activations.smoothing != "aser":
+        return []
+    channels = activations.outlier_channels
+    if settings.holds_channels(activations):
+        return [
+            f"activations.smoothing aser: corrections alone hold the weights of the {channels} outlier channels of "
+            "each smoothed input, and the grids of layers need not reach them; without its adapter the model is of no "
+            "use"
+        ]
+    return [
+        f"activations.smoothing aser without corrections of rank {channels} or more: weights of outlier channels "
+        "become larger, and with them the scales of the weights beside them, which can cost more than it saves; set "
+        f"reconstruction.rank to at least activations.outlier_channels: {channels}, or take smoothing: smoothquant"
+    ]
 
 
 def correction_work(

@@ -23,7 +23,7 @@ from astro_dist.config.schema import CalibrationConfig, RunConfig
 from astro_dist.config.text_place import is_file
 from astro_dist.planning.checkpoint_plan import make_plan
 from astro_dist.planning.chunk_size import chunk_note, settle_chunks
-from astro_dist.planning.correction_cost import correction_notes
+from astro_dist.planning.correction_cost import correction_notes, held_channel_notes
 from astro_dist.planning.input_clips import settle_compensation, with_clips
 from astro_dist.planning.left_out import exact_expert_notes, zero_expert_notes
 from astro_dist.planning.source_notes import source_notes
@@ -119,6 +119,7 @@ def prepare(config: RunConfig, commit: str | None = None) -> Prepared:
         *clips_notes,
         *layout.reader_notes(linears.values()),
         *correction_notes(plan, config.reconstruction),
+        *held_channel_notes(config.reconstruction, config.activations),
         *zero_expert_notes(skeleton, plan.left_out),
         *source_notes(checkpoint.encoded, [scheme for possible in schemes.values() for scheme in possible]),
         *_plan_notes(config, plan, type(skeleton.model).__name__),

@@ -1,11 +1,14 @@
 """How the layers of a block are quantized, from what the worker was built from: a recipe, and what that asks to sum."""
 
+from collections.abc import Sequence
+
 import torch
 
 from astro.calibration.input_sums import SumKind
 from astro.formats import LAYOUTS
 from astro.model.activations import Operand
 from astro.model.low_rank import takes_correction
+from astro.model.smoothed_tensors import SmoothedInput
 from astro.quantization.recipe import Corrections, Recipe
 from astro_dist.planning.units import BlockUnit
 from astro_dist.worker.spec import WorkerSpec
@@ -13,7 +16,7 @@ from astro_dist.worker.spec import WorkerSpec
 __all__ = ["block_recipe", "measured_widths", "stored_dtype", "sum_kind"]
 
 
-def block_recipe(spec: WorkerSpec, unit: BlockUnit) -> Recipe:
+def block_recipe(spec: WorkerSpec, unit: BlockUnit, inputs: Sequence[SmoothedInput] = ()) -> Recipe:
     """Return how a block's layers are quantized.
 
     Scales are stored in the layout's dtype, or, where it has none, in that of the block's weights in the source.
@@ -22,6 +25,7 @@ def block_recipe(spec: WorkerSpec, unit: BlockUnit) -> Recipe:
     Args:
         spec: What the worker was built from.
         unit: Unit of the block.
+        inputs: How the inputs of its layers are smoothed.
     """
     layout_dtype: torch.dtype | None = LAYOUTS[spec.quantization.format].SCALE_DTYPE
     scale_dtype = layout_dtype if layout_dtype is not None else stored_dtype(spec, unit)
@@ -33,7 +37,12 @@ def block_recipe(spec: WorkerSpec, unit: BlockUnit) -> Recipe:
         wants_rounded = spec.activations.has_clips and not spec.quantization.makes_up_for_rounding(
             spec.activations.bits
         )
-        corrections = Corrections(spec.reconstruction, layers, dtype, wants_rounded)
+        columns = {}
+        if spec.reconstruction.holds_channels(spec.activations):
+            # Of an input that experts read too, which have no corrections, nothing is held.
+            alike = [each for each in inputs if layers.issuperset(each.layers)]
+            columns = {name: each.columns.indices for each in alike for name in each.layers}
+        corrections = Corrections(spec.reconstruction, layers, dtype, wants_rounded, columns)
     return Recipe(spec.quantization, spec.regularization, scale_dtype, spec.tile_elements, corrections)
 
 

@@ -17,12 +17,13 @@ from astro.model.low_rank import attach
 from astro.model.rounded_inputs import rounded_inputs
 from astro.model.skeleton import Skeleton
 from astro.process import return_freed_memory
+from astro.quantization.recipe import Recipe
 from astro.storage.device_copies import DeviceCopies
 from astro_dist.planning.devices import reads_weights_ahead
 from astro_dist.planning.units import BlockUnit
 from astro_dist.schedule.names import ORIGINAL
 from astro_dist.worker.block_cache import BlockCache
-from astro_dist.worker.block_recipe import stored_dtype
+from astro_dist.worker.block_recipe import block_recipe, stored_dtype
 from astro_dist.worker.chunk_tokens import ChunkTokens
 from astro_dist.worker.device_check import require_memory
 from astro_dist.worker.hidden_states import HiddenStates
@@ -204,6 +205,17 @@ class BlockRunner:
         if self._layers is None or self._layers[0] != unit.index:
             self._layers = (unit.index, BlockLayers(self.skeleton.model, unit.linears))
         return self._layers[1]
+
+    def recipe(self, unit: BlockUnit) -> Recipe:
+        """Return how a block's layers are quantized.
+
+        Args:
+            unit: Unit of the block.
+
+        Raises:
+            DamagedError: What was decided about its inputs is missing, or not as it was written.
+        """
+        return block_recipe(self.spec, unit, self.smoothed.inputs(unit))
 
     def weights(self, unit: BlockUnit, names: Iterable[str]) -> dict[str, torch.Tensor]:
         """Return the exact original weights of some of a block's layers by name, smoothed if they are, on the device.

@@ -213,6 +213,7 @@ class BlockInParts:
         note = {
             "taken": {name: taken for groups in corrected for name, taken in groups.taken.items()},
             "seconds": {name: seconds for groups in corrected for name, seconds in groups.seconds.items()},
+            "whole": {name: whole for groups in corrected for name, whole in groups.whole.items()},
         }
         self.save(batch, CORRECTIONS, tensors, note)
 
@@ -220,7 +221,8 @@ class BlockInParts:
         tensors, note = self.load(batch, CORRECTIONS)
         names = [key.removeprefix("A.") for key in tensors if key.startswith("A.")]
         corrections = {name: LowRank(tensors[f"A.{name}"], tensors[f"B.{name}"]) for name in names}
-        return CorrectedGroups(corrections, note["taken"], note["seconds"])
+        whole = {name: (error, energy) for name, (error, energy) in note["whole"].items()}
+        return CorrectedGroups(corrections, note["taken"], note["seconds"], whole)
 
     def save(self, batch: int, part: str, tensors: Mapping[str, torch.Tensor], note: Any) -> None:
         """Write a part of a batch. The first statistics of the first batch carry the layout.

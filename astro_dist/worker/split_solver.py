@@ -17,6 +17,7 @@ from astro.model.activations import names_of
 from astro.quantization import beta_search
 from astro.quantization.corrections import CorrectedGroups, correct_input_groups
 from astro.quantization.grid import QuantizedLinear
+from astro.quantization.held_columns import HeldColumns
 from astro.quantization.input_group import stack
 from astro.quantization.layer_record import LayerRecord
 from astro.quantization.recipe import Figures, InputMoments
@@ -42,7 +43,7 @@ from astro_dist.schedule.calls import (
 from astro_dist.schedule.names import DECISION, ORIGINAL, SUM, round_stream, sample_part, share_part, tile_part
 from astro_dist.schedule.sequential import shares
 from astro_dist.worker.batch_statistics import BatchStatistics, read_sum, save_sums
-from astro_dist.worker.block_recipe import block_recipe, measured_widths
+from astro_dist.worker.block_recipe import measured_widths
 from astro_dist.worker.block_runner import BlockRunner
 from astro_dist.worker.fed_block import FedBlock
 from astro_dist.worker.hessian_shares import HessianShares
@@ -66,12 +67,14 @@ class _PreparedGroups:
     Attributes:
         names: Name of each input group.
         input_groups: What all of their rows share.
-        W: Weights of all members of each, float32 [B, R, C].
+        W: Weights of all members of each, float32 [B, R, C], without the columns that corrections hold.
+        held: These columns.
     """
 
     names: tuple[str, ...]
     input_groups: InputGroups
     W: torch.Tensor
+    held: HeldColumns
 
 
 class SplitSolver:
@@ -201,7 +204,8 @@ class SplitSolver:
                 prepared, input_groups=dataclasses.replace(prepared.input_groups, problem=None)
             )
             self._with_betas = None
-            groups = correct_input_groups(prepared.input_groups, prepared.W, block.members(tile), layers)
+            with prepared.held.put_back(prepared.W):
+                groups = correct_input_groups(prepared.input_groups, prepared.W, block.members(tile), layers)
             corrected += [groups] if groups else []
         block.save_corrections(batch, corrected)
 
@@ -265,16 +269,18 @@ class SplitSolver:
         """Factor the Hessians of the input groups of a tile, and keep them for the next call."""
         runner = self._runner
         self._prepared = self._with_betas = None  # makes room
+        recipe = runner.recipe(block.unit)
         weights = runner.weights(block.unit, [name for names in tile.members for name in names])
         W = stack([[weights[name] for name in names] for names in tile.members])
+        held = HeldColumns.taken_from_(W, tile.members, recipe)
         inputs = InputMoments(
             H=statistics.H.to(runner.device),
             drift=statistics.drift.to(runner.device) if statistics.drift is not None else None,
             lacks_statistics=[fallback == "rtn" for fallback in statistics.fallbacks],
             rounding=statistics.rounding.to(runner.device) if statistics.rounding is not None else None,
         )
-        input_groups = factor_input_groups(tile.names, inputs, tile.scheme, block_recipe(runner.spec, block.unit))
-        self._prepared = _PreparedGroups(tile.names, input_groups, W)
+        input_groups = factor_input_groups(tile.names, inputs, tile.scheme, recipe)
+        self._prepared = _PreparedGroups(tile.names, input_groups, W, held)
         return self._prepared
 
     def _shares_to_make_up_for(

@@ -47,7 +47,7 @@ from astro_dist.schedule.calls import (
 from astro_dist.schedule.names import stream_names
 from astro_dist.worker.block_files import finish_block
 from astro_dist.worker.block_passes import feed_chunk, forward_chunk
-from astro_dist.worker.block_recipe import block_recipe, measured_widths, sum_kind
+from astro_dist.worker.block_recipe import measured_widths, sum_kind
 from astro_dist.worker.block_runner import BlockRunner
 from astro_dist.worker.chunk_pipeline import ChunkPipeline
 from astro_dist.worker.compile_check import require_loops
@@ -229,7 +229,7 @@ class Worker:
             runner.expect_block(call.following)
         schemes = layer_schemes(spec.run, spec.quantization, unit, call.round_index)
         weights, widths = runner.weights(unit, unit.by_name), measured_widths(spec, call.round_index)
-        statistics, recipe = self._input_statistics(fed_block), block_recipe(runner.spec, unit)
+        statistics, recipe = self._input_statistics(fed_block), runner.recipe(unit)
         quantized, records = quantize_block(weights, fed_block.input_groups, statistics, schemes, recipe, widths)
         self._fed_block = None
         solved = SolvedBlock(quantized, records, fed_block.feeding_seconds(), fed_block.largest.scales)

@@ -11,6 +11,7 @@ import torch
 import transformers
 from safetensors.torch import load_file, save_file
 
+from astro.activation_config import Reconstruction
 from astro.errors import CheckpointError, ConfigError
 from astro.quantization.unrounded_inputs import UnroundedInputs
 from astro_dist import pipeline
@@ -290,3 +291,36 @@ def test_the_adapter_is_published_in_the_same_commit(finished, online_hub, monke
     there, here = (AdapterFile.of(find_model(str(model))) for model in (name, alone))
     first = "model.layers.0.self_attn.q_proj"
     assert torch.equal(there.corrections([first])[first].A, here.corrections([first])[first].A)
+
+
+HELD = {
+    "activations__bits": 8, "activations__smoothing": "aser", "activations__outlier_channels": 6,
+    "quantization__group_size": -1, "reconstruction__rank": 8,
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_corrections_that_hold_outlier_channels_leave_less(run_config, llama, tmp_path, monkeypatch, mode):
+    source = {"model__source": str(with_outliers(llama))}
+    config = run_config(**source, **HELD, **MODES[mode])
+    held = pipeline.quantize(config)
+    assert any("corrections alone hold the weights of the 6 outlier channels" in note for note in held.notes)
+    monkeypatch.setattr(Reconstruction, "holds_channels", lambda *_: False)
+    plain = pipeline.quantize(run_config(**source, **HELD, **MODES[mode], output__dir=str(tmp_path / "plain")))
+    assert any("aser without corrections of rank 6 or more" in note for note in plain.notes)
+    assert held.corrections.error_after < plain.corrections.error_after
+    assert held.corrections.error_before > 2 * plain.corrections.error_before, "it is of no use without the adapter"
+    assert held.corrections.size_bytes == plain.corrections.size_bytes
+    assert held.perplexity.divergence < plain.perplexity.divergence
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_corrections_that_hold_channels_are_the_same_for_any_number_of_workers(run_config, llama, tmp_path, mode):
+    source = {"model__source": str(with_outliers(llama))}
+    files = []
+    for workers in (1, 3):
+        config = run_config(
+            **source, **HELD, **MODES[mode], execution__workers=workers, output__dir=str(tmp_path / str(workers))
+        )
+        files.append(files_of(Path(pipeline.quantize(config).model)))
+    assert files[0] == files[1]

@@ -130,6 +130,7 @@ def peaks_of_sequential_solve(
         has_correction_drift=Reconstruction(rank=rank).minds_rounding(Activations(bits=bits)),
     )
     corrections = Corrections(Reconstruction(rank=rank), frozenset([_NAME]), torch.bfloat16) if rank else None
+    recipe = Recipe(settings, Regularizer(), torch.bfloat16, corrections=corrections)
     peaks: dict[str, int] = {}
     with counted_memory() as memory:
         device = DEVICE
@@ -137,15 +138,14 @@ def peaks_of_sequential_solve(
             spec=spec,
             device=device,
             layers=lambda unit: SimpleNamespace(by_name={_NAME: operand}),
+            recipe=lambda unit: recipe,
             weights=lambda unit, names: {_NAME: torch.empty(rows, columns, dtype=torch.bfloat16, device=device)},
         )
         solver: Any = SplitSolver(runner)
         block = _Parts(rows, columns, quantization.compensates, kind)
         solver._turn_to = lambda place, chunk=None: block
-        recipe = Recipe(settings, Regularizer(), torch.bfloat16, corrections=corrections)
         patches = [
             mock.patch("astro.quantization.row_solver.InputGroups.outcomes_", return_value=[]),
-            mock.patch.object(split_solver, "block_recipe", return_value=recipe),
             mock.patch.object(split_solver, "measured_widths", return_value=()),
             mock.patch.object(
                 summed_inputs,
