@@ -82,7 +82,8 @@ class Activations:
     whose weights the corrections of low rank then hold alone if `reconstruction.rank` is at least `outlier_channels`;
     `smoothquant` takes all channels."""
     outlier_channels: int = 32
-    """With `smoothing: aser`: number of channels of each input that are made smaller."""
+    """With `smoothing: aser`: number of channels of each input that are made smaller. Channels that one row of weights
+    makes, as heads of queries that share one of values, are made smaller together, and no more than these in all."""
     smoothing_strength: float = 0.5
     """With `smoothing: smoothquant`: exponent of the inputs, from 0 to 1. The larger it is, the more of what is large
     moves into the weights."""

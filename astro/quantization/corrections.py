@@ -88,9 +88,8 @@ def correct_input_groups(
         with timed(input_groups.seconds, "reconstruct", W.device):
             factors = reconstruct(E, H, damping, wanted.settings.rank, wanted.settings.energy)
             stored = [correction.to(wanted.dtype) for correction in factors]
-            before, after = _measured(input_groups, W[:, rows], of_names, E, stored)
-            energies = _energies(input_groups, W[:, rows]) if whole else before
-        figures = zip(names, stored, input_groups.names, before, after, energies, strict=True)
+            measured = _measured(input_groups, W[:, rows], of_names, E, stored, with_energy=bool(whole))
+        figures = zip(names, stored, input_groups.names, *measured, strict=True)
         for name, correction, group, error, left, energy in figures:
             if not left < float("inf"):
                 raise NumericalError(
@@ -151,37 +150,29 @@ def _measured(
     layers: Sequence[QuantizedLinear],
     E: torch.Tensor,
     corrections: Sequence[LowRank],
-) -> tuple[list[float], list[float]]:
-    """Return the squared output error of each layer without its correction, and with it.
+    with_energy: bool,
+) -> tuple[list[float], list[float], list[float]]:
+    """Return the squared output error of each layer without its correction, and with it; and the energy of its outputs.
 
-    Where inputs are rounded, what E tells is not the whole error, as the layer reads rounded inputs and the correction
+    The energy is 0 where it is not asked for, as it may take a product that nothing else wants. Where inputs are rounded, what E tells is not the whole error, as the layer reads rounded inputs and the correction
     those that are not. It is then measured on the sampled tokens, as the error of the solve was.
     """
     rounding, H = input_groups.inputs.rounding, input_groups.H
     if rounding is None or any(input_groups.inputs.lacks_statistics):
-        return squared_error(E, H).sum(-1).tolist(), remaining_errors(E, H, corrections)
-    before, after = W.new_zeros(len(W)), W.new_zeros(len(W))
+        energy = W.new_zeros(len(W))
+        for rows in _tiles(input_groups, W) if with_energy else ():
+            energy += squared_error(behind_errors(input_groups, W[:, rows]), H).sum(-1)
+        return squared_error(E, H).sum(-1).tolist(), remaining_errors(E, H, corrections), energy.tolist()
+    before, after, energy = (W.new_zeros(len(W)) for _ in range(3))
     for rows in _tiles(input_groups, W):
         wanted = behind_errors(input_groups, W[:, rows])
         W_hat = torch.stack([_dequantized(layer, rows, W.device) for layer in layers])
         of_rows = [LowRank(each.A, each.B[rows]) for each in corrections]
-        plain, corrected, _ = sampled_errors(rounding, wanted, W_hat, of_rows)
+        plain, corrected, of_outputs = sampled_errors(rounding, wanted, W_hat, of_rows)
         before += plain.sum(-1)
         after += corrected.sum(-1)
-    return before.tolist(), after.tolist()
-
-
-def _energies(input_groups: InputGroups, W: torch.Tensor) -> list[float]:
-    """Return what the errors of some rows are relative to, as `output_error` does."""
-    rounding, H = input_groups.inputs.rounding, input_groups.H
-    energies = W.new_zeros(len(W))
-    for rows in _tiles(input_groups, W):
-        wanted = behind_errors(input_groups, W[:, rows])
-        if rounding is None or any(input_groups.inputs.lacks_statistics):
-            energies += squared_error(wanted, H).sum(-1)
-        else:
-            energies += sampled_errors(rounding, wanted, wanted)[2].sum(-1)
-    return energies.tolist()
+        energy += of_outputs.sum(-1)
+    return before.tolist(), after.tolist(), energy.tolist()
 
 
 def _errors(

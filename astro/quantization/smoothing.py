@@ -101,7 +101,8 @@ def row_factors(
 ) -> torch.Tensor:
     """Return the factors of what makes an input, float64 [R], by the rule that is configured.
 
-    Channels that the same row makes, as heads of queries that share one of values, get one factor.
+    Channels that the same row makes, as heads of queries that share one of values, get one factor, and each of them
+    counts as an outlier channel.
 
     Args:
         settings: The rule and its settings.
@@ -112,7 +113,8 @@ def row_factors(
     """
     activation, weight = inputs.tied(rows, num_rows), weights.tied(rows, num_rows)
     if settings.smoothing == "aser":
-        factors = aser_factors(activation.mean, weight.mean, settings.outlier_channels)
+        of_a_row = int(torch.bincount(rows).max())
+        factors = aser_factors(activation.mean, weight.mean, max(settings.outlier_channels // of_a_row, 1))
     else:
         factors = smoothquant_factors(activation.maximum, weight.maximum, settings.smoothing_strength)
     return powers_of_two(factors).double()

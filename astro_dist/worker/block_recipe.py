@@ -39,9 +39,14 @@ def block_recipe(spec: WorkerSpec, unit: BlockUnit, inputs: Sequence[SmoothedInp
         )
         columns = {}
         if spec.reconstruction.holds_channels(spec.activations):
-            # Of an input that experts read too, which have no corrections, nothing is held.
-            alike = [each for each in inputs if layers.issuperset(each.layers)]
-            columns = {name: each.columns.indices for each in alike for name in each.layers}
+            # Of an input that experts read too, which have no corrections, nothing is held; nor is it of one whose
+            # channels are more than there is rank for, because heads share even the one row that makes them.
+            columns = {
+                name: each.columns.indices
+                for each in inputs
+                if layers.issuperset(each.layers) and len(each.columns.indices) <= spec.reconstruction.most_rank
+                for name in each.layers
+            }
         corrections = Corrections(spec.reconstruction, layers, dtype, wants_rounded, columns)
     return Recipe(spec.quantization, spec.regularization, scale_dtype, spec.tile_elements, corrections)
 

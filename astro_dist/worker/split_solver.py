@@ -292,7 +292,8 @@ class SplitSolver:
             return (spec.quantization.compensation,) * len(names)
         if statistics.spread is not None:
             spread = statistics.spread.to(self._runner.device)
-            return tuple(reproducible_share(prepared.input_groups, prepared.W, spread).tolist())
+            with prepared.held.put_back(prepared.W):
+                return tuple(reproducible_share(prepared.input_groups, prepared.W, spread).tolist())
         if len(shares(spec.chunks, spec.shares)) == 1:
             return (_USUAL_COMPENSATION,) * len(names)
         # The call was made before and its shares are gone: others go by what it decided then.
