@@ -154,8 +154,9 @@ def _measured(
 ) -> tuple[list[float], list[float], list[float]]:
     """Return the squared output error of each layer without its correction, and with it; and the energy of its outputs.
 
-    The energy is 0 where it is not asked for, as it may take a product that nothing else wants. Where inputs are rounded, what E tells is not the whole error, as the layer reads rounded inputs and the correction
-    those that are not. It is then measured on the sampled tokens, as the error of the solve was.
+    The energy is 0 where it is not asked for, as it may take a product that nothing else wants. Where inputs are
+    rounded, what E tells is not the whole error, as the layer reads rounded inputs and the correction those that are
+    not. It is then measured on the sampled tokens, as the error of the solve was.
     """
     rounding, H = input_groups.inputs.rounding, input_groups.H
     if rounding is None or any(input_groups.inputs.lacks_statistics):

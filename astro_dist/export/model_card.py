@@ -159,6 +159,7 @@ def model_card(
         reproduction=yaml.safe_dump(reproduction, sort_keys=False),
         shortened=shortened,
         adapter=FOLDER,
+        holds_channels=config.reconstruction.holds_channels(config.activations),
         is_decompressed=is_decompressed,
         is_float32=config.activations.has_clips and not is_decompressed,
         lora_rank=next((r for r in _LORA_RANKS if summary.corrections and r >= summary.corrections.largest_rank), 0),

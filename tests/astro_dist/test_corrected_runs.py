@@ -304,6 +304,7 @@ def test_corrections_that_hold_outlier_channels_leave_less(run_config, llama, tm
     source = {"model__source": str(with_outliers(llama))}
     config = run_config(**source, **HELD, **MODES[mode])
     held = pipeline.quantize(config)
+    assert "**The model is of no use without it:**" in (Path(held.model) / "README.md").read_text()
     assert any("corrections alone hold the weights of the 6 outlier channels" in note for note in held.notes)
     monkeypatch.setattr(Reconstruction, "holds_channels", lambda *_: False)
     plain = pipeline.quantize(run_config(**source, **HELD, **MODES[mode], output__dir=str(tmp_path / "plain")))

@@ -22,10 +22,11 @@ pytestmark = pytest.mark.usefixtures("device")
 NONE = Regularizer(name="none")
 
 
-def recipe(layers, rank=4, dtype=torch.float32, regularization=NONE, **changes):
+def recipe(layers, rank=4, dtype=torch.float32, regularization=NONE, columns=(), **changes):
     settings = Quantization(**{"group_size": 16, "bits": 3, **changes})
     energy = {"energy": 0.8} if rank == "auto" else {}
-    corrections = Corrections(Reconstruction(rank=rank, **energy), frozenset(layers), dtype)
+    held = dict.fromkeys(layers, columns)
+    corrections = Corrections(Reconstruction(rank=rank, **energy), frozenset(layers), dtype, columns=held)
     return settings, Recipe(settings, regularization, torch.float16, corrections=corrections if layers else None)
 
 
@@ -134,7 +135,8 @@ def test_with_drift_what_the_solve_aimed_at_is_what_is_corrected(W):
 
 @pytest.mark.parametrize("bits", [8, 4])
 @pytest.mark.parametrize("compensation", [0.0, 1.0])
-def test_with_rounded_inputs_the_recorded_error_is_that_of_what_is_served(W, bits, compensation):
+@pytest.mark.parametrize("held", [(), (1, 2)])
+def test_with_rounded_inputs_the_recorded_error_is_that_of_what_is_served(W, bits, compensation, held):
     scheme, X, D = (
         ActivationScheme(bits, "int"),
         outliers(),
@@ -145,7 +147,7 @@ def test_with_rounded_inputs_the_recorded_error_is_that_of_what_is_served(W, bit
         sums.drift.add_(x + d, x, None, sums.add_(x))
     H, drift, rounding = sums.finish_("a")
     inputs = InputMoments(H[None], drift[None], rounding=side_by_side([rounding], 48))
-    settings, how = recipe(("q", "k"), compensation=compensation)
+    settings, how = recipe(("q", "k"), compensation=compensation, columns=held)
     groups, scheme_of_rows = [{"q": W[:12], "k": W[12:]}], settings.scheme("q", 48)
     layers, (record,) = quantize_input_groups(groups, inputs, [400], scheme_of_rows, how)
     prepared = prepare_input_groups(["q+k"], W[None], inputs, scheme_of_rows, how)
@@ -155,6 +157,7 @@ def test_with_rounded_inputs_the_recorded_error_is_that_of_what_is_served(W, bit
     ]
     expected = (torch.cat(served, dim=-1) - wanted).square().sum() / wanted.square().sum()
     assert record.relative_error == pytest.approx(float(expected), rel=1e-3)
+    assert record.output_energy == pytest.approx(float(wanted.square().sum()) / 400, rel=1e-3)
     alone = torch.cat([read @ layer.dequantize().T for layer in layers.values()], dim=-1)
     expected = (alone - wanted).square().sum() / wanted.square().sum()
     assert record.solved_error == pytest.approx(float(expected), rel=1e-3)

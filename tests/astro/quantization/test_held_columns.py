@@ -4,10 +4,12 @@ import pytest
 import torch
 
 from astro.activation_config import Activations, Reconstruction
+from astro.calibration.channel_statistics import ChannelStatistics
 from astro.config import Quantization, Regularizer
 from astro.quantization.held_columns import HeldColumns
 from astro.quantization.input_group import quantize_input_groups
 from astro.quantization.recipe import Corrections, InputMoments, Recipe
+from astro.quantization.smoothing import row_factors
 from tests.support.devices import here
 from tests.support.models import correlated_inputs, random_weights
 
@@ -117,3 +119,13 @@ def test_columns_are_put_back_for_a_while():
 )  # fmt: skip
 def test_channels_are_held_where_there_is_rank_for_all_of_them(smoothing, rank, holds):
     assert Reconstruction(rank=rank).holds_channels(Activations(bits=8, smoothing=smoothing)) == holds
+
+
+@pytest.mark.parametrize(("shared", "expected"), [(1, 6), (2, 6), (3, 6), (4, 4)])
+def test_channels_of_one_row_are_no_more_than_asked_for(shared, expected):
+    """Heads of queries share one of values, whose row makes a channel of each."""
+    rows = torch.arange(24 // shared).repeat_interleave(shared).to(here())
+    statistics = [ChannelStatistics(*random_weights(2, 24, seed=seed).abs().double().to(here())) for seed in (1, 2)]
+    settings = Activations(bits=8, smoothing="aser", outlier_channels=6)
+    factors = row_factors(settings, *statistics, rows, 24 // shared)
+    assert int((factors[rows] != 1).sum()) <= expected
