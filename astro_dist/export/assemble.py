@@ -76,7 +76,7 @@ def assemble(source: Path, plan: Plan, run: RunDirectory, config: RunConfig, is_
     write_json(run.model / "config.json", content)
     smoothed = smoothed_inputs(run, len(plan.blocks))
     if smoothed:
-        write_smoothing(run.model, smoothed)
+        write_smoothing(run.model, smoothed, config.reconstruction.holds_channels(config.activations))
     adapter = write_adapter(run, plan, config.publish.repo) if config.reconstruction.is_on else []
     written = [SMOOTHING_NAME] if smoothed else []
     written += [CACHE_SCALES_NAME] if rounds_cache else []

@@ -10,20 +10,32 @@ from astro.errors import CheckpointError
 from astro.model.smoothed_tensors import SmoothedInput
 from astro.storage.atomic import read_json, write_json
 
-__all__ = ["SMOOTHING_NAME", "read_smoothing", "write_smoothing"]
+__all__ = ["SMOOTHING_NAME", "needs_adapter", "read_smoothing", "write_smoothing"]
 
 SMOOTHING_NAME = "smoothing.json"
 """Name of the file, in the folder of the model."""
 
 
-def write_smoothing(folder: Path, inputs: Iterable[SmoothedInput]) -> None:
+def write_smoothing(folder: Path, inputs: Iterable[SmoothedInput], is_held: bool) -> None:
     """Write the file.
 
     Args:
         folder: Folder of the model.
         inputs: The inputs of all blocks, smoothed or not.
+        is_held: Whether the model's adapter alone holds the weights of channels that are smoothed.
     """
-    write_json(folder / SMOOTHING_NAME, {"inputs": [smoothed.to_json() for smoothed in inputs]})
+    content = {"held_by_adapter": is_held, "inputs": [smoothed.to_json() for smoothed in inputs]}
+    write_json(folder / SMOOTHING_NAME, content)
+
+
+def needs_adapter(folder: Path) -> bool:
+    """Tell whether a model's adapter alone holds the weights of channels that are smoothed.
+
+    Args:
+        folder: Folder with the model's files that are no weights.
+    """
+    path = folder / SMOOTHING_NAME
+    return path.is_file() and bool(read_json(path).get("held_by_adapter"))
 
 
 def read_smoothing(folder: Path) -> list[SmoothedInput]:

@@ -24,7 +24,7 @@ from astro_dist.export.input_scales import read_input_scales
 from astro_dist.export.inventory import describe, read_inventory
 from astro_dist.export.named_model import find_model
 from astro_dist.export.packed_layers import is_of_packed, is_packed, linear_layers, packed_layers, read_packing
-from astro_dist.export.smoothing_file import read_smoothing
+from astro_dist.export.smoothing_file import needs_adapter, read_smoothing
 from astro_dist.planning.unquantized import copied_matrices
 from astro_dist.run_directory.identity import read_identity
 from astro_dist.run_directory.layout import RunLayout
@@ -265,6 +265,11 @@ def _check_adapter(model: Source, layers: Mapping[str, LinearLayer]) -> int:
     """Check that a model's adapter corrects packed layers alone, in their shapes, and return how many."""
     adapter = AdapterFile.of(model)
     if adapter is None:
+        if needs_adapter(model.folder):
+            raise CheckpointError(
+                f"{model.store}: has no {ADAPTER_WEIGHTS}, which alone holds the weights of its outlier channels; the "
+                "model is of no use without it, so copy or download it too"
+            )
         return 0
     place = f"{model.store}/{ADAPTER_WEIGHTS}"
     for name in adapter.ranks:

@@ -306,6 +306,9 @@ def test_corrections_that_hold_outlier_channels_leave_less(run_config, llama, tm
     held = pipeline.quantize(config)
     assert "**The model is of no use without it:**" in (Path(held.model) / "README.md").read_text()
     assert any("corrections alone hold the weights of the 6 outlier channels" in note for note in held.notes)
+    alone = shutil.copytree(held.model, tmp_path / "alone", ignore=shutil.ignore_patterns("adapter"))
+    with pytest.raises(CheckpointError, match="alone holds the weights of its outlier channels; the model is of no"):
+        verify_model(str(alone))
     monkeypatch.setattr(Reconstruction, "holds_channels", lambda *_: False)
     plain = pipeline.quantize(run_config(**source, **HELD, **MODES[mode], output__dir=str(tmp_path / "plain")))
     assert any("aser without corrections of rank 6 or more" in note for note in plain.notes)
