@@ -119,8 +119,8 @@ class Trainer:
         if common.get("precision", self._precision) != self._precision:
             raise ConfigError(
                 f"{folder}: was trained in {common['precision']}, and optimization.precision: "
-                f"{self._config.optimization.precision} is {self._precision} on {self._place.device.type}; set it to "
-                f"{common['precision']} to go on"
+                f"{self._config.optimization.precision} is {self._precision} on {self._place.device.type}; go on "
+                "with such devices as it was begun on, or begin anew in another output.dir"
             )
         with torch.no_grad():
             self.regularizer.clips.copy_(common["clips"])

@@ -27,7 +27,7 @@ from astro_dist.training.parallel import Place
 from astro_dist.training.progress import EventReader, in_line
 from astro_dist.training.token_file import TokenFile, write_tokens
 from astro_dist.training.trained_model import model_config, model_tokenizer, require_layers
-from astro_dist.training.training_directory import LOCAL_CHECKPOINT, TrainingDirectory
+from astro_dist.training.training_directory import TrainingDirectory
 from astro_dist.training.watched import run_watched
 
 __all__ = ["TrainSummary", "train"]
@@ -196,31 +196,26 @@ def _train_here(config: TrainConfig, tokens: TokenFile, run: TrainingDirectory, 
     place = Place(0, 1, torch.device("cuda" if is_gpu else "cpu"))
 
     def keep(step: int, write: Callable[[Path], None]) -> None:
-        target = run.checkpoints / f"{LOCAL_CHECKPOINT}{step:09d}"
+        target = run.local_checkpoint(step)
         partial = target.with_name(f".{target.name}.partial")
         shutil.rmtree(partial, ignore_errors=True)
         with writing(target):
             partial.mkdir(parents=True)
             write(partial)
             partial.rename(target)
-        for old in _folders(run)[: -config.output.keep_checkpoints]:
+        for old in run.local_checkpoints[: -config.output.keep_checkpoints]:
             shutil.rmtree(old)
 
     def work() -> None:
         configure_process(execution.threads_per_worker)
         trainer = Trainer(config, tokens, place)
-        if folders := _folders(run):
+        if folders := run.local_checkpoints:
             trainer.load(folders[-1])
         trainer.run(Outlet(lambda kind, event: run.journal.note(kind, **event), keep, run.stop.exists))
         if trainer.is_done:
             trainer.write(run.model)
 
     run_watched(work, look, run.stop, awaits_end=False)
-
-
-def _folders(run: TrainingDirectory) -> list[Path]:
-    """The checkpoints of the local executor, the newest last."""
-    return sorted(run.checkpoints.glob(f"{LOCAL_CHECKPOINT}*"))
 
 
 def _require_places(config: TrainConfig) -> None:

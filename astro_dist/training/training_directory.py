@@ -12,9 +12,9 @@ from astro_dist.config.yaml_file import load_train_config
 from astro_dist.run_directory.journal import Journal
 from astro_dist.run_directory.layout import TRAINING_FILE, RunLayout
 
-__all__ = ["CHECKPOINTS", "LOCAL_CHECKPOINT", "OBJECTIVE", "TrainingDirectory"]
+__all__ = ["CHECKPOINTS", "OBJECTIVE", "TrainingDirectory"]
 
-LOCAL_CHECKPOINT, _RAY_CHECKPOINT = "step-", "checkpoint_"
+_LOCAL, _OF_RAY = "step-", "checkpoint_"
 """How names of checkpoints begin: those of the local executor, and those of Ray Train."""
 OBJECTIVE = 2
 """Number of what a training minimizes, which grows when the same settings come to mean something else. In 1, kurtosis
@@ -48,7 +48,7 @@ class TrainingDirectory:
     @property
     def tokens_info(self) -> Path:
         """File of what is known of the tokens; without it they are made anew."""
-        return self.root / "tokens.json"
+        return self.tokens.with_suffix(".json")
 
     @property
     def journal(self) -> Journal:
@@ -59,6 +59,24 @@ class TrainingDirectory:
     def checkpoints(self) -> Path:
         """Folder of the checkpoints."""
         return self.root / CHECKPOINTS
+
+    @property
+    def local_checkpoints(self) -> list[Path]:
+        """Folders of the checkpoints that the local executor wrote, the newest last."""
+        return sorted(self.checkpoints.glob(f"{_LOCAL}*"))
+
+    @property
+    def ray_checkpoints(self) -> list[Path]:
+        """Folders of the checkpoints that Ray Train wrote, beside which it has files of its own."""
+        return [path for path in self.checkpoints.glob(f"{_OF_RAY}*") if path.is_dir()]
+
+    def local_checkpoint(self, step: int) -> Path:
+        """Return the folder of a checkpoint of the local executor.
+
+        Args:
+            step: Number of the steps that are done.
+        """
+        return self.checkpoints / f"{_LOCAL}{step:09d}"
 
     @property
     def stop(self) -> Path:
@@ -111,8 +129,7 @@ class TrainingDirectory:
 
     def _has_begun(self) -> bool:
         """Return whether something lies here that would be lost: a checkpoint, or the trained model."""
-        names = (LOCAL_CHECKPOINT, _RAY_CHECKPOINT)
-        return self.summary.is_file() or any(any(self.checkpoints.glob(f"{name}*")) for name in names)
+        return self.summary.is_file() or bool(self.local_checkpoints or self.ray_checkpoints)
 
     def require_executor(self, executor: Literal["ray", "local"]) -> None:
         """Refuse a folder with checkpoints of the other executor, which keeps them in another way.
@@ -123,10 +140,8 @@ class TrainingDirectory:
         Raises:
             ConfigError: The other one began the training.
         """
-        is_local = any(self.checkpoints.glob(f"{LOCAL_CHECKPOINT}*"))
-        is_ray = any(path.is_dir() for path in self.checkpoints.glob(f"{_RAY_CHECKPOINT}*"))
-        if (executor == "ray" and is_local) or (executor == "local" and is_ray):
-            other = "local" if executor == "ray" else "ray"
+        other, found = ("local", self.local_checkpoints) if executor == "ray" else ("ray", self.ray_checkpoints)
+        if found:
             raise ConfigError(
                 f"{self.checkpoints}: holds checkpoints of execution.executor: {other}; set it back to go on, or take "
                 "another output.dir"
