@@ -92,7 +92,7 @@ def train(config: TrainConfig) -> TrainSummary:
     _require_places(config)
     run = TrainingDirectory(config.output.dir.expanduser().absolute())
     tokenizer, settings = model_tokenizer(config.model), model_config(config.model)
-    require_layers(config.model, config.regularization.layers)
+    require_layers(config.model, settings, config.regularization.layers)
     _say_warmup(config)
     with hold(run.root):
         run.begin(config)

@@ -68,11 +68,11 @@ def build_model(config: TrainModelConfig, seed: int) -> Any:
     Raises:
         InputError: The source cannot be read, or transformers has no causal language model for it.
     """
+    settings = model_config(config)
     torch.manual_seed(seed)
     auto: Any = transformers.AutoModelForCausalLM
     info: dict[str, Any] = {}
     if config.start == "weights":
-        model_config(config)
         try:
             model, info = auto.from_pretrained(
                 _source_path(config), dtype=torch.float32, output_loading_info=True, **_options(config)
@@ -80,7 +80,7 @@ def build_model(config: TrainModelConfig, seed: int) -> Any:
         except Exception as error:  # whatever the model's own code raises
             raise _no_model(config, error) from error
     else:
-        model = _from_config(config)
+        model = _from_config(config, settings)
     missing = [*info.get("missing_keys", ()), *info.get("mismatched_keys", ())]
     if missing:
         raise CheckpointError(f"model.source {config.source}: holds no fitting weights for {missing[0]}")
@@ -88,24 +88,24 @@ def build_model(config: TrainModelConfig, seed: int) -> Any:
     return model.train()
 
 
-def require_layers(config: TrainModelConfig, patterns: Sequence[str]) -> None:
+def require_layers(config: TrainModelConfig, settings: Any, patterns: Sequence[str]) -> None:
     """Refuse patterns that match no layer of the model, which is made without memory for that.
 
     Args:
         config: Section of the configuration.
+        settings: Its transformers config, as `model_config` returns it.
         patterns: Shell patterns for names of linear layers.
 
     Raises:
         InputError: A pattern matches none, or transformers has no causal language model for the source.
     """
     with torch.device("meta"):
-        model = _from_config(config)
+        model = _from_config(config, settings)
     regularized_layers(model, patterns)
 
 
-def _from_config(config: TrainModelConfig) -> Any:
+def _from_config(config: TrainModelConfig, settings: Any) -> Any:
     """Return the model with random weights, in float32 on the current device."""
-    settings = model_config(config)
     try:
         return transformers.AutoModelForCausalLM.from_config(
             settings, dtype=torch.float32, trust_remote_code=config.trust_remote_code
