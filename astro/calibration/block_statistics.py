@@ -22,7 +22,8 @@ from astro.calibration.starved_experts import (
 from astro.calibration.token_weights import TokenWeights
 from astro.config import Experts
 from astro.errors import NumericalError, UnsupportedError
-from astro.model.activations import BlockLayers, Inputs, Operand, is_same_input, names_of, share_input
+from astro.model.activations import BlockLayers
+from astro.model.operands import Inputs, Operand, is_same_input, names_of, share_input
 from astro.timing import Stopwatch
 
 __all__ = ["BlockStatistics", "input_stages", "inputs_of"]

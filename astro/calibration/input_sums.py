@@ -16,7 +16,7 @@ from astro.calibration.drift import DriftAccumulator
 from astro.calibration.hessian import HessianAccumulator, shrinkage, shrunk_
 from astro.linalg.batching import stacked_padded
 from astro.model.activation_rounding import InputGrid, round_activations
-from astro.model.activations import Operand
+from astro.model.operands import Operand
 
 __all__ = ["MOST_ROWS", "InputSums", "RoundedSample", "RoundingMoments", "SumKind", "as_they_are", "side_by_side"]
 

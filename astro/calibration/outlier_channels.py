@@ -12,7 +12,8 @@ import torch
 
 from astro.activation_regularization import kurtosis_sum
 from astro.calibration.channel_statistics import ChannelSums
-from astro.model.activations import BlockLayers, Inputs, Operand
+from astro.model.activations import BlockLayers
+from astro.model.operands import Inputs, Operand
 
 __all__ = ["OUTLIER_RATIO", "BlockWatch", "LayerFigures"]
 

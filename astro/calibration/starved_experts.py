@@ -15,8 +15,9 @@ from astro.calibration.input_sums import InputSums, RoundingMoments, SumKind, as
 from astro.calibration.token_weights import Kind, norm_weights
 from astro.config import Experts
 from astro.errors import NumericalError
-from astro.model.activations import BlockLayers, Inputs, Operand
+from astro.model.activations import BlockLayers
 from astro.model.experts import call_alone, reads_inputs
+from astro.model.operands import Inputs, Operand
 from astro.model.rounded_inputs import rounded_inputs
 
 __all__ = ["AllTokens", "InputStatistics", "exhaust", "is_starved", "starved_statistics", "sufficient_statistics"]

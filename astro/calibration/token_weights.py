@@ -13,32 +13,32 @@ diagonal of the Fisher information (GuidedQuant, arXiv 2505.07004); its root mea
 Shapes: T tokens, C columns (inputs), R rows (outputs).
 """
 
-import contextlib
 import dataclasses
 import functools
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Literal
 
 import torch
-from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.hooks import RemovableHandle
 
 from astro.errors import UnsupportedError
-from astro.model.activations import BlockLayers, Inputs, Operand, share_input
+from astro.model.activations import BlockLayers
 from astro.model.block_call import BlockState
+from astro.model.gradients import gradients
+from astro.model.operands import Inputs, Operand, share_input
 
 __all__ = [
-    "Kind", "PassedBack", "TokenWeights", "effective_tokens", "group_key", "loss_weights", "norm_weights", "pass_back",
-    "typical_energy",
+    "OUTPUT", "Kind", "PassedBack", "TokenWeights", "effective_tokens", "group_key", "loss_weights", "norm_weights",
+    "output_energy", "pass_back", "typical_energy",
 ]  # fmt: skip
 
 Kind = Literal["loss", "norm", "none"]
 """What tokens are weighted by; `none` lets all count alike."""
 
+OUTPUT = "output"
+"""Key of the weights at a block's output, beside those of its input groups."""
 _LEAST_ENERGY = 1e-9
 """Energy of a token, relative to the mean, below which its weight by the norm does not grow any more."""
-_NO_GRADIENT = ("does not require grad", "not implemented", "inplace operation", "Inference tensor")
-"""What torch says where no gradient passes. Whatever else fails, memory above all, fails the call."""
 _EXPONENT = 0.5
 """Power of a token's energy that is its weight: measured against 0.35 and 1 at 3 and 4 bits."""
 
@@ -49,8 +49,8 @@ class TokenWeights:
 
     Attributes:
         kind: What tokens are weighted by.
-        measured: Weights by the loss, float32 [T], by chunk and `group_key` of an input group, on the device of the
-            inputs. Where an input group has none its tokens are weighted by their norm.
+        measured: Weights by the loss, float32 [T], by chunk and `group_key` of an input group, or `OUTPUT`, on the
+            device of the inputs. Where an input group has none its tokens are weighted by their norm.
         energies: Energy of the loss's gradient at an input group or an expert, by its first layer; of all calibration
             tokens together, see `typical_energy`.
     """
@@ -94,6 +94,27 @@ class TokenWeights:
         if measured is None or (operand.expert is not None and tokens is None):
             return norm_weights(X.reshape(-1, X.shape[-1]))
         return measured if tokens is None else measured[tokens]
+
+    def of_output(self, chunk: str, Y: torch.Tensor) -> torch.Tensor:
+        """Return the weights of one chunk's tokens at the block's output, float32 [B · T].
+
+        Args:
+            chunk: Name of the chunk.
+            Y: What the block is to return, [B, T, ...].
+        """
+        if self.kind == "none":
+            return torch.ones(Y.shape[0] * Y.shape[1], device=Y.device)
+        measured = self.measured.get((chunk, OUTPUT))
+        return norm_weights(Y.flatten(2).flatten(0, 1)) if measured is None else measured
+
+
+def output_energy(gradient: torch.Tensor) -> torch.Tensor:
+    """Return the energy of every token at a block's output, float32 [B · T].
+
+    Args:
+        gradient: Gradient of the loss there, [B, T, ...].
+    """
+    return gradient.float().square().flatten(2).mean(-1).flatten()
 
 
 def group_key(operand: Operand) -> str:
@@ -198,15 +219,11 @@ def pass_back(
     num_tokens = hidden.shape[0] * hidden.shape[1]
     energies = _Energies(torch.zeros(num_tokens, dtype=torch.float32, device=hidden.device))
     try:
-        with torch.enable_grad(), _deterministic(hidden.is_cuda):
+        with gradients(hidden.device):
             start = BlockState(_leaf(hidden), {name: _leaf(other) for name, other in state.others.items()})
             with layers.observed_products(energies.observe):
                 output = action(start)
             before = _gradient(output, start, gradient)
-    except RuntimeError as error:
-        if not any(words in str(error) for words in _NO_GRADIENT):
-            raise
-        raise UnsupportedError(f"no gradient passes through this block: {str(error).splitlines()[0]:.200}") from error
     finally:
         energies.close()
     return PassedBack(before, energies.means(), energies.of_experts())
@@ -228,25 +245,6 @@ def _gradient(output: BlockState, start: BlockState, gradient: BlockState) -> Bl
     if of_hidden is None:
         raise UnsupportedError("no gradient passes through this block: its output does not depend on its input")
     return BlockState(of_hidden, {name: g for name, g in zip(others, of_others, strict=True) if g is not None})
-
-
-@contextlib.contextmanager
-def _deterministic(on_gpu: bool) -> Iterator[None]:
-    """Let the same gradient come out of every backward pass: the usual ones on GPUs add in any order.
-
-    Some operations have none that keeps to an order, of which torch only warns; `attention` sees to its own.
-    """
-    if not on_gpu:
-        yield
-        return
-    before, warns = torch.are_deterministic_algorithms_enabled(), torch.is_deterministic_algorithms_warn_only_enabled()
-    torch.use_deterministic_algorithms(True, warn_only=True)
-    try:
-        # cuDNN's kernel is left out: nothing says that it keeps to an order.
-        with sdpa_kernel([SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]):
-            yield
-    finally:
-        torch.use_deterministic_algorithms(before, warn_only=warns)
 
 
 class _Energies:

@@ -5,150 +5,26 @@ experts of a layer one after the other, or all of them in one batched product. S
 """
 
 import contextlib
-import dataclasses
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from functools import partial
 from typing import Any
 
 import torch
 from torch import nn
 from torch.overrides import TorchFunctionMode
 
-from astro.activation_config import ActivationScheme
-from astro.model.activation_rounding import InputGrid
-from astro.model.clipped_rounding import InputClips
 from astro.model.linear_layer import LinearLayer
-from astro.model.torch_products import PRODUCTS
+from astro.model.operands import Inputs, Operand, Places, is_same_input, product_of
 
-__all__ = [
-    "BlockLayers",
-    "Inputs",
-    "Operand",
-    "Places",
-    "Product",
-    "is_same_input",
-    "names_of",
-    "product_of",
-    "share_input",
-]
+__all__ = ["BlockLayers"]
 
 
-@dataclasses.dataclass(frozen=True)
-class Operand:
-    """A weight that a block multiplies its activations with: that of a linear layer, or gate and up of one expert.
-
-    Attributes:
-        names: Names of the layers in the weight, which read the same input.
-        parameter: Name of the model's parameter that holds the weight.
-        expert: Index of the expert; None outside experts.
-        columns: Input size.
-        clips: Learned grid of its inputs; None where it has none.
-    """
-
-    names: tuple[str, ...]
-    parameter: str
-    expert: int | None
-    columns: int
-    clips: InputClips | None = None
-
-    def grid(self, scheme: ActivationScheme | None) -> InputGrid | None:
-        """Return the grid to which servers round the inputs; None where they stay as they are.
-
-        Args:
-            scheme: Kind of the grid; None for none.
-        """
-        if scheme is None or not scheme.is_static:
-            return scheme
-        assert self.clips is not None, f"{self.names[0]} has no clips"
-        return self.clips
-
-
-@dataclasses.dataclass(frozen=True)
-class Inputs:
-    """What an operand is multiplied with.
-
-    Attributes:
-        X: Inputs [..., C].
-        tokens: Which tokens of the forward the inputs of an expert belong to, int64 [T]; None outside experts, whose
-            inputs are all tokens in their order, and where it could not be seen.
-    """
-
-    X: torch.Tensor
-    tokens: torch.Tensor | None = None
-
-
-@dataclasses.dataclass(frozen=True)
-class Product:
-    """A matrix product that a forward is about to compute.
-
-    Attributes:
-        X: Its left side, the inputs [..., C].
-        operands: The operands of the block that its right side holds: none, one, or those of all experts.
-        position: Place of X among the positional arguments of the call.
-        keyword: Name of X among its keyword arguments, where it is no positional argument.
-    """
-
-    X: torch.Tensor
-    operands: Sequence[Operand]
-    position: int
-    keyword: str
-
-
-Places = Mapping[tuple[int, int], Sequence[Operand]]
-"""The operands by the place in memory and the number of dimensions of the weight that they are multiplied with."""
 Note = Callable[[Operand, Inputs], None]
 """A function that is called with an operand and the inputs that it is multiplied with."""
 ProductNote = Callable[[Operand, Inputs, torch.Tensor], None]
 """A function that is called with an operand, its inputs, and their product [..., R]."""
-
-
-def product_of(func: Any, args: Sequence[Any], kwargs: Mapping[str, Any], places: Places) -> Product | None:
-    """Return the matrix product that a call of torch computes; None for any other call.
-
-    Args:
-        func: Function of torch that is called.
-        args: Positional arguments of the call.
-        kwargs: Keyword arguments of the call.
-        places: Where the weights of a block's operands lie.
-    """
-    arguments = PRODUCTS.get(getattr(func, "__name__", ""))
-    if arguments is None:
-        return None
-    X, weight = (args[i] if i < len(args) else kwargs[name] for i, name in arguments[:2])
-    return Product(X, places.get((weight.data_ptr(), weight.ndim), ()), *arguments[0])
-
-
-def is_same_input(X: torch.Tensor, other: torch.Tensor) -> bool:
-    """Tell whether two inputs, which are both alive, are the same memory.
-
-    Args:
-        X: Inputs of a layer.
-        other: Inputs of another layer.
-    """
-    return X.data_ptr() == other.data_ptr() and X.shape == other.shape
-
-
-def share_input(operand: Operand, X: torch.Tensor, other: Operand, other_X: torch.Tensor) -> bool:
-    """Tell whether two operands outside experts are one input group.
-
-    They are where they read the same memory and round it alike: a layer with learned clips of its own multiplies with
-    other inputs than its neighbour.
-
-    Args:
-        operand: An operand.
-        X: Its inputs.
-        other: Another operand.
-        other_X: Its inputs, which are alive too.
-    """
-    return is_same_input(X, other_X) and operand.clips == other.clips
-
-
-def names_of(operands: Iterable[Operand]) -> list[str]:
-    """Return the names of all layers of some operands.
-
-    Args:
-        operands: The operands, e.g. of an input group.
-    """
-    return [name for operand in operands for name in operand.names]
+GradientNote = Callable[[str, torch.Tensor], None]
+"""A function that is called with the name of a layer and the gradient at its weight [R, C]."""
 
 
 class BlockLayers:
@@ -244,6 +120,38 @@ class BlockLayers:
         finally:
             for name, weight in kept.items():
                 self._exchange(name, weight)
+
+    @contextlib.contextmanager
+    def differentiated(self, note: GradientNote) -> Iterator[None]:
+        """Let the layers' weights have gradients while the body of a `with` statement runs.
+
+        A gradient is let go of as soon as the function has seen it, so that those of a block are never all there.
+
+        Args:
+            note: The function that is called for every layer that a backward pass reaches.
+        """
+        by_parameter: dict[str, list[LinearLayer]] = {}
+        for layer in self._layers.values():
+            by_parameter.setdefault(layer.parameter, []).append(layer)
+
+        def pass_on(layers: list[LinearLayer], parameter: torch.Tensor) -> None:
+            assert parameter.grad is not None
+            for layer in layers:
+                note(layer.name, layer.view(parameter.grad))
+            parameter.grad = None
+
+        parameters = {name: self._model.get_parameter(name) for name in by_parameter}
+        handles = []
+        try:
+            for name, parameter in parameters.items():
+                parameter.requires_grad_(True)
+                handles.append(parameter.register_post_accumulate_grad_hook(partial(pass_on, by_parameter[name])))
+            yield
+        finally:
+            for handle in handles:
+                handle.remove()
+            for parameter in parameters.values():
+                parameter.requires_grad_(False)
 
     def _exchange(self, name: str, weight: torch.Tensor) -> torch.Tensor:
         """Put a weight into a layer and return the weight before. Nothing is copied where it is a whole parameter."""

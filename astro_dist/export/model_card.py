@@ -235,6 +235,7 @@ def _method(config: RunConfig, summary: Summary) -> list[tuple[str, str]]:
         ("regularizer", f"{regularizer.name}, solver {regularizer.solver}" if regularizer.name != "none" else "none"),
         ("its strength β (layers solved together)", ", ".join(f"{b} ({count})" for b, count in summary.betas.items())),
         ("refinement passes after GPTQ", f"at most {q.refine_passes}"),
+        *([("tuning", summary.tuning.in_words)] if summary.tuning and summary.tuning.blocks else []),
         ("blocks", f"mode {execution.mode}, {counted(execution.rounds, 'round')}"),
         *(("smoothed inputs", kind.in_words) for kind in summary.smoothing),
         *_coverage(summary),

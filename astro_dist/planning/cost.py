@@ -13,6 +13,7 @@ from astro_dist.planning.planned_run import PlannedRun
 from astro_dist.planning.predicted_groups import PredictedInputGroup, block_batches, stages_of
 from astro_dist.planning.solve_cost import SolveCost, dequantizing, packing, unpacking
 from astro_dist.planning.statistics_cost import StatisticsCost
+from astro_dist.planning.tuning_cost import TuningCost
 from astro_dist.planning.units import BlockUnit
 from astro_dist.planning.work import Work
 from astro_dist.planning.worker_memory import WorkerMemory
@@ -84,6 +85,7 @@ class CostModel:
         self._sequential = config.execution.mode == "sequential"
         self._sequence_length = config.calibration.longest_sequence
         self._forward = ForwardCost(plan, self._sequence_length, device_type)
+        self._tuning = TuningCost(planned, self._forward)
         self._held_out = sum(n for chunk, n in self._tokens.items() if is_held_out(chunk))
         self._weighs_by_loss = config.calibration.token_weights == "loss"
         self._smooths = config.activations.smoothing != "none"
@@ -177,12 +179,14 @@ class CostModel:
                 work = packing(self._weights(unit)) + Work(moved_bytes=unit.written_bytes + self._adapter_bytes(unit))
                 work = sum((self._solve.whole(batch, call.round_index) for batch in batches), work)
                 work = sum((self._correct(batch) for batch in batches), work)
+                work += self._tuning.work(batches, call.round_index)
                 if call.following is None or not reads_weights_ahead(self._device_type):
                     return work
                 return _behind(work, self._plan.blocks[call.following].read_bytes)
             case WriteBlock():
                 # Tiles hold a byte a weight. Then all workers read the block back at once, before chunks pass it.
                 rewritten = packing(self._weights(unit)) + unpacking(self._weights(unit))
+                rewritten += self._tuning.work(self._batches(unit), call.round_index)
                 return rewritten + Work(moved_bytes=4.0 * unit.written_bytes)
             case SplitBlock():
                 return Work(

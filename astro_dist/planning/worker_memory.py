@@ -73,6 +73,7 @@ class WorkerMemory:
         self._weighs_by_loss = calibration.token_weights == "loss"
         self._smooths = config.activations.smoothing != "none"
         is_weighted = calibration.token_weights != "none"
+        self._tuned_steps = config.quantization.tune_steps
         self._summed_itemsize = summed_dtype(dtype, device_type, is_weighted).itemsize
         self._forward = ForwardMemory(plan, calibration.longest_sequence, dtype, device_type)
         share = plan.expert_share
@@ -145,8 +146,10 @@ class WorkerMemory:
             # The block as it is read, as it is smoothed, and in float64 unless it is too large for that.
             tried = 8.0 * weights if 8 * weights <= WIDE_BYTES else self._itemsize * weights
             loading = max(loading, 2 * unit.held_bytes + tried)
+        # The Hessians are gone by then.
+        tuning = self._tuning_bytes(batches, sequences, max(parameters.values(), default=0.0))
         # Layers that are not quantized are there too.
-        return int(max(weights * self._itemsize, unit.held_bytes) + max(hessians + phase, loading))
+        return int(max(weights * self._itemsize, unit.held_bytes) + max(hessians + phase, tuning, loading))
 
     def _solving_bytes(self, batch: PredictedInputGroup) -> float:
         tile = min(batch.count * batch.rows, row_tile(batch.columns, self._tile_elements))
@@ -166,6 +169,20 @@ class WorkerMemory:
                 correcting += squares * batch.square
             solving = max(solving, correcting)
         return 4.0 * (solving + batch.weights)
+
+    def _tuning_bytes(self, batches: list[PredictedInputGroup], sequences: int, widest: float) -> float:
+        """Size of what is held to tune scales: a backward pass, and the chunks' inputs and wanted outputs beside it.
+
+        The original block waits while the quantized one computes, of which there are the integers too. The gradient of
+        one parameter is there at a time, and twice a part of it in float32.
+        """
+        if not self._tuned_steps:
+            return 0.0
+        weights = sum(batch.weights for batch in batches)
+        chunks = min(self._tuned_steps, -(-self._calibration_tokens // (sequences * self._sequence_length)))
+        texts = 2 * chunks * self._state_bytes(sequences)
+        gradient = (self._itemsize + 8) * widest
+        return self._forward.back(batches, sequences) + texts + (self._itemsize + 1) * weights + gradient
 
     def _rounding_drifts(self, batch: PredictedInputGroup) -> int:
         """Number of matrices of columns × columns about what rounding takes from the inputs of a layer."""

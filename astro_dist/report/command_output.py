@@ -75,6 +75,9 @@ def figure_lines(summary: "Summary", source: str = "") -> list[str]:
     if tried:
         helped = tried - summary.betas.get("0", 0)
         lines.append(f"Regularized before they were rounded: {helped} of {tried} groups of layers")
+    if summary.tuning is not None and summary.tuning.blocks:
+        words = summary.tuning.in_words
+        lines.append(f"{words[0].upper()}{words[1:]}")
     if summary.corrections is not None:
         words = summary.corrections.in_words
         lines.append(f"{words[0].upper()}{words[1:]}. They are the adapter that servers have to load too")

@@ -31,9 +31,9 @@ def method_sentences(findings: Findings) -> list[str]:
         coverage, widths_by = findings.summary.coverage, findings.summary.widths_by
         if widths_by:
             sentences.append(f"Widths were chosen by {_MEASURES[widths_by]}.")
-        corrections = findings.summary.corrections
-        sentences += [f"{corrections.in_words[0].upper()}{corrections.in_words[1:]}."] if corrections else []
-        parts = (coverage.in_words, coverage.copied_in_words) if coverage else ()
+        tuning, corrections = findings.summary.tuning, findings.summary.corrections
+        parts = [part.in_words for part in (tuning, corrections) if part is not None]
+        parts += [coverage.in_words, coverage.copied_in_words] if coverage else []
         sentences += [f"{part[0].upper()}{part[1:]}." for part in parts if part]
         rule = config.activations.smoothing
         sentences += [f"Smoothed inputs ({rule}): {kind.in_words}." for kind in findings.summary.smoothing]

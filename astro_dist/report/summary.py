@@ -21,6 +21,7 @@ from astro_dist.run_directory.journal import Damaged, Failed, Passed, last_of_ea
 from astro_dist.run_directory.records import RunDirectory
 from astro_dist.run_directory.smoothed_kinds import SmoothedKind, smoothed_kinds
 from astro_dist.run_directory.summary import Perplexity, RoundFigures, Summary, UnitCounts, perplexity_of
+from astro_dist.run_directory.tuning import TuningFigures
 from astro_dist.run_directory.unit_record import (
     BlockResult,
     EvaluationResult,
@@ -86,6 +87,8 @@ def summarize(
     last = layers[-1]
     original, *results = (run.read_if_there(head_unit(stream), LossResult) for stream in stream_names(run.rounds))
     perplexity = Perplexity.of(original, results[-1])
+    tuning = TuningFigures.of(block.tuning for block in rounds[-1])
+    untuned = [tuning.untuned_in_words] if tuning is not None and tuning.untuned else []
     smoothing = smoothed_kinds(smoothed_inputs(run, len(plan.blocks)))
     adapter = run.model / ADAPTER_WEIGHTS
     by_round = tuple(map(RoundFigures, map(perplexity_of, results), map(_mean_error, layers)))
@@ -108,7 +111,7 @@ def summarize(
         fallbacks=Fallbacks.of(last),
         retries=tuple(run.journal.of_kind(Failed)),
         mended=last_of_each_unit(run.journal.of_kind(Damaged)),
-        notes=(*all_notes, *_unmeasured(run, len(plan.blocks)), *_unsmoothed(smoothing), *_ruin(perplexity)),
+        notes=(*all_notes, *_unmeasured(run, len(plan.blocks)), *_unsmoothed(smoothing), *untuned, *_ruin(perplexity)),
         units=UnitCounts(len(plan.blocks), len(plan.copies)),
         model=str(run.model),
         python=platform.python_version(),
@@ -118,6 +121,7 @@ def summarize(
         inputs=config.activations.in_words,
         smoothing=smoothing,
         corrections=CorrectionFigures.of(last, adapter.stat().st_size) if adapter.is_file() else None,
+        tuning=tuning,
     )
 
 

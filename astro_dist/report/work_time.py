@@ -19,7 +19,7 @@ _PARTS: dict[str, tuple[str, ...]] = {
     "choosing β and widths": ("beta", "widths"),
     "regularizing": ("regularize", "compensate"),
     "rounding": ("grid", "gptq", "refine"),
-    "correcting": ("reconstruct",),
+    "correcting, tuning": ("reconstruct", "tune"),
     "evaluating": ("evaluate",),
     "reading and writing": ("read", "write"),
 }

@@ -15,6 +15,7 @@ from astro_dist.run_directory.journal import Damaged, Failed
 from astro_dist.run_directory.published_model import PublishedModel
 from astro_dist.run_directory.records import read_own_json
 from astro_dist.run_directory.smoothed_kinds import SmoothedKind
+from astro_dist.run_directory.tuning import TuningFigures
 from astro_dist.run_directory.unit_record import LossResult
 from astro_dist.source.model_info import BaseModel
 from astro_dist.wording import nats, percent
@@ -179,6 +180,7 @@ class Summary:
         smoothing: What became of the inputs that were to be smoothed, by kind; empty where none were.
         corrections: Corrections of low rank in the adapter beside the model, which all figures of the result are
             measured with; None where it has none.
+        tuning: What the tuning of scales came to; None where none was asked for.
     """
 
     perplexity: Perplexity
@@ -207,6 +209,7 @@ class Summary:
     inputs: str = ""
     smoothing: tuple[SmoothedKind, ...] = ()
     corrections: CorrectionFigures | None = None
+    tuning: TuningFigures | None = None
 
     @property
     def prediction_in_words(self) -> str:
@@ -218,7 +221,7 @@ class Summary:
     def to_json(self) -> dict[str, Any]:
         """Return the summary as the JSON object of its file."""
         plain = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
-        publish, corrections = plain.pop("publish"), plain.pop("corrections")
+        optional = {name: plain.pop(name) for name in ("corrections", "tuning", "publish")}
         return {
             **plain,
             "perplexity": dataclasses.asdict(self.perplexity),
@@ -231,8 +234,7 @@ class Summary:
             "units": dataclasses.asdict(self.units),
             "base_model": self.base_model.to_json(),
             "smoothing": [kind.to_json() for kind in self.smoothing],
-            **({"corrections": corrections.to_json()} if corrections is not None else {}),
-            **({"publish": publish.to_json()} if publish is not None else {}),
+            **{name: part.to_json() for name, part in optional.items() if part is not None},
         }
 
     @classmethod
@@ -256,6 +258,7 @@ class Summary:
             "base_model": BaseModel.from_json(content["base_model"]),
             "smoothing": tuple(map(SmoothedKind.from_json, content.get("smoothing", ()))),
             "corrections": CorrectionFigures.from_json(content["corrections"]) if content.get("corrections") else None,
+            "tuning": TuningFigures.from_json(content["tuning"]) if content.get("tuning") else None,
             "publish": PublishedModel.from_json(content["publish"]) if content.get("publish") else None,
         }
         return cls(**{name: read[name] if name in read else content[name] for name in fields})

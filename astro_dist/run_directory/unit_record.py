@@ -11,6 +11,7 @@ from astro.model.cache_scales import CacheScales
 from astro.model.sequence_figures import SequenceFigures
 from astro.quantization.layer_record import LayerRecord
 from astro_dist.run_directory.plain_record import PlainRecord
+from astro_dist.run_directory.tuning import Tuning
 
 if TYPE_CHECKING:  # it loads torch, which those who only read figures need not wait for
     from astro.model.smoothed_tensors import SmoothedInput
@@ -98,6 +99,7 @@ class BlockResult:
         peak_device_bytes: Largest memory that the process ever had on the GPU, in bytes; 0 without a GPU.
         cache_scales: Scales of an FP8 cache by the attention module's name in the model; empty where none is rounded,
             None in a record of a version that kept them elsewhere.
+        tuning: What came of tuning its scales; None where none was asked for.
     """
 
     MARK: ClassVar[str] = "layers"
@@ -109,6 +111,7 @@ class BlockResult:
     peak_rss_bytes: int
     peak_device_bytes: int
     cache_scales: Mapping[str, CacheScales] | None
+    tuning: Tuning | None = None
 
     def require_cache_scales(self, unit: str) -> Mapping[str, CacheScales]:
         """Return the scales of an FP8 cache.
@@ -135,6 +138,7 @@ class BlockResult:
             del content["cache_scales"]
         else:
             content["cache_scales"] = {name: dataclasses.asdict(each) for name, each in self.cache_scales.items()}
+        content["tuning"] = None if self.tuning is None else self.tuning.to_json()
         return content
 
     @classmethod
@@ -142,15 +146,20 @@ class BlockResult:
         """Read back what `to_json` returned.
 
         Args:
-            content: JSON object with every field; only `cache_scales` may be missing.
+            content: JSON object with every field; only `cache_scales` and `tuning` may be missing.
         """
         scales: dict[str, CacheScales] | None = None
         if "cache_scales" in content:
             scales = {name: CacheScales(**each) for name, each in content["cache_scales"].items()}
         layers = tuple(map(LayerRecord.from_json, content["layers"]))
-        names = [field.name for field in dataclasses.fields(cls)]
-        plain = {name: content[name] for name in names if name != "cache_scales"}
-        return cls(**{**plain, "layers": layers, "cache_scales": scales})
+        tuning = content.get("tuning")
+        read: dict[str, Any] = {
+            "layers": layers,
+            "cache_scales": scales,
+            "tuning": None if tuning is None else Tuning.from_json(tuning),
+        }
+        plain = {field.name: content[field.name] for field in dataclasses.fields(cls) if field.name not in read}
+        return cls(**plain, **read)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -39,6 +39,7 @@ def finish_block(
         layers=tuple(solved.records),
         seconds=seconds,
         cache_scales=solved.cache_scales,
+        tuning=solved.tuning,
         **describe_machine(runner.device),
     )
     return runner.spec.run.finish(block_unit(round_index, unit.index), paths, result)

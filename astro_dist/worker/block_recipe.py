@@ -6,8 +6,8 @@ import torch
 
 from astro.calibration.input_sums import SumKind
 from astro.formats import LAYOUTS
-from astro.model.activations import Operand
 from astro.model.low_rank import takes_correction
+from astro.model.operands import Operand
 from astro.model.smoothed_tensors import SmoothedInput
 from astro.quantization.recipe import Corrections, Recipe
 from astro_dist.planning.units import BlockUnit

@@ -3,8 +3,8 @@
 import dataclasses
 
 from astro.calibration.block_statistics import BlockStatistics
-from astro.model.activations import names_of
 from astro.model.cache_scales import LargestByModule
+from astro.model.operands import names_of
 from astro_dist.planning.units import BlockUnit
 
 __all__ = ["FedBlock"]

@@ -10,8 +10,8 @@ from itertools import zip_longest
 
 from astro.calibration.block_statistics import inputs_of
 from astro.calibration.input_sums import InputSums
-from astro.model.activations import Inputs, Operand
 from astro.model.cache_scales import LargestByModule
+from astro.model.operands import Inputs, Operand
 from astro.timing import Stopwatch, clock_s
 from astro_dist.schedule.names import ORIGINAL, round_stream
 from astro_dist.schedule.sequential import shares

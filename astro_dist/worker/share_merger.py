@@ -15,8 +15,8 @@ from astro.calibration.starved_experts import (
     sufficient_statistics,
 )
 from astro.linalg.batching import stacked
-from astro.model.activations import Operand
 from astro.model.cache_scales import LargestByModule
+from astro.model.operands import Operand
 from astro.timing import add_seconds
 from astro_dist.schedule.names import ORIGINAL, SUM, round_stream, share_part
 from astro_dist.schedule.sequential import shares

@@ -11,10 +11,10 @@ from astro.calibration.block_statistics import input_stages
 from astro.calibration.channel_statistics import ChannelStatistics, ChannelSums
 from astro.calibration.token_weights import group_key
 from astro.errors import UnsupportedError
-from astro.model.activations import Inputs, Operand, is_same_input, names_of
 from astro.model.block_call import BlockCall, BlockState, forward, mapped
 from astro.model.differences import largest_difference
 from astro.model.experts import reads_inputs
+from astro.model.operands import Inputs, Operand, is_same_input, names_of
 from astro.model.scaling_places import WIDE_BYTES, Place, Trial
 from astro.model.smoothed_tensors import Factors, SmoothedInput, exact_factors, plan_changes, producing_layer
 from astro.quantization.smoothing import column_statistics, row_factors

@@ -31,6 +31,7 @@ class WorkerSpec:
         plan: Units of the run.
         chunks: Names of the chunks in the order in which they travel.
         num_leading: Number of tokens that the tokenizer puts in front of every sequence, and that are no text.
+        is_sequential: Whether the run has mode `sequential`.
         shares: Number of shares of the calibration chunks in mode `sequential`.
         quantization: Grids and solver.
         activations: Settings of what servers do with the inputs of layers.
@@ -55,6 +56,7 @@ class WorkerSpec:
     plan: Plan
     chunks: tuple[str, ...]
     num_leading: int
+    is_sequential: bool
     shares: int
     quantization: Quantization
     activations: Activations

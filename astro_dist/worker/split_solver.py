@@ -13,7 +13,7 @@ import torch
 
 from astro.calibration.block_statistics import input_stages
 from astro.calibration.starved_experts import InputStatistics
-from astro.model.activations import names_of
+from astro.model.operands import names_of
 from astro.quantization import beta_search
 from astro.quantization.corrections import CorrectedGroups, correct_input_groups
 from astro.quantization.grid import QuantizedLinear

@@ -2,7 +2,7 @@
 
 from astro.calibration.input_sums import InputSums, SumKind
 from astro.calibration.token_weights import TokenWeights
-from astro.model.activations import Operand
+from astro.model.operands import Operand
 from astro_dist.worker.block_recipe import sum_kind
 from astro_dist.worker.block_runner import BlockRunner
 from astro_dist.worker.split_block import BlockInParts

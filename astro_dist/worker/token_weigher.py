@@ -10,7 +10,15 @@ from collections.abc import Iterable, Mapping, Sequence
 
 import torch
 
-from astro.calibration.token_weights import TokenWeights, effective_tokens, loss_weights, pass_back, typical_energy
+from astro.calibration.token_weights import (
+    OUTPUT,
+    TokenWeights,
+    effective_tokens,
+    loss_weights,
+    output_energy,
+    pass_back,
+    typical_energy,
+)
 from astro.errors import UnsupportedError
 from astro.model.block_call import BlockState
 from astro.model.perplexity import gradient_scale, loss_gradient
@@ -107,8 +115,9 @@ class TokenWeigher:
                 passed = pass_back(
                     runner.layers(unit), lambda before: runner.forward(block, before, chunk), state, gradient
                 )
+                energies = {f"{_TOKENS}.{OUTPUT}": output_energy(gradient.hidden)}
                 gradient = passed.gradient
-                energies = {f"{_TOKENS}.{key}": energy for key, energy in passed.energies.items()}
+                energies |= {f"{_TOKENS}.{key}": energy for key, energy in passed.energies.items()}
                 energies |= {f"{_EXPERT}.{name}": energy for name, energy in passed.of_experts.items()}
             except UnsupportedError as error:
                 gradient, reason = BlockState(gradient.hidden.new_empty(0)), str(error)
@@ -143,7 +152,8 @@ class TokenWeigher:
             if of_tokens is None:
                 reason = "the gradient is zero or not finite"
                 continue
-            effective[name] = effective_tokens(of_tokens)
+            if name != OUTPUT:
+                effective[name] = effective_tokens(of_tokens)
             pieces = of_tokens.split([len(energy) for energy in energies])
             weights |= {f"{chunk}.{name}": piece for chunk, piece in zip(chunks, pieces, strict=True)}
         weights |= self._typical_energies([tensors for tensors, _ in parts.values()], chunks)

@@ -49,6 +49,7 @@ from astro_dist.worker.block_files import finish_block
 from astro_dist.worker.block_passes import feed_chunk, forward_chunk
 from astro_dist.worker.block_recipe import measured_widths, sum_kind
 from astro_dist.worker.block_runner import BlockRunner
+from astro_dist.worker.block_tuner import tune_block
 from astro_dist.worker.chunk_pipeline import ChunkPipeline
 from astro_dist.worker.compile_check import require_loops
 from astro_dist.worker.copied_tensors import copy_tensors
@@ -233,6 +234,8 @@ class Worker:
         quantized, records = quantize_block(weights, fed_block.input_groups, statistics, schemes, recipe, widths)
         self._fed_block = None
         solved = SolvedBlock(quantized, records, fed_block.feeding_seconds(), fed_block.largest.scales)
+        del quantized, statistics, weights
+        solved = tune_block(runner, call.round_index, unit, solved)
         finished = finish_block(runner, call.round_index, unit, solved)
         runner.close()
         return finished
@@ -268,6 +271,7 @@ class Worker:
         solved = self._solver.put_together(call)
         read_s = clock_s(self._device) - start
         unit = self._spec.plan.blocks[call.block]
+        solved = tune_block(self._runner, call.round_index, unit, solved)
         return finish_block(self._runner, call.round_index, unit, solved, read_s)
 
     def evaluate_loss(self, call: EvaluateLoss) -> UnitRecord:

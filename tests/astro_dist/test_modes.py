@@ -68,6 +68,9 @@ MODES = {
     },
     "everything": {**LOSS, **EVERYTHING, "execution__rounds": 2},
     "everything, sequential": {**SEQUENTIAL, **EVERYTHING, "activations__bits": 4, "quantization__group_size": 64},
+    "tuned": {"quantization__tune_steps": 3, "quantization__bits": 3},
+    "tuned, rounds": {**LOSS, "execution__rounds": 2, "quantization__tune_steps": 3, "activations__bits": 8},
+    "tuned, sequential": {**SEQUENTIAL, **EVERYTHING, "quantization__tune_steps": 3},
     "overrides": {
         **SEQUENTIAL,
         "quantization__overrides": {"*.v_proj": {"bits": 8}, "*.mlp.*": {"group_size": 64, "symmetric": False}},
@@ -155,6 +158,8 @@ def whole(run_config, tmp_path, mode):
         *(("smoothed", calls, 5) for calls in (6, 15)),
         *(("smoothed, sequential", calls, 1) for calls in (4, 11, 30)),
         ("inputs, rounds", 35, 5),
+        *(("tuned", calls, workers) for calls, workers in ((9, 1), (14, 1), (15, 5))),
+        ("tuned, sequential", 25, 1),
         ("everything", 20, 5),
         ("everything", 55, 1),
         ("everything, sequential", 25, 1),
@@ -188,6 +193,28 @@ def test_first_round_is_the_run_of_one_round_and_later_ones_differ(run_config, t
     two = pipeline.quantize(run_config(execution__rounds=2, quantization__bits=3))
     assert two.rounds[0].perplexity == pytest.approx(one.perplexity.quantized, rel=1e-9)
     assert files_of(model_of(one)) != files_of(model_of(two))
+
+
+@pytest.mark.parametrize("mode", ["tuned", "tuned, rounds", "tuned, sequential"])
+def test_tuning_is_recorded_and_lowers_the_error_of_every_block(run_config, tmp_path, mode):
+    changes = MODES[mode]
+    summary = pipeline.quantize(run_config(**{**changes, "quantization__tune_steps": 10}))
+    findings = Findings.read(tmp_path / "run")
+    for (round_index, _), block in findings.rounds.items():
+        is_last = round_index + 1 == changes.get("execution__rounds", 1)
+        assert (block.tuning is not None) == is_last == ("tune" in block.seconds)
+        if block.tuning is not None:
+            assert (block.tuning.steps, block.tuning.reason) == (10, "")
+            assert 0 < block.tuning.after < block.tuning.before < 1
+    assert "tuning" not in (tmp_path / "run" / "records").joinpath("embed.json").read_text()
+    without = pipeline.quantize(
+        run_config(**{**changes, "quantization__tune_steps": 0, "output__dir": str(tmp_path / "w")})
+    )
+    tuned, plain = (Checkpoint.open(model_of(each)) for each in (summary, without))
+    name = "model.layers.0.mlp.up_proj.weight_"
+    key, scale = f"{name}packed", f"{name}scale"
+    assert torch.equal(tuned.read([key])[key], plain.read([key])[key])
+    assert not torch.equal(tuned.read([scale])[scale], plain.read([scale])[scale])
 
 
 def test_compensation_lowers_the_loss_of_the_tiny_model_at_two_bits(run_config, tmp_path):

@@ -18,7 +18,7 @@ from astro.activation_config import Activations, ActivationScheme, Reconstructio
 from astro.calibration.input_sums import SumKind
 from astro.config import Experts, Quantization, Regularizer, SolverSettings
 from astro.linalg.tiling import TILE_ELEMENTS, row_tiles
-from astro.model.activations import Operand
+from astro.model.operands import Operand
 from astro.quantization.beta_search import sample_tiles
 from astro.quantization.grid import Grid, QuantizedLinear
 from astro.quantization.recipe import Corrections, Recipe
@@ -120,7 +120,7 @@ def peaks_of_sequential_solve(
     spec = SimpleNamespace(
         quantization=quantization,
         activations=SimpleNamespace(scheme=scheme, bits=scheme.bits if scheme else 16, rounds_cache=False),
-        experts=Experts(), token_weights="none", shares=_SHARES,
+        experts=Experts(), token_weights="none", is_sequential=True, shares=_SHARES,
         chunks=tuple(f"c{number:04d}" for number in range(8)),
     )  # fmt: skip
     bits = scheme.bits if scheme else 16

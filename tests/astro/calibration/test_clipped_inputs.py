@@ -11,9 +11,10 @@ from astro.calibration.block_statistics import BlockStatistics, input_stages
 from astro.calibration.input_sums import SumKind
 from astro.calibration.token_weights import TokenWeights, pass_back
 from astro.config import Experts
-from astro.model.activations import BlockLayers, names_of
+from astro.model.activations import BlockLayers
 from astro.model.block_call import BlockState, forward
 from astro.model.clipped_rounding import InputClips, round_clipped
+from astro.model.operands import names_of
 from astro.model.recording import count_outputs, record
 from astro.model.rounded_inputs import rounded_inputs
 from astro.model.skeleton import Skeleton

@@ -18,8 +18,9 @@ from astro.calibration.token_weights import (
     typical_energy,
 )
 from astro.errors import UnsupportedError
-from astro.model.activations import BlockLayers, Inputs, Operand, names_of
+from astro.model.activations import BlockLayers
 from astro.model.block_call import BlockState, forward
+from astro.model.operands import Inputs, Operand, names_of
 from astro.model.perplexity import loss_gradient
 from astro.model.recording import count_outputs, record
 from astro.model.skeleton import Skeleton

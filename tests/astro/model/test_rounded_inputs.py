@@ -7,7 +7,8 @@ from torch import nn
 from astro.activation_config import ActivationScheme
 from astro.errors import UnsupportedError
 from astro.model.activation_rounding import round_activations
-from astro.model.activations import BlockLayers, Operand
+from astro.model.activations import BlockLayers
+from astro.model.operands import Operand
 from astro.model.rounded_inputs import rounded_inputs
 from tests.astro.model.test_experts import Opened, parts
 
