@@ -170,19 +170,12 @@ class WorkerMemory:
             solving = max(solving, correcting)
         return 4.0 * (solving + batch.weights)
 
-    def _tuning_bytes(self, batches: list[PredictedInputGroup], sequences: int, widest: float) -> float:
-        """Size of what is held to tune scales: a backward pass, and the chunks' inputs and wanted outputs beside it.
-
-        The original block waits while the quantized one computes, of which there are the integers too. The gradient of
-        one parameter is there at a time, and twice a part of it in float32.
-        """
+    def _tuning_bytes(self, batches: list[PredictedInputGroup], sequences: int, largest: float) -> float:
+        """Size of what is held while the scales of a block are tuned; 0 where they are not."""
         if not self._tuned_steps:
             return 0.0
-        weights = sum(batch.weights for batch in batches)
-        chunks = min(self._tuned_steps, -(-self._calibration_tokens // (sequences * self._sequence_length)))
-        texts = 2 * chunks * self._state_bytes(sequences)
-        gradient = (self._itemsize + 8) * widest
-        return self._forward.back(batches, sequences) + texts + (self._itemsize + 1) * weights + gradient
+        chunks = -(-self._calibration_tokens // (sequences * self._sequence_length))
+        return self._forward.tuned(batches, sequences, min(self._tuned_steps, chunks), largest)
 
     def _rounding_drifts(self, batch: PredictedInputGroup) -> int:
         """Number of matrices of columns × columns about what rounding takes from the inputs of a layer."""

@@ -25,6 +25,7 @@ from astro_dist.schedule.calls import (
     TryBetas,
     WriteBlock,
 )
+from astro_dist.schedule.names import ORIGINAL
 from astro_dist.source.calibration_text import chunk_tokens
 
 AUTO = {"quantization__bits": "auto", "quantization__average_bits": 3.5, "execution__rounds": 2}
@@ -153,3 +154,14 @@ def test_host_of_a_gpu_holds_the_next_block_and_states_on_their_way(run_config):
     state, libraries = 48 * 64 * 4, cost.host_bytes() - 3 * plan.blocks[0].held_bytes - 2 * 3 * 4 * 48 * 64 * 4
     assert larger.host_bytes() - cost.host_bytes() == 2 * 3 * 2 * state
     assert 1e8 < libraries < 1e9
+
+
+@pytest.mark.parametrize("call", [SolveBlock(0, 0), SolveBlock(1, 0), WriteBlock(1, 0)])
+def test_the_last_round_tunes_scales(run_config, call):
+    changes = {"execution__rounds": 2, "calibration__samples": 8, "calibration__chunk_samples": 2}
+    plain, _ = cost_of(run_config(**changes))
+    forward = plain.work(ForwardChunk(ORIGINAL, 0, "c0000", "block")).compute
+    for steps, chunks in ((2, 2), (20, 4)):
+        tuned, _ = cost_of(run_config(**changes, quantization__tune_steps=steps))
+        more = tuned.work(call).compute - plain.work(call).compute
+        assert more == pytest.approx((3 * chunks + 3.3 * steps) * forward if call.round_index else 0.0)
