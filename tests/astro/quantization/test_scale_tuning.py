@@ -105,7 +105,7 @@ def naive(block):
         for name, g in zip(names, gradients, strict=True):
             first[name], second[name] = 0.9 * first[name] + 0.1 * g, 0.95 * second[name] + 0.05 * g.square()
             mean, square = first[name] / (1 - 0.9 ** (step + 1)), second[name] / (1 - 0.95 ** (step + 1))
-            p[name].data -= 0.16 / STEPS * (1 - step / STEPS) * mean / (square.sqrt() + 1e-8)
+            p[name].data -= 0.008 * (1 - step / STEPS) * mean / (square.sqrt() + 1e-8)
     return {name: scales[name] * (1 + p[name].detach()) for name in names}
 
 
