@@ -124,14 +124,15 @@ def linear(name: str, rows: int, columns: int) -> LinearLayer:
     return dataclasses.replace(plain, parameter=parameter, expert=int(match[2]))
 
 
-def table(name: str, device_name: str, gigabits: float) -> None:
+def table(name: str, device_name: str, gigabits: float, tune_steps: int) -> None:
     """Print the table of one model."""
     plan, device = make_plan(name), dataclasses.replace(DEVICES[device_name], storage=gigabits / 8 * 1e9)
     print(f"\n{name} on {device_name}, 128 × 2048 tokens, {gigabits:g} Gbit/s a worker\n")
     print("| mode | | " + " | ".join(map(str, WORKERS)) + " |\n" + "|---" * (len(WORKERS) + 2) + "|")
     for mode in ("blocks", "sequential"):
         shares = {"hessian_shares": 8} if mode == "sequential" else {}
-        config = RunConfig.model_validate({**CONFIG, "execution": {"mode": mode, **shares}})
+        sections = {"execution": {"mode": mode, **shares}, "quantization": {"tune_steps": tune_steps}}
+        config = RunConfig.model_validate({**CONFIG, **sections})
         tokens = chunk_tokens(config.calibration)
         cost = CostModel(PlannedRun(plan, config, tokens, torch.bfloat16, "cuda"))
         walls, efficiencies, alone = [], [], 0.0
@@ -208,6 +209,7 @@ def main() -> None:
     parser.add_argument("--device", default="h100", choices=sorted(DEVICES))
     parser.add_argument("--gigabits", type=float, default=25, help="a second, from and to the shared folder, a worker")
     parser.add_argument("--models", nargs="+", default=list(MODELS), choices=list(MODELS))
+    parser.add_argument("--tune-steps", type=int, default=0, help="quantization.tune_steps")
     parser.add_argument("--measured", type=Path)
     parser.add_argument("--workers", type=int, nargs="+", default=[1, 2])
     options = parser.parse_args()
@@ -215,7 +217,7 @@ def main() -> None:
         measured(options.measured, options.workers)
         return
     for name in options.models:
-        table(name, options.device, options.gigabits)
+        table(name, options.device, options.gigabits, options.tune_steps)
 
 
 if __name__ == "__main__":
