@@ -68,22 +68,21 @@ class ForwardMemory:
         layers = _AUTOGRAD * tokens * (kept + _STATES * self._hidden_size) * self._itemsize
         return layers + _AUTOGRAD * max(self._eager_scores(sequences), self._plain_scores(sequences))
 
-    def tuned(self, batches: Sequence[PredictedInputGroup], sequences: int, chunks: int, largest: float) -> float:
+    def tuned(self, batches: Sequence[PredictedInputGroup], sequences: int, largest: float) -> float:
         """Return the bytes that are held at the peak while the scales of the block are tuned.
 
-        Besides a backward pass these are the chunks' inputs and wanted outputs, and the quantized block, as integers
-        and as it computes, while the original one waits. The gradient of one parameter is there at a time, and twice a
-        part of it in float32.
+        Besides a backward pass of one sequence these are the inputs and wanted outputs of all, and the quantized block,
+        as integers and as it computes, while the original one waits. The gradient of one parameter is there at a time,
+        and twice a part of it in float32.
 
         Args:
             batches: Input groups of the block.
-            sequences: Number of sequences in a chunk.
-            chunks: Number of chunks that scales are tuned on.
+            sequences: Number of sequences that scales are tuned on.
             largest: Number of weights in the largest parameter.
         """
-        texts = 2.0 * chunks * sequences * self._sequence_length * self._hidden_size * self._itemsize
+        texts = 2.0 * sequences * self._sequence_length * self._hidden_size * self._itemsize
         quantized = (self._itemsize + 1.0) * sum(batch.weights for batch in batches)
-        return self.back(batches, sequences) + texts + quantized + (self._itemsize + 8) * largest
+        return self.back(batches, 1) + texts + quantized + (self._itemsize + 8) * largest
 
     def _eager_scores(self, sequences: int) -> float:
         """Return the bytes of attention's scores where the model's class holds them; else 0.

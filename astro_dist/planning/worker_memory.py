@@ -174,8 +174,8 @@ class WorkerMemory:
         """Size of what is held while the scales of a block are tuned; 0 where they are not."""
         if not self._tuned_steps:
             return 0.0
-        chunks = -(-self._calibration_tokens // (sequences * self._sequence_length))
-        return self._forward.tuned(batches, sequences, min(self._tuned_steps, chunks), largest)
+        tuned = min(self._tuned_steps + sequences - 1, self._calibration_tokens // self._sequence_length)
+        return self._forward.tuned(batches, tuned, largest)
 
     def _rounding_drifts(self, batch: PredictedInputGroup) -> int:
         """Number of matrices of columns × columns about what rounding takes from the inputs of a layer."""

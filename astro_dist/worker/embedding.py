@@ -1,10 +1,15 @@
 """The pass of the text through the embeddings, in which it is recorded what blocks are called with."""
 
+from collections.abc import Iterator
+
+import torch
+
 from astro.model.block_call import BlockState
 from astro.model.recording import count_outputs
 from astro_dist.run_directory.unit_record import EmbedResult, UnitRecord
 from astro_dist.schedule.names import EMBED, ORIGINAL
 from astro_dist.worker.block_runner import BlockRunner
+from astro_dist.worker.block_tuner import SINGLE
 from astro_dist.worker.call_recorder import CallRecorder
 from astro_dist.worker.smoother import PROBE, PROBE_TOKENS
 
@@ -30,6 +35,16 @@ def embed_text(runner: BlockRunner) -> UnitRecord:
             runner.states.save(ORIGINAL, 0, chunk, BlockState(hidden))
         if spec.activations.smoothing != "none":
             recorder.record(PROBE, tokens.input_ids(spec.calibration_chunks[0])[:1, :PROBE_TOKENS])
+        if spec.quantization.tune_steps:
+            # Two, because blocks may be called otherwise for each text.
+            for name, ids in zip(SINGLE, _sequences(runner), strict=False):
+                recorder.record(name, ids)
         runner.states.finish_writing()
         recorder.save()
     return spec.run.finish(EMBED, [], EmbedResult(compute_dtype=str(spec.compute_dtype), device=spec.device))
+
+
+def _sequences(runner: BlockRunner) -> Iterator[torch.Tensor]:
+    """The tokens [1, T] of each calibration sequence."""
+    for chunk in runner.spec.calibration_chunks:
+        yield from runner.tokens.input_ids(chunk).split(1)

@@ -160,8 +160,8 @@ def test_host_of_a_gpu_holds_the_next_block_and_states_on_their_way(run_config):
 def test_the_last_round_tunes_scales(run_config, call):
     changes = {"execution__rounds": 2, "calibration__samples": 8, "calibration__chunk_samples": 2}
     plain, _ = cost_of(run_config(**changes))
-    forward = plain.work(ForwardChunk(ORIGINAL, 0, "c0000", "block")).compute
-    for steps, chunks in ((2, 2), (20, 4)):
+    sequence = plain.work(ForwardChunk(ORIGINAL, 0, "c0000", "block")).compute / 2
+    for steps, sequences in ((2, 2), (40, 8)):
         tuned, _ = cost_of(run_config(**changes, quantization__tune_steps=steps))
         more = tuned.work(call).compute - plain.work(call).compute
-        assert more == pytest.approx((3 * chunks + 3.3 * steps) * forward if call.round_index else 0.0)
+        assert more == pytest.approx((3 * sequences + 3.3 * steps) * sequence if call.round_index else 0.0)
