@@ -50,6 +50,10 @@ class LowRank:
             A, B = A.to(where), B.to(where)
         return LowRank(A, B)
 
+    def weight(self) -> torch.Tensor:
+        """Return B A, float32 [R, C]."""
+        return self.B.float() @ self.A.float()
+
     def outputs(self, x: torch.Tensor) -> torch.Tensor:
         """Return B (A x), which a layer adds to its outputs.
 

@@ -18,20 +18,20 @@ from astro.model.skeleton import Skeleton
 from astro.model.smoothed_tensors import SmoothedInput, smoothed_layer, smoothed_tensors
 from astro.storage.checkpoint import Checkpoint
 from astro_dist.config.schema import ModelConfig
-from astro_dist.export.adapter_file import ADAPTER_WEIGHTS, AdapterFile
+from astro_dist.export.adapter_check import checked_adapter
 from astro_dist.export.cache_scales import checked_cache_scales
 from astro_dist.export.input_scales import read_input_scales
 from astro_dist.export.inventory import describe, read_inventory
 from astro_dist.export.named_model import find_model
 from astro_dist.export.packed_layers import is_of_packed, is_packed, linear_layers, packed_layers, read_packing
-from astro_dist.export.smoothing_file import needs_adapter, read_smoothing
+from astro_dist.export.smoothing_file import read_smoothing
 from astro_dist.planning.unquantized import copied_matrices
 from astro_dist.run_directory.identity import read_identity
 from astro_dist.run_directory.layout import RunLayout
 from astro_dist.run_directory.records import RunDirectory
 from astro_dist.run_directory.unit_record import FileRecord
 from astro_dist.source.long_wait import LongWait
-from astro_dist.source.resolve import Source, resolve_source
+from astro_dist.source.resolve import resolve_source
 from astro_dist.source.weight_check import check_weights
 from astro_dist.wording import counted
 
@@ -53,7 +53,8 @@ class Verification:
         cache_scales: Number of scales of an FP8 cache of keys and values; 0 where config.json asks for none.
         not_finite: Names of the tensors that hold NaN or Inf, and that the model's class does not read. A drafter may.
         checksums_compared: Whether every file was compared with the SHA-256 that the run recorded.
-        relative_weight_errors: ‖Ŵ − W‖_F / ‖W‖_F of each layer by name; empty where no source was given.
+        relative_weight_errors: ‖Ŵ − W‖_F / ‖W‖_F of each layer by name, Ŵ with its correction of low rank; empty where
+            no source was given.
     """
 
     model: str
@@ -135,6 +136,7 @@ def verify_model(model: Path | str, against: Path | str | None = None, trust_rem
             f"{checkpoint.store}: {missing[0]} is neither packed nor in the config's ignore list; loaders would "
             "look for its packed tensors"
         )
+    adapter = checked_adapter(opened, {layer.name: layer for layer in layers})
     original = _OriginalModel(source, skeleton, read_smoothing(opened.folder)) if source else None
     if original:
         original.require_scaled(checkpoint, [layer.name for layer in layers])
@@ -145,13 +147,14 @@ def verify_model(model: Path | str, against: Path | str | None = None, trust_rem
     for number, layer in enumerate(layers, 1):
         W_hat = _check_linear(checkpoint, packing, layer, schemes[layer.config_names[0]])
         if original:
-            errors[layer.stem] = original.error_of(layer.stem, W_hat)
+            corrections = adapter.corrections([layer.name]).values() if adapter is not None else ()
+            errors[layer.stem] = original.error_of(layer.stem, sum((each.weight() for each in corrections), W_hat))
         wait.reached(number)
     return Verification(
         model=str(opened.store),
         num_linears=len(layers),
         num_tensors=len(checkpoint.entries),
-        num_corrections=_check_adapter(opened, {layer.name: layer for layer in layers}),
+        num_corrections=len(adapter.ranks) if adapter is not None else 0,
         inputs=inputs,
         cache_scales=len(checked_cache_scales(checkpoint, skeleton)) if config.get("kv_cache_scheme") else 0,
         not_finite=tuple(not_finite),
@@ -259,29 +262,6 @@ def _require_as_written(root: Path) -> None:
 def _is_there(folder: Path, file: FileRecord) -> bool:
     path = folder / file.name
     return path.is_file() and path.stat().st_size == file.size_bytes and describe(folder, file.name) == file
-
-
-def _check_adapter(model: Source, layers: Mapping[str, LinearLayer]) -> int:
-    """Check that a model's adapter corrects packed layers alone, in their shapes, and return how many."""
-    adapter = AdapterFile.of(model)
-    if adapter is None:
-        if needs_adapter(model.folder):
-            raise CheckpointError(
-                f"{model.store}: has no {ADAPTER_WEIGHTS}, which alone holds the weights of its outlier channels; the "
-                "model is of no use without it, so copy or download it too"
-            )
-        return 0
-    place = f"{model.store}/{ADAPTER_WEIGHTS}"
-    for name in adapter.ranks:
-        if name not in layers:
-            raise CheckpointError(f"{place}: corrects {name}, which is no packed layer; it is of another run")
-        correction, layer = adapter.corrections([name])[name], layers[name]
-        shape = (len(correction.B), correction.A.shape[1])
-        if shape != (layer.rows, layer.columns):
-            raise CheckpointError(f"{place}: corrects {name} as {shape}, it is {(layer.rows, layer.columns)}")
-        if not bool(torch.isfinite(correction.A).all() & torch.isfinite(correction.B).all()):
-            raise CheckpointError(f"{place}: the correction of {name} holds NaN or Inf")
-    return len(adapter.ranks)
 
 
 def _check_linear(checkpoint: Checkpoint, packing: Layout, layer: LinearLayer, scheme: LayerScheme) -> torch.Tensor:

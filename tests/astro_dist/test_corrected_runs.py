@@ -312,6 +312,10 @@ def test_corrections_that_hold_outlier_channels_leave_less(run_config, llama, tm
     monkeypatch.setattr(Reconstruction, "holds_channels", lambda *_: False)
     plain = pipeline.quantize(run_config(**source, **HELD, **MODES[mode], output__dir=str(tmp_path / "plain")))
     assert any("aser without corrections of rank 6 or more" in note for note in plain.notes)
+    errors = verify_model(held.model, llama).relative_weight_errors
+    assert 0 < max(errors.values()) < 0.3, "they are those of weights with their corrections"
+    (alone / "smoothing.json").unlink()
+    assert max(verify_model(alone, llama).relative_weight_errors.values()) > 0.5
     assert held.corrections.error_after < plain.corrections.error_after
     assert held.corrections.error_before > 2 * plain.corrections.error_before, "it is of no use without the adapter"
     assert held.corrections.size_bytes == plain.corrections.size_bytes
