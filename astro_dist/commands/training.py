@@ -30,9 +30,9 @@ def train(
     from astro_dist.config.yaml_file import load_train_config
 
     settings = load_train_config(config, assignments)
-    from astro_dist.source.whole_text import require_documents
+    from astro_dist.source.whole_text import require_place
 
-    require_documents(settings.text.text_source, "text.source")
+    require_place(settings.text.text_source, "text.source")
     with waiting_for("loading the libraries"):  # torch among them, for which a wrong file need not wait
         from astro_dist.training.train import train as do_training
 

@@ -17,7 +17,7 @@ from astro_dist.evaluation.streamed_model import StreamedModel
 from astro_dist.evaluation.text_windows import WindowCut, cut_windows
 from astro_dist.export.named_model import find_model
 from astro_dist.source.text_tokens import require_known
-from astro_dist.source.whole_text import read_documents, require_documents
+from astro_dist.source.whole_text import read_rows, require_place
 
 __all__ = ["InspectRequest", "Inspection", "KindFigures", "ModelFigures", "inspect_model"]
 
@@ -145,11 +145,11 @@ def inspect_model(name: str, request: InspectRequest, settings: JudgeSettings) -
         NumericalError: A forward pass overflowed.
     """
     settings.require_device()
-    require_documents(request.text, "--text")
+    require_place(request.text, "--text")
     configure_process(torch.get_num_threads())
     model = StreamedModel(find_model(name), settings)
     before = StreamedModel(find_model(request.against), settings, "--against") if request.against else None
-    rows = read_documents(request.text, "--text")
+    rows = read_rows(request.text, "--text")
     text = cut_windows(request.text.source, rows, model.tokenizer, WindowCut(request.window, request.limit))
     for each in filter(None, (model, before)):
         require_known(int(text.input_ids.max()), each.skeleton.limits()[0], each.name)

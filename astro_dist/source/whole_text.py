@@ -12,25 +12,25 @@ from astro_dist.source.json_lines import json_objects
 from astro_dist.source.parquet_column import column_values, open_parquet
 from astro_dist.source.rows import choose_column
 
-__all__ = ["read_documents", "read_rows", "require_documents", "require_place"]
+__all__ = ["read_rows", "require_place"]
 
 
 def require_place(source: TextSource, option: str) -> None:
     """Refuse a text whose place says already that it cannot be read.
 
     Args:
-        source: Path of a file, or name, subset, split and revision of a dataset on the Hub.
+        source: `python-docs`, path of a file, or name, subset, split and revision of a dataset on the Hub.
         option: Option or key that names the text, for messages.
 
     Raises:
         ConfigError: It is neither a file of a known kind nor a dataset, or the file is not there.
     """
-    if is_dataset(source.source):
+    if source.source == PYTHON_DOCS or is_dataset(source.source):
         return
-    if source.source == PYTHON_DOCS or not is_file(source.source):
+    if not is_file(source.source):
         raise ConfigError(
-            f"{option} {source.source}: expected a file (*{', *'.join(FILE_SUFFIXES)}), or a dataset on the Hub "
-            "(ORG/NAME)"
+            f"{option} {source.source}: expected {PYTHON_DOCS}, a file (*{', *'.join(FILE_SUFFIXES)}), or a dataset on "
+            "the Hub (ORG/NAME)"
         )
     if source.subset is not None or source.revision is not None:
         raise ConfigError(f"{option} {source.source}: only a dataset on the Hub has a subset or a revision")
@@ -45,7 +45,7 @@ def read_rows(source: TextSource, option: str) -> Iterator[str]:
 
     Args:
         source: Path of a file, or name, subset, split and revision of a dataset on the Hub; and the column that holds
-            the text. A .txt file is one row.
+            the text. A .txt file is one row. The rows of `python-docs` are its topics.
         option: Option or key that names the text, for messages.
 
     Raises:
@@ -60,27 +60,12 @@ def read_rows(source: TextSource, option: str) -> Iterator[str]:
         raise ConfigError(f"{option} {source.source}: cannot be read: {error}") from error
 
 
-def require_documents(source: TextSource, option: str) -> None:
-    """Refuse a text of which `read_documents` could read nothing; see `require_place`, which takes no shipped text."""
-    if source.source != PYTHON_DOCS:
-        require_place(source, option)
-
-
-def read_documents(source: TextSource, option: str) -> Iterator[str]:
-    """Return the documents of a text: its rows, see `read_rows`, or those of the text that every Python ships.
-
-    Args:
-        source: Place of the text, as `read_rows` takes it, or `python-docs`.
-        option: Option or key that names the text, for messages.
-    """
-    if source.source != PYTHON_DOCS:
-        return read_rows(source, option)
-    return (document.text for document in read_text(source, Wanted(num_characters=0, seed=0), None).documents)
-
-
 def _rows(source: TextSource, option: str) -> Iterator[str]:
     path = Path(source.source).expanduser()
-    if is_dataset(source.source):
+    if source.source == PYTHON_DOCS:
+        wanted = Wanted(num_characters=0, seed=0)
+        yield from (document.text for document in read_text(source, wanted, None).documents)
+    elif is_dataset(source.source):
         from astro_dist.source.hub_dataset import rows_in_order  # slow to import, and mostly not needed
 
         for number, (value, column) in enumerate(rows_in_order(source, option), 1):

@@ -21,7 +21,7 @@ from astro_dist.config.training import TrainTextConfig
 from astro_dist.source.documents import Document
 from astro_dist.source.long_wait import LongWait
 from astro_dist.source.text_tokens import TextTokenizer, require_known
-from astro_dist.source.whole_text import read_documents
+from astro_dist.source.whole_text import read_rows
 
 __all__ = ["TokenFile", "write_tokens"]
 
@@ -111,7 +111,7 @@ def write_tokens(config: TrainTextConfig, tokenizer: Any, vocab_size: int, path:
 
 def _documents(config: TrainTextConfig) -> Iterator[str]:
     """Yield the documents of a text in their order, without empty ones."""
-    rows = read_documents(config.text_source, "text.source")
+    rows = read_rows(config.text_source, "text.source")
     return (row for row in rows if row)
 
 

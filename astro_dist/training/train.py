@@ -19,7 +19,7 @@ from astro_dist.config.training import TrainConfig
 from astro_dist.console import in_words
 from astro_dist.execution.termination import Terminated
 from astro_dist.run_directory.lock import hold
-from astro_dist.source.whole_text import require_documents
+from astro_dist.source.whole_text import require_place
 from astro_dist.training.checkpoint import writing
 from astro_dist.training.loop import Outlet, Trainer
 from astro_dist.training.next_commands import next_commands
@@ -220,7 +220,7 @@ def _train_here(config: TrainConfig, tokens: TokenFile, run: TrainingDirectory, 
 
 def _require_places(config: TrainConfig) -> None:
     """Refuse a text that is not there, and paths that only mean the same on this machine."""
-    require_documents(config.text.text_source, "text.source")
+    require_place(config.text.text_source, "text.source")
     if config.execution.executor == "local" or config.execution.cluster_address is None:
         return
     paths = {"output.dir": config.output.dir}

@@ -27,6 +27,7 @@ PAPER = [
     "regularizer.beta=8e-4",
 ]
 SEQUENTIAL = ["execution.mode=sequential"]
+TUNED = ["quantization.tune_steps=40"]
 METHODS = {
     "RTN": ["quantization.method=rtn", "quantization.scale_search=minmax", *ALIKE, *NONE],
     "GPTQ": PLAIN,
@@ -38,10 +39,12 @@ METHODS = {
     "ours, beta 0": NONE,
     "ours, no refinement": ["quantization.refine_passes=0"],
     "ours": [],
+    "ours, tuned": TUNED,
     "ours, 2 rounds": ["execution.rounds=2"],
     "ours, 3 rounds": ["execution.rounds=3"],
     "ours, sequential, uncompensated": [*SEQUENTIAL, "quantization.compensation=0"],
     "ours, sequential": SEQUENTIAL,
+    "ours, sequential, tuned": [*SEQUENTIAL, *TUNED],
 }
 
 

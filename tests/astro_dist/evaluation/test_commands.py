@@ -52,7 +52,7 @@ def test_evaluate_says_how_a_result_differs_from_its_source(run, finished, first
     [
         ((), "nothing to judge by: give --text FILE, --tasks NAMES, or both"),
         (("--tasks", "piqa", "--against", "org/x"), "give --text FILE too"),
-        (("--text", "/a.csv"), "--text /a.csv: expected a file (*.txt, "),
+        (("--text", "/a.csv"), "--text /a.csv: expected python-docs, a file (*.txt, "),
         (("--text", "a.txt", "--subset", "raw"), "--text a.txt: only a dataset on the Hub has a subset"),
         (("--text", "a.txt", "--device", "tpu"), "--device tpu: expected one of auto, cpu, cuda"),
         (("--text", "a.txt", "--workers", "0"), "--workers 0: expected auto or at least 1"),

@@ -34,6 +34,12 @@ def test_rows_of_every_kind_of_file(tmp_path):
     assert rows(tmp_path / "a.txt") == ["Täxt\n"]
 
 
+def test_the_text_that_every_python_ships_is_one_too():
+    topics = rows("python-docs", column="auto")
+    assert len(topics) > 50
+    assert sum(map(len, topics)) > 200_000
+
+
 def test_rows_of_a_dataset_are_those_of_the_split_in_order(dataset_hub, tmp_path):
     for part in range(2):
         texts = [f"{part} {number}" if number % 3 else "" for number in range(5)]
@@ -49,7 +55,7 @@ def test_rows_of_a_dataset_are_those_of_the_split_in_order(dataset_hub, tmp_path
 @pytest.mark.parametrize(
     ("name", "content", "message"),
     [
-        ("a.csv", b"", r"a.csv: expected a file \(\*.txt, .*, or a dataset on the Hub"),
+        ("a.csv", b"", r"a.csv: expected python-docs, a file \(\*.txt, .*, or a dataset on the Hub"),
         ("none.txt", None, "none.txt: there is no such file"),
         ("a.jsonl", b'{"page": 3}', "line 1: expected text in column 'page', got 3"),
         ("a.jsonl", b'{"page": ""}\n{"text": ""}', "it has no column page, only text"),
