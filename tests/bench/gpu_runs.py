@@ -113,7 +113,7 @@ def configured(bench: Bench, source: Path, name: str, text: dict[str, int], **ex
     group_size = 128 if json.loads((source / "config.json").read_text())["hidden_size"] >= 2048 else 64
     content = {
         "model": {"source": str(source), "check_weights": False},
-        "quantization": {"group_size": group_size},
+        "quantization": {"group_size": group_size, "tune_steps": 2 if bench.tiny else 16},
         "calibration": {"source": str(source / "words.txt"), **text},
         "execution": {"executor": "local", "workers": 1, "device": bench.device.type, **execution},
         "output": {"dir": str(bench.work / f"run-{name}".replace(" ", "-"))},

@@ -28,7 +28,7 @@ def test_every_step_but_ray_passes_on_a_cpu(tmp_path):
     assert [line["step"] for line in lines if line["name"] == "step"] == steps.split(",")
     (block,) = (line for line in lines if line["name"] == "block8b")
     assert block["calls_s"]["SolveBlock"] > 0 < block["plan_gb"]
-    assert {"gptq", "refine"} <= set(block["floor_s"]) | set(block["phases_s"])
+    assert {"gptq", "refine", "tune"} <= set(block["floor_s"]) | set(block["phases_s"])
 
 
 def test_a_step_without_time_is_ended_or_not_begun(tmp_path):

@@ -15,7 +15,10 @@ from astro.quantization.scale_tuning import TuningText, tune_scales
 from astro.storage.checkpoint import Checkpoint
 from tests.support.architectures import DENSE, EXPERTS
 from tests.support.dequantized import keys_of
+from tests.support.devices import here
 from tests.support.models import write_checkpoint
+
+pytestmark = pytest.mark.usefixtures("device")
 
 STEPS, TEXTS, SEQUENCES, TOKENS = 5, 2, 3, 12
 NAMES = ["llama", "qwen3-moe", "gpt-oss"]  # layers of their own, experts in one parameter, and these transposed
@@ -27,8 +30,8 @@ class Block:
     def __init__(self, folder, name, dtype=torch.float64, scale_dtype=torch.float32, symmetric=True, group_size=16):
         write_checkpoint(folder, {**DENSE, **EXPERTS}[name])
         checkpoint, self.skeleton = Checkpoint.open(folder), Skeleton(folder, dtype)
-        self.skeleton.load(self.skeleton.model, checkpoint.read(checkpoint.entries), torch.device("cpu"))
-        ids = torch.arange(TEXTS * SEQUENCES * TOKENS).reshape(TEXTS, SEQUENCES, TOKENS) * 7 % 90
+        self.skeleton.load(self.skeleton.model, checkpoint.read(checkpoint.entries), here())
+        ids = torch.arange(TEXTS * SEQUENCES * TOKENS, device=here()).reshape(TEXTS, SEQUENCES, TOKENS) * 7 % 90
         num_outputs = count_outputs(self.skeleton, ids[0])
         recorded = [record(self.skeleton, each, num_outputs) for each in ids]
         self.calls = [calls[1] for _, calls in recorded]
@@ -40,7 +43,7 @@ class Block:
         self.solved = {name: self._rounded(name, symmetric, group_size) for name in self.original}
         generator = torch.Generator().manual_seed(0)
         texts = [lambda i=i: self.run(i) for i in range(TEXTS)]
-        weights = [torch.rand(SEQUENCES * TOKENS, generator=generator) + 0.1 for _ in texts]
+        weights = [torch.rand(SEQUENCES * TOKENS, generator=generator).to(here()) + 0.1 for _ in texts]
         self.texts = [TuningText(text, text(), w) for text, w in zip(texts, weights, strict=True)]
         self.write(self.solved)
 
@@ -164,7 +167,7 @@ def test_forwards_in_16_bits_tune_too(tmp_path, dtype):
 def test_nothing_that_is_no_better_is_taken(tmp_path):
     block = Block(tmp_path / "m", "llama")
     endless = dataclasses.replace(block.texts[1], weights=torch.full_like(block.texts[1].weights, 1e30))
-    block.texts[0] = dataclasses.replace(block.texts[0], weights=torch.zeros(SEQUENCES * TOKENS))
+    block.texts[0] = dataclasses.replace(block.texts[0], weights=torch.zeros(SEQUENCES * TOKENS, device=here()))
     away = dataclasses.replace(block.texts[0], wanted=-block.texts[0].wanted, weights=block.texts[0].weights + 1e-20)
     block.texts = [away, endless]  # every step is made for a text that hardly counts
     before = block.error()
