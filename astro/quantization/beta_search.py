@@ -13,7 +13,10 @@ import torch
 from astro.linalg.symmetric import layer_error
 from astro.linalg.tiling import row_tiles
 from astro.quantization import regularizer
-from astro.quantization.row_solver import InputGroups, compensate, num_sample_rows, quantize_rows, sample_rows
+from astro.quantization.compensation import compensate
+from astro.quantization.prepared_groups import InputGroups
+from astro.quantization.row_solver import quantize_rows
+from astro.quantization.sampled_rows import num_sample_rows, sample_rows
 from astro.timing import timed
 
 __all__ = ["NUM_CANDIDATES", "choose", "sample_tiles", "search", "try_betas"]

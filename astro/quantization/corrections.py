@@ -14,12 +14,13 @@ from astro.errors import NumericalError
 from astro.linalg.symmetric import squared_error
 from astro.linalg.tiling import row_tiles
 from astro.model.low_rank import LowRank
+from astro.quantization.compensation import behind_errors, compensate
 from astro.quantization.error_reconstruction import reconstruct, remaining_errors
 from astro.quantization.grid import QuantizedLinear
 from astro.quantization.held_columns import held_columns
 from astro.quantization.layer_record import LayerRecord
 from astro.quantization.output_error import sampled_errors
-from astro.quantization.row_solver import InputGroups, behind_errors, compensate
+from astro.quantization.prepared_groups import InputGroups
 from astro.quantization.unrounded_inputs import UnroundedInputs
 from astro.timing import add_seconds, timed
 

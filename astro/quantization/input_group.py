@@ -19,8 +19,9 @@ from astro.quantization.corrections import correct_input_groups, with_correction
 from astro.quantization.grid import Grid, QuantizedLinear
 from astro.quantization.held_columns import HeldColumns
 from astro.quantization.layer_record import LayerRecord
+from astro.quantization.prepared_groups import prepare_input_groups
 from astro.quantization.recipe import InputGroupOutcome, InputMoments, Recipe, SolvedRows
-from astro.quantization.row_solver import measure_width, prepare_input_groups, solve_rows
+from astro.quantization.row_solver import measure_width, solve_rows
 
 __all__ = ["merge_rows", "quantize_input_groups", "stack"]
 

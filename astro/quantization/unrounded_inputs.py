@@ -26,7 +26,7 @@ import torch
 
 from astro.linalg.cholesky import Factor, factorize
 from astro.linalg.symmetric import mirror_
-from astro.quantization.row_solver import InputGroups
+from astro.quantization.prepared_groups import InputGroups
 
 __all__ = ["UnroundedInputs"]
 

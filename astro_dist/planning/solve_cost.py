@@ -9,7 +9,7 @@ from astro.linalg.tiling import row_tiles
 from astro.quantization.beta_search import NUM_CANDIDATES, sample_tiles
 from astro.quantization.grid import num_candidates
 from astro.quantization.regularizer import PROX_PASSES
-from astro.quantization.row_solver import num_sample_rows
+from astro.quantization.sampled_rows import num_sample_rows
 from astro_dist.planning.predicted_groups import PredictedInputGroup
 from astro_dist.planning.work import Work
 

@@ -15,8 +15,9 @@ from astro.linalg import compiled
 from astro.process import says_out_of_memory
 from astro.quantization import beta_search
 from astro.quantization.column_ops import require_kernels
+from astro.quantization.prepared_groups import prepare_input_groups
 from astro.quantization.recipe import InputMoments, Recipe
-from astro.quantization.row_solver import prepare_input_groups, solve_rows
+from astro.quantization.row_solver import solve_rows
 
 __all__ = ["require_compiled", "require_loops"]
 

@@ -15,20 +15,15 @@ from astro.calibration.block_statistics import input_stages
 from astro.calibration.starved_experts import InputStatistics
 from astro.model.operands import names_of
 from astro.quantization import beta_search
+from astro.quantization.compensation import reproducible_share
 from astro.quantization.corrections import CorrectedGroups, correct_input_groups
 from astro.quantization.grid import QuantizedLinear
 from astro.quantization.held_columns import HeldColumns
 from astro.quantization.input_group import stack
 from astro.quantization.layer_record import LayerRecord
+from astro.quantization.prepared_groups import InputGroups, factor_input_groups, with_regularizer
 from astro.quantization.recipe import Figures, InputMoments
-from astro.quantization.row_solver import (
-    InputGroups,
-    factor_input_groups,
-    measure_width,
-    reproducible_share,
-    solve_rows,
-    with_regularizer,
-)
+from astro.quantization.row_solver import measure_width, solve_rows
 from astro.timing import add_seconds, clock_s
 from astro_dist.schedule.calls import (
     AccumulateHessians,

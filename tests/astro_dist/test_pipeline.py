@@ -272,9 +272,9 @@ def test_going_on_in_another_dtype_is_refused(run_config, tmp_path, monkeypatch)
 
 
 def test_raised_damping_is_reported(run_config, monkeypatch):
-    from astro.quantization import row_solver
+    from astro.quantization import prepared_groups
 
-    real = row_solver.factorize
+    real = prepared_groups.factorize
 
     def stubborn(H, order, damping, limit, names):
         # indefinite with the first damping, as a badly conditioned Hessian would be
@@ -284,7 +284,7 @@ def test_raised_damping_is_reported(run_config, monkeypatch):
         assert bool((factor.attempts > 1).all())
         return factor
 
-    monkeypatch.setattr(row_solver, "factorize", stubborn)
+    monkeypatch.setattr(prepared_groups, "factorize", stubborn)
     summary = pipeline.quantize(run_config())
     assert len(summary.fallbacks.damping_raised) == 12
 

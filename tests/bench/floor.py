@@ -30,7 +30,7 @@ from astro.config import Quantization, Regularizer
 from astro.model.skeleton import Skeleton
 from astro.quantization.beta_search import NUM_CANDIDATES
 from astro.quantization.grid import num_candidates
-from astro.quantization.row_solver import num_sample_rows
+from astro.quantization.sampled_rows import num_sample_rows
 from astro.storage.byte_store import FolderStore
 from astro.storage.checkpoint import Checkpoint
 from astro.storage.shard_header import StoredTensor

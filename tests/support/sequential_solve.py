@@ -145,7 +145,7 @@ def peaks_of_sequential_solve(
         block = _Parts(rows, columns, quantization.compensates, kind)
         solver._turn_to = lambda place, chunk=None: block
         patches = [
-            mock.patch("astro.quantization.row_solver.InputGroups.outcomes_", return_value=[]),
+            mock.patch("astro.quantization.prepared_groups.InputGroups.outcomes_", return_value=[]),
             mock.patch.object(split_solver, "measured_widths", return_value=()),
             mock.patch.object(
                 summed_inputs,

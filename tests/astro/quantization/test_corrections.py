@@ -11,9 +11,10 @@ from astro.errors import NumericalError
 from astro.linalg import tiling
 from astro.linalg.symmetric import layer_error
 from astro.model.activation_rounding import round_activations
+from astro.quantization.compensation import behind_errors, compensate
 from astro.quantization.input_group import quantize_input_groups
+from astro.quantization.prepared_groups import prepare_input_groups
 from astro.quantization.recipe import Corrections, InputMoments, Recipe
-from astro.quantization.row_solver import behind_errors, compensate, prepare_input_groups
 from tests.support.devices import here
 from tests.support.models import correlated_inputs, random_weights
 

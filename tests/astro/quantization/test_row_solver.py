@@ -9,17 +9,12 @@ from astro.errors import NumericalError
 from astro.linalg import tiling
 from astro.linalg.symmetric import layer_error
 from astro.quantization import beta_search
+from astro.quantization.compensation import compensate, reproducible_share
+from astro.quantization.prepared_groups import prepare_input_groups
 from astro.quantization.recipe import InputMoments, Recipe
 from astro.quantization.regularizer import regularize
-from astro.quantization.row_solver import (
-    compensate,
-    measure_width,
-    prepare_input_groups,
-    quantize_rows,
-    reproducible_share,
-    sample_rows,
-    solve_rows,
-)
+from astro.quantization.row_solver import measure_width, quantize_rows, solve_rows
+from astro.quantization.sampled_rows import sample_rows
 from tests.support.devices import here
 from tests.support.models import correlated_inputs, random_weights
 

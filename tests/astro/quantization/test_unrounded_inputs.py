@@ -11,8 +11,8 @@ from astro.config import Quantization, Regularizer
 from astro.model.activation_rounding import round_activations
 from astro.quantization.error_reconstruction import reconstruct
 from astro.quantization.input_group import quantize_input_groups
+from astro.quantization.prepared_groups import InputGroups, factor_input_groups
 from astro.quantization.recipe import Corrections, InputMoments, Recipe
-from astro.quantization.row_solver import InputGroups, factor_input_groups
 from astro.quantization.unrounded_inputs import UnroundedInputs
 from tests.support.models import correlated_inputs, random_weights
 
