@@ -124,9 +124,9 @@ class SolverSettings:
     refine_tolerance: float = 1e-3
     """A pass that lowers the layer error by a smaller share is the last."""
     tune_steps: int = 0
-    """Steps of gradient descent by which the scales of a solved block are tuned, all layers together, until it returns
-    what the original block returns; 0 is none, and 40 are enough. A step takes one sequence of the calibration text,
-    and about as long as three forward passes of it."""
+    """Steps of gradient descent by which the scales of a solved block are tuned, all layers together, so that it
+    returns what the original block returns, as nearly as it can; 0 is none, and 40 are enough. A step takes one
+    sequence of the calibration text, and about as long as three forward passes of it."""
     compensation: float | Literal["auto"] = "auto"
     """Share of errors in a layer's inputs that its weights make up for, from 0, which is none, to 1. In mode
     `sequential` those of layers before: `auto` measures for every input group which share of the correction two halves

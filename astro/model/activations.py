@@ -6,7 +6,7 @@ experts of a layer one after the other, or all of them in one batched product. S
 
 import contextlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from functools import partial
+from contextlib import AbstractContextManager
 from typing import Any
 
 import torch
@@ -15,6 +15,7 @@ from torch.overrides import TorchFunctionMode
 
 from astro.model.linear_layer import LinearLayer
 from astro.model.operands import Inputs, Operand, Places, is_same_input, product_of
+from astro.model.weight_gradients import GradientNote, differentiated
 
 __all__ = ["BlockLayers"]
 
@@ -23,8 +24,6 @@ Note = Callable[[Operand, Inputs], None]
 """A function that is called with an operand and the inputs that it is multiplied with."""
 ProductNote = Callable[[Operand, Inputs, torch.Tensor], None]
 """A function that is called with an operand, its inputs, and their product [..., R]."""
-GradientNote = Callable[[str, torch.Tensor], None]
-"""A function that is called with the name of a layer and the gradient at its weight [R, C]."""
 
 
 class BlockLayers:
@@ -121,37 +120,15 @@ class BlockLayers:
             for name, weight in kept.items():
                 self._exchange(name, weight)
 
-    @contextlib.contextmanager
-    def differentiated(self, note: GradientNote) -> Iterator[None]:
-        """Let the layers' weights have gradients while the body of a `with` statement runs.
-
-        A gradient is let go of as soon as the function has seen it, so that those of a block are never all there.
+    def differentiated(self, note: GradientNote) -> AbstractContextManager[None]:
+        """Return a context in which the layers' weights have gradients; nothing of these is left behind it.
 
         Args:
-            note: The function that is called for every layer that a backward pass reaches.
+            note: Function that is called for every layer that a backward pass reaches.
         """
-        by_parameter: dict[str, list[LinearLayer]] = {}
-        for layer in self._layers.values():
-            by_parameter.setdefault(layer.parameter, []).append(layer)
-
-        def pass_on(layers: list[LinearLayer], parameter: torch.Tensor) -> None:
-            assert parameter.grad is not None
-            for layer in layers:
-                note(layer.name, layer.view(parameter.grad))
-            parameter.grad = None
-
-        parameters = {name: self._model.get_parameter(name) for name in by_parameter}
-        handles = []
-        try:
-            for name, parameter in parameters.items():
-                parameter.requires_grad_(True)
-                handles.append(parameter.register_post_accumulate_grad_hook(partial(pass_on, by_parameter[name])))
-            yield
-        finally:
-            for handle in handles:
-                handle.remove()
-            for parameter in parameters.values():
-                parameter.requires_grad_(False)
+        names = {layer.parameter for layer in self._layers.values()}
+        parameters = {name: self._model.get_parameter(name) for name in names}
+        return differentiated(parameters, self._layers.values(), note)
 
     def _exchange(self, name: str, weight: torch.Tensor) -> torch.Tensor:
         """Put a weight into a layer and return the weight before. Nothing is copied where it is a whole parameter."""

@@ -23,6 +23,7 @@ __all__ = [
     "read_recording",
     "require_storable",
     "save_calls",
+    "tensors_of",
     "with_tensors",
 ]
 
@@ -135,6 +136,15 @@ def with_tensors(call: BlockCall, tensors: Mapping[str, torch.Tensor]) -> BlockC
     structure, before = _placed(call)
     args, kwargs = _decode(structure, (before | dict(tensors)).__getitem__)
     return BlockCall(args, kwargs, call.index, call.wanted)
+
+
+def tensors_of(call: BlockCall) -> dict[str, torch.Tensor]:
+    """Return the tensors of a call by their places among the arguments.
+
+    Args:
+        call: The call.
+    """
+    return _placed(call)[1]
 
 
 def _placed(call: BlockCall) -> tuple[Any, dict[str, torch.Tensor]]:

@@ -1,14 +1,15 @@
-"""Gradients through a block that was built to be run without any."""
+"""Gradients through a block that was built to be run without any, and through what is rounded in it."""
 
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from typing import Any
 
 import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from astro.errors import UnsupportedError
 
-__all__ = ["gradients"]
+__all__ = ["gradients", "straight_through"]
 
 _NO_GRADIENT = ("does not require grad", "not implemented", "inplace operation", "Inference tensor")
 """What torch says where no gradient passes. Whatever else fails, memory above all, fails the call."""
@@ -50,3 +51,26 @@ def _deterministic(on_gpu: bool) -> Iterator[None]:
             yield
     finally:
         torch.use_deterministic_algorithms(before, warn_only=warns)
+
+
+def straight_through(X: torch.Tensor, rounding: Callable[[torch.Tensor], torch.Tensor]) -> torch.Tensor:
+    """Round a tensor, and let its gradient pass as if it had stayed as it is: that of steps is zero.
+
+    Args:
+        X: The tensor, any float dtype.
+        rounding: Function that returns it rounded, in its shape and dtype.
+    """
+    if not X.requires_grad:
+        return rounding(X)
+    rounded: torch.Tensor = _StraightThrough.apply(X, rounding)  # type: ignore[no-untyped-call]
+    return rounded
+
+
+class _StraightThrough(torch.autograd.Function):
+    @staticmethod
+    def forward(_context: Any, X: torch.Tensor, rounding: Callable[[torch.Tensor], torch.Tensor]) -> torch.Tensor:
+        return rounding(X)
+
+    @staticmethod
+    def backward(_context: Any, gradient: torch.Tensor) -> tuple[torch.Tensor, None]:
+        return gradient, None

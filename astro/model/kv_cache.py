@@ -17,6 +17,7 @@ from transformers import PreTrainedModel
 from transformers.modeling_utils import AttentionInterface
 
 from astro.model.cache_scales import FP8_MAX, CacheScales, LargestCached
+from astro.model.gradients import straight_through
 
 __all__ = ["cache_refusal", "caching_modules", "rounded_cache", "watched_cache"]
 
@@ -90,7 +91,11 @@ def rounded_cache(scales: Mapping[nn.Module, CacheScales]) -> Iterator[None]:
     def change(module: nn.Module, key: torch.Tensor, value: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         if module not in scales:
             return key, value
-        return _rounded(key, scales[module].key), _rounded(value, scales[module].value)
+        of_module = scales[module]
+        return (
+            straight_through(key, lambda K: _rounded(K, of_module.key)),
+            straight_through(value, lambda V: _rounded(V, of_module.value)),
+        )
 
     with _changed(change) if scales else contextlib.nullcontext():
         yield

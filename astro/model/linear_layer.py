@@ -75,8 +75,15 @@ class LinearLayer:
         Args:
             parameter: The model's parameter, or a tensor with the same sizes.
         """
-        weight = parameter if self.expert is None else parameter[self.expert]
-        return (weight.T if self.transposed else weight)[self._rows]
+        return self.view_in_expert(parameter if self.expert is None else parameter[self.expert])
+
+    def view_in_expert(self, matrix: torch.Tensor) -> torch.Tensor:
+        """Return the weight [rows, columns] in the matrix of its expert, or in the whole parameter outside experts.
+
+        Args:
+            matrix: The matrix, or one of the same sizes.
+        """
+        return (matrix.T if self.transposed else matrix)[self._rows]
 
     def stored(self, tensor: torch.Tensor) -> torch.Tensor:
         """Return the weight [rows, columns] in a checkpoint tensor, without a copy.

@@ -15,6 +15,7 @@ from astro.activation_config import ActivationScheme
 from astro.errors import UnsupportedError
 from astro.model.activation_rounding import InputGrid, round_activations
 from astro.model.activations import BlockLayers
+from astro.model.gradients import straight_through
 from astro.model.operands import Operand, Places, is_same_input, product_of
 
 __all__ = ["rounded_inputs"]
@@ -73,25 +74,8 @@ class _Rounding(TorchFunctionMode):
     def _rounded(self, X: torch.Tensor, grid: InputGrid) -> torch.Tensor:
         """Round inputs; layers that round the same input alike one after the other share what comes of it."""
         if self._last is None or self._last[1] != grid or not is_same_input(self._last[0], X):
-            rounded = _straight_through(X, grid) if X.requires_grad else round_activations(X, grid)
-            self._last = (X, grid, rounded)
+            self._last = (X, grid, straight_through(X, lambda X: round_activations(X, grid)))
         return self._last[2]
-
-
-class _StraightThrough(torch.autograd.Function):
-    @staticmethod
-    def forward(_context: Any, X: torch.Tensor, grid: InputGrid) -> torch.Tensor:
-        return round_activations(X, grid)
-
-    @staticmethod
-    def backward(_context: Any, gradient: torch.Tensor) -> tuple[torch.Tensor, None]:
-        return gradient, None
-
-
-def _straight_through(X: torch.Tensor, grid: InputGrid) -> torch.Tensor:
-    """Round inputs, and let their gradient pass as if they had stayed as they are: that of steps is zero."""
-    rounded: torch.Tensor = _StraightThrough.apply(X, grid)  # type: ignore[no-untyped-call]
-    return rounded
 
 
 def _common_grid(operands: Sequence[Operand], scheme: ActivationScheme) -> InputGrid:

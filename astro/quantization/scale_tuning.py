@@ -14,6 +14,7 @@ Shapes: B sequences, T tokens, R rows, C columns, G groups of a row.
 """
 
 import dataclasses
+import math
 from collections.abc import Callable, Mapping, Sequence
 
 import torch
@@ -32,6 +33,7 @@ the first number is about the farthest that a factor gets from 1. Measured with 
 many short texts gain more than few long ones that take as long."""
 _MOMENTS = (0.9, 0.95)
 """Shares that Adam keeps of its moments: a second moment over twenty steps, because there are so few."""
+_TINY = torch.finfo(torch.float32).tiny
 
 
 @dataclasses.dataclass(frozen=True)
@@ -55,14 +57,15 @@ class TunedScales:
 
     Attributes:
         layers: Every layer by name, with tuned scales, or as it was where these are no better.
-        error_before: Weighted error of the block's outputs before, relative to their weighted energy.
+        error_before: Weighted error of the block's outputs before, relative to their weighted energy; None where it is
+            no number.
         error_after: The same with the layers that are returned.
         reason: Why nothing was tuned; empty where it was.
     """
 
     layers: Mapping[str, QuantizedLinear]
-    error_before: float
-    error_after: float
+    error_before: float | None
+    error_after: float | None
     reason: str = ""
 
 
@@ -76,18 +79,23 @@ def tune_scales(
     """Tune the scales of a block's layers by the error of its outputs.
 
     Args:
-        block: The layers of the block, which computes with the weights that were solved. It does so afterwards with
-            the tuned ones.
+        block: The layers of the block, which is loaded. It computes with the layers that are returned afterwards.
         solved: Every quantized layer by name, on the block's device.
         texts: What is tuned on, one in each step, in turn.
         steps: Number of steps.
         scale_dtype: Dtype in which scales are stored; every new scale is exact in it.
     """
-    before, energy = _error(texts)
-    if not before > 0:
-        return TunedScales(solved, 0.0, 0.0, "the block returns what it is to return")
+    mean = torch.cat([text.weights for text in texts]).mean().clamp(min=_TINY)
+    texts = [dataclasses.replace(text, weights=text.weights / mean) for text in texts]
     factors = _Factors(block, solved, scale_dtype)
-    root = (before / sum(text.wanted.numel() for text in texts)) ** 0.5
+    factors.write_(solved)
+    error, energy = _error(texts)
+    if not math.isfinite(error) or not math.isfinite(energy):
+        return TunedScales(solved, None, None, "what the block returns is not finite")
+    if error == 0:
+        return TunedScales(solved, 0.0, 0.0, "the block returns what it is to return")
+    before = error / energy
+    root = (error / sum(text.wanted.numel() for text in texts)) ** 0.5
     adam = torch.optim.Adam(factors.parameters, lr=min(_REACH / steps, _LONGEST), betas=_MOMENTS)
     slower = torch.optim.lr_scheduler.LambdaLR(adam, lambda step: 1 - step / steps)
     try:
@@ -98,14 +106,15 @@ def tune_scales(
             adam.step()
             slower.step()
             factors.write_()
-    except UnsupportedError as error:
+    except UnsupportedError as unsupported:
         factors.write_(solved)
-        return TunedScales(solved, before / energy, before / energy, str(error))
+        return TunedScales(solved, before, before, str(unsupported))
     after, _ = _error(texts)
-    if after < before:  # not where it is no number
-        return TunedScales(factors.tuned(), before / energy, after / energy)
+    if after < error:
+        return TunedScales(factors.tuned(), before, after / energy)
     factors.write_(solved)
-    return TunedScales(solved, before / energy, before / energy, "no step lowered the error")
+    reason = "no step lowered the error" if math.isfinite(after) else "a gradient is not finite"
+    return TunedScales(solved, before, before, reason)
 
 
 def _error(texts: Sequence[TuningText]) -> tuple[float, float]:

@@ -224,6 +224,7 @@ def _method(config: RunConfig, summary: Summary) -> list[tuple[str, str]]:
     grid = "symmetric" if q.symmetric else "asymmetric"
     static = "by falling activation energy, stored unpermuted"
     inputs, has_clips = config.activations.in_words, config.activations.has_clips
+    before = ", before scales were tuned" if summary.tuning is not None and summary.tuning.blocks else ""
     how = f"a pair for each layer, in {INPUT_SCALES_NAME}" if has_clips else "rounded by the server as they come"
     return [
         ("method", _METHODS[q.method]),
@@ -242,7 +243,7 @@ def _method(config: RunConfig, summary: Summary) -> list[tuple[str, str]]:
         ("left as they are by configuration", ", ".join(q.ignore) or "nothing"),
         ("other settings for", ", ".join(q.overrides) or "nothing"),
         *([("corrections of low rank (ASER)", summary.corrections.in_words)] if summary.corrections else []),
-        ("mean relative layer error", f"{summary.mean_relative_error:.3g}"),
+        (f"mean relative layer error{before}", f"{summary.mean_relative_error:.3g}"),
     ]
 
 

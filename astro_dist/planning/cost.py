@@ -179,14 +179,14 @@ class CostModel:
                 work = packing(self._weights(unit)) + Work(moved_bytes=unit.written_bytes + self._adapter_bytes(unit))
                 work = sum((self._solve.whole(batch, call.round_index) for batch in batches), work)
                 work = sum((self._correct(batch) for batch in batches), work)
-                work += self._tuning.work(batches, call.round_index)
+                work += self._tuning.work(batches, call.round_index, unit.read_bytes if call.round_index else 0)
                 if call.following is None or not reads_weights_ahead(self._device_type):
                     return work
                 return _behind(work, self._plan.blocks[call.following].read_bytes)
             case WriteBlock():
                 # Tiles hold a byte a weight. Then all workers read the block back at once, before chunks pass it.
                 rewritten = packing(self._weights(unit)) + unpacking(self._weights(unit))
-                rewritten += self._tuning.work(self._batches(unit), call.round_index)
+                rewritten += self._tuning.work(self._batches(unit), call.round_index, unit.read_bytes)
                 return rewritten + Work(moved_bytes=4.0 * unit.written_bytes)
             case SplitBlock():
                 return Work(

@@ -15,6 +15,9 @@ output."""
 _AUTOGRAD = 2.0
 """Size of what a backward pass holds of a block, relative to the inputs and outputs of its layers, or to what a forward
 holds of attention's scores: as much is kept, and as much are gradients."""
+_OF_SCALES = 48
+"""Bytes that are kept of a scale while it is tuned: itself and its zero point, how far it moved, the gradient, Adam's
+two moments and as much again while it steps, and the scale that follows, as it is and as it is stored."""
 _MATH_BYTES = 12
 """Bytes that torch's plain form of fused attention holds for each score: three float32 copies of them."""
 
@@ -68,20 +71,21 @@ class ForwardMemory:
         layers = _AUTOGRAD * tokens * (kept + _STATES * self._hidden_size) * self._itemsize
         return layers + _AUTOGRAD * max(self._eager_scores(sequences), self._plain_scores(sequences))
 
-    def tuned(self, batches: Sequence[PredictedInputGroup], sequences: int, largest: float) -> float:
+    def tuned(self, batches: Sequence[PredictedInputGroup], sequences: int, columns: float, largest: float) -> float:
         """Return the bytes that are held at the peak while the scales of the block are tuned.
 
-        Besides a backward pass of one sequence these are the inputs and wanted outputs of all, and the quantized block,
-        as integers and as it computes, while the original one waits. The gradient of one parameter is there at a time,
-        and twice a part of it in float32.
+        Besides a backward pass of one sequence these are the inputs and wanted outputs of all, the integers of the
+        layers, and what is kept of each scale. The gradient of one weight is there at a time, and twice a part of it
+        in float32.
 
         Args:
             batches: Input groups of the block.
             sequences: Number of sequences that scales are tuned on.
-            largest: Number of weights in the largest parameter.
+            columns: Number of columns that share a scale.
+            largest: Number of weights in the largest weight that has a gradient of its own.
         """
         texts = 2.0 * sequences * self._sequence_length * self._hidden_size * self._itemsize
-        quantized = (self._itemsize + 1.0) * sum(batch.weights for batch in batches)
+        quantized = (1.0 + _OF_SCALES / columns) * sum(batch.weights for batch in batches)
         return self.back(batches, 1) + texts + quantized + (self._itemsize + 8) * largest
 
     def _eager_scores(self, sequences: int) -> float:

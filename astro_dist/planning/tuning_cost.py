@@ -33,16 +33,17 @@ class TuningCost:
         self._sequences, self._length = config.calibration.most_samples, config.calibration.longest_sequence
         self._forward, self._token_bytes = forward, planned.plan.hidden_size * planned.dtype.itemsize
 
-    def work(self, batches: Sequence[PredictedInputGroup], round_index: int) -> Work:
+    def work(self, batches: Sequence[PredictedInputGroup], round_index: int, read_bytes: int = 0) -> Work:
         """Count what the tuning of a block takes.
 
         Args:
             batches: Input groups of the block.
             round_index: Index of the round; only the last one tunes.
+            read_bytes: Size of the original block, which is read again where the call has not read it for the solve.
         """
         if not self._steps or round_index != self._last_round:
             return Work()
         once, stepped = min(self._steps, self._sequences) * self._length, self._steps * self._length
         passed = self._forward.forth(batches, once) * _MEASURED + self._forward.forth(batches, stepped) * _WITH_WEIGHTS
         elements = _ELEMENTWISE * self._steps * sum(batch.weights for batch in batches)
-        return passed + Work(elements=elements, moved_bytes=float(once * self._token_bytes))
+        return passed + Work(elements=elements, moved_bytes=float(once * self._token_bytes + read_bytes))

@@ -8,6 +8,7 @@ import torch
 
 from astro.calibration.hessian import summed_dtype
 from astro.calibration.input_sums import MOST_ROWS
+from astro.config import PER_CHANNEL
 from astro.linalg.tiling import row_tile
 from astro.model.scaling_places import WIDE_BYTES
 from astro_dist.config.schema import RunConfig
@@ -74,6 +75,8 @@ class WorkerMemory:
         self._smooths = config.activations.smoothing != "none"
         is_weighted = calibration.token_weights != "none"
         self._tuned_steps = config.quantization.tune_steps
+        group_size = config.quantization.group_size
+        self._scaled_columns = plan.hidden_size if group_size == PER_CHANNEL else group_size
         self._summed_itemsize = summed_dtype(dtype, device_type, is_weighted).itemsize
         self._forward = ForwardMemory(plan, calibration.longest_sequence, dtype, device_type)
         share = plan.expert_share
@@ -147,7 +150,7 @@ class WorkerMemory:
             tried = 8.0 * weights if 8 * weights <= WIDE_BYTES else self._itemsize * weights
             loading = max(loading, 2 * unit.held_bytes + tried)
         # The Hessians are gone by then.
-        tuning = self._tuning_bytes(batches, sequences, max(parameters.values(), default=0.0))
+        tuning = self._tuning_bytes(unit, batches, sequences)
         # Layers that are not quantized are there too.
         return int(max(weights * self._itemsize, unit.held_bytes) + max(hessians + phase, tuning, loading))
 
@@ -170,12 +173,19 @@ class WorkerMemory:
             solving = max(solving, correcting)
         return 4.0 * (solving + batch.weights)
 
-    def _tuning_bytes(self, batches: list[PredictedInputGroup], sequences: int, largest: float) -> float:
+    def _tuning_bytes(self, unit: BlockUnit, batches: list[PredictedInputGroup], sequences: int) -> float:
         """Size of what is held while the scales of a block are tuned; 0 where they are not."""
         if not self._tuned_steps:
             return 0.0
         tuned = min(self._tuned_steps + sequences - 1, self._calibration_tokens // self._sequence_length)
-        return self._forward.tuned(batches, tuned, largest)
+        # Experts that are run one after the other have gradients of their own.
+        apart = not self._plan.forward_shape.dense_experts
+        sizes: dict[tuple[str, int | None], float] = {}
+        for linear in unit.linears:
+            key = linear.parameter, linear.expert if apart else None
+            sizes[key] = sizes.get(key, 0.0) + linear.rows * linear.columns
+        held = self._forward.tuned(batches, tuned, self._scaled_columns, max(sizes.values(), default=0.0))
+        return held + correction_size([unit], self._reconstruction).size_bytes
 
     def _rounding_drifts(self, batch: PredictedInputGroup) -> int:
         """Number of matrices of columns × columns about what rounding takes from the inputs of a layer."""

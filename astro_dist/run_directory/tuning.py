@@ -18,14 +18,15 @@ class Tuning(PlainRecord):
 
     Attributes:
         steps: Number of steps that were asked for.
-        before: Weighted error of the block's outputs on the tuning text before, relative to their weighted energy.
+        before: Weighted error of the block's outputs on the tuning text before, relative to their weighted energy; None
+            where it is no number.
         after: The same with the scales that were written.
         reason: Why nothing was tuned; empty where it was.
     """
 
     steps: int
-    before: float
-    after: float
+    before: float | None
+    after: float | None
     reason: str = ""
 
 
@@ -67,8 +68,8 @@ class TuningFigures(PlainRecord):
         return cls(
             steps=asked[0].steps,
             blocks=len(tuned),
-            error_before=statistics.mean(tuning.before for tuning in tuned) if tuned else 0.0,
-            error_after=statistics.mean(tuning.after for tuning in tuned) if tuned else 0.0,
+            error_before=statistics.mean(tuning.before or 0.0 for tuning in tuned) if tuned else 0.0,
+            error_after=statistics.mean(tuning.after or 0.0 for tuning in tuned) if tuned else 0.0,
             untuned=len(asked) - len(tuned),
             reason=reasons.most_common(1)[0][0] if reasons else "",
         )

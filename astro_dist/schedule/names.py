@@ -24,6 +24,7 @@ __all__ = [
     "GRADIENT",
     "LOSS_GRADIENT",
     "ORIGINAL",
+    "SINGLE",
     "STREAMS",
     "SUM",
     "any_share",
@@ -197,5 +198,7 @@ def any_share(batch: int) -> str:
     return part_file(batch, "share-*")
 
 
+SINGLE = ("single-0", "single-1")
+"""Names under which it is recorded what blocks are called with for one sequence alone, and for another one."""
 STREAMS = stream_names(1)
 """The streams of a run of one round."""

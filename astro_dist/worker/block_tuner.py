@@ -1,11 +1,13 @@
 """The tuning of a solved block's scales by what the block as a whole returns, before it is written."""
 
 import dataclasses
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping
 
 import torch
 
 from astro.model.block_call import BlockCall, BlockState, forward
+from astro.model.cache_scales import CacheScales
+from astro.model.low_rank import attached
 from astro.quantization.scale_tuning import TuningText, tune_scales
 from astro.timing import timed
 from astro_dist.planning.units import BlockUnit
@@ -14,13 +16,9 @@ from astro_dist.schedule.names import ORIGINAL, round_stream, stream_names
 from astro_dist.worker.block_recipe import block_recipe
 from astro_dist.worker.block_runner import BlockRunner
 from astro_dist.worker.solved_block import SolvedBlock
-from astro_dist.worker.solved_stages import SolvedLayers, put_in
 from astro_dist.worker.token_weigher import read_token_weights
 
-__all__ = ["SINGLE", "tune_block"]
-
-SINGLE = ("single-0", "single-1")
-"""Names under which it is recorded what blocks are called with for one sequence, and for another one."""
+__all__ = ["tune_block"]
 
 
 def tune_block(runner: BlockRunner, round_index: int, unit: BlockUnit, solved: SolvedBlock) -> SolvedBlock:
@@ -29,7 +27,7 @@ def tune_block(runner: BlockRunner, round_index: int, unit: BlockUnit, solved: S
     What is wanted of the quantized block is what the original block returns for the same inputs.
 
     Args:
-        runner: Runner of the worker's blocks; it holds the original block afterwards.
+        runner: Runner of the worker's blocks; it holds none afterwards, if the scales were to be tuned.
         round_index: Index of the round.
         unit: Unit of the block.
         solved: The block.
@@ -46,14 +44,16 @@ def tune_block(runner: BlockRunner, round_index: int, unit: BlockUnit, solved: S
         return solved
     seconds: dict[str, float] = {}
     with timed(seconds, "tune", runner.device):
-        inputs = round_stream(0) if spec.is_sequential else stream_names(spec.run.rounds)[round_index]
-        runner.load(ORIGINAL, unit.index)
-        texts = _TuningTexts(runner, unit, inputs, round_stream(round_index)).first(steps)
-        weights = {name: layer.dequantize(spec.compute_dtype) for name, layer in solved.layers.items()}
-        corrections = {name: layer.correction for name, layer in solved.layers.items() if layer.correction}
-        with put_in(runner, unit, SolvedLayers(weights, corrections)):
-            scale_dtype = block_recipe(spec, unit).scale_dtype
-            tuned = tune_scales(runner.layers(unit), solved.layers, texts, steps, scale_dtype)
+        layers = {name: layer.to(runner.device) for name, layer in solved.layers.items()}
+        corrections = {name: layer.correction for name, layer in layers.items() if layer.correction}
+        try:
+            runner.load(ORIGINAL, unit.index)
+            texts = _TuningTexts(runner, round_index, unit, solved.cache_scales).first(steps)
+            with attached(runner.skeleton.model, corrections, spec.compute_dtype):
+                scale_dtype = block_recipe(spec, unit).scale_dtype
+                tuned = tune_scales(runner.layers(unit), layers, texts, steps, scale_dtype)
+        finally:
+            runner.close()  # its weights are not the original ones any more
     tuning = Tuning(steps=steps, before=tuned.error_before, after=tuned.error_after, reason=tuned.reason)
     return dataclasses.replace(solved, layers=tuned.layers, seconds={**solved.seconds, **seconds}, tuning=tuning)
 
@@ -61,16 +61,20 @@ def tune_block(runner: BlockRunner, round_index: int, unit: BlockUnit, solved: S
 class _TuningTexts:
     """Makes the texts that a block is tuned on from its calibration chunks, if possible one of each sequence."""
 
-    def __init__(self, runner: BlockRunner, unit: BlockUnit, inputs: str, result: str) -> None:
+    def __init__(
+        self, runner: BlockRunner, round_index: int, unit: BlockUnit, cache_scales: Mapping[str, CacheScales]
+    ) -> None:
         """Look at a block.
 
         Args:
             runner: Runner of the worker's blocks, which holds the original block now.
+            round_index: Index of the round, which is the last.
             unit: Unit of the block.
-            inputs: Stream whose hidden states are the block's inputs.
-            result: Stream through the quantized block, in which the inputs of its layers may be rounded.
+            cache_scales: Scales of an FP8 cache by the attention module's name in the model.
         """
-        self._runner, self._unit, self._inputs, self._result = runner, unit, inputs, result
+        self._runner, self._unit, self._cache_scales = runner, unit, cache_scales
+        self._inputs = stream_names(runner.spec.run.rounds)[round_index + runner.spec.is_sequential]
+        self._result = round_stream(round_index)
         self._weights = read_token_weights(runner, unit)
 
     def first(self, count: int) -> list[TuningText]:
@@ -87,19 +91,17 @@ class _TuningTexts:
         return texts[:count]
 
     def _of_chunk(self, chunk: str) -> list[TuningText]:
-        runner, index = self._runner, self._unit.index
+        runner, index, shape = self._runner, self._unit.index, self._runner.tokens.shape(chunk)
         state = runner.states.read(self._inputs, index, chunk)
         wanted = runner.forward(index, state, chunk).hidden
         weights = self._weights.of_output(chunk, wanted)
-        num_sequences, length = runner.tokens.shape(chunk)
-        single = torch.Size((1, length))
-        if not _is_separable(state, runner.calls.recording(single).different):
-            call = runner.calls.call(index, chunk, runner.tokens.shape(chunk))
-            return [TuningText(self._output(state, call), wanted, weights)]
-        call = runner.calls.call(index, SINGLE[0], single)
+        calls = runner.calls.of_sequences(index, chunk, shape)
+        if calls is None or any(len(other) != len(state.hidden) for other in state.others.values()):
+            return [TuningText(self._output(state, runner.calls.call(index, chunk, shape)), wanted, weights)]
+        pieces = zip(calls, wanted.split(1), weights.split(shape[1]), strict=True)
         return [
-            TuningText(self._output(part, call), wanted[i : i + 1], weights[i * length : (i + 1) * length])
-            for i, part in ((i, _sequence(state, i)) for i in range(num_sequences))
+            TuningText(self._output(_sequence(state, number), call), *piece)
+            for number, (call, *piece) in enumerate(pieces)
         ]
 
     def _output(self, state: BlockState, call: BlockCall) -> Callable[[], torch.Tensor]:
@@ -107,22 +109,10 @@ class _TuningTexts:
         runner, block = self._runner, self._runner.skeleton.blocks[self._unit.index]
 
         def output() -> torch.Tensor:
-            with runner.rounding(self._result, self._unit):
+            with runner.serving(self._result, self._unit, self._cache_scales):
                 return forward(block, state, call).hidden
 
         return output
-
-
-def _is_separable(state: BlockState, different: Sequence[str]) -> bool:
-    """Tell whether the sequences of a chunk can pass a block one by one.
-
-    They cannot where the block is called with something that depends on the text, which is kept for whole chunks.
-
-    Args:
-        state: State of the chunk before the block.
-        different: Names of single sequences with which blocks are called otherwise than with another one.
-    """
-    return not different and all(len(other) == len(state.hidden) for other in state.others.values())
 
 
 def _sequence(state: BlockState, index: int) -> BlockState:

@@ -7,9 +7,8 @@ import torch
 from astro.model.block_call import BlockState
 from astro.model.recording import count_outputs
 from astro_dist.run_directory.unit_record import EmbedResult, UnitRecord
-from astro_dist.schedule.names import EMBED, ORIGINAL
+from astro_dist.schedule.names import EMBED, ORIGINAL, SINGLE
 from astro_dist.worker.block_runner import BlockRunner
-from astro_dist.worker.block_tuner import SINGLE
 from astro_dist.worker.call_recorder import CallRecorder
 from astro_dist.worker.smoother import PROBE, PROBE_TOKENS
 

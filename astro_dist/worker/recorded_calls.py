@@ -3,9 +3,10 @@
 import torch
 
 from astro.model.block_call import BlockCall
-from astro.model.call_file import Recording, load_call, read_recording, with_tensors
+from astro.model.call_file import Recording, load_call, read_recording, tensors_of, with_tensors
 from astro.storage.checked_tensors import load_part
 from astro_dist.run_directory.layout import RunLayout
+from astro_dist.schedule.names import SINGLE
 
 __all__ = ["RecordedCalls"]
 
@@ -42,6 +43,35 @@ class RecordedCalls:
             return call
         tensors, _ = load_part(self._run.chunk_call(chunk, block))
         return with_tensors(call, {place: tensor.to(self._device) for place, tensor in tensors.items()})
+
+    def of_sequences(self, block: int, chunk: str, shape: torch.Size) -> list[BlockCall] | None:
+        """Return the call of a block for each sequence of a chunk alone, if `SINGLE` ones were recorded.
+
+        Args:
+            block: Index of the block.
+            chunk: Name of the chunk.
+            shape: Shape of the chunk's tokens, [B, T].
+
+        Returns:
+            The calls; None where something depends on the text that cannot be told apart by sequence.
+
+        Raises:
+            DamagedError: A file is missing, or not as it was written.
+        """
+        num_sequences, length = shape
+        if num_sequences == 1:
+            return [self.call(block, chunk, shape)]
+        call, (_, other) = self.call(block, SINGLE[0], torch.Size((1, length))), SINGLE
+        if other not in self.recording(torch.Size((1, length))).different:
+            return [call] * num_sequences
+        whole = tensors_of(self.call(block, chunk, shape))
+        apart: dict[str, tuple[torch.Tensor, ...]] = {}
+        for place in load_part(self._run.chunk_call(other, block))[0]:
+            size, left = divmod(len(whole[place]), num_sequences)  # by sequence, or by token
+            if left or size not in (1, length):
+                return None
+            apart[place] = whole[place].split(size)
+        return [with_tensors(call, {place: parts[i] for place, parts in apart.items()}) for i in range(num_sequences)]
 
     def recording(self, shape: torch.Size) -> Recording:
         """Return what was seen of all blocks when chunks of a shape were embedded.

@@ -115,9 +115,10 @@ class TokenWeigher:
                 passed = pass_back(
                     runner.layers(unit), lambda before: runner.forward(block, before, chunk), state, gradient
                 )
-                energies = {f"{_TOKENS}.{OUTPUT}": output_energy(gradient.hidden)}
+                energies = {f"{_TOKENS}.{key}": energy for key, energy in passed.energies.items()}
+                if runner.spec.quantization.tune_steps:
+                    energies[f"{_TOKENS}.{OUTPUT}"] = output_energy(gradient.hidden)
                 gradient = passed.gradient
-                energies |= {f"{_TOKENS}.{key}": energy for key, energy in passed.energies.items()}
                 energies |= {f"{_EXPERT}.{name}": energy for name, energy in passed.of_experts.items()}
             except UnsupportedError as error:
                 gradient, reason = BlockState(gradient.hidden.new_empty(0)), str(error)
@@ -149,6 +150,8 @@ class TokenWeigher:
         for name in sorted(measured):
             energies = [parts[chunk][0][f"{_TOKENS}.{name}"].to(device) for chunk in chunks]
             of_tokens = loss_weights(torch.cat(energies))
+            if of_tokens is None and name == OUTPUT:
+                continue  # its tokens are weighted by their norm, and no input group's are
             if of_tokens is None:
                 reason = "the gradient is zero or not finite"
                 continue

@@ -200,6 +200,9 @@ def test_tuning_is_recorded_and_lowers_the_error_of_every_block(run_config, tmp_
     changes = MODES[mode]
     summary = pipeline.quantize(run_config(**{**changes, "quantization__tune_steps": 10}))
     findings = Findings.read(tmp_path / "run")
+    words = "scales of 3 blocks were tuned in 10 steps"
+    assert words in (model_of(summary) / "README.md").read_text()
+    assert words.capitalize() in write_report(findings).read_text()
     for (round_index, _), block in findings.rounds.items():
         is_last = round_index + 1 == changes.get("execution__rounds", 1)
         assert (block.tuning is not None) == is_last == ("tune" in block.seconds)

@@ -8,7 +8,7 @@ import contextlib
 import dataclasses
 import sys
 import weakref
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -52,10 +52,10 @@ class CountedMemory:
 
 
 class _Counting(TorchDispatchMode):
-    def __init__(self, memory: CountedMemory, device: torch.device) -> None:
+    def __init__(self, memory: CountedMemory, device: torch.device, before: Iterable[torch.Tensor] = ()) -> None:
         super().__init__()
         self._memory, self._device = memory, device
-        self._live: dict[int, int] = {}
+        self._live: dict[int, int] = {tensor.untyped_storage()._cdata: 0 for tensor in before}
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         result = func(*args, **(kwargs or {}))
@@ -104,14 +104,15 @@ def counted_memory() -> Iterator[CountedMemory]:
         yield memory
 
 
-def peak_bytes(action: Callable[[], object]) -> int:
+def peak_bytes(action: Callable[[], object], before: Iterable[torch.Tensor] = ()) -> int:
     """Return the most bytes of tensors on the CPU that live at once while something is done, beside those before.
 
     Args:
         action: What is done.
+        before: Tensors that are there before, and of which views may be taken.
     """
     memory = CountedMemory()
-    with _Counting(memory, torch.device("cpu")):
+    with _Counting(memory, torch.device("cpu"), before):
         action()
     return memory.peak
 

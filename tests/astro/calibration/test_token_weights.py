@@ -10,10 +10,12 @@ from astro.calibration.block_statistics import input_stages
 from astro.calibration.drift import DriftAccumulator
 from astro.calibration.hessian import HessianAccumulator
 from astro.calibration.token_weights import (
+    OUTPUT,
     TokenWeights,
     effective_tokens,
     loss_weights,
     norm_weights,
+    output_energy,
     pass_back,
     typical_energy,
 )
@@ -123,6 +125,24 @@ def test_loss_weights_are_the_root_of_the_energy_and_have_the_mean_1():
 @pytest.mark.parametrize("energy", [[0.0, 0.0], [1.0, float("nan")], [float("inf"), 1.0]])
 def test_energies_that_say_nothing_give_no_weights(energy):
     assert loss_weights(torch.tensor(energy)) is None
+
+
+def test_tokens_at_the_output_count_as_measured_or_by_their_norm():
+    Y = correlated_inputs(6, 8).float().reshape(2, 3, 8)
+    measured = TokenWeights("loss", {("c0000", OUTPUT): torch.arange(6.0), ("c0000", "q"): torch.ones(6)})
+    assert torch.equal(measured.of_output("c0000", Y), torch.arange(6.0))
+    for unmeasured in (TokenWeights("norm"), TokenWeights("loss", {("c0000", "q"): torch.arange(6.0)})):
+        weights = unmeasured.of_output("c0000", Y)
+        energy = (weights * Y.flatten(0, 1).square().mean(-1)).tolist()
+        assert energy == pytest.approx([1.0] * 6)
+        assert torch.equal(weights, unmeasured.of_output("c0000", Y.unflatten(-1, (2, 4)))), "with lanes too"
+    assert torch.equal(TokenWeights("none").of_output("c0000", Y), torch.ones(6))
+
+
+def test_energy_at_the_output_is_the_mean_square_of_the_gradient():
+    gradient = correlated_inputs(6, 8).reshape(2, 3, 2, 4)
+    expected = [[float((token.double() ** 2).mean()) for token in sequence] for sequence in gradient]
+    assert output_energy(gradient).tolist() == pytest.approx([*expected[0], *expected[1]])
 
 
 def test_groups_that_were_not_measured_are_weighted_by_their_norm():

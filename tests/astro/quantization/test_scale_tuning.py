@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from astro.config import LayerScheme, SolverSettings
+from astro.model import weight_gradients
 from astro.model.activations import BlockLayers
 from astro.model.block_call import BlockState, forward
 from astro.model.recording import count_outputs, record
@@ -87,7 +88,9 @@ def naive(block):
     V = {name: grouped(each.Q.double(), 16) - each.grid.zero.double()[..., None] for name, each in block.solved.items()}
     p = {name: torch.zeros_like(scale, requires_grad=True) for name, scale in scales.items()}
     first, second = (dict.fromkeys(names, 0.0) for _ in range(2))
-    root = sum(float((text.weights.double() * squares(text)).sum()) for text in block.texts) ** 0.5
+    mean = torch.cat([text.weights.double() for text in block.texts]).mean()
+    of_tokens = [text.weights.double() / mean for text in block.texts]
+    root = sum(float((w * squares(text)).sum()) for w, text in zip(of_tokens, block.texts, strict=True)) ** 0.5
     size = sum(text.wanted.numel() for text in block.texts)
     for step in range(STEPS):
         text = block.texts[step % TEXTS]
@@ -99,7 +102,7 @@ def naive(block):
                 get(parameter).requires_grad_(True).grad = None
             # Half of eq. 2 times a number, which only matters beside Adam's 1e-8.
             factor = (size / SEQUENCES / TOKENS) ** 0.5 / root
-            (text.weights.double() * squares(text) / 2).sum().mul(factor).backward()
+            (of_tokens[step % TEXTS] * squares(text) / 2).sum().mul(factor).backward()
             at = {name: get(block.layers.by_name[name].parameter).grad for name in names}
             dot = sum((W[name] * block.layers._layers[name].view(at[name])).sum() for name in names)
             gradients = torch.autograd.grad(dot, [p[name] for name in names])
@@ -197,3 +200,55 @@ def test_a_block_without_gradient_stays_as_it_is_and_says_so(tmp_path):
     assert tuned.layers is block.solved
     assert "no gradient passes through this block" in tuned.reason
     assert block.error() == before
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+@torch.no_grad()
+def test_outputs_that_are_no_numbers_are_said(tmp_path, value):
+    block = Block(tmp_path / "m", "llama")
+    wanted = block.texts[0].wanted.clone()
+    wanted[0, 1, 2] = value
+    block.texts[0] = dataclasses.replace(block.texts[0], wanted=wanted)
+    tuned = block.tuned()
+    assert tuned.layers is block.solved
+    assert (tuned.error_before, tuned.error_after) == (None, None)
+    assert tuned.reason == "what the block returns is not finite"
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float16])
+@torch.no_grad()
+def test_size_of_the_weights_of_tokens_does_not_matter(tmp_path, dtype):
+    results = []
+    for size in (1.0, 2.0**40, 2.0**-40):
+        block = Block(tmp_path / str(size), "llama", dtype, torch.float16)
+        block.texts = [dataclasses.replace(text, weights=text.weights * size) for text in block.texts]
+        results.append(block.tuned())
+    for tuned in results:
+        assert not tuned.reason
+        for name, layer in tuned.layers.items():
+            assert torch.equal(layer.grid.scale, results[0].layers[name].grid.scale)
+
+
+@torch.no_grad()
+def test_experts_have_no_gradient_of_the_whole_parameter(tmp_path, monkeypatch):
+    block, seen = Block(tmp_path / "m", "qwen3-moe"), []
+    real = weight_gradients._see
+    monkeypatch.setattr(weight_gradients, "_see", lambda *args: seen.append(args[-1].ndim) or real(*args))
+    block.tuned()
+    assert len(seen) > 2 * STEPS
+    assert set(seen) == {2}
+
+
+@torch.no_grad()
+def test_a_pass_that_dies_leaves_no_gradient(tmp_path):
+    block = Block(tmp_path / "m", "llama")
+
+    def dying(*_):
+        raise ValueError("out of luck")
+
+    with pytest.raises(ValueError, match="out of luck"), block.layers.differentiated(dying), torch.enable_grad():
+        block.texts[0].forward().sum().backward()
+    for operand in block.layers.operands:
+        parameter = block.skeleton.model.get_parameter(operand.parameter)
+        assert parameter.grad is None
+        assert not parameter.requires_grad
