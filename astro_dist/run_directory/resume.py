@@ -60,15 +60,18 @@ def make_schedule(config: RunConfig, plan: Plan, run: RunDirectory, chunks: Sequ
         finished |= _weighed(run, finished, blocks)
     if config.activations.smoothing != "none":
         finished |= {unit for unit in map(smoothing_unit, range(blocks)) if run.finished(unit) is not None}
-    if any(unit not in finished for unit in units) and not _is_recorded(run, chunks, blocks):
+    shapes = {chunk.tokens.shape for chunk in chunks}
+    if config.quantization.tune_steps:
+        shapes |= {(1, chunk.tokens.shape[1]) for chunk in chunks if not is_held_out(chunk.name)}
+    if any(unit not in finished for unit in units) and not _is_recorded(run, shapes, blocks):
         finished.discard(EMBED)
     written = None if sequential else {unit for unit in finished if run.has_files(unit)}
     return schedule_of(config, RunShape(blocks, copies, names), StartingPoint(finished, present, written))
 
 
-def _is_recorded(run: RunDirectory, chunks: Sequence[Chunk], num_blocks: int) -> bool:
+def _is_recorded(run: RunDirectory, shapes: Collection[tuple[int, ...]], num_blocks: int) -> bool:
     """Tell whether all files are there that say what blocks are called with: one a shape, and what differs by chunk."""
-    paths = {run.calls(*chunk.tokens.shape) for chunk in chunks}
+    paths = {run.calls(*shape) for shape in shapes}
     if not all(path.is_file() for path in paths):
         return False
     try:

@@ -23,6 +23,7 @@ from astro_dist.schedule.calls import (
     DifferentiateLoss,
     MergeHessians,
     OpenBlock,
+    SolveBlock,
     SolveRows,
     TryBetas,
     WeighTokens,
@@ -429,6 +430,37 @@ def test_file_of_the_waves_that_was_damaged_is_made_again(run_config, tmp_path, 
 
     monkeypatch.setattr(Worker, "do", damaging)
     summary = pipeline.quantize(run_config(execution__workers=workers, **MODES["loss"]))
+    assert files_of(model_of(summary)) == expected
+    assert [retry.kind for retry in summary.retries] == ["damaged"]
+
+
+@pytest.mark.parametrize(
+    ("mode", "workers", "file", "reader"),
+    [
+        ("tuned", 1, "original/0001/c0000", SolveBlock),
+        ("tuned", 5, "embedded/0000/c0000", WriteBlock),
+        ("tuned, sequential", 2, "round-0/0001/c0000", WriteBlock),
+        ("tuned, sequential", 1, "token-weights/0001", WriteBlock),
+        ("tuned", 1, "calls-1x48", SolveBlock),
+    ],
+)
+def test_file_that_tuning_reads_and_that_was_damaged_is_made_again(
+    run_config, tmp_path, monkeypatch, mode, workers, file, reader
+):
+    changes = {**MODES[mode], **(LOSS if "weights" in file else {})}
+    expected = files_of(model_of(pipeline.quantize(run_config(**changes, output__dir=str(tmp_path / "sound")))))
+    path, real = tmp_path / "run" / "activations" / f"{file}.safetensors", Worker.do
+    block = 1 if "0001" in file else 0
+
+    def damaging(self, call):
+        if isinstance(call, reader) and call.block == block and not (tmp_path / "harmed").exists():
+            path.write_bytes(path.read_bytes()[:-1] + b"\xff")
+            (tmp_path / "harmed").touch()
+            self._runner.calls.clear()
+        return real(self, call)
+
+    monkeypatch.setattr(Worker, "do", damaging)
+    summary = pipeline.quantize(run_config(execution__workers=workers, **changes))
     assert files_of(model_of(summary)) == expected
     assert [retry.kind for retry in summary.retries] == ["damaged"]
 
