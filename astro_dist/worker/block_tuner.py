@@ -73,8 +73,8 @@ class _TuningTexts:
             cache_scales: Scales of an FP8 cache by the attention module's name in the model.
         """
         self._runner, self._unit, self._cache_scales = runner, unit, cache_scales
-        self._inputs = stream_names(runner.spec.run.rounds)[round_index + runner.spec.is_sequential]
         self._result = round_stream(round_index)
+        self._inputs = self._result if runner.spec.is_sequential else stream_names(runner.spec.run.rounds)[round_index]
         self._weights = read_token_weights(runner, unit)
 
     def first(self, count: int) -> list[TuningText]:

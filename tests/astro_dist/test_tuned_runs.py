@@ -9,7 +9,7 @@ from astro_dist.report.findings import Findings
 from astro_dist.worker import block_tuner
 from astro_dist.worker.block_runner import BlockRunner
 from tests.support.architectures import DENSE, EXPERTS, STATEFUL
-from tests.support.models import write_checkpoint
+from tests.support.models import files_of, write_checkpoint
 
 ARCHITECTURES = {**DENSE, **EXPERTS, **STATEFUL}
 ROUTES_ANEW = ("longcat-flash", "hy-v4")
@@ -18,7 +18,7 @@ ROUTES_ANEW = ("longcat-flash", "hy-v4")
 
 @pytest.mark.parametrize("name", ARCHITECTURES)
 def test_scales_of_every_architecture_are_tuned(run_config, tmp_path, name):
-    write_checkpoint(tmp_path / name, ARCHITECTURES[name])
+    source = files_of(write_checkpoint(tmp_path / name, ARCHITECTURES[name]))
     config = run_config(
         model__source=str(tmp_path / name), quantization__group_size=16, quantization__bits=3,
         quantization__tune_steps=20, calibration__holdout_samples=0, calibration__token_weights="norm",
@@ -31,6 +31,7 @@ def test_scales_of_every_architecture_are_tuned(run_config, tmp_path, name):
     assert name in ROUTES_ANEW or not figures.untuned, figures.reason
     assert any("stay as they were solved" in note for note in summary.notes) == bool(figures.untuned)
     verify_model(tmp_path / "run" / "model")
+    assert files_of(tmp_path / name) == source
     for block in Findings.read(tmp_path / "run").blocks.values():
         if block.layers:
             assert (block.tuning.after < block.tuning.before) == (not block.tuning.reason)
