@@ -67,6 +67,8 @@ class WorkerMemory:
         self._sequential = config.execution.mode == "sequential"
         self._compensated = self._sequential and config.quantization.compensates
         self._reconstruction = config.reconstruction
+        holds_channels = config.reconstruction.holds_channels(config.activations)
+        self._held_columns = config.activations.outlier_channels if holds_channels else 0
         self._is_rounded = config.activations.scheme is not None
         self._drifts = {is_corrected: rounding_drifts(config, is_corrected) for is_corrected in (False, True)}
         self._corrects_rounding = config.reconstruction.minds_rounding(config.activations)
@@ -170,7 +172,8 @@ class WorkerMemory:
                 solving = max(solving, (_FACTORED_INPUTS + beside) * batch.square)
             else:
                 correcting += squares * batch.square
-            solving = max(solving, correcting)
+            # Columns that corrections hold were taken out of the weights.
+            solving = max(solving, correcting) + batch.count * batch.rows * self._held_columns
         return 4.0 * (solving + batch.weights)
 
     def _tuning_bytes(self, unit: BlockUnit, batches: list[PredictedInputGroup], sequences: int) -> float:

@@ -203,6 +203,19 @@ def test_rounded_inputs_take_a_drift_for_every_input(tmp_path):
         assert gigabytes(tmp_path, "70B", 1, mode=mode, **eight) < rounded - 3.9 * 28672**2 / 1e9
 
 
+def test_columns_that_corrections_hold_are_counted(tmp_path):
+    plan, _, folder = planned(tmp_path / "model", "70B")
+    config = run(folder, activations={"bits": 8, "smoothing": "aser", "outlier_channels": 512})
+    held, none = (
+        WorkerMemory(
+            plan, config.model_copy(update={"reconstruction": Reconstruction(rank=rank)}), torch.bfloat16, "cuda"
+        ).bytes(1)
+        for rank in (512, 511)
+    )
+    per_rank = 2 * sum(linear.rows + linear.columns for linear in plan.blocks[0].linears)
+    assert held - none - per_rank == pytest.approx(4 * 8192 * 512, rel=0.01)  # of the widest layer's rows
+
+
 def test_window_is_a_mask_for_which_a_backward_pass_on_a_gpu_holds_all_scores(tmp_path):
     plan, _, folder = planned(tmp_path / "model", "70B")
     windowed = dataclasses.replace(plan, forward_shape=dataclasses.replace(plan.forward_shape, window=1024))
