@@ -125,8 +125,9 @@ class SolverSettings:
     """A pass that lowers the layer error by a smaller share is the last."""
     tune_steps: int = 0
     """Steps of gradient descent by which the scales of a solved block are tuned, all layers together, so that it
-    returns what the original block returns, as nearly as it can; 0 is none, and 40 are enough. A step takes one
-    sequence of the calibration text, and about as long as three forward passes of it."""
+    returns what the original block returns, as nearly as it can; from 0, which is none, to 1000, and 40 are enough. A
+    step takes one sequence of the calibration text, and about as long as three forward passes of it; to measure takes
+    three passes of each sequence more."""
     compensation: float | Literal["auto"] = "auto"
     """Share of errors in a layer's inputs that its weights make up for, from 0, which is none, to 1. In mode
     `sequential` those of layers before: `auto` measures for every input group which share of the correction two halves

@@ -23,7 +23,8 @@ def inspect(  # noqa: PLR0913 - every option is a parameter
     against: Annotated[str | None, typer.Option(help="Show this model too, as the state before.")] = None,
     html: Annotated[Path | None, typer.Option(help="Also write a page with a chart of all layers.")] = None,
     text: Annotated[
-        str, typer.Option(help="This .parquet, .jsonl or .txt file, or dataset on the Hub, passes through the model.")
+        str,
+        typer.Option(help="This .parquet, .jsonl or .txt file, dataset, or python-docs passes through the model."),
     ] = PYTHON_DOCS,
     column: Annotated[str, typer.Option(help="Column of the text, or key of its objects.")] = "text",
     subset: Annotated[str | None, typer.Option(help="Subset of a dataset on the Hub.")] = None,

@@ -36,7 +36,8 @@ def evaluate(  # noqa: PLR0913 - every option is a parameter
         typer.Argument(help="Run directory, folder of a model, or ORG/NAME\\[@REVISION] on the Hub.", metavar="MODEL"),
     ],
     text: Annotated[
-        str | None, typer.Option(help="Perplexity on this .parquet, .jsonl or .txt file, or dataset on the Hub.")
+        str | None,
+        typer.Option(help="Perplexity on this .parquet, .jsonl or .txt file, dataset, or python-docs."),
     ] = None,
     column: Annotated[str, typer.Option(help="Column of the text, or key of its objects.")] = "text",
     subset: Annotated[str | None, typer.Option(help="Subset of a dataset on the Hub.")] = None,

@@ -110,7 +110,7 @@ def _figures(root: Path) -> RunFigures:
         bits=summary.average_bits,
         group_size=config.quantization.group_size,
         also_rounded=", ".join(config.activations.rounded_in_words),
-        mode=f"{config.execution.mode}{f' × {rounds}' if rounds > 1 else ''}",
+        mode=f"{config.execution.mode}{f' × {rounds}' if rounds > 1 else ''}{', tuned' if summary.has_tuned else ''}",
         size_bytes=summary.bytes_written,
         share=summary.bytes_written / summary.bytes_read,
         perplexity=summary.perplexity,

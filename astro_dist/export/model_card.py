@@ -224,7 +224,7 @@ def _method(config: RunConfig, summary: Summary) -> list[tuple[str, str]]:
     grid = "symmetric" if q.symmetric else "asymmetric"
     static = "by falling activation energy, stored unpermuted"
     inputs, has_clips = config.activations.in_words, config.activations.has_clips
-    before = ", before scales were tuned" if summary.tuning is not None and summary.tuning.blocks else ""
+    before = ", before scales were tuned" if summary.has_tuned else ""
     how = f"a pair for each layer, in {INPUT_SCALES_NAME}" if has_clips else "rounded by the server as they come"
     return [
         ("method", _METHODS[q.method]),
@@ -236,7 +236,7 @@ def _method(config: RunConfig, summary: Summary) -> list[tuple[str, str]]:
         ("regularizer", f"{regularizer.name}, solver {regularizer.solver}" if regularizer.name != "none" else "none"),
         ("its strength β (layers solved together)", ", ".join(f"{b} ({count})" for b, count in summary.betas.items())),
         ("refinement passes after GPTQ", f"at most {q.refine_passes}"),
-        *([("tuning", summary.tuning.in_words)] if summary.tuning and summary.tuning.blocks else []),
+        *([("tuning", summary.tuning.in_words)] if summary.tuning is not None and summary.has_tuned else []),
         ("blocks", f"mode {execution.mode}, {counted(execution.rounds, 'round')}"),
         *(("smoothed inputs", kind.in_words) for kind in summary.smoothing),
         *_coverage(summary),

@@ -75,7 +75,7 @@ def figure_lines(summary: "Summary", source: str = "") -> list[str]:
     if tried:
         helped = tried - summary.betas.get("0", 0)
         lines.append(f"Regularized before they were rounded: {helped} of {tried} groups of layers")
-    if summary.tuning is not None and summary.tuning.blocks:
+    if summary.tuning is not None and summary.has_tuned:
         words = summary.tuning.in_words
         lines.append(f"{words[0].upper()}{words[1:]}")
     if summary.corrections is not None:
@@ -117,6 +117,7 @@ def settings_line(config: "RunConfig") -> str:
     inputs = f", inputs {words}" if (words := config.activations.in_words) else ""
     inputs += ", FP8 cache of keys and values" if config.activations.rounds_cache else ""
     rounds = counted(execution.rounds, "round")
+    rounds += f", scales tuned in {counted(q.tune_steps, 'step')}" if q.tune_steps else ""
     is_open = "auto" in (calibration.samples, calibration.sequence_length)
     most = f"{'up to ' if is_open else ''}{calibration.most_samples} × {calibration.longest_sequence} tokens"
     return (

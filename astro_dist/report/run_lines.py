@@ -29,6 +29,7 @@ def report_lines(findings: Findings) -> list[str]:
         verdict = f"not finished: {status.state}, {status.blocks.done} of {status.blocks.total} blocks done."
     worst = max(layers, key=lambda layer: layer.relative_error, default=None)
     largest = f"{worst.relative_error:.3g}, {short_name(worst)}" if worst else "none measured yet"
+    largest += ", before scales were tuned" if findings.summary is not None and findings.summary.has_tuned else ""
     return [
         f"Verdict: {verdict}",
         f"Largest output error: {largest}",

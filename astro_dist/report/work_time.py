@@ -19,7 +19,8 @@ _PARTS: dict[str, tuple[str, ...]] = {
     "choosing β and widths": ("beta", "widths"),
     "regularizing": ("regularize", "compensate"),
     "rounding": ("grid", "gptq", "refine"),
-    "correcting, tuning": ("reconstruct", "tune"),
+    "correcting": ("reconstruct",),
+    "tuning scales": ("tune",),
     "evaluating": ("evaluate",),
     "reading and writing": ("read", "write"),
 }

@@ -216,7 +216,13 @@ class Summary:
         """Say what KL divergence was predicted from the errors of the layers; empty where none was."""
         if self.predicted_divergence is None:
             return ""
-        return f"predicted from layer errors: {nats(self.predicted_divergence)} nats a token"
+        before = " before scales were tuned" if self.has_tuned else ""
+        return f"predicted from layer errors{before}: {nats(self.predicted_divergence)} nats a token"
+
+    @property
+    def has_tuned(self) -> bool:
+        """Whether scales were tuned after the errors of layers were measured."""
+        return self.tuning is not None and self.tuning.blocks > 0
 
     def to_json(self) -> dict[str, Any]:
         """Return the summary as the JSON object of its file."""
