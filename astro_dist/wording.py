@@ -1,6 +1,6 @@
-"""How shares and counts are written, on every page, card and line of this package."""
+"""How shares, counts and sentences are written, on every page, card and line of this package."""
 
-__all__ = ["counted", "nats", "percent"]
+__all__ = ["counted", "nats", "percent", "sentence"]
 
 
 def percent(share: float, digits: int | None = None, signed: bool = False) -> str:
@@ -30,6 +30,15 @@ def counted(number: int, noun: str, plural: str | None = None) -> str:
         plural: Word for several; None where it is the word for one with an s.
     """
     return f"{number:,} {noun if number == 1 else plural or f'{noun}s'}"
+
+
+def sentence(words: str) -> str:
+    """Let words begin with a capital; the rest stays as it is, names above all.
+
+    Args:
+        words: The words, not empty.
+    """
+    return f"{words[0].upper()}{words[1:]}"
 
 
 def nats(divergence: float) -> str:

@@ -28,8 +28,6 @@ def compensate(input_groups: InputGroups, W: torch.Tensor) -> torch.Tensor:
     Args:
         input_groups: The input groups, prepared from all rows.
         W: Original weights of some rows of each, float32 [B, R, C].
-
-    Source: quantization error propagation, arXiv 2504.09629; asymmetric calibration, arXiv 2504.02692.
     """
     return behind_rounding(input_groups, behind_errors(input_groups, W))
 
@@ -45,7 +43,12 @@ def behind_errors(input_groups: InputGroups, W: torch.Tensor) -> torch.Tensor:
 
 
 def behind_rounding(input_groups: InputGroups, W: torch.Tensor) -> torch.Tensor:
-    """Return W*, which makes up for what rounding takes from the layer's inputs."""
+    """Return W*, which makes up for what rounding takes from the layer's inputs.
+
+    Args:
+        input_groups: The input groups, prepared from all rows.
+        W: Weights that make up for errors before the layer, some rows of each, float32 [B, R, C].
+    """
     rounding, share = input_groups.inputs.rounding, input_groups.recipe.solver.compensation
     drift = None if rounding is None or share == 0 else rounding.drift
     return _behind(input_groups, W, drift, 1.0 if share == "auto" else share)

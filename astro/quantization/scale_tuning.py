@@ -89,7 +89,7 @@ def tune_scales(
     texts = [dataclasses.replace(text, weights=text.weights / mean) for text in texts]
     factors = _Factors(block, solved, scale_dtype)
     factors.write_(solved)
-    error, energy = _error(texts)
+    error, energy = _sum(texts, _differences), _sum(texts, lambda text: text.wanted)
     if not math.isfinite(error) or not math.isfinite(energy):
         return TunedScales(solved, None, None, "what the block returns is not finite")
     if error == 0:
@@ -109,7 +109,7 @@ def tune_scales(
     except UnsupportedError as unsupported:
         factors.write_(solved)
         return TunedScales(solved, before, before, str(unsupported))
-    after, _ = _error(texts)
+    after = _sum(texts, _differences)
     if after < error:
         return TunedScales(factors.tuned(), before, after / energy)
     factors.write_(solved)
@@ -117,14 +117,14 @@ def tune_scales(
     return TunedScales(solved, before, before, reason)
 
 
-def _error(texts: Sequence[TuningText]) -> tuple[float, float]:
-    """Return the weighted squared error of the block's outputs, and the weighted energy of the wanted ones."""
-    sums = [
-        torch.stack([(_of_tokens(Y) * text.weights).sum() for Y in (_differences(text), text.wanted)]).double()
-        for text in texts
-    ]
-    error, energy = torch.stack(sums).sum(0).tolist()
-    return error, energy
+def _sum(texts: Sequence[TuningText], of: Callable[[TuningText], torch.Tensor]) -> float:
+    """Return the weighted sum over all tokens of the squared norms of something of theirs, [B, T, ...] of each text."""
+    sums = [(of(text).float().square().flatten(2).sum(-1).flatten() * text.weights).sum() for text in texts]
+    return float(torch.stack(sums).double().sum())
+
+
+def _differences(text: TuningText) -> torch.Tensor:
+    return text.forward().float() - text.wanted.float()
 
 
 def _pass_back(text: TuningText, root: float) -> None:
@@ -138,15 +138,6 @@ def _pass_back(text: TuningText, root: float) -> None:
             weights = text.weights / (root * text.weights.numel() ** 0.5)
             gradient = (output.float() - text.wanted.float()).flatten(2) * weights.view(*output.shape[:2], 1)
         torch.autograd.backward([output], [gradient.view(output.shape).to(output.dtype)])
-
-
-def _differences(text: TuningText) -> torch.Tensor:
-    return text.forward().float() - text.wanted.float()
-
-
-def _of_tokens(Y: torch.Tensor) -> torch.Tensor:
-    """Return the squared norm of every token [B · T] of outputs [B, T, ...]."""
-    return Y.float().square().flatten(2).sum(-1).flatten()
 
 
 class _Factors:

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 from rich.filesize import decimal
 
 from astro_dist.console import in_words
-from astro_dist.wording import counted, percent
+from astro_dist.wording import counted, percent, sentence
 
 if TYPE_CHECKING:  # some of them import torch or transformers, which the command at hand may not need
     from astro.quantization.layer_record import Fallbacks
@@ -76,11 +76,9 @@ def figure_lines(summary: "Summary", source: str = "") -> list[str]:
         helped = tried - summary.betas.get("0", 0)
         lines.append(f"Regularized before they were rounded: {helped} of {tried} groups of layers")
     if summary.tuning is not None and summary.has_tuned:
-        words = summary.tuning.in_words
-        lines.append(f"{words[0].upper()}{words[1:]}")
+        lines.append(sentence(summary.tuning.in_words))
     if summary.corrections is not None:
-        words = summary.corrections.in_words
-        lines.append(f"{words[0].upper()}{words[1:]}. They are the adapter that servers have to load too")
+        lines.append(f"{sentence(summary.corrections.in_words)}. They are the adapter that servers have to load too")
     return lines
 
 
@@ -134,8 +132,8 @@ def coverage_lines(coverage: "Coverage | None") -> list[str]:
     """
     if coverage is None:
         return []
-    sentences = (coverage.in_words, coverage.copied_in_words)
-    return [sentence[0].upper() + sentence[1:] for sentence in sentences if sentence]
+    parts = (coverage.in_words, coverage.copied_in_words)
+    return [sentence(part) for part in parts if part]
 
 
 def status_lines(status: "Status") -> list[str]:

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from astro.quantization.layer_record import LayerRecord
 from astro_dist.config.schema import RunConfig
 from astro_dist.report.findings import Findings
-from astro_dist.wording import counted, percent
+from astro_dist.wording import counted, percent, sentence
 
 __all__ = ["method_sentences"]
 
@@ -34,7 +34,7 @@ def method_sentences(findings: Findings) -> list[str]:
         tuning, corrections = findings.summary.tuning, findings.summary.corrections
         parts = [part.in_words for part in (tuning, corrections) if part is not None]
         parts += [coverage.in_words, coverage.copied_in_words] if coverage else []
-        sentences += [f"{part[0].upper()}{part[1:]}." for part in parts if part]
+        sentences += [f"{sentence(part)}." for part in parts if part]
         rule = config.activations.smoothing
         sentences += [f"Smoothed inputs ({rule}): {kind.in_words}." for kind in findings.summary.smoothing]
     return sentences

@@ -11,7 +11,7 @@ from astro_dist.planning.units import BlockUnit, Plan
 from astro_dist.planning.validate import Prepared
 from astro_dist.report.command_output import coverage_lines, settings_line
 from astro_dist.schedule.unit_words import UnitWords
-from astro_dist.wording import percent
+from astro_dist.wording import percent, sentence
 
 __all__ = ["plan_card", "plan_table"]
 
@@ -41,7 +41,7 @@ def plan_card(prepared: Prepared, needed: Estimate) -> list[str]:
         f"{decimal(int(needed.worker_bytes))} of memory a {'GPU' if is_gpu else 'worker'}{host} · "
         f"{decimal(int(needed.disk_bytes))} of disk · {decimal(int(needed.moved_bytes))} read and written by workers",
         *coverage_lines(plan.coverage),
-        limit[0].upper() + limit[1:],
+        sentence(limit),
         *(f"note: {note}" for note in prepared.notes),
     ]
     if needed.workers_at_once < needed.workers:

@@ -365,6 +365,19 @@ def test_error_in_a_tile_is_a_failed_run_that_keeps_what_is_finished(run_config,
     assert pipeline.quantize(run_config(**MODES["sequential"])).resumed_units >= 2
 
 
+def before_once(monkeypatch, is_meant, harm):
+    """Do something to a worker, or to a file, before the first call that is meant."""
+    real, harmed = Worker.do, []
+
+    def do(self, call):
+        if not harmed and is_meant(call):
+            harmed.append(call)
+            harm(self)
+        return real(self, call)
+
+    monkeypatch.setattr(Worker, "do", do)
+
+
 @pytest.mark.parametrize(
     ("mode", "block", "part", "reader"),
     [
@@ -384,21 +397,17 @@ def test_error_in_a_tile_is_a_failed_run_that_keeps_what_is_finished(run_config,
 def test_part_of_a_solve_that_was_damaged_is_made_again(run_config, tmp_path, monkeypatch, mode, block, part, reader):
     expected = whole(run_config, tmp_path, mode)
     path = RunDirectory(tmp_path / "run", "").partial(0, block, part)
-    real = Worker.do
 
-    def damaging(self, call):
-        if isinstance(call, reader) and path.exists() and not (tmp_path / "harmed").exists():
-            (tmp_path / "harmed").touch()
-            content = bytearray(path.read_bytes())
-            content[-1] ^= 1
-            if reader is WriteBlock and "tile" not in part:  # nothing but its note is read
-                content = path.read_bytes().replace(rb"\"seconds\"", rb"\"Seconds\"")
-                assert content != path.read_bytes()
-            path.write_bytes(content)
-            self._solver._block = None  # as another worker, which must read it
-        return real(self, call)
+    def harm(worker):
+        content = bytearray(path.read_bytes())
+        content[-1] ^= 1
+        if reader is WriteBlock and "tile" not in part:  # nothing but its note is read
+            content = path.read_bytes().replace(rb"\"seconds\"", rb"\"Seconds\"")
+            assert content != path.read_bytes()
+        path.write_bytes(content)
+        worker._solver._block = None  # as another worker, which must read it
 
-    monkeypatch.setattr(Worker, "do", damaging)
+    before_once(monkeypatch, lambda call: isinstance(call, reader) and path.exists(), harm)
     summary = pipeline.quantize(run_config(execution__workers=5, **MODES[mode]))
     assert files_of(model_of(summary)) == expected
     assert [retry.kind for retry in summary.retries] == ["damaged"]
@@ -420,15 +429,12 @@ def test_part_of_a_solve_that_was_damaged_is_made_again(run_config, tmp_path, mo
 @pytest.mark.parametrize("workers", [1, 3])
 def test_file_of_the_waves_that_was_damaged_is_made_again(run_config, tmp_path, monkeypatch, file, reader, workers):
     expected = whole(run_config, tmp_path, "loss")
-    path, real = tmp_path / "run" / "activations" / f"{file}.safetensors", Worker.do
+    path = tmp_path / "run" / "activations" / f"{file}.safetensors"
 
-    def damaging(self, call):
-        if isinstance(call, reader) and path.exists() and not (tmp_path / "harmed").exists():
-            (tmp_path / "harmed").touch()
-            path.write_bytes(path.read_bytes()[:-1] + b"\xff")
-        return real(self, call)
+    def harm(_):
+        path.write_bytes(path.read_bytes()[:-1] + b"\xff")
 
-    monkeypatch.setattr(Worker, "do", damaging)
+    before_once(monkeypatch, lambda call: isinstance(call, reader) and path.exists(), harm)
     summary = pipeline.quantize(run_config(execution__workers=workers, **MODES["loss"]))
     assert files_of(model_of(summary)) == expected
     assert [retry.kind for retry in summary.retries] == ["damaged"]
@@ -449,17 +455,14 @@ def test_file_that_tuning_reads_and_that_was_damaged_is_made_again(
 ):
     changes = {**MODES[mode], **(LOSS if "weights" in file else {})}
     expected = files_of(model_of(pipeline.quantize(run_config(**changes, output__dir=str(tmp_path / "sound")))))
-    path, real = tmp_path / "run" / "activations" / f"{file}.safetensors", Worker.do
+    path = tmp_path / "run" / "activations" / f"{file}.safetensors"
     block = 1 if "0001" in file else 0
 
-    def damaging(self, call):
-        if isinstance(call, reader) and call.block == block and not (tmp_path / "harmed").exists():
-            path.write_bytes(path.read_bytes()[:-1] + b"\xff")
-            (tmp_path / "harmed").touch()
-            self._runner.calls.clear()
-        return real(self, call)
+    def harm(worker):
+        path.write_bytes(path.read_bytes()[:-1] + b"\xff")
+        worker._runner.calls.clear()
 
-    monkeypatch.setattr(Worker, "do", damaging)
+    before_once(monkeypatch, lambda call: isinstance(call, reader) and call.block == block, harm)
     summary = pipeline.quantize(run_config(execution__workers=workers, **changes))
     assert files_of(model_of(summary)) == expected
     assert [retry.kind for retry in summary.retries] == ["damaged"]
