@@ -100,15 +100,15 @@ class BlockStatistics:
             for group, sums in zip(self.input_groups, all_sums, strict=True)
             if is_starved(group[0], sums.num_tokens, experts)
         ]
-        kind = self._weights.kind
         again = None
         if experts.policy == "all-tokens":
-            again = AllTokens(self._layers, starved, repeats, kind, self._sum_kind, self._served)
+            again = AllTokens(self._layers, starved, repeats, self._weights.kind, self._sum_kind, self._served)
         shared = self._shared(all_sums) if starved and experts.policy == "shared-hessian" else {}
         for group, sums in zip(self.input_groups, all_sums, strict=True):
             names, first = names_of(group), group[0]
+            kind = self._weights.kind_of(first)
             if first not in starved:
-                statistics = sufficient_statistics(names, sums, self._weights.kind_of(first))
+                statistics = sufficient_statistics(names, sums, kind)
             else:
                 instead = again.sums(first, self._device) if again else shared.get(first.parameter)
                 statistics = starved_statistics(first, sums.num_tokens, experts, instead, self._device, kind)
@@ -134,7 +134,8 @@ class BlockStatistics:
         index = self._input_group_of[operand]
         if operand is self.input_groups[index][0]:
             with self.stopwatch.running():
-                self._sums[index].add_(X, self._weights.of(operand, self._chunk, inputs))
+                weights = self._weights.of(operand, self._chunk, inputs)
+                self._sums[index].add_(X, weights, self._weights.is_by_loss(operand))
         elif not shares or last_index != index:
             first, other = self.input_groups[index][0].names[0], operand.names[0]
             raise UnsupportedError(f"{other} shared its input with {first} in one forward, not in another")

@@ -25,6 +25,9 @@ _SAMPLED = 16
 take less memory than a matrix of columns × columns."""
 MOST_ROWS = 4096
 """Largest number of rows of a sample; of more, every second one is dropped."""
+_WHOLE = 1 << 50
+"""What the energy of a chunk is cut into. So many times a number of sampled tokens is still an integer of 64 bits."""
+_TINY = torch.finfo(torch.float32).tiny
 
 
 @dataclasses.dataclass(frozen=True)
@@ -51,11 +54,16 @@ def as_they_are(_: Operand) -> SumKind:
 
 
 class RoundedSample:
-    """A sample of tokens before and after rounding, spaced evenly within each chunk.
+    """A sample of tokens before and after rounding, in which tokens are the likelier the more they weigh.
+
+    What rounding takes from a token grows with its inputs, and few tokens have massive ones: those of even places would
+    be none of these, or far too many. So of k tokens of a chunk each stands for a k-th of the energy Σ v ‖x‖². What a
+    token's error counts for, v, is its weight w in H. Where w is a root of the energy that the loss's gradient has, v
+    is w², that energy itself: see `predicted_divergence`.
 
     Attributes:
-        rows: For each token x̂ and x − x̂, one behind the other, times the root of the token's weight, float32 [N, 2C].
-        total_weight: Weight of the tokens that the rows stand for, float64 [] on the device.
+        rows: For each sampled token x̂ and x − x̂, one behind the other, scaled so that sums of squares over the rows are
+            those of √v x̂ and √v (x − x̂) over all tokens, float32 [N, 2C].
     """
 
     def __init__(self, num_columns: int, device: torch.device) -> None:
@@ -66,40 +74,47 @@ class RoundedSample:
             device: Device of the sample.
         """
         self.rows = torch.zeros(0, 2 * num_columns, dtype=torch.float32, device=device)
-        self.total_weight = torch.zeros((), dtype=torch.float64, device=device)
 
-    def add_(self, X: torch.Tensor, X_rounded: torch.Tensor, weights: torch.Tensor | None = None) -> None:
+    def add_(self, X: torch.Tensor, X_rounded: torch.Tensor, counts: torch.Tensor | None = None) -> None:
         """Add a sample of one chunk.
 
         Args:
             X: Inputs of the layer [..., C].
             X_rounded: The same, rounded.
-            weights: Weight of each token, float32 [T] and at least 0; every token has weight 1 where not given.
+            counts: What the error of each token counts for, v, float32 [T] and at least 0; 1 where not given.
         """
         X, X_rounded = X.reshape(-1, X.shape[-1]), X_rounded.reshape(-1, X.shape[-1])
-        step = max(len(X) // _SAMPLED, 1)
-        rounded = X_rounded[::step].float()
-        rows = torch.cat([rounded, X[::step].float() - rounded], dim=-1)
-        stands_for = len(X) / max(len(rows), 1)
-        of_rows = torch.ones(len(rows), device=X.device) if weights is None else weights[::step]
-        self.merge_(rows * (of_rows * stands_for).sqrt().unsqueeze(-1), of_rows.sum(dtype=torch.float64) * stands_for)
+        if counts is None:
+            counts = torch.ones(len(X), device=X.device)
+        chosen, stands_for = torch.arange(len(X), device=X.device), counts
+        if len(X) > _SAMPLED:
+            chosen, stands_for = _sampled(X, counts)
+        rounded = X_rounded[chosen].float()
+        rows = torch.cat([rounded, X[chosen].float() - rounded], dim=-1)
+        self.merge_(rows * stands_for.sqrt().unsqueeze(-1))
 
-    def merge_(self, rows: torch.Tensor, total_weight: torch.Tensor | float) -> None:
+    def merge_(self, rows: torch.Tensor) -> None:
         """Add a sample that was taken elsewhere.
 
         Args:
             rows: The `rows` of another sample, on the device of this one.
-            total_weight: The `total_weight` of that sample.
         """
         self.rows = torch.cat([self.rows, rows])
-        self.total_weight = self.total_weight + total_weight
         while len(self.rows) > MOST_ROWS:
             kept = self.rows[::2]
             self.rows = kept * (len(self.rows) / len(kept)) ** 0.5
 
-    def finish_(self) -> torch.Tensor:
-        """Return rows that are scaled so that sums over them are weighted means over tokens, float32 [N, 2C]."""
-        return self.rows / torch.where(self.total_weight > 0, self.total_weight, 1.0).sqrt().float()
+
+def _sampled(X: torch.Tensor, counts: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Choose tokens by their energies v ‖x‖², and return their places, and what each of them counts for, float32."""
+    of_inputs = torch.linalg.vector_norm(X, dim=-1, dtype=torch.float32).double().square_()
+    energies = of_inputs * counts
+    total = energies.sum()
+    # Sums of integers are the same in any order.
+    reached = (energies * (_WHOLE / total.clamp(min=_TINY))).long().cumsum(0)
+    places = (torch.arange(_SAMPLED, device=X.device) * 2 + 1) * reached[-1] // (2 * _SAMPLED)
+    chosen = torch.searchsorted(reached, places, right=True).clamp_(max=len(X) - 1)
+    return chosen, (total / (_SAMPLED * of_inputs[chosen]).clamp(min=_TINY)).float()
 
 
 @dataclasses.dataclass(frozen=True)
@@ -108,7 +123,7 @@ class RoundingMoments:
 
     Attributes:
         sample: Tokens before and after rounding, see `RoundedSample`, scaled so that sums of squares over them are
-            weighted means over all tokens, float32 [..., N, 2C].
+            means over all tokens, of which each counts v, float32 [..., N, 2C].
         drift: Weighted mean of (x − x̂)x̂ᵀ, float32 [..., C, C]; None where nothing makes up for it.
         correction_drift: Weighted mean of (x − x̂)xᵀ, float32 [..., C, C]; None where no correction of low rank makes
             up for it.
@@ -186,13 +201,14 @@ class InputSums:
         """Number of tokens that were added."""
         return self.hessian.num_tokens
 
-    def add_(self, X: torch.Tensor, weights: torch.Tensor | None = None) -> torch.Tensor:
+    def add_(self, X: torch.Tensor, weights: torch.Tensor | None = None, by_loss: bool = False) -> torch.Tensor:
         """Add the inputs of one chunk to all but the drift from the source.
 
         Args:
             X: Inputs of the layer [..., C] in any float dtype, not rounded. Nothing may write to them any more where
                 inputs are kept.
             weights: Weight of each token, float32 [T] and at least 0; every token has weight 1 where not given.
+            by_loss: Whether the weights are those by the loss.
 
         Returns:
             The inputs as servers round them.
@@ -203,14 +219,16 @@ class InputSums:
         rounded = round_activations(X, self.kind.grid)
         self.hessian.add_(rounded, weights)
         assert self.sample is not None
-        self.sample.add_(X, rounded, weights)
+        self.sample.add_(X, rounded, weights.square() if by_loss and weights is not None else weights)
         if self.rounding_drift is not None:
             self.rounding_drift.add_(X, rounded, weights)
         if self.correction_drift is not None:
             self.correction_drift.add_(X, rounded, weights, X)
         return rounded
 
-    def finish_(self, name: str) -> tuple[torch.Tensor, torch.Tensor | None, RoundingMoments | None]:
+    def finish_(
+        self, name: str, by_loss: bool = False
+    ) -> tuple[torch.Tensor, torch.Tensor | None, RoundingMoments | None]:
         """Return H, the drift from the source, and what was learned of rounding, as means. The sums are then empty.
 
         Drifts are shrunk as the Hessian is: what chance says of two columns counts as little in the one as in the
@@ -219,6 +237,7 @@ class InputSums:
 
         Args:
             name: Name of the layers, for messages.
+            by_loss: Whether the weights are those by the loss.
 
         Raises:
             NumericalError: No token was seen, or an input was not finite.
@@ -233,7 +252,11 @@ class InputSums:
             None if of_rounding is None else of_rounding.finish_(name, factors)
             for of_rounding in (self.rounding_drift, self.correction_drift)
         )
-        return H, drift, RoundingMoments(self.sample.finish_(), *drifts)
+        weight = self.hessian.totals[0]
+        # With v = w² the mean of v ‖δ‖² is taken relative to (mean of w)², as weights by the loss have the mean 1.
+        divisor = weight.square() / self.hessian.num_tokens if by_loss else weight
+        sample = self.sample.rows / torch.where(divisor > 0, divisor, 1.0).sqrt().float()
+        return H, drift, RoundingMoments(sample, *drifts)
 
     def spread_(self, half: DriftAccumulator) -> torch.Tensor:
         """Return how far the drifts from the source over some tokens and over the others lie apart, float32 [C, C].
@@ -259,4 +282,4 @@ class InputSums:
         if self.correction_drift is not None and other.correction_drift is not None:
             self.correction_drift.absorb_(other.correction_drift)
         if self.sample is not None and other.sample is not None:
-            self.sample.merge_(other.sample.rows, other.sample.total_weight)
+            self.sample.merge_(other.sample.rows)

@@ -166,7 +166,7 @@ def sufficient_statistics(names: Sequence[str], sums: InputSums, token_weights: 
     Raises:
         NumericalError: No token was seen, or an input was not finite.
     """
-    H, drift, rounding = sums.finish_("+".join(names))
+    H, drift, rounding = sums.finish_("+".join(names), token_weights == "loss")
     tokens = sums.num_tokens
     return InputStatistics(tuple(names), H, tokens, tokens, token_weights, drift=drift, rounding=rounding)
 
@@ -187,7 +187,7 @@ def starved_statistics(
         experts: The policy about such experts.
         sums: Sums over all tokens, or over all experts, as the policy says; None where the policy needs none.
         device: Device of the result.
-        token_weights: What tokens are weighted by elsewhere; an expert's are weighted by their norm, or all alike.
+        token_weights: What the tokens that reach the expert are weighted by.
 
     Raises:
         NumericalError: The policy is `fail`.
@@ -207,6 +207,6 @@ def starved_statistics(
     copy.absorb_(sums)
     # All tokens are weighted by their norm; what all experts share is weighted as each of them is.
     kind: Kind = "norm" if token_weights == "loss" and experts.policy == "all-tokens" else token_weights
-    H, drift, rounding = copy.finish_(name)
+    H, drift, rounding = copy.finish_(name, kind == "loss")
     tokens = copy.num_tokens
     return InputStatistics(operand.names, H, tokens, routed_tokens, kind, None, experts.policy, drift, rounding)

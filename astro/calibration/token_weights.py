@@ -67,13 +67,21 @@ class TokenWeights:
         """
         return "norm" if self.kind == "loss" and group_key(operand) not in self._keys else self.kind
 
+    def is_by_loss(self, operand: Operand) -> bool:
+        """Tell whether the tokens of an input group are weighted by the loss.
+
+        Args:
+            operand: First operand of the input group.
+        """
+        return self.kind_of(operand) == "loss"
+
     def energy_of(self, operand: Operand) -> float | None:
         """Return the `typical_energy` at an input group; None where the loss was not measured there.
 
         Args:
             operand: First operand of the input group.
         """
-        return self.energies.get(operand.names[0], 0.0) if self.kind_of(operand) == "loss" else None
+        return self.energies.get(operand.names[0], 0.0) if self.is_by_loss(operand) else None
 
     @functools.cached_property
     def _keys(self) -> set[str]:

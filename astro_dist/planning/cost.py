@@ -218,7 +218,8 @@ class CostModel:
         chunks = self._shares[call.share]
         tokens = sum(self._tokens[chunk] for chunk in chunks)
         streams = 1 + self._statistics.is_compensated
-        # A stage's inputs take the block's forward up to that stage; which worker has the block already is open.
+        # A stage's inputs take the block's forward up to that stage. The block is read for the first; which worker has
+        # it then already is open.
         passed = (call.stage + 1) / max(len(stages), 1)
         sums = self._statistics.sums(stage, tokens)
         sums += self._statistics.rounding([batches[i] for before in stages[: call.stage + 1] for i in before], tokens)
@@ -226,8 +227,12 @@ class CostModel:
         earlier = float(sum(batches[i].weights for before in stages[: call.stage] for i in before))
         sums += dequantizing(earlier) + Work(moved_bytes=earlier)
         forwards = self._forward.forth(self._batches(unit), tokens) * (streams * passed)
-        computed = sums + forwards + Work(moved_bytes=square + unit.read_bytes)
-        return _behind(computed, streams * self._activations(chunks))
+        computed, behind = sums + forwards + Work(moved_bytes=square), streams * self._activations(chunks)
+        if call.stage == 0 and reads_weights_ahead(self._device_type):
+            behind += unit.read_bytes
+        elif call.stage == 0:
+            computed += Work(moved_bytes=unit.read_bytes)
+        return _behind(computed, behind)
 
     def _part_work(self, call: PartCall, unit: BlockUnit) -> Work:
         """Count what a call does by which several workers solve a block."""

@@ -93,7 +93,6 @@ def save_share(
     if rows is not None:
         tensors["sample"] = rows
         note["sampled"] = [len(sample.rows) for sample in samples]
-        note["sampled_weights"] = [float(sample.total_weight) for sample in samples]
     block.save(batch, share_part(share), tensors, note)
 
 
@@ -122,8 +121,7 @@ def merge_share_(
             unpacked(tensors["hessian"][i].to(device), block.columns(batch)), note["num_tokens"][i], totals
         )
         if sums.sample is not None:
-            rows = tensors["sample"][i, : note["sampled"][i]].to(device)
-            sums.sample.merge_(rows, note["sampled_weights"][i])
+            sums.sample.merge_(tensors["sample"][i, : note["sampled"][i]].to(device))
         for of_rounding, name in ((sums.rounding_drift, _ROUNDING), (sums.correction_drift, _CORRECTION)):
             if of_rounding is not None:
                 of_rounding.merge_(tensors[name][i].to(device), totals[0])

@@ -95,7 +95,7 @@ class HessianShares:
                 for operand, of_operand in inputs.items():
                     with watches["hessian"].running():
                         of_tokens = weights.of(operand, chunk, of_operand)
-                        rounded = sums[operand].add_(of_operand.X, of_tokens)
+                        rounded = sums[operand].add_(of_operand.X, of_tokens, weights.is_by_loss(operand))
                     drift = sums[operand].drift
                     if drift is not None:
                         with watches["compensate"].running():

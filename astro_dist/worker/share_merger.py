@@ -115,9 +115,10 @@ class ShareMerger:
         self, block: BlockInParts, batch: int, names: Sequence[str], operand: Operand, sums: InputSums
     ) -> InputStatistics:
         """Finish an input group whose shares are merged, or replace its sums if too few tokens reached an expert."""
-        runner, experts, kind = self._runner, self._runner.spec.experts, self._runner.spec.token_weights
+        runner, experts = self._runner, self._runner.spec.experts
+        kind = self._inputs.token_weights(block).kind_of(operand)
         if not is_starved(operand, sums.num_tokens, experts):
-            return sufficient_statistics(names, sums, self._inputs.token_weights(block).kind_of(operand))
+            return sufficient_statistics(names, sums, kind)
         instead: InputSums | None = None
         if experts.policy == "all-tokens":
             runner.load(ORIGINAL, block.unit.index)

@@ -103,6 +103,9 @@ class SplitSolver:
         """
         runner, start = self._runner, clock_s(self._runner.device)
         block = self._turn_to((0, call.block), shares(runner.spec.chunks, runner.spec.shares)[call.share][0])
+        following = call.block + 1
+        if call.stage + 1 == len(block.stages) and following < len(runner.spec.plan.blocks):
+            runner.expect_block(following)
         self._shares.accumulate(block, call.stage, call.share, start)
         batches = block.stages[call.stage] if block.stages else []
         return BlockParts(tuple(map(block.parts, batches)), len(block.stages))

@@ -60,7 +60,6 @@ class StoredWeights:
         """
         spec, round_index = self._spec, round_of_stream(stream)
         assert round_index is not None
-        self._ahead.forget()
         spec.run.require_intact(block_unit(round_index, unit.index))
         tensors, _ = load_tensors(spec.run.shard(round_index, unit.file))
         by_name = layer_schemes(spec.run, spec.quantization, unit, round_index)

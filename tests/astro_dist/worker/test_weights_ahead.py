@@ -8,6 +8,7 @@ from astro.storage.checkpoint import Checkpoint
 from astro_dist import pipeline
 from astro_dist.schedule.calls import SolveBlock
 from astro_dist.worker import block_runner
+from astro_dist.worker.stored_weights import StoredWeights
 from astro_dist.worker.worker import Worker
 from tests.support.models import files_of
 
@@ -35,4 +36,26 @@ def test_a_wrong_guess_costs_nothing_but_a_read(run_config, tmp_path, monkeypatc
     real = Worker.solve_block
     monkeypatch.setattr(Worker, "solve_block", lambda self, call: real(self, SolveBlock(*call.place, following=0)))
     pipeline.quantize(run_config())
+    assert files_of(tmp_path / "run" / "model") == files_of(tmp_path / "plain" / "model")
+
+
+def test_mode_sequential_reads_the_next_block_while_the_last_stage_of_one_is_solved(run_config, tmp_path, monkeypatch):
+    changes = {"execution__mode": "sequential"}
+    pipeline.quantize(run_config(output__dir=str(tmp_path / "plain"), **changes))
+    monkeypatch.setattr(block_runner, "reads_weights_ahead", lambda device_type: True)
+    expected, taken, expect, of_source = [], [], StoredWeights.expect, StoredWeights.of_source
+
+    def expecting(self, unit):
+        expected.append(unit.index)
+        expect(self, unit)
+
+    def taking(self, unit):
+        taken.append((unit.index, self._ahead.reading(unit.index) is not None))
+        return of_source(self, unit)
+
+    monkeypatch.setattr(StoredWeights, "expect", expecting)
+    monkeypatch.setattr(StoredWeights, "of_source", taking)
+    pipeline.quantize(run_config(**changes))
+    assert set(expected) == {1, 2}
+    assert [index for index, was_ahead in taken if was_ahead] == [1, 2]
     assert files_of(tmp_path / "run" / "model") == files_of(tmp_path / "plain" / "model")
