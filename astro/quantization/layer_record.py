@@ -30,8 +30,9 @@ class LayerRecord:
     relative_error: float
     """‖ŴX̂ − WX‖² / ‖WX‖² on the weighted calibration tokens. X̂ are the inputs X as servers round them, or X itself
     where inputs stay as they are. W are the original weights, or where earlier errors are compensated the weights that
-    do so. With rounded inputs it is measured on a sample of the tokens, see `output_error`. Where the
-    layers have corrections of low rank, Ŵ is with them. Where scales are tuned, Ŵ has those from before."""
+    do so. With rounded inputs it is measured on a sample of the tokens, see `output_error`, where each counts with the
+    square of its weight if that is by the loss, see `predicted_divergence`. Where the layers have corrections of low
+    rank, Ŵ is with them. Where scales are tuned, Ŵ has those from before."""
     solved_error: float | None = None
     """The same without corrections; None where the layers have none."""
     ranks: dict[str, int] = dataclasses.field(default_factory=dict)

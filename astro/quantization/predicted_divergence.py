@@ -22,8 +22,11 @@ few tokens own, the order of layers is predicted worse. The prediction is for co
 within a factor of about five, and mostly too low. An expert has an ē of its own, in which the tokens count that go to
 it: theirs is the mean of √e_t, and ē is less by their share of all tokens.
 
-Where inputs are rounded it is an upper bound, 8 to 21 times what was measured of a 135M model: the third step does not
-hold. A token's rounding error grows with its inputs, and tokens with massive inputs are those for which e_t is least.
+Where inputs are rounded the third step would not hold: a token's error grows with its inputs, and tokens with massive
+inputs are those for which e_t is least. There the layer error is measured on a sample of tokens, each of which counts
+with w_t² in the place of w_t, see `RoundedSample`, and no step is needed: the mean of e_t ‖δ_t‖² is ē times the mean of
+w_t² ‖δ_t‖². Were w_t taken there too, 4-bit weights and 8-bit inputs of a 135M model would be predicted to cost ten
+times what they do.
 
 Source: the diagonal of the Fisher information, GuidedQuant, arXiv 2505.07004. Shapes: T tokens t, R outputs r.
 """

@@ -217,8 +217,7 @@ class Summary:
         if self.predicted_divergence is None:
             return ""
         before = " before scales were tuned" if self.has_tuned else ""
-        bound = "at most about " if self.inputs else ""  # see `predicted_divergence`
-        return f"predicted from layer errors{before}: {bound}{nats(self.predicted_divergence)} nats a token"
+        return f"predicted from layer errors{before}: {nats(self.predicted_divergence)} nats a token"
 
     @property
     def has_tuned(self) -> bool:

@@ -86,10 +86,8 @@ def test_the_card_says_with_what_it_was_measured(run_config, tmp_path):
     assert all("‖(Ŵ − W)X‖² / ‖WX‖² on the calibration" in shown for shown in (text, page_of(plain)))
 
 
-@pytest.mark.parametrize("bits", [16, 8])
-def test_prediction_from_layer_errors_is_a_bound_where_inputs_are_rounded(run_config, bits):
+@pytest.mark.parametrize("bits", [8, 4])
+def test_prediction_from_layer_errors_is_that_of_rounded_inputs(run_config, bits):
     config = run_config(activations__bits=bits, quantization__group_size=-1, calibration__token_weights="loss")
     summary = pipeline.quantize(config)
-    assert ("at most about" in summary.prediction_in_words) == (bits == 8)
-    card = (Path(summary.model) / "README.md").read_text()
-    assert ("roughly: at most about" in card) == (bits == 8)
+    assert 0.3 < summary.predicted_divergence / summary.perplexity.divergence < 2
