@@ -57,9 +57,10 @@ class RoundedSample:
     """A sample of tokens before and after rounding, in which tokens are the likelier the more they weigh.
 
     What rounding takes from a token grows with its inputs, and few tokens have massive ones: those of even places would
-    be none of these, or far too many. So of k tokens of a chunk each stands for a k-th of the energy Σ v ‖x‖². What a
-    token's error counts for, v, is its weight w in H. Where w is a root of the energy that the loss's gradient has, v
-    is w², that energy itself: see `predicted_divergence`.
+    be none of these, or far too many. So a token is sampled by its share of the energy of the inputs, Σ v ‖x‖², and by
+    its share of what rounding takes, Σ v ‖x − x̂‖², half by each. What a token's error counts for, v, is its weight w in
+    H. Where w is a root of the energy that the loss's gradient has, v is w², that energy itself: see
+    `predicted_divergence`.
 
     Attributes:
         rows: For each sampled token x̂ and x − x̂, one behind the other, scaled so that sums of squares over the rows are
@@ -86,12 +87,11 @@ class RoundedSample:
         X, X_rounded = X.reshape(-1, X.shape[-1]), X_rounded.reshape(-1, X.shape[-1])
         if counts is None:
             counts = torch.ones(len(X), device=X.device)
-        chosen, stands_for = torch.arange(len(X), device=X.device), counts
         if len(X) > _SAMPLED:
-            chosen, stands_for = _sampled(X, counts)
-        rounded = X_rounded[chosen].float()
-        rows = torch.cat([rounded, X[chosen].float() - rounded], dim=-1)
-        self.merge_(rows * stands_for.sqrt().unsqueeze(-1))
+            chosen, counts = _sampled(X, X_rounded, counts)
+            X, X_rounded = X[chosen], X_rounded[chosen]
+        rounded = X_rounded.float()
+        self.merge_(torch.cat([rounded, X.float() - rounded], dim=-1) * counts.sqrt().unsqueeze(-1))
 
     def merge_(self, rows: torch.Tensor) -> None:
         """Add a sample that was taken elsewhere.
@@ -105,16 +105,19 @@ class RoundedSample:
             self.rows = kept * (len(self.rows) / len(kept)) ** 0.5
 
 
-def _sampled(X: torch.Tensor, counts: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Choose tokens by their energies v ‖x‖², and return their places, and what each of them counts for, float32."""
-    of_inputs = torch.linalg.vector_norm(X, dim=-1, dtype=torch.float32).double().square_()
-    energies = of_inputs * counts
-    total = energies.sum()
+def _sampled(X: torch.Tensor, X_rounded: torch.Tensor, counts: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Choose tokens, and return their places and what each of them counts for in the place of v, float32."""
+    lost = X.float() - X_rounded.float()
+    shares = torch.stack([torch.linalg.vector_norm(each, dim=-1, dtype=torch.float32) for each in (X, lost)])
+    shares = shares.double().square_()  # of one token of weight 1
+    shares /= (shares @ counts.double()).clamp_(min=_TINY).unsqueeze(-1)
+    share = shares.mean(0)
     # Sums of integers are the same in any order.
-    reached = (energies * (_WHOLE / total.clamp(min=_TINY))).long().cumsum(0)
+    reached = (share * counts * _WHOLE).long().cumsum(0)
     places = (torch.arange(_SAMPLED, device=X.device) * 2 + 1) * reached[-1] // (2 * _SAMPLED)
     chosen = torch.searchsorted(reached, places, right=True).clamp_(max=len(X) - 1)
-    return chosen, (total / (_SAMPLED * of_inputs[chosen]).clamp(min=_TINY)).float()
+    known = share[chosen]
+    return chosen, torch.where(known > 0, 1 / (_SAMPLED * known), 0.0).float()
 
 
 @dataclasses.dataclass(frozen=True)

@@ -228,7 +228,7 @@ class CostModel:
         sums += dequantizing(earlier) + Work(moved_bytes=earlier)
         forwards = self._forward.forth(self._batches(unit), tokens) * (streams * passed)
         computed, behind = sums + forwards + Work(moved_bytes=square), streams * self._activations(chunks)
-        if call.stage == 0 and reads_weights_ahead(self._device_type):
+        if call.stage == 0 and call.block and reads_weights_ahead(self._device_type):
             behind += unit.read_bytes
         elif call.stage == 0:
             computed += Work(moved_bytes=unit.read_bytes)

@@ -60,6 +60,8 @@ class StoredWeights:
         """
         spec, round_index = self._spec, round_of_stream(stream)
         assert round_index is not None
+        if self._ahead.reading(unit.index + 1) is None:  # in mode `sequential` the next block's come behind it
+            self._ahead.forget()
         spec.run.require_intact(block_unit(round_index, unit.index))
         tensors, _ = load_tensors(spec.run.shard(round_index, unit.file))
         by_name = layer_schemes(spec.run, spec.quantization, unit, round_index)

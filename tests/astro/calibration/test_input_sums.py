@@ -6,6 +6,7 @@ import torch
 from astro.activation_config import ActivationScheme
 from astro.calibration.drift import DriftAccumulator
 from astro.calibration.input_sums import InputSums, RoundingMoments, SumKind, side_by_side
+from astro.calibration.token_weights import norm_weights
 from astro.model.activation_rounding import round_activations
 from tests.support.devices import here
 from tests.support.models import correlated_inputs, naive_hessian, random_weights, shrunk
@@ -64,29 +65,36 @@ def test_kept_inputs_have_the_same_bits():
     assert torch.equal(kept.drift, added.drift)
 
 
-def with_massive_tokens():
-    """Sequences whose first token has inputs three hundred times as large, and weights that take that into account."""
-    X = correlated_inputs(4096, 24).float()
-    X[::256] *= 300
-    weights = torch.rand(4096, generator=torch.Generator().manual_seed(0)).add_(0.5)
+def with_massive_tokens(kind):
+    """Sequences of 256 tokens, the first of each with some massive inputs, and weights of one of the three kinds."""
+    X = correlated_inputs(8192, 24).float()
+    X[::256, 3] *= 300
+    weights = torch.rand(8192, generator=torch.Generator().manual_seed(0)).add_(0.5)
     weights[::256] /= 2000
-    return X, weights / weights.mean()
+    return X, {"loss": weights / weights.mean(), "norm": norm_weights(X), "none": torch.ones(8192)}[kind]
 
 
-@pytest.mark.parametrize("by_loss", [False, True])
-def test_sample_says_what_a_layer_loses(by_loss):
-    """Of 16 tokens of each chunk, massive ones are as many as their share of the energy says."""
-    X, weights = with_massive_tokens()
-    sums, W = InputSums(24, here(), KIND), random_weights(16, 24)
-    for part in zip(X.to(here()).split(256), weights.to(here()).split(256), strict=True):
+@pytest.mark.parametrize("weight_error", [0.0, 0.003, 0.1])
+@pytest.mark.parametrize("kind", ["loss", "norm", "none"])
+def test_sample_says_what_a_layer_loses(kind, weight_error):
+    """It does where rounding does all the harm, where weights do it, and where both do."""
+    X, weights = with_massive_tokens(kind)
+    sums, W, by_loss = (
+        InputSums(24, here(), SumKind(ActivationScheme(8, "int"))),
+        random_weights(16, 24),
+        kind == "loss",
+    )
+    for part in zip(X.to(here()).split(512), weights.to(here()).split(512), strict=True):
         sums.add_(*part, by_loss)
     _, _, rounding = sums.finish_("q", by_loss)
     assert len(rounding.sample) == 256
-    rounded = round_activations(X, INT4)
-    counts = weights.square() if by_loss else weights
-    for part, tokens in zip(rounding.sample.cpu().chunk(2, dim=-1), (rounded, X - rounded), strict=True):
-        expected = ((tokens @ W.T).square().sum(-1) * counts).mean()
-        torch.testing.assert_close((part @ W.T).square().sum(), expected, rtol=0.1, atol=0)
+    off = weight_error * W.norm() * random_weights(16, 24) / random_weights(16, 24).norm()
+    rounded = round_activations(X, ActivationScheme(8, "int"))
+    missed = (X - rounded) @ W.T + rounded @ off.T
+    counts, mean = (weights.square(), weights.mean().square()) if by_loss else (weights, weights.mean())
+    kept, lost = rounding.sample.cpu().chunk(2, dim=-1)
+    found = (lost @ W.T + kept @ off.T).square().sum()
+    torch.testing.assert_close(found, (missed.square().sum(-1) * counts).mean() / mean, rtol=0.2, atol=0)
 
 
 def test_sample_of_few_tokens_and_of_none():
