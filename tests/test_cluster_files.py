@@ -83,6 +83,8 @@ def test_versions_agree():
     assert floor >= (2, 52), "token authentication came with 2.52"
     for path in (*AUTOSCALER, CLUSTER / "kuberay-rayjob.yaml", CLUSTER / "Dockerfile"):
         assert images(path.read_text()) == {PROJECT["version"]}, path
+    changes = (CLUSTER.parent / ".github" / "CHANGELOG.md").read_text()
+    assert re.search(r"^## (\S+)$", changes, re.M)[1] == PROJECT["version"]
 
 
 def commands():
