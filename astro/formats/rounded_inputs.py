@@ -149,7 +149,7 @@ def _integer_notes(schemes: Iterable[LayerScheme], inputs: ActivationScheme) -> 
     if any(scheme.bits in _OTHER_KERNELS for scheme in rounded):
         yield (
             f"{name} and weights of 4 or 8 bits: start vLLM with {HUMMING_OPTION}; the kernels that it prefers "
-            "(Machete, Marlin) leave inputs in 16 bits"
+            "(Machete, Marlin and others) leave inputs in 16 bits"
         )
 
 

@@ -17,7 +17,7 @@ import pytest
 
 from astro.activation_config import ActivationScheme
 from astro.config import LayerScheme
-from astro.formats.compressed_tensors import quantization_config
+from astro.formats.compressed_tensors import FP8_CACHE, quantization_config
 from astro.formats.rounded_inputs import inputs_notes, inputs_refusal
 from astro.model.linear_layer import LinearLayer
 
@@ -32,15 +32,17 @@ MEANT = {
 }
 CAPABILITIES = (75, 80, 89, 90, 100, 120)
 DOWN, EXPERTS = "model.layers.0.mlp.down_proj", "model.layers.0.mlp.experts"
+ATTENTION = "model.layers.0.self_attn.attn"
 GRIDS = [
     LayerScheme(bits=bits, group_size=size, symmetric=symmetric)
-    for bits, size, symmetric in itertools.product((2, 3, 4, 8), (-1, 32, 64, 128), (True, False))
+    for bits, size, symmetric in itertools.product((2, 3, 4, 8), (-1, 32, 64, 96, 128, 256), (True, False))
 ]
+COLUMNS = 768  # whole groups of all of these sizes
 
 
 def question(scheme, inputs, capability=90, backend="auto", **changes):
     config = quantization_config({DOWN: scheme}, ["lm_head"], "static", inputs)
-    asked = {"config": config, "name": DOWN, "rows": 512, "columns": 512}
+    asked = {"config": config, "name": DOWN, "rows": 512, "columns": COLUMNS}
     return {**asked, "capability": capability, "backend": backend, **changes}
 
 
@@ -72,7 +74,7 @@ def matrix(ask):
 
 
 def layer_of(scheme):
-    return [LinearLayer.plain(DOWN, f"{DOWN}.weight", 512, 512)], {DOWN: [scheme]}
+    return [LinearLayer.plain(DOWN, f"{DOWN}.weight", 512, COLUMNS)], {DOWN: [scheme]}
 
 
 def rounding(answers, inputs):
@@ -104,7 +106,7 @@ def test_what_we_refuse_is_rounded_nowhere(matrix):
             refused += 1
             assert not rounding(answers, inputs), (scheme, inputs)
     # All with FP8 but one; with int4 8-bit weights, asymmetric ones of 4 bits, small groups; asymmetric W8A8.
-    assert refused == 31 + (8 + 4 + 5) + 4
+    assert refused == 47 + (12 + 6 + 5) + 6
 
 
 def test_inputs_are_rounded_where_we_say_so(matrix):
@@ -117,8 +119,8 @@ def test_inputs_are_rounded_where_we_say_so(matrix):
         if not places or inputs == FP8:
             continue
         assert {capability for capability, _ in places} == ({75, 80, 89} if inputs == INT4 else {75, 80, 89, 90, 120})
-        only_with_humming = all(backend == "humming" for _, backend in places)
-        assert ("--linear-backend humming" in notes) == only_with_humming
+        by_default = {capability for capability, backend in places if backend == "auto"}
+        assert ("--linear-backend humming" in notes) == (by_default < {capability for capability, _ in places})
 
 
 def test_outputs_that_cutlass_cannot_cut_stay_in_16_bits(ask):
@@ -126,6 +128,15 @@ def test_outputs_that_cutlass_cannot_cut_stay_in_16_bits(ask):
     answer, ragged = ask([question(scheme, FP8), question(scheme, FP8, rows=448)])
     assert answer["kernel"] == "CutlassW4A8LinearKernel"
     assert (ragged.get("inputs") or "16 bits") == "16 bits"
+
+
+@pytest.mark.parametrize("inputs", [None, INT8, FP8])
+def test_cache_is_held_in_fp8_with_the_scales_of_the_checkpoint(ask, inputs):
+    config = quantization_config({DOWN: LayerScheme(group_size=128)}, ["lm_head"], "static", inputs)
+    config |= {"kv_cache_scheme": FP8_CACHE}
+    (answer,) = ask([question(LayerScheme(), inputs, config=config, name=ATTENTION)])
+    assert answer["scheme"] == "CompressedTensorsKVCacheMethod"
+    assert {"k_scale", "v_scale"} <= set(answer["scales"])
 
 
 def test_experts_have_a_class_for_fp8_alone(ask):

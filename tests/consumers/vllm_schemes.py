@@ -6,7 +6,7 @@ Each line of the input is a JSON object: `config`, the `quantization_config`; `n
 `rows` and `columns`, its sizes; `capability`, that of the GPU, which is pretended; `backend`, what `--linear-backend`
 says. For each of them the output has a line with a JSON object: `scheme` and `kernel`, names of classes; `bits` and
 `group_size` of the weights; `inputs`, the type that the kernel multiplies, None where no package `humming` is there to
-say so of its kernels; or `error`. No weight is prepared and nothing is multiplied.
+say so of its kernels; of an attention module the `scales` that it reads; or `error`. No weight is prepared and nothing is multiplied.
 """
 
 import contextlib
@@ -26,6 +26,7 @@ from vllm.config import VllmConfig, set_current_vllm_config
 from vllm.distributed import ensure_model_parallel_initialized, init_distributed_environment
 from vllm.model_executor.kernels import linear as linear_kernels
 from vllm.model_executor.kernels.linear.mixed_precision.humming import HummingLinearKernel
+from vllm.model_executor.layers.attention import Attention
 from vllm.model_executor.layers.quantization.compressed_tensors.compressed_tensors import CompressedTensorsConfig
 from vllm.model_executor.layers.quantization.compressed_tensors.compressed_tensors_moe import (
     CompressedTensorsMoEMethod,
@@ -150,6 +151,15 @@ def expert_scheme(config, name):
         return {"scheme": type(CompressedTensorsMoEMethod.get_moe_method(config, layer, name)).__name__}
 
 
+def cache_scheme(config, name):
+    """Return what becomes of the keys and values of an attention module, and the scales that are read for it."""
+    layer = Attention.__new__(Attention)  # which would look for a kernel
+    torch.nn.Module.__init__(layer)
+    method = config.get_quant_method(layer, name)
+    method.create_weights(layer)
+    return {"scheme": type(method).__name__, "scales": sorted(dict(layer.named_parameters()))}
+
+
 def answer(question):
     """Answer one line."""
     with _pretended(question["capability"], question.get("backend", "auto")):
@@ -157,6 +167,8 @@ def answer(question):
             config = CompressedTensorsConfig.from_config(question["config"])
             if "experts" in question["name"]:
                 return expert_scheme(config, question["name"])
+            if question["name"].endswith(".attn"):
+                return cache_scheme(config, question["name"])
             return linear_scheme(
                 config, question["name"], question["rows"], question["columns"], question["capability"]
             )
