@@ -6,7 +6,8 @@ Each line of the input is a JSON object: `config`, the `quantization_config`; `n
 `rows` and `columns`, its sizes; `capability`, that of the GPU, which is pretended; `backend`, what `--linear-backend`
 says. For each of them the output has a line with a JSON object: `scheme` and `kernel`, names of classes; `bits` and
 `group_size` of the weights; `inputs`, the type that the kernel multiplies, None where no package `humming` is there to
-say so of its kernels; of an attention module the `scales` that it reads; or `error`. No weight is prepared and nothing is multiplied.
+say so of its kernels; of an attention module the `scales` that it reads; or `error`. No weight is prepared and nothing
+is multiplied.
 """
 
 import contextlib
