@@ -15,6 +15,7 @@ import torch
 from astro.calibration.drift import DriftAccumulator
 from astro.calibration.hessian import HessianAccumulator, shrinkage, shrunk_
 from astro.linalg.batching import stacked_padded
+from astro.linalg.tiling import near_rows
 from astro.model.activation_rounding import InputGrid, round_activations
 from astro.model.operands import Operand
 
@@ -107,9 +108,12 @@ class RoundedSample:
 
 def _sampled(X: torch.Tensor, X_rounded: torch.Tensor, counts: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """Choose tokens, and return their places and what each of them counts for in the place of v, float32."""
-    lost = X.float() - X_rounded.float()
-    shares = torch.stack([torch.linalg.vector_norm(each, dim=-1, dtype=torch.float32) for each in (X, lost)])
-    shares = shares.double().square_()  # of one token of weight 1
+    norms = [
+        torch.stack([torch.linalg.vector_norm(each, dim=-1, dtype=torch.float32) for each in (kept, kept - rounded)])
+        for rows in near_rows(X)
+        for kept, rounded in [(X[rows], X_rounded[rows])]
+    ]
+    shares = torch.cat(norms, dim=-1).double().square_()  # of each token, did it count 1
     shares /= (shares @ counts.double()).clamp_(min=_TINY).unsqueeze(-1)
     share = shares.mean(0)
     # Sums of integers are the same in any order.
