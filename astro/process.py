@@ -11,16 +11,17 @@ Peak memory: a worker reports the most memory that it ever held.
 """
 
 import ctypes
-import importlib
 import os
 import resource
 from collections.abc import Callable
-from typing import Any
 
 import torch
 import transformers
 
-__all__ = ["configure_process", "keep_freed_memory", "peak_rss_bytes", "return_freed_memory", "says_out_of_memory"]
+__all__ = [
+    "configure_process", "keep_freed_memory", "peak_rss_bytes", "return_freed_memory", "says_out_of_memory",
+    "set_allocator",
+]  # fmt: skip
 
 _TRIM_THRESHOLD, _MMAP_THRESHOLD = -1, -3
 _LARGEST_KEPT = 32 << 20
@@ -28,18 +29,18 @@ _LARGEST_KEPT = 32 << 20
 largest value that every glibc takes."""
 _NO_MEMORY = ("out of memory", "can't allocate memory", "STATUS_ALLOC_FAILED")
 """What messages say where memory could not be had: of CUDA and torch, of torch on a CPU, of cuBLAS and cuSOLVER."""
+_ALLOCATOR_SETTINGS = ("PYTORCH_CUDA_ALLOC_CONF", "PYTORCH_ALLOC_CONF")
 _MOST_KEPT = 128 << 20
 """Bytes of free memory that are kept behind all memory that is in use."""
 
 
-def configure_process(threads: int, compiles: bool = False) -> None:
+def configure_process(threads: int) -> None:
     """Make the arithmetic of this process reproducible: its number of threads, and products that are summed in float32.
 
     It also silences transformers, whose messages would come from every worker.
 
     Args:
         threads: Number of threads that torch's CPU operations use.
-        compiles: Whether this thread compiles functions, for which a GPU then takes the same kernel every time.
     """
     torch.set_num_threads(threads)
     torch.set_float32_matmul_precision("highest")
@@ -50,14 +51,18 @@ def configure_process(threads: int, compiles: bool = False) -> None:
     # Read when the first product is formed. Without it cuBLAS may sum in another order where streams overlap, and torch
     # refuses products where all that it does must be deterministic.
     os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
-    if compiles:
-        settings: Any = importlib.import_module("torch._inductor.config")  # late, because it imports for seconds
-        # The fastest of several kernels, measured anew in every process, need not be the same one twice.
-        settings.triton.autotune_pointwise = False
-        settings.max_autotune_pointwise = settings.max_autotune = False
-        settings.coordinate_descent_tuning = False
     transformers.utils.logging.disable_progress_bar()
     transformers.utils.logging.set_verbosity_error()
+
+
+def set_allocator() -> None:
+    """Let torch put blocks of a GPU's memory together, unless the user says how it allocates.
+
+    Layers of many widths leave gaps in which the next one finds no room. Torch reads the setting once, when a process
+    first uses a GPU. So every function that may be the first to use one calls this before.
+    """
+    if not any(name in os.environ for name in _ALLOCATOR_SETTINGS):
+        os.environ[_ALLOCATOR_SETTINGS[0]] = "expandable_segments:True"
 
 
 def keep_freed_memory() -> bool:

@@ -80,6 +80,9 @@ def _compiler_settings() -> Iterator[tuple[Any, dict[str, Any]]]:
     yield torch.fx.experimental._config, {"use_duck_shape": False}
     # Many workers share a machine, and there are few kernels: processes that compile them would only be in the way.
     yield torch._inductor.config, {"compile_threads": 1}
+    # The fastest of several kernels, measured anew in every process, need not be the same one twice.
+    measured = ("triton.autotune_pointwise", "max_autotune_pointwise", "max_autotune", "coordinate_descent_tuning")
+    yield torch._inductor.config, dict.fromkeys(measured, False)
 
 
 def carried(function: Callable[P, T]) -> Callable[P, T]:

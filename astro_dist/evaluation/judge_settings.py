@@ -5,6 +5,7 @@ import dataclasses
 import torch
 
 from astro.errors import ConfigError
+from astro_dist.worker.device_check import takes_gpu
 
 __all__ = ["JudgeSettings"]
 
@@ -42,13 +43,12 @@ class JudgeSettings:
             raise ConfigError(f"--hidden-gb {self.hidden_gb}: expected more than 0")
 
     def require_device(self) -> None:
-        """Refuse a GPU that this process does not have.
+        """Refuse a GPU that this process cannot use, and one that is asked for and not there.
 
         Raises:
-            ConfigError: There is none.
+            ConfigError: So it is; the message says what to install.
         """
-        if self.device == "cuda" and not torch.cuda.is_available():
-            raise ConfigError("--device cuda: torch sees no GPU here; install torch for CUDA, or take --device cpu")
+        takes_gpu(self.device, "--device")
 
     @property
     def torch_device(self) -> torch.device:

@@ -14,7 +14,7 @@ from astro_dist.evaluation.judge_settings import JudgeSettings
 from astro_dist.evaluation.streamed_model import StreamedModel
 from astro_dist.evaluation.text_share import Measured, pass_share
 from astro_dist.source.resolve import Source, fetch_side_files
-from astro_dist.worker.device_check import require_gpu, set_allocator, within_memory
+from astro_dist.worker.device_check import require_gpu, within_memory
 
 __all__ = ["BeginShare", "GoOn", "MeasuringSpec", "MeasuringWorker", "SharedModel"]
 
@@ -99,7 +99,6 @@ class MeasuringWorker:
         spec = self._spec
         configure_process(spec.threads)
         if spec.settings.device == "cuda":
-            set_allocator()
             require_gpu()
         self._model = _opened(spec.model, spec.settings)
         self._against = _opened(spec.against, spec.settings) if spec.against else None

@@ -7,11 +7,10 @@ from typing import Any, Literal
 
 import torch
 
-from astro.errors import ConfigError
 from astro_dist.execution.executor import Event, Failed, Joined, Returned
 from astro_dist.report.run_figures import RunFigures
 from astro_dist.schedule.calls import Call
-from astro_dist.worker.device_check import gpu_trouble, has_gpu
+from astro_dist.worker.device_check import takes_gpu
 from astro_dist.worker.spec import WorkerSpec
 from astro_dist.worker.worker import Worker
 
@@ -47,11 +46,7 @@ class LocalExecutor:
             ConfigError: This machine has a GPU that torch cannot use, or has none although one is asked for.
         """
         self.num_workers = num_workers
-        self.has_gpus = device == "cuda" or (device == "auto" and has_gpu())
-        trouble = gpu_trouble() if self.has_gpus else None
-        if trouble:  # a GPU that is there is never passed over in silence
-            begin = "this machine has a GPU" if device == "auto" else "a GPU of this machine is asked for"
-            raise ConfigError(f"execution.device: {device}: {begin}, but {trouble}")
+        self.has_gpus = takes_gpu(device, "execution.device:")
         share = (os.cpu_count() or 1) // max(torch.cuda.device_count(), 1) if self.has_gpus else 1
         self.threads = max(share, 1) if threads == "auto" else threads
         self._workers: dict[int, Worker] = {}

@@ -9,6 +9,7 @@ import torch
 from rich.filesize import decimal
 
 from astro.errors import ConfigError
+from astro.process import set_allocator
 from astro.quantization.regularizer import PROX_PASSES, prox
 
 __all__ = [
@@ -87,6 +88,7 @@ def gpu_here() -> Device | None:
     """
     if not torch.cuda.is_available():
         return None
+    set_allocator()  # what is asked for below uses the GPU, and a run may follow in this process
     properties = torch.cuda.get_device_properties(0)
     name = re.sub(r"[^a-z0-9]", "", properties.name.lower())
     alike = [model for model in (device.name.partition("-")[0] for device in DEVICES.values()) if model in name]

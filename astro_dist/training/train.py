@@ -29,6 +29,7 @@ from astro_dist.training.token_file import TokenFile, write_tokens
 from astro_dist.training.trained_model import model_config, model_tokenizer, require_layers
 from astro_dist.training.training_directory import TrainingDirectory
 from astro_dist.training.watched import run_watched
+from astro_dist.worker.device_check import takes_gpu
 
 __all__ = ["TrainSummary", "train"]
 
@@ -189,11 +190,9 @@ def _train_where_it_belongs(
 def _train_here(config: TrainConfig, tokens: TokenFile, run: TrainingDirectory, look: Callable[[], None]) -> None:
     """Train in this process, from the last checkpoint if there is one."""
     execution = config.execution
-    is_gpu = execution.device == "cuda" or (execution.device == "auto" and torch.cuda.is_available())
-    if is_gpu and not torch.cuda.is_available():
-        raise ConfigError("execution.device: cuda, but torch sees no GPU here; install torch for CUDA, or take cpu")
+    device = torch.device("cuda" if takes_gpu(execution.device, "execution.device:") else "cpu")
     run.require_executor("local")
-    place = Place(0, 1, torch.device("cuda" if is_gpu else "cpu"))
+    place = Place(0, 1, device)
 
     def keep(step: int, write: Callable[[Path], None]) -> None:
         target = run.local_checkpoint(step)

@@ -15,18 +15,17 @@ from typing import TypeVar
 import torch
 from rich.filesize import decimal
 
-from astro.errors import MemoryShortage, RunError
-from astro.process import says_out_of_memory
+from astro.errors import ConfigError, MemoryShortage, RunError
+from astro.process import says_out_of_memory, set_allocator
 from astro_dist.planning.devices import CUDA_CONTEXT_BYTES, memory_shortage, usable_bytes
 
-__all__ = ["gpu_trouble", "has_gpu", "require_gpu", "require_memory", "set_allocator", "within_memory"]
+__all__ = ["gpu_trouble", "has_gpu", "require_gpu", "require_memory", "takes_gpu", "within_memory"]
 
 _DRIVER_FILE = Path("/proc/driver/nvidia/version")
 _GPU_FOLDER = Path("/proc/driver/nvidia/gpus")
 """Where the NVIDIA driver of Linux says which it is, and has a folder for each GPU."""
 _LEAST_DRIVERS = {"11": "450.80", "12": "525.60", "13": "580.65"}
 """Oldest driver for each major version of CUDA, by NVIDIA's table of minor version compatibility."""
-_ALLOCATOR_SETTINGS = ("PYTORCH_CUDA_ALLOC_CONF", "PYTORCH_ALLOC_CONF")
 _WANTED = re.compile(r"[Tt]ried to allocate ([\d.]+ \w+)")
 
 T = TypeVar("T")
@@ -42,17 +41,41 @@ def has_gpu() -> bool:
     return (_GPU_FOLDER.is_dir() and any(_GPU_FOLDER.iterdir())) or torch.cuda.is_available()
 
 
-def gpu_trouble() -> str | None:
+def takes_gpu(device: str, key: str) -> bool:
+    """Tell whether this process is to compute on a GPU. One that is there is never passed over in silence.
+
+    Args:
+        device: Kind of device that the user asks for: "cpu", "cuda", or "auto" for a GPU where this machine has one.
+        key: What the user gives the device by, such as "execution.device:".
+
+    Raises:
+        ConfigError: This machine has a GPU that torch cannot use, or has none although one is asked for.
+    """
+    if device == "cpu" or (device == "auto" and not has_gpu()):
+        return False
+    trouble = gpu_trouble(key)
+    if trouble:
+        begin = "this machine has a GPU" if device == "auto" else "a GPU of this machine is asked for"
+        raise ConfigError(f"{key} {device}: {begin}, but {trouble}")
+    return True
+
+
+def gpu_trouble(key: str = "execution.device:") -> str | None:
     """Say why torch can use no GPU of this machine, and what to install; None where it can.
 
-    A tiny sum is computed, because kernels may be missing for a GPU that torch sees.
+    A tiny sum is computed, because kernels may be missing for a GPU that torch sees. For a process it is the first use
+    of the GPU, so torch is told before how to allocate.
+
+    Args:
+        key: What the user gives the device by, for the advice.
     """
+    set_allocator()
     driver, cuda = _driver_version(), torch.version.cuda or torch.version.hip
     there = f"the NVIDIA driver here is {driver}" if driver else f"no NVIDIA driver is loaded here (no {_DRIVER_FILE})"
     if cuda is None:
         return (
             f"torch {torch.__version__} is built without CUDA, and {there}; install a torch for CUDA "
-            "(https://pytorch.org/get-started), or set execution.device: cpu"
+            f"(https://pytorch.org/get-started), or set {key} cpu"
         )
     try:
         torch.ones(1, device="cuda").add_(1).item()
@@ -67,7 +90,7 @@ def gpu_trouble() -> str | None:
         return (
             f"torch {torch.__version__} is built for CUDA {cuda} and can use no GPU: {_first_line(error)}; {there}. "
             f"Install {newer} (https://www.nvidia.com/drivers) or a torch for an older CUDA "
-            "(https://pytorch.org/get-started), or set execution.device: cpu"
+            f"(https://pytorch.org/get-started), or set {key} cpu"
         )
     return None
 
@@ -81,15 +104,6 @@ def require_gpu() -> None:
     trouble = gpu_trouble()
     if trouble:
         raise RunError(f"{platform.node()}: {trouble}")
-
-
-def set_allocator() -> None:
-    """Let torch put blocks of a GPU's memory together, unless the user says how it allocates.
-
-    Layers of many widths leave gaps in which the next one finds no room. It counts from the first use of the GPU on.
-    """
-    if not any(name in os.environ for name in _ALLOCATOR_SETTINGS):
-        os.environ[_ALLOCATOR_SETTINGS[0]] = "expandable_segments:True"
 
 
 def require_memory(needed_bytes: int, device: torch.device) -> None:

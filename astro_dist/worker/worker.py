@@ -53,7 +53,7 @@ from astro_dist.worker.block_tuner import tune_block
 from astro_dist.worker.chunk_pipeline import ChunkPipeline
 from astro_dist.worker.compile_check import require_loops
 from astro_dist.worker.copied_tensors import copy_tensors
-from astro_dist.worker.device_check import require_gpu, set_allocator, within_memory
+from astro_dist.worker.device_check import require_gpu, within_memory
 from astro_dist.worker.embedding import embed_text
 from astro_dist.worker.fed_block import FedBlock
 from astro_dist.worker.loss_evaluation import evaluate_loss
@@ -99,10 +99,9 @@ class Worker:
 
     def _prepare(self, warms_up: bool) -> None:
         spec, device = self._spec, self._device
-        configure_process(spec.threads, compiles=spec.column_loops == "compiled")
+        configure_process(spec.threads)
         keep_freed_memory()
         if device.type == "cuda":
-            set_allocator()
             require_gpu()
         self._runner = BlockRunner(spec)
         recipe = Recipe(spec.quantization, spec.regularization, torch.bfloat16)

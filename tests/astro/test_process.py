@@ -46,18 +46,15 @@ import torch
 from astro.process import configure_process
 
 torch.backends.cuda.matmul.allow_tf32 = True
-configure_process(1, compiles=True)
+configure_process(1)
 matmul = torch.backends.cuda.matmul
 assert not matmul.allow_tf32 and not torch.backends.cudnn.allow_tf32
 assert not matmul.allow_fp16_reduced_precision_reduction and not matmul.allow_bf16_reduced_precision_reduction
-config = torch._inductor.config
-assert not any((config.triton.autotune_pointwise, config.max_autotune, config.max_autotune_pointwise))
 import os
 assert os.environ["CUBLAS_WORKSPACE_CONFIG"] == ":4096:8"
 """
 
 
-def test_products_are_summed_in_float32_and_kernels_are_not_chosen_by_a_clock():
+def test_products_are_summed_in_float32():
     environment = {name: value for name, value in os.environ.items() if name != "CUBLAS_WORKSPACE_CONFIG"}
-    environment["TORCHINDUCTOR_MAX_AUTOTUNE_POINTWISE"] = "1"
     subprocess.run([sys.executable, "-W", "error", "-c", SETTINGS], check=True, timeout=120, env=environment)

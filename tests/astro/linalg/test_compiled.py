@@ -123,6 +123,28 @@ def test_compiler_has_its_own_settings_again_behind_a_context():
     assert before == behind != within == wanted
 
 
+def chosen_by_a_clock():
+    config = torch._inductor.config
+    return [config.triton.autotune_pointwise, config.max_autotune, config.max_autotune_pointwise,
+            config.coordinate_descent_tuning]  # fmt: skip
+
+
+def test_kernels_are_chosen_by_a_clock_in_no_thread_that_compiles():
+    """Torch keeps its settings by thread: what one thread has set, no other one knows."""
+
+    def used():
+        compiled.use("compiled")
+        return chosen_by_a_clock()
+
+    with torch._inductor.config.patch({"max_autotune": True}), compiled.using("compiled"):
+        assert chosen_by_a_clock() == [False] * 4
+        within = compiled.carried(chosen_by_a_clock)
+    with ThreadPoolExecutor(1) as pool:
+        assert any(pool.submit(chosen_by_a_clock).result()), "as torch has it"
+        assert pool.submit(within).result() == [False] * 4, "as for backward functions, which autograd calls"
+        assert pool.submit(used).result() == [False] * 4
+
+
 def test_what_is_carried_runs_elsewhere_as_it_was_chosen_here():
     with compiled.using("compiled"):
         asked = compiled.carried(compiled.is_enabled)

@@ -6,24 +6,24 @@ import torch
 from astro.errors import ConfigError, RunError
 from astro_dist import pipeline
 from astro_dist.execution import local_executor
-from astro_dist.worker import block_files
+from astro_dist.worker import block_files, device_check
 
 TOO_OLD = "torch 3.0 is built for CUDA 13.0 and can use no GPU"
 
 
 @pytest.mark.parametrize("device", ["cuda", "auto"])
 def test_gpu_that_torch_cannot_use_is_refused_before_anything_starts(run_config, tmp_path, monkeypatch, device):
-    monkeypatch.setattr(local_executor, "has_gpu", lambda: True)
-    monkeypatch.setattr(local_executor, "gpu_trouble", lambda: TOO_OLD)
+    monkeypatch.setattr(device_check, "has_gpu", lambda: True)
+    monkeypatch.setattr(device_check, "gpu_trouble", lambda key: TOO_OLD)
     with pytest.raises(ConfigError, match=f"execution.device: {device}: .*, but {TOO_OLD}"):
         pipeline.quantize(run_config(execution__executor="local", execution__device=device))
     assert not (tmp_path / "run" / "records").exists()
 
 
 def test_auto_takes_the_gpu_that_is_there_and_none_that_is_not(monkeypatch):
-    monkeypatch.setattr(local_executor, "gpu_trouble", lambda: None)
+    monkeypatch.setattr(device_check, "gpu_trouble", lambda key: None)
     for there in (True, False):
-        monkeypatch.setattr(local_executor, "has_gpu", lambda there=there: there)
+        monkeypatch.setattr(device_check, "has_gpu", lambda there=there: there)
         assert local_executor.LocalExecutor(1, device="auto").has_gpus == there
         assert not local_executor.LocalExecutor(1, device="cpu").has_gpus
 

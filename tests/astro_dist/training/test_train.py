@@ -36,6 +36,7 @@ from astro_dist.training.progress import EventReader
 from astro_dist.training.token_file import TokenFile, write_tokens
 from astro_dist.training.train import train
 from astro_dist.training.training_directory import TrainingDirectory
+from astro_dist.worker import device_check
 from tests.support.models import byte_tokenizer
 
 
@@ -423,6 +424,14 @@ def test_documents_are_parted_by_the_end_of_text(settings, tmp_path):
 def test_wrong_input_is_refused(settings, changes, error, message):
     with pytest.raises(error, match=message):
         train(settings(**changes))
+
+
+@pytest.mark.parametrize("device", ["auto", "cuda"])
+def test_gpu_that_cannot_be_used_is_not_passed_over(settings, monkeypatch, device):
+    monkeypatch.setattr(device_check, "has_gpu", lambda: True)
+    monkeypatch.setattr(device_check, "gpu_trouble", lambda key: f"its driver is too old; set {key} cpu")
+    with pytest.raises(ConfigError, match=f"^execution.device: {device}: .*GPU.*, but its driver is too old"):
+        train(settings(execution__device=device))
 
 
 @pytest.mark.parametrize(

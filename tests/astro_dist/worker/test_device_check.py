@@ -1,14 +1,18 @@
 """What a worker finds out about its device before any call, and what it says where memory is too little."""
 
+import os
 import pickle
 from types import SimpleNamespace
 
 import pytest
 import torch
 
-from astro.errors import MemoryShortage, RunError
+from astro import process
+from astro.errors import ConfigError, MemoryShortage, RunError
+from astro_dist.execution.local_executor import LocalExecutor
+from astro_dist.planning.devices import gpu_here
 from astro_dist.worker import device_check
-from astro_dist.worker.device_check import gpu_trouble, has_gpu, require_memory, set_allocator, within_memory
+from astro_dist.worker.device_check import gpu_trouble, has_gpu, require_memory, takes_gpu, within_memory
 from astro_dist.worker.worker import Worker
 
 GPU = torch.device("cuda")
@@ -26,7 +30,9 @@ def driver(tmp_path, monkeypatch):
     monkeypatch.setattr(device_check, "_DRIVER_FILE", tmp_path / "version")
     monkeypatch.setattr(device_check, "_GPU_FOLDER", tmp_path / "gpus")
     monkeypatch.setattr(torch.version, "cuda", "13.0")
-    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    monkeypatch.setattr(os, "environ", dict(os.environ))  # what is set for torch is forgotten afterwards
+    for name in ("CUDA_VISIBLE_DEVICES", "PYTORCH_CUDA_ALLOC_CONF", "PYTORCH_ALLOC_CONF"):
+        os.environ.pop(name, None)
     return tmp_path
 
 
@@ -84,7 +90,6 @@ def test_gpu_that_is_hidden_is_not_there(driver, monkeypatch):
 
 def test_worker_says_before_anything_else_that_its_gpu_cannot_be_used(driver, monkeypatch):
     monkeypatch.setattr(torch, "ones", failing(OLD))
-    monkeypatch.setenv("PYTORCH_CUDA_ALLOC_CONF", "max_split_size_mb:512")
     with pytest.raises(RunError, match=r".+: torch .* is built for CUDA 13.0 and can use no GPU: The NVIDIA driver on"):
         Worker(SimpleNamespace(device="cuda", threads=1, column_loops="plain")).prepare()
 
@@ -92,10 +97,54 @@ def test_worker_says_before_anything_else_that_its_gpu_cannot_be_used(driver, mo
 @pytest.mark.parametrize("name", [None, "PYTORCH_CUDA_ALLOC_CONF", "PYTORCH_ALLOC_CONF"])
 def test_allocation_is_set_unless_the_user_did(monkeypatch, name):
     environment = {name: "backend:cudaMallocAsync"} if name else {}
-    monkeypatch.setattr(device_check.os, "environ", environment)
-    set_allocator()
+    monkeypatch.setattr(os, "environ", environment)
+    process.set_allocator()
     usual = {"PYTORCH_CUDA_ALLOC_CONF": "expandable_segments:True"}
     assert environment == ({name: "backend:cudaMallocAsync"} if name else usual)
+
+
+def as_worker():
+    Worker(SimpleNamespace(device="cuda", threads=1, column_loops="plain")).prepare()
+
+
+@pytest.mark.parametrize(
+    "start", [as_worker, lambda: LocalExecutor(1, device="auto"), lambda: takes_gpu("cuda", "--device")],
+    ids=["worker", "local executor", "judge"],
+)  # fmt: skip
+def test_allocation_is_set_when_the_first_tensor_is_made(driver, monkeypatch, start):
+    """Torch reads it then, and never again."""
+    seen = []
+
+    def ones(*_, device):
+        seen.append(os.environ.get("PYTORCH_CUDA_ALLOC_CONF"))
+        raise RuntimeError(OLD)
+
+    monkeypatch.setattr(torch, "ones", ones)
+    with pytest.raises((RunError, ConfigError)):
+        start()
+    assert seen == ["expandable_segments:True"]
+
+
+def test_allocation_is_set_before_a_plan_asks_what_the_gpu_is(driver, monkeypatch):
+    def properties(index):
+        assert os.environ["PYTORCH_CUDA_ALLOC_CONF"] == "expandable_segments:True"
+        return SimpleNamespace(name="NVIDIA H100", total_memory=85 * 10**9)
+
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", properties)
+    assert gpu_here().name == "h100"
+
+
+@pytest.mark.parametrize("key", ["execution.device:", "--device"])
+def test_gpu_that_cannot_be_used_is_refused_in_the_words_of_who_asked(driver, monkeypatch, key):
+    monkeypatch.setattr(torch, "ones", failing(OLD))
+    with pytest.raises(
+        ConfigError, match=rf"^{key} auto: this machine has a GPU, but .* 470.82.01.*, or set {key} cpu$"
+    ):
+        takes_gpu("auto", key)
+    with pytest.raises(ConfigError, match=rf"^{key} cuda: a GPU of this machine is asked for, but "):
+        takes_gpu("cuda", key)
+    assert not takes_gpu("cpu", key)
 
 
 @pytest.fixture
