@@ -44,13 +44,18 @@ def _deterministic(on_gpu: bool) -> Iterator[None]:
         yield
         return
     before, warns = torch.are_deterministic_algorithms_enabled(), torch.is_deterministic_algorithms_warn_only_enabled()
+    memory: Any = torch.utils.deterministic
+    fills = memory.fill_uninitialized_memory
     torch.use_deterministic_algorithms(True, warn_only=True)
+    # Torch would fill all fresh memory with NaN as well, which takes as long as to write it once more.
+    memory.fill_uninitialized_memory = False
     try:
         # cuDNN's kernel is left out: nothing says that it keeps to an order.
         with sdpa_kernel([SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]):
             yield
     finally:
         torch.use_deterministic_algorithms(before, warn_only=warns)
+        memory.fill_uninitialized_memory = fills
 
 
 def straight_through(X: torch.Tensor, rounding: Callable[[torch.Tensor], torch.Tensor]) -> torch.Tensor:
