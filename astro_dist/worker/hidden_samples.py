@@ -28,8 +28,9 @@ def sample_of(hidden: torch.Tensor) -> dict[str, torch.Tensor]:
     Args:
         hidden: Hidden states [B, T, ...].
     """
-    places = [piece.stop - 1 for piece in cut(hidden.shape[1], _TOKENS)]
-    return {_SAMPLE: hidden[:, places].flatten(0, 1).flatten(1)}
+    # Views of single tokens: a list of places would be copied to a GPU first, for which the host waits.
+    kept = [hidden[:, piece.stop - 1] for piece in cut(hidden.shape[1], _TOKENS)]
+    return {_SAMPLE: torch.stack(kept, dim=1).flatten(0, 1).flatten(1)}
 
 
 def hidden_errors(run: RunLayout, stream: str, num_blocks: int, chunks: Sequence[str]) -> tuple[float | None, ...]:

@@ -2,7 +2,7 @@
 
 Torch's tensors on the device "meta" stand for those on a GPU, at true sizes, and say that they are on "cuda". No GPU
 and no build of torch for one is needed. `FakeGpu` follows every operator: which of them read tensors of two devices,
-where the host would wait for a value, and how much memory is held at most.
+where the host would wait for a value, what crosses between CPU and GPU, and how much memory is held at most.
 """
 
 import sys
@@ -11,6 +11,7 @@ from collections import Counter
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 from unittest import mock
 
 import torch
@@ -25,6 +26,10 @@ _PAGE = 512
 """Torch gives out memory of a GPU in multiples of so many bytes."""
 _ROOT = str(Path(__file__).parents[2] / "astro") + "/"
 _WAITS = ("aten::_local_scalar_dense", "aten::nonzero", "aten::equal", "aten::masked_select", "aten::_unique2")
+_COPIES = ("aten::copy_", "aten::_to_copy")
+_INDEXING = (torch.Tensor.__getitem__, torch.Tensor.__setitem__)
+_OF_DATA = (torch.tensor, torch.as_tensor, torch.asarray, torch.Tensor.new_tensor)
+"""Functions that copy numbers of Python to the device. No operator shows it."""
 _DEVICE_OF = torch.Tensor.device.__get__
 _GPU, _META = torch.device("cuda"), torch.device("meta")
 
@@ -38,6 +43,8 @@ class FakeGpu(TorchDispatchMode):
         mixed: Number of operators, by name and place, that read tensors of the GPU beside tensors of the CPU which are
             no scalars. Copies may.
         waits: Number of times, by place, that the host would wait for a value.
+        crossings: Number of copies between CPU and GPU, by place, those of a list of Python too. Memory that is not
+            pinned makes the host wait for them.
         launches: Number of operators by place.
         peak_bytes: Most memory that was held at once.
         peak_place: The place that asked for it: the file and the function of ours.
@@ -45,7 +52,7 @@ class FakeGpu(TorchDispatchMode):
 
     def __init__(self) -> None:
         super().__init__()
-        self.mixed, self.waits, self.launches = Counter(), Counter(), Counter()
+        self.mixed, self.waits, self.launches, self.crossings = Counter(), Counter(), Counter(), Counter()
         self.peak_bytes, self.peak_place = 0, ""
         self._held: dict[int, int] = {}
         self._held_bytes = 0
@@ -55,8 +62,10 @@ class FakeGpu(TorchDispatchMode):
             return func(*args, **(kwargs or {}))
         place, name = _place(), func.name().split(".")[0]
         devices = {_real_device(X).type for X in _tensors([args, list((kwargs or {}).values())]) if X.ndim}
-        if len(devices) > 1 and name not in ("aten::copy_", "aten::_to_copy"):
+        if len(devices) > 1 and name not in _COPIES:
             self.mixed[name, place] += 1
+        if name in _COPIES and _crosses(args, kwargs or {}):
+            self.crossings[place] += 1
         self.launches[place] += 1
         if name in _WAITS:
             self.waits[place] += 1
@@ -87,13 +96,23 @@ class FakeGpu(TorchDispatchMode):
 class _AsOnGpu(TorchFunctionMode):
     """Makes on "meta" what is asked for on "cuda", and says "cuda" where it is on "meta"."""
 
+    def __init__(self, watch: FakeGpu) -> None:
+        super().__init__()
+        self._watch = watch
+
     def __torch_function__(self, func, types, args=(), kwargs=None):
         if func == _DEVICE_OF:
             return _GPU if _real_device(args[0]) == _META else _real_device(args[0])
         if func is torch.Tensor.tolist:
             return _listed(args[0])
         moved = [_META if _is_gpu(value) else value for value in args]
-        return func(*moved, **{key: _META if _is_gpu(value) else value for key, value in (kwargs or {}).items()})
+        named = {key: _META if _is_gpu(value) else value for key, value in (kwargs or {}).items()}
+        result = func(*moved, **named)
+        if (func in _INDEXING and _real_device(args[0]) == _META and _has_list(args[1])) or (
+            func in _OF_DATA and not isinstance(args[-1], torch.Tensor) and _real_device(result) == _META
+        ):
+            self._watch.crossings[_place()] += 1
+        return result
 
 
 @contextmanager
@@ -102,12 +121,22 @@ def fake_gpu() -> Iterator[FakeGpu]:
     watch = FakeGpu()
     rounding = mock.patch.object(bf16_matmul, "_is_faster", return_value=True)
     clocks = mock.patch.object(torch.cuda, "synchronize")  # clocks wait for the device, and there is none
-    with torch.no_grad(), rounding, clocks, watch, _AsOnGpu():
+    with torch.no_grad(), rounding, clocks, watch, _AsOnGpu(watch):
         yield watch
 
 
 def _listed(X: torch.Tensor) -> object:
     return [_listed(x) for x in X] if X.ndim else X.item()
+
+
+def _crosses(args: tuple[object, ...], kwargs: dict[str, Any]) -> bool:
+    """Whether a copy leads to another device than it comes from."""
+    devices = {_real_device(X).type for X in _tensors(args)}
+    return len(devices | ({torch.device(kwargs["device"]).type} if kwargs.get("device") else set())) > 1
+
+
+def _has_list(index: object) -> bool:
+    return any(isinstance(part, list) for part in (index if isinstance(index, tuple) else (index,)))
 
 
 def _real_device(X: torch.Tensor) -> torch.device:

@@ -25,7 +25,8 @@ LLAMAS = {
 STEP = 1024
 """Columns of a group and of a block here: an eighth of the usual steps, in the same memory."""
 LOOPS = ("quantization/gptq.py", "quantization/column_ops.py", "linalg/panels.py", "linalg/batching.py:add_product_")
-"""Where the host must never wait. A pass of refinement waits once, for what it gained."""
+"""Where the host must never wait, and nothing is copied between it and the GPU. A pass of refinement waits once, for
+what it gained."""
 
 
 @pytest.fixture(autouse=True)
@@ -67,7 +68,7 @@ def test_a_block_is_solved_on_one_device_without_waiting_and_in_the_memory_foret
     plan, _ = plan_of(tmp_path, config.quantization)
     gpu = solved(plan.blocks[0].linears, config.quantization, config.regularizer)
     assert not gpu.mixed
-    assert not [place for place in gpu.waits if place.startswith(LOOPS)]
+    assert not [place for place in (*gpu.waits, *gpu.crossings) if place.startswith(LOOPS)]
     groups = predicted_input_groups(plan.blocks[0].linears, 1.0)
     tiles = sum(len(row_tiles(group.rows, group.columns, TILE_ELEMENTS["cuda"])) for group in groups)
     assert gpu.waits["quantization/refine.py:refine"] == config.quantization.refine_passes * tiles
@@ -84,6 +85,16 @@ def test_what_must_not_be_is_seen():
         with pytest.raises(RuntimeError, match="not on the expected device"):
             torch.mul(X, torch.ones(8))
         assert bool((X > 0).any())
+        assert not gpu.crossings
+        torch.ones(8).to("cuda")
+        X[0].copy_(torch.ones(8))
+        X[:, [2, 3]] = X[:, [0, 1]]  # two lists
+        torch.tensor([1.0], device="cuda")
+        X.to(torch.bfloat16).clone()
+        assert sum(gpu.crossings.values()) == 5
+        with pytest.raises(NotImplementedError, match="no data"):
+            X.cpu()
+    assert sum(gpu.crossings.values()) == 6
     assert sum(gpu.mixed.values()) == 1
     assert sum(gpu.waits.values()) == 1
     assert 2 * 32000 <= gpu.peak_bytes < 4 * 32000

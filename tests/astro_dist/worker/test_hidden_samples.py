@@ -15,6 +15,7 @@ from astro_dist.run_directory.unit_record import LossResult
 from astro_dist.schedule.names import head_unit
 from astro_dist.worker import hidden_samples
 from astro_dist.worker.hidden_samples import hidden_errors, sample_of
+from tests.support.fake_gpu import fake_gpu
 
 
 def keep(run, stream, index, chunk, hidden):
@@ -37,6 +38,14 @@ def test_lanes_of_hidden_states_count_together(tmp_path):
     keep(run, "original", 1, "h0000", torch.full((1, 3, 2, 4), 2.0))
     keep(run, "round-0", 1, "h0000", torch.full((1, 3, 2, 4), 2.5))
     assert hidden_errors(run, "round-0", 1, ["h0000"]) == (0.25,)
+
+
+def test_a_gpu_is_not_waited_for():
+    with fake_gpu() as gpu:
+        sample = sample_of(torch.empty(2, 40, 3, 8, dtype=torch.bfloat16, device="cuda"))["sample"]
+    assert (sample.shape, sample.dtype) == ((32, 24), torch.bfloat16)
+    assert not gpu.crossings
+    assert not gpu.waits
 
 
 @pytest.mark.parametrize("changes", [{"execution__rounds": 2}, {"execution__mode": "sequential"}])
