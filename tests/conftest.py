@@ -2,7 +2,7 @@
 
 import os
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +10,7 @@ import pytest
 import torch
 import transformers
 
+from tests.support.devices import devices, on_device
 from tests.support.models import LLAMA, write_checkpoint
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
@@ -22,6 +23,14 @@ if "RAY_AUTH_MODE" not in os.environ:
     os.environ |= {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN_PATH": str(_token)}
 torch.set_num_threads(1)
 transformers.utils.logging.disable_progress_bar()
+
+
+@pytest.fixture(params=devices())
+def device(request: pytest.FixtureRequest) -> Iterator[torch.device]:
+    """The device on which a test makes its tensors."""
+    device = torch.device(request.param)
+    with on_device(device):
+        yield device
 
 
 @pytest.fixture

@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from astro.timing import Stopwatch, clock_s, timed
+from tests.support.devices import here
 
 ROOT = Path(__file__).parents[2]
 GPU, CPU = torch.device("cuda"), torch.device("cpu")
@@ -77,6 +78,33 @@ def test_a_stopwatch_on_a_cpu_adds_up_its_spans(events):
         with watch.running():
             pass
     assert watch.read_s() == 2.0
+
+
+@pytest.mark.usefixtures("device")
+def test_a_stopwatch_counts_its_spans_and_not_what_is_between_them():
+    watch, X = Stopwatch(here()), torch.rand(512, 512)
+    begin = clock_s(here())
+    for _ in range(4):
+        with watch.running():
+            X = X @ X / 512
+        time.sleep(0.05)
+    spent_s = watch.read_s()
+    wall_s = clock_s(here()) - begin
+    assert 0 < spent_s == watch.read_s()
+    assert spent_s < wall_s - 0.15
+
+
+@pytest.mark.usefixtures("device")
+def test_a_phase_takes_as_long_as_its_device_does():
+    """The clock waits for the device, so that nothing of the phase is left for the next one."""
+    X, seconds = torch.rand(1024, 1024), {}
+    begin = clock_s(here())
+    with timed(seconds, "work", here()):
+        for _ in range(4):
+            X = X @ X / 1024
+    with timed(seconds, "nothing", here()):
+        pass
+    assert seconds["nothing"] < seconds["work"] <= clock_s(here()) - begin
 
 
 def test_workers_look_at_no_other_clock():

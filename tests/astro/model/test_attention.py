@@ -1,11 +1,15 @@
 """Attention that saves memory on GPUs: the same results, without grouped heads in float32, in one order back."""
 
+import contextlib
+
 import pytest
 import torch
 from torch.nn.functional import scaled_dot_product_attention as attention
 from torch.overrides import TorchFunctionMode
 
 from astro.model.attention import SavingAttention, _node_of_attention, saved_memory
+from astro.model.gradients import gradients
+from tests.support.devices import here
 
 
 class Calls(TorchFunctionMode):
@@ -77,6 +81,26 @@ def test_attention_is_found_behind_what_cuts_off_its_padding():
     assert _node_of_attention(output[..., :6].transpose(1, 2).grad_fn) is output.grad_fn
     other = (Q * 2).grad_fn
     assert _node_of_attention(other) is other
+
+
+@pytest.mark.usefixtures("device")
+@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 1e-4), (torch.bfloat16, 3e-2)], ids=str)
+def test_gradients_of_attention_are_right_and_have_the_same_bits_twice(dtype, tolerance):
+    heads = [torch.randn(1, count, 192, 64) for count in (8, 2, 2)]
+    wanted = torch.randn(1, 8, 192, 64)
+
+    def found(dtype, *contexts):
+        with contextlib.ExitStack() as stack:
+            for context in contexts:
+                stack.enter_context(context())
+            leaves = [X.to(dtype).requires_grad_() for X in heads]
+            output = attention(*leaves, is_causal=True, enable_gqa=True)
+            return torch.autograd.grad((output * wanted.to(dtype)).sum(), leaves)
+
+    once, again = (found(dtype, lambda: gradients(here()), lambda: saved_memory(heads[0].to(dtype))) for _ in range(2))
+    assert all(map(torch.equal, once, again))
+    for gradient, expected in zip(once, found(torch.float64, torch.enable_grad), strict=True):
+        assert float((gradient.double() - expected).norm() / expected.norm()) < tolerance
 
 
 def test_a_cpu_computes_as_ever():

@@ -6,6 +6,37 @@ import pytest
 import torch
 
 from astro.storage.device_copies import DeviceCopies
+from tests.support.devices import here
+
+LARGE = 1 << 20
+"""Numbers of a tensor whose copy takes a GPU longer than the host takes to ask for what comes next."""
+
+
+@pytest.mark.usefixtures("device")
+def test_what_reaches_the_host_is_what_was_computed_although_its_memory_is_used_again():
+    copies, X, begun = DeviceCopies(here()), torch.ones(LARGE), []
+    for number in range(8):
+        begun.append(copies.to_host({"x": X * number}))
+        torch.full_like(X, -1.0)  # in the memory of what is on its way, if that were free
+    for number, copy in enumerate(begun):
+        assert torch.equal(copy.wait()["x"], torch.full((LARGE,), float(number), device="cpu"))
+
+
+@pytest.mark.usefixtures("device")
+def test_what_is_computed_at_once_reads_what_was_sent():
+    copies, sent = DeviceCopies(here()), []
+    for number in range(8):
+        sent.append(copies.to_device({"x": torch.full((LARGE,), float(number), device="cpu")}))
+    sums = [copy.wait()["x"].sum() for copy in sent]
+    assert [x.device.type for x in sums] == [here().type] * 8
+    assert [float(x) for x in sums] == [float(number * LARGE) for number in range(8)]
+
+
+@pytest.mark.usefixtures("device")
+def test_memory_is_pinned_for_a_gpu_alone():
+    pinned = DeviceCopies(here()).pinned({"x": torch.arange(5, device="cpu")})
+    assert pinned["x"].is_pinned() == (here().type == "cuda")
+    assert torch.equal(pinned["x"], torch.arange(5, device="cpu"))
 
 
 def test_nothing_is_copied_on_a_cpu():

@@ -10,6 +10,7 @@ from astro.storage import part_writer
 from astro.storage.checked_tensors import load_part, save_part
 from astro.storage.device_copies import DeviceCopies
 from astro.storage.part_writer import PartWriter
+from tests.support.devices import here
 
 
 def writer():
@@ -35,6 +36,19 @@ def test_bytes_are_those_of_save_part(tmp_path):
     behind.finish()
     save_part(tmp_path / "b", tensors, "a note")
     assert (tmp_path / "a").read_bytes() == (tmp_path / "b").read_bytes()
+
+
+@pytest.mark.usefixtures("device")
+def test_files_hold_what_the_device_computed_while_it_goes_on(tmp_path):
+    behind, X = PartWriter(DeviceCopies(here())), torch.arange(1 << 18).float()
+    for number in range(4):
+        behind.begin(tmp_path / f"{number}", {"x": X * number, "y": X.gt(number).to(torch.int8)})
+        torch.full_like(X, -1.0)  # in the memory of what is to be written, if that were free
+    behind.finish()
+    for number in range(4):
+        expected = {"x": X.cpu() * number, "y": X.cpu().gt(number).to(torch.int8)}
+        save_part(tmp_path / "expected", expected)
+        assert (tmp_path / f"{number}").read_bytes() == (tmp_path / "expected").read_bytes()
 
 
 def test_finish_waits_until_the_file_is_whole(tmp_path, slow_disk):

@@ -11,6 +11,7 @@ from astro.storage.device_copies import DeviceCopies
 from astro_dist import pipeline
 from astro_dist.schedule.names import GRADIENT
 from astro_dist.worker.prefetch import Prefetch
+from tests.support.devices import here
 
 
 def prefetch():
@@ -29,6 +30,21 @@ def test_file_is_read_before_it_is_asked_for(tmp_path):
     first.unlink()
     assert torch.equal(ahead.take(first)[0]["x"], torch.ones(3))
     assert torch.equal(ahead.take(second)[0]["x"], torch.full((3,), 2.0))
+
+
+@pytest.mark.usefixtures("device")
+def test_what_is_read_ahead_is_on_the_device_when_it_is_read(tmp_path):
+    ahead, paths = Prefetch(DeviceCopies(here())), [tmp_path / f"{number}" for number in range(4)]
+    for number, path in enumerate(paths):
+        save_part(path, {"x": torch.full((1 << 18,), float(number), device="cpu")})
+    sums = []
+    for number, path in enumerate(paths):
+        X = ahead.take(path)[0]["x"]
+        if number + 1 < len(paths):
+            ahead.expect(paths[number + 1])  # which is copied while this one is added up
+        sums.append(X.sum())
+        assert X.device.type == here().type
+    assert [float(x) for x in sums] == [float(number << 18) for number in range(4)]
 
 
 def test_other_file_than_expected(tmp_path):
