@@ -1,6 +1,6 @@
 """How many kernels the solve of a block launches on a GPU, and how often the host waits, by phase and by line.
 
-    python tests/bench/launches.py [--shapes 70B] [--loops kernels|compiled|plain] [--host]
+    python tests/bench/launches.py [--shapes 70B] [--loops kernels|compiled|plain] [--host | --compile]
 
 It runs the arithmetic of one input group on the CPU, with few rows and at three widths, and counts the operators that
 are dispatched. An operator that only makes a view, or memory, launches nothing. How counts grow with the columns
@@ -13,12 +13,18 @@ done. Not counted are the forward of the block, the copies to files, and the inv
 1,400 operators at the widest. The output is Markdown.
 
 With `--host` it measures instead what it costs the host to launch, a column: on one row, so that hardly anything is
-computed, by the clock of the process. Of kernels it leaves Triton's own launcher out.
+computed, by the clock of the process. Of kernels it leaves Triton's own launcher out. With `--compile` it measures how
+long Triton takes on this CPU to compile the kernels for an H100: without what is kept of an earlier time, and with it.
 """
 
 import argparse
 import dataclasses
+import importlib.util
+import json
+import os
+import subprocess
 import sys
+import tempfile
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator
@@ -285,6 +291,20 @@ def host_times(loops: compiled.ColumnLoops) -> tuple[float, float]:
     return solving / columns * 1e6, (all_passes - none) / passes / columns * 1e6
 
 
+def compile_times(rounds: int = 3) -> dict[str, list[float]]:
+    """Return the seconds in which a process compiles all kernels, each time with an empty cache and then with it."""
+    found: dict[str, list[float]] = {"cold": [], "warm": []}
+    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    command = [sys.executable, "-m", "tests.support.compiled_kernels"]
+    for _ in range(rounds):
+        with tempfile.TemporaryDirectory() as cache:
+            environment |= {"TRITON_CACHE_DIR": cache, "PYTHONPATH": os.pathsep.join([str(ROOT), *sys.path])}
+            for seconds in found.values():
+                done = subprocess.run(command, env=environment, cwd=ROOT, check=True, capture_output=True, text=True)
+                seconds.append(sum(json.loads(done.stdout.splitlines()[-1]).values()))
+    return found
+
+
 def _least_s(action: Callable[[], object], times: int = 25) -> float:
     """Return the least of several measurements, in seconds of the process."""
     action()
@@ -304,7 +324,14 @@ def main() -> None:
     parser.add_argument("--group-size", type=int, default=128)
     parser.add_argument("--loops", default="kernels", choices=["kernels", "compiled", "plain"])
     parser.add_argument("--host", action="store_true", help="measure the host instead of counting")
+    parser.add_argument("--compile", action="store_true", help="measure the compiler instead of counting")
     options = parser.parse_args()
+    if options.compile and importlib.util.find_spec("triton") is None:
+        parser.error("--compile: Triton is not here; pip install triton")
+    if options.compile:
+        for cache, seconds in compile_times().items():
+            print(f"{cache}: {min(seconds):.2f} to {max(seconds):.2f} s for all kernels, compiled for an H100")
+        return
     if options.host:
         solving, refining = host_times(options.loops)
         print(f"{options.loops}: {solving:.1f} µs a column of GPTQ, {refining:.1f} of a pass of refinement")

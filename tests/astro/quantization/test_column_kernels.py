@@ -27,23 +27,11 @@ runs = pytest.mark.skipif(not IS_RUN, reason="Triton runs on a GPU, or on a CPU 
 pytestmark = pytest.mark.usefixtures("device")
 ROOT = Path(__file__).parents[3]
 COMPILED = """
-import triton
-from triton.backends.compiler import GPUTarget
-from triton.compiler import ASTSource
-from astro.quantization import column_kernels as kernels
+from tests.support.compiled_kernels import compiled_kernels
 
-KINDS = {"group": "*i64", "Q": "*i8", "E_rounded": "*bf16", "caution": "fp32"}
-KINDS |= dict.fromkeys(("ROWS", "SCALE"), "constexpr")
-for kernel in (kernels.round_columns, kernels.move_scale, kernels.move_columns):
-    sizes = {name: "i32" for name in kernels._SIZES}
-    kinds = {name: KINDS.get(name) or sizes.get(name) or "*fp32" for name in kernel.arg_names}
-    constants = {"ROWS": kernels.ROWS, "SCALE": kernels.tl.bfloat16}
-    constants = {(kernel.arg_names.index(name),): x for name, x in constants.items() if name in kernel.arg_names}
-    options = {"num_warps": 1, "enable_fp_fusion": False}
-    source = ASTSource(fn=kernel, signature=kinds, constexprs=constants)
-    code = triton.compile(source, target=GPUTarget("cuda", 90, 32), options=options).asm["ptx"]
+for name, code, _ in compiled_kernels():
     assert "bar.sync" not in code and "div.full" not in code and "fma.rn" in code
-    print(kernel.__name__)
+    print(name)
 """
 
 
