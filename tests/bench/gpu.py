@@ -11,7 +11,8 @@ like any other. The steps, in the order of their worth:
 |---|---|
 | machine | versions, driver, compiler, rates of products and copies, Cholesky batched and one by one |
 | arithmetic | each part of the solve against float64 and against the CPU, and twice the same |
-| loops | microseconds a column, and of the host alone: plain, compiled and as kernels, at several numbers of rows |
+| loops | microseconds a column, and of the host alone: plain, compiled, as kernels and as CUDA graphs, by rows |
+| attention | its time and the most memory, forward and back, as an 8B and a 70B have it |
 | runs | a small model on CPU and GPU: errors within 2 %, bytes the same twice, for every kind of loops |
 | block8b, block70b, experts, block405b | a block by phase with clocks that wait, beside plan and floor, and its peak |
 | ray | two actors on one GPU: the bytes of one process |
@@ -35,9 +36,12 @@ from pathlib import Path
 FOLDER = Path(__file__).resolve().parent
 STEPS = {  # the module that has the step, and its seconds at most
     "machine": ("gpu_arithmetic", 50), "arithmetic": ("gpu_arithmetic", 80), "loops": ("gpu_loops", 90),
+    "attention": ("gpu_arithmetic", 40),
     "runs": ("gpu_runs", 130), "block8b": ("gpu_runs", 100), "block70b": ("gpu_runs", 130), "ray": ("gpu_runs", 100),
     "experts": ("gpu_runs", 110), "peer": ("gpu_loops", 60), "block405b": ("gpu_loops", 60),
 }  # fmt: skip
+SETTINGS = {"PYTORCH_CUDA_ALLOC_CONF": "expandable_segments:True", "CUBLAS_WORKSPACE_CONFIG": ":4096:8"}
+"""What the product sets. Torch reads both once, when it first uses the GPU, which a step may do before the product."""
 _LEAST_S = 15
 """Seconds that must be left for a step to begin."""
 
@@ -58,6 +62,8 @@ def main() -> int:
         place.mkdir(parents=True, exist_ok=True)
     sys.path[:0] = [str(FOLDER), str(FOLDER.parents[1])]
     os.environ |= {"HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false", "PYTHONUNBUFFERED": "1"}
+    for name, value in SETTINGS.items():
+        os.environ.setdefault(name, value)
     if options.step:
         step = getattr(importlib.import_module(STEPS[options.step][0]), options.step)
         step(importlib.import_module("gpu_findings").Bench(options.step, options))

@@ -19,6 +19,8 @@ from astro.linalg import bf16_matmul, compiled
 from astro.linalg.cholesky import factorize
 from astro.linalg.spd_inverse import invert_
 from astro.linalg.symmetric import layer_error, packed, unpacked
+from astro.model.attention import saved_memory
+from astro.model.gradients import gradients
 from astro.quantization import gptq, regularizer
 from astro.quantization.grid import QuantizedLinear, fit_grid
 from astro.quantization.input_group import quantize_input_groups
@@ -36,6 +38,7 @@ def machine(bench: Bench) -> None:
         "versions", python=platform.python_version(), cuda=torch.version.cuda, cpus=os.cpu_count(), gpu=_output(query),
         compilers=[name for name in ("gcc", "g++", "clang") if shutil.which(name)],
         python_h=(include / "Python.h").exists(), libcuda=_output("/sbin/ldconfig -p | grep libcuda.so"),
+        environment={name: os.environ.get(name) for name in ("PYTORCH_CUDA_ALLOC_CONF", "CUBLAS_WORKSPACE_CONFIG")},
         **{name: _version(name) for name in PACKAGES},
     )  # fmt: skip
     size, device = 1024 if bench.tiny else 8192, bench.device
@@ -54,6 +57,9 @@ def machine(bench: Bench) -> None:
         found["together_s"] = bench.seconds(lambda: torch.linalg.cholesky_ex(P))
         found["one_by_one_s"] = bench.seconds(lambda: [torch.linalg.cholesky_ex(M) for M in P])
     if device.type == "cuda":
+        with bench.finding("allocator") as found:
+            found |= torch.cuda.memory._snapshot()["allocator_settings"]
+            found["ok"] = found["expandable_segments"]
         with bench.finding("transfers") as found:
             pageable = torch.zeros(1 << 28, dtype=torch.uint8)
             pinned, there = pageable.pin_memory(), pageable.cuda()
@@ -97,6 +103,43 @@ def arithmetic(bench: Bench) -> None:
             compiled.use(loops)
             _whole(three, bench, found)
     compiled.use("plain")
+
+
+def attention(bench: Bench) -> None:
+    """Time attention as an 8B and a 70B have it, forward and back, and find the most memory that it holds."""
+    for model, heads in {"8B": 32, "70B": 64}.items():
+        for dtype in (torch.bfloat16, torch.float32):
+            with bench.finding(f"attention of {model}, {dtype}") as found:
+                _attention(bench, heads, dtype, found)
+
+
+def _attention(bench: Bench, heads: int, dtype: torch.dtype, found: dict) -> None:
+    batch, tokens, width = (1, 64, 16) if bench.tiny else (2, 2048, 128)
+    generator = torch.Generator(bench.device).manual_seed(0)
+    shapes = [(batch, count, tokens, width) for count in (heads, 8, 8, heads)]
+    *QKV, wanted = (torch.randn(*s, generator=generator, device=bench.device).to(dtype) for s in shapes)
+    scores_gb = batch * heads * tokens**2 * dtype.itemsize / 1e9
+    found |= {"inputs_gb": round(sum(X.nbytes for X in (*QKV, wanted)) / 1e9, 3), "scores_gb": round(scores_gb, 3)}
+    for name, job in {"forward": lambda: _attended(QKV), "forward and back": lambda: _back(QKV, wanted)}.items():
+        bench.peak_gb(reset=True)
+        found[f"{name}_ms"] = round(bench.seconds(job) * 1e3, 2)
+        found[f"{name}_peak_gb"] = bench.peak_gb()
+    once, again = (_back(QKV, wanted) for _ in range(2))
+    found["same twice"] = all(map(torch.equal, once, again))
+    # The kernel that holds every score holds several such squares on its way back.
+    saves = bench.tiny or bench.device.type == "cpu" or found["forward and back_peak_gb"] < scores_gb
+    found["ok"] = found["same twice"] and saves
+
+
+def _attended(QKV: list[torch.Tensor]) -> torch.Tensor:
+    with saved_memory(QKV[0]):
+        return torch.nn.functional.scaled_dot_product_attention(*QKV, is_causal=True, enable_gqa=True)
+
+
+def _back(QKV: list[torch.Tensor], wanted: torch.Tensor) -> tuple[torch.Tensor, ...]:
+    with gradients(wanted.device):
+        leaves = [X.detach().requires_grad_() for X in QKV]
+        return torch.autograd.grad(_attended(leaves), leaves, wanted)
 
 
 def _matrices(H: torch.Tensor, device: torch.device, found: dict) -> None:

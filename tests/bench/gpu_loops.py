@@ -1,5 +1,6 @@
 """The steps of `gpu.py` about the loops over columns: their time, a peer's solve of the same layers, a wide input."""
 
+import contextlib
 import importlib.machinery
 import importlib.util
 import sys
@@ -8,6 +9,8 @@ import types
 
 import torch
 from gpu_findings import Bench, hessians, inputs, weights
+from gpu_foretold import foretold, lone_layer
+from gpu_graphs import graphs
 
 from astro.calibration.hessian import HessianAccumulator
 from astro.config import Quantization, Regularizer
@@ -29,17 +32,18 @@ def ways(bench: Bench) -> list[compiled.ColumnLoops]:
 
 
 def loops(bench: Bench) -> None:
-    """Time GPTQ and a pass of refinement by columns, in every way, and the first call apart."""
+    """Time GPTQ and a pass of refinement by columns, in every way and as CUDA graphs, and the first call apart."""
     columns = 256 if bench.tiny else 2048
     settings = Quantization(group_size=128, refine_passes=1, refine_tolerance=0.0)
     H = hessians(1, columns).to(bench.device)
     factor = factorize(H, gptq.activation_order(H), 0.01, 1.0, ["x"])
     damping = factor.damping.float() * H.diagonal(dim1=-2, dim2=-1).mean(-1)
     first: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}
-    for way in ways(bench):
-        compiled.use(way)
+    for way in [*ways(bench), *(["graphs"] if bench.device.type == "cuda" else [])]:
+        compiled.use("plain" if way == "graphs" else way)
         for rows in (64,) if bench.tiny else (640, 4096, 16384):
-            with bench.finding(f"loops {way}, {rows} rows of {columns}") as found:
+            name = f"loops {way}, {rows} rows of {columns}"
+            with bench.finding(name) as found, graphs() if way == "graphs" else contextlib.nullcontext():
                 W = weights(1, rows, columns).to(bench.device)
                 grid = fit_grid(W, settings.scheme("x", columns), settings, torch.bfloat16, factor.cost)
                 start = time.perf_counter()
@@ -65,7 +69,7 @@ def loops(bench: Bench) -> None:
                 ]
                 found["same twice"] = torch.equal(gptq.solve(W, factor, grid), Q)
                 found["ok"] = found["same twice"] and min(found["integers as plain"]) > 0.99
-        if bench.device.type == "cuda":
+        if bench.device.type == "cuda" and way != "graphs":
             _profile(bench, way, W, H)
     compiled.use("plain")
 
@@ -152,7 +156,7 @@ def _their_layer(
 
 def block405b(bench: Bench) -> None:
     """Solve a few rows of the widest input of a 405B, whose square has more than 2³¹ elements."""
-    rows, columns, tokens = (64, 512, 1024) if bench.tiny else (256, 53248, 16384)
+    rows, columns, tokens = (128, 512, 1024) if bench.tiny else (256, 53248, 16384)
     compiled.use(ways(bench)[-1])
     with bench.finding(f"{rows} rows of {columns}") as found:
         bench.peak_gb(reset=True)
@@ -177,6 +181,7 @@ def block405b(bench: Bench) -> None:
         bench.wait()
         found |= {"s": round(time.perf_counter() - start, 1), "phases_s": record.seconds, "peak_gb": bench.peak_gb()}
         found["relative_error"] = record.relative_error
+        found |= foretold(bench, *lone_layer(bench, rows, columns, len(chunks) * tokens))
         corners = found["corners"]
         found["ok"] = max(abs(corners[0] - 1), abs(corners[2] - 1)) < 0.15 and corners[1] == 0
         found["ok"] = found["ok"] and 0 < record.relative_error < 0.05

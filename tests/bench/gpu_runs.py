@@ -12,20 +12,16 @@ from typing import Any
 
 import torch
 import transformers
-from floor import count, shape_of, some_gpus
+from floor import shape_of
 from gpu_findings import Bench
+from gpu_foretold import foretold
 from safetensors.torch import save_file
 from tokenizers import Tokenizer, models, pre_tokenizers
 
 from astro.storage.atomic import sha256_of
 from astro_dist import pipeline
 from astro_dist.config.schema import RunConfig
-from astro_dist.planning.cost import CostModel
-from astro_dist.planning.devices import DEVICES
-from astro_dist.planning.planned_run import PlannedRun
 from astro_dist.planning.validate import prepare
-from astro_dist.schedule.calls import SolveBlock
-from astro_dist.source.calibration_text import chunk_tokens
 from astro_dist.worker.worker import Worker
 
 _SHARD_BYTES = 2e9
@@ -190,22 +186,7 @@ def _block(bench: Bench, name: str) -> None:
         with _timed_calls(bench, spent):
             found |= quantized(config)[0]
         found |= {"calls_s": {call: round(s, 2) for call, s in spent.items()}, "peak_gb": bench.peak_gb()}
-        found |= _foretold(bench, source, config)
-
-
-def _foretold(bench: Bench, source: Path, config: RunConfig) -> dict[str, Any]:
-    """What `plan` says of the solve and of the memory, and the least seconds by phase."""
-    device = DEVICES["h200"]
-    cost = CostModel(PlannedRun(
-        prepare(config).plan, config, chunk_tokens(config.calibration), torch.bfloat16, bench.device.type
-    ))  # fmt: skip
-    gpu = some_gpus("h200", 1, half=True)
-    least = {phase: gpu.seconds(need) for phase, need in count(shape_of(source, config, 2), config).items()}
-    return {
-        "plan_solve_s": round(cost.work(SolveBlock(0, 0)).seconds(device, half=True), 2),
-        "plan_gb": round(cost.worker_bytes() / 1e9, 2),
-        "floor_s": {phase: round(s, 3) for phase, s in least.items() if s > 1e-3},
-    }
+        found |= foretold(bench, prepare(config).plan, shape_of(source, config, 2), config)
 
 
 @contextlib.contextmanager

@@ -12,6 +12,7 @@ import time
 from collections.abc import Iterator
 
 import triton
+import triton.language as tl
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
@@ -19,7 +20,14 @@ from astro.quantization import column_kernels as kernels
 
 __all__ = ["compiled_kernels"]
 
-_KINDS = {"group": "*i64", "Q": "*i8", "E_rounded": "*bf16", "caution": "fp32", "ROWS": "constexpr", "SCALE": "constexpr"}
+_KINDS = {
+    "group": "*i64",
+    "Q": "*i8",
+    "E_rounded": "*bf16",
+    "caution": "fp32",
+    "ROWS": "constexpr",
+    "SCALE": "constexpr",
+}
 """Types of arguments that are neither sizes nor pointers to float32."""
 _TARGET = GPUTarget("cuda", 90, 32)
 
@@ -29,7 +37,7 @@ def compiled_kernels() -> Iterator[tuple[str, str, float]]:
     for kernel in (kernels.round_columns, kernels.move_scale, kernels.move_columns):
         sizes = dict.fromkeys(kernels._SIZES, "i32")
         kinds = {name: _KINDS.get(name) or sizes.get(name) or "*fp32" for name in kernel.arg_names}
-        constants = {"ROWS": kernels.ROWS, "SCALE": kernels.tl.bfloat16}
+        constants = {"ROWS": kernels.ROWS, "SCALE": tl.bfloat16}
         constants = {(kernel.arg_names.index(name),): x for name, x in constants.items() if name in kernel.arg_names}
         options = {"num_warps": 1, "enable_fp_fusion": False}
         start = time.perf_counter()
