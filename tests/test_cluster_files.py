@@ -65,6 +65,36 @@ def test_kuberay_job_is_whole():
         assert container["resources"]["requests"] == container["resources"]["limits"]
 
 
+GIVEN_SHM_BYTES = 8 << 30
+"""Shared memory of a container, as cluster/README.md says."""
+
+
+def store_bytes(text):
+    """The size of Ray's object store on a command line or among parameters."""
+    return int(re.search(r"object-store-memory\D*(\d+)", text)[1])
+
+
+@pytest.mark.parametrize("path", AUTOSCALER, ids=lambda path: path.name)
+def test_object_store_of_autoscaler_clusters_fits_into_shared_memory(path):
+    """By default Ray takes at least 10 GB where a node has them, which do not fit: they would lie on the disk."""
+    content = yaml.safe_load(path.read_text())
+    assert "--shm-size=8g" in content["docker"]["run_options"]
+    for commands in (content["head_start_ray_commands"], content["worker_start_ray_commands"]):
+        (start,) = [line for line in commands if "ray start" in line]
+        assert store_bytes(start) < 0.95 * GIVEN_SHM_BYTES
+
+
+def test_object_store_of_kuberay_fits_into_shared_memory():
+    cluster = yaml.safe_load((CLUSTER / "kuberay-rayjob.yaml").read_text())["spec"]["rayClusterSpec"]
+    for group in (cluster["headGroupSpec"], *cluster["workerGroupSpecs"]):
+        assert all(isinstance(value, str) for value in group["rayStartParams"].values()), "KubeRay takes strings"
+        assert store_bytes(str(group["rayStartParams"])) < 0.95 * GIVEN_SHM_BYTES
+        pod = group["template"]["spec"]
+        (mount,) = [m for m in pod["containers"][0]["volumeMounts"] if m["mountPath"] == "/dev/shm"]
+        (volume,) = [volume for volume in pod["volumes"] if volume["name"] == mount["name"]]
+        assert volume["emptyDir"] == {"medium": "Memory", "sizeLimit": f"{GIVEN_SHM_BYTES >> 30}Gi"}
+
+
 def test_slurm_script_is_sound_bash_and_cleans_up_its_token():
     path = CLUSTER / "slurm.sbatch"
     subprocess.run(["bash", "-n", str(path)], check=True)
