@@ -109,7 +109,7 @@ _ROWS: dict[str, Callable[[RunFigures], str]] = {
     "perplexity": _perplexity,
     "change": lambda run: run.perplexity.change_in_words or "-",
     "KL, nats a token": _divergence,
-    "same first choice": lambda run: "-" if run.perplexity.agreement is None else percent(run.perplexity.agreement, 1),
+    "same first choice": lambda run: run.perplexity.agreement_in_words or "-",
     "time": lambda run: in_words(run.wall_s) + (", last session" if run.resumed else ""),
     "worst layer": lambda run: percent(run.worst_error, 2),
     "its name": lambda run: _short(run.worst_layer.split("+")[0]),

@@ -76,12 +76,13 @@ def _quality(measured: Perplexity) -> Tile:
     figures = []
     if measured.divergence is not None:
         error = "" if measured.divergence_error is None else f"± {nats(measured.divergence_error)}"
-        agreement = "" if measured.agreement is None else f"; same first choice at {percent(measured.agreement, 1)}"
+        agreement = measured.agreement_in_words and f"; same first choice at {_unbroken(measured.agreement_in_words)}"
         detail = f"nats a token, KL divergence{agreement}"
         figures.append(Figure(nats(measured.divergence), error, detail))
     change = measured.change_in_words or percent(measured.quantized / measured.original - 1, 1, signed=True)
     value, _, error = change.partition(" ± ")
     detail = f"perplexity, {_unbroken(f'{measured.original:.3f} → {measured.quantized:.3f}')}"
+    detail += measured.sample_in_words and f"; {measured.sample_in_words}"
     figures.append(Figure(value, f"± {error}" if error else "", detail))
     return Tile(title, tuple(figures))
 

@@ -42,6 +42,7 @@ class Perplexity:
         divergence: Mean KL divergence of the result's next-token distributions from the original's, in nats a token.
         divergence_error: Standard error of the divergence.
         agreement: Share of the tokens at which both models find the same next token most likely.
+        agreement_error: Standard error of that share; None in runs of versions before 0.14.0 too.
     """
 
     original: float | None
@@ -52,6 +53,7 @@ class Perplexity:
     divergence: float | None = None
     divergence_error: float | None = None
     agreement: float | None = None
+    agreement_error: float | None = None
 
     @property
     def change_in_words(self) -> str:
@@ -79,10 +81,18 @@ class Perplexity:
         if self.divergence is None or self.agreement is None:
             return ""
         error = "" if self.divergence_error is None else f" ± {nats(self.divergence_error)}"
-        agreement = percent(self.agreement, 1)
         return (
-            f"KL divergence {nats(self.divergence)}{error} nats a token, same first choice at {agreement} of the tokens"
+            f"KL divergence {nats(self.divergence)}{error} nats a token, "
+            f"same first choice at {self.agreement_in_words} of the tokens"
         )
+
+    @property
+    def agreement_in_words(self) -> str:
+        """Say at what share of the tokens both models agree, such as "85.1 % ± 0.6"; empty where it is not known."""
+        if self.agreement is None:
+            return ""
+        error = "" if self.agreement_error is None else f" ± {100 * self.agreement_error:.1f}"
+        return f"{percent(self.agreement, 1)}{error}"
 
     @classmethod
     def of(cls, original: LossResult | None, result: LossResult | None) -> Self:
@@ -99,6 +109,7 @@ class Perplexity:
         before, after = ([sequence.loss for sequence in figures.sequences] for figures in (original, result))
         change = relative_change(before, after, tokens)
         divergence = mean_per_token([sequence.divergence for sequence in result.sequences], tokens)
+        agreement = mean_per_token([sequence.agreements for sequence in result.sequences], tokens)
         return dataclasses.replace(
             plain,
             tokens=sum(tokens),
@@ -106,7 +117,8 @@ class Perplexity:
             change_error=change.error,
             divergence=divergence.value,
             divergence_error=divergence.error,
-            agreement=sum(sequence.agreements for sequence in result.sequences) / sum(tokens),
+            agreement=agreement.value,
+            agreement_error=agreement.error,
         )
 
 

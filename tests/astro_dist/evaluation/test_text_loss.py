@@ -90,7 +90,7 @@ def assert_judged_as_measured(run, source):
     held_out = torch.cat([tokens[name] for name in sorted(tokens) if name.startswith("h")])
     text, measured = TextWindows("held out", held_out, 0), read_summary(run / "summary.json").perplexity
     found = measure_text(streamed(run), text, 48 * 3, streamed(source))
-    for name in ("original", "quantized", "change", "change_error", "divergence", "agreement"):
+    for name in ("original", "quantized", "change", "change_error", "divergence", "agreement", "agreement_error"):
         assert getattr(found.compared, name) == pytest.approx(getattr(measured, name), rel=1e-6), name
     assert found.perplexity == found.compared.quantized
 
