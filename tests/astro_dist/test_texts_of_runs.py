@@ -1,5 +1,6 @@
 """Runs on texts of several kinds: what was read is recorded, and asked for again when a run goes on."""
 
+import html
 import json
 
 import pyarrow as pa
@@ -13,6 +14,9 @@ from astro.errors import ConfigError
 from astro_dist import pipeline
 from astro_dist.export.finished_run import FinishedRun
 from astro_dist.planning.validate import prepare, require_text
+from astro_dist.report.findings import Findings
+from astro_dist.report.forecast import plan
+from astro_dist.report.html import write_report
 from tests.astro_dist.source.test_calibration_text import glm_tokenizer
 
 
@@ -96,3 +100,33 @@ def test_tokens_that_begin_every_sequence_are_no_text(run_config, llama, tmp_pat
     assert (tokens[:, :2] == torch.tensor([258, 259])).all()
     assert measured.original == pytest.approx(float(losses[:, 1:].mean().exp()), rel=1e-5)
     assert measured.original != pytest.approx(float(losses.mean().exp()), rel=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("samples", "what"), [(2, "its Hessian is singular"), (6, "its Hessian is a rough estimate"), (11, None)]
+)
+def test_too_little_text_is_said_before_and_after(run_config, tmp_path, samples, what):
+    """The widest layer has 128 inputs, and a sequence 48 tokens."""
+    note = (
+        f"{48 * samples} calibration tokens are few for model.layers.0.mlp.down_proj, which has 128 inputs: {what}; "
+        "give at least 512 tokens (calibration.samples × sequence_length)"
+    )
+    config = run_config(calibration__samples=samples)
+    planned = str(plan(config))
+    summary = pipeline.quantize(config)
+    card = FinishedRun.open(tmp_path / "run").card(None).text
+    page = html.unescape(write_report(Findings.read(tmp_path / "run")).read_text())
+    if what is None:
+        assert not any("are few for" in text for text in (planned, card, page, *summary.notes))
+        assert "Nothing: no damping was raised" in card
+        return
+    assert f"note: {note}" in planned.splitlines()
+    assert note in summary.notes
+    assert f"\n- {note}\n" in card
+    assert f"<li>{note}</li>" in page
+    assert "Nothing: no damping was raised" not in card
+
+
+def test_rounding_to_nearest_wants_no_text(run_config):
+    prepared = require_text(prepare(run_config(calibration__samples=2, quantization__method="rtn")))
+    assert not any("are few for" in note for note in prepared.notes)
