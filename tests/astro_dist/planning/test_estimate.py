@@ -114,7 +114,8 @@ def test_disk_that_is_too_small_is_refused_before_anything_starts(run_config, tm
 
 
 @pytest.mark.parametrize("mode", ["blocks", "sequential"])
-def test_disk_is_never_needed_beyond_the_estimate(run_config, tmp_path, monkeypatch, mode):
+@pytest.mark.parametrize("weights", ["norm", "loss"])
+def test_disk_is_never_needed_beyond_the_estimate(run_config, tmp_path, monkeypatch, mode, weights):
     """With as many blocks in flight as there are workers."""
     from astro_dist.run_directory.records import RunDirectory
 
@@ -126,7 +127,9 @@ def test_disk_is_never_needed_beyond_the_estimate(run_config, tmp_path, monkeypa
         return real(self, spent)
 
     monkeypatch.setattr(RunDirectory, "drop", drop)
-    config = run_config(execution__workers=2, execution__mode=mode, calibration__samples=60)
+    config = run_config(
+        execution__workers=2, execution__mode=mode, calibration__samples=60, calibration__token_weights=weights
+    )
     prepared = prepare(config)
     pipeline.quantize(config)
     size = DiskSize(
