@@ -11,6 +11,7 @@ import transformers
 from safetensors.torch import load_file
 
 from astro.calibration.hessian import HessianAccumulator
+from astro.calibration.input_sums import InputSums
 from astro.errors import ConfigError, NumericalError
 from astro.formats import compressed_tensors
 from astro_dist import pipeline
@@ -100,6 +101,68 @@ def test_policies_are_counted(experts_config, mode, policy, bits):
     assert len(summary.fallbacks.experts[policy]) == used[policy]
     rounded = [layer for layer in layers_of(summary) if layer["fallback"] == "rtn"]
     assert all(layer["beta"] == 0 and layer["num_tokens"] == 0 for layer in rounded)
+
+
+WEIGHTED_BY_LOSS = {
+    "calibration__token_weights": "loss", "calibration__chunk_samples": 1, "activations__bits": 8,
+    "quantization__ignore": ["*.self_attn.*"], "quantization__method": "rtn", "quantization__scale_search": "minmax",
+    "quantization__compensation": 0, "regularizer__name": "none",
+}  # fmt: skip
+"""Nothing quantized comes before the first block's experts, and no sum over tokens moves their grids."""
+POLICIES = ["all-tokens", "shared-hessian", "rtn"]
+
+
+@pytest.mark.parametrize("policy", POLICIES)
+def test_sums_of_experts_are_finished_as_tokens_were_weighted_in_them(experts_config, monkeypatch, policy):
+    """What errors of rounded inputs count for goes by the loss in both calls, or in none."""
+    added, finished = {}, []  # by sums, which are kept alive so that no other has their place
+    real = {name: getattr(InputSums, name) for name in ("add_", "absorb_", "finish_")}
+
+    def add(self, X, weights=None, by_loss=False):
+        added.setdefault(self, set()).add(by_loss)
+        return real["add_"](self, X, weights, by_loss)
+
+    def absorb(self, other):
+        added.setdefault(self, set()).update(added.get(other, set()))
+        real["absorb_"](self, other)
+
+    def finish(self, name, by_loss=False):
+        finished.append((".experts." in name, added.get(self), by_loss))
+        return real["finish_"](self, name, by_loss)
+
+    for name, spy in (("add_", add), ("absorb_", absorb), ("finish_", finish)):
+        monkeypatch.setattr(InputSums, name, spy)
+    changes = {key: value for key, value in WEIGHTED_BY_LOSS.items() if key != "quantization__ignore"}
+    layers = layers_of(pipeline.quantize(experts_config("mixtral", policy=policy, **changes)))
+    assert any(layer["fallback"] == policy for layer in layers)
+    flags = {(is_expert, by_loss) for is_expert, _, by_loss in finished}
+    # The loss says nothing of a token's way through an expert that it does not depend on.
+    assert flags == {(False, True), (True, True), *({(True, False)} if policy == "all-tokens" else set())}
+    assert all(of_tokens == {by_loss} for _, of_tokens, by_loss in finished)
+
+
+@pytest.mark.parametrize("policy", POLICIES)
+def test_errors_of_experts_are_weighted_alike_in_every_mode(experts_config, tmp_path, policy):
+    """The first experts read the same in both modes, here in one sum and there in three shares."""
+
+    def errors(mode, **changes):
+        folder = str(tmp_path / mode)
+        summary = pipeline.quantize(
+            experts_config(
+                "mixtral", policy=policy, execution__mode=mode, output__dir=folder, **WEIGHTED_BY_LOSS, **changes
+            )
+        )
+        experts = [layer for layer in layers_of(summary) if ".layers.0." in layer["name"] and ".w1" in layer["name"]]
+        return {layer["name"]: layer for layer in experts}
+
+    blocks, sequential = errors("blocks"), errors("sequential", execution__hessian_shares=3)
+    assert blocks.keys() == sequential.keys()
+    assert {layer["fallback"] for layer in blocks.values()} == {"", policy}
+    for name, layer in blocks.items():
+        assert sequential[name]["token_weights"] == layer["token_weights"]
+        assert sequential[name]["fallback"] == layer["fallback"]
+        assert sequential[name]["relative_error"] == pytest.approx(layer["relative_error"], rel=1e-4)
+        assert sequential[name]["output_energy"] == pytest.approx(layer["output_energy"], rel=1e-4)
 
 
 @pytest.mark.parametrize("mode", ["blocks", "sequential"])

@@ -14,6 +14,7 @@ from astro_dist.report.command_output import figure_lines, settings_line
 from astro_dist.report.findings import Findings
 from astro_dist.report.html import write_report
 from astro_dist.report.tiles import headline
+from astro_dist.run_directory.records import RunDirectory
 
 
 @pytest.fixture
@@ -91,3 +92,36 @@ def test_prediction_from_layer_errors_is_that_of_rounded_inputs(run_config, bits
     config = run_config(activations__bits=bits, quantization__group_size=-1, calibration__token_weights="loss")
     summary = pipeline.quantize(config)
     assert 0.3 < summary.predicted_divergence / summary.perplexity.divergence < 2
+
+
+TO_NEAREST = {
+    "quantization__method": "rtn", "quantization__scale_search": "minmax", "quantization__compensation": 0,
+    "regularizer__name": "none",
+}  # fmt: skip
+"""Grids that no sum over tokens moves, not even by its last bit."""
+
+
+def first_errors(config):
+    """Errors and energies of the first block's layers whose inputs nothing quantized comes before, by name."""
+    summary = pipeline.quantize(config)
+    (block,) = [
+        block for place, block in RunDirectory(Path(summary.model).parent, "").blocks().items() if place[1] == 0
+    ]
+    return {layer.name: layer for layer in block.layers if "q_proj" in layer.name}
+
+
+def test_errors_of_rounded_inputs_are_weighted_alike_in_every_mode(run_config, tmp_path):
+    """The first layers read the same in both modes, here in one sum and there in three shares."""
+    changes = {
+        **TO_NEAREST, "activations__bits": 8, "quantization__group_size": -1, "calibration__token_weights": "loss",
+        "calibration__chunk_samples": 1,
+    }  # fmt: skip
+    blocks = first_errors(run_config(**changes, output__dir=str(tmp_path / "blocks")))
+    shares = {"execution__mode": "sequential", "execution__hessian_shares": 3}
+    sequential = first_errors(run_config(**changes, **shares, output__dir=str(tmp_path / "sequential")))
+    assert blocks.keys() == sequential.keys()
+    assert len(blocks) == 1
+    for name, layer in blocks.items():
+        assert layer.token_weights == sequential[name].token_weights == "loss"
+        assert sequential[name].relative_error == pytest.approx(layer.relative_error, rel=1e-5)
+        assert sequential[name].output_energy == pytest.approx(layer.output_energy, rel=1e-5)
