@@ -57,8 +57,8 @@ class TunedScales:
 
     Attributes:
         layers: Every layer by name, with tuned scales, or as it was where these are no better.
-        error_before: Weighted error of the block's outputs before, relative to their weighted energy; None where it is
-            no number.
+        error_before: Weighted error of the block's outputs before, relative to the weighted energy of the wanted ones;
+            None where it is no number.
         error_after: The same with the layers that are returned.
         reason: Why nothing was tuned; empty where it was.
     """
@@ -94,6 +94,8 @@ def tune_scales(
         return TunedScales(solved, None, None, "what the block returns is not finite")
     if error == 0:
         return TunedScales(solved, 0.0, 0.0, "the block returns what it is to return")
+    if energy == 0:
+        return TunedScales(solved, None, None, "the block is to return nothing but zeros")
     before = error / energy
     root = (error / sum(text.wanted.numel() for text in texts)) ** 0.5
     adam = torch.optim.Adam(factors.parameters, lr=min(_REACH / steps, _LONGEST), betas=_MOMENTS)

@@ -191,6 +191,16 @@ def test_a_block_that_is_right_stays_as_it_is(tmp_path):
 
 
 @torch.no_grad()
+def test_a_block_that_is_to_return_zeros_stays_as_it_is_and_says_so(tmp_path):
+    block = Block(tmp_path / "m", "llama")
+    block.texts = [dataclasses.replace(text, wanted=torch.zeros_like(text.wanted)) for text in block.texts]
+    tuned = block.tuned()
+    assert tuned.layers is block.solved
+    assert tuned.reason == "the block is to return nothing but zeros"
+    assert (tuned.error_before, tuned.error_after) == (None, None)
+
+
+@torch.no_grad()
 def test_a_block_without_gradient_stays_as_it_is_and_says_so(tmp_path):
     block = Block(tmp_path / "m", "llama")
     block.texts = [
