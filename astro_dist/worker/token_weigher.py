@@ -111,14 +111,14 @@ class TokenWeigher:
         reason = "no gradient passes through a block behind it"
         if gradient.hidden.numel():
             unit, reason = runner.load(ORIGINAL, block), ""
+            if runner.spec.quantization.tune_steps:  # known whether or not a gradient passes through the block
+                energies[f"{_TOKENS}.{OUTPUT}"] = output_energy(gradient.hidden)
             try:
                 passed = pass_back(
                     runner.layers(unit), lambda before: runner.forward(block, before, chunk), state, gradient
                 )
-                energies = {f"{_TOKENS}.{key}": energy for key, energy in passed.energies.items()}
-                if runner.spec.quantization.tune_steps:
-                    energies[f"{_TOKENS}.{OUTPUT}"] = output_energy(gradient.hidden)
                 gradient = passed.gradient
+                energies |= {f"{_TOKENS}.{key}": energy for key, energy in passed.energies.items()}
                 energies |= {f"{_EXPERT}.{name}": energy for name, energy in passed.of_experts.items()}
             except UnsupportedError as error:
                 gradient, reason = BlockState(gradient.hidden.new_empty(0)), str(error)

@@ -1,12 +1,16 @@
 """Whole runs whose tokens are weighted by the loss."""
 
 import pytest
+import torch
 from safetensors.torch import load_file, save_file
 
+from astro.calibration.token_weights import OUTPUT
+from astro.errors import UnsupportedError
 from astro_dist import pipeline
 from astro_dist.run_directory.records import RunDirectory
 from astro_dist.run_directory.unit_record import WeightsResult
 from astro_dist.schedule.names import weights_unit
+from astro_dist.worker import token_weigher
 
 
 def weigh(config, gain, folder):
@@ -37,3 +41,34 @@ def test_float16_weighs_tokens_as_float32_does(run_config, llama, tmp_path):
     for name, layer in layers.items():
         assert layers16[name].token_weights == layer.token_weights == "loss"
         assert layers16[name].gradient_energy == pytest.approx(layer.gradient_energy, rel=0.02, abs=0)
+
+
+def test_tokens_at_the_output_of_a_block_without_gradient_are_weighted_by_the_loss(run_config, tmp_path, monkeypatch):
+    """The gradient there is known. In the blocks before it nothing is."""
+    written, real_save, real_pass = {}, token_weigher.save_part, token_weigher.pass_back
+
+    def save_part(path, tensors):
+        written[path.parent.parent.parent.name, path.stem] = {
+            name: weights for name, weights in tensors.items() if name.endswith(f".{OUTPUT}") and name[0] == "c"
+        }
+        return real_save(path, tensors)
+
+    def failing(layers, action, hidden, gradient):
+        if any(".1." in operand.names[0] for operand in layers.operands):
+            raise UnsupportedError("no gradient passes through this block: derivative for x is not implemented")
+        return real_pass(layers, action, hidden, gradient)
+
+    monkeypatch.setattr(token_weigher, "save_part", save_part)
+    changes = {"calibration__token_weights": "loss", "quantization__tune_steps": 2}
+    pipeline.quantize(run_config(**changes, output__dir=str(tmp_path / "sound")))
+    monkeypatch.setattr(token_weigher, "pass_back", failing)
+    summary = pipeline.quantize(run_config(**changes, output__dir=str(tmp_path / "failing")))
+    assert [sorted(written["failing", f"{block:04}"]) for block in range(3)] == [
+        [], ["c0000.output", "c0001.output"], ["c0000.output", "c0001.output"],
+    ]  # fmt: skip
+    for block in ("0001", "0002"):
+        for name, weights in written["failing", block].items():
+            assert torch.equal(weights, written["sound", block][name])
+    layers = [layer for block in RunDirectory(tmp_path / "failing", "").blocks().values() for layer in block.layers]
+    assert {layer.token_weights for layer in layers if ".1." in layer.name} == {"norm"}
+    assert not summary.tuning.untuned
