@@ -2,10 +2,14 @@
 
 from collections.abc import Iterable, Mapping, Sequence
 
+from astro.activation_config import Activations, Reconstruction
 from astro.config import PER_CHANNEL, SERVED_GROUP_SIZES, LayerScheme
 from astro.model.linear_layer import LinearLayer
 
-__all__ = ["FUSED_EXPERTS", "TRANSPOSED", "conversion_notes", "group_size_notes", "low_width_notes", "settled"]
+__all__ = [
+    "FUSED_EXPERTS", "TRANSPOSED", "adapter_notes", "cache_notes", "conversion_notes", "group_size_notes",
+    "low_width_notes", "settled",
+]  # fmt: skip
 
 FUSED_EXPERTS = (
     "the source holds its experts fused, the result one by one, as vLLM asks; transformers reads such a result of "
@@ -64,3 +68,44 @@ def conversion_notes(layers: Iterable[LinearLayer]) -> list[str]:
     if any(layer.transposed and layer.expert is None for layer in layers):
         notes.append(TRANSPOSED)
     return notes
+
+
+def cache_notes(activations: Activations) -> list[str]:
+    """Say which servers hold keys and values in FP8 with the scales of the result.
+
+    Args:
+        activations: What servers are told to round besides weights.
+    """
+    if not activations.rounds_cache:
+        return []
+    # Read in vLLM 0.32: `triton_attn.py`, `fa_utils.py` and `attention.py`.
+    return [
+        "activations.kv_cache fp8: by its source, vLLM 0.32 takes such a cache on CUDA GPUs of compute capability 8.9 "
+        "or more (L4, H100 and newer); its loader was tried, and no such GPU; on 9.0 FlashAttention 3 rounds queries "
+        "to FP8 too, which is not measured; other servers were not looked at; transformers ignores the scales and "
+        "rounds no keys and values"
+    ]
+
+
+def adapter_notes(corrections: Reconstruction, activations: Activations, architecture: str) -> list[str]:
+    """Say what a server must support to add corrections of low rank, and what was tried.
+
+    Args:
+        corrections: Settings of the corrections.
+        activations: What servers are told to round besides weights.
+        architecture: Name of the model's class.
+    """
+    if not corrections.is_on:
+        return []
+    inputs = "" if activations.scheme is None else f", inputs in {activations.in_words}"
+    limits = (
+        f"servers have to support LoRA for {architecture}, and where vLLM does not, it refuses adapters; tried: vLLM "
+        "0.32 on a CPU, SmolLM2 with 4-bit weights and inputs in 16 bits; not tried: GPUs, other architectures"
+        f"{inputs}"
+    )
+    if corrections.holds_channels(activations):
+        return [
+            "CAREFUL: without its adapter this model is of no use, and a server without LoRA cannot serve it; find out "
+            f"before the run whether yours takes it: {limits}"
+        ]
+    return [f"reconstruction: without its adapter the model works and loses more; to add it, {limits}"]

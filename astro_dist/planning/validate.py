@@ -9,6 +9,7 @@ import torch
 from astro.config import LayerScheme
 from astro.errors import ConfigError, UnsupportedError
 from astro.formats import LAYOUTS
+from astro.formats.server_limits import adapter_notes, cache_notes
 from astro.formats.tensor_parallel import TensorParallelLimit, tensor_parallel_limit
 from astro.model.head_counts import head_counts
 from astro.model.kv_cache import cache_refusal
@@ -114,8 +115,10 @@ def prepare(config: RunConfig, commit: str | None = None) -> Prepared:
     if config.activations.rounds_cache:
         _require_cache(skeleton, plan)
     notes = [
+        *adapter_notes(config.reconstruction, config.activations, type(skeleton.model).__name__),
         *layout.server_notes(schemes, plan.ignore),
         *layout.inputs_notes(linears.values(), schemes, inputs),
+        *cache_notes(config.activations),
         *clips_notes,
         *layout.reader_notes(linears.values()),
         *correction_notes(plan, config.reconstruction),

@@ -69,3 +69,14 @@ def test_inputs_that_no_server_rounds_are_refused_before_the_start(run_config):
     notes = prepare(run_config(activations__bits=8)).notes
     assert any("leaves inputs in 16 bits where weights have groups" in note for note in notes)
     assert not any("inputs in 16 bits" in note for note in prepare(run_config()).notes)
+
+
+def test_what_servers_have_to_take_besides_weights_is_said_before_the_start(run_config):
+    cached = prepare(run_config(activations__kv_cache="fp8")).notes
+    assert sum("transformers ignores the scales" in note for note in cached) == 1
+    corrected = prepare(run_config(reconstruction__rank=8)).notes
+    assert sum("support LoRA for LlamaForCausalLM" in note for note in corrected) == 1
+    aser = {"activations__bits": 8, "activations__smoothing": "aser", "quantization__group_size": -1}
+    assert prepare(run_config(reconstruction__rank=32, **aser)).notes[0].startswith("CAREFUL")
+    plain = prepare(run_config()).notes
+    assert not any("LoRA" in note or "kv_cache" in note or "CAREFUL" in note for note in plain)
