@@ -24,7 +24,8 @@ __all__ = ["tune_block"]
 def tune_block(runner: BlockRunner, round_index: int, unit: BlockUnit, solved: SolvedBlock) -> SolvedBlock:
     """Tune the scales of a solved block, if the configuration asks for it and the round is the last.
 
-    What is wanted of the quantized block is what the original block returns for the same inputs.
+    What is wanted of the quantized block is what the original block returns for the same inputs; or for those in the
+    source, where weights make up for the errors of earlier blocks. Else tuning would undo what they make up for.
 
     Args:
         runner: Runner of the worker's blocks; it holds none afterwards, if the scales were to be tuned.
@@ -92,8 +93,9 @@ class _TuningTexts:
 
     def _of_chunk(self, chunk: str) -> list[TuningText]:
         runner, index, shape = self._runner, self._unit.index, self._runner.tokens.shape(chunk)
+        wanted_for = ORIGINAL if runner.spec.is_sequential and runner.spec.quantization.compensates else self._inputs
+        wanted = runner.forward(index, runner.states.read(wanted_for, index, chunk), chunk).hidden
         state = runner.states.read(self._inputs, index, chunk)
-        wanted = runner.forward(index, state, chunk).hidden
         weights = self._weights.of_output(chunk, wanted)
         calls = runner.calls.of_sequences(index, chunk, shape)
         if calls is None or any(len(other) != len(state.hidden) for other in state.others.values()):

@@ -55,7 +55,7 @@ def test_every_step_takes_one_sequence(run_config, tmp_path, monkeypatch, name, 
     monkeypatch.setattr(block_tuner, "tune_scales", tune_scales)
     config = run_config(
         model__source=str(tmp_path / name), quantization__group_size=16, quantization__tune_steps=5,
-        calibration__holdout_samples=0, execution__mode=mode,
+        calibration__holdout_samples=0, execution__mode=mode, quantization__compensation=0.0,
     )  # fmt: skip
     pipeline.quantize(config)
     assert len(seen) == ARCHITECTURES[name].num_hidden_layers
@@ -63,6 +63,32 @@ def test_every_step_takes_one_sequence(run_config, tmp_path, monkeypatch, name, 
         assert [shape for shape, _ in texts] == [(1, 48)] * 5
         # The block is still the original one.
         assert max(difference for _, difference in texts) < 1e-4
+
+
+@pytest.mark.parametrize("compensation", [0.0, "auto"])
+def test_what_the_source_returns_is_wanted_where_weights_make_up_for_earlier_errors(
+    run_config, monkeypatch, compensation
+):
+    """Of the first block, which has none before it, and of all others where nothing is made up for, it is their own."""
+    away, real = [], block_tuner.tune_scales
+
+    def tune_scales(layers, solved, texts, *others):
+        away.append(max(float((text.forward() - text.wanted).abs().max()) for text in texts))
+        return real(layers, solved, texts, *others)
+
+    monkeypatch.setattr(block_tuner, "tune_scales", tune_scales)
+    pipeline.quantize(
+        run_config(
+            quantization__tune_steps=5,
+            quantization__bits=2,
+            quantization__compensation=compensation,
+            execution__mode="sequential",
+            execution__hessian_shares=2,
+            calibration__holdout_samples=0,
+        )  # fmt: skip
+    )
+    assert [distance > 1e-2 for distance in away] == [False] + 2 * [compensation == "auto"]
+    assert away[0] < 1e-4
 
 
 def test_tiles_that_others_solved_are_tuned_on_the_device(run_config, tmp_path, monkeypatch):
