@@ -115,11 +115,10 @@ class CostModel:
                 return Work(moved_bytes=float(plan.copies[index].read_bytes + plan.copies[index].written_bytes))
             case FinishEvaluation() | WeighTokens():
                 return Work()
-            case DifferentiateLoss():
-                tokens = sum(self._tokens[chunk] for chunk in call.chunks)
-                moved = 2.0 * self._activations(call.chunks)
-                # Gradients are written behind.
-                return self._forward.head(tokens) * 2.0 + Work(moved_bytes=moved, behind_bytes=moved / 2)
+            case DifferentiateLoss(chunk):
+                loading = Work(moved_bytes=call.opens * plan.outside_weights * self._itemsize)
+                passed = self._forward.head(self._tokens[chunk]) * 2.0
+                return loading + _behind(passed, 2.0 * self._activations([chunk]))
         return self._block_work(call, plan.blocks[call.block])
 
     def result(self, call: Call) -> Result:

@@ -68,7 +68,11 @@ def phase_of(call: Call, chunks: Sequence[str]) -> str:
     phase = _PHASES[type(call)]
     match call:
         case (
-            Forward(chunk=chunk) | ForwardChunk(chunk=chunk) | Backward(chunk=chunk) | MeasureChannels(chunk=chunk)
+            Forward(chunk=chunk)
+            | ForwardChunk(chunk=chunk)
+            | DifferentiateLoss(chunk=chunk)
+            | Backward(chunk=chunk)
+            | MeasureChannels(chunk=chunk)
         ) if chunk in chunks:
             kind = [other for other in chunks if is_held_out(other) == is_held_out(chunk)]
             held_out = is_held_out(chunk) and isinstance(call, Forward)

@@ -20,6 +20,10 @@ __all__ = ["TokenWeightSchedule"]
 
 Place = tuple[type[Call], int]
 """What a worker has loaded, and in which direction chunks pass: the class of the calls and the index of the block."""
+_HEAD: Place = (DifferentiateLoss, -1)
+"""Norm and head."""
+_WORTH_LOADING = 8
+"""Chunks that wait at the head for a worker that has nothing else to do to load it too: it has passed some by then."""
 
 
 class TokenWeightSchedule:
@@ -28,7 +32,7 @@ class TokenWeightSchedule:
     The calibration chunks pass through the source's blocks; then the gradient of the loss passes back. The inputs of
     all blocks are kept, because each block is run once more on the way back:
 
-                    Embed       ForwardChunk …               DifferentiateLoss
+                    Embed       ForwardChunk …              DifferentiateLoss …
         tokens ──────────▶ hidden 0 ───▶ … ───▶ hidden N ─────────────────────▶ gradient N
                               │                                                    │
                               ▼              Backward …                            ▼
@@ -39,7 +43,9 @@ class TokenWeightSchedule:
 
     For each chunk it asks what the last unfinished block lacks, and goes back to what is there; so a lost file is made
     again, and nothing else. A worker stays with a block as long as chunks are on their way to it. It moves on where
-    none are, so that the waves pass through as many blocks at a time as there are workers.
+    none are, so that the waves pass through as many blocks at a time as there are workers. Norm and head are a place
+    like any block: a chunk's gradient begins its way back as soon as the chunk has come to the head. Because they take
+    longer than a block, more than one worker may load them, see `_WORTH_LOADING`.
 
     Attributes:
         units: Names of all units of the waves.
@@ -88,6 +94,8 @@ class TokenWeightSchedule:
         if place is None and calls.free and not self.holds(worker):
             places = set(self._places.values())
             busy = {_place(call) for call in self._taken} | set(filter(calls.feeds, places))
+            if calls.at_head >= _WORTH_LOADING * list(self._places.values()).count(_HEAD):
+                busy.discard(_HEAD)
             # Where others have nothing to do a block may be taken from them, if there is none that nobody has.
             left = [place for place in calls.free if place not in busy]
             place = next((place for place in left if place not in places), next(iter(left), None))
@@ -98,13 +106,15 @@ class TokenWeightSchedule:
             self._places[worker] = place
         self._taken.add(call)
         self._open_calls = None
+        if isinstance(call, DifferentiateLoss):
+            return dataclasses.replace(call, opens=place != here)
         return call
 
     def done(self, worker: int, call: Call, result: Result) -> list[Spent]:
         """Take note that a call returned; see `Schedule`."""
         self._taken.discard(call)
         self._open_calls = None
-        if isinstance(call, ForwardChunk | Backward):
+        if isinstance(call, ForwardChunk | DifferentiateLoss | Backward):
             self._steps.pop(call.chunk, None)
         else:
             self._steps.clear()
@@ -118,7 +128,7 @@ class TokenWeightSchedule:
                 self._hidden[0].update(self._all_chunks)
                 self.finished.add(EMBED)
             case DifferentiateLoss():
-                self._gradient[self._num_blocks].update(call.chunks)
+                self._gradient[self._num_blocks].add(call.chunk)
             case WeighTokens():
                 self.finished.add(call.unit)
                 self._open.discard(call.block)
@@ -144,13 +154,15 @@ class TokenWeightSchedule:
             moving = [*self._taken, *(call for call in calls if _place(call) in held)]
             first = min((call.block for call in moving if isinstance(call, ForwardChunk)), default=self._num_blocks)
             last = max((call.block for call in moving if isinstance(call, Backward)), default=-1)
-            if any(isinstance(call, DifferentiateLoss) for call in moving):
+            comes_to_head = _HEAD in held and first < self._num_blocks
+            if comes_to_head or any(isinstance(call, DifferentiateLoss) for call in moving):
                 last = self._num_blocks
+            left = [call for call in calls if call not in self._taken]
             free: dict[Place, Call] = {}
-            for call in calls:
-                if call not in self._taken:
-                    free.setdefault(_place(call), call)
-            self._open_calls = _OpenCalls(free, first, last)
+            for call in left:
+                free.setdefault(_place(call), call)
+            at_head = sum(isinstance(call, DifferentiateLoss) for call in left)
+            self._open_calls = _OpenCalls(free, self._num_blocks, first, last, at_head)
         return self._open_calls
 
     def _candidates(self) -> Iterator[Call]:
@@ -167,15 +179,12 @@ class TokenWeightSchedule:
         for block in sorted(self._open - backward, reverse=True):
             if self._energy[block].issuperset(self._chunks):
                 yield WeighTokens(block)
-        ends = tuple(step for step in steps if isinstance(step, str))
-        moving = [step for step in steps if not isinstance(step, str)]
-        yield from sorted((step for step in moving if isinstance(step, Backward)), key=lambda step: -step.block)
-        if ends and not any(isinstance(step, ForwardChunk) for step in moving):
-            yield DifferentiateLoss(ends)  # norm and head are loaded once, for all
-        yield from sorted((step for step in moving if isinstance(step, ForwardChunk)), key=lambda step: step.block)
+        yield from sorted((step for step in steps if isinstance(step, Backward)), key=lambda step: -step.block)
+        yield from (step for step in steps if isinstance(step, DifferentiateLoss))
+        yield from sorted((step for step in steps if isinstance(step, ForwardChunk)), key=lambda step: step.block)
 
     def _next_step(self, chunk: str) -> "_Step | None":
-        """The next call on the way of a chunk; its name where it has come to the head, None where nothing is left."""
+        """The next call on the way of a chunk; None where nothing is left."""
         block = self._lacking(chunk)
         if block is None:
             return None
@@ -185,7 +194,7 @@ class TokenWeightSchedule:
         assert at is not None, "a chunk that is nowhere on its way is embedded anew"
         if at < goal:
             return ForwardChunk(ORIGINAL, at, chunk, weights_unit(at))
-        return chunk if gradient_at is None else Backward(goal, chunk)
+        return DifferentiateLoss(chunk) if gradient_at is None else Backward(goal, chunk)
 
     def _lacking(self, chunk: str) -> int | None:
         """The last block whose weights are wanted and that lacks the energies of a chunk."""
@@ -206,22 +215,29 @@ class _OpenCalls:
 
     Attributes:
         free: The first call of each place that can be made and is not being made, the most urgent place first.
-        first: The first block that a chunk passes now, or will pass as a worker's next call.
-        last: The last block that a gradient passes now, or will pass as a worker's next call.
+        num_blocks: Number of blocks of the model.
+        first: The first block that a chunk passes now, or will pass as a worker's next call; `num_blocks` for none.
+        last: The last block that a gradient passes now, or will pass as a worker's next call; `num_blocks` where one is
+            on its way to the last block.
+        at_head: Number of chunks that wait at the head.
     """
 
     free: dict[Place, Call]
+    num_blocks: int
     first: int
     last: int
+    at_head: int
 
     def feeds(self, place: Place) -> bool:
         """Tell whether a chunk, or a gradient, is on its way to a block."""
         direction, block = place
-        return block > self.first if direction is ForwardChunk else direction is Backward and block < self.last
+        if direction is Backward:
+            return block < self.last
+        return self.first < (self.num_blocks if direction is DifferentiateLoss else block)
 
 
-_Step = Backward | ForwardChunk | str
-"""The next call on the way of a chunk, or the chunk's name where it has come to the head."""
+_Step = Backward | DifferentiateLoss | ForwardChunk
+"""A call on the way of a chunk."""
 
 
 def _place(call: Call) -> Place:

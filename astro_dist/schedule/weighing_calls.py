@@ -10,13 +10,15 @@ __all__ = ["Backward", "DifferentiateLoss", "WeighTokens"]
 
 @dataclasses.dataclass(frozen=True)
 class DifferentiateLoss:
-    """Compute the gradient of the loss with respect to the last block's output.
+    """Compute the gradient of one chunk's loss with respect to the last block's output.
 
     Attributes:
-        chunks: Names of the calibration chunks.
+        chunk: Name of the chunk.
+        opens: Whether the worker has norm and head to load first. Nothing but time hangs on it.
     """
 
-    chunks: tuple[str, ...]
+    chunk: str
+    opens: bool = dataclasses.field(default=False, compare=False)
     verb: ClassVar[str] = "differentiate loss"
 
     @property

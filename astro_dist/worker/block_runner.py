@@ -37,6 +37,8 @@ __all__ = ["BlockRunner"]
 
 _SOURCE, _TRIED = "source", "tried"
 """What is loaded where it is no block of a stream: one of the source before it is smoothed, or one that is tried."""
+_OUTSIDE = ("outside", -1)
+"""What is loaded where it is no block: embeddings, norm and head."""
 
 
 class BlockRunner:
@@ -171,11 +173,22 @@ class BlockRunner:
         self.cache.forget()
         while self._corrected:
             self._corrected.pop().remove()
-        if self._loaded is not None:
+        if self._loaded is None:
+            return
+        if self._loaded == _OUTSIDE:
+            self.skeleton.model.to("meta")
+            self.skeleton.model.tie_weights()
+        else:
             self.skeleton.unload(self.skeleton.blocks[self._loaded[1]])
-            self._loaded = None
-            self.calls.clear()
-            return_freed_memory()
+        self._loaded = None
+        self.calls.clear()
+        return_freed_memory()
+
+    def load_outside(self) -> None:
+        """Bring embeddings, norm and head onto the device, if they are not there already."""
+        if self._loaded != _OUTSIDE:
+            self.close()
+            self._fill_outside(self._weights.outside())
 
     @contextmanager
     def outside_loaded(self, with_block: BlockUnit | None = None) -> Iterator[None]:
@@ -185,16 +198,16 @@ class BlockRunner:
             with_block: Block of the source that is loaded with them, if any.
         """
         self.close()
-        skeleton = self.skeleton
-        tensors = self._weights.outside() | self.spec.checkpoint.read(with_block.keys if with_block else ())
-        skeleton.load(skeleton.model, tensors, self.device)
-        skeleton.tie()
+        self._fill_outside(self._weights.outside() | self.spec.checkpoint.read(with_block.keys if with_block else ()))
         try:
             yield
         finally:
-            skeleton.model.to("meta")
-            skeleton.model.tie_weights()
-            return_freed_memory()
+            self.close()
+
+    def _fill_outside(self, tensors: Mapping[str, torch.Tensor]) -> None:
+        self.skeleton.load(self.skeleton.model, tensors, self.device)
+        self.skeleton.tie()
+        self._loaded = _OUTSIDE
 
     def layers(self, unit: BlockUnit) -> BlockLayers:
         """Return the layers of a block that are quantized, as they lie in the model.

@@ -79,16 +79,23 @@ class TokenWeigher:
         return None
 
     def differentiate_loss(self, call: DifferentiateLoss) -> None:
-        """Write the gradient of the loss with respect to the last block's output."""
+        """Write the gradient of one chunk's loss with respect to the last block's output."""
         runner, last = self._runner, len(self._runner.spec.plan.blocks)
-        with runner.outside_loaded():
-            for chunk in call.chunks:
-                hidden = runner.states.read(ORIGINAL, last, chunk).hidden
-                num_outputs = runner.calls.recording(runner.tokens.shape(chunk)).num_outputs
-                gradient = loss_gradient(
-                    runner.skeleton, runner.tokens.input_ids(chunk), hidden, num_outputs, runner.spec.num_leading
-                )
-                runner.states.save(GRADIENT, last, chunk, BlockState(gradient))
+        runner.load_outside()
+
+        def compute(chunk: str, states: Sequence[BlockState]) -> BlockState:
+            tokens, num_leading = runner.tokens, runner.spec.num_leading
+            num_outputs = runner.calls.recording(tokens.shape(chunk)).num_outputs
+            ids = tokens.input_ids(chunk)
+            return BlockState(loss_gradient(runner.skeleton, ids, states[0].hidden, num_outputs, num_leading))
+
+        passage = Passage(
+            (DifferentiateLoss,),
+            lambda chunk: [(ORIGINAL, last, chunk)],
+            compute,
+            lambda chunk, gradient: runner.states.save(GRADIENT, last, chunk, gradient),
+        )
+        self._pipeline.run(passage, call.chunk)
 
     def backward(self, call: Backward) -> None:
         """Take one chunk's gradient back through a block, and write what it measured there.

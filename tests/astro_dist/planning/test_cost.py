@@ -14,6 +14,7 @@ from astro_dist.planning.work import Work
 from astro_dist.schedule.calls import (
     AccumulateHessians,
     Backward,
+    DifferentiateLoss,
     EvaluateLoss,
     FinishEvaluation,
     Forward,
@@ -128,6 +129,7 @@ def test_states_are_moved_while_chunks_pass(run_config):
         (Forward(0, 0, "c0000"), 2),
         (Forward(0, 2, "c0000"), 1),  # the last block's output is of no use
         (ForwardChunk("original", 0, "c0000", "weights-0000"), 2),
+        (DifferentiateLoss("c0000"), 2),
         (Backward(0, "c0000"), 3),
     ]:
         work = cost.work(call)
@@ -140,6 +142,13 @@ def test_states_are_moved_while_chunks_pass(run_config):
 def test_loss_of_a_result_takes_both_models_predictions(run_config):
     cost, _ = cost_of(run_config())
     assert cost.work(EvaluateLoss("round-0")).compute == 2 * cost.work(EvaluateLoss("original")).compute > 0
+
+
+def test_norm_and_head_are_read_once_by_a_worker_that_stays_with_them(run_config):
+    cost, plan = cost_of(run_config())
+    opening, staying = (cost.work(DifferentiateLoss("c0000", opens=opens)) for opens in (True, False))
+    assert opening.moved_bytes - staying.moved_bytes == 4 * plan.outside_weights
+    assert opening.behind_bytes == staying.behind_bytes == staying.moved_bytes
 
 
 def test_every_call_takes_a_moment_besides_its_work(run_config):

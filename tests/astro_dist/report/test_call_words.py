@@ -3,7 +3,7 @@
 import pytest
 
 from astro_dist.report.call_words import phase_of, worker_lines
-from astro_dist.schedule.calls import Backward, CopyTensors, Embed, Forward, SolveBlock, SolveRows
+from astro_dist.schedule.calls import Backward, CopyTensors, DifferentiateLoss, Embed, Forward, SolveBlock, SolveRows
 from astro_dist.schedule.unit_words import UnitWords
 
 CHUNKS = ["c0000", "c0001", "h0000"]
@@ -14,6 +14,7 @@ CHUNKS = ["c0000", "c0001", "h0000"]
     [
         (Forward(0, 2, "c0001"), "calibrating 2/2"),
         (Forward(0, 2, "h0000"), "measuring 1/1"),
+        (DifferentiateLoss("c0001"), "differentiating the loss 2/2"),
         (Backward(2, "c0000"), "backward 1/2"),
         (SolveBlock(0, 2), "solving"),
         (SolveRows(0, 2, 0, 4), "solving 5"),

@@ -32,8 +32,8 @@ class Disk:
             case ForwardChunk(stream, block, chunk):
                 assert stream == ORIGINAL
                 return {(ORIGINAL, block, chunk)}, {(ORIGINAL, block + 1, chunk)}
-            case DifferentiateLoss(chunks):
-                return {(ORIGINAL, BLOCKS, chunk) for chunk in chunks}, {(GRADIENT, BLOCKS, chunk) for chunk in chunks}
+            case DifferentiateLoss(chunk):
+                return {(ORIGINAL, BLOCKS, chunk)}, {(GRADIENT, BLOCKS, chunk)}
             case Backward(block, chunk):
                 made = {(ENERGY, block + 1, chunk)} | ({(GRADIENT, block, chunk)} if block else set())
                 return {(ORIGINAL, block, chunk), (GRADIENT, block + 1, chunk)}, made
@@ -72,7 +72,7 @@ def simulate(schedule, workers, disk, calls=10**6, fails=()):
 def test_every_call_is_made_once_and_nothing_is_left_but_inputs(workers):
     disk = Disk()
     made = [call for _, call in simulate(TokenWeightSchedule(SHAPE), workers, disk)]
-    assert len(made) == len(set(made)) == 1 + 2 * BLOCKS * len(CHUNKS) + 1 + BLOCKS
+    assert len(made) == len(set(made)) == 1 + (2 * BLOCKS + 1) * len(CHUNKS) + BLOCKS
     kinds = {kind for kind, _, _ in disk.files}
     assert kinds == {ORIGINAL, "weights"}
     assert {block for kind, block, _ in disk.files if kind == ORIGINAL} == set(range(BLOCKS + 1))
@@ -90,8 +90,33 @@ def test_workers_stay_with_a_block(workers):
     assert len(visits) <= 2 * (BLOCKS + workers - 1)  # more only where a worker would have nothing to do
 
 
+def test_gradient_sets_out_before_all_chunks_have_come_to_the_head():
+    made = [call for _, call in simulate(TokenWeightSchedule(SHAPE), 3, Disk())]
+    backward = next(i for i, call in enumerate(made) if isinstance(call, Backward))
+    assert any(isinstance(call, ForwardChunk | DifferentiateLoss) for call in made[backward:])
+
+
+@pytest.mark.parametrize("workers", [1, 2, 6])
+def test_norm_and_head_are_loaded_by_one_worker_where_few_chunks_wait(workers):
+    made = simulate(TokenWeightSchedule(SHAPE), workers, Disk())
+    heads = [(worker, call.opens) for worker, call in made if isinstance(call, DifferentiateLoss)]
+    assert [opens for _, opens in heads] == [True, False, False]
+    assert len({worker for worker, _ in heads}) == 1
+
+
+@pytest.mark.parametrize(("num_waiting", "num_workers"), [(7, 1), (8, 2), (23, 3), (60, 4)])
+def test_head_is_shared_by_as_many_workers_as_chunks_wait_for(num_waiting, num_workers):
+    """One worker is at the head, with a chunk, and others wait there."""
+    chunks = [f"c{number:04d}" for number in range(1 + num_waiting)]
+    present = {ORIGINAL: {0: chunks, 1: chunks}}
+    schedule = TokenWeightSchedule(RunShape(1, 0, chunks), StartingPoint(finished={EMBED}, present=present))
+    calls = [call for _, call in assign(schedule, range(4))]
+    assert calls == [DifferentiateLoss(chunk) for chunk in chunks[:num_workers]]
+    assert all(call.opens for call in calls)
+
+
 @pytest.mark.parametrize("workers", [1, 3])
-@pytest.mark.parametrize("stop", range(0, 36, 5))
+@pytest.mark.parametrize("stop", range(0, 38, 5))
 def test_goes_on_where_it_was(workers, stop):
     disk, first = Disk(), TokenWeightSchedule(SHAPE)
     before = [call for _, call in simulate(first, workers, disk, stop)]

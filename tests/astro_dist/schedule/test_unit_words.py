@@ -23,7 +23,7 @@ from astro_dist.schedule.unit_words import UnitWords
         (CopyTensors(1).unit, "copying other tensors, part 2"),
         (Backward(11, "c0000").unit, "token weights of block 12 of 30"),
         (MeasureChannels(2, "c0000").unit, "smoothing of block 3 of 30"),
-        (DifferentiateLoss(()).unit, "gradient of the loss"),
+        (DifferentiateLoss("c0000").unit, "gradient of the loss"),
         (EvaluateLoss("original").unit, "perplexity of the original"),
         (EvaluateLoss("round-0").unit, "perplexity of the result"),
         (evaluate_unit(0), "evaluation of block 1 of 30"),

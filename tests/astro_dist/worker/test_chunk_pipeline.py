@@ -12,7 +12,7 @@ from astro.errors import StorageError
 from astro.storage import part_writer
 from astro.storage.checked_tensors import save_part
 from astro_dist import pipeline
-from astro_dist.schedule.calls import Backward, Forward, ForwardChunk
+from astro_dist.schedule.calls import Backward, DifferentiateLoss, Forward, ForwardChunk
 from astro_dist.worker import chunk_pipeline, prefetch
 from astro_dist.worker.worker import Worker
 from tests.support.models import files_of
@@ -63,7 +63,7 @@ def test_bytes_are_those_of_one_step_after_the_other(run_config, tmp_path, monke
     assert files_of(tmp_path / "run" / "model") == files_of(tmp_path / "plain" / "model")
 
 
-@pytest.mark.parametrize("kind", [Forward, ForwardChunk, Backward])
+@pytest.mark.parametrize("kind", [Forward, ForwardChunk, DifferentiateLoss, Backward])
 def test_which_chunks_are_computed_ahead(run_config, monkeypatch, slow_writer, kind):
     hits = ahead_of(monkeypatch, kind)
     weights = "norm" if kind is Forward else "loss"  # behind the waves of the loss the outputs are there already
@@ -71,7 +71,7 @@ def test_which_chunks_are_computed_ahead(run_config, monkeypatch, slow_writer, k
     if kind is Forward:  # the last block's output is not written, so nothing is waited for
         assert hits == [False, *[True] * 5] * 2 + [False] * 6
     else:  # the second chunk is the first that is seen to follow another
-        assert hits == [False, False, *[True] * 4] * 3
+        assert hits == [False, False, *[True] * 4] * (1 if kind is DifferentiateLoss else 3)
 
 
 class States:
@@ -116,7 +116,7 @@ def test_nothing_is_computed_ahead_where_others_share_the_chunks(asked, computed
     assert "".join(order).replace("a", "") == computed
 
 
-@pytest.mark.parametrize("kind", [Forward, ForwardChunk, Backward])
+@pytest.mark.parametrize("kind", [Forward, ForwardChunk, DifferentiateLoss, Backward])
 def test_call_returns_when_its_own_file_is_whole(run_config, monkeypatch, slow_writer, kind):
     real, checked = Worker.do, []
 
@@ -124,13 +124,14 @@ def test_call_returns_when_its_own_file_is_whole(run_config, monkeypatch, slow_w
         result = real(self, call)
         run = self._runner.spec.run
         if type(call) is kind and not (kind is Forward and call.block == 2):
-            stream, block = ("gradient", call.block) if kind is Backward else ("original", call.block + 1)
+            before, after = getattr(call, "block", 3), getattr(call, "block", 3) + 1
+            stream, block = ("gradient", before) if kind in (Backward, DifferentiateLoss) else ("original", after)
             checked.append(not block or run.hidden(stream, block, call.chunk).is_file())
         return result
 
     monkeypatch.setattr(Worker, "do", do)
     pipeline.quantize(run_config(**LOSS, calibration__holdout_samples=0))
-    assert len(checked) > 6
+    assert len(checked) == 6 * (1 if kind is DifferentiateLoss else 2 if kind is Forward else 3)
     assert all(checked)
 
 

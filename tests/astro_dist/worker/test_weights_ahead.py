@@ -6,7 +6,7 @@ import pytest
 
 from astro.storage.checkpoint import Checkpoint
 from astro_dist import pipeline
-from astro_dist.schedule.calls import SolveBlock
+from astro_dist.schedule.calls import DifferentiateLoss, SolveBlock
 from astro_dist.worker import block_runner
 from astro_dist.worker.stored_weights import StoredWeights
 from astro_dist.worker.worker import Worker
@@ -59,3 +59,13 @@ def test_mode_sequential_reads_the_next_block_while_the_last_stage_of_one_is_sol
     assert set(expected) == {1, 2}
     assert [index for index, was_ahead in taken if was_ahead] == [1, 2]
     assert files_of(tmp_path / "run" / "model") == files_of(tmp_path / "plain" / "model")
+
+
+def test_norm_and_head_stay_on_the_device_from_chunk_to_chunk(run_config, monkeypatch):
+    reads, calls, outside, do = [], [], StoredWeights.outside, Worker.do
+    monkeypatch.setattr(StoredWeights, "outside", lambda self: reads.append(len(calls)) or outside(self))
+    monkeypatch.setattr(Worker, "do", lambda self, call: calls.append(call) or do(self, call))
+    pipeline.quantize(run_config(calibration__token_weights="loss", calibration__chunk_samples=1))
+    of_head = [number for number, call in enumerate(calls) if isinstance(call, DifferentiateLoss)]
+    assert len(of_head) == 6
+    assert [number for number in reads if of_head[0] < number <= of_head[-1] + 1] == [of_head[0] + 1]
