@@ -13,7 +13,9 @@ Several calls make up a unit of the run. Round 0 calibrates on the stream `origi
     parts            MergeHessians, TryBetas …, SolveRows …, Reconstruct    of each batch of a block that is split
     both             Embed, CopyTensors, ForwardChunk, EvaluateLoss
     smoothing        MeasureChannels …, SmoothChannels                      before all others, where inputs are smoothed
-    token weights    ForwardChunk …, DifferentiateLoss, Backward …, WeighTokens …    before either, by the loss
+    token weights    LoadWeights, ForwardChunk …                            before either, by the loss; each begins with
+                     LoadWeights, DifferentiateLoss …                       LoadWeights where a worker comes to another
+                     LoadWeights, Backward …, WeighTokens                   block, or to the head
 """
 
 import dataclasses
@@ -37,6 +39,7 @@ from astro_dist.schedule.block_calls import (
 from astro_dist.schedule.block_parts import BatchParts, BlockParts
 from astro_dist.schedule.names import EMBED, copy_index, copy_unit, head_unit
 from astro_dist.schedule.smoothing_calls import MeasureChannels, SmoothChannels
+from astro_dist.schedule.wave_call import LoadWeights, WaveCall
 from astro_dist.schedule.weighing_calls import Backward, DifferentiateLoss, WeighTokens
 
 __all__ = [
@@ -55,6 +58,7 @@ __all__ = [
     "Forward",
     "ForwardChunk",
     "HeldCall",
+    "LoadWeights",
     "MeasureChannels",
     "MergeHessians",
     "OpenBlock",
@@ -121,7 +125,7 @@ class EvaluateLoss:
 
 
 @dataclasses.dataclass(frozen=True)
-class ForwardChunk:
+class ForwardChunk(WaveCall):
     """Pass one chunk through a block that is not being quantized, and keep the output.
 
     Attributes:
@@ -142,7 +146,7 @@ HeldCall = OpenBlock | Forward | SolveBlock | SplitBlock | FinishEvaluation
 """The calls for a block that one worker keeps in its memory from the first of them to the last."""
 PartCall = MergeHessians | TryBetas | SolveRows | Reconstruct
 """The calls by which several workers solve a block."""
-WeighingCall = DifferentiateLoss | Backward | WeighTokens
+WeighingCall = LoadWeights | DifferentiateLoss | Backward | WeighTokens
 """The calls that measure token weights by the loss."""
 SmoothingCall = MeasureChannels | SmoothChannels
 """The calls that find out how inputs are smoothed."""

@@ -1,7 +1,10 @@
 """The schedule that comes before a run whose calibration tokens are weighted by the loss: it measures the weights."""
 
 import dataclasses
+import itertools
+from collections import Counter
 from collections.abc import Iterable, Iterator
+from typing import get_args
 
 from astro_dist.schedule.calls import (
     Backward,
@@ -9,21 +12,27 @@ from astro_dist.schedule.calls import (
     DifferentiateLoss,
     Embed,
     ForwardChunk,
+    LoadWeights,
     Result,
     WeighTokens,
 )
-from astro_dist.schedule.names import EMBED, ENERGY, GRADIENT, ORIGINAL, is_held_out, weights_unit
+from astro_dist.schedule.foretold_blocks import ForetoldBlocks
+from astro_dist.schedule.names import EMBED, ENERGY, GRADIENT, LOSS_GRADIENT, ORIGINAL, is_held_out, weights_unit
 from astro_dist.schedule.schedule import NOTHING_DONE, RunShape, StartingPoint
 from astro_dist.schedule.spent import Spent, SpentInputs
+from astro_dist.schedule.wave_call import tells_following
 
 __all__ = ["TokenWeightSchedule"]
 
 Place = tuple[type[Call], int]
 """What a worker has loaded, and in which direction chunks pass: the class of the calls and the index of the block."""
+_Passing = ForwardChunk | DifferentiateLoss | Backward
+"""The calls with which a chunk, or its gradient, passes a place."""
 _HEAD: Place = (DifferentiateLoss, -1)
 """Norm and head."""
 _WORTH_LOADING = 8
-"""Chunks that wait at the head for a worker that has nothing else to do to load it too: it has passed some by then."""
+"""Chunks that wait at a place for each worker that stays there, where one more loads the same weights: fewer would have
+passed by then."""
 
 
 class TokenWeightSchedule:
@@ -43,9 +52,9 @@ class TokenWeightSchedule:
 
     For each chunk it asks what the last unfinished block lacks, and goes back to what is there; so a lost file is made
     again, and nothing else. A worker stays with a block as long as chunks are on their way to it. It moves on where
-    none are, so that the waves pass through as many blocks at a time as there are workers. Norm and head are a place
-    like any block: a chunk's gradient begins its way back as soon as the chunk has come to the head. Because they take
-    longer than a block, more than one worker may load them, see `_WORTH_LOADING`.
+    none are, so that the waves pass through as many blocks at a time as there are workers. A worker that has nothing to
+    do loads the next block that chunks will come to, or one where many chunks wait. Norm and head are a place like any
+    block: a chunk's gradient begins its way back as soon as the chunk has come to the head.
 
     Attributes:
         units: Names of all units of the waves.
@@ -71,8 +80,9 @@ class TokenWeightSchedule:
         self._hidden, self._gradient = (start.chunks_before(each, shape.num_blocks) for each in (ORIGINAL, GRADIENT))
         self._energy = start.chunks_behind(ENERGY, shape.num_blocks)
         self._places: dict[int, Place] = {}  # by worker
+        self._foretold = ForetoldBlocks()
         self._taken: set[Call] = set()
-        self._steps: dict[str, _Step | None] = {}  # by chunk
+        self._steps: dict[str, _Passing | None] = {}  # by chunk
         self._open_calls: _OpenCalls | None = None
         if any(self._is_lost(chunk) for chunk in self._chunks):
             self.finished.discard(EMBED)  # it is made again
@@ -91,30 +101,29 @@ class TokenWeightSchedule:
         """Decide what a free worker does now; see `Schedule`."""
         calls, here = self._calls(), self._places.get(worker)
         place = here if here in calls.free else None
-        if place is None and calls.free and not self.holds(worker):
-            places = set(self._places.values())
-            busy = {_place(call) for call in self._taken} | set(filter(calls.feeds, places))
-            if calls.at_head >= _WORTH_LOADING * list(self._places.values()).count(_HEAD):
-                busy.discard(_HEAD)
-            # Where others have nothing to do a block may be taken from them, if there is none that nobody has.
-            left = [place for place in calls.free if place not in busy]
-            place = next((place for place in left if place not in places), next(iter(left), None))
+        if place is None and not self.holds(worker):
+            place = self._next_place(calls)
         if place is None:
             return None
-        call = calls.free[place]
-        if not isinstance(call, WeighTokens):  # for which no block is loaded
-            self._places[worker] = place
-        self._taken.add(call)
         self._open_calls = None
-        if isinstance(call, DifferentiateLoss):
-            return dataclasses.replace(call, opens=place != here)
-        return call
+        kind, block = place
+        if place != here and kind in get_args(_Passing):
+            self._places[worker] = place
+            was_foretold = self._foretold.take(worker) == block
+            if kind is DifferentiateLoss:
+                return LoadWeights(None, LOSS_GRADIENT)
+            return LoadWeights(block, weights_unit(block), was_foretold)
+        call = calls.free[place]
+        self._taken.add(call)
+        return self._telling(worker, place, call, idle) if isinstance(call, _Passing) else call
 
     def done(self, worker: int, call: Call, result: Result) -> list[Spent]:
         """Take note that a call returned; see `Schedule`."""
         self._taken.discard(call)
         self._open_calls = None
-        if isinstance(call, ForwardChunk | DifferentiateLoss | Backward):
+        if isinstance(call, LoadWeights):
+            return []
+        if isinstance(call, _Passing):
             self._steps.pop(call.chunk, None)
         else:
             self._steps.clear()
@@ -140,12 +149,48 @@ class TokenWeightSchedule:
         """Take note that a call came to nothing, and that the worker has lost the block that it had loaded."""
         self._taken.discard(call)
         self._places.pop(worker, None)
+        self._foretold.take(worker)
         self._open_calls = None
 
     def holds(self, worker: int) -> bool:
-        """Tell whether a worker waits for chunks that are on their way to the block that it has loaded."""
-        here = self._places.get(worker)
-        return here is not None and self._calls().feeds(here)
+        """Tell whether chunks are at the block that a worker has loaded, or on their way to it."""
+        here, calls = self._places.get(worker), self._calls()
+        return here is not None and (here in calls.free or calls.feeds(here))
+
+    def _next_place(self, calls: "_OpenCalls") -> Place | None:
+        """The place where a worker is wanted that stays nowhere: where chunks wait, or will come."""
+        held = Counter(self._places.values())
+        nobodys = (place for place in calls.free if place not in held)
+        coming = filter(calls.feeds, self._waiting())
+        shared = (place for place in calls.free if calls.waiting[place] >= _WORTH_LOADING * held[place])
+        return next(itertools.chain(nobodys, coming, shared), None)
+
+    def _telling(self, worker: int, place: Place, call: _Passing, idle: int) -> Call:
+        """A call, with the block that its worker will probably load next."""
+        if tells_following(len(self._passed(place)), len(self._chunks)) and self._foretold.told(worker) is None:
+            # Workers that have nothing to do go first.
+            self._foretold.foretell(worker, [block for _, block in self._waiting()][idle:])
+        following = self._foretold.told(worker)
+        if following == _HEAD[1]:
+            following = None  # it is no block
+        return dataclasses.replace(call, following=following)
+
+    def _waiting(self) -> Iterator[Place]:
+        """The places that no worker has and that chunks are still to pass, in the order in which workers come there."""
+        last, held = self._num_blocks - 1, set(self._places.values())
+        forth = [(ForwardChunk, block) for block in range(self._num_blocks)]
+        back = [(Backward, block) for block in range(last, min(self._open, default=last) - 1, -1)]
+        is_differentiated = self._energy[last].issuperset(self._chunks)  # the gradient behind it may be gone by then
+        for place in (*forth, *([] if is_differentiated else [_HEAD]), *back):
+            if place not in held and not self._passed(place).issuperset(self._chunks):
+                yield place
+
+    def _passed(self, place: Place) -> set[str]:
+        """The chunks that have passed a place."""
+        kind, block = place
+        if kind is Backward:
+            return self._energy[block]
+        return self._hidden[block + 1] if kind is ForwardChunk else self._gradient[self._num_blocks]
 
     def _calls(self) -> "_OpenCalls":
         """The calls that can be made, and what is on its way; until something changes."""
@@ -161,8 +206,7 @@ class TokenWeightSchedule:
             free: dict[Place, Call] = {}
             for call in left:
                 free.setdefault(_place(call), call)
-            at_head = sum(isinstance(call, DifferentiateLoss) for call in left)
-            self._open_calls = _OpenCalls(free, self._num_blocks, first, last, at_head)
+            self._open_calls = _OpenCalls(free, Counter(map(_place, left)), self._num_blocks, first, last)
         return self._open_calls
 
     def _candidates(self) -> Iterator[Call]:
@@ -183,7 +227,7 @@ class TokenWeightSchedule:
         yield from (step for step in steps if isinstance(step, DifferentiateLoss))
         yield from sorted((step for step in steps if isinstance(step, ForwardChunk)), key=lambda step: step.block)
 
-    def _next_step(self, chunk: str) -> "_Step | None":
+    def _next_step(self, chunk: str) -> _Passing | None:
         """The next call on the way of a chunk; None where nothing is left."""
         block = self._lacking(chunk)
         if block is None:
@@ -215,18 +259,18 @@ class _OpenCalls:
 
     Attributes:
         free: The first call of each place that can be made and is not being made, the most urgent place first.
+        waiting: Number of such calls at each place.
         num_blocks: Number of blocks of the model.
         first: The first block that a chunk passes now, or will pass as a worker's next call; `num_blocks` for none.
         last: The last block that a gradient passes now, or will pass as a worker's next call; `num_blocks` where one is
             on its way to the last block.
-        at_head: Number of chunks that wait at the head.
     """
 
     free: dict[Place, Call]
+    waiting: Counter[Place]
     num_blocks: int
     first: int
     last: int
-    at_head: int
 
     def feeds(self, place: Place) -> bool:
         """Tell whether a chunk, or a gradient, is on its way to a block."""
@@ -234,10 +278,6 @@ class _OpenCalls:
         if direction is Backward:
             return block < self.last
         return self.first < (self.num_blocks if direction is DifferentiateLoss else block)
-
-
-_Step = Backward | DifferentiateLoss | ForwardChunk
-"""A call on the way of a chunk."""
 
 
 def _place(call: Call) -> Place:

@@ -47,7 +47,7 @@ class WeighedFirst:
         """
         self._waves, self._begin, self._start, self._embedded = waves, begin, start, embedded
         self._main = begin(start)
-        self._giver: dict[Call, Schedule] = {}
+        self._giver: dict[int, Schedule] = {}  # of what each worker does
         self.units = [*(unit for unit in waves.units if unit != EMBED), *self._main.units]
         self.finished = (self._main.finished - {EMBED}) | waves.finished
         if waves.complete:
@@ -62,13 +62,13 @@ class WeighedFirst:
         """Decide what a free worker does now; see `Schedule`."""
         call = self._now.next_call(worker, idle)
         if call is not None:
-            self._giver[call] = self._now
+            self._giver[worker] = self._now
         return call
 
     def done(self, worker: int, call: Call, result: Result) -> list[Spent]:
         """Take note that a call returned; see `Schedule`."""
         weighed = self._waves.complete
-        giver = self._giver.pop(call)
+        giver = self._giver.pop(worker)
         spent = giver.done(worker, call, result)
         self.finished |= giver.finished
         if self._waves.complete and not weighed:
@@ -77,7 +77,7 @@ class WeighedFirst:
 
     def failed(self, worker: int, call: Call) -> None:
         """Take note that a call came to nothing; see `Schedule`."""
-        self._giver.pop(call).failed(worker, call)
+        self._giver.pop(worker).failed(worker, call)
 
     def holds(self, worker: int) -> bool:
         """Tell whether a worker waits with a block in its hands; see `Schedule`."""

@@ -4,21 +4,20 @@ import dataclasses
 from typing import ClassVar
 
 from astro_dist.schedule.names import LOSS_GRADIENT, weights_unit
+from astro_dist.schedule.wave_call import WaveCall
 
 __all__ = ["Backward", "DifferentiateLoss", "WeighTokens"]
 
 
 @dataclasses.dataclass(frozen=True)
-class DifferentiateLoss:
+class DifferentiateLoss(WaveCall):
     """Compute the gradient of one chunk's loss with respect to the last block's output.
 
     Attributes:
         chunk: Name of the chunk.
-        opens: Whether the worker has norm and head to load first. Nothing but time hangs on it.
     """
 
     chunk: str
-    opens: bool = dataclasses.field(default=False, compare=False)
     verb: ClassVar[str] = "differentiate loss"
 
     @property
@@ -28,7 +27,7 @@ class DifferentiateLoss:
 
 
 @dataclasses.dataclass(frozen=True)
-class Backward:
+class Backward(WaveCall):
     """Take the gradient of one chunk back through a block, and measure it at the block's layers.
 
     Attributes:

@@ -55,6 +55,7 @@ def forward_chunk(runner: BlockRunner, pipeline: ChunkPipeline, call: ForwardChu
     """
     start, stream, block = host_clock_s(), call.stream, call.block
     unit = runner.load(stream, block)
+    runner.expect_following(call)
 
     def compute(chunk: str, states: Sequence[BlockState]) -> BlockState:
         with runner.serving(stream, unit):

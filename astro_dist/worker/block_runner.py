@@ -22,6 +22,7 @@ from astro.storage.device_copies import DeviceCopies
 from astro_dist.planning.devices import reads_weights_ahead
 from astro_dist.planning.units import BlockUnit
 from astro_dist.schedule.names import ORIGINAL
+from astro_dist.schedule.wave_call import WaveCall
 from astro_dist.worker.block_cache import BlockCache
 from astro_dist.worker.block_recipe import block_recipe, stored_dtype
 from astro_dist.worker.chunk_tokens import ChunkTokens
@@ -159,13 +160,22 @@ class BlockRunner:
     def expect_block(self, index: int) -> None:
         """Begin to read the weights of a block of the source that will probably be loaded next, where there is room.
 
-        The memory of the host is free for them while a GPU solves; a CPU solves in it.
+        The memory of the host is free for them while a GPU computes; a CPU computes in it.
 
         Args:
             index: Index of the block.
         """
         if reads_weights_ahead(self.device.type):
             self._weights.expect(self.spec.plan.blocks[index])
+
+    def expect_following(self, call: WaveCall) -> None:
+        """Begin to read the weights of the block that a call says will follow, if it says so; see `expect_block`.
+
+        Args:
+            call: The call, whose own weights are loaded.
+        """
+        if call.following is not None:
+            self.expect_block(call.following)
 
     def close(self) -> None:
         """Take the block off the device."""

@@ -26,7 +26,7 @@ from astro.storage.checked_tensors import load_part, save_part
 from astro.timing import clock_s
 from astro_dist.planning.units import BlockUnit
 from astro_dist.run_directory.unit_record import UnitRecord, WeightsResult
-from astro_dist.schedule.calls import Backward, DifferentiateLoss, WeighingCall, WeighTokens
+from astro_dist.schedule.calls import Backward, DifferentiateLoss, LoadWeights, WeighingCall, WeighTokens
 from astro_dist.schedule.names import ENERGY, GRADIENT, ORIGINAL
 from astro_dist.worker.block_runner import BlockRunner
 from astro_dist.worker.chunk_pipeline import ChunkPipeline, Passage
@@ -70,6 +70,10 @@ class TokenWeigher:
     def do(self, call: WeighingCall) -> UnitRecord | None:
         """Do one of the calls that measure token weights; a record comes of the last one of a block."""
         match call:
+            case LoadWeights(None):
+                self._runner.load_outside()
+            case LoadWeights(int(block)):
+                self._runner.load(ORIGINAL, block)
             case DifferentiateLoss():
                 self.differentiate_loss(call)
             case Backward():
@@ -82,6 +86,7 @@ class TokenWeigher:
         """Write the gradient of one chunk's loss with respect to the last block's output."""
         runner, last = self._runner, len(self._runner.spec.plan.blocks)
         runner.load_outside()
+        runner.expect_following(call)
 
         def compute(chunk: str, states: Sequence[BlockState]) -> BlockState:
             tokens, num_leading = runner.tokens, runner.spec.num_leading
@@ -106,18 +111,20 @@ class TokenWeigher:
         passage = Passage(
             (Backward, block),
             lambda chunk: [(ORIGINAL, block, chunk), (GRADIENT, block + 1, chunk)],
-            lambda chunk, states: self._pass_back(block, chunk, states),
+            lambda chunk, states: self._pass_back(call, chunk, states),
             lambda chunk, passed: self._save(block, chunk, passed),
         )
         self._pipeline.run(passage, call.chunk)
 
-    def _pass_back(self, block: int, chunk: str, states: Sequence[BlockState]) -> _PassedBack:
+    def _pass_back(self, call: Backward, chunk: str, states: Sequence[BlockState]) -> _PassedBack:
+        """Pass a gradient back: of the call's own chunk, or of the one behind it."""
         runner, start = self._runner, clock_s(self._runner.device)
-        state, gradient = states
+        block, (state, gradient) = call.block, states
         energies: dict[str, torch.Tensor] = {}
         reason = "no gradient passes through a block behind it"
         if gradient.hidden.numel():
             unit, reason = runner.load(ORIGINAL, block), ""
+            runner.expect_following(call)
             if runner.spec.quantization.tune_steps:  # known whether or not a gradient passes through the block
                 energies[f"{_TOKENS}.{OUTPUT}"] = output_energy(gradient.hidden)
             try:

@@ -32,6 +32,7 @@ from astro_dist.schedule.calls import (
     Forward,
     ForwardChunk,
     HeldCall,
+    LoadWeights,
     MeasureChannels,
     OpenBlock,
     PartCall,
@@ -174,7 +175,7 @@ class Worker:
     def _do_first(self, call: WeighingCall | SmoothingCall) -> Result:
         """Do what comes before a run's own mode."""
         match call:
-            case DifferentiateLoss() | Backward() | WeighTokens():
+            case LoadWeights() | DifferentiateLoss() | Backward() | WeighTokens():
                 return self.weigh_tokens(call)
             case MeasureChannels() | SmoothChannels():
                 return self.smooth(call)

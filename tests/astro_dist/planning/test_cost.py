@@ -1,6 +1,7 @@
 """What the cost model charges, and for what it charges nothing."""
 
 import dataclasses
+from functools import partial
 
 import pytest
 import torch
@@ -19,6 +20,7 @@ from astro_dist.schedule.calls import (
     FinishEvaluation,
     Forward,
     ForwardChunk,
+    LoadWeights,
     MergeHessians,
     OpenBlock,
     SolveBlock,
@@ -144,11 +146,26 @@ def test_loss_of_a_result_takes_both_models_predictions(run_config):
     assert cost.work(EvaluateLoss("round-0")).compute == 2 * cost.work(EvaluateLoss("original")).compute > 0
 
 
-def test_norm_and_head_are_read_once_by_a_worker_that_stays_with_them(run_config):
+def test_norm_and_head_are_read_before_their_chunks(run_config):
     cost, plan = cost_of(run_config())
-    opening, staying = (cost.work(DifferentiateLoss("c0000", opens=opens)) for opens in (True, False))
-    assert opening.moved_bytes - staying.moved_bytes == 4 * plan.outside_weights
-    assert opening.behind_bytes == staying.behind_bytes == staying.moved_bytes
+    assert cost.work(LoadWeights(None, "unit")) == Work(moved_bytes=4 * plan.outside_weights)
+
+
+@pytest.mark.parametrize("device", ["cpu", "cuda"])
+@pytest.mark.parametrize("call", [partial(ForwardChunk, ORIGINAL, 0, "c0001", "unit"), partial(Backward, 2, "c0001")])
+def test_waves_read_blocks_ahead_on_a_gpu_and_before_their_chunks_on_a_cpu(run_config, device, call):
+    cost, plan = cost_of(run_config(calibration__token_weights="loss"), device=device)
+    told, alone = cost.work(call(following=1)), cost.work(call())
+    loading, foretold = (cost.work(LoadWeights(1, "unit", was_foretold=told)) for told in (False, True))
+    read = plan.blocks[1].read_bytes
+    assert loading == Work(moved_bytes=read)
+    if device == "cpu":
+        assert (told, foretold) == (alone, loading)
+    else:
+        assert foretold == Work()
+        # Of the two chunks the second tells what follows.
+        assert dataclasses.replace(alone, moved_bytes=told.moved_bytes, behind_bytes=told.behind_bytes) == told
+        assert told.moved_bytes - alone.moved_bytes == told.behind_bytes - alone.behind_bytes == read
 
 
 def test_every_call_takes_a_moment_besides_its_work(run_config):

@@ -1,14 +1,16 @@
 """The waves that measure token weights, simulated: order, workers, what is lost and made again."""
 
 import itertools
+import random
 
 import pytest
 
-from astro_dist.schedule.calls import Backward, DifferentiateLoss, Embed, ForwardChunk, WeighTokens
+from astro_dist.schedule.calls import Backward, DifferentiateLoss, Embed, ForwardChunk, LoadWeights, WeighTokens
 from astro_dist.schedule.names import EMBED, ENERGY, GRADIENT, ORIGINAL, weights_unit
 from astro_dist.schedule.schedule import RunShape, StartingPoint, assign
 from astro_dist.schedule.spent import SpentInputs
 from astro_dist.schedule.token_weights import TokenWeightSchedule
+from astro_dist.schedule.wave_call import WaveCall, tells_following
 
 BLOCKS, CHUNKS = 5, ["c0000", "c0001", "c0002"]
 SHAPE = RunShape(BLOCKS, 1, [*CHUNKS, "h0000"])
@@ -27,6 +29,8 @@ class Disk:
 
     def effect(self, call):
         match call:
+            case LoadWeights():
+                return set(), set()
             case Embed():
                 return set(), {(ORIGINAL, 0, chunk) for chunk in CHUNKS}
             case ForwardChunk(stream, block, chunk):
@@ -71,7 +75,9 @@ def simulate(schedule, workers, disk, calls=10**6, fails=()):
 @pytest.mark.parametrize("workers", [1, 2, 3, 8])
 def test_every_call_is_made_once_and_nothing_is_left_but_inputs(workers):
     disk = Disk()
-    made = [call for _, call in simulate(TokenWeightSchedule(SHAPE), workers, disk)]
+    made = [
+        call for _, call in simulate(TokenWeightSchedule(SHAPE), workers, disk) if not isinstance(call, LoadWeights)
+    ]
     assert len(made) == len(set(made)) == 1 + (2 * BLOCKS + 1) * len(CHUNKS) + BLOCKS
     kinds = {kind for kind, _, _ in disk.files}
     assert kinds == {ORIGINAL, "weights"}
@@ -99,30 +105,72 @@ def test_gradient_sets_out_before_all_chunks_have_come_to_the_head():
 @pytest.mark.parametrize("workers", [1, 2, 6])
 def test_norm_and_head_are_loaded_by_one_worker_where_few_chunks_wait(workers):
     made = simulate(TokenWeightSchedule(SHAPE), workers, Disk())
-    heads = [(worker, call.opens) for worker, call in made if isinstance(call, DifferentiateLoss)]
-    assert [opens for _, opens in heads] == [True, False, False]
-    assert len({worker for worker, _ in heads}) == 1
+    assert sum(call == LoadWeights(None, "loss-gradient") for _, call in made) == 1
+    assert len({worker for worker, call in made if isinstance(call, DifferentiateLoss)}) == 1
 
 
-@pytest.mark.parametrize(("num_waiting", "num_workers"), [(7, 1), (8, 2), (23, 3), (60, 4)])
-def test_head_is_shared_by_as_many_workers_as_chunks_wait_for(num_waiting, num_workers):
-    """One worker is at the head, with a chunk, and others wait there."""
-    chunks = [f"c{number:04d}" for number in range(1 + num_waiting)]
+@pytest.mark.parametrize(("num_chunks", "at_head"), [(7, 1), (8, 2), (23, 3), (60, 5)])
+def test_place_is_shared_where_many_chunks_wait(num_chunks, at_head):
+    """The first worker goes to the head, the second to the block behind it, and others come to help."""
+    chunks = [f"c{number:04d}" for number in range(num_chunks)]
     present = {ORIGINAL: {0: chunks, 1: chunks}}
     schedule = TokenWeightSchedule(RunShape(1, 0, chunks), StartingPoint(finished={EMBED}, present=present))
-    calls = [call for _, call in assign(schedule, range(4))]
-    assert calls == [DifferentiateLoss(chunk) for chunk in chunks[:num_workers]]
-    assert all(call.opens for call in calls)
+    calls = dict(assign(schedule, range(6)))
+    assert calls[0] == LoadWeights(None, "loss-gradient")
+    assert calls[1] == LoadWeights(0, "weights-0000")
+    assert list(calls.values()).count(calls[0]) == at_head
+    for worker, call in calls.items():
+        schedule.done(worker, call, None)
+    first = dict(assign(schedule, range(6)))
+    assert sorted(call.chunk for call in first.values()) == chunks[:at_head]
+    assert 1 not in first, "no gradient is there yet"
+
+
+def test_workers_load_what_chunks_will_come_to():
+    schedule = TokenWeightSchedule(SHAPE)
+    schedule.done(0, schedule.next_call(0), None)
+    calls = [call for _, call in assign(schedule, range(13))]
+    forth = [LoadWeights(block, weights_unit(block)) for block in range(BLOCKS)]
+    assert calls == [*forth, LoadWeights(None, "loss-gradient"), *forth[::-1]]
+
+
+@pytest.mark.parametrize(("workers", "guessed"), [(1, 9), (2, 6), (3, 5)])
+def test_following_block_is_told_and_comes_true(workers, guessed):
+    made = simulate(TokenWeightSchedule(SHAPE), workers, Disk())
+    loads = [call for _, call in made if isinstance(call, LoadWeights) and call.block is not None]
+    assert sum(call.was_foretold for call in loads) == guessed
+    for worker, call in made:
+        if isinstance(call, LoadWeights) and call.was_foretold:
+            told = {each.following for other, each in made if other == worker and isinstance(each, WaveCall)}
+            assert call.block in told
+
+
+def test_what_is_told_makes_no_other_call():
+    assert Backward(1, "c0000", following=0) == Backward(1, "c0000")
+    assert hash(LoadWeights(1, "unit", was_foretold=True)) == hash(LoadWeights(1, "unit"))
+
+
+def test_lost_worker_loads_its_block_again():
+    schedule = TokenWeightSchedule(SHAPE)
+    schedule.done(0, schedule.next_call(0), None)
+    load = schedule.next_call(0)
+    assert load == LoadWeights(0, weights_unit(0))
+    schedule.failed(0, load)
+    assert schedule.next_call(0) == load
+    schedule.done(0, load, None)
+    chunk = schedule.next_call(0)
+    schedule.failed(0, chunk)
+    assert schedule.next_call(0) == load
 
 
 @pytest.mark.parametrize("workers", [1, 3])
-@pytest.mark.parametrize("stop", range(0, 38, 5))
+@pytest.mark.parametrize("stop", range(0, 50, 5))
 def test_goes_on_where_it_was(workers, stop):
     disk, first = Disk(), TokenWeightSchedule(SHAPE)
     before = [call for _, call in simulate(first, workers, disk, stop)]
     second = TokenWeightSchedule(SHAPE, disk.start(first.finished))
     after = [call for _, call in simulate(second, workers, disk)]
-    assert not set(before) & set(after)
+    assert not {call for call in before if not isinstance(call, LoadWeights)} & set(after)
     assert second.complete
 
 
@@ -156,3 +204,27 @@ def test_only_blocks_that_are_asked_for_are_weighed():
     assert schedule.finished == set(schedule.units)
     assert {call.block for call in made if isinstance(call, Backward)} == {3, 4}
     assert TokenWeightSchedule(SHAPE, blocks=[]).complete
+
+
+@pytest.mark.parametrize(("num_chunks", "telling"), [(1, [0]), (2, [1]), (3, [1, 2]), (6, [3, 4, 5])])
+def test_second_half_of_the_chunks_tells_what_follows(num_chunks, telling):
+    assert [passed for passed in range(num_chunks) if tells_following(passed, num_chunks)] == telling
+
+
+@pytest.mark.parametrize("workers", [2, 5, 16])
+@pytest.mark.parametrize("seed", range(8))
+def test_workers_that_are_lost_at_any_time_leave_no_other_waiting(workers, seed):
+    """Calls end in any order, and one in six comes to nothing."""
+    chance, schedule, disk, running = random.Random(seed), TokenWeightSchedule(SHAPE), Disk(), {}
+    while not schedule.complete:
+        for worker, call in list(assign(schedule, [each for each in range(workers) if each not in running])):
+            running[worker] = call
+        assert running, "nothing can be done, and nothing is being done"
+        worker = chance.choice(sorted(running))
+        call = running.pop(worker)
+        if chance.random() < 1 / 6:
+            schedule.failed(worker, call)
+        else:
+            disk.do(call)
+            for spent in schedule.done(worker, call, None):
+                disk.drop(spent)

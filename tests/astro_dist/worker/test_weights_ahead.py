@@ -6,7 +6,7 @@ import pytest
 
 from astro.storage.checkpoint import Checkpoint
 from astro_dist import pipeline
-from astro_dist.schedule.calls import DifferentiateLoss, SolveBlock
+from astro_dist.schedule.calls import DifferentiateLoss, LoadWeights, SolveBlock
 from astro_dist.worker import block_runner
 from astro_dist.worker.stored_weights import StoredWeights
 from astro_dist.worker.worker import Worker
@@ -68,4 +68,25 @@ def test_norm_and_head_stay_on_the_device_from_chunk_to_chunk(run_config, monkey
     pipeline.quantize(run_config(calibration__token_weights="loss", calibration__chunk_samples=1))
     of_head = [number for number, call in enumerate(calls) if isinstance(call, DifferentiateLoss)]
     assert len(of_head) == 6
-    assert [number for number in reads if of_head[0] < number <= of_head[-1] + 1] == [of_head[0] + 1]
+    assert [number for number in reads if of_head[0] <= number <= of_head[-1] + 1] == [of_head[0]]
+    assert isinstance(calls[of_head[0] - 1], LoadWeights)
+
+
+@pytest.mark.parametrize("is_ahead", [True, False])
+def test_waves_read_the_next_block_while_chunks_pass_with_the_same_bytes(run_config, tmp_path, monkeypatch, is_ahead):
+    changes = {"calibration__token_weights": "loss", "calibration__chunk_samples": 1}
+    pipeline.quantize(run_config(output__dir=str(tmp_path / "plain"), **changes))
+    monkeypatch.setattr(block_runner, "reads_weights_ahead", lambda device_type: is_ahead)
+    taken, calls, of_source, do = [], [], StoredWeights.of_source, Worker.do
+
+    def taking(self, unit):
+        if isinstance(calls[-1], LoadWeights):
+            taken.append((unit.index, self._ahead.reading(unit.index) is not None))
+        return of_source(self, unit)
+
+    monkeypatch.setattr(StoredWeights, "of_source", taking)
+    monkeypatch.setattr(Worker, "do", lambda self, call: calls.append(call) or do(self, call))
+    pipeline.quantize(run_config(**changes))
+    # The last block is read again: norm and head lay between.
+    assert taken == [(0, False), (1, is_ahead), (2, is_ahead), (2, is_ahead), (1, is_ahead), (0, is_ahead)]
+    assert files_of(tmp_path / "run" / "model") == files_of(tmp_path / "plain" / "model")
