@@ -23,7 +23,7 @@ from astro.errors import UnsupportedError
 from astro.model.block_call import BlockState
 from astro.model.perplexity import gradient_scale, loss_gradient
 from astro.storage.checked_tensors import load_part, save_part
-from astro.timing import clock_s
+from astro.timing import Stopwatch
 from astro_dist.planning.units import BlockUnit
 from astro_dist.run_directory.unit_record import UnitRecord, WeightsResult
 from astro_dist.schedule.calls import Backward, DifferentiateLoss, LoadWeights, WeighingCall, WeighTokens
@@ -46,13 +46,13 @@ class _PassedBack:
         gradient: Gradient of the loss with respect to the block's input; empty where none passes.
         energies: Energies by kind and name of the layer or the input group.
         reason: Why nothing was measured; empty where it was.
-        seconds: Time that it took.
+        watch: Time that it took, which is read when the chunk is written: the next one may be passed back by then.
     """
 
     gradient: BlockState
     energies: dict[str, torch.Tensor]
     reason: str
-    seconds: float
+    watch: Stopwatch
 
 
 class TokenWeigher:
@@ -118,7 +118,7 @@ class TokenWeigher:
 
     def _pass_back(self, call: Backward, chunk: str, states: Sequence[BlockState]) -> _PassedBack:
         """Pass a gradient back: of the call's own chunk, or of the one behind it."""
-        runner, start = self._runner, clock_s(self._runner.device)
+        runner, watch = self._runner, Stopwatch(self._runner.device)
         block, (state, gradient) = call.block, states
         energies: dict[str, torch.Tensor] = {}
         reason = "no gradient passes through a block behind it"
@@ -128,18 +128,19 @@ class TokenWeigher:
             if runner.spec.quantization.tune_steps:  # known whether or not a gradient passes through the block
                 energies[f"{_TOKENS}.{OUTPUT}"] = output_energy(gradient.hidden)
             try:
-                passed = pass_back(
-                    runner.layers(unit), lambda before: runner.forward(block, before, chunk), state, gradient
-                )
+                with watch.running():
+                    passed = pass_back(
+                        runner.layers(unit), lambda before: runner.forward(block, before, chunk), state, gradient
+                    )
                 gradient = passed.gradient
                 energies |= {f"{_TOKENS}.{key}": energy for key, energy in passed.energies.items()}
                 energies |= {f"{_EXPERT}.{name}": energy for name, energy in passed.of_experts.items()}
             except UnsupportedError as error:
                 gradient, reason = BlockState(gradient.hidden.new_empty(0)), str(error)
-        return _PassedBack(gradient, energies, reason, clock_s(runner.device) - start)
+        return _PassedBack(gradient, energies, reason, watch)
 
     def _save(self, block: int, chunk: str, passed: _PassedBack) -> None:
-        runner, note = self._runner, json.dumps({"reason": passed.reason, "seconds": passed.seconds})
+        runner, note = self._runner, json.dumps({"reason": passed.reason, "seconds": passed.watch.read_s()})
         runner.states.begin_writing(runner.spec.run.hidden(ENERGY, block + 1, chunk), passed.energies, note)
         if block:
             runner.states.save(GRADIENT, block, chunk, passed.gradient)

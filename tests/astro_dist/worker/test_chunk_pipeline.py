@@ -11,9 +11,10 @@ from astro.calibration.block_statistics import BlockStatistics
 from astro.errors import StorageError
 from astro.storage import part_writer
 from astro.storage.checked_tensors import save_part
+from astro.timing import Stopwatch
 from astro_dist import pipeline
 from astro_dist.schedule.calls import Backward, DifferentiateLoss, Forward, ForwardChunk
-from astro_dist.worker import chunk_pipeline, prefetch
+from astro_dist.worker import chunk_pipeline, prefetch, token_weigher
 from astro_dist.worker.worker import Worker
 from tests.support.models import files_of
 
@@ -72,6 +73,39 @@ def test_which_chunks_are_computed_ahead(run_config, monkeypatch, slow_writer, k
         assert hits == [False, *[True] * 5] * 2 + [False] * 6
     else:  # the second chunk is the first that is seen to follow another
         assert hits == [False, False, *[True] * 4] * (1 if kind is DifferentiateLoss else 3)
+
+
+def test_time_of_a_gradient_that_is_passed_back_ahead_is_read_by_its_own_call(run_config, monkeypatch, slow_writer):
+    """Reading it waits for the device, and the call before is not to wait for that."""
+    happened, do = [], Worker.do
+
+    class Watch(Stopwatch):
+        def __init__(self, device):
+            super().__init__(device)
+            happened.append(self)
+
+        def read_s(self):
+            happened.append((self, "read"))
+            return super().read_s()
+
+    def call(self, call):
+        if isinstance(call, Backward):
+            happened.append(call.chunk)
+        return do(self, call)
+
+    monkeypatch.setattr(token_weigher, "Stopwatch", Watch)
+    monkeypatch.setattr(Worker, "do", call)
+    pipeline.quantize(run_config(**LOSS))
+    watches = {each: f"watch {number % 6}" for number, each in enumerate(e for e in happened if isinstance(e, Watch))}
+    told = [
+        watches[each] if isinstance(each, Watch) else f"{watches[each[0]]} read" if isinstance(each, tuple) else each
+        for each in happened
+    ]
+    of_block = told[: len(told) // 3]
+    assert of_block[of_block.index("c0002") :] == [
+        "c0002", "watch 2 read", "watch 3", "c0003", "watch 3 read", "watch 4", "c0004", "watch 4 read", "watch 5",
+        "c0005", "watch 5 read",
+    ]  # fmt: skip
 
 
 class States:
