@@ -3,7 +3,8 @@
     python tests/bench/scaling.py [--device h100] [--models 8B 70B ...]
     python tests/bench/scaling.py --measured RUN --workers 1 2
 
-The first command prints wall time and efficiency by number of workers, and what takes most of the time, in Markdown.
+The first command prints wall time, efficiency, what the run directory holds at most and what is read and written by
+number of workers, in Markdown, and what takes most of the time of one worker.
 The second checks the simulator. It takes the times of calls from the journal and the records of a real run, and
 simulates its wall time for some numbers of workers, which can be compared with real runs.
 """
@@ -25,6 +26,7 @@ from astro_dist.config.yaml_file import load_recorded_config
 from astro_dist.planning.cost import CostModel
 from astro_dist.planning.coverage import Coverage
 from astro_dist.planning.devices import DEVICES
+from astro_dist.planning.disk_size import DiskSize
 from astro_dist.planning.planned_run import PlannedRun
 from astro_dist.planning.simulate import simulate
 from astro_dist.planning.units import BlockUnit, CopyUnit, Plan
@@ -135,20 +137,30 @@ def table(name: str, device_name: str, gigabits: float, tune_steps: int) -> None
         config = RunConfig.model_validate({**CONFIG, **sections})
         tokens = chunk_tokens(config.calibration)
         cost = CostModel(PlannedRun(plan, config, tokens, torch.bfloat16, "cuda"))
-        walls, efficiencies, alone = [], [], 0.0
+        disk = DiskSize(PlannedRun(plan, config, tokens, torch.bfloat16, "cuda"))
+        runs, efficiencies, disks, traffic = [], [], [], []
         for workers in WORKERS:
             schedule = schedule_of(config, RunShape(len(plan.blocks), len(plan.copies), list(tokens)))
-            simulated = simulate(
-                schedule, workers, lambda call, cost=cost: cost.work(call).seconds(device, True), cost.result
-            )
-            walls.append(f"{simulated.wall_s / 60:.1f}")
-            alone = alone or simulated.wall_s
-            efficiencies.append(f"{alone / workers / simulated.wall_s:.0%}")
-        most = sorted(simulated.by_verb.items(), key=lambda item: -item[1])[:3]
-        print(f"| {mode} | minutes | " + " | ".join(walls) + " |")
+            moved = []
+
+            def seconds(call: Call, cost: CostModel = cost, moved: list[float] = moved) -> float:
+                work = cost.work(call)
+                moved.append(work.moved_bytes)
+                return work.seconds(device, True)
+
+            runs.append(simulate(schedule, workers, seconds, cost.result))
+            efficiencies.append(f"{runs[0].wall_s / workers / runs[-1].wall_s:.0%}")
+            disks.append(f"{disk.most_bytes(workers) / 1e9:.0f}")
+            traffic.append(f"{sum(moved) / 1e9:.0f}")
+        alone = runs[0]
+        most = sorted(alone.by_verb.items(), key=lambda item: -item[1])[:3]
+        print(f"| {mode} | minutes | " + " | ".join(f"{run.wall_s / 60:.1f}" for run in runs) + " |")
         print("| | efficiency | " + " | ".join(efficiencies) + " |")
+        print("| | peak disk, GB | " + " | ".join(disks) + " |")
+        print("| | read and written, GB | " + " | ".join(traffic) + " |")
         print(
-            f"most time ({mode}): " + ", ".join(f"{method} {s / simulated.busy_s:.0%}" for method, s in most),
+            f"most time of one worker ({mode}): "
+            + ", ".join(f"{verb} {took / alone.busy_s:.0%}" for verb, took in most),
             file=sys.stderr,
         )
 
