@@ -4,6 +4,8 @@ A worker holds its block, the statistics of its layers, and either what a forwar
 or what the solve of one batch of input groups takes.
 """
 
+import itertools
+
 import torch
 
 from astro.calibration.hessian import summed_dtype
@@ -106,13 +108,18 @@ class WorkerMemory:
     def of_host(self, sequences: int) -> int:
         """Return the most that a worker on a GPU takes of its host's memory, in bytes.
 
-        Pinned memory comes in powers of two. The next block's weights are there as they are read, and pinned.
+        Pinned memory comes in powers of two. The next block's weights are there as they are read, and pinned. In mode
+        `sequential` there are two shares of Hessians besides.
 
         Args:
             sequences: Number of sequences in the largest chunk.
         """
         weights = max((unit.held_bytes for unit in self._plan.blocks), default=0)
-        return int(_LIBRARIES_BYTES + weights + _PINNED * (weights + _TRAVELLING * self._state_bytes(sequences)))
+        # One that is added up, and the next one, which is read meanwhile.
+        shares = 2.0 * self._sequential * max(map(self._share_file_bytes, itertools.chain(*self._batches)), default=0.0)
+        return int(
+            _LIBRARIES_BYTES + shares + weights + _PINNED * (weights + _TRAVELLING * self._state_bytes(sequences))
+        )
 
     def _state_bytes(self, sequences: int) -> float:
         """Size of the hidden states of a chunk."""
@@ -199,6 +206,11 @@ class WorkerMemory:
         drift = 8.0 * batch.square if self._compensated and batch.reach == 1 else 0.0
         product = 4.0 * batch.square / batch.count if self._rounding_drifts(batch) and not drift else 0.0
         return self._statistics_bytes(batch) + drift + product
+
+    def _share_file_bytes(self, batch: PredictedInputGroup) -> float:
+        """Size of a share in a file: half of each Hessian, and whole drifts."""
+        drifts = (self._compensated and batch.reach == 1) + self._rounding_drifts(batch)
+        return (2.0 + 4.0 * drifts) * batch.square
 
     def _statistics_bytes(self, batch: PredictedInputGroup) -> float:
         """Size of Hessians, or of the inputs that experts keep instead while they are smaller.

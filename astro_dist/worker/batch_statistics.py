@@ -97,29 +97,28 @@ def save_share(
 
 
 def merge_share_(
-    block: BlockInParts, batch: int, share: int, merged: Sequence[MergedSums], device: torch.device
+    part: tuple[Mapping[str, torch.Tensor], Any],
+    columns: int,
+    is_even: bool,
+    merged: Sequence[MergedSums],
+    device: torch.device,
 ) -> dict[str, float]:
     """Add a share to what the shares before it add up to.
 
     Args:
-        block: The block.
-        batch: Index of the batch.
-        share: Index of the share.
+        part: Tensors and note of the share, as `BlockInParts.load` returns them.
+        columns: Width of the inputs of the batch.
+        is_even: Whether the index of the share is even.
         merged: What the share is added to, of each input group.
         device: Device of the sums.
 
     Returns:
         The time by phase that the share took, in seconds.
-
-    Raises:
-        DamagedError: The share is missing, or not as it was written.
     """
-    tensors, note = block.load(batch, share_part(share))
+    tensors, note = part
     for i, of_group in enumerate(merged):
         sums, totals = of_group.sums, note["totals"][i]
-        sums.hessian.merge_(
-            unpacked(tensors["hessian"][i].to(device), block.columns(batch)), note["num_tokens"][i], totals
-        )
+        sums.hessian.merge_(unpacked(tensors["hessian"][i].to(device), columns), note["num_tokens"][i], totals)
         if sums.sample is not None:
             sums.sample.merge_(tensors["sample"][i, : note["sampled"][i]].to(device))
         for of_rounding, name in ((sums.rounding_drift, _ROUNDING), (sums.correction_drift, _CORRECTION)):
@@ -128,7 +127,7 @@ def merge_share_(
         if sums.drift is not None:
             of_share = tensors["drift"][i].to(device)
             sums.drift.merge_(of_share, totals[0])
-            if of_group.even is not None and share % 2 == 0:
+            if of_group.even is not None and is_even:
                 of_group.even.merge_(of_share, totals[0])
             del of_share  # before the next one is there
     seconds: dict[str, float] = note["seconds"]

@@ -2,6 +2,8 @@
 
 import dataclasses
 from collections.abc import Sequence
+from functools import partial
+from typing import Any
 
 import torch
 
@@ -18,15 +20,20 @@ from astro.linalg.batching import stacked
 from astro.model.cache_scales import LargestByModule
 from astro.model.operands import Operand
 from astro.timing import add_seconds
+from astro_dist.planning.devices import reads_weights_ahead
 from astro_dist.schedule.names import ORIGINAL, SUM, round_stream, share_part
 from astro_dist.schedule.sequential import shares
 from astro_dist.worker.batch_statistics import BatchStatistics, MergedSums, merge_share_, read_sum, save_sum
 from astro_dist.worker.block_runner import BlockRunner
+from astro_dist.worker.prefetch import ReadAhead
 from astro_dist.worker.solved_stages import put_in, solved_before
 from astro_dist.worker.split_block import BlockInParts
 from astro_dist.worker.summed_inputs import SummedInputs
 
 __all__ = ["ShareMerger"]
+
+_Part = tuple[dict[str, torch.Tensor], Any]
+"""Tensors and note of a share."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -49,6 +56,7 @@ class ShareMerger:
             inputs: What is summed of the inputs of these blocks.
         """
         self._runner, self._inputs = runner, inputs
+        self._ahead: ReadAhead[tuple[BlockInParts, int, int], _Part] = ReadAhead()
         self.forget()
 
     def forget(self) -> None:
@@ -107,9 +115,22 @@ class ShareMerger:
             sums = self._inputs.empty(operand)
             is_halved = halves and sums.drift is not None
             merged.append(MergedSums(sums, DriftAccumulator(operand.columns, device) if is_halved else None))
-        for share in range(count):
-            add_seconds(seconds, merge_share_(block, batch, share, merged, device))
+        try:
+            for share in range(count):
+                part = self._read(block, batch, share, count)
+                add_seconds(seconds, merge_share_(part, block.columns(batch), share % 2 == 0, merged, device))
+                del part  # before the one behind the next is read
+        finally:
+            self._ahead.forget()
         return merged
+
+    def _read(self, block: BlockInParts, batch: int, share: int, count: int) -> _Part:
+        """Tensors and note of a share of a batch. Where there is room the next one is read while it is added."""
+        part = self._ahead.take((block, batch, share)) or block.load(batch, share_part(share))
+        # A CPU adds in the memory that this would take.
+        if share + 1 < count and reads_weights_ahead(self._runner.device.type):
+            self._ahead.expect((block, batch, share + 1), partial(block.load, batch, share_part(share + 1)))
+        return part
 
     def _statistics(
         self, block: BlockInParts, batch: int, names: Sequence[str], operand: Operand, sums: InputSums

@@ -182,6 +182,14 @@ def test_host_of_a_gpu_holds_the_next_block_and_states_on_their_way(run_config):
     assert 1e8 < libraries < 1e9
 
 
+def test_host_of_a_gpu_holds_two_shares_of_the_widest_layers_in_mode_sequential(run_config):
+    alone, _ = cost_of(run_config(), device="cuda")
+    for compensation, floats in (0, 0.5), ("auto", 1.5):  # half of a Hessian, and a drift
+        config = run_config(execution__mode="sequential", quantization__compensation=compensation)
+        shared, _ = cost_of(config, device="cuda")
+        assert shared.host_bytes() - alone.host_bytes() == 2 * floats * 4 * 128**2
+
+
 @pytest.mark.parametrize("call", [SolveBlock(0, 0), SolveBlock(1, 0), WriteBlock(1, 0)])
 def test_the_last_round_tunes_scales(run_config, call):
     changes = {"execution__rounds": 2, "calibration__samples": 8, "calibration__chunk_samples": 2}

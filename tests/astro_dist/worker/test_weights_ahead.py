@@ -7,7 +7,8 @@ import pytest
 from astro.storage.checkpoint import Checkpoint
 from astro_dist import pipeline
 from astro_dist.schedule.calls import DifferentiateLoss, LoadWeights, SolveBlock
-from astro_dist.worker import block_runner
+from astro_dist.worker import block_runner, share_merger
+from astro_dist.worker.split_block import BlockInParts
 from astro_dist.worker.stored_weights import StoredWeights
 from astro_dist.worker.worker import Worker
 from tests.support.models import files_of
@@ -90,3 +91,38 @@ def test_waves_read_the_next_block_while_chunks_pass_with_the_same_bytes(run_con
     # The last block is read again: norm and head lay between.
     assert taken == [(0, False), (1, is_ahead), (2, is_ahead), (2, is_ahead), (1, is_ahead), (0, is_ahead)]
     assert files_of(tmp_path / "run" / "model") == files_of(tmp_path / "plain" / "model")
+
+
+@pytest.mark.parametrize("is_ahead", [True, False])
+def test_next_share_is_read_while_one_is_added_with_the_same_bytes(run_config, tmp_path, monkeypatch, is_ahead):
+    changes = {"execution__mode": "sequential", "execution__hessian_shares": 2}
+    pipeline.quantize(run_config(output__dir=str(tmp_path / "plain"), **changes))
+    monkeypatch.setattr(share_merger, "reads_weights_ahead", lambda device_type: is_ahead)
+    read, load = {True: [], False: []}, BlockInParts.load
+
+    def loading(self, batch, part):
+        if part.startswith("share"):
+            read[threading.current_thread() is threading.main_thread()].append(part)
+        return load(self, batch, part)
+
+    monkeypatch.setattr(BlockInParts, "load", loading)
+    pipeline.quantize(run_config(**changes))
+    assert set(read[True]) == ({"share-0"} if is_ahead else {"share-0", "share-1"})
+    assert set(read[False]) == ({"share-1"} if is_ahead else set())
+    assert files_of(tmp_path / "run" / "model") == files_of(tmp_path / "plain" / "model")
+
+
+def test_share_that_cannot_be_read_ahead_is_an_error_of_the_call_that_adds_it(run_config, monkeypatch):
+    monkeypatch.setattr(share_merger, "reads_weights_ahead", lambda device_type: True)
+    harmed, load = [], BlockInParts.load
+
+    def loading(self, batch, part):
+        if part == "share-1" and threading.current_thread() is not threading.main_thread() and not harmed:
+            path = self._path(batch, part)
+            path.write_bytes(path.read_bytes()[:-1] + b"\xff")
+            harmed.append(path)
+        return load(self, batch, part)
+
+    monkeypatch.setattr(BlockInParts, "load", loading)
+    summary = pipeline.quantize(run_config(execution__mode="sequential", execution__hessian_shares=2))
+    assert [(retry.kind, retry.method) for retry in summary.retries] == [("damaged", "merge Hessians")]
