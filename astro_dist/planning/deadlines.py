@@ -1,10 +1,11 @@
 """How long a call may take before it is taken to hang."""
 
+import dataclasses
 from collections.abc import Callable
 
 from astro_dist.config.schema import RunConfig
 from astro_dist.planning.cost import CostModel
-from astro_dist.schedule.calls import Call
+from astro_dist.schedule.calls import Call, LoadWeights, OpenBlock
 
 __all__ = ["deadlines"]
 
@@ -32,6 +33,8 @@ def deadlines(config: RunConfig, cost: CostModel, device_type: str) -> Callable[
     rate = _SLOWEST_GPU if device_type == "cuda" else _SLOWEST_CORE * config.execution.cpu_threads
 
     def at_worst(call: Call) -> float:
+        if isinstance(call, OpenBlock | LoadWeights):
+            call = dataclasses.replace(call, was_foretold=False)  # what is read ahead may be yet to be read
         work = cost.work(call)
         operations = work.compute + work.rounded + work.exact
         return _PATIENCE_S + _SLACK * operations / rate + work.moved_bytes / _CRAWL

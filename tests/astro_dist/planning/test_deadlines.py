@@ -6,6 +6,7 @@ import pytest
 
 from astro_dist.planning.deadlines import deadlines
 from astro_dist.planning.work import Work
+from astro_dist.schedule.calls import LoadWeights, OpenBlock
 
 
 @pytest.fixture
@@ -31,3 +32,9 @@ def test_deadline_grows_with_operations_by_device_and_with_bytes(limit):
 
 def test_seconds_that_are_asked_for_hold_for_any_work(limit):
     assert limit(Work(1e18), execution__call_timeout_s=7.0) == 7
+
+
+@pytest.mark.parametrize("call", [LoadWeights(0, "unit", was_foretold=True), OpenBlock(0, 0, was_foretold=True)])
+def test_weights_that_should_have_been_read_may_be_yet_to_be_read(run_config, call):
+    cost = SimpleNamespace(work=lambda call: Work(moved_bytes=0.0 if call.was_foretold else 5e9))
+    assert deadlines(run_config(), cost, "cuda")(call) == 1600
