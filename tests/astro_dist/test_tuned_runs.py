@@ -85,7 +85,7 @@ def test_what_the_source_returns_is_wanted_where_weights_make_up_for_earlier_err
             execution__mode="sequential",
             execution__hessian_shares=2,
             calibration__holdout_samples=0,
-        )  # fmt: skip
+        )
     )
     assert [distance > 1e-2 for distance in away] == [False] + 2 * [compensation == "auto"]
     assert away[0] < 1e-4
