@@ -27,7 +27,7 @@ take less memory than a matrix of columns × columns."""
 MOST_ROWS = 4096
 """Largest number of rows of a sample; of more, every second one is dropped."""
 _WHOLE = 1 << 50
-"""What the energy of a chunk is cut into. So many times a number of sampled tokens is still an integer of 64 bits."""
+"""What the importance of all tokens of a chunk is cut into. Times a number of tokens it still fits into 64 bits."""
 _TINY = torch.finfo(torch.float32).tiny
 
 
@@ -116,12 +116,12 @@ def _sampled(X: torch.Tensor, X_rounded: torch.Tensor, counts: torch.Tensor) -> 
     shares = torch.cat(norms, dim=-1).double().square_()  # of each token, did it count 1
     shares /= (shares @ counts.double()).clamp_(min=_TINY).unsqueeze(-1)
     share = shares.mean(0)
-    # Sums of integers are the same in any order.
-    reached = (share * counts * _WHOLE).long().cumsum(0)
-    places = (torch.arange(_SAMPLED, device=X.device) * 2 + 1) * reached[-1] // (2 * _SAMPLED)
-    chosen = torch.searchsorted(reached, places, right=True).clamp_(max=len(X) - 1)
-    known = share[chosen]
-    return chosen, torch.where(known > 0, 1 / (_SAMPLED * known), 0.0).float()
+    # Sums of integers are the same in any order. Their sum is less than all where rounding takes nothing.
+    cumulative = (share * counts * _WHOLE).long().cumsum(0)
+    places = (torch.arange(_SAMPLED, device=X.device) * 2 + 1) * cumulative[-1] // (2 * _SAMPLED)
+    chosen = torch.searchsorted(cumulative, places, right=True).clamp_(max=len(X) - 1)
+    expected = _SAMPLED * share[chosen] * _WHOLE / cumulative[-1].clamp(min=1)  # how often each is chosen, over v
+    return chosen, torch.where(expected > 0, 1 / expected, 0.0).float()
 
 
 @dataclasses.dataclass(frozen=True)

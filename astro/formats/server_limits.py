@@ -78,12 +78,12 @@ def cache_notes(activations: Activations) -> list[str]:
     """
     if not activations.rounds_cache:
         return []
-    # Read in vLLM 0.32: `triton_attn.py`, `fa_utils.py` and `attention.py`.
+    # Read in vLLM 0.32: `flashinfer.py`, `triton_attn.py`, `fa_utils.py`, `attention.py` and `platforms/cuda.py`.
     return [
-        "activations.kv_cache fp8: by its source, vLLM 0.32 takes such a cache on CUDA GPUs of compute capability 8.9 "
-        "or more (L4, H100 and newer); its loader was tried, and no such GPU; on 9.0 FlashAttention 3 rounds queries "
-        "to FP8 too, which is not measured; other servers were not looked at; transformers ignores the scales and "
-        "rounds no keys and values"
+        "activations.kv_cache fp8: by its source, vLLM 0.32 takes such a cache on CUDA GPUs of compute capability 8.0 "
+        "or more by FlashInfer (A100 and newer), and of 8.9 or more by Triton; most of its kernels then round queries "
+        "to FP8 too, which is not measured; its loader was tried, and no GPU; other servers were not looked at; "
+        "transformers ignores the scales and rounds no keys and values"
     ]
 
 
@@ -105,7 +105,6 @@ def adapter_notes(corrections: Reconstruction, activations: Activations, archite
     )
     if corrections.holds_channels(activations):
         return [
-            "CAREFUL: without its adapter this model is of no use, and a server without LoRA cannot serve it; find out "
-            f"before the run whether yours takes it: {limits}"
+            f"CAREFUL: without its adapter this model is of no use, and a server without LoRA cannot serve it; {limits}"
         ]
     return [f"reconstruction: without its adapter the model works and loses more; to add it, {limits}"]

@@ -99,7 +99,7 @@ class MeasuringWorker:
         spec = self._spec
         configure_process(spec.threads)
         if spec.settings.device == "cuda":
-            require_gpu()
+            require_gpu("--device")
         self._model = _opened(spec.model, spec.settings)
         self._against = _opened(spec.against, spec.settings) if spec.against else None
 

@@ -11,6 +11,7 @@ import torch
 from rich.filesize import decimal
 
 import astro
+from astro.process import set_allocator
 
 __all__ = ["read_environment"]
 
@@ -49,6 +50,7 @@ def _version(package: str) -> str:
 
 
 def _gpus() -> str:
+    set_allocator()  # a run may go on in this process
     if not torch.cuda.is_available():
         return f"none that torch can use (its CUDA: {torch.version.cuda or 'none, it is built for CPUs'})"
     properties = [torch.cuda.get_device_properties(index) for index in range(torch.cuda.device_count())]

@@ -13,7 +13,7 @@ import ray.train.torch
 import torch
 
 from astro.errors import AstroError, ConfigError, DamagedError, DivergedError, RunError, StorageError
-from astro.process import configure_process
+from astro.process import configure_process, set_allocator
 from astro_dist.config.schema import ExecutionConfig
 from astro_dist.config.training import TrainConfig
 from astro_dist.execution.ray_executor import connect
@@ -133,6 +133,7 @@ def _train_on_worker(content: Mapping[str, Any]) -> None:
     """Train on one worker; Ray Train calls it on each."""
     config, tokens, run = content["config"], content["tokens"], content["run"]
     context = ray.train.get_context()
+    set_allocator()
     configure_process(config.execution.threads_per_worker)
     device = ray.train.torch.get_device()
     place = Place(context.get_world_rank(), context.get_world_size(), torch.device(device))

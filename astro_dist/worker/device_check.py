@@ -95,13 +95,16 @@ def gpu_trouble(key: str = "execution.device:") -> str | None:
     return None
 
 
-def require_gpu() -> None:
+def require_gpu(key: str = "execution.device:") -> None:
     """Refuse a machine whose GPU torch cannot use.
+
+    Args:
+        key: What the user sets to take the CPU, for the message.
 
     Raises:
         RunError: There is none, its driver is too old, or torch has no kernels for it.
     """
-    trouble = gpu_trouble()
+    trouble = gpu_trouble(key)
     if trouble:
         raise RunError(f"{platform.node()}: {trouble}")
 

@@ -10,6 +10,7 @@ original.
 """
 
 import argparse
+import hashlib
 import json
 import subprocess
 import sys
@@ -103,7 +104,9 @@ def peer_of(text: str) -> tuple[str, list[str], str]:
 def peer_run(options: argparse.Namespace, peer: tuple[str, list[str], str], grid: str, tokens: Path) -> dict:
     """Run another tool once, and return perplexity and seconds."""
     name, (tool, *arguments), python = peer
-    path = options.out / f"{run_name(name, grid, options.seed)}.json"
+    # What our own runs see by their keys: another model, or other tokens.
+    inputs = hashlib.sha256(f"{options.model} ".encode() + tokens.read_bytes()).hexdigest()[:12]
+    path = options.out / f"{run_name(name, grid, options.seed)}-{inputs}.json"
     if not path.exists():
         bits, group_size = grid.split(":")
         job = ["--bits", bits, "--group-size", group_size, *arguments]

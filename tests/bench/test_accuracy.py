@@ -40,8 +40,9 @@ def test_a_peer_is_a_tool_with_its_arguments():
             accuracy.peer_of(wrong)
 
 
-def test_a_peer_with_other_arguments_or_another_sample_is_run_anew(options, monkeypatch):
-    commands = []
+def test_a_peer_with_other_arguments_or_other_tokens_is_run_anew(options, monkeypatch, tmp_path):
+    commands, tokens = [], tmp_path / "tokens"
+    tokens.write_bytes(b"one sample")
 
     def run(command, **_):
         commands.append(command)
@@ -52,13 +53,15 @@ def test_a_peer_with_other_arguments_or_another_sample_is_run_anew(options, monk
     few, many = (accuracy.peer_of(f"auto-round --iters {steps}=python") for steps in (50, 200))
 
     def perplexity(peer):
-        return accuracy.peer_run(options, peer, "4:64", Path("tokens"))["quantized"]
+        return accuracy.peer_run(options, peer, "4:64", tokens)["quantized"]
 
     assert [perplexity(few), perplexity(many), perplexity(few)] == [1, 2, 1]
-    options.seed = 1
+    tokens.write_bytes(b"another")
     assert perplexity(few) == 3
+    options.model = Path("other")
+    assert perplexity(few) == 4
     assert commands[0][2:] == [
-        "auto-round", "model", "tokens", "--bits", "4", "--group-size", "64", "--iters", "50",
+        "auto-round", "model", str(tokens), "--bits", "4", "--group-size", "64", "--iters", "50",
     ]  # fmt: skip
 
 

@@ -97,12 +97,18 @@ def test_sample_says_what_a_layer_loses(kind, weight_error):
     torch.testing.assert_close(found, (missed.square().sum(-1) * counts).mean() / mean, rtol=0.2, atol=0)
 
 
-def test_sample_of_few_tokens_and_of_none():
+def test_sample_of_few_tokens_of_none_and_of_such_as_lie_on_the_grid():
     for num_tokens in (0, 3):
         sums, X = InputSums(24, here(), KIND), correlated_inputs(50, 24).float().to(here())
         sums.add_(X[:20])
         sums.add_(X[20 : 20 + num_tokens])
         assert len(sums.sample.rows) == 16 + num_tokens
+    sums, grid = InputSums(24, here(), KIND), torch.randint(-7, 8, (200, 24), device=here()).float()
+    grid[:, 0] = 7  # each token lies on its grid, so that rounding takes nothing
+    sums.add_(grid)
+    torch.testing.assert_close(
+        sums.finish_("q")[2].sample.square().sum(), grid.square().sum(-1).mean(), rtol=0.1, atol=0
+    )
     silent = InputSums(24, here(), KIND)
     silent.add_(torch.zeros(20, 24, device=here()))
     assert not silent.finish_("q")[2].sample.any()

@@ -11,7 +11,8 @@ ASER = Activations(bits=8, smoothing="aser")
 def test_an_fp8_cache_says_who_takes_it_and_who_ignores_it():
     (note,) = cache_notes(Activations(kv_cache="fp8"))
     assert "vLLM 0.32 takes such a cache" in note
-    assert "compute capability 8.9 or more" in note
+    assert "compute capability 8.0 or more by FlashInfer" in note
+    assert "round queries to FP8 too, which is not measured" in note
     assert "transformers ignores the scales" in note
     assert cache_notes(Activations()) == []
 
