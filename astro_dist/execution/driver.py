@@ -16,7 +16,7 @@ from astro_dist.report.progress import ProgressDisplay
 from astro_dist.run_directory.journal import Journal
 from astro_dist.run_directory.records import RunDirectory
 from astro_dist.run_directory.unit_record import UnitRecord
-from astro_dist.schedule.calls import Call, FinishingCall, ForwardChunk, Result
+from astro_dist.schedule.calls import Call, DifferentiateLoss, FinishingCall, ForwardChunk, LoadWeights, Result
 from astro_dist.schedule.schedule import Schedule, assign
 
 __all__ = ["Driver", "Limits"]
@@ -171,7 +171,7 @@ class Driver:
             self._executor.submit(worker, call)
             self._work.began(worker, call.unit)
             self._display.started(worker, call)
-            if call.unit not in self._begun and not isinstance(call, ForwardChunk):
+            if call.unit not in self._begun and not isinstance(call, ForwardChunk | LoadWeights | DifferentiateLoss):
                 self._begun.add(call.unit)
                 self._note("began", unit=call.unit, worker=worker)
 

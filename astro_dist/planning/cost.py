@@ -121,7 +121,7 @@ class CostModel:
             case DifferentiateLoss(chunk):
                 passed = self._forward.head(self._tokens[chunk]) * 2.0
                 return _behind(passed, 2.0 * self._activations([chunk]) + self._ahead_bytes(call))
-            case LoadWeights(block, _, was_foretold):
+            case LoadWeights(block=block, was_foretold=was_foretold):
                 if was_foretold and reads_weights_ahead(self._device_type):
                     return Work()
                 outside = float(plan.outside_weights * self._itemsize)

@@ -103,22 +103,28 @@ class WorkerMemory:
         outside = plan.outside_weights * (self._itemsize + (stored if stored != self._itemsize else 0))
         logits = 4 * _LOGITS * self._sequence_length * plan.vocab_size
         before = CUDA_CONTEXT_BYTES if self._device_type == "cuda" else _LIBRARIES_BYTES
-        return int(before + max(blocks, outside + logits))
+        # At the head states are read, computed and written ahead too, and the gradient of one is put together.
+        travelling = (_TRAVELLING + 2 * self._weighs_by_loss) * self._state_bytes(sequences)
+        return int(before + max(blocks, outside + logits + travelling))
 
     def of_host(self, sequences: int) -> int:
         """Return the most that a worker on a GPU takes of its host's memory, in bytes.
 
-        Pinned memory comes in powers of two. The next block's weights are there as they are read, and pinned. In mode
-        `sequential` there are two shares of Hessians besides.
+        Pinned memory comes in powers of two. The next block's weights are there as they are read, and pinned; or
+        embeddings and head, as they are read. In mode `sequential` there are two shares of Hessians besides.
 
         Args:
             sequences: Number of sequences in the largest chunk.
         """
         weights = max((unit.held_bytes for unit in self._plan.blocks), default=0)
+        outside = sum(unit.written_bytes for unit in self._plan.copies)
         # One that is added up, and the next one, which is read meanwhile.
         shares = 2.0 * self._sequential * max(map(self._share_file_bytes, itertools.chain(*self._batches)), default=0.0)
         return int(
-            _LIBRARIES_BYTES + shares + weights + _PINNED * (weights + _TRAVELLING * self._state_bytes(sequences))
+            _LIBRARIES_BYTES
+            + shares
+            + max(weights, outside)
+            + _PINNED * (weights + _TRAVELLING * self._state_bytes(sequences))
         )
 
     def _state_bytes(self, sequences: int) -> float:

@@ -108,6 +108,8 @@ def worker_lines(
 
 def _at(call: Call, words: UnitWords, chunks: Sequence[str]) -> str:
     block = getattr(call, "block", None)
+    if isinstance(call, DifferentiateLoss | LoadWeights) and block is None:
+        return f"{words.unit(call.unit)} · {phase_of(call, chunks)}"
     if block is None:
         return words.unit(call.unit)
     place = words.unit(call.unit) if is_block_unit(call.unit) else words.block(block)

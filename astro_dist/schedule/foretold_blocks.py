@@ -19,7 +19,7 @@ class ForetoldBlocks:
 
         Args:
             worker: Number of the worker.
-            waiting: Indices of the blocks that wait for a worker, in order.
+            waiting: Indices of the blocks that wait for a worker, in order; any other number for what is no block.
 
         Returns:
             Index of the block; None where none will be left.

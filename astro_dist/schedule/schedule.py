@@ -120,7 +120,7 @@ class Schedule(Protocol):
         """
 
     def holds(self, worker: int) -> bool:
-        """Tell whether a worker has a block open, which no other worker can go on with.
+        """Tell whether a worker goes on with the block that it has open, or waits for chunks on their way to it.
 
         Workers without an open block are alike: where one of them gets no call, none of the others does.
 

@@ -83,6 +83,7 @@ class TokenWeightSchedule:
         self._foretold = ForetoldBlocks()
         self._taken: set[Call] = set()
         self._steps: dict[str, _Passing | None] = {}  # by chunk
+        self._turns: dict[str, int] = {}  # by chunk: the block that its gradient is behind; one more for none yet
         self._open_calls: _OpenCalls | None = None
         if any(self._is_lost(chunk) for chunk in self._chunks):
             self.finished.discard(EMBED)  # it is made again
@@ -108,11 +109,12 @@ class TokenWeightSchedule:
         self._open_calls = None
         kind, block = place
         if place != here and kind in get_args(_Passing):
+            beside = list(self._places.values()).count(place)
             self._places[worker] = place
             was_foretold = self._foretold.take(worker) == block
             if kind is DifferentiateLoss:
-                return LoadWeights(None, LOSS_GRADIENT)
-            return LoadWeights(block, weights_unit(block), was_foretold)
+                return LoadWeights(None, LOSS_GRADIENT, beside=beside)
+            return LoadWeights(block, weights_unit(block), kind is Backward, beside, was_foretold)
         call = calls.free[place]
         self._taken.add(call)
         return self._telling(worker, place, call, idle) if isinstance(call, _Passing) else call
@@ -177,11 +179,15 @@ class TokenWeightSchedule:
 
     def _waiting(self) -> Iterator[Place]:
         """The places that no worker has and that chunks are still to pass, in the order in which workers come there."""
-        last, held = self._num_blocks - 1, set(self._places.values())
-        forth = [(ForwardChunk, block) for block in range(self._num_blocks)]
-        back = [(Backward, block) for block in range(last, min(self._open, default=last) - 1, -1)]
-        is_differentiated = self._energy[last].issuperset(self._chunks)  # the gradient behind it may be gone by then
-        for place in (*forth, *([] if is_differentiated else [_HEAD]), *back):
+        steps = [(step, self._turns[chunk]) for chunk, step in self._steps.items() if step is not None]
+        furthest = max((turn for _, turn in steps), default=0)
+        forward = [(step.block, turn) for step, turn in steps if isinstance(step, ForwardChunk)]
+        forth = range(min(forward)[0], max(turn for _, turn in forward) - 1) if forward else ()
+        head = [_HEAD] if furthest > self._num_blocks else []
+        back = range(min(furthest, self._num_blocks) - 1, min(self._open, default=self._num_blocks) - 1, -1)
+        held = set(self._places.values())
+        places = [(ForwardChunk, block) for block in forth], head, [(Backward, block) for block in back]
+        for place in itertools.chain(*places):
             if place not in held and not self._passed(place).issuperset(self._chunks):
                 yield place
 
@@ -233,7 +239,8 @@ class TokenWeightSchedule:
         if block is None:
             return None
         gradient_at = next((g for g in range(block + 1, self._num_blocks + 1) if chunk in self._gradient[g]), None)
-        goal = self._num_blocks if gradient_at is None else gradient_at - 1
+        self._turns[chunk] = turn = self._num_blocks + 1 if gradient_at is None else gradient_at
+        goal = turn - 1
         at = self._furthest(chunk, goal)
         assert at is not None, "a chunk that is nowhere on its way is embedded anew"
         if at < goal:

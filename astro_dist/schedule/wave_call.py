@@ -13,11 +13,16 @@ class LoadWeights:
     Attributes:
         block: Index of the block; None for norm and head.
         unit: Name of the unit that the chunks are on their way for.
+        comes_back: Whether gradients are to pass the block.
+        beside: Number of workers that have loaded the same for the same chunks. So each has a call of its own, and
+            failures of several workers are not taken for those of one call.
         was_foretold: Whether the worker was told before, so that it may have read the block already.
     """
 
     block: int | None
     unit: str
+    comes_back: bool = False
+    beside: int = 0
     was_foretold: bool = dataclasses.field(default=False, compare=False)
     verb: ClassVar[str] = "load weights"
 

@@ -3,7 +3,17 @@
 import pytest
 
 from astro_dist.report.call_words import phase_of, worker_lines
-from astro_dist.schedule.calls import Backward, CopyTensors, DifferentiateLoss, Embed, Forward, SolveBlock, SolveRows
+from astro_dist.schedule.calls import (
+    Backward,
+    CopyTensors,
+    DifferentiateLoss,
+    Embed,
+    Forward,
+    LoadWeights,
+    SolveBlock,
+    SolveRows,
+)
+from astro_dist.schedule.names import LOSS_GRADIENT
 from astro_dist.schedule.unit_words import UnitWords
 
 CHUNKS = ["c0000", "c0001", "h0000"]
@@ -30,6 +40,11 @@ def test_a_few_workers_have_a_line_each():
     assert worker_lines(calls, 0, UnitWords(30), CHUNKS) == [
         "worker 0   block 3 of 30 · calibrating 1/2",
         "worker 1   copying other tensors, part 1",
+    ]
+    at_head = {0: (LoadWeights(None, LOSS_GRADIENT), 1.0), 1: (DifferentiateLoss("c0001"), 1.0)}
+    assert worker_lines(at_head, 0, UnitWords(30), CHUNKS) == [
+        "worker 0   gradient of the loss · reading",
+        "worker 1   gradient of the loss · differentiating the loss 2/2",
     ]
 
 

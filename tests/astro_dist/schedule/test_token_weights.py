@@ -5,6 +5,8 @@ import random
 
 import pytest
 
+from astro.errors import RunError
+from astro_dist.execution.failure import Failure, FailureHistory
 from astro_dist.schedule.calls import Backward, DifferentiateLoss, Embed, ForwardChunk, LoadWeights, WeighTokens
 from astro_dist.schedule.names import EMBED, ENERGY, GRADIENT, ORIGINAL, weights_unit
 from astro_dist.schedule.schedule import RunShape, StartingPoint, assign
@@ -117,8 +119,8 @@ def test_place_is_shared_where_many_chunks_wait(num_chunks, at_head):
     schedule = TokenWeightSchedule(RunShape(1, 0, chunks), StartingPoint(finished={EMBED}, present=present))
     calls = dict(assign(schedule, range(6)))
     assert calls[0] == LoadWeights(None, "loss-gradient")
-    assert calls[1] == LoadWeights(0, "weights-0000")
-    assert list(calls.values()).count(calls[0]) == at_head
+    assert calls[1] == LoadWeights(0, "weights-0000", comes_back=True)
+    assert [call.beside for call in calls.values() if call.block is None] == list(range(at_head))
     for worker, call in calls.items():
         schedule.done(worker, call, None)
     first = dict(assign(schedule, range(6)))
@@ -130,8 +132,10 @@ def test_workers_load_what_chunks_will_come_to():
     schedule = TokenWeightSchedule(SHAPE)
     schedule.done(0, schedule.next_call(0), None)
     calls = [call for _, call in assign(schedule, range(13))]
-    forth = [LoadWeights(block, weights_unit(block)) for block in range(BLOCKS)]
-    assert calls == [*forth, LoadWeights(None, "loss-gradient"), *forth[::-1]]
+    forth, back = (
+        [LoadWeights(block, weights_unit(block), comes_back) for block in range(BLOCKS)] for comes_back in (False, True)
+    )
+    assert calls == [*forth, LoadWeights(None, "loss-gradient"), *back[::-1]]
 
 
 @pytest.mark.parametrize(("workers", "guessed"), [(1, 9), (2, 6), (3, 5)])
@@ -143,6 +147,29 @@ def test_following_block_is_told_and_comes_true(workers, guessed):
         if isinstance(call, LoadWeights) and call.was_foretold:
             told = {each.following for other, each in made if other == worker and isinstance(each, WaveCall)}
             assert call.block in told
+
+
+@pytest.mark.parametrize("workers", [1, 2, 4])
+@pytest.mark.parametrize("stop", range(0, 90, 10))
+def test_of_a_run_that_goes_on_no_block_is_read_that_is_done_with(workers, stop):
+    disk, first = Disk(), TokenWeightSchedule(SHAPE)
+    simulate(first, workers, disk, stop)
+    made = [call for _, call in simulate(TokenWeightSchedule(SHAPE, disk.start(first.finished)), workers, disk)]
+    passed = {call.block for call in made if isinstance(call, ForwardChunk | Backward)}
+    assert {call.block for call in made if isinstance(call, LoadWeights)} <= passed | {None}
+    assert {call.following for call in made if isinstance(call, WaveCall)} <= passed | {None}
+
+
+def test_a_node_that_is_lost_takes_no_two_calls_that_are_alike():
+    """Else its eight workers that load the same would be taken for one call that failed eight times."""
+    chunks = [f"c{number:04d}" for number in range(80)]
+    start = StartingPoint(finished={EMBED}, present={ORIGINAL: {0: chunks}})
+    schedule = TokenWeightSchedule(RunShape(1, 0, chunks), start)
+    history = FailureHistory(1)
+    for worker, call in list(assign(schedule, range(8))):
+        failure = Failure(unit="u", place="p", method=call.verb, worker=worker, kind="lost", cause="its node died")
+        history.judge(failure, call, RunError("lost"))
+        schedule.failed(worker, call)
 
 
 def test_what_is_told_makes_no_other_call():
