@@ -43,7 +43,7 @@ _OUTSIDE = ("outside", -1)
 
 
 class BlockRunner:
-    """Loads blocks and runs them; it holds one at most, of the source or of what a round wrote, or what is outside them.
+    """Loads blocks and runs them; it holds at most one, of the source or of what a round wrote, or what is around them.
 
     Attributes:
         spec: What the worker was built from, with a checkpoint that decodes on the device.

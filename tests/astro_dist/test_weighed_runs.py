@@ -7,10 +7,13 @@ from safetensors.torch import load_file, save_file
 from astro.calibration.token_weights import OUTPUT
 from astro.errors import UnsupportedError
 from astro_dist import pipeline
+from astro_dist.report.status import read_status
 from astro_dist.run_directory.records import RunDirectory
 from astro_dist.run_directory.unit_record import WeightsResult
+from astro_dist.schedule.calls import Backward
 from astro_dist.schedule.names import weights_unit
 from astro_dist.worker import token_weigher
+from astro_dist.worker.worker import Worker
 
 
 def weigh(config, gain, folder):
@@ -72,3 +75,19 @@ def test_tokens_at_the_output_of_a_block_without_gradient_are_weighted_by_the_lo
     layers = [layer for block in RunDirectory(tmp_path / "failing", "").blocks().values() for layer in block.layers]
     assert {layer.token_weights for layer in layers if ".1." in layer.name} == {"norm"}
     assert not summary.tuning.untuned
+
+
+def test_while_tokens_are_weighed_status_shows_blocks_that_workers_are_at(run_config, monkeypatch):
+    """A block that is loaded, or passed forward, is not begun; a gradient's way back through it is."""
+    shown, real = [], Worker.do
+
+    def do(self, call):
+        if isinstance(call, Backward):
+            shown.append({doing.unit for doing in read_status(config.output.dir).in_flight} | {call.unit})
+        return real(self, call)
+
+    monkeypatch.setattr(Worker, "do", do)
+    config = run_config(calibration__token_weights="loss")
+    pipeline.quantize(config)
+    assert shown
+    assert all(len(units) == 1 for units in shown)

@@ -168,6 +168,20 @@ def test_405b_in_mode_sequential_leaves_room_on_80_gb(tmp_path):
     assert gigabytes(tmp_path, "70B", 8, mode="sequential") < 27
 
 
+def test_embeddings_and_head_that_are_larger_than_a_block_are_counted(tmp_path):
+    """Of the host as they are read, of the device with hidden states on their way to the head and from it."""
+    plan, _, folder = planned(tmp_path / "405B", "405B")
+    copies = [dataclasses.replace(unit, written_bytes=10 * unit.written_bytes) for unit in plan.copies]
+    large = dataclasses.replace(plan, copies=copies, outside_weights=10 * plan.outside_weights)
+    usually, outside = (sum(unit.written_bytes for unit in each) for each in (plan.copies, copies))
+    held = max(unit.held_bytes for unit in plan.blocks)
+    assert outside > held
+    usual, more = (WorkerMemory(each, run(folder), torch.bfloat16, "cuda") for each in (plan, large))
+    assert more.of_host(2) - usual.of_host(2) == pytest.approx(outside - max(held, usually), abs=2)
+    state = 2048 * plan.hidden_size * 2
+    assert more.bytes(4) - more.bytes(2) == pytest.approx(5 * 2 * state, abs=2)
+
+
 @pytest.mark.parametrize(
     ("name", "gigabytes_each"),
     [
