@@ -5,6 +5,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from rich.filesize import decimal
+
 from astro.quantization.layer_record import LayerRecord
 from astro_dist.export.finished_run import FinishedRun
 from astro_dist.run_directory.layout import RunLayout
@@ -25,6 +27,8 @@ class RunFigures:
         bits: Mean number of bits of a quantized weight, without scales.
         group_size: Number of columns that share a scale; -1 for whole rows.
         also_rounded: What servers round besides weights, such as "inputs int8 per token"; empty where nothing.
+        corrections: Ranks of the corrections and the size of their adapter, which is not in that of the result; empty
+            where there are none.
         mode: Mode of the run, and its number of rounds where there are several.
         size_bytes: Size of the result.
         share: Size of the result, as a share of the source.
@@ -44,6 +48,7 @@ class RunFigures:
     bits: float
     group_size: int
     also_rounded: str
+    corrections: str
     mode: str
     size_bytes: int
     share: float
@@ -103,13 +108,14 @@ def _figures(root: Path) -> RunFigures:
     summary, config = finished.summary, finished.config
     layers = _last_layers(finished)
     worst = max(layers, key=lambda layer: layer.relative_error)
-    rounds, fallbacks = config.execution.rounds, summary.fallbacks
+    rounds, fallbacks, added = config.execution.rounds, summary.fallbacks, summary.corrections
     return RunFigures(
         run=str(root),
         base=summary.base_model.name or config.model.source,
         bits=summary.average_bits,
         group_size=config.quantization.group_size,
         also_rounded=", ".join(config.activations.rounded_in_words),
+        corrections=f"rank {added.ranks_in_words}, {decimal(added.size_bytes)} more" if added else "",
         mode=f"{config.execution.mode}{f' × {rounds}' if rounds > 1 else ''}{', tuned' if summary.has_tuned else ''}",
         size_bytes=summary.bytes_written,
         share=summary.bytes_written / summary.bytes_read,

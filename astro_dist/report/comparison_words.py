@@ -12,7 +12,7 @@ from astro_dist.wording import nats, percent
 
 __all__ = ["comparison_rows", "comparison_tables", "run_names"]
 
-_MODEL, _ALSO_ROUNDED = "model", "also rounded"
+_MODEL, _ALSO_ROUNDED, _CORRECTIONS = "model", "also rounded", "corrections"
 _GAP = 2
 """Characters between two columns of a table, and at its two ends together."""
 
@@ -28,14 +28,18 @@ def run_names(comparison: Comparison) -> list[str]:
 
 
 def comparison_rows(comparison: Comparison) -> Iterator[tuple[str, list[str]]]:
-    """Return the title of each row, and its cells, one for each run. What no run rounds besides weights is no row.
+    """Return the title of each row, and its cells, one for each run. What no run has besides weights is no row.
 
     Args:
         comparison: Figures of the runs.
     """
-    is_rounded = any(run.also_rounded for run in comparison.runs)
+    runs = comparison.runs
+    is_there = {
+        _ALSO_ROUNDED: any(run.also_rounded for run in runs),
+        _CORRECTIONS: any(run.corrections for run in runs),
+    }
     for title, cell in _ROWS.items():
-        if is_rounded or title != _ALSO_ROUNDED:
+        if is_there.get(title, True):
             yield title, [cell(run) for run in comparison.runs]
 
 
@@ -104,6 +108,7 @@ _ROWS: dict[str, Callable[[RunFigures], str]] = {
     "bits": lambda run: f"{run.bits:.3g}",
     "group size": lambda run: "rows" if run.group_size == -1 else str(run.group_size),
     _ALSO_ROUNDED: lambda run: run.also_rounded or "-",
+    _CORRECTIONS: lambda run: run.corrections or "-",
     "mode": lambda run: run.mode,
     "size": lambda run: f"{decimal(run.size_bytes)} ({percent(run.share)})",
     "perplexity": _perplexity,

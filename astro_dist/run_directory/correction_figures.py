@@ -65,13 +65,16 @@ class CorrectionFigures(PlainRecord):
         )
 
     @property
+    def ranks_in_words(self) -> str:
+        """Say what ranks the corrections have, such as "16 to 64"."""
+        least, largest = self.least_rank, self.largest_rank
+        return str(largest) if least == largest else f"{least} to {largest}"
+
+    @property
     def in_words(self) -> str:
         """Say what the corrections are, take and leave."""
-        ranks = str(self.largest_rank)
-        if self.least_rank < self.largest_rank:
-            ranks = f"{self.least_rank} to {self.largest_rank}"
         return (
-            f"corrections of rank {ranks} beside {counted(self.layers, 'layer')}: {decimal(self.size_bytes)}, "
-            f"{percent(self.weights / self.layer_weights, 1)} more multiplications a token in these layers, whose mean "
+            f"corrections of rank {self.ranks_in_words} beside {counted(self.layers, 'layer')}: "
+            f"{decimal(self.size_bytes)}, {percent(self.weights / self.layer_weights, 1)} more multiplications a token in these layers, whose mean "
             f"relative error went from {self.error_before:.3g} to {self.error_after:.3g}"
         )

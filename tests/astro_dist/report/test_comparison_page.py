@@ -7,7 +7,9 @@ import re
 
 import pytest
 from rich.console import Console
+from rich.filesize import decimal
 
+from astro_dist import pipeline
 from astro_dist.evaluation.comparison import Comparison, compare_runs
 from astro_dist.report.comparison_page import write_comparison
 from astro_dist.report.comparison_words import comparison_rows, comparison_tables, run_names
@@ -39,6 +41,16 @@ def test_what_servers_round_besides_weights_is_told_if_any_run_has_it(finished):
     assert "also rounded" not in dict(comparison_rows(Comparison([run, run], [])))
     other = dataclasses.replace(run, also_rounded="inputs int8 per token")
     assert dict(comparison_rows(Comparison([run, other], [])))["also rounded"] == ["-", "inputs int8 per token"]
+
+
+def test_corrections_are_told_if_any_run_has_them(run_config, finished):
+    config = run_config(reconstruction__rank=2)
+    pipeline.quantize(config)
+    comparison = compare_runs([finished, config.output.dir])
+    (size,) = re.findall(r"rank 2, (.*) more", dict(comparison_rows(comparison))["corrections"][1])
+    assert dict(comparison_rows(comparison))["corrections"][0] == "-"
+    assert size == decimal((config.output.dir / "model" / "adapter" / "adapter_model.safetensors").stat().st_size)
+    assert "corrections" not in dict(comparison_rows(compare_runs([finished])))
 
 
 def test_runs_of_one_name_are_told_apart(finished):
