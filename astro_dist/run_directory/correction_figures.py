@@ -73,8 +73,9 @@ class CorrectionFigures(PlainRecord):
     @property
     def in_words(self) -> str:
         """Say what the corrections are, take and leave."""
+        more = percent(self.weights / self.layer_weights, 1)
         return (
             f"corrections of rank {self.ranks_in_words} beside {counted(self.layers, 'layer')}: "
-            f"{decimal(self.size_bytes)}, {percent(self.weights / self.layer_weights, 1)} more multiplications a token in these layers, whose mean "
-            f"relative error went from {self.error_before:.3g} to {self.error_after:.3g}"
+            f"{decimal(self.size_bytes)}, {more} more multiplications a token in these layers, whose mean relative "
+            f"error went from {self.error_before:.3g} to {self.error_after:.3g}"
         )
