@@ -30,7 +30,13 @@ GRADES = (
     Grade(0.01, 0.01, "Very close to the original", "on this kind of text you will hardly notice a difference"),
     Grade(0.05, 0.04, "A small loss", "usual for good 4-bit weights; try your own tasks, then use it"),
     Grade(0.2, 0.15, "A loss that one can notice", "compare it with the original on your own tasks before you use it"),
-    Grade(1.0, 1.0, "A heavy loss", "more bits, smaller groups or mode sequential lose less; size must be worth it"),
+    Grade(
+        most_divergence=1.0,
+        most_change=1.0,
+        title="A heavy loss",
+        advice="more bits, mode sequential, corrections of low rank, and, where inputs stay in 16 bits, smaller groups "
+        "lose less; size must be worth it",
+    ),
     Grade(math.inf, math.inf, "Ruined", "it is hardly a language model any more; look at the largest layer errors"),
 )
 """The grades, the best first. The limits are our own, from what good and bad results of other models look like."""
