@@ -108,12 +108,8 @@ class RoundedSample:
 
 def _sampled(X: torch.Tensor, X_rounded: torch.Tensor, counts: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """Choose tokens, and return their places and what each of them counts for in the place of v, float32."""
-    norms = [
-        torch.stack([torch.linalg.vector_norm(each, dim=-1, dtype=torch.float32) for each in (kept, kept - rounded)])
-        for rows in near_rows(X)
-        for kept, rounded in [(X[rows], X_rounded[rows])]
-    ]
-    shares = torch.cat(norms, dim=-1).double().square_()  # of each token, did it count 1
+    lost = torch.cat([_norms(X[rows] - X_rounded[rows]) for rows in near_rows(X)])
+    shares = torch.stack([_norms(X), lost]).double().square_()  # of each token, did it count 1
     shares /= (shares @ counts.double()).clamp_(min=_TINY).unsqueeze(-1)
     share = shares.mean(0)
     # Sums of integers are the same in any order. Their sum is less than all where rounding takes nothing.
@@ -122,6 +118,11 @@ def _sampled(X: torch.Tensor, X_rounded: torch.Tensor, counts: torch.Tensor) -> 
     chosen = torch.searchsorted(cumulative, places, right=True).clamp_(max=len(X) - 1)
     expected = _SAMPLED * share[chosen] * _WHOLE / cumulative[-1].clamp(min=1)  # how often each is chosen, over v
     return chosen, torch.where(expected > 0, 1 / expected, 0.0).float()
+
+
+def _norms(X: torch.Tensor) -> torch.Tensor:
+    norms: torch.Tensor = torch.linalg.vector_norm(X, dim=-1, dtype=torch.float32)
+    return norms
 
 
 @dataclasses.dataclass(frozen=True)

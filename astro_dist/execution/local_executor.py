@@ -46,7 +46,7 @@ class LocalExecutor:
             ConfigError: This machine has a GPU that torch cannot use, or has none although one is asked for.
         """
         self.num_workers = num_workers
-        self.has_gpus = takes_gpu(device, "execution.device:")
+        self.has_gpus = takes_gpu(device)
         share = (os.cpu_count() or 1) // max(torch.cuda.device_count(), 1) if self.has_gpus else 1
         self.threads = max(share, 1) if threads == "auto" else threads
         self._workers: dict[int, Worker] = {}

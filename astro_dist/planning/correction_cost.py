@@ -128,8 +128,7 @@ def held_channel_notes(settings: Reconstruction, activations: Activations) -> li
     if settings.holds_channels(activations):
         return [
             f"activations.smoothing aser: corrections alone hold the weights of the {channels} outlier channels of "
-            "each smoothed input, and the grids of layers need not reach them; without its adapter the model is of no "
-            "use"
+            "each smoothed input, and the grids of layers need not reach them"
         ]
     return [
         f"activations.smoothing aser without corrections of rank {channels} or more: weights of outlier channels "

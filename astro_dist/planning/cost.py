@@ -84,7 +84,8 @@ class CostModel:
         self._batches_of: dict[int, list[PredictedInputGroup]] = {}
         self._plan, self._tokens, self._itemsize = plan, dict(planned.chunk_tokens), dtype.itemsize
         self._shares = shares(list(self._tokens), config.execution.hessian_shares)
-        self._num_calibrated = sum(not is_held_out(chunk) for chunk in self._tokens)
+        calibrated = sum(not is_held_out(chunk) for chunk in self._tokens)
+        self._num_telling = sum(tells_following(passed, calibrated) for passed in range(calibrated))
         self._sequential = config.execution.mode == "sequential"
         self._sequence_length = config.calibration.longest_sequence
         self._forward = ForwardCost(plan, self._sequence_length, device_type)
@@ -175,8 +176,7 @@ class CostModel:
                 return unpacking(self._weights(unit)) + Work(moved_bytes=unit.written_bytes)
             case Backward():
                 passed = self._forward.forth_and_back(self._batches(unit), self._tokens[call.chunk])
-                moved = 3.0 * self._activations([call.chunk])
-                return _behind(passed, moved + self._ahead_bytes(call))
+                return _behind(passed, 3.0 * self._activations([call.chunk]) + self._ahead_bytes(call))
             case SmoothChannels():
                 return self._forward.forth(self._batches(unit), _TRIED_TOKENS) + Work(moved_bytes=2.0 * unit.read_bytes)
             case Forward() | ForwardChunk() | MeasureChannels():
@@ -209,10 +209,9 @@ class CostModel:
         """Count what it takes to pass a chunk through a block, and to add it to the block's statistics."""
         tokens = self._tokens[call.chunk]
         moved = (1.0 + self._writes_output(call)) * self._activations([call.chunk])
-        passed = self._forward.forth(self._batches(unit), tokens)
         if isinstance(call, ForwardChunk):
             moved += self._ahead_bytes(call)
-        passed = _behind(passed, moved)
+        passed = _behind(self._forward.forth(self._batches(unit), tokens), moved)
         in_later_round = isinstance(call, Forward) and call.round_index > 0
         if in_later_round or (isinstance(call, ForwardChunk) and call.stream != ORIGINAL):
             passed += self._statistics.rounding(self._batches(unit), tokens)
@@ -223,8 +222,7 @@ class CostModel:
         """Bytes of the following block that are read behind a call: all calls that tell it share them."""
         if call.following is None or not reads_weights_ahead(self._device_type):
             return 0.0
-        telling = sum(tells_following(passed, self._num_calibrated) for passed in range(self._num_calibrated))
-        return self._plan.blocks[call.following].read_bytes / telling
+        return self._plan.blocks[call.following].read_bytes / self._num_telling
 
     def _share_work(self, call: AccumulateHessians, unit: BlockUnit) -> Work:
         """Count what it takes to sum the Hessians of one stage over one share of the chunks."""

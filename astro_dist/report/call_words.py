@@ -108,9 +108,7 @@ def worker_lines(
 
 def _at(call: Call, words: UnitWords, chunks: Sequence[str]) -> str:
     block = getattr(call, "block", None)
-    if isinstance(call, DifferentiateLoss | LoadWeights) and block is None:
-        return f"{words.unit(call.unit)} · {phase_of(call, chunks)}"
-    if block is None:
+    if block is None and not isinstance(call, DifferentiateLoss | LoadWeights):
         return words.unit(call.unit)
-    place = words.unit(call.unit) if is_block_unit(call.unit) else words.block(block)
+    place = words.unit(call.unit) if block is None or is_block_unit(call.unit) else words.block(block)
     return f"{place} · {phase_of(call, chunks)}"

@@ -13,6 +13,8 @@ from astro_dist.wording import nats, percent
 __all__ = ["comparison_rows", "comparison_tables", "run_names"]
 
 _MODEL, _ALSO_ROUNDED, _CORRECTIONS = "model", "also rounded", "corrections"
+_NONE = "-"
+"""The cell of a run that has nothing of what the row is about."""
 _GAP = 2
 """Characters between two columns of a table, and at its two ends together."""
 
@@ -33,14 +35,10 @@ def comparison_rows(comparison: Comparison) -> Iterator[tuple[str, list[str]]]:
     Args:
         comparison: Figures of the runs.
     """
-    runs = comparison.runs
-    is_there = {
-        _ALSO_ROUNDED: any(run.also_rounded for run in runs),
-        _CORRECTIONS: any(run.corrections for run in runs),
-    }
     for title, cell in _ROWS.items():
-        if is_there.get(title, True):
-            yield title, [cell(run) for run in comparison.runs]
+        cells = [cell(run) for run in comparison.runs]
+        if title not in (_ALSO_ROUNDED, _CORRECTIONS) or any(text != _NONE for text in cells):
+            yield title, cells
 
 
 def comparison_tables(comparison: Comparison, width: int) -> list[Table]:
@@ -107,14 +105,14 @@ _ROWS: dict[str, Callable[[RunFigures], str]] = {
     _MODEL: lambda run: run.base,
     "bits": lambda run: f"{run.bits:.3g}",
     "group size": lambda run: "rows" if run.group_size == -1 else str(run.group_size),
-    _ALSO_ROUNDED: lambda run: run.also_rounded or "-",
-    _CORRECTIONS: lambda run: run.corrections or "-",
+    _ALSO_ROUNDED: lambda run: run.also_rounded or _NONE,
+    _CORRECTIONS: lambda run: run.corrections or _NONE,
     "mode": lambda run: run.mode,
     "size": lambda run: f"{decimal(run.size_bytes)} ({percent(run.share)})",
     "perplexity": _perplexity,
-    "change": lambda run: run.perplexity.change_in_words or "-",
+    "change": lambda run: run.perplexity.change_in_words or _NONE,
     "KL, nats a token": _divergence,
-    "same first choice": lambda run: run.perplexity.agreement_in_words or "-",
+    "same first choice": lambda run: run.perplexity.agreement_in_words or _NONE,
     "time": lambda run: in_words(run.wall_s) + (", last session" if run.resumed else ""),
     "worst layer": lambda run: percent(run.worst_error, 2),
     "its name": lambda run: _short(run.worst_layer.split("+")[0]),

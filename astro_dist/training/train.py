@@ -190,7 +190,7 @@ def _train_where_it_belongs(
 def _train_here(config: TrainConfig, tokens: TokenFile, run: TrainingDirectory, look: Callable[[], None]) -> None:
     """Train in this process, from the last checkpoint if there is one."""
     execution = config.execution
-    device = torch.device("cuda" if takes_gpu(execution.device, "execution.device:") else "cpu")
+    device = torch.device("cuda" if takes_gpu(execution.device) else "cpu")
     run.require_executor("local")
     place = Place(0, 1, device)
 

@@ -26,6 +26,8 @@ _GPU_FOLDER = Path("/proc/driver/nvidia/gpus")
 """Where the NVIDIA driver of Linux says which it is, and has a folder for each GPU."""
 _LEAST_DRIVERS = {"11": "450.80", "12": "525.60", "13": "580.65"}
 """Oldest driver for each major version of CUDA, by NVIDIA's table of minor version compatibility."""
+_RUN_KEY = "execution.device:"
+"""What the user gives the device of a run by."""
 _WANTED = re.compile(r"[Tt]ried to allocate ([\d.]+ \w+)")
 
 T = TypeVar("T")
@@ -41,7 +43,7 @@ def has_gpu() -> bool:
     return (_GPU_FOLDER.is_dir() and any(_GPU_FOLDER.iterdir())) or torch.cuda.is_available()
 
 
-def takes_gpu(device: str, key: str) -> bool:
+def takes_gpu(device: str, key: str = _RUN_KEY) -> bool:
     """Tell whether this process is to compute on a GPU. One that is there is never passed over in silence.
 
     Args:
@@ -60,7 +62,7 @@ def takes_gpu(device: str, key: str) -> bool:
     return True
 
 
-def gpu_trouble(key: str = "execution.device:") -> str | None:
+def gpu_trouble(key: str = _RUN_KEY) -> str | None:
     """Say why torch can use no GPU of this machine, and what to install; None where it can.
 
     A tiny sum is computed, because kernels may be missing for a GPU that torch sees. For a process it is the first use
@@ -95,7 +97,7 @@ def gpu_trouble(key: str = "execution.device:") -> str | None:
     return None
 
 
-def require_gpu(key: str = "execution.device:") -> None:
+def require_gpu(key: str = _RUN_KEY) -> None:
     """Refuse a machine whose GPU torch cannot use.
 
     Args:

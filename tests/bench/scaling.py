@@ -136,8 +136,8 @@ def table(name: str, device_name: str, gigabits: float, tune_steps: int) -> None
         sections = {"execution": {"mode": mode, **shares}, "quantization": {"tune_steps": tune_steps}}
         config = RunConfig.model_validate({**CONFIG, **sections})
         tokens = chunk_tokens(config.calibration)
-        cost = CostModel(PlannedRun(plan, config, tokens, torch.bfloat16, "cuda"))
-        disk = DiskSize(PlannedRun(plan, config, tokens, torch.bfloat16, "cuda"))
+        planned = PlannedRun(plan, config, tokens, torch.bfloat16, "cuda")
+        cost, disk = CostModel(planned), DiskSize(planned)
         runs, efficiencies, disks, traffic = [], [], [], []
         for workers in WORKERS:
             schedule = schedule_of(config, RunShape(len(plan.blocks), len(plan.copies), list(tokens)))
