@@ -1,6 +1,8 @@
 """How shares, counts and sentences are written, on every page, card and line of this package."""
 
-__all__ = ["counted", "nats", "percent", "sentence"]
+from astro.config import PER_CHANNEL
+
+__all__ = ["counted", "nats", "percent", "scale_span", "sentence"]
 
 
 def percent(share: float, digits: int | None = None, signed: bool = False) -> str:
@@ -30,6 +32,15 @@ def counted(number: int, noun: str, plural: str | None = None) -> str:
         plural: Word for several; None where it is the word for one with an s.
     """
     return f"{number:,} {noun if number == 1 else plural or f'{noun}s'}"
+
+
+def scale_span(group_size: int) -> str:
+    """Say which columns of a row share a scale, such as "group size 128" or "one scale a row".
+
+    Args:
+        group_size: Number of columns that share a scale; -1 for whole rows.
+    """
+    return "one scale a row" if group_size == PER_CHANNEL else f"group size {group_size}"
 
 
 def sentence(words: str) -> str:

@@ -72,6 +72,12 @@ def inputs_notes(
 
 
 def _float_refusal(layer: LinearLayer, scheme: LayerScheme, inputs: ActivationScheme) -> str | None:
+    if scheme != _FP8_WEIGHTS and layer.columns % _FP8_WEIGHTS.group_size:
+        return (
+            f"{layer.name} has {layer.columns} inputs: vLLM multiplies {inputs.in_words} with weights in groups of 128 "
+            "alone, which do not divide them; quantization.indivisible: keep leaves such layers in 16 bits, or take "
+            "activations.type: int"
+        )
     if scheme != _FP8_WEIGHTS:
         return (
             f"{layer.name} with {_in_words(scheme)}: vLLM multiplies {inputs.in_words} with symmetric int4 weights in "

@@ -1,11 +1,12 @@
 """What the name of a model says of its place: a folder, a repository of the Hub, a URL, or a demo."""
 
+import difflib
 import re
 from pathlib import Path
 
 from astro.errors import CheckpointError
 
-__all__ = ["is_elsewhere", "is_repository", "require_model"]
+__all__ = ["is_elsewhere", "is_repository", "likely_place", "require_model"]
 
 _REPOSITORY = re.compile(r"\w[\w.-]*/\w[\w.-]*")
 
@@ -43,5 +44,26 @@ def require_model(name: str) -> None:
     if not any(Path(path).expanduser().exists() for path in (name, before)):
         raise CheckpointError(
             f"{name}: no such folder; expected a folder with config.json and *.safetensors, a Hub repository "
-            "(ORG/NAME) or a URL of an object store (s3://..., gs://...)"
+            f"(ORG/NAME) or a URL of an object store (s3://..., gs://...){likely_place(name)}"
         )
+
+
+def likely_place(name: str) -> str:
+    """Ask whether another folder was meant, one whose name is much like the first part that is missing here.
+
+    Args:
+        name: Path of a folder that does not exist.
+
+    Returns:
+        The end of a message; empty where no folder is called like that.
+    """
+    path = Path(name)
+    missing = [place for place in (path, *path.parents) if not place.expanduser().exists()]
+    if not missing:
+        return ""
+    try:
+        beside = [place.name for place in missing[-1].parent.expanduser().iterdir() if place.is_dir()]
+    except OSError:  # it may be no folder, or not be ours to read
+        return ""
+    close = difflib.get_close_matches(missing[-1].name, beside, 1)
+    return f"; did you mean {missing[-1].with_name(close[0]) / path.relative_to(missing[-1])}?" if close else ""

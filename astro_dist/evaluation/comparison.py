@@ -27,10 +27,10 @@ class RunFigures:
         bits: Mean number of bits of a quantized weight, without scales.
         group_size: Number of columns that share a scale; -1 for whole rows.
         also_rounded: What servers round besides weights, such as "inputs int8 per token"; empty where nothing.
-        corrections: Ranks of the corrections and the size of their adapter, which is not in that of the result; empty
+        corrections: Ranks of the corrections and the size of their adapter, which is part of that of the result; empty
             where there are none.
         mode: Mode of the run, and its number of rounds where there are several.
-        size_bytes: Size of the result.
+        size_bytes: Size of the result, corrections included.
         share: Size of the result, as a share of the source.
         perplexity: Perplexities and divergence on the held-out text.
         wall_s: Length of the last session, in seconds.
@@ -115,10 +115,10 @@ def _figures(root: Path) -> RunFigures:
         bits=summary.average_bits,
         group_size=config.quantization.group_size,
         also_rounded=", ".join(config.activations.rounded_in_words),
-        corrections=f"rank {added.ranks_in_words}, {decimal(added.size_bytes)} more" if added else "",
+        corrections=f"rank {added.ranks_in_words}, {decimal(added.size_bytes)} of the size" if added else "",
         mode=f"{config.execution.mode}{f' × {rounds}' if rounds > 1 else ''}{', tuned' if summary.has_tuned else ''}",
-        size_bytes=summary.bytes_written,
-        share=summary.bytes_written / summary.bytes_read,
+        size_bytes=summary.total_bytes,
+        share=summary.total_bytes / summary.bytes_read,
         perplexity=summary.perplexity,
         wall_s=summary.wall_s,
         resumed=summary.resumed_units > 0,

@@ -138,7 +138,7 @@ def model_card(
         base=base,
         original=_linked(base.name, f"{_HUB}/{base.name}") if base.name else PurePath(config.model.source).name,
         steps=" and ".join(filter(None, steps)),
-        sizes=f"{decimal(summary.bytes_written)} of {decimal(summary.bytes_read)}",
+        sizes=_sizes(summary),
         license=_linked(base.license_name or base.license, base.license_link),
         change=change,
         method=[(name, _cell(value)) for name, value in _method(config, summary)],
@@ -252,6 +252,12 @@ def _coverage(summary: Summary) -> list[tuple[str, str]]:
     if summary.coverage is None:
         return []
     return [("weights", "; ".join(filter(None, [summary.coverage.in_words, summary.coverage.copied_in_words])))]
+
+
+def _sizes(summary: Summary) -> str:
+    """Say how large the result is, of how much."""
+    included = f", {decimal(summary.corrections.size_bytes)} of it its adapter" if summary.corrections else ""
+    return f"{decimal(summary.total_bytes)} of {decimal(summary.bytes_read)}{included}"
 
 
 def _spent_by(summary: Summary) -> str:

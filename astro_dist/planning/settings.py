@@ -31,8 +31,8 @@ def run_config(target: str | Path, assignments: Sequence[str] = (), **main_keys:
     Args:
         target: Path of a YAML file that describes the run; or a model: a folder, ORG/NAME on the Hub, or the URL of an
             object store.
-        assignments: Assignments of the form `section.key=value`, where the value is read as YAML. They win over all
-            else.
+        assignments: Assignments of the form `section.key=value`, where the value is read as YAML. They win over a
+            YAML file, and none may set a key of `main_keys`.
         **main_keys: Values of the keys in `MAIN_KEYS`; None counts as not given.
 
     Raises:
@@ -42,6 +42,10 @@ def run_config(target: str | Path, assignments: Sequence[str] = (), **main_keys:
     if unknown:
         raise TypeError(f"run_config() got {', '.join(sorted(unknown))}; expected {', '.join(MAIN_KEYS)}")
     given = {MAIN_KEYS[name]: value for name, value in main_keys.items() if value is not None}
+    by_assignment = {assignment.partition("=")[0].strip() for assignment in assignments}
+    for name, key in MAIN_KEYS.items():
+        if key in given and key in by_assignment:
+            raise ConfigError(f"{key}: set twice, by its own option `{name}` and by an assignment; leave one out")
     # A value of the command line is text, and YAML would read a path such as `1e3` as a number.
     texts = {key: value if isinstance(value, int | float) else str(value) for key, value in given.items()}
     all_assignments = [*(f"{key}={_as_yaml(key, value)}" for key, value in texts.items()), *assignments]

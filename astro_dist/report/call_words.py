@@ -31,7 +31,7 @@ from astro_dist.schedule.calls import (
 from astro_dist.schedule.names import is_block_unit, is_held_out
 from astro_dist.schedule.unit_words import UnitWords
 
-__all__ = ["phase_of", "worker_lines"]
+__all__ = ["call_in_words", "phase_of", "worker_lines"]
 
 _PHASES: dict[type[Call], str] = {
     Embed: "embedding",
@@ -95,7 +95,7 @@ def worker_lines(
         words: What people are told instead of the names of units.
         chunks: Names of all chunks, in the order in which they travel.
     """
-    rows = {worker: f"worker {worker:<3} {_at(call, words, chunks)}" for worker, (call, _) in calls.items()}
+    rows = {worker: f"worker {worker:<3} {call_in_words(call, words, chunks)}" for worker, (call, _) in calls.items()}
     if len(calls) + idle <= _MOST_ROWS:
         return [rows[worker] for worker in sorted(rows)]
     counts = Counter(_PHASES[type(call)] for call, _ in calls.values())
@@ -106,7 +106,14 @@ def worker_lines(
     return [f"{len(calls) + idle} workers: {kinds}; the slowest:", *lines]
 
 
-def _at(call: Call, words: UnitWords, chunks: Sequence[str]) -> str:
+def call_in_words(call: Call, words: UnitWords, chunks: Sequence[str]) -> str:
+    """Say what a call is at and does, such as "block 3 of 30 · calibrating 5/16".
+
+    Args:
+        call: The call.
+        words: What people are told instead of the names of units.
+        chunks: Names of all chunks, in the order in which they travel.
+    """
     block = getattr(call, "block", None)
     if block is None and not isinstance(call, DifferentiateLoss | LoadWeights):
         return words.unit(call.unit)

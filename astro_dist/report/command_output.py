@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 from rich.filesize import decimal
 
 from astro_dist.console import in_words
-from astro_dist.wording import counted, percent, sentence
+from astro_dist.wording import counted, percent, scale_span, sentence
 
 if TYPE_CHECKING:  # some of them import torch or transformers, which the command at hand may not need
     from astro.quantization.layer_record import Fallbacks
@@ -60,17 +60,12 @@ def figure_lines(summary: "Summary", source: str = "") -> list[str]:
         summary: Figures of the run.
         source: Text that was held out, as the configuration names it; empty where it is not to be named.
     """
-    lines, measured = [], summary.perplexity
-    if measured.original is not None and measured.quantized is not None:
-        change = f"{measured.original:.3f} → {measured.quantized:.3f}"
-        parts = filter(None, (change, measured.change_in_words, measured.sample_in_words))
-        lines.append(f"Hold-out perplexity {', '.join(parts)}{f' ({source})' if source else ''}")
-        divergences = filter(None, (measured.divergence_in_words, summary.prediction_in_words))
-        lines += filter(None, ["; ".join(divergences)])
-    share = percent(summary.bytes_written / summary.bytes_read)
+    lines = _quality_lines(summary, source)
+    share = percent(summary.total_bytes / summary.bytes_read)
+    corrected = ", corrections included" if summary.corrections is not None else ""
     mean = f"; {summary.average_bits:.3g} bits a quantized weight on average" if summary.widths_by else ""
     inputs = f"; config.json asks servers to round inputs: {summary.inputs}" if summary.inputs else ""
-    lines.append(f"{decimal(summary.bytes_written)} written, {share} of the source{mean}{inputs}")
+    lines.append(f"{decimal(summary.total_bytes)} written, {share} of the source{corrected}{mean}{inputs}")
     tried = sum(summary.betas.values())
     if tried:
         helped = tried - summary.betas.get("0", 0)
@@ -80,6 +75,18 @@ def figure_lines(summary: "Summary", source: str = "") -> list[str]:
     if summary.corrections is not None:
         lines.append(f"{sentence(summary.corrections.in_words)}. They are the adapter that servers have to load too")
     return lines
+
+
+def _quality_lines(summary: "Summary", source: str) -> list[str]:
+    measured = summary.perplexity
+    if measured.original is None or measured.quantized is None:
+        return []
+    rounded = f" with {summary.rounded_in_words}" if summary.rounded_in_words else ""
+    change = f"{measured.original:.3f} → {measured.quantized:.3f}{rounded}"
+    parts = filter(None, (change, measured.change_in_words, measured.sample_in_words))
+    divergences = "; ".join(filter(None, (measured.divergence_in_words, summary.prediction_in_words)))
+    perplexity = f"Hold-out perplexity {', '.join(parts)}{f' ({source})' if source else ''}"
+    return [perplexity, divergences] if divergences else [perplexity]
 
 
 def next_lines(summary: "Summary", root: Path, model: "ModelConfig") -> list[str]:
@@ -119,7 +126,7 @@ def settings_line(config: "RunConfig") -> str:
     is_open = "auto" in (calibration.samples, calibration.sequence_length)
     most = f"{'up to ' if is_open else ''}{calibration.most_samples} × {calibration.longest_sequence} tokens"
     return (
-        f"{config.model.source}: {bits}, group size {q.group_size}{inputs}, format {q.format}; mode {execution.mode}, "
+        f"{config.model.source}: {bits}, {scale_span(q.group_size)}{inputs}, format {q.format}; mode {execution.mode}, "
         f"{rounds}; calibration {most} of {calibration.text_in_words}"
     )
 

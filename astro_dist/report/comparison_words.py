@@ -6,6 +6,7 @@ from pathlib import PurePath
 from rich.filesize import decimal
 from rich.table import Table
 
+from astro.config import PER_CHANNEL
 from astro_dist.console import compact_table, in_words
 from astro_dist.evaluation.comparison import Comparison, RunFigures
 from astro_dist.wording import nats, percent
@@ -104,7 +105,7 @@ def _short(name: str) -> str:
 _ROWS: dict[str, Callable[[RunFigures], str]] = {
     _MODEL: lambda run: run.base,
     "bits": lambda run: f"{run.bits:.3g}",
-    "group size": lambda run: "rows" if run.group_size == -1 else str(run.group_size),
+    "group size": lambda run: "whole rows" if run.group_size == PER_CHANNEL else str(run.group_size),
     _ALSO_ROUNDED: lambda run: run.also_rounded or _NONE,
     _CORRECTIONS: lambda run: run.corrections or _NONE,
     "mode": lambda run: run.mode,

@@ -1,5 +1,6 @@
 """The display of a run: live on a terminal, plain lines in a log, and always on stderr."""
 
+import time
 from collections.abc import Collection
 from types import TracebackType
 from typing import Self
@@ -12,7 +13,7 @@ from rich.text import Text
 
 from astro_dist.console import in_words, say
 from astro_dist.planning.outlook import Outlook
-from astro_dist.report.call_words import worker_lines
+from astro_dist.report.call_words import call_in_words, worker_lines
 from astro_dist.report.run_figures import FigureCounter, RunFigures, Shape
 from astro_dist.schedule.calls import Call, EvaluateLoss, SmoothChannels, WeighTokens
 from astro_dist.schedule.names import is_block_unit
@@ -20,6 +21,10 @@ from astro_dist.schedule.unit_words import UnitWords
 from astro_dist.wording import counted
 
 __all__ = ["ProgressDisplay"]
+
+
+_QUIET_S = 60.0
+"""Seconds after which a log has a line for a call that finishes nothing, so that it shows that the run goes on."""
 
 
 class ProgressDisplay:
@@ -43,6 +48,7 @@ class ProgressDisplay:
             console=self._console,
             expand=True,
         )
+        self._last_line = time.monotonic()
         self._all: TaskID = self._bar.add_task("", total=1.0, blocks="", left="")
         self._live = (
             Live(console=self._console, refresh_per_second=4, transient=True, get_renderable=self._picture)
@@ -105,13 +111,18 @@ class ProgressDisplay:
             result: Figures of the unit, if the call finished one that has figures.
         """
         self._counter.ended(worker, call, finished, result)
-        if finished is None or self._live:
+        if self._live:
             return
-        if is_block_unit(call.unit) or isinstance(call, EvaluateLoss | WeighTokens | SmoothChannels):
-            figures = self.figures()
-            done = f"{figures.blocks_done} of {figures.blocks} blocks"
+        telling = is_block_unit(call.unit) or isinstance(call, EvaluateLoss | WeighTokens | SmoothChannels)
+        if finished is not None and telling:
             place = self.words.unit(call.unit)
-            self.say(f"{place} done by worker {worker}; {', '.join(filter(None, (done, _time_left(figures))))}")
+        elif time.monotonic() - self._last_line > _QUIET_S:
+            place = call_in_words(call, self.words, tuple(self._shape.chunks))
+        else:
+            return
+        figures = self.figures()
+        done = f"{figures.blocks_done} of {figures.blocks} blocks"
+        self.say(f"{place} done by worker {worker}; {', '.join(filter(None, (done, _time_left(figures))))}")
 
     def say(self, text: str) -> None:
         """Print a line that stays.
@@ -119,6 +130,7 @@ class ProgressDisplay:
         Args:
             text: Content of the line.
         """
+        self._last_line = time.monotonic()
         say(text, self._console)
 
     def _picture(self) -> Group:

@@ -7,7 +7,7 @@ from rich.filesize import decimal
 from astro_dist.console import in_words
 from astro_dist.report.findings import Findings
 from astro_dist.run_directory.summary import Perplexity, Summary
-from astro_dist.wording import counted, nats, percent
+from astro_dist.wording import counted, nats, percent, scale_span
 
 __all__ = ["Figure", "Tile", "headline", "tiles"]
 
@@ -51,10 +51,9 @@ def headline(findings: Findings) -> list[str]:
         return []
     q, execution = config.quantization, config.execution
     bits = f"{q.average_bits:g} bits on average" if q.bits == "auto" else f"{q.bits} bits"
-    group = "one scale a row" if q.group_size == -1 else f"group size {q.group_size}"
     mode = f"mode {execution.mode}"
     rounds = [counted(execution.rounds, "round")] if execution.rounds > 1 else []
-    return [bits, group, *config.activations.rounded_in_words, q.format, ", ".join([mode, *rounds])]
+    return [bits, scale_span(q.group_size), *config.activations.rounded_in_words, q.format, ", ".join([mode, *rounds])]
 
 
 def tiles(findings: Findings) -> list[Tile]:
@@ -88,11 +87,11 @@ def _quality(measured: Perplexity) -> Tile:
 
 
 def _size(summary: Summary) -> Tile:
-    value, _, unit = decimal(summary.bytes_written).partition(" ")
-    share = percent(summary.bytes_written / summary.bytes_read)
+    value, _, unit = decimal(summary.total_bytes).partition(" ")
+    share = percent(summary.total_bytes / summary.bytes_read)
     detail = f"{share} of the original, {_unbroken(decimal(summary.bytes_read))}"
     if summary.corrections is not None:
-        detail += f"; {_unbroken(decimal(summary.corrections.size_bytes))} of corrections beside it"
+        detail += f"; {_unbroken(decimal(summary.corrections.size_bytes))} of it are corrections"
     return Tile("Size", (Figure(value, unit, detail),))
 
 

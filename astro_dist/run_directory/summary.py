@@ -173,7 +173,7 @@ class Summary:
         phases_s: Time of all workers together by phase, in seconds.
         peak_rss_bytes: Largest resident memory of the driver and of each worker, in bytes.
         bytes_read: Size of the source, in bytes.
-        bytes_written: Size of the result, in bytes.
+        bytes_written: Size of the result without its corrections, in bytes.
         fallbacks: Layers of the last round that could not be quantized just as the configuration asks.
         retries: Calls that failed and were done again.
         mended: Units that were found damaged and done again.
@@ -189,6 +189,8 @@ class Summary:
         widths_by: What `bits: auto` chose widths by, `nats` or `relative error`; empty where widths are configured.
         inputs: What servers are told to round inputs of quantized layers to, such as "int8 per token"; empty where
             inputs stay as they are.
+        kv_cache: What servers are told to hold keys and values in, such as "FP8"; empty where they choose. Figures of
+            the result are measured with both.
         smoothing: What became of the inputs that were to be smoothed, by kind; empty where none were.
         corrections: Corrections of low rank in the adapter beside the model, which all figures of the result are
             measured with; None where it has none.
@@ -219,9 +221,21 @@ class Summary:
     predicted_divergence: float | None = None
     widths_by: str = ""
     inputs: str = ""
+    kv_cache: str = ""
     smoothing: tuple[SmoothedKind, ...] = ()
     corrections: CorrectionFigures | None = None
     tuning: TuningFigures | None = None
+
+    @property
+    def total_bytes(self) -> int:
+        """Size of the result together with its corrections, in bytes."""
+        return self.bytes_written + (self.corrections.size_bytes if self.corrections is not None else 0)
+
+    @property
+    def rounded_in_words(self) -> str:
+        """Say what was rounded beside weights in all figures of the result; empty where nothing was."""
+        inputs = f"inputs {self.inputs}" if self.inputs else ""
+        return " and ".join(filter(None, [inputs, f"an {self.kv_cache} cache" if self.kv_cache else ""]))
 
     @property
     def prediction_in_words(self) -> str:

@@ -8,6 +8,7 @@ from huggingface_hub import errors as hub_errors
 from huggingface_hub.utils import build_hf_headers, get_session, hf_raise_for_status
 
 from astro.errors import CheckpointError, ConfigError
+from astro_dist.config.model_place import likely_place
 from astro_dist.source.hub_errors import PASSING, asked_wait_s, without_secrets
 from astro_dist.source.remote_store import Passing, without_query
 
@@ -140,12 +141,13 @@ def open_hub(repository: str, revision: str) -> HubFiles:
     except hub_errors.OfflineModeIsEnabled as error:
         raise CheckpointError(
             f"{repository}: no such folder here, and the Hub is not asked: HF_HUB_OFFLINE is set"
+            f"{likely_place(repository)}"
         ) from error
     except Exception as error:  # of whichever HTTP library huggingface_hub is built on
         raise CheckpointError(
             f"{repository}: no such folder here, and the Hub cannot be reached: {type(error).__name__}: "
-            f"{without_secrets(str(error))}; correct model.source, or what `verify` was given, or see to the network "
-            "(a proxy, HF_ENDPOINT)"
+            f"{without_secrets(str(error))}; correct the name, or see to the network (a proxy, HF_ENDPOINT)"
+            f"{likely_place(repository)}"
         ) from error
     files = tuple((file.rfilename, int(file.size or 0)) for file in info.siblings or ())
     return HubFiles(repository, str(info.sha), files, bool(info.gated))
@@ -162,7 +164,10 @@ def _refused(repository: str, revision: str, error: hub_errors.HfHubHTTPError) -
     elif isinstance(error, hub_errors.RevisionNotFoundError):
         advice = f"it has no branch, tag or commit {revision!r}; correct model.revision"
     elif isinstance(error, hub_errors.RepositoryNotFoundError):
-        advice = "there is no such folder here either; correct model.source, or give a token where it is private"
+        advice = (
+            "there is no such folder here either; correct the name, or give a token where it is private"
+            f"{likely_place(repository)}"
+        )
     else:
         advice = "see https://status.huggingface.co, or give a valid token"
     return CheckpointError(f"model.source {repository}: the Hub refuses: {reason}; {advice}")

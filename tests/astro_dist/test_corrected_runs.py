@@ -9,6 +9,7 @@ import peft
 import pytest
 import torch
 import transformers
+from rich.filesize import decimal
 from safetensors.torch import load_file, save_file
 
 from astro.activation_config import Reconstruction
@@ -27,6 +28,7 @@ from astro_dist.planning.validate import prepare
 from astro_dist.publish.publication import publish_run
 from astro_dist.report.command_output import summary_lines, verification_lines
 from astro_dist.report.findings import Findings
+from astro_dist.report.forecast import plan
 from astro_dist.report.html import write_report
 from astro_dist.run_directory.records import RunDirectory
 from astro_dist.run_directory.summary import read_summary
@@ -179,13 +181,23 @@ def test_card_says_what_transformers_leaves_unrounded(run_config, tmp_path, monk
 
 def test_corrections_are_shown(run_config, tmp_path):
     config = run_config(**RANK)
-    notes = prepare(config).notes
+    prepared = prepare(config)
+    size = correction_size(prepared.plan.blocks, config.reconstruction).size_bytes
+    foretold = str(plan(config)).splitlines()[1]
+    assert f"→ {decimal(prepared.plan.written_bytes + size)} (" in foretold
+    assert foretold.endswith("of the source, corrections included)")
+    notes = prepared.notes
     assert any("21 layers get a correction of low rank" in note and "more multiplications" in note for note in notes)
     summary = pipeline.quantize(config)
     words = summary.corrections.in_words
     assert words.startswith("corrections of rank 8 beside 21 layers: ")
     assert any("corrections of rank 8"[1:] in line and "adapter" in line for line in summary_lines(summary, config))
+    adapter = summary.corrections.size_bytes
+    assert summary.total_bytes == summary.bytes_written + adapter
+    assert any(line.startswith(f"{decimal(summary.total_bytes)} written, ") for line in summary_lines(summary, config))
     card = (Path(summary.model) / "README.md").read_text()
+    total, read = decimal(summary.total_bytes), decimal(summary.bytes_read)
+    assert f"{total} of {read}, {decimal(adapter)} of it its adapter" in card
     for shown in (words, "quantized, with its adapter", 'subfolder="adapter"', "--max-lora-rank 8", "2411.07762"):
         assert shown in card
     page = write_report(Findings.read(tmp_path / "run")).read_text()

@@ -44,6 +44,11 @@ def test_combinations_that_no_server_takes_are_refused(scheme, inputs, message, 
     match(asked(inputs_refusal, scheme, inputs), message)
 
 
+def test_layers_that_no_groups_of_128_divide_are_told_to_be_kept(match):
+    message = "has 576 inputs: .* groups of 128 alone, which do not divide them; quantization.indivisible: keep leaves"
+    match(asked(inputs_refusal, {"group_size": -1}, FP8, columns=576), message)
+
+
 @pytest.mark.parametrize(
     ("inputs", "columns", "message"),
     [

@@ -3,7 +3,7 @@
 import pytest
 import transformers
 
-from astro.errors import InputError
+from astro.errors import ConfigError, InputError
 from astro_dist.planning.settings import run_config
 from astro_dist.planning.starting_config import run_name
 from astro_dist.planning.validate import prepare
@@ -55,6 +55,12 @@ def test_what_is_wrong_is_said(target, keys, message):
     with pytest.raises(InputError) as error:
         run_config(target, **keys)
     assert str(error.value).startswith(message)
+
+
+def test_a_key_that_is_set_twice_is_refused(llama):
+    with pytest.raises(ConfigError, match="quantization.bits: set twice, by its own option `bits` and by an"):
+        run_config(llama, ["calibration.samples=8", "quantization.bits=3"], bits=4)
+    assert run_config(llama, ["quantization.bits=3"]).quantization.bits == 3
 
 
 def test_an_unknown_key_of_a_program_is_an_error_of_the_program():

@@ -103,3 +103,18 @@ def test_a_log_has_a_line_for_each_block(display):
     shown.started(3, SolveBlock(0, 1))
     shown.ended(3, SolveBlock(0, 1), {block_unit(0, 0), block_unit(0, 1)})
     assert shown.text().rstrip().endswith("] block 2 of 30 done by worker 3; 2 of 30 blocks, about 90 s left")
+
+
+def test_a_log_is_never_silent_for_long(display, monkeypatch):
+    clock = SimpleNamespace(monotonic=lambda: clock.now, time=progress.time.time, now=0.0)
+    monkeypatch.setattr(progress, "time", clock)
+    shown, call = display(), Forward(0, 2, "c0001")
+    shown.joined(0)
+    lines = []
+    for clock.now in (59.0, 61.0, 100.0, 121.0, 122.0):
+        shown.started(0, call)
+        shown.ended(0, call, None)
+        lines.append(len(shown.text().splitlines()))
+    assert lines == [0, 1, 1, 1, 2]
+    last = "] block 3 of 30 · calibrating 2/2 done by worker 0; 1 of 30 blocks, about 90 s left"
+    assert shown.text().rstrip().endswith(last)

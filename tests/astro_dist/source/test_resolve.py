@@ -193,7 +193,7 @@ def test_commit_can_be_asked_for(hub, remote_config, tmp_path):
     ("source", "revision", "message"),
     [
         ("org/llama", "v2", "Invalid rev id: v2.*; it has no branch, tag or commit 'v2'; correct model.revision"),
-        ("org/nothing", None, "Repository not found.*; there is no such folder here either; correct model.source"),
+        ("org/nothing", None, "Repository not found.*; there is no such folder here either; correct the name"),
         (
             "org/gated",
             None,
@@ -210,7 +210,7 @@ def test_what_the_hub_refuses_is_told_with_its_reason(hub, remote_config, source
 def test_hub_that_is_not_there(hub, remote_config):
     hub.close()
     with pytest.raises(
-        CheckpointError, match="org/llama: no such folder here, and the Hub cannot be reached: .*; correct model.source"
+        CheckpointError, match="org/llama: no such folder here, and the Hub cannot be reached: .*; correct the name"
     ):
         prepare(remote_config())
 
