@@ -106,12 +106,11 @@ class BlockStatistics:
         shared = self._shared(all_sums) if starved and experts.policy == "shared-hessian" else {}
         for group, sums in zip(self.input_groups, all_sums, strict=True):
             names, first = names_of(group), group[0]
-            kind = self._weights.kind_of(first)
             if first not in starved:
-                statistics = sufficient_statistics(names, sums, kind)
+                statistics = sufficient_statistics(names, sums)
             else:
                 instead = again.sums(first, self._device) if again else shared.get(first.parameter)
-                statistics = starved_statistics(first, sums.num_tokens, experts, instead, self._device, kind)
+                statistics = starved_statistics(first, sums.num_tokens, experts, instead, self._device)
             yield dataclasses.replace(statistics, gradient_energy=self._weights.energy_of(first))
 
     def _shared(self, all_sums: Sequence[InputSums]) -> dict[str, InputSums]:
@@ -119,7 +118,7 @@ class BlockStatistics:
         shared: dict[str, InputSums] = {}
         for group, sums in zip(self.input_groups, all_sums, strict=True):
             if group[0].expert is not None:
-                empty = InputSums(group[0].columns, self._device, self._sum_kind(group[0]))
+                empty = self._empty(group[0])
                 shared.setdefault(group[0].parameter, empty).absorb_(sums)
         return shared
 
@@ -135,7 +134,7 @@ class BlockStatistics:
         if operand is self.input_groups[index][0]:
             with self.stopwatch.running():
                 weights = self._weights.of(operand, self._chunk, inputs)
-                self._sums[index].add_(X, weights, self._weights.is_by_loss(operand))
+                self._sums[index].add_(X, weights)
         elif not shares or last_index != index:
             first, other = self.input_groups[index][0].names[0], operand.names[0]
             raise UnsupportedError(f"{other} shared its input with {first} in one forward, not in another")
@@ -150,8 +149,11 @@ class BlockStatistics:
         for member in _together(self._layers, operand):
             self._input_group_of[member] = len(self.input_groups)
             self.input_groups.append([member])
-            is_expert = member.expert is not None
-            self._sums.append(InputSums(member.columns, self._device, self._sum_kind(member), keep_inputs=is_expert))
+            self._sums.append(self._empty(member, keep_inputs=member.expert is not None))
+
+    def _empty(self, operand: Operand, keep_inputs: bool = False) -> InputSums:
+        kind, weights = self._sum_kind(operand), self._weights.kind_of(operand)
+        return InputSums(operand.columns, self._device, kind, weights, keep_inputs)
 
 
 class _Reached(Exception):

@@ -14,6 +14,7 @@ import torch
 
 from astro.calibration.drift import DriftAccumulator
 from astro.calibration.hessian import HessianAccumulator, shrinkage, shrunk_
+from astro.calibration.token_weights import Kind
 from astro.linalg.batching import stacked_padded
 from astro.linalg.tiling import near_rows
 from astro.model.activation_rounding import InputGrid, round_activations
@@ -176,6 +177,7 @@ class InputSums:
 
     Attributes:
         kind: What is summed.
+        token_weights: What the tokens are weighted by.
         hessian: Sum of w x̂x̂ᵀ; x̂ is x where inputs stay as they are.
         drift: Sum of w (x_s − x)x̂ᵀ, x_s being the inputs in the source model; None where it is not wanted.
         rounding_drift: Sum of w (x − x̂)x̂ᵀ; None where it is not wanted.
@@ -183,13 +185,21 @@ class InputSums:
         sample: Sample of tokens before and after rounding; None where inputs stay as they are.
     """
 
-    def __init__(self, num_columns: int, device: torch.device, kind: SumKind, keep_inputs: bool = False) -> None:
+    def __init__(
+        self,
+        num_columns: int,
+        device: torch.device,
+        kind: SumKind,
+        token_weights: Kind = "none",
+        keep_inputs: bool = False,
+    ) -> None:
         """Begin with empty sums.
 
         Args:
             num_columns: Number C of columns.
             device: Device of the sums.
             kind: What is summed.
+            token_weights: What the tokens are weighted by.
             keep_inputs: Whether inputs are kept while they are smaller than the sums, see `HessianAccumulator`.
         """
 
@@ -197,7 +207,7 @@ class InputSums:
             return DriftAccumulator(num_columns, device, keep_inputs)
 
         is_rounded = kind.grid is not None
-        self.kind = kind
+        self.kind, self.token_weights = kind, token_weights
         self.hessian = HessianAccumulator(num_columns, device, keep_inputs)
         self.drift = drift() if kind.has_drift else None
         self.rounding_drift = drift() if (kind.has_rounding_drift or kind.has_correction_drift) and is_rounded else None
@@ -205,18 +215,21 @@ class InputSums:
         self.sample = RoundedSample(num_columns, device) if is_rounded else None
 
     @property
+    def _is_by_loss(self) -> bool:
+        return self.token_weights == "loss"
+
+    @property
     def num_tokens(self) -> int:
         """Number of tokens that were added."""
         return self.hessian.num_tokens
 
-    def add_(self, X: torch.Tensor, weights: torch.Tensor | None = None, by_loss: bool = False) -> torch.Tensor:
+    def add_(self, X: torch.Tensor, weights: torch.Tensor | None = None) -> torch.Tensor:
         """Add the inputs of one chunk to all but the drift from the source.
 
         Args:
             X: Inputs of the layer [..., C] in any float dtype, not rounded. Nothing may write to them any more where
                 inputs are kept.
             weights: Weight of each token, float32 [T] and at least 0; every token has weight 1 where not given.
-            by_loss: Whether the weights are those by the loss.
 
         Returns:
             The inputs as servers round them.
@@ -227,16 +240,14 @@ class InputSums:
         rounded = round_activations(X, self.kind.grid)
         self.hessian.add_(rounded, weights)
         assert self.sample is not None
-        self.sample.add_(X, rounded, weights.square() if by_loss and weights is not None else weights)
+        self.sample.add_(X, rounded, weights.square() if self._is_by_loss and weights is not None else weights)
         if self.rounding_drift is not None:
             self.rounding_drift.add_(X, rounded, weights)
         if self.correction_drift is not None:
             self.correction_drift.add_(X, rounded, weights, X)
         return rounded
 
-    def finish_(
-        self, name: str, by_loss: bool = False
-    ) -> tuple[torch.Tensor, torch.Tensor | None, RoundingMoments | None]:
+    def finish_(self, name: str) -> tuple[torch.Tensor, torch.Tensor | None, RoundingMoments | None]:
         """Return H, the drift from the source, and what was learned of rounding, as means. The sums are then empty.
 
         Drifts are shrunk as the Hessian is: what chance says of two columns counts as little in the one as in the
@@ -245,7 +256,6 @@ class InputSums:
 
         Args:
             name: Name of the layers, for messages.
-            by_loss: Whether the weights are those by the loss.
 
         Raises:
             NumericalError: No token was seen, or an input was not finite.
@@ -262,7 +272,7 @@ class InputSums:
         )
         weight = self.hessian.totals[0]
         # With v = w² the mean of v ‖δ‖² is taken relative to (mean of w)², as weights by the loss have the mean 1.
-        divisor = weight.square() / self.hessian.num_tokens if by_loss else weight
+        divisor = weight.square() / self.hessian.num_tokens if self._is_by_loss else weight
         sample = self.sample.rows / torch.where(divisor > 0, divisor, 1.0).sqrt().float()
         return H, drift, RoundingMoments(sample, *drifts)
 
@@ -282,7 +292,7 @@ class InputSums:
         """Add all that other sums have seen but for the drift from the source; they stay as they are.
 
         Args:
-            other: The other sums, of the same kind.
+            other: The other sums, of the same kind and with tokens weighted by the same.
         """
         self.hessian.absorb_(other.hessian)
         if self.rounding_drift is not None and other.rounding_drift is not None:

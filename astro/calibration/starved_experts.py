@@ -94,7 +94,7 @@ class AllTokens:
             sum_kind: Returns what is summed of an operand's inputs.
             served: Kind of grid to which the inputs of layers are rounded in these forwards; None in the source model.
         """
-        self._layers, self._weighs = layers, token_weights != "none"
+        self._layers, self._weights = layers, _by_norm(token_weights)
         self._sum_kind, self._served = sum_kind, served
         self._shared: dict[str, InputSums] = {}
         modules = {layers.module_of(operand): layers.owner_of(operand) for operand in operands}
@@ -128,12 +128,12 @@ class AllTokens:
         """
         if operand.parameter in self._shared:
             return self._shared[operand.parameter]
-        sums = InputSums(operand.columns, device, self._sum_kind(operand))
+        sums = InputSums(operand.columns, device, self._sum_kind(operand), self._weights)
 
         def note(multiplied: Operand, inputs: Inputs) -> None:
             if multiplied == operand:
                 rows = inputs.X.reshape(-1, inputs.X.shape[-1])
-                sums.add_(rows, norm_weights(rows) if self._weighs else None)
+                sums.add_(rows, norm_weights(rows) if self._weights == "norm" else None)
 
         module = self._layers.module_of(operand)
         with rounded_inputs(self._layers, self._served, is_whole=False), self._layers.observed(note):
@@ -142,6 +142,10 @@ class AllTokens:
         if reads_inputs(operand.parameter):
             self._shared[operand.parameter] = sums
         return sums
+
+
+def _by_norm(token_weights: Kind) -> Kind:
+    return "norm" if token_weights == "loss" else token_weights
 
 
 def is_starved(operand: Operand, num_tokens: int, experts: Experts) -> bool:
@@ -155,29 +159,23 @@ def is_starved(operand: Operand, num_tokens: int, experts: Experts) -> bool:
     return operand.expert is not None and num_tokens < experts.min_tokens
 
 
-def sufficient_statistics(names: Sequence[str], sums: InputSums, token_weights: Kind) -> InputStatistics:
+def sufficient_statistics(names: Sequence[str], sums: InputSums) -> InputStatistics:
     """Return the statistics of an input group that saw enough tokens; the gradient's energy is left open.
 
     Args:
         names: Names of the layers that read the input.
         sums: Sums over the tokens, which are finished here.
-        token_weights: What the tokens are weighted by.
 
     Raises:
         NumericalError: No token was seen, or an input was not finite.
     """
-    H, drift, rounding = sums.finish_("+".join(names), token_weights == "loss")
+    H, drift, rounding = sums.finish_("+".join(names))
     tokens = sums.num_tokens
-    return InputStatistics(tuple(names), H, tokens, tokens, token_weights, drift=drift, rounding=rounding)
+    return InputStatistics(tuple(names), H, tokens, tokens, sums.token_weights, drift=drift, rounding=rounding)
 
 
 def starved_statistics(
-    operand: Operand,
-    routed_tokens: int,
-    experts: Experts,
-    sums: InputSums | None,
-    device: torch.device,
-    token_weights: Kind,
+    operand: Operand, routed_tokens: int, experts: Experts, sums: InputSums | None, device: torch.device
 ) -> InputStatistics:
     """Return what replaces the statistics of an expert that saw too few tokens.
 
@@ -187,7 +185,6 @@ def starved_statistics(
         experts: The policy about such experts.
         sums: Sums over all tokens, or over all experts, as the policy says; None where the policy needs none.
         device: Device of the result.
-        token_weights: What the tokens that reach the expert are weighted by.
 
     Raises:
         NumericalError: The policy is `fail`.
@@ -203,10 +200,8 @@ def starved_statistics(
         return InputStatistics(operand.names, H, 0, routed_tokens, "none", fallback=experts.policy)
     assert sums is not None
     # A copy is finished, since several experts may share these sums.
-    copy = InputSums(operand.columns, device, sums.kind)
+    copy = InputSums(operand.columns, device, sums.kind, sums.token_weights)
     copy.absorb_(sums)
-    # All tokens are weighted by their norm; what all experts share is weighted as each of them is.
-    kind: Kind = "norm" if token_weights == "loss" and experts.policy == "all-tokens" else token_weights
-    H, drift, rounding = copy.finish_(name, kind == "loss")
-    tokens = copy.num_tokens
-    return InputStatistics(operand.names, H, tokens, routed_tokens, kind, None, experts.policy, drift, rounding)
+    H, drift, rounding = copy.finish_(name)
+    tokens, weights = copy.num_tokens, copy.token_weights
+    return InputStatistics(operand.names, H, tokens, routed_tokens, weights, None, experts.policy, drift, rounding)

@@ -51,7 +51,8 @@ class HessianShares:
         runner = self._runner
         batches = block.stages[stage] if block.stages else []
         sums = {
-            batch: [self._inputs.empty(operand) for operand in self._inputs.operands(block, batch)] for batch in batches
+            batch: [self._inputs.empty(block, operand) for operand in self._inputs.operands(block, batch)]
+            for batch in batches
         }
         by_operand = {
             operand: of_operand
@@ -95,7 +96,7 @@ class HessianShares:
                 for operand, of_operand in inputs.items():
                     with watches["hessian"].running():
                         of_tokens = weights.of(operand, chunk, of_operand)
-                        rounded = sums[operand].add_(of_operand.X, of_tokens, weights.is_by_loss(operand))
+                        rounded = sums[operand].add_(of_operand.X, of_tokens)
                     drift = sums[operand].drift
                     if drift is not None:
                         with watches["compensate"].running():

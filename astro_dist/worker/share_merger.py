@@ -112,7 +112,7 @@ class ShareMerger:
         halves = spec.quantization.compensation == "auto" and count > 1
         merged: list[MergedSums] = []
         for operand in self._inputs.operands(block, batch):
-            sums = self._inputs.empty(operand)
+            sums = self._inputs.empty(block, operand)
             is_halved = halves and sums.drift is not None
             merged.append(MergedSums(sums, DriftAccumulator(operand.columns, device) if is_halved else None))
         try:
@@ -137,9 +137,8 @@ class ShareMerger:
     ) -> InputStatistics:
         """Finish an input group whose shares are merged, or replace its sums if too few tokens reached an expert."""
         runner, experts = self._runner, self._runner.spec.experts
-        kind = self._inputs.token_weights(block).kind_of(operand)
         if not is_starved(operand, sums.num_tokens, experts):
-            return sufficient_statistics(names, sums, kind)
+            return sufficient_statistics(names, sums)
         instead: InputSums | None = None
         if experts.policy == "all-tokens":
             runner.load(ORIGINAL, block.unit.index)
@@ -150,7 +149,7 @@ class ShareMerger:
         elif experts.policy == "shared-hessian":
             shared = self._gathered(block, batch, operand)
             instead = shared if isinstance(shared, InputSums) else None
-        return starved_statistics(operand, sums.num_tokens, experts, instead, runner.device, kind)
+        return starved_statistics(operand, sums.num_tokens, experts, instead, runner.device)
 
     def _gathered(self, block: BlockInParts, batch: int, operand: Operand) -> AllTokens | InputSums:
         """What replaces the sums of the starved experts of a batch's stage; it is gathered for the first of them."""
@@ -165,7 +164,7 @@ class ShareMerger:
                 kind, served = runner.spec.token_weights, runner.served(stream)
                 source = AllTokens(runner.layers(block.unit), [operand], repeats, kind, self._inputs.kind, served)
             else:
-                source = InputSums(operand.columns, runner.device, self._inputs.kind(operand))
+                source = self._inputs.empty(block, operand, keep_inputs=False)
                 for batch in block.stages[stage]:
                     for of_group in self._merged(block, batch, {}):
                         source.absorb_(of_group.sums)

@@ -45,14 +45,19 @@ class SummedInputs:
         """
         return sum_kind(self._runner.spec, operand, has_drift=self._runner.spec.quantization.compensates)
 
-    def empty(self, operand: Operand) -> InputSums:
+    def empty(self, block: BlockInParts, operand: Operand, keep_inputs: bool = True) -> InputSums:
         """Return empty sums for an input group.
 
         Args:
+            block: The block.
             operand: First operand of the input group.
+            keep_inputs: Whether an expert's inputs are kept while they are smaller than the sums.
+
+        Raises:
+            DamagedError: The file of the tokens' weights is missing, or not as it was written.
         """
-        is_expert = operand.expert is not None
-        return InputSums(operand.columns, self._runner.device, self.kind(operand), keep_inputs=is_expert)
+        weights, keeps = self.token_weights(block).kind_of(operand), keep_inputs and operand.expert is not None
+        return InputSums(operand.columns, self._runner.device, self.kind(operand), weights, keeps)
 
     def token_weights(self, block: BlockInParts) -> TokenWeights:
         """Return the weights of the calibration tokens at a block's layers, which are read once.

@@ -10,13 +10,13 @@ from collections.abc import Iterable, Mapping, Sequence
 
 import torch
 
+from astro.calibration.passed_back import pass_back
 from astro.calibration.token_weights import (
     OUTPUT,
     TokenWeights,
     effective_tokens,
     loss_weights,
     output_energy,
-    pass_back,
     typical_energy,
 )
 from astro.errors import UnsupportedError

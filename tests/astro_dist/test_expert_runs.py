@@ -114,31 +114,27 @@ POLICIES = ["all-tokens", "shared-hessian", "rtn"]
 
 @pytest.mark.parametrize("policy", POLICIES)
 def test_sums_of_experts_are_finished_as_tokens_were_weighted_in_them(experts_config, monkeypatch, policy):
-    """What errors of rounded inputs count for goes by the loss in both calls, or in none."""
-    added, finished = {}, []  # by sums, which are kept alive so that no other has their place
-    real = {name: getattr(InputSums, name) for name in ("add_", "absorb_", "finish_")}
-
-    def add(self, X, weights=None, by_loss=False):
-        added.setdefault(self, set()).add(by_loss)
-        return real["add_"](self, X, weights, by_loss)
+    """What errors of rounded inputs count for goes by the loss in all sums that are added up, or in none."""
+    finished, absorbed = set(), set()
+    real = {name: getattr(InputSums, name) for name in ("absorb_", "finish_")}
 
     def absorb(self, other):
-        added.setdefault(self, set()).update(added.get(other, set()))
+        absorbed.add((self.token_weights, other.token_weights))
         real["absorb_"](self, other)
 
-    def finish(self, name, by_loss=False):
-        finished.append((".experts." in name, added.get(self), by_loss))
-        return real["finish_"](self, name, by_loss)
+    def finish(self, name):
+        finished.add((".experts." in name, self.token_weights))
+        return real["finish_"](self, name)
 
-    for name, spy in (("add_", add), ("absorb_", absorb), ("finish_", finish)):
+    for name, spy in (("absorb_", absorb), ("finish_", finish)):
         monkeypatch.setattr(InputSums, name, spy)
     changes = {key: value for key, value in WEIGHTED_BY_LOSS.items() if key != "quantization__ignore"}
     layers = layers_of(pipeline.quantize(experts_config("mixtral", policy=policy, **changes)))
     assert any(layer["fallback"] == policy for layer in layers)
-    flags = {(is_expert, by_loss) for is_expert, _, by_loss in finished}
     # The loss says nothing of a token's way through an expert that it does not depend on.
-    assert flags == {(False, True), (True, True), *({(True, False)} if policy == "all-tokens" else set())}
-    assert all(of_tokens == {by_loss} for _, of_tokens, by_loss in finished)
+    by_norm = {(True, "norm")} if policy == "all-tokens" else set()
+    assert finished == {(False, "loss"), (True, "loss"), *by_norm}
+    assert all(into == other for into, other in absorbed)
 
 
 @pytest.mark.parametrize("policy", POLICIES)

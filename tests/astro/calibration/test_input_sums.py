@@ -25,7 +25,7 @@ def chunks():
 
 
 def summed(kind, keep_inputs=False, part=slice(None)):
-    sums = InputSums(24, here(), kind, keep_inputs)
+    sums = InputSums(24, here(), kind, keep_inputs=keep_inputs)
     for X, weights in chunks()[part]:
         sums.add_(X.to(here()), weights.to(here()))
     return sums
@@ -79,19 +79,15 @@ def with_massive_tokens(kind):
 def test_sample_says_what_a_layer_loses(kind, weight_error):
     """It does where rounding does all the harm, where weights do it, and where both do."""
     X, weights = with_massive_tokens(kind)
-    sums, W, by_loss = (
-        InputSums(24, here(), SumKind(ActivationScheme(8, "int"))),
-        random_weights(16, 24),
-        kind == "loss",
-    )
+    sums, W = InputSums(24, here(), SumKind(ActivationScheme(8, "int")), kind), random_weights(16, 24)
     for part in zip(X.to(here()).split(512), weights.to(here()).split(512), strict=True):
-        sums.add_(*part, by_loss)
-    _, _, rounding = sums.finish_("q", by_loss)
+        sums.add_(*part)
+    _, _, rounding = sums.finish_("q")
     assert len(rounding.sample) == 256
     off = weight_error * W.norm() * random_weights(16, 24) / random_weights(16, 24).norm()
     rounded = round_activations(X, ActivationScheme(8, "int"))
     missed = (X - rounded) @ W.T + rounded @ off.T
-    counts, mean = (weights.square(), weights.mean().square()) if by_loss else (weights, weights.mean())
+    counts, mean = (weights.square(), weights.mean().square()) if kind == "loss" else (weights, weights.mean())
     kept, lost = rounding.sample.cpu().chunk(2, dim=-1)
     found = (lost @ W.T + kept @ off.T).square().sum()
     torch.testing.assert_close(found, (missed.square().sum(-1) * counts).mean() / mean, rtol=0.2, atol=0)

@@ -64,9 +64,9 @@ def test_inputs_that_are_rounded_where_a_few_tokens_have_massive_ones(bits):
     log_q = log_probabilities(round_activations(X.float(), scheme).double() @ W.T)
     divergence = float((log_p.exp() * (log_p - log_q)).sum(-1).mean())
 
-    sums = InputSums(32, here(), SumKind(scheme))
+    sums = InputSums(32, here(), SumKind(scheme), "loss")
     for x, w in zip(X.float().split(250), loss_weights(energy).split(250), strict=True):
-        sums.add_(x, w, by_loss=True)
-    rounding = side_by_side([sums.finish_("layer", by_loss=True)[2]], 32)
+        sums.add_(x, w)
+    rounding = side_by_side([sums.finish_("layer")[2]], 32)
     error = float(sampled_errors(rounding, W.float()[None], W.float()[None])[0].sum())
     assert predicted_divergence(typical_energy([energy], 4000), error) == pytest.approx(divergence, rel=0.15)

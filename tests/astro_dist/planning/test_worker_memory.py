@@ -8,7 +8,7 @@ import torch
 import transformers
 
 from astro.activation_config import ActivationScheme, Reconstruction
-from astro.calibration.token_weights import pass_back
+from astro.calibration.passed_back import pass_back
 from astro.config import LayerScheme, SolverSettings
 from astro.model.activations import BlockLayers
 from astro.model.block_call import BlockState, forward
