@@ -15,8 +15,8 @@ __all__ = [
 
 _FLOAT16_SCALE = 1024.0
 """Factor of gradients in float16, whose smallest number is large for them. It cancels out of every token's weight."""
-_ROWS = 256
-"""Tokens whose distributions are compared at a time, which bounds the memory for them."""
+_PARTS = 8
+"""Parts in which the distributions of a sequence are compared: what that takes is then less than the logits."""
 
 
 def measure_sequences(
@@ -61,14 +61,16 @@ def _text_positions(num_leading: int) -> tuple[slice, slice]:
 
 def _compare(source: torch.Tensor, logits: torch.Tensor) -> tuple[float, int]:
     """Return the sum of KL(source ‖ model) over tokens, and how often both find the same token most likely."""
-    divergence, agreements = torch.zeros((), dtype=torch.float64, device=logits.device), 0
-    for P, Q in zip(source.split(_ROWS), logits.split(_ROWS), strict=True):
+    divergence = torch.zeros((), dtype=torch.float64, device=logits.device)
+    agreements = torch.zeros((), dtype=torch.int64, device=logits.device)
+    rows = -(-len(logits) // _PARTS)
+    for P, Q in zip(source.split(rows), logits.split(rows), strict=True):
         log_p, log_q = log_softmax(P.float(), -1), log_softmax(Q, -1)
         # A token that the source rules out adds nothing, whatever the model makes of it.
         terms = torch.where(log_p.isneginf(), 0.0, (log_p - log_q) * log_p.exp())
         divergence += terms.sum(dtype=torch.float64)
-        agreements += int((P.argmax(-1) == Q.argmax(-1)).sum())
-    return float(divergence), agreements
+        agreements += (P.argmax(-1) == Q.argmax(-1)).sum()
+    return float(divergence), int(agreements)
 
 
 def gradient_scale(dtype: torch.dtype) -> float:

@@ -22,10 +22,11 @@ from astro_dist.planning.units import BlockUnit, Plan
 
 __all__ = ["WorkerMemory"]
 
-_LIBRARIES_BYTES = 800_000_000 if torch.version.cuda else 430_000_000
-"""Resident memory of a CPU worker before it does anything: Python, torch, transformers, Ray. A process that has
-imported `ray` and `astro_dist.worker.worker` peaks at 390 MB, and at 760 MB where torch is built for CUDA
-(`astro.process.peak_rss_bytes`); the rest is for what an actor of Ray holds besides."""
+_LIBRARIES_BYTES = 870_000_000 if torch.version.cuda else 500_000_000
+"""Resident memory of a CPU worker beside all arrays: Python, torch, transformers, Ray. A process that has imported
+`ray` and `astro_dist.worker.worker` peaks at 390 MB, and at 760 MB where torch is built for CUDA
+(`astro.process.peak_rss_bytes`). An actor of Ray holds 430 MB before its first block, and some tens more when its
+threads have read and written."""
 _TRAVELLING = 3
 """Hidden states of other chunks that are held meanwhile: an input that is read ahead, an output that is computed ahead,
 and an output that is being written."""

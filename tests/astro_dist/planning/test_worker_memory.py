@@ -10,6 +10,7 @@ import transformers
 from astro.activation_config import ActivationScheme, Reconstruction
 from astro.calibration.passed_back import pass_back
 from astro.config import LayerScheme, SolverSettings
+from astro.model import perplexity
 from astro.model.activations import BlockLayers
 from astro.model.block_call import BlockState, forward
 from astro.model.call_file import load_call, save_calls
@@ -22,7 +23,7 @@ from astro_dist.config.schema import RunConfig
 from astro_dist.planning.checkpoint_plan import make_plan
 from astro_dist.planning.forward_memory import ForwardMemory
 from astro_dist.planning.predicted_groups import PredictedInputGroup, predicted_input_groups, together
-from astro_dist.planning.worker_memory import WorkerMemory
+from astro_dist.planning.worker_memory import _LOGITS, WorkerMemory
 from tests.support.architectures import DENSE, EXPERTS
 from tests.support.device_memory import peak_bytes
 from tests.support.models import write_checkpoint
@@ -180,6 +181,20 @@ def test_embeddings_and_head_that_are_larger_than_a_block_are_counted(tmp_path):
     assert more.of_host(2) - usual.of_host(2) == pytest.approx(outside - max(held, usually), abs=2)
     state = 2048 * plan.hidden_size * 2
     assert more.bytes(4) - more.bytes(2) == pytest.approx(5 * 2 * state, abs=2)
+
+
+@pytest.mark.parametrize("length", [64, 512])
+@torch.no_grad()
+def test_the_head_holds_as_many_logits_as_are_foretold(monkeypatch, length):
+    """Of one sequence, when the result is measured beside the source, and when the loss is differentiated."""
+    ids = torch.arange(2 * length).reshape(2, length) % 250
+    hidden, head = torch.randn(2, length, 8), torch.randn(4096, 8)
+    monkeypatch.setattr(perplexity, "run_head", lambda skeleton, ids, hidden, num_outputs: hidden @ head.T)
+    logits = 4 * length * len(head)
+    measured = peak_bytes(lambda: perplexity.measure_sequences(None, ids, hidden, 0, hidden.clone()))
+    differentiated = peak_bytes(lambda: perplexity.loss_gradient(None, ids, hidden, 0))
+    assert 0.6 * _LOGITS * logits < measured < _LOGITS * logits
+    assert 0.6 * _LOGITS * logits < differentiated < 1.05 * _LOGITS * logits
 
 
 @pytest.mark.parametrize(
