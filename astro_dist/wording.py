@@ -2,7 +2,7 @@
 
 from astro.config import PER_CHANNEL
 
-__all__ = ["counted", "nats", "percent", "scale_span", "sentence"]
+__all__ = ["counted", "group_size_in_words", "nats", "percent", "sentence"]
 
 
 def percent(share: float, digits: int | None = None, signed: bool = False) -> str:
@@ -34,7 +34,7 @@ def counted(number: int, noun: str, plural: str | None = None) -> str:
     return f"{number:,} {noun if number == 1 else plural or f'{noun}s'}"
 
 
-def scale_span(group_size: int) -> str:
+def group_size_in_words(group_size: int) -> str:
     """Say which columns of a row share a scale, such as "group size 128" or "one scale a row".
 
     Args:

@@ -152,8 +152,8 @@ class BlockStatistics:
             self._sums.append(self._empty(member, keep_inputs=member.expert is not None))
 
     def _empty(self, operand: Operand, keep_inputs: bool = False) -> InputSums:
-        kind, weights = self._sum_kind(operand), self._weights.kind_of(operand)
-        return InputSums(operand.columns, self._device, kind, weights, keep_inputs)
+        kind, token_weights = self._sum_kind(operand), self._weights.kind_of(operand)
+        return InputSums(operand.columns, self._device, kind, token_weights, keep_inputs)
 
 
 class _Reached(Exception):

@@ -190,7 +190,7 @@ class InputSums:
         num_columns: int,
         device: torch.device,
         kind: SumKind,
-        token_weights: Kind = "none",
+        token_weights: Kind,
         keep_inputs: bool = False,
     ) -> None:
         """Begin with empty sums.
@@ -229,11 +229,12 @@ class InputSums:
         Args:
             X: Inputs of the layer [..., C] in any float dtype, not rounded. Nothing may write to them any more where
                 inputs are kept.
-            weights: Weight of each token, float32 [T] and at least 0; every token has weight 1 where not given.
+            weights: Weight of each token, float32 [T] and at least 0; None where tokens are weighted by nothing.
 
         Returns:
             The inputs as servers round them.
         """
+        assert (weights is None) == (self.token_weights == "none")
         if self.kind.grid is None:
             self.hessian.add_(X, weights)
             return X
@@ -294,6 +295,7 @@ class InputSums:
         Args:
             other: The other sums, of the same kind and with tokens weighted by the same.
         """
+        assert self.token_weights == other.token_weights
         self.hessian.absorb_(other.hessian)
         if self.rounding_drift is not None and other.rounding_drift is not None:
             self.rounding_drift.absorb_(other.rounding_drift)

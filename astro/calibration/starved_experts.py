@@ -94,7 +94,8 @@ class AllTokens:
             sum_kind: Returns what is summed of an operand's inputs.
             served: Kind of grid to which the inputs of layers are rounded in these forwards; None in the source model.
         """
-        self._layers, self._weights = layers, _by_norm(token_weights)
+        self._layers = layers
+        self._token_weights: Kind = "norm" if token_weights == "loss" else token_weights
         self._sum_kind, self._served = sum_kind, served
         self._shared: dict[str, InputSums] = {}
         modules = {layers.module_of(operand): layers.owner_of(operand) for operand in operands}
@@ -128,12 +129,12 @@ class AllTokens:
         """
         if operand.parameter in self._shared:
             return self._shared[operand.parameter]
-        sums = InputSums(operand.columns, device, self._sum_kind(operand), self._weights)
+        sums = InputSums(operand.columns, device, self._sum_kind(operand), self._token_weights)
 
         def note(multiplied: Operand, inputs: Inputs) -> None:
             if multiplied == operand:
                 rows = inputs.X.reshape(-1, inputs.X.shape[-1])
-                sums.add_(rows, norm_weights(rows) if self._weights == "norm" else None)
+                sums.add_(rows, norm_weights(rows) if self._token_weights == "norm" else None)
 
         module = self._layers.module_of(operand)
         with rounded_inputs(self._layers, self._served, is_whole=False), self._layers.observed(note):
@@ -142,10 +143,6 @@ class AllTokens:
         if reads_inputs(operand.parameter):
             self._shared[operand.parameter] = sums
         return sums
-
-
-def _by_norm(token_weights: Kind) -> Kind:
-    return "norm" if token_weights == "loss" else token_weights
 
 
 def is_starved(operand: Operand, num_tokens: int, experts: Experts) -> bool:
@@ -203,5 +200,5 @@ def starved_statistics(
     copy = InputSums(operand.columns, device, sums.kind, sums.token_weights)
     copy.absorb_(sums)
     H, drift, rounding = copy.finish_(name)
-    tokens, weights = copy.num_tokens, copy.token_weights
-    return InputStatistics(operand.names, H, tokens, routed_tokens, weights, None, experts.policy, drift, rounding)
+    tokens, kind = copy.num_tokens, copy.token_weights
+    return InputStatistics(operand.names, H, tokens, routed_tokens, kind, None, experts.policy, drift, rounding)

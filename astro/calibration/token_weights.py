@@ -10,7 +10,7 @@ serves all others badly. Two kinds of weights take that away; neither changes fo
 
 ℓ is the cross-entropy of the source model on the calibration text's own next tokens. To the first power e_t is the
 diagonal of the Fisher information (GuidedQuant, arXiv 2505.07004); its root measures better.
-Shapes: T tokens, C columns (inputs), R rows (outputs).
+Shapes: T tokens, C columns (inputs).
 """
 
 import dataclasses

@@ -72,16 +72,18 @@ def inputs_notes(
 
 
 def _float_refusal(layer: LinearLayer, scheme: LayerScheme, inputs: ActivationScheme) -> str | None:
-    if scheme != _FP8_WEIGHTS and layer.columns % _FP8_WEIGHTS.group_size:
-        return (
-            f"{layer.name} has {layer.columns} inputs: vLLM multiplies {inputs.in_words} with weights in groups of 128 "
-            "alone, which do not divide them; quantization.indivisible: keep leaves such layers in 16 bits, or take "
-            "activations.type: int"
-        )
     if scheme != _FP8_WEIGHTS:
+        size = _FP8_WEIGHTS.group_size
+        advice = (
+            f"which do not divide its {layer.columns} inputs; take such weights and quantization.indivisible: keep, "
+            "which leaves these layers in 16 bits"
+            if layer.columns % size
+            else "quantize it so"
+        )
         return (
             f"{layer.name} with {_in_words(scheme)}: vLLM multiplies {inputs.in_words} with symmetric int4 weights in "
-            "groups of 128 alone; quantize it so, name it in quantization.ignore, or take activations.type: int"
+            f"groups of {size} alone{', ' if layer.columns % size else '; '}{advice}, name it in quantization.ignore, "
+            "or take activations.type: int"
         )
     if experts_of(layer.name) is not None and layer.columns % _FP8_EXPERT_TILE:
         return (

@@ -15,8 +15,9 @@ __all__ = [
 
 _FLOAT16_SCALE = 1024.0
 """Factor of gradients in float16, whose smallest number is large for them. It cancels out of every token's weight."""
-_PARTS = 8
-"""Parts in which the distributions of a sequence are compared: what that takes is then less than the logits."""
+_PARTS, _MOST_ROWS = 8, 256
+"""Parts in which the distributions of a sequence are compared, and the most tokens of a part. What comparing takes is
+then less than the logits, and bounded."""
 
 
 def measure_sequences(
@@ -63,7 +64,7 @@ def _compare(source: torch.Tensor, logits: torch.Tensor) -> tuple[float, int]:
     """Return the sum of KL(source ‖ model) over tokens, and how often both find the same token most likely."""
     divergence = torch.zeros((), dtype=torch.float64, device=logits.device)
     agreements = torch.zeros((), dtype=torch.int64, device=logits.device)
-    rows = -(-len(logits) // _PARTS)
+    rows = min(-(-len(logits) // _PARTS), _MOST_ROWS)
     for P, Q in zip(source.split(rows), logits.split(rows), strict=True):
         log_p, log_q = log_softmax(P.float(), -1), log_softmax(Q, -1)
         # A token that the source rules out adds nothing, whatever the model makes of it.

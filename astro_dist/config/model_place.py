@@ -1,6 +1,7 @@
 """What the name of a model says of its place: a folder, a repository of the Hub, a URL, or a demo."""
 
 import difflib
+import os
 import re
 from pathlib import Path
 
@@ -43,27 +44,29 @@ def require_model(name: str) -> None:
         return
     if not any(Path(path).expanduser().exists() for path in (name, before)):
         raise CheckpointError(
-            f"{name}: no such folder; expected a folder with config.json and *.safetensors, a Hub repository "
-            f"(ORG/NAME) or a URL of an object store (s3://..., gs://...){likely_place(name)}"
+            f"{name}: no such folder{likely_place(name)}; expected a folder with config.json and *.safetensors, a Hub "
+            "repository (ORG/NAME) or a URL of an object store (s3://..., gs://...)"
         )
 
 
 def likely_place(name: str) -> str:
-    """Ask whether another folder was meant, one whose name is much like the first part that is missing here.
+    """Ask whether another folder was meant: one that is here, and whose path is much like it in one part.
 
     Args:
         name: Path of a folder that does not exist.
 
     Returns:
-        The end of a message; empty where no folder is called like that.
+        The end of a sentence; empty where there is no such folder.
     """
     path = Path(name)
     missing = [place for place in (path, *path.parents) if not place.expanduser().exists()]
     if not missing:
         return ""
+    first = missing[-1]
     try:
-        beside = [place.name for place in missing[-1].parent.expanduser().iterdir() if place.is_dir()]
+        close = difflib.get_close_matches(first.name, os.listdir(first.parent.expanduser()))
     except OSError:  # it may be no folder, or not be ours to read
         return ""
-    close = difflib.get_close_matches(missing[-1].name, beside, 1)
-    return f"; did you mean {missing[-1].with_name(close[0]) / path.relative_to(missing[-1])}?" if close else ""
+    likely = (first.with_name(other) / path.relative_to(first) for other in close)
+    found = next((place for place in likely if place.expanduser().is_dir()), None)
+    return f" (did you mean {found}?)" if found else ""

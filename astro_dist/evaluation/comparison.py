@@ -115,7 +115,7 @@ def _figures(root: Path) -> RunFigures:
         bits=summary.average_bits,
         group_size=config.quantization.group_size,
         also_rounded=", ".join(config.activations.rounded_in_words),
-        corrections=f"rank {added.ranks_in_words}, {decimal(added.size_bytes)} of the size" if added else "",
+        corrections=f"rank {added.ranks_in_words}, {decimal(added.size_bytes)}" if added else "",
         mode=f"{config.execution.mode}{f' × {rounds}' if rounds > 1 else ''}{', tuned' if summary.has_tuned else ''}",
         size_bytes=summary.total_bytes,
         share=summary.total_bytes / summary.bytes_read,

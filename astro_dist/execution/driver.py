@@ -155,6 +155,7 @@ class Driver:
             while event is not None:  # take all that has happened before any call counts as late
                 self._take(schedule, event)
                 event = self._executor.wait(0.0)
+            self._display.passed()
             figures = self._display.figures()
             self._executor.report(figures)
             self._end_notes.saw(figures.seconds_left)

@@ -12,6 +12,7 @@ import jinja2
 import yaml
 from rich.filesize import decimal
 
+from astro.config import PER_CHANNEL
 from astro.formats import LAYOUTS
 from astro.formats.peft_adapter import FOLDER
 from astro.formats.rounded_inputs import HUMMING_OPTION
@@ -220,7 +221,7 @@ def _figures(name: str, layers: Sequence[LayerRecord]) -> _KindFigures:
 def _method(config: RunConfig, summary: Summary) -> list[tuple[str, str]]:
     """List the settings that matter, as rows of a table."""
     q, regularizer, execution = config.quantization, config.regularizer, config.execution
-    columns = "a whole row" if q.group_size == -1 else f"{q.group_size} input columns"
+    columns = "a whole row" if q.group_size == PER_CHANNEL else f"{q.group_size} input columns"
     grid = "symmetric" if q.symmetric else "asymmetric"
     static = "by falling activation energy, stored unpermuted"
     inputs, has_clips = config.activations.in_words, config.activations.has_clips
@@ -256,8 +257,9 @@ def _coverage(summary: Summary) -> list[tuple[str, str]]:
 
 def _sizes(summary: Summary) -> str:
     """Say how large the result is, of how much."""
-    included = f", {decimal(summary.corrections.size_bytes)} of it its adapter" if summary.corrections else ""
-    return f"{decimal(summary.total_bytes)} of {decimal(summary.bytes_read)}{included}"
+    adapter = summary.corrections
+    included = f" with its adapter ({decimal(adapter.size_bytes)})" if adapter is not None else ""
+    return f"{decimal(summary.total_bytes)}{included} of {decimal(summary.bytes_read)}"
 
 
 def _spent_by(summary: Summary) -> str:

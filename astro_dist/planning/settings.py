@@ -7,6 +7,7 @@ from typing import Any
 import yaml
 
 from astro.errors import ConfigError
+from astro_dist.config.model_place import likely_place
 from astro_dist.config.schema import RunConfig
 from astro_dist.config.yaml_file import load_config
 from astro_dist.planning.starting_config import starting_config
@@ -44,8 +45,9 @@ def run_config(target: str | Path, assignments: Sequence[str] = (), **main_keys:
     given = {MAIN_KEYS[name]: value for name, value in main_keys.items() if value is not None}
     by_assignment = {assignment.partition("=")[0].strip() for assignment in assignments}
     for name, key in MAIN_KEYS.items():
-        if key in given and key in by_assignment:
-            raise ConfigError(f"{key}: set twice, by its own option `{name}` and by an assignment; leave one out")
+        if key in given and not by_assignment.isdisjoint({key, key.partition(".")[0]}):
+            option = name.replace("_", "-")
+            raise ConfigError(f"{key}: set both by --{option} and by --set; give --{option} or --set, not both")
     # A value of the command line is text, and YAML would read a path such as `1e3` as a number.
     texts = {key: value if isinstance(value, int | float) else str(value) for key, value in given.items()}
     all_assignments = [*(f"{key}={_as_yaml(key, value)}" for key, value in texts.items()), *assignments]
@@ -54,8 +56,8 @@ def run_config(target: str | Path, assignments: Sequence[str] = (), **main_keys:
         return load_config(path, all_assignments)
     if not path.exists() and not any(sign in name for sign in ("/", ":")):
         raise ConfigError(
-            f"{name}: there is no such file or folder; give the YAML file of a run, or a model: a folder, ORG/NAME on "
-            "the Hub, or the URL of an object store"
+            f"{name}: there is no such file or folder{likely_place(name)}; give the YAML file of a run, or a model: "
+            "a folder, ORG/NAME on the Hub, or the URL of an object store"
         )
     return starting_config(name, all_assignments)
 

@@ -24,7 +24,7 @@ from astro_dist.config.schema import CalibrationConfig, RunConfig
 from astro_dist.config.text_place import is_file
 from astro_dist.planning.checkpoint_plan import make_plan
 from astro_dist.planning.chunk_size import chunk_note, settle_chunks
-from astro_dist.planning.correction_cost import correction_notes, held_channel_notes
+from astro_dist.planning.correction_cost import CorrectionSize, correction_notes, correction_size, held_channel_notes
 from astro_dist.planning.input_clips import settle_compensation, with_clips
 from astro_dist.planning.left_out import exact_expert_notes, zero_expert_notes
 from astro_dist.planning.source_notes import source_notes
@@ -65,6 +65,11 @@ class Prepared:
     notes: tuple[str, ...]
     tensor_parallel: TensorParallelLimit
     untied: tuple[str, ...] = ()
+
+    @property
+    def corrections(self) -> CorrectionSize:
+        """How large the corrections of low rank are, or at most are."""
+        return correction_size(self.plan.blocks, self.config.reconstruction)
 
 
 def prepare(config: RunConfig, commit: str | None = None) -> Prepared:

@@ -33,8 +33,8 @@ and an output that is being written."""
 _PINNED = 2
 """Largest size of a pinned buffer relative to what it is asked for."""
 _LOGITS = 4
-"""Float32 copies of one sequence's logits that are held at the peak: logits and their float32 form, of the result and
-of the source, or the same and their gradients."""
+"""Float32 copies of one sequence's logits that are held at the peak: logits, their float32 form, logarithms, and the
+gradients of these. Two models' logits and what comparing parts of them takes are less."""
 _SQUARES, _TILES = 2.5, 9
 """What a solve holds at its peak: matrices of columns × columns beside the Hessian (the factor, the regularizer's
 operator, one half while either is made), and arrays of a row tile (weights, target, both transposed, errors, integers,

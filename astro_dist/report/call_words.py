@@ -31,7 +31,7 @@ from astro_dist.schedule.calls import (
 from astro_dist.schedule.names import is_block_unit, is_held_out
 from astro_dist.schedule.unit_words import UnitWords
 
-__all__ = ["call_in_words", "phase_of", "worker_lines"]
+__all__ = ["phase_of", "worker_lines", "workers_in_words"]
 
 _PHASES: dict[type[Call], str] = {
     Embed: "embedding",
@@ -95,25 +95,40 @@ def worker_lines(
         words: What people are told instead of the names of units.
         chunks: Names of all chunks, in the order in which they travel.
     """
-    rows = {worker: f"worker {worker:<3} {call_in_words(call, words, chunks)}" for worker, (call, _) in calls.items()}
+    rows = {worker: f"worker {worker:<3} {_at(call, words, chunks)}" for worker, (call, _) in calls.items()}
     if len(calls) + idle <= _MOST_ROWS:
         return [rows[worker] for worker in sorted(rows)]
-    counts = Counter(_PHASES[type(call)] for call, _ in calls.values())
-    counts["idle"] = idle
-    kinds = ", ".join(f"{number} {phase}" for phase, number in counts.most_common() if number)
     slowest = sorted(calls, key=lambda worker: -calls[worker][1])[:_SLOWEST]
     lines = [f"{rows[worker]}, for {in_words(calls[worker][1])}" for worker in slowest]
-    return [f"{len(calls) + idle} workers: {kinds}; the slowest:", *lines]
+    return [f"{_counted(calls, idle)}; the slowest:", *lines]
 
 
-def call_in_words(call: Call, words: UnitWords, chunks: Sequence[str]) -> str:
-    """Say what a call is at and does, such as "block 3 of 30 · calibrating 5/16".
+def workers_in_words(
+    calls: Mapping[int, tuple[Call, float]], idle: int, words: UnitWords, chunks: Sequence[str]
+) -> str:
+    """Say in one line what the workers do: each of a few, or how many of many do what.
 
     Args:
-        call: The call.
+        calls: The call that each worker is at, and for how many seconds, by the worker's number.
+        idle: Number of workers that have nothing to do.
         words: What people are told instead of the names of units.
         chunks: Names of all chunks, in the order in which they travel.
     """
+    if len(calls) + idle > _MOST_ROWS:
+        return _counted(calls, idle)
+    rows = (f"worker {worker} {_at(call, words, chunks)}" for worker, (call, _) in sorted(calls.items()))
+    return ", ".join(rows) or "no worker is at work"
+
+
+def _counted(calls: Mapping[int, tuple[Call, float]], idle: int) -> str:
+    counts = Counter(_PHASES[type(call)] for call, _ in calls.values())
+    counts["idle"] = idle
+    kinds = ", ".join(f"{number} {phase}" for phase, number in counts.most_common() if number)
+    return f"{len(calls) + idle} workers: {kinds}"
+
+
+def _at(call: Call, words: UnitWords, chunks: Sequence[str]) -> str:
+    """Say what a call is at and does, such as "block 3 of 30 · calibrating 5/16"."""
     block = getattr(call, "block", None)
     if block is None and not isinstance(call, DifferentiateLoss | LoadWeights):
         return words.unit(call.unit)

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 from rich.filesize import decimal
 
 from astro_dist.console import in_words
-from astro_dist.wording import counted, percent, scale_span, sentence
+from astro_dist.wording import counted, group_size_in_words, percent, sentence
 
 if TYPE_CHECKING:  # some of them import torch or transformers, which the command at hand may not need
     from astro.quantization.layer_record import Fallbacks
@@ -81,7 +81,7 @@ def _quality_lines(summary: "Summary", source: str) -> list[str]:
     measured = summary.perplexity
     if measured.original is None or measured.quantized is None:
         return []
-    rounded = f" with {summary.rounded_in_words}" if summary.rounded_in_words else ""
+    rounded = f" with {' and '.join(summary.also_rounded)}" if summary.also_rounded else ""
     change = f"{measured.original:.3f} → {measured.quantized:.3f}{rounded}"
     parts = filter(None, (change, measured.change_in_words, measured.sample_in_words))
     divergences = "; ".join(filter(None, (measured.divergence_in_words, summary.prediction_in_words)))
@@ -126,8 +126,8 @@ def settings_line(config: "RunConfig") -> str:
     is_open = "auto" in (calibration.samples, calibration.sequence_length)
     most = f"{'up to ' if is_open else ''}{calibration.most_samples} × {calibration.longest_sequence} tokens"
     return (
-        f"{config.model.source}: {bits}, {scale_span(q.group_size)}{inputs}, format {q.format}; mode {execution.mode}, "
-        f"{rounds}; calibration {most} of {calibration.text_in_words}"
+        f"{config.model.source}: {bits}, {group_size_in_words(q.group_size)}{inputs}, format {q.format}; "
+        f"mode {execution.mode}, {rounds}; calibration {most} of {calibration.text_in_words}"
     )
 
 

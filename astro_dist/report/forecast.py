@@ -33,6 +33,7 @@ class Forecast:
         limit = self.prepared.tensor_parallel
         return {
             **self.prepared.plan.summary(),
+            "corrections_bytes": self.prepared.corrections.size_bytes,
             "needed": dataclasses.asdict(self.needed),
             "notes": list(self.prepared.notes),
             "tensor_parallel": {"size": limit.size, **dataclasses.asdict(limit)},

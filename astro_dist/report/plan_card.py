@@ -6,7 +6,6 @@ from rich.filesize import decimal
 from rich.table import Table
 
 from astro_dist.console import compact_table, in_words
-from astro_dist.planning.correction_cost import correction_size
 from astro_dist.planning.estimate import Estimate
 from astro_dist.planning.units import BlockUnit, Plan
 from astro_dist.planning.validate import Prepared
@@ -28,16 +27,16 @@ def plan_card(prepared: Prepared, needed: Estimate) -> list[str]:
         needed: Memory, disk, traffic and time that it needs.
     """
     plan, is_gpu = prepared.plan, needed.device != "cpu"
-    corrections = correction_size(plan.blocks, prepared.config.reconstruction)
-    written = plan.written_bytes + corrections.size_bytes
-    corrected = ", corrections included" if corrections.num_layers else ""
+    written = plan.written_bytes + prepared.corrections.size_bytes
+    most = "at most " if prepared.config.reconstruction.rank == "auto" else ""
+    corrected = ", corrections included" if prepared.corrections.num_layers else ""
     origin = "projected, never measured on a GPU" if is_gpu else "from the speed of this machine"
     device = needed.device.upper() if is_gpu else "CPU worker" if needed.workers == 1 else "CPU workers"
     host = f", {decimal(needed.host_bytes)} of its host's" if is_gpu else ""
     limit = prepared.tensor_parallel.in_words
     lines = [
         settings_line(prepared.config),
-        f"{_count(plan.weights)} weights quantized: {decimal(plan.read_bytes)} → {decimal(written)} "
+        f"{_count(plan.weights)} weights quantized: {decimal(plan.read_bytes)} → {most}{decimal(written)} "
         f"({percent(written / plan.read_bytes)} of the source{corrected})",
         f"{needed.workers} × {device}: about {in_words(needed.wall_s)} once workers are up, {origin}; "
         f"{needed.device_hours:.2g} device-hours, {percent(needed.efficiency)} of that at work",

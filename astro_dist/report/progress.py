@@ -13,7 +13,7 @@ from rich.text import Text
 
 from astro_dist.console import in_words, say
 from astro_dist.planning.outlook import Outlook
-from astro_dist.report.call_words import call_in_words, worker_lines
+from astro_dist.report.call_words import worker_lines, workers_in_words
 from astro_dist.report.run_figures import FigureCounter, RunFigures, Shape
 from astro_dist.schedule.calls import Call, EvaluateLoss, SmoothChannels, WeighTokens
 from astro_dist.schedule.names import is_block_unit
@@ -24,7 +24,7 @@ __all__ = ["ProgressDisplay"]
 
 
 _QUIET_S = 60.0
-"""Seconds after which a log has a line for a call that finishes nothing, so that it shows that the run goes on."""
+"""Seconds without a line after which a log says what the workers do, so that it shows that the run goes on."""
 
 
 class ProgressDisplay:
@@ -111,18 +111,18 @@ class ProgressDisplay:
             result: Figures of the unit, if the call finished one that has figures.
         """
         self._counter.ended(worker, call, finished, result)
-        if self._live:
+        if finished is None or self._live:
             return
-        telling = is_block_unit(call.unit) or isinstance(call, EvaluateLoss | WeighTokens | SmoothChannels)
-        if finished is not None and telling:
-            place = self.words.unit(call.unit)
-        elif time.monotonic() - self._last_line > _QUIET_S:
-            place = call_in_words(call, self.words, tuple(self._shape.chunks))
-        else:
+        if is_block_unit(call.unit) or isinstance(call, EvaluateLoss | WeighTokens | SmoothChannels):
+            self.say(f"{self.words.unit(call.unit)} done by worker {worker}; {_done(self.figures())}")
+
+    def passed(self) -> None:
+        """Take note that some time has passed. A log then says what the workers do, if it has been quiet for long."""
+        if self._live or time.monotonic() - self._last_line < _QUIET_S:
             return
-        figures = self.figures()
-        done = f"{figures.blocks_done} of {figures.blocks} blocks"
-        self.say(f"{place} done by worker {worker}; {', '.join(filter(None, (done, _time_left(figures))))}")
+        counter, chunks = self._counter, tuple(self._shape.chunks)
+        doing = workers_in_words(counter.calls(), counter.idle, self.words, chunks)
+        self.say(f"{_done(self.figures())}; {doing}")
 
     def say(self, text: str) -> None:
         """Print a line that stays.
@@ -153,6 +153,12 @@ def _in_words(figures: RunFigures) -> str:
         f"largest layer error {error:.3g} ({figures.worst_layer.partition('+')[0]})" if error is not None else "",
     )
     return " · ".join(filter(None, parts))
+
+
+def _done(figures: RunFigures) -> str:
+    """How many blocks are done, and the time that is left."""
+    blocks = f"{figures.blocks_done} of {figures.blocks} blocks"
+    return ", ".join(filter(None, (blocks, _time_left(figures))))
 
 
 def _time_left(figures: RunFigures) -> str:

@@ -119,7 +119,7 @@ def summarize(
         predicted_divergence=predicted_nats(last),
         widths_by=_measure(layers[0]) if quantization.bits == "auto" else "",
         inputs=config.activations.in_words,
-        kv_cache="FP8" if config.activations.rounds_cache else "",
+        also_rounded=config.activations.rounded_in_words,
         smoothing=smoothing,
         corrections=CorrectionFigures.of(last, adapter.stat().st_size) if adapter.is_file() else None,
         tuning=tuning,

@@ -7,7 +7,7 @@ from rich.filesize import decimal
 from astro_dist.console import in_words
 from astro_dist.report.findings import Findings
 from astro_dist.run_directory.summary import Perplexity, Summary
-from astro_dist.wording import counted, nats, percent, scale_span
+from astro_dist.wording import counted, group_size_in_words, nats, percent
 
 __all__ = ["Figure", "Tile", "headline", "tiles"]
 
@@ -53,7 +53,13 @@ def headline(findings: Findings) -> list[str]:
     bits = f"{q.average_bits:g} bits on average" if q.bits == "auto" else f"{q.bits} bits"
     mode = f"mode {execution.mode}"
     rounds = [counted(execution.rounds, "round")] if execution.rounds > 1 else []
-    return [bits, scale_span(q.group_size), *config.activations.rounded_in_words, q.format, ", ".join([mode, *rounds])]
+    return [
+        bits,
+        group_size_in_words(q.group_size),
+        *config.activations.rounded_in_words,
+        q.format,
+        ", ".join([mode, *rounds]),
+    ]
 
 
 def tiles(findings: Findings) -> list[Tile]:

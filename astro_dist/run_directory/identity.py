@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any, Self
 
 from astro.errors import ConfigError, DamagedError
+from astro_dist.config.model_place import likely_place
 from astro_dist.run_directory.layout import TRAINING_FILE, RunLayout
 from astro_dist.run_directory.records import read_own_json
 
@@ -110,6 +111,8 @@ def read_identity(root: Path) -> Identity:
     if not path.is_file():
         if (root / TRAINING_FILE).is_file():
             raise ConfigError(f"{root}: holds a training, and this command takes runs of quantize; see progress.jsonl")
+        if not root.exists():
+            raise ConfigError(f"{root}: no such folder{likely_place(str(root))}; expected the folder of a run")
         raise ConfigError(f"{root}: holds no {path.name}, so it is no run directory, or its run has not begun yet")
     try:
         content = read_own_json(path)

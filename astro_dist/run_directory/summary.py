@@ -189,8 +189,8 @@ class Summary:
         widths_by: What `bits: auto` chose widths by, `nats` or `relative error`; empty where widths are configured.
         inputs: What servers are told to round inputs of quantized layers to, such as "int8 per token"; empty where
             inputs stay as they are.
-        kv_cache: What servers are told to hold keys and values in, such as "FP8"; empty where they choose. Figures of
-            the result are measured with both.
+        also_rounded: What servers round besides weights, such as "FP8 cache". All figures of the result are measured
+            so.
         smoothing: What became of the inputs that were to be smoothed, by kind; empty where none were.
         corrections: Corrections of low rank in the adapter beside the model, which all figures of the result are
             measured with; None where it has none.
@@ -221,7 +221,7 @@ class Summary:
     predicted_divergence: float | None = None
     widths_by: str = ""
     inputs: str = ""
-    kv_cache: str = ""
+    also_rounded: tuple[str, ...] = ()
     smoothing: tuple[SmoothedKind, ...] = ()
     corrections: CorrectionFigures | None = None
     tuning: TuningFigures | None = None
@@ -230,12 +230,6 @@ class Summary:
     def total_bytes(self) -> int:
         """Size of the result together with its corrections, in bytes."""
         return self.bytes_written + (self.corrections.size_bytes if self.corrections is not None else 0)
-
-    @property
-    def rounded_in_words(self) -> str:
-        """Say what was rounded beside weights in all figures of the result; empty where nothing was."""
-        inputs = f"inputs {self.inputs}" if self.inputs else ""
-        return " and ".join(filter(None, [inputs, f"an {self.kv_cache} cache" if self.kv_cache else ""]))
 
     @property
     def prediction_in_words(self) -> str:
@@ -288,6 +282,7 @@ class Summary:
             "notes": tuple(content["notes"]),
             "units": UnitCounts(**content["units"]),
             "base_model": BaseModel.from_json(content["base_model"]),
+            "also_rounded": tuple(content.get("also_rounded", ())),
             "smoothing": tuple(map(SmoothedKind.from_json, content.get("smoothing", ()))),
             "corrections": CorrectionFigures.from_json(content["corrections"]) if content.get("corrections") else None,
             "tuning": TuningFigures.from_json(content["tuning"]) if content.get("tuning") else None,

@@ -135,19 +135,19 @@ def open_hub(repository: str, revision: str) -> HubFiles:
     try:
         info = huggingface_hub.HfApi().model_info(repository, revision=revision, files_metadata=True)
     except hub_errors.HFValidationError as error:
-        raise ConfigError(f"model.source {repository}: {error}") from error
+        raise ConfigError(f"{repository}: {error}") from error
     except hub_errors.HfHubHTTPError as error:
         raise _refused(repository, revision, error) from error
     except hub_errors.OfflineModeIsEnabled as error:
         raise CheckpointError(
-            f"{repository}: no such folder here, and the Hub is not asked: HF_HUB_OFFLINE is set"
-            f"{likely_place(repository)}"
+            f"{repository}: no such folder here{likely_place(repository)}, and the Hub is not asked: HF_HUB_OFFLINE is "
+            "set"
         ) from error
     except Exception as error:  # of whichever HTTP library huggingface_hub is built on
         raise CheckpointError(
-            f"{repository}: no such folder here, and the Hub cannot be reached: {type(error).__name__}: "
+            f"{repository}: no such folder here{likely_place(repository)}, and the Hub cannot be reached: "
+            f"{type(error).__name__}: "
             f"{without_secrets(str(error))}; correct the name, or see to the network (a proxy, HF_ENDPOINT)"
-            f"{likely_place(repository)}"
         ) from error
     files = tuple((file.rfilename, int(file.size or 0)) for file in info.siblings or ())
     return HubFiles(repository, str(info.sha), files, bool(info.gated))
@@ -162,12 +162,12 @@ def _refused(repository: str, revision: str, error: hub_errors.HfHubHTTPError) -
             "(HF_TOKEN or `hf auth login`)"
         )
     elif isinstance(error, hub_errors.RevisionNotFoundError):
-        advice = f"it has no branch, tag or commit {revision!r}; correct model.revision"
+        advice = f"it has no branch, tag or commit {revision!r}; correct the revision"
     elif isinstance(error, hub_errors.RepositoryNotFoundError):
         advice = (
-            "there is no such folder here either; correct the name, or give a token where it is private"
-            f"{likely_place(repository)}"
+            f"there is no such folder here either{likely_place(repository)}; correct the name, or give a token where "
+            "it is private"
         )
     else:
         advice = "see https://status.huggingface.co, or give a valid token"
-    return CheckpointError(f"model.source {repository}: the Hub refuses: {reason}; {advice}")
+    return CheckpointError(f"{repository}: the Hub refuses: {reason}; {advice}")

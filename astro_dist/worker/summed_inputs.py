@@ -56,8 +56,9 @@ class SummedInputs:
         Raises:
             DamagedError: The file of the tokens' weights is missing, or not as it was written.
         """
-        weights, keeps = self.token_weights(block).kind_of(operand), keep_inputs and operand.expert is not None
-        return InputSums(operand.columns, self._runner.device, self.kind(operand), weights, keeps)
+        kind, token_weights = self.kind(operand), self.token_weights(block).kind_of(operand)
+        keeps = keep_inputs and operand.expert is not None
+        return InputSums(operand.columns, self._runner.device, kind, token_weights, keeps)
 
     def token_weights(self, block: BlockInParts) -> TokenWeights:
         """Return the weights of the calibration tokens at a block's layers, which are read once.

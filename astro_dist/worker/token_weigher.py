@@ -10,7 +10,7 @@ from collections.abc import Iterable, Mapping, Sequence
 
 import torch
 
-from astro.calibration.passed_back import pass_back
+from astro.calibration.backward import pass_back
 from astro.calibration.token_weights import (
     OUTPUT,
     TokenWeights,

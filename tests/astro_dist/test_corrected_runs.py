@@ -182,10 +182,12 @@ def test_card_says_what_transformers_leaves_unrounded(run_config, tmp_path, monk
 def test_corrections_are_shown(run_config, tmp_path):
     config = run_config(**RANK)
     prepared = prepare(config)
-    size = correction_size(prepared.plan.blocks, config.reconstruction).size_bytes
-    foretold = str(plan(config)).splitlines()[1]
-    assert f"→ {decimal(prepared.plan.written_bytes + size)} (" in foretold
-    assert foretold.endswith("of the source, corrections included)")
+    foretold, size = plan(config), prepared.corrections.size_bytes
+    line = str(foretold).splitlines()[1]
+    assert f"→ {decimal(prepared.plan.written_bytes + size)} (" in line
+    assert line.endswith("of the source, corrections included)")
+    assert foretold.to_json()["corrections_bytes"] == size
+    assert "→ at most " in str(plan(run_config(reconstruction__rank="auto")))
     notes = prepared.notes
     assert any("21 layers get a correction of low rank" in note and "more multiplications" in note for note in notes)
     summary = pipeline.quantize(config)
@@ -197,7 +199,7 @@ def test_corrections_are_shown(run_config, tmp_path):
     assert any(line.startswith(f"{decimal(summary.total_bytes)} written, ") for line in summary_lines(summary, config))
     card = (Path(summary.model) / "README.md").read_text()
     total, read = decimal(summary.total_bytes), decimal(summary.bytes_read)
-    assert f"{total} of {read}, {decimal(adapter)} of it its adapter" in card
+    assert f"{total} with its adapter ({decimal(adapter)}) of {read}" in card
     for shown in (words, "quantized, with its adapter", 'subfolder="adapter"', "--max-lora-rank 8", "2411.07762"):
         assert shown in card
     page = write_report(Findings.read(tmp_path / "run")).read_text()

@@ -134,6 +134,7 @@ def test_sums_of_experts_are_finished_as_tokens_were_weighted_in_them(experts_co
     # The loss says nothing of a token's way through an expert that it does not depend on.
     by_norm = {(True, "norm")} if policy == "all-tokens" else set()
     assert finished == {(False, "loss"), (True, "loss"), *by_norm}
+    assert bool(absorbed) == (policy != "rtn")
     assert all(into == other for into, other in absorbed)
 
 

@@ -21,8 +21,9 @@ from astro_dist.evaluation.block_weights import BlockWeights
 from astro_dist.export.cache_scales import CACHE_SCALES_NAME
 from astro_dist.export.verify import verify_model
 from astro_dist.planning.validate import prepare
-from astro_dist.report.command_output import verification_lines
+from astro_dist.report.command_output import figure_lines, verification_lines
 from astro_dist.run_directory.records import RunDirectory
+from astro_dist.run_directory.summary import read_summary
 from astro_dist.run_directory.unit_record import BlockResult, UnitRecord
 from astro_dist.schedule.names import is_held_out
 from astro_dist.source.resolve import Source
@@ -71,6 +72,9 @@ def test_the_cache_is_measured_as_it_is_served(run_config, tmp_path):
     assert rounded.perplexity.original == exact.perplexity.original
     assert rounded.perplexity.quantized != exact.perplexity.quantized
     assert rounded.perplexity.quantized == pytest.approx(exact.perplexity.quantized, rel=0.05)
+    assert read_summary(tmp_path / "fp8" / "summary.json").also_rounded == ("FP8 cache",)
+    assert " with FP8 cache, " in figure_lines(rounded)[0]
+    assert " with " not in figure_lines(exact)[0]
 
 
 @pytest.mark.parametrize("settings", [{}, {"execution__rounds": 2}, {"execution__mode": "sequential"}])

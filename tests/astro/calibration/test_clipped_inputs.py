@@ -7,9 +7,9 @@ import torch
 from torch import nn
 
 from astro.activation_config import ActivationScheme
+from astro.calibration.backward import pass_back
 from astro.calibration.block_statistics import BlockStatistics, input_stages
 from astro.calibration.input_sums import SumKind
-from astro.calibration.passed_back import pass_back
 from astro.calibration.token_weights import TokenWeights
 from astro.config import Experts
 from astro.model.activations import BlockLayers

@@ -25,7 +25,7 @@ def chunks():
 
 
 def summed(kind, keep_inputs=False, part=slice(None)):
-    sums = InputSums(24, here(), kind, keep_inputs=keep_inputs)
+    sums = InputSums(24, here(), kind, "norm", keep_inputs)
     for X, weights in chunks()[part]:
         sums.add_(X.to(here()), weights.to(here()))
     return sums
@@ -80,8 +80,8 @@ def test_sample_says_what_a_layer_loses(kind, weight_error):
     """It does where rounding does all the harm, where weights do it, and where both do."""
     X, weights = with_massive_tokens(kind)
     sums, W = InputSums(24, here(), SumKind(ActivationScheme(8, "int")), kind), random_weights(16, 24)
-    for part in zip(X.to(here()).split(512), weights.to(here()).split(512), strict=True):
-        sums.add_(*part)
+    for x, w in zip(X.to(here()).split(512), weights.to(here()).split(512), strict=True):
+        sums.add_(x, None if kind == "none" else w)
     _, _, rounding = sums.finish_("q")
     assert len(rounding.sample) == 256
     off = weight_error * W.norm() * random_weights(16, 24) / random_weights(16, 24).norm()
@@ -95,24 +95,24 @@ def test_sample_says_what_a_layer_loses(kind, weight_error):
 
 def test_sample_of_few_tokens_of_none_and_of_such_as_lie_on_the_grid():
     for num_tokens in (0, 3):
-        sums, X = InputSums(24, here(), KIND), correlated_inputs(50, 24).float().to(here())
+        sums, X = InputSums(24, here(), KIND, "none"), correlated_inputs(50, 24).float().to(here())
         sums.add_(X[:20])
         sums.add_(X[20 : 20 + num_tokens])
         assert len(sums.sample.rows) == 16 + num_tokens
-    sums, grid = InputSums(24, here(), KIND), torch.randint(-7, 8, (200, 24), device=here()).float()
+    sums, grid = InputSums(24, here(), KIND, "none"), torch.randint(-7, 8, (200, 24), device=here()).float()
     grid[:, 0] = 7  # each token lies on its grid, so that rounding takes nothing
     sums.add_(grid)
     torch.testing.assert_close(
         sums.finish_("q")[2].sample.square().sum(), grid.square().sum(-1).mean(), rtol=0.1, atol=0
     )
-    silent = InputSums(24, here(), KIND)
+    silent = InputSums(24, here(), KIND, "none")
     silent.add_(torch.zeros(20, 24, device=here()))
     assert not silent.finish_("q")[2].sample.any()
 
 
 def test_long_sample_is_thinned_and_means_the_same():
     X = correlated_inputs(6400, 24).float().to(here())
-    sums = InputSums(24, here(), KIND)
+    sums = InputSums(24, here(), KIND, "none")
     for part in X.split(16):
         sums.add_(part)
     _, _, rounding = sums.finish_("q")
@@ -131,7 +131,7 @@ def test_nothing_more_is_summed_where_inputs_stay_as_they_are():
 
 def test_inputs_that_were_larger_in_the_source_want_weights_that_are_larger_by_as_much():
     """d = 0.1 x makes the drift 0.1 H, and W + W D H⁻¹ = 1.1 W, only if both are shrunk alike; halves are as well."""
-    sums, half = InputSums(24, here(), SumKind(has_drift=True)), DriftAccumulator(24, here())
+    sums, half = InputSums(24, here(), SumKind(has_drift=True), "norm"), DriftAccumulator(24, here())
     for number, (X, weights) in enumerate(chunks()):
         X, weights = X.to(here()), weights.to(here())
         sums.add_(X, weights)
@@ -159,13 +159,13 @@ def test_moments_of_different_samples_lie_side_by_side():
 
 def test_corrections_get_the_drift_against_inputs_as_they_are():
     kind = SumKind(INT4, has_correction_drift=True)
-    sums, X = InputSums(24, here(), kind), correlated_inputs(100, 24).float().to(here())
+    sums, X = InputSums(24, here(), kind, "norm"), correlated_inputs(100, 24).float().to(here())
     weights = torch.rand(100, device=here())
     for x, w in zip(X.split(50), weights.split(50), strict=True):
         sums.add_(x, w)
     lost = (X - round_activations(X, INT4)).T * weights
     torch.testing.assert_close(sums.correction_drift.partial, lost @ X, rtol=1e-3, atol=1e-4)
     torch.testing.assert_close(sums.rounding_drift.partial, lost @ round_activations(X, INT4), rtol=1e-3, atol=1e-4)
-    both = InputSums(24, here(), kind)
+    both = InputSums(24, here(), kind, "norm")
     both.absorb_(sums)
     assert torch.equal(both.correction_drift.partial, sums.correction_drift.partial)

@@ -44,9 +44,10 @@ def test_combinations_that_no_server_takes_are_refused(scheme, inputs, message, 
     match(asked(inputs_refusal, scheme, inputs), message)
 
 
-def test_layers_that_no_groups_of_128_divide_are_told_to_be_kept(match):
-    message = "has 576 inputs: .* groups of 128 alone, which do not divide them; quantization.indivisible: keep leaves"
-    match(asked(inputs_refusal, {"group_size": -1}, FP8, columns=576), message)
+@pytest.mark.parametrize("group_size", [64, -1])
+def test_layers_that_no_groups_of_128_divide_are_told_to_be_kept(match, group_size):
+    message = "in groups of 128 alone, which do not divide its 576 inputs; take such weights and .*indivisible: keep"
+    match(asked(inputs_refusal, {"group_size": group_size}, FP8, columns=576), message)
 
 
 @pytest.mark.parametrize(

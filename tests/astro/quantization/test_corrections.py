@@ -143,7 +143,7 @@ def test_with_rounded_inputs_the_recorded_error_is_that_of_what_is_served(W, bit
         outliers(),
         0.1 * correlated_inputs(400, 48, seed=5).float().to(here()),
     )
-    sums = InputSums(48, here(), SumKind(scheme, has_drift=True, has_rounding_drift=True))
+    sums = InputSums(48, here(), SumKind(scheme, has_drift=True, has_rounding_drift=True), "none")
     for x, d in zip(X.split(16), D.split(16), strict=True):  # every token is in the sample
         sums.drift.add_(x + d, x, None, sums.add_(x))
     H, drift, rounding = sums.finish_("a")

@@ -100,7 +100,7 @@ def test_a_layer_of_few_bits_behind_outliers_comes_close_to_the_least_error(
     """The least error of the very integers that were solved, by the SVD over all tokens in float64."""
     X, W = with_outliers(2000, 96).float(), random_weights(64, 96)
     makes_up = method == "gptq" and compensation != 0
-    sums = InputSums(96, X.device, SumKind(INT4, has_rounding_drift=makes_up, has_correction_drift=True))
+    sums = InputSums(96, X.device, SumKind(INT4, has_rounding_drift=makes_up, has_correction_drift=True), "none")
     for x in X.split(16):  # every token is in the sample
         sums.add_(x)
     H, _, rounding = sums.finish_("a")

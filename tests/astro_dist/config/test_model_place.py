@@ -19,14 +19,18 @@ def runs(tmp_path, monkeypatch):
         ("runs/llama-w4g12", "runs/llama-w4g128"),
         ("rums/llama-w4g128/model", "runs/llama-w4g128/model"),
         ("runs/llama-w4g64/model", "runs/llama-w4g128/model"),
+        ("rums", "runs"),
     ],
 )
 @pytest.mark.usefixtures("runs")
 def test_a_folder_that_may_be_meant_is_named(name, meant):
-    assert likely_place(name) == f"; did you mean {meant}?"
+    assert likely_place(name) == f" (did you mean {meant}?)"
 
 
-@pytest.mark.parametrize("name", ["runs/mistral", "runs/llama.txt/model", "org/llama-w4g128", "runs/llama-w4g128"])
+@pytest.mark.parametrize(
+    "name",
+    ["runs/mistral", "runs/llama.txt/model", "org/llama", "runs/llama-w4g128", "rums/nothing", "runs/llama-w4g12/none"],
+)
 @pytest.mark.usefixtures("runs")
 def test_nothing_is_guessed_where_nothing_is_alike(name):
     assert likely_place(name) == ""
@@ -34,5 +38,5 @@ def test_nothing_is_guessed_where_nothing_is_alike(name):
 
 @pytest.mark.usefixtures("runs")
 def test_a_path_that_is_wrong_is_refused_with_the_likely_one():
-    with pytest.raises(CheckpointError, match="no such folder; .* did you mean runs/llama-w4g128/model"):
+    with pytest.raises(CheckpointError, match=r"no such folder \(did you mean runs/llama-w4g128/model\?\); expected"):
         require_model("runs/llama-w4g64/model")

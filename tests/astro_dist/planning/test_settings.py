@@ -58,8 +58,9 @@ def test_what_is_wrong_is_said(target, keys, message):
 
 
 def test_a_key_that_is_set_twice_is_refused(llama):
-    with pytest.raises(ConfigError, match="quantization.bits: set twice, by its own option `bits` and by an"):
-        run_config(llama, ["calibration.samples=8", "quantization.bits=3"], bits=4)
+    for assignment in ("quantization.group_size=32", "quantization={bits: 3}"):
+        with pytest.raises(ConfigError, match="quantization.group_size: set both by --group-size and by --set; give"):
+            run_config(llama, ["calibration.samples=8", assignment], group_size=16)
     assert run_config(llama, ["quantization.bits=3"]).quantization.bits == 3
 
 

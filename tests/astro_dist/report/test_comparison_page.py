@@ -47,7 +47,7 @@ def test_corrections_are_told_if_any_run_has_them(run_config, finished):
     config = run_config(reconstruction__rank=2)
     pipeline.quantize(config)
     comparison = compare_runs([finished, config.output.dir])
-    (size,) = re.findall(r"rank 2, (.*) of the size", dict(comparison_rows(comparison))["corrections"][1])
+    (size,) = re.findall(r"rank 2, (.*)", dict(comparison_rows(comparison))["corrections"][1])
     assert dict(comparison_rows(comparison))["corrections"][0] == "-"
     assert size == decimal((config.output.dir / "model" / "adapter" / "adapter_model.safetensors").stat().st_size)
     assert "corrections" not in dict(comparison_rows(compare_runs([finished])))

@@ -10,7 +10,7 @@ from astro_dist.report import progress
 from astro_dist.report.progress import ProgressDisplay
 from astro_dist.report.run_figures import FigureCounter, Shape
 from astro_dist.run_directory.unit_record import BlockResult
-from astro_dist.schedule.calls import Forward, SolveBlock
+from astro_dist.schedule.calls import CopyTensors, Forward, SolveBlock
 from astro_dist.schedule.names import block_unit
 
 
@@ -106,15 +106,26 @@ def test_a_log_has_a_line_for_each_block(display):
 
 
 def test_a_log_is_never_silent_for_long(display, monkeypatch):
-    clock = SimpleNamespace(monotonic=lambda: clock.now, time=progress.time.time, now=0.0)
+    clock = SimpleNamespace(monotonic=lambda: clock.now, now=0.0)
     monkeypatch.setattr(progress, "time", clock)
-    shown, call = display(), Forward(0, 2, "c0001")
-    shown.joined(0)
-    lines = []
-    for clock.now in (59.0, 61.0, 100.0, 121.0, 122.0):
-        shown.started(0, call)
-        shown.ended(0, call, None)
-        lines.append(len(shown.text().splitlines()))
-    assert lines == [0, 1, 1, 1, 2]
-    last = "] block 3 of 30 · calibrating 2/2 done by worker 0; 1 of 30 blocks, about 90 s left"
-    assert shown.text().rstrip().endswith(last)
+    shown, on_terminal = display(), display(80)
+    for worker in (0, 1, 2):
+        shown.joined(worker)
+    shown.started(0, Forward(0, 2, "c0001"))
+    shown.started(2, CopyTensors(0))
+
+    def lines_at(now):
+        clock.now = now
+        for each in (shown, on_terminal):
+            each.passed()
+        return shown.text().splitlines()
+
+    assert [len(lines_at(now)) for now in (59.0, 61.0, 120.0, 122.0)] == [0, 1, 1, 2]
+    assert (
+        "] 1 of 30 blocks, about 90 s left; worker 0 block 3 of 30 · calibrating 2/2, worker 2 " in lines_at(123.0)[-1]
+    )
+    shown.started(1, SolveBlock(0, 1))
+    clock.now = 181.0
+    shown.ended(1, SolveBlock(0, 1), {block_unit(0, 0), block_unit(0, 1)})  # has a line of its own
+    assert [len(lines_at(now)) for now in (183.0, 240.0, 242.0)] == [3, 3, 4]
+    assert on_terminal.text() == ""

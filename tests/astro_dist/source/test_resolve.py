@@ -192,7 +192,7 @@ def test_commit_can_be_asked_for(hub, remote_config, tmp_path):
 @pytest.mark.parametrize(
     ("source", "revision", "message"),
     [
-        ("org/llama", "v2", "Invalid rev id: v2.*; it has no branch, tag or commit 'v2'; correct model.revision"),
+        ("org/llama", "v2", "Invalid rev id: v2.*; it has no branch, tag or commit 'v2'; correct the revision"),
         ("org/nothing", None, "Repository not found.*; there is no such folder here either; correct the name"),
         (
             "org/gated",

@@ -2,7 +2,7 @@
 
     e_t = mean of (∂ℓ/∂z_t)² over the outputs z of all layers that read one input
 
-These energies become weights of tokens, see `token_weights`. Shapes: B sequences of T tokens, R rows (outputs).
+These energies become weights of tokens, see `token_weights`. Shapes: B sequences of T tokens.
 """
 
 import dataclasses

@@ -6,8 +6,8 @@ import pytest
 import torch
 import transformers
 
+from astro.calibration.backward import pass_back
 from astro.calibration.block_statistics import input_stages
-from astro.calibration.passed_back import pass_back
 from astro.errors import UnsupportedError
 from astro.model.activations import BlockLayers
 from astro.model.block_call import BlockState, forward
