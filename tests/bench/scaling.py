@@ -132,8 +132,7 @@ def table(name: str, device_name: str, gigabits: float, tune_steps: int) -> None
     print(f"\n{name} on {device_name}, 128 × 2048 tokens, {gigabits:g} Gbit/s a worker\n")
     print("| mode | | " + " | ".join(map(str, WORKERS)) + " |\n" + "|---" * (len(WORKERS) + 2) + "|")
     for mode in ("blocks", "sequential"):
-        shares = {"hessian_shares": 8} if mode == "sequential" else {}
-        sections = {"execution": {"mode": mode, **shares}, "quantization": {"tune_steps": tune_steps}}
+        sections = {"execution": {"mode": mode}, "quantization": {"tune_steps": tune_steps}}
         config = RunConfig.model_validate({**CONFIG, **sections})
         tokens = chunk_tokens(config.calibration)
         planned = PlannedRun(plan, config, tokens, torch.bfloat16, "cuda")
