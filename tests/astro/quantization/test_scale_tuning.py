@@ -50,7 +50,7 @@ class Block:
 
     def _rounded(self, name, symmetric, group_size):
         W = self.original[name].float()
-        scheme = LayerScheme(bits=3, group_size=group_size, symmetric=symmetric)
+        scheme = LayerScheme(bits=bits_of(name), group_size=group_size, symmetric=symmetric)
         grid = fit_grid(W, scheme, SolverSettings(scale_search="mse"), self.scale_dtype)
         return QuantizedLinear(grid.quantize(W), grid)
 
@@ -78,6 +78,10 @@ class Block:
 def block(request, tmp_path):
     with torch.no_grad():
         yield Block(tmp_path / request.param, request.param)
+
+
+def bits_of(name):
+    return 2 if name.endswith("down_proj") else 3
 
 
 def naive(block):
@@ -111,7 +115,8 @@ def naive(block):
         for name, g in zip(names, gradients, strict=True):
             first[name], second[name] = 0.9 * first[name] + 0.1 * g, 0.95 * second[name] + 0.05 * g.square()
             mean, square = first[name] / (1 - 0.9 ** (step + 1)), second[name] / (1 - 0.95 ** (step + 1))
-            p[name].data -= 0.008 * (1 - step / STEPS) * mean / (square.sqrt() + 1e-8)
+            length = 0.1 / (2 ** (bits_of(name) - 1) * STEPS**0.5)
+            p[name].data -= length * (1 - step / STEPS) * mean / (square.sqrt() + 1e-8)
     return {name: scales[name] * (1 + p[name].detach()) for name in names}
 
 
@@ -141,7 +146,7 @@ def test_only_scales_move_and_the_error_falls(block):
         assert torch.equal(after.Q, layer.Q)
         assert torch.equal(after.grid.zero, layer.grid.zero)
         factors = after.grid.scale / layer.grid.scale
-        assert 0.9 < float(factors.min()) <= float(factors.max()) < 1.1
+        assert 0.8 < float(factors.min()) <= float(factors.max()) < 1.2
     parameters = [block.skeleton.model.get_parameter(operand.parameter) for operand in block.layers.operands]
     assert not any(parameter.requires_grad or parameter.grad is not None for parameter in parameters)
 
@@ -156,6 +161,19 @@ def test_scales_are_exact_in_the_stored_dtype_and_zero_points_are_minded(tmp_pat
     scales = torch.cat([layer.grid.scale.flatten() for layer in tuned.layers.values()])
     assert torch.equal(scales, scales.bfloat16().float())
     assert any(bool(layer.grid.zero.any()) for layer in tuned.layers.values())
+
+
+@torch.no_grad()
+def test_no_scale_changes_its_sign_in_many_steps(tmp_path):
+    block = Block(tmp_path / "m", "llama")
+    block.texts = [dataclasses.replace(text, wanted=-text.wanted) for text in block.texts]  # pulls as far as it may
+    tuned = block.tuned(1000)
+    assert not tuned.reason
+    factors = torch.cat([
+        (layer.grid.scale / block.solved[name].grid.scale).flatten() for name, layer in tuned.layers.items()
+    ])  # fmt: skip
+    assert 0.3 < float(factors.min()) <= float(factors.max()) < 1.7
+    assert float((factors - 1).abs().max()) > 0.2
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
