@@ -29,11 +29,11 @@ from astro.quantization.grid import QuantizedLinear, grouped
 __all__ = ["TunedScales", "TuningText", "tune_scales"]
 
 _STRIDE = 0.1
-"""Length of the first step, times the root of the number of steps and the largest integer of the grid: a factor moves
-that integer's weight by this much of a grid step. Measured with 40 and 160 steps of 512 tokens at 2, 3 and 4 bits."""
+"""The first step moves the weight of the integer 2^(bits−1) by this share of a grid step, over the root of the number
+of steps. Measured with 40 and 160 steps of 512 tokens at 2, 3 and 4 bits."""
 _REACH = 1.0
-"""Most that the length of the first step is, times the number of steps. Steps become shorter, so that half of this is
-about the farthest that a factor gets from 1."""
+"""Most that the size of the first step is, times the number of steps. Steps become smaller, down to none, so that half
+of this is about the farthest that a factor gets from 1."""
 _MOMENTS = (0.9, 0.95)
 """Shares that Adam keeps of its moments: a second moment over twenty steps, because there are so few."""
 _TINY = torch.finfo(torch.float32).tiny
@@ -153,7 +153,7 @@ class _Factors:
         self._moves = {name: torch.zeros_like(layer.grid.scale) for name, layer in solved.items()}
 
     def parameters(self, steps: int) -> list[dict[str, Any]]:
-        """The moves p, float32 [R, G] of each layer, with the length of the first of some steps."""
+        """The moves p, float32 [R, G] of each layer, with the size of the first of some steps."""
         largest = {name: 1 << (layer.grid.bits - 1) for name, layer in self._solved.items()}
         return [
             {"params": [move], "lr": min(_STRIDE / (largest[name] * steps**0.5), _REACH / steps)}

@@ -59,14 +59,15 @@ def likely_place(name: str) -> str:
         The end of a sentence; empty where there is no such folder.
     """
     path = Path(name)
-    missing = [place for place in (path, *path.parents) if not place.expanduser().exists()]
-    if not missing:
-        return ""
-    first = missing[-1]
     try:
-        close = difflib.get_close_matches(first.name, os.listdir(first.parent.expanduser()))
-    except OSError:  # it may be no folder, or not be ours to read
+        missing = [place for place in (path, *path.parents) if not place.expanduser().exists()]
+        if not missing:
+            return ""
+        first = missing[-1]
+        beside = os.listdir(first.parent.expanduser())
+        close = difflib.get_close_matches(first.name, beside, max(len(beside), 1))
+        likely = (first.with_name(other) / path.relative_to(first) for other in close)
+        found = next((place for place in likely if place.expanduser().is_dir()), None)
+    except OSError:  # a part may be no folder, or not be ours to read
         return ""
-    likely = (first.with_name(other) / path.relative_to(first) for other in close)
-    found = next((place for place in likely if place.expanduser().is_dir()), None)
     return f" (did you mean {found}?)" if found else ""

@@ -151,11 +151,11 @@ class Driver:
                 schedule, self._trouble.is_stale = self._plan_anew(), False
                 self._on_finished(schedule)
             self._hand_out(schedule)
+            self._display.passed()
             event = self._executor.wait(_TICK_S)
             while event is not None:  # take all that has happened before any call counts as late
                 self._take(schedule, event)
                 event = self._executor.wait(0.0)
-            self._display.passed()
             figures = self._display.figures()
             self._executor.report(figures)
             self._end_notes.saw(figures.seconds_left)

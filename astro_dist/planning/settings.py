@@ -47,7 +47,10 @@ def run_config(target: str | Path, assignments: Sequence[str] = (), **main_keys:
     for name, key in MAIN_KEYS.items():
         if key in given and not by_assignment.isdisjoint({key, key.partition(".")[0]}):
             option = name.replace("_", "-")
-            raise ConfigError(f"{key}: set both by --{option} and by --set; give --{option} or --set, not both")
+            raise ConfigError(
+                f"{key}: set both by --{option} and by --set; leave one out (--set {key.partition('.')[0]}=… "
+                "sets the whole section)"
+            )
     # A value of the command line is text, and YAML would read a path such as `1e3` as a number.
     texts = {key: value if isinstance(value, int | float) else str(value) for key, value in given.items()}
     all_assignments = [*(f"{key}={_as_yaml(key, value)}" for key, value in texts.items()), *assignments]

@@ -116,8 +116,8 @@ def workers_in_words(
     """
     if len(calls) + idle > _MOST_ROWS:
         return _counted(calls, idle)
-    rows = (f"worker {worker} {_at(call, words, chunks)}" for worker, (call, _) in sorted(calls.items()))
-    return ", ".join(rows) or "no worker is at work"
+    rows = [f"worker {worker}: {_at(call, words, chunks)}" for worker, (call, _) in sorted(calls.items())]
+    return ", ".join([*rows, *([f"{idle} idle"] if idle or not rows else [])])
 
 
 def _counted(calls: Mapping[int, tuple[Call, float]], idle: int) -> str:

@@ -141,7 +141,7 @@ class Tracking:
             "kl_divergence": perplexity.divergence,
             "mean_relative_error": summary.mean_relative_error,
             "average_bits": summary.average_bits,
-            "bytes_written": float(summary.total_bytes),
+            "total_bytes": float(summary.total_bytes),
             "wall_s": summary.wall_s,
         }
         self._log({name: value for name, value in values.items() if value is not None})

@@ -169,11 +169,9 @@ def test_no_scale_changes_its_sign_in_many_steps(tmp_path):
     block.texts = [dataclasses.replace(text, wanted=-text.wanted) for text in block.texts]  # pulls as far as it may
     tuned = block.tuned(1000)
     assert not tuned.reason
-    factors = torch.cat([
-        (layer.grid.scale / block.solved[name].grid.scale).flatten() for name, layer in tuned.layers.items()
-    ])  # fmt: skip
-    assert 0.3 < float(factors.min()) <= float(factors.max()) < 1.7
-    assert float((factors - 1).abs().max()) > 0.2
+    (name,) = (name for name in tuned.layers if bits_of(name) == 2)  # by the rule for few steps it would go 0.79 away
+    factors = tuned.layers[name].grid.scale / block.solved[name].grid.scale
+    assert 0.4 < float((factors - 1).abs().max()) < 0.6
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])

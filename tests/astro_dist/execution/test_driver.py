@@ -59,7 +59,7 @@ class Schedule:
         return []
 
 
-def drive(executor, calls=(), worker_timeout_s=60.0):
+def drive(executor, calls=(), worker_timeout_s=60.0, display=None):
     calls, notes = deque(calls), []
 
     def plan_anew():
@@ -68,10 +68,18 @@ def drive(executor, calls=(), worker_timeout_s=60.0):
 
     run = SimpleNamespace(journal=SimpleNamespace(note=lambda event, **_: notes.append(event)))
     limits = Limits(3, lambda call: 60.0, worker_timeout_s)
-    display = MagicMock(words=UnitWords(3), figures=lambda: SimpleNamespace(seconds_left=None))
+    display = display or MagicMock()
+    display.configure_mock(words=UnitWords(3), figures=lambda: SimpleNamespace(seconds_left=None))
     driver = Driver(executor, run, display, limits, plan_anew, lambda now: None)
     driver.run(Schedule(calls))
     return notes
+
+
+def test_a_quiet_log_is_written_while_the_workers_are_at_work():
+    display = MagicMock()
+    drive(Executor(), [CopyTensors(0), CopyTensors(1)], display=display)
+    order = [call[0] for call in display.method_calls if call[0] in ("started", "passed", "ended")]
+    assert order == ["started", "passed", "ended"] * 2
 
 
 @pytest.fixture

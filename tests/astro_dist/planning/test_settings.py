@@ -59,7 +59,7 @@ def test_what_is_wrong_is_said(target, keys, message):
 
 def test_a_key_that_is_set_twice_is_refused(llama):
     for assignment in ("quantization.group_size=32", "quantization={bits: 3}"):
-        with pytest.raises(ConfigError, match="quantization.group_size: set both by --group-size and by --set; give"):
+        with pytest.raises(ConfigError, match="quantization.group_size: set both by --group-size and by --set; leave"):
             run_config(llama, ["calibration.samples=8", assignment], group_size=16)
     assert run_config(llama, ["quantization.bits=3"]).quantization.bits == 3
 

@@ -121,9 +121,9 @@ def test_a_log_is_never_silent_for_long(display, monkeypatch):
         return shown.text().splitlines()
 
     assert [len(lines_at(now)) for now in (59.0, 61.0, 120.0, 122.0)] == [0, 1, 1, 2]
-    assert (
-        "] 1 of 30 blocks, about 90 s left; worker 0 block 3 of 30 · calibrating 2/2, worker 2 " in lines_at(123.0)[-1]
-    )
+    last = lines_at(123.0)[-1]
+    assert "] 1 of 30 blocks, about 90 s left; worker 0: block 3 of 30 · calibrating 2/2, worker 2: " in last
+    assert last.endswith(", 1 idle")
     shown.started(1, SolveBlock(0, 1))
     clock.now = 181.0
     shown.ended(1, SolveBlock(0, 1), {block_unit(0, 0), block_unit(0, 1)})  # has a line of its own
