@@ -46,6 +46,7 @@ METHODS = {
     "ours, unsigned scales": ["quantization.signed_scales=false"],
     "ours": [],
     "ours, tuned": TUNED,
+    "ours, tuned in 160 steps": ["quantization.tune_steps=160"],
     "ours, 2 rounds": TWO_ROUNDS,
     "ours, 2 rounds, tuned": [*TWO_ROUNDS, *TUNED],
     "ours, 3 rounds": ["execution.rounds=3"],
