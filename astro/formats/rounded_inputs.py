@@ -73,17 +73,15 @@ def inputs_notes(
 
 def _float_refusal(layer: LinearLayer, scheme: LayerScheme, inputs: ActivationScheme) -> str | None:
     if scheme != _FP8_WEIGHTS:
-        size = _FP8_WEIGHTS.group_size
-        advice = (
-            f"which do not divide its {layer.columns} inputs; take such weights and quantization.indivisible: keep, "
-            "which leaves these layers in 16 bits"
-            if layer.columns % size
-            else "quantize it so"
-        )
+        size, advice = _FP8_WEIGHTS.group_size, "; quantize it so"
+        if layer.columns % size:
+            advice = (
+                f", which do not divide its {layer.columns} inputs; take such weights and quantization.indivisible: "
+                "keep, which leaves these layers in 16 bits"
+            )
         return (
             f"{layer.name} with {_in_words(scheme)}: vLLM multiplies {inputs.in_words} with symmetric int4 weights in "
-            f"groups of {size} alone{', ' if layer.columns % size else '; '}{advice}, name it in quantization.ignore, "
-            "or take activations.type: int"
+            f"groups of {size} alone{advice}, name it in quantization.ignore, or take activations.type: int"
         )
     if experts_of(layer.name) is not None and layer.columns % _FP8_EXPERT_TILE:
         return (

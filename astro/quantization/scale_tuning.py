@@ -153,11 +153,16 @@ class _Factors:
         self._moves = {name: torch.zeros_like(layer.grid.scale) for name, layer in solved.items()}
 
     def parameters(self, steps: int) -> list[dict[str, Any]]:
-        """The moves p, float32 [R, G] of each layer, with the size of the first of some steps."""
-        largest = {name: 1 << (layer.grid.bits - 1) for name, layer in self._solved.items()}
+        """Return the moves p, float32 [R, G] of each layer, by width, with the size of the first of some steps.
+
+        Layers of one width are one group of Adam's, because a GPU moves a group at once.
+        """
+        by_bits: dict[int, list[torch.Tensor]] = {}
+        for name, layer in self._solved.items():
+            by_bits.setdefault(layer.grid.bits, []).append(self._moves[name])
         return [
-            {"params": [move], "lr": min(_STRIDE / (largest[name] * steps**0.5), _REACH / steps)}
-            for name, move in self._moves.items()
+            {"params": moves, "lr": min(_STRIDE / (2 ** (bits - 1) * steps**0.5), _REACH / steps)}
+            for bits, moves in by_bits.items()
         ]
 
     def add_gradient_(self, name: str, gradient: torch.Tensor) -> None:

@@ -15,7 +15,7 @@ from astro_dist.config.keys import fields_of, section_suggestion, suggestion, ty
 from astro_dist.config.schema import PublishConfig, RunConfig
 from astro_dist.config.training import TrainConfig
 
-__all__ = ["load_config", "load_recorded_config", "load_train_config", "make_config", "make_target"]
+__all__ = ["assigned_key", "load_config", "load_recorded_config", "load_train_config", "make_config", "make_target"]
 
 _Schema = TypeVar("_Schema", bound=BaseModel)
 
@@ -107,7 +107,7 @@ def _checked(schema: type[_Schema], content: dict[str, Any], assignments: Sequen
         ) from error
     if complaints:
         of_content = _complaints(schema, content)
-        keys = [assignment.partition("=")[0].strip() for assignment in assignments or []]
+        keys = list(map(assigned_key, assignments or []))
         # Of several assignments the one is named that is wrong, if only one is.
         named = [text for text in complaints if text not in of_content and text.partition(":")[0] in keys]
         by_origin = {
@@ -204,6 +204,15 @@ def _stray_booleans(
         kinds = set(typing.get_args(wanted)) or {wanted}
         if in_list == is_list and kinds & {int, float} and bool not in kinds:
             yield ".".join(map(str, location)), str(value).lower()
+
+
+def assigned_key(assignment: str) -> str:
+    """Return the key that an assignment sets, such as "quantization.bits".
+
+    Args:
+        assignment: Assignment of the form `section.key=value`.
+    """
+    return assignment.partition("=")[0].strip()
 
 
 def _assign(content: dict[str, Any], assignment: str) -> None:

@@ -9,7 +9,7 @@ import yaml
 from astro.errors import ConfigError
 from astro_dist.config.model_place import likely_place
 from astro_dist.config.schema import RunConfig
-from astro_dist.config.yaml_file import load_config
+from astro_dist.config.yaml_file import assigned_key, load_config
 from astro_dist.planning.starting_config import starting_config
 
 __all__ = ["MAIN_KEYS", "run_config"]
@@ -43,14 +43,7 @@ def run_config(target: str | Path, assignments: Sequence[str] = (), **main_keys:
     if unknown:
         raise TypeError(f"run_config() got {', '.join(sorted(unknown))}; expected {', '.join(MAIN_KEYS)}")
     given = {MAIN_KEYS[name]: value for name, value in main_keys.items() if value is not None}
-    by_assignment = {assignment.partition("=")[0].strip() for assignment in assignments}
-    for name, key in MAIN_KEYS.items():
-        if key in given and not by_assignment.isdisjoint({key, key.partition(".")[0]}):
-            option = name.replace("_", "-")
-            raise ConfigError(
-                f"{key}: set both by --{option} and by --set; leave one out (--set {key.partition('.')[0]}=… "
-                "sets the whole section)"
-            )
+    _require_set_once(given, assignments)
     # A value of the command line is text, and YAML would read a path such as `1e3` as a number.
     texts = {key: value if isinstance(value, int | float) else str(value) for key, value in given.items()}
     all_assignments = [*(f"{key}={_as_yaml(key, value)}" for key, value in texts.items()), *assignments]
@@ -63,6 +56,18 @@ def run_config(target: str | Path, assignments: Sequence[str] = (), **main_keys:
             "a folder, ORG/NAME on the Hub, or the URL of an object store"
         )
     return starting_config(name, all_assignments)
+
+
+def _require_set_once(given: Mapping[str, Any], assignments: Sequence[str]) -> None:
+    """Refuse an assignment of a key that has its own option, or of the whole section of one."""
+    assigned = set(map(assigned_key, assignments))
+    for name, key in MAIN_KEYS.items():
+        section, _, _ = key.partition(".")
+        if key in given and assigned & {key, section}:
+            raise ConfigError(
+                f"{key}: set both by --{name.replace('_', '-')} and by --set; leave one out (--set {section}=… "
+                "sets the whole section)"
+            )
 
 
 def _as_yaml(key: str, value: str | float) -> str:

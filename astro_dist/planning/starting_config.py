@@ -11,7 +11,7 @@ from typing import Any
 from astro.config import PER_CHANNEL, SERVED_GROUP_SIZES
 from astro_dist.config.model_place import require_model
 from astro_dist.config.schema import RunConfig
-from astro_dist.config.yaml_file import make_config
+from astro_dist.config.yaml_file import assigned_key, make_config
 
 __all__ = ["run_name", "starting_config"]
 
@@ -36,7 +36,7 @@ def starting_config(source: str, assignments: Sequence[str] = ()) -> RunConfig:
     """
     content: dict[str, Any] = {"model": {"source": source}, "output": {"dir": "."}}
     config = make_config(content, assignments, source)
-    assigned = {assignment.partition("=")[0].strip() for assignment in assignments}
+    assigned = set(map(assigned_key, assignments))
     if "quantization.group_size" not in assigned:
         require_model(source)
         content["quantization"] = _fitting(_input_widths(config))

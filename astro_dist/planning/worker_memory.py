@@ -9,7 +9,7 @@ import itertools
 import torch
 
 from astro.calibration.hessian import summed_dtype
-from astro.calibration.input_sums import MOST_ROWS
+from astro.calibration.rounded_sample import MOST_ROWS
 from astro.config import PER_CHANNEL
 from astro.linalg.tiling import row_tile
 from astro.model.scaling_places import WIDE_BYTES

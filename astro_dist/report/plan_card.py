@@ -27,9 +27,10 @@ def plan_card(prepared: Prepared, needed: Estimate) -> list[str]:
         needed: Memory, disk, traffic and time that it needs.
     """
     plan, is_gpu = prepared.plan, needed.device != "cpu"
-    written = plan.written_bytes + prepared.corrections.size_bytes
+    corrections = prepared.corrections
+    written = plan.written_bytes + corrections.size_bytes
     most = "at most " if prepared.config.reconstruction.rank == "auto" else ""
-    corrected = ", corrections included" if prepared.corrections.num_layers else ""
+    corrected = ", corrections included" if corrections.num_layers else ""
     origin = "projected, never measured on a GPU" if is_gpu else "from the speed of this machine"
     device = needed.device.upper() if is_gpu else "CPU worker" if needed.workers == 1 else "CPU workers"
     host = f", {decimal(needed.host_bytes)} of its host's" if is_gpu else ""

@@ -22,7 +22,6 @@ from astro_dist.wording import counted
 
 __all__ = ["ProgressDisplay"]
 
-
 _QUIET_S = 60.0
 """Seconds without a line after which a log says what the workers do, so that it shows that the run goes on."""
 

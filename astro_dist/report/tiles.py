@@ -51,15 +51,9 @@ def headline(findings: Findings) -> list[str]:
         return []
     q, execution = config.quantization, config.execution
     bits = f"{q.average_bits:g} bits on average" if q.bits == "auto" else f"{q.bits} bits"
-    mode = f"mode {execution.mode}"
+    group, mode = group_size_in_words(q.group_size), f"mode {execution.mode}"
     rounds = [counted(execution.rounds, "round")] if execution.rounds > 1 else []
-    return [
-        bits,
-        group_size_in_words(q.group_size),
-        *config.activations.rounded_in_words,
-        q.format,
-        ", ".join([mode, *rounds]),
-    ]
+    return [bits, group, *config.activations.rounded_in_words, q.format, ", ".join([mode, *rounds])]
 
 
 def tiles(findings: Findings) -> list[Tile]:

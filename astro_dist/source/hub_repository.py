@@ -146,8 +146,8 @@ def open_hub(repository: str, revision: str) -> HubFiles:
     except Exception as error:  # of whichever HTTP library huggingface_hub is built on
         raise CheckpointError(
             f"{repository}: no such folder here{likely_place(repository)}, and the Hub cannot be reached: "
-            f"{type(error).__name__}: "
-            f"{without_secrets(str(error))}; correct the name, or see to the network (a proxy, HF_ENDPOINT)"
+            f"{type(error).__name__}: {without_secrets(str(error))}; correct the name, or see to the network (a "
+            "proxy, HF_ENDPOINT)"
         ) from error
     files = tuple((file.rfilename, int(file.size or 0)) for file in info.siblings or ())
     return HubFiles(repository, str(info.sha), files, bool(info.gated))

@@ -33,7 +33,7 @@ METHODS = {
     "GPTQ, scales by MSE": (PLAIN, NONE),
     "GPTQ, min-max scales": ({**PLAIN, "scale_search": "minmax"}, NONE),
     "the same after Astro, beta auto": ({**PLAIN, "scale_search": "minmax"}, AUTO),
-    "scales by the Hessian": ({**PLAIN, "scale_search": "hessian"}, NONE),
+    "GPTQ, scales by the Hessian": ({**PLAIN, "scale_search": "hessian"}, NONE),
     "and signed": ({"refine_passes": 0}, NONE),
     "and refined": ({}, NONE),
     "and after Astro, beta auto: the default": ({}, AUTO),
