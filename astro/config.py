@@ -129,11 +129,11 @@ class SolverSettings:
     step takes one sequence of the calibration text, and about as long as three forward passes of it; to measure takes
     three passes of each sequence more."""
     compensation: float | Literal["auto"] = "auto"
-    """Share of errors in a layer's inputs that its weights make up for, from 0, which is none, to 1. In mode
-    `sequential` those of layers before: `auto` measures for every input group which share of the correction two halves
-    of the text agree on. In every mode, what rounding takes from inputs (`activations`): `auto` makes up for all of
-    it with 4 bits, and for nothing with 8, where that gains nothing. With learned clips (`activations.clips`), for
-    which weights were trained, `auto` is 0 in every mode."""
+    """Share of errors in a layer's inputs that its weights make up for, from 0, which is none, to 1. In the modes
+    `stages` and `sequential` those of layers before: `auto` measures for every input group which share of the
+    correction two halves of the text agree on. In every mode, what rounding takes from inputs (`activations`): `auto`
+    makes up for all of it with 4 bits, and for nothing with 8, where that gains nothing. With learned clips
+    (`activations.clips`), for which weights were trained, `auto` is 0 in every mode."""
     damping: float = 0.01
     """Share of the mean diagonal that is added to the Hessian's diagonal."""
     max_damping: float = 1.0

@@ -303,7 +303,7 @@ def _worker_spec(job: _Job, folder: Path, dtype: torch.dtype, executor: Executor
         plan=job.prepared.plan,
         chunks=tuple(chunk.name for chunk in job.chunks),
         num_leading=job.tokens.num_leading,
-        is_sequential=config.execution.mode == "sequential",
+        mode=config.execution.mode,
         shares=config.execution.hessian_shares,
         quantization=config.quantization,
         activations=config.activations,

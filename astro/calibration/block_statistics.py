@@ -4,26 +4,20 @@ Layers that read the same input are an input group: q, k and v; gate and up. Sha
 """
 
 import contextlib
-import dataclasses
 from collections.abc import Callable, Collection, Container, Iterable, Iterator, Sequence
 from typing import TypeVar
 
 import torch
 
 from astro.activation_config import ActivationScheme
+from astro.calibration.finished_sums import finish_sums_
 from astro.calibration.input_sums import InputSums, SumKind, as_they_are
-from astro.calibration.starved_experts import (
-    AllTokens,
-    InputStatistics,
-    is_starved,
-    starved_statistics,
-    sufficient_statistics,
-)
+from astro.calibration.starved_experts import AllTokens, InputStatistics
 from astro.calibration.token_weights import TokenWeights
 from astro.config import Experts
 from astro.errors import NumericalError, UnsupportedError
 from astro.model.activations import BlockLayers
-from astro.model.operands import Inputs, Operand, is_same_input, names_of, share_input
+from astro.model.operands import Inputs, Operand, is_same_input, share_input
 from astro.timing import Stopwatch
 
 __all__ = ["BlockStatistics", "input_stages", "inputs_of"]
@@ -95,32 +89,13 @@ class BlockStatistics:
         """
         _require_reached(self._layers.operands, self._input_group_of)
         all_sums, self._sums = self._sums, []
-        starved = [
-            group[0]
-            for group, sums in zip(self.input_groups, all_sums, strict=True)
-            if is_starved(group[0], sums.num_tokens, experts)
-        ]
-        again = None
-        if experts.policy == "all-tokens":
-            again = AllTokens(self._layers, starved, repeats, self._weights.kind, self._sum_kind, self._served)
-        shared = self._shared(all_sums) if starved and experts.policy == "shared-hessian" else {}
-        for group, sums in zip(self.input_groups, all_sums, strict=True):
-            names, first = names_of(group), group[0]
-            if first not in starved:
-                statistics = sufficient_statistics(names, sums)
-            else:
-                instead = again.sums(first, self._device) if again else shared.get(first.parameter)
-                statistics = starved_statistics(first, sums.num_tokens, experts, instead, self._device)
-            yield dataclasses.replace(statistics, gradient_energy=self._weights.energy_of(first))
 
-    def _shared(self, all_sums: Sequence[InputSums]) -> dict[str, InputSums]:
-        """Return the sums over all experts of each parameter, by the parameter's name."""
-        shared: dict[str, InputSums] = {}
-        for group, sums in zip(self.input_groups, all_sums, strict=True):
-            if group[0].expert is not None:
-                empty = self._empty(group[0])
-                shared.setdefault(group[0].parameter, empty).absorb_(sums)
-        return shared
+        def all_tokens(starved: Sequence[Operand]) -> AllTokens:
+            return AllTokens(self._layers, starved, repeats, self._weights.kind, self._sum_kind, self._served)
+
+        groups = dict(zip(map(tuple, self.input_groups), all_sums, strict=True))
+        all_sums.clear()
+        yield from finish_sums_(groups, experts, self._weights, all_tokens, self._device)
 
     def _observe(self, operand: Operand, inputs: Inputs) -> None:
         X = inputs.X

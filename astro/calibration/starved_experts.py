@@ -40,6 +40,8 @@ class InputStatistics:
         drift: Weighted mean of (x_s − x)x̂ᵀ, x_s being the inputs in the source model, float32 [C, C]; None where
             weights do not make up for errors before them.
         rounding: What was learned of how the inputs are rounded; None where nothing was, or they stay as they are.
+        spread: How far the drifts over two halves of the tokens lie apart, float32 [C, C] in the memory of the machine,
+            see `InputSums.spread_`; None where they are not told apart.
     """
 
     names: tuple[str, ...]
@@ -51,6 +53,7 @@ class InputStatistics:
     fallback: str = ""
     drift: torch.Tensor | None = None
     rounding: RoundingMoments | None = None
+    spread: torch.Tensor | None = None
 
 
 def exhaust(statistics: Iterator[InputStatistics]) -> None:

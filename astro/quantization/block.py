@@ -9,7 +9,7 @@ import torch
 from astro.calibration import input_sums
 from astro.calibration.starved_experts import InputStatistics, exhaust
 from astro.config import LayerScheme
-from astro.linalg.batching import batches, stacked
+from astro.linalg.batching import batches, stacked, stacked_padded
 from astro.quantization.grid import QuantizedLinear
 from astro.quantization.input_group import quantize_input_groups
 from astro.quantization.layer_record import LayerRecord
@@ -34,8 +34,7 @@ def quantize_block(
     Args:
         weights: Original weight [R, C] of each layer by name, on the device of the statistics.
         input_groups: Names of the layers that share an input, for each input.
-        statistics: Statistics of every input group, in their order; they are taken as they are needed. They
-            have no drift from the source.
+        statistics: Statistics of every input group, in their order; they are taken as they are needed.
         schemes: The grid of each layer by name.
         recipe: How the layers are quantized.
         widths: Widths that are measured besides.
@@ -53,8 +52,10 @@ def quantize_block(
         H, tokens = stacked([inputs.H for inputs in of_batch]), [inputs.num_tokens for inputs in of_batch]
         moments = InputMoments(
             H,
-            lacks_statistics=[inputs.fallback == "rtn" for inputs in of_batch],
-            rounding=input_sums.side_by_side([inputs.rounding for inputs in of_batch], H.shape[-1]),
+            stacked_padded([inputs.drift for inputs in of_batch], H.shape[-1]),
+            [inputs.fallback == "rtn" for inputs in of_batch],
+            input_sums.side_by_side([inputs.rounding for inputs in of_batch], H.shape[-1]),
+            stacked_padded([inputs.spread for inputs in of_batch], H.shape[-1]),
         )
         counted = [{figure: getattr(inputs, figure) for figure in COUNTED} for inputs in of_batch]
         del of_batch  # a wide layer's matrices are gigabytes

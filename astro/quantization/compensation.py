@@ -11,7 +11,10 @@ from astro.quantization.prepared_groups import InputGroups
 from astro.quantization.sampled_rows import sample_rows
 from astro.timing import timed
 
-__all__ = ["behind_errors", "behind_rounding", "compensate", "reproducible_share"]
+__all__ = ["USUAL_SHARE", "behind_errors", "behind_rounding", "compensate", "reproducible_share"]
+
+USUAL_SHARE = 0.25
+"""Share of earlier errors to make up for where the text is in one piece, so that no two halves can be compared."""
 
 _TINY = torch.finfo(torch.float32).tiny
 

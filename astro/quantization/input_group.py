@@ -15,11 +15,12 @@ from astro.errors import NumericalError
 from astro.linalg.batching import stacked
 from astro.linalg.tiling import row_tiles
 from astro.quantization import beta_search
+from astro.quantization.compensation import USUAL_SHARE, reproducible_share
 from astro.quantization.corrections import correct_input_groups, with_corrections
 from astro.quantization.grid import Grid, QuantizedLinear
 from astro.quantization.held_columns import HeldColumns
 from astro.quantization.layer_record import LayerRecord
-from astro.quantization.prepared_groups import prepare_input_groups
+from astro.quantization.prepared_groups import InputGroups, factor_input_groups, with_regularizer
 from astro.quantization.recipe import InputGroupOutcome, InputMoments, Recipe, SolvedRows
 from astro.quantization.row_solver import measure_width, solve_rows
 
@@ -67,7 +68,7 @@ def quantize_input_groups(
     W = stack([list(members.values()) for members in input_groups])
     names = ["+".join(members) for members in input_groups]
     held = HeldColumns.taken_from_(W, [list(members) for members in input_groups], recipe)
-    prepared = prepare_input_groups(names, W, inputs, scheme, recipe)
+    prepared = _prepare(names, W, inputs, scheme, recipe, held)
     if prepared.beta is None:
         prepared = beta_search.search(prepared, W)
     tiles = row_tiles(W.shape[1], W.shape[2], recipe.tile_elements_on(W.device), copies=len(W))
@@ -76,12 +77,33 @@ def quantize_input_groups(
     rows = [[(name, len(weight)) for name, weight in members.items()] for members in input_groups]
     members, records = merge_rows(rows, solved, prepared.outcomes_(), num_tokens)
     del solved  # as large as the members
+    made_up_for = [0.0] * len(records) if prepared.drift is None else prepared.share.tolist()
     for i, record in enumerate(records):
-        records[i] = replace(record, width_errors={bits: errors[bits][i] for bits in widths})
+        of_widths = {bits: errors[bits][i] for bits in widths}
+        records[i] = replace(record, width_errors=of_widths, compensation=made_up_for[i])
     prepared = replace(prepared, problem=None)  # as large as H, and corrections need none
     with held.put_back(W):
         corrected = correct_input_groups(prepared, W, rows, members)
     return with_corrections(members, records, corrected)
+
+
+def _prepare(
+    names: Sequence[str],
+    W: torch.Tensor,
+    inputs: InputMoments,
+    scheme: LayerScheme,
+    recipe: Recipe,
+    held: HeldColumns,
+) -> InputGroups:
+    """Compute what all rows share, and the share of earlier errors that weights make up for where it is measured."""
+    prepared = factor_input_groups(names, inputs, scheme, recipe)
+    if prepared.drift is not None and recipe.solver.compensation == "auto":
+        share = torch.full_like(prepared.share, USUAL_SHARE)
+        if inputs.spread is not None:
+            with held.put_back(W):
+                share = reproducible_share(prepared, W, inputs.spread.to(W.device))
+        prepared = replace(prepared, inputs=replace(prepared.inputs, spread=None), share=share)
+    return with_regularizer(prepared, W)
 
 
 def merge_rows(

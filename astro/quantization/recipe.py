@@ -76,12 +76,15 @@ class InputMoments:
             where errors made before are not made up for.
         lacks_statistics: Which input groups have no statistics, their H being the identity; where it is empty, none.
         rounding: What was learned of how the inputs are rounded; None where they stay as they are.
+        spread: How far the drifts over two halves of the tokens lie apart, float32 [B, C, C], on any device, see
+            `InputSums.spread_`; None where the share of the drift that is made up for is not measured here.
     """
 
     H: torch.Tensor
     drift: torch.Tensor | None = None
     lacks_statistics: Sequence[bool] = ()
     rounding: RoundingMoments | None = None
+    spread: torch.Tensor | None = None
 
 
 @dataclasses.dataclass(frozen=True)

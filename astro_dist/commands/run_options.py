@@ -35,7 +35,10 @@ _Calibration = Annotated[
 ]
 _Mode = Annotated[
     str | None,
-    typer.Option(help="blocks, all blocks in parallel; or sequential. It is blocks if nothing says otherwise."),
+    typer.Option(
+        help="blocks, all blocks in parallel; stages, which is better and takes half as long again; or sequential. It "
+        "is blocks if nothing says otherwise."
+    ),
 ]
 _Assignments = Annotated[
     list[str] | None,

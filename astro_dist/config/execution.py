@@ -7,7 +7,10 @@ from pydantic import Field, model_validator
 from astro.linalg.tiling import TILE_ELEMENTS
 from astro_dist.config.section import Section, cluster_address
 
-__all__ = ["MOST_TILE_WEIGHTS", "ExecutionConfig"]
+__all__ = ["MOST_TILE_WEIGHTS", "ExecutionConfig", "Mode"]
+
+Mode = Literal["blocks", "stages", "sequential"]
+"""The order in which blocks and their layers are solved, see `ExecutionConfig.mode`."""
 
 MOST_TILE_WEIGHTS = 1 << 30
 """The largest tile. Libraries count the elements of an array in 31 bits, and a solve holds nine such arrays."""
@@ -19,10 +22,12 @@ class ExecutionConfig(Section):
     The keys up to `tile_weights` can change the bytes of the result; those after it cannot.
     """
 
-    mode: Literal["blocks", "sequential"] = "blocks"
-    """The order of the blocks. With `blocks` all blocks are quantized in parallel, each calibrated on the source model
-    or on the result of the round before. With `sequential` all workers are at one block, which is calibrated on what
-    the quantized blocks before it give."""
+    mode: Mode = "blocks"
+    """The order of blocks and layers. With `blocks` all blocks are quantized in parallel, each calibrated on the source
+    model or on the result of the round before. `stages` does so too, but within each block the layers are quantized in
+    the order of its forward: later ones are calibrated behind the quantized ones before them, and make up for their
+    errors. With `sequential` all workers are at one block, which is calibrated on what the quantized blocks before it
+    give."""
     rounds: int = Field(1, ge=1, le=16)
     """The number of passes over the model in mode `blocks`; each calibrates on the model that the last one made."""
     hessian_shares: int = Field(4, ge=1)
@@ -103,8 +108,8 @@ class ExecutionConfig(Section):
             )
         if self.call_timeout_s != "auto" and not self.call_timeout_s > 0:  # NaN is not
             raise ValueError(f"call_timeout_s: expected auto or more than 0, got {self.call_timeout_s}")
-        if self.mode == "sequential" and self.rounds > 1:
-            raise ValueError(f"rounds: only in mode blocks, got {self.rounds} in mode sequential")
+        if self.mode != "blocks" and self.rounds > 1:
+            raise ValueError(f"rounds: only in mode blocks, got {self.rounds} in mode {self.mode}")
         return self
 
     @property

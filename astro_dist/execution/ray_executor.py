@@ -132,7 +132,7 @@ class RayExecutor:
         self._remote = ray.remote(kind).options(
             num_cpus=self._config.cpu_threads,
             num_gpus=1 if self.has_gpus else 0,
-            scheduling_strategy="SPREAD" if self._config.mode == "blocks" else "DEFAULT",
+            scheduling_strategy="DEFAULT" if self._config.mode == "sequential" else "SPREAD",
             max_restarts=0,
             max_task_retries=0,
         )

@@ -3,7 +3,7 @@
 The layers of a block are solved in batches: input groups of one shape side by side.
 """
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import assert_never
 
 from astro_dist.planning.correction_cost import correction_size, correction_work
@@ -86,7 +86,7 @@ class CostModel:
         self._shares = shares(list(self._tokens), config.execution.hessian_shares)
         calibrated = sum(not is_held_out(chunk) for chunk in self._tokens)
         self._num_telling = sum(tells_following(passed, calibrated) for passed in range(calibrated))
-        self._sequential = config.execution.mode == "sequential"
+        self._mode = config.execution.mode
         self._sequence_length = config.calibration.longest_sequence
         self._forward = ForwardCost(plan, self._sequence_length, device_type)
         self._tuning = TuningCost(planned, self._forward)
@@ -182,14 +182,7 @@ class CostModel:
             case Forward() | ForwardChunk() | MeasureChannels():
                 return self._forward_work(call, unit)
             case SolveBlock():
-                batches = self._batches(unit)
-                work = packing(self._weights(unit)) + Work(moved_bytes=unit.written_bytes + self._adapter_bytes(unit))
-                work = sum((self._solve.whole(batch, call.round_index) for batch in batches), work)
-                work = sum((self._correct(batch) for batch in batches), work)
-                work += self._tuning.work(batches, call.round_index, unit.read_bytes if call.round_index else 0)
-                if call.following is None or not reads_weights_ahead(self._device_type):
-                    return work
-                return _behind(work, self._plan.blocks[call.following].read_bytes)
+                return self._whole_solve(call, unit)
             case WriteBlock():
                 # Tiles hold a byte a weight. Then all workers read the block back at once, before chunks pass it.
                 rewritten = packing(self._weights(unit)) + unpacking(self._weights(unit))
@@ -205,6 +198,19 @@ class CostModel:
                 return self._part_work(call, unit)
         assert_never(call)
 
+    def _whole_solve(self, call: SolveBlock, unit: BlockUnit) -> Work:
+        """Count what it takes one worker to solve a block and to write it."""
+        batches = self._batches(unit)
+        work = packing(self._weights(unit)) + Work(moved_bytes=unit.written_bytes + self._adapter_bytes(unit))
+        work = sum((self._solve.whole(batch, call.round_index) for batch in batches), work)
+        work = sum((self._correct(batch) for batch in batches), work)
+        work += self._tuning.work(batches, call.round_index, unit.read_bytes if call.round_index else 0)
+        if self._mode == "stages":
+            work = sum((self._calibrated_stage(unit, stage) for stage in range(len(stages_of(batches)))), work)
+        if call.following is None or not reads_weights_ahead(self._device_type):
+            return work
+        return _behind(work, self._plan.blocks[call.following].read_bytes)
+
     def _forward_work(self, call: Forward | ForwardChunk | MeasureChannels, unit: BlockUnit) -> Work:
         """Count what it takes to pass a chunk through a block, and to add it to the block's statistics."""
         tokens = self._tokens[call.chunk]
@@ -215,7 +221,7 @@ class CostModel:
         in_later_round = isinstance(call, Forward) and call.round_index > 0
         if in_later_round or (isinstance(call, ForwardChunk) and call.stream != ORIGINAL):
             passed += self._statistics.rounding(self._batches(unit), tokens)
-        counts = isinstance(call, Forward) and not is_held_out(call.chunk)
+        counts = isinstance(call, Forward) and not is_held_out(call.chunk) and self._mode != "stages"
         return passed + self._statistics.sums(self._batches(unit), tokens) if counts else passed
 
     def _ahead_bytes(self, call: WaveCall) -> float:
@@ -231,23 +237,34 @@ class CostModel:
         stage = [batches[i] for i in stages[min(call.stage, len(stages) - 1)]] if stages else []
         square = sum(self._statistics.square_bytes * batch.square for batch in stage)
         chunks = self._shares[call.share]
-        tokens = sum(self._tokens[chunk] for chunk in chunks)
         streams = 1 + self._statistics.is_compensated
-        # A stage's inputs take the block's forward up to that stage. The block is read for the first; which worker has
-        # it then already is open.
-        passed = (call.stage + 1) / max(len(stages), 1)
-        sums = self._statistics.sums(stage, tokens)
-        sums += self._statistics.rounding([batches[i] for before in stages[: call.stage + 1] for i in before], tokens)
-        # Layers of the stages before take their new weights from tiles.
+        # Layers of the stages before take their new weights from tiles. The block is read for the first stage; which
+        # worker has it then already is open.
         earlier = float(sum(batches[i].weights for before in stages[: call.stage] for i in before))
-        sums += dequantizing(earlier) + Work(moved_bytes=earlier)
-        forwards = self._forward.forth(self._batches(unit), tokens) * (streams * passed)
-        computed, behind = sums + forwards + Work(moved_bytes=square), streams * self._activations(chunks)
+        computed = self._passed_to_stage(unit, call.stage, chunks, streams) + Work(moved_bytes=earlier + square)
+        behind = streams * self._activations(chunks)
         if call.stage == 0 and call.block and reads_weights_ahead(self._device_type):
             behind += unit.read_bytes
         elif call.stage == 0:
             computed += Work(moved_bytes=unit.read_bytes)
         return _behind(computed, behind)
+
+    def _calibrated_stage(self, unit: BlockUnit, stage: int) -> Work:
+        """Count what it takes to calibrate a stage of a block that one worker solves stage by stage."""
+        chunks = [chunk for chunk in self._tokens if not is_held_out(chunk)]
+        streams = 1 + (stage > 0 and self._statistics.is_compensated)
+        return _behind(self._passed_to_stage(unit, stage, chunks, streams), self._activations(chunks))
+
+    def _passed_to_stage(self, unit: BlockUnit, stage: int, chunks: Sequence[str], streams: int) -> Work:
+        """Count what it takes to pass chunks through a block up to a stage in some streams, and to sum its inputs."""
+        batches = self._batches(unit)
+        stages = stages_of(batches)
+        tokens = sum(self._tokens[chunk] for chunk in chunks)
+        before = [batches[i] for earlier in stages[:stage] for i in earlier]
+        own = [batches[i] for i in stages[min(stage, len(stages) - 1)]] if stages else []
+        sums = self._statistics.sums(own, tokens) + self._statistics.rounding([*before, *own], tokens)
+        forwards = self._forward.forth(batches, tokens) * (streams * (stage + 1) / max(len(stages), 1))
+        return sums + dequantizing(float(sum(batch.weights for batch in before))) + forwards
 
     def _part_work(self, call: PartCall, unit: BlockUnit) -> Work:
         """Count what a call does by which several workers solve a block."""
@@ -256,7 +273,7 @@ class CostModel:
         square = self._statistics.square_bytes * batch.square
         weights = batch.weights * self._itemsize
         if isinstance(call, MergeHessians):
-            moved = square * (len(self._shares) + 1 if self._sequential else 1) + weights
+            moved = square * (len(self._shares) + 1 if self._mode == "sequential" else 1) + weights
             solved = self._solve.prepare(batch) + self._solve.measure_widths(batch, call.round_index)
             return solved + Work(moved_bytes=moved)
         # Which worker has the batch prepared already is open.

@@ -29,7 +29,8 @@ class DiskSize:
         self._tokens, self._itemsize = planned.chunk_tokens, planned.dtype.itemsize
         self._statistics = StatisticsCost(planned.config, planned.dtype, planned.device_type)
         self._tile_elements = planned.config.execution.tile_elements(planned.device_type)
-        self._is_sequential = planned.config.execution.mode == "sequential"
+        self._mode = planned.config.execution.mode
+        self._is_sequential = self._mode == "sequential"
 
     def most_bytes(self, workers: int) -> int:
         """Return what the run directory holds at most, in bytes.
@@ -50,7 +51,7 @@ class DiskSize:
         kept = (len(blocks) + workers + 2) * calibration * is_passed_before
         largest = max(map(self._batches, blocks), key=_total_square)
         if not self._is_sequential:
-            num_split = min(workers // 2, len(blocks))
+            num_split = min(workers // 2, len(blocks)) if self._mode == "blocks" else 0
             squares = num_split * sum(square_bytes * batch.square for batch in largest)
             in_flight = (workers + 2) * self._config.execution.rounds * inputs
             return int(self.kept_bytes() + kept + in_flight + squares)

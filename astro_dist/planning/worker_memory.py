@@ -67,8 +67,9 @@ class WorkerMemory:
         calibration = config.calibration
         self._sequence_length = calibration.longest_sequence
         self._calibration_tokens = calibration.most_samples * calibration.longest_sequence
-        self._sequential = config.execution.mode == "sequential"
+        self._sequential, self._in_stages = (config.execution.mode == mode for mode in ("sequential", "stages"))
         self._compensated = self._sequential and config.quantization.compensates
+        self._compares_streams = config.execution.mode != "blocks" and config.quantization.compensates
         self._reconstruction = config.reconstruction
         holds_channels = config.reconstruction.holds_channels(config.activations)
         self._held_columns = config.activations.outlier_channels if holds_channels else 0
@@ -134,12 +135,13 @@ class WorkerMemory:
 
     def _block_bytes(self, unit: BlockUnit, batches: list[PredictedInputGroup], sequences: int) -> int:
         weights = sum(batch.weights for batch in batches)
-        hessians = 0.0 if self._sequential else sum(self._statistics_bytes(batch) for batch in batches)
+        summed_at_once = not self._sequential and not self._in_stages
+        hessians = sum(self._statistics_bytes(batch) for batch in batches) if summed_at_once else 0.0
         if any(batch.reach < 1 for batch in batches) and self._all_tokens:
             # The inputs of the experts, should some of them see too few.
             hessians += self._calibration_tokens * self._plan.hidden_size * self._itemsize
         solving = max((self._solving_bytes(batch) for batch in batches), default=0.0)
-        forwarding = self._forward.forth(batches, sequences, 1 + self._compensated, self._is_rounded)
+        forwarding = self._forward.forth(batches, sequences, 1 + self._compares_streams, self._is_rounded)
         if self._sequential:
             # The quantized weights of earlier stages, and the sums of a stage.
             stages = ([batches[i] for i in stage] for stage in stages_of(batches))
@@ -153,6 +155,8 @@ class WorkerMemory:
         solving += correction_size([unit], self._reconstruction).size_bytes  # they wait too
         travelling = _TRAVELLING * self._state_bytes(sequences)
         phase = max(forwarding + travelling, solving)
+        if self._in_stages:
+            phase = self._staged_bytes(batches, forwarding + travelling, solving)
         if self._weighs_by_loss:
             # Gradients are read beside the states.
             phase = max(phase, self._forward.back(batches, sequences) + travelling + self._state_bytes(sequences))
@@ -169,6 +173,26 @@ class WorkerMemory:
         tuning = self._tuning_bytes(unit, batches, sequences)
         # Layers that are not quantized are there too.
         return int(max(weights * self._itemsize, unit.held_bytes) + max(hessians + phase, tuning, loading))
+
+    def _staged_bytes(self, batches: list[PredictedInputGroup], forwarding: float, solving: float) -> float:
+        """Size of what is held while a block is solved stage by stage: the sums of a stage, and layers before it.
+
+        Args:
+            batches: Input groups of the block.
+            forwarding: What passes of a chunk hold.
+            solving: What the solve of the largest batch holds beside its sums.
+        """
+        # The quantized layers of earlier stages, which the block computes with.
+        earlier = sum(batch.weights for batch in batches) * self._itemsize
+        largest = 0.0
+        for stage in ([batches[i] for i in stage] for stage in stages_of(batches)):
+            sums = sum(map(self._statistics_bytes, stage))
+            drift = 4.0 * sum(batch.square for batch in stage if self._compares_streams and batch.reach == 1)
+            # Of every other chunk there is a drift apart, and a product is added to one of them. In the end it is known
+            # how far they lie apart, which waits in the memory of the machine.
+            waiting = drift * (1 if self._device_type == "cpu" else 0)
+            largest = max(largest, sums + 3 * drift + forwarding, sums + drift + waiting + solving)
+        return earlier + largest
 
     def _solving_bytes(self, batch: PredictedInputGroup) -> float:
         tile = min(batch.count * batch.rows, row_tile(batch.columns, self._tile_elements))

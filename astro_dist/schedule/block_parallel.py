@@ -76,6 +76,7 @@ class BlockSchedule:
         start: StartingPoint = NOTHING_DONE,
         rounds: int = 1,
         measured_first: bool = False,
+        splits: bool = True,
     ) -> None:
         """Begin a run, or go on with it.
 
@@ -84,13 +85,14 @@ class BlockSchedule:
             start: What of the run is done already.
             rounds: Number of passes over the model that quantize its blocks.
             measured_first: Whether round 1 waits until round 0 has quantized every block.
+            splits: Whether blocks may be split. Those whose layers wait for each other are not.
         """
         self._num_blocks = shape.num_blocks
         self._rounds = rounds
         self._chunks = list(shape.chunks)
         self._held_out = [name for name in shape.chunks if is_held_out(name)]
         self._streams = stream_names(rounds)
-        self._measured_first = measured_first
+        self._measured_first, self._splits = measured_first, splits
         self.units = unit_names(shape.num_blocks, shape.num_copies, rounds, bool(self._held_out))
         self.finished = set(start.finished) & set(self.units)
         self._ready = {
@@ -190,7 +192,7 @@ class BlockSchedule:
             return block.opening
         chunks = self._held_out if block.evaluates else self._chunks
         if block.next_chunk == len(chunks):
-            ending = FinishEvaluation if block.evaluates else SplitBlock if idle else SolveBlock
+            ending = FinishEvaluation if block.evaluates else SplitBlock if idle and self._splits else SolveBlock
             return ending(*block.place)
         chunk = chunks[block.next_chunk]
         return Forward(*block.place, chunk, block.evaluates) if chunk in self._ready[block.place] else None

@@ -49,4 +49,10 @@ def _of_mode(config: RunConfig, shape: RunShape, start: StartingPoint) -> Schedu
     execution = config.execution
     if execution.mode == "sequential":
         return SequentialSchedule(shape, execution.hessian_shares, start, config.quantization.compensates)
-    return BlockSchedule(shape, start, execution.rounds, measured_first=config.quantization.bits == "auto")
+    return BlockSchedule(
+        shape,
+        start,
+        execution.rounds,
+        measured_first=config.quantization.bits == "auto",
+        splits=execution.mode == "blocks",
+    )

@@ -28,7 +28,7 @@ def feed_chunk(runner: BlockRunner, pipeline: ChunkPipeline, fed_block: FedBlock
 
     def compute(chunk: str, states: Sequence[BlockState]) -> BlockState:
         with runner.serving(stream, fed_block.unit):
-            if is_held_out(chunk):
+            if is_held_out(chunk) or fed_block.statistics is None:
                 return runner.forward(block, states[0], chunk)
             with runner.cache.watching(block, fed_block.largest):
                 return fed_block.statistics.run(lambda: runner.forward(block, states[0], chunk), chunk)

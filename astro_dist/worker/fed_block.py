@@ -17,15 +17,16 @@ class FedBlock:
     Attributes:
         round_index: Index of the round; of the pass after the last round, the number of rounds.
         unit: Unit of the block.
-        statistics: Statistics of the layers' inputs, to which every calibration chunk adds.
+        statistics: Statistics of the layers' inputs, to which every calibration chunk adds; None where the block is
+            solved stage by stage, each of which gathers its own.
         seconds: Time by phase, to which every call adds; `forward` holds the time of the statistics too.
         largest: Largest keys and values, to which every calibration chunk adds; no module is in it where servers do
-            not round them.
+            not round them, or where the block is solved stage by stage.
     """
 
     round_index: int
     unit: BlockUnit
-    statistics: BlockStatistics
+    statistics: BlockStatistics | None
     seconds: dict[str, float]
     largest: LargestByModule = dataclasses.field(default_factory=LargestByModule)
 
@@ -37,9 +38,11 @@ class FedBlock:
     @property
     def input_groups(self) -> list[list[str]]:
         """The names of the layers of each input group."""
-        return [names_of(operands) for operands in self.statistics.input_groups]
+        return [names_of(operands) for operands in self.statistics.input_groups] if self.statistics else []
 
     def feeding_seconds(self) -> dict[str, float]:
         """Return the time by phase until all chunks have passed, that of the Hessians apart."""
+        if self.statistics is None:
+            return dict(self.seconds)
         hessian_s = self.statistics.stopwatch.read_s()
         return {**self.seconds, "forward": self.seconds["forward"] - hessian_s, "hessian": hessian_s}

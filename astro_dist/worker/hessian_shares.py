@@ -4,21 +4,19 @@ In mode `sequential` the input groups of a block come in stages that follow its 
 hold the errors of the stages before. A share is a fixed part of the chunks.
 """
 
-from collections.abc import Iterable, Mapping, Sequence
-from contextlib import ExitStack
-from itertools import zip_longest
+from collections.abc import Mapping, Sequence
 
-from astro.calibration.block_statistics import inputs_of
 from astro.calibration.input_sums import InputSums
 from astro.model.cache_scales import LargestByModule
-from astro.model.operands import Inputs, Operand
+from astro.model.operands import Operand
 from astro.timing import Stopwatch, clock_s
-from astro_dist.schedule.names import ORIGINAL, round_stream
+from astro_dist.schedule.names import round_stream
 from astro_dist.schedule.sequential import shares
 from astro_dist.worker.batch_statistics import save_share
 from astro_dist.worker.block_runner import BlockRunner
-from astro_dist.worker.solved_stages import SolvedLayers, put_in, solved_before
+from astro_dist.worker.solved_stages import solved_before
 from astro_dist.worker.split_block import BlockInParts
+from astro_dist.worker.stage_inputs import StageInputs
 from astro_dist.worker.summed_inputs import SummedInputs
 
 __all__ = ["HessianShares"]
@@ -82,49 +80,25 @@ class HessianShares:
             The largest keys and values; of no module but in the first stage.
         """
         largest = LargestByModule()
-        runner, unit = self._runner, block.unit
-        earlier, nothing = solved_before(runner, block, stage), SolvedLayers()
+        stage_inputs = StageInputs(
+            self._runner,
+            block.unit,
+            stream=_RESULT,
+            start=_RESULT,
+            earlier=solved_before(self._runner, block, stage),
+            operands=list(sums),
+            drifting=[operand for operand, of_operand in sums.items() if of_operand.drift is not None],
+            cache_scales=block.cache_scales if stage else {},
+            largest=None if stage else largest,
+        )
         weights = self._inputs.token_weights(block)
-        drifts = [operand for operand, of_operand in sums.items() if of_operand.drift is not None]
-        with put_in(runner, unit, nothing if drifts else earlier):
-            for chunk, following in zip_longest(chunks, chunks[1:]):
-                later = (_RESULT, following) if following else None
-                with put_in(runner, unit, earlier if drifts else nothing):
-                    source = (ORIGINAL, chunk) if drifts else later
-                    inputs = self._read(block, sums.keys(), (_RESULT, chunk), source, largest if stage == 0 else None)
-                source_inputs = self._read(block, drifts, (ORIGINAL, chunk), later) if drifts else {}
-                for operand, of_operand in inputs.items():
-                    with watches["hessian"].running():
-                        of_tokens = weights.of(operand, chunk, of_operand)
-                        rounded = sums[operand].add_(of_operand.X, of_tokens)
-                    drift = sums[operand].drift
-                    if drift is not None:
-                        with watches["compensate"].running():
-                            drift.add_(source_inputs[operand].X, of_operand.X, of_tokens, rounded)
+        for chunk, inputs, source_inputs in stage_inputs.of(chunks):
+            for operand, of_operand in inputs.items():
+                with watches["hessian"].running():
+                    of_tokens = weights.of(operand, chunk, of_operand)
+                    rounded = sums[operand].add_(of_operand.X, of_tokens)
+                drift = sums[operand].drift
+                if drift is not None:
+                    with watches["compensate"].running():
+                        drift.add_(source_inputs[operand].X, of_operand.X, of_tokens, rounded)
         return largest
-
-    def _read(
-        self,
-        block: BlockInParts,
-        operands: Iterable[Operand],
-        chunk: tuple[str, str],
-        then: tuple[str, str] | None,
-        largest: LargestByModule | None = None,
-    ) -> dict[Operand, Inputs]:
-        """What operands read of one chunk of a stream, with the weights as they are now; `then` is read meanwhile.
-
-        In the first stage `largest` grows by the keys and values of the chunk. The weights that make them are not
-        quantized yet. Where all of these stay in 16 bits, the stage's own inputs are behind attention, and the chunk
-        alone says how its keys and values round.
-        """
-        runner, index = self._runner, block.unit.index
-        state = runner.states.read(chunk[0], index, chunk[1], then)
-        layers, cache = runner.layers(block.unit), runner.cache
-        with ExitStack() as stack:
-            stack.enter_context(runner.rounding(chunk[0], block.unit, is_whole=False))
-            is_enough = None
-            if largest is not None:
-                is_enough = stack.enter_context(cache.watching(index, largest, rounds=True))
-            elif chunk[0] == _RESULT:
-                stack.enter_context(cache.rounding(block.cache_scales))
-            return inputs_of(layers, list(operands), lambda: runner.forward(index, state, chunk[1]), is_enough)

@@ -10,6 +10,7 @@ from astro.calibration.token_weights import Kind
 from astro.config import Experts, Quantization, Regularizer
 from astro.linalg.compiled import ColumnLoops
 from astro.storage.checkpoint import Checkpoint
+from astro_dist.config.execution import Mode
 from astro_dist.planning.units import Plan
 from astro_dist.run_directory.records import RunDirectory
 from astro_dist.schedule.names import is_held_out
@@ -31,7 +32,7 @@ class WorkerSpec:
         plan: Units of the run.
         chunks: Names of the chunks in the order in which they travel.
         num_leading: Number of tokens that the tokenizer puts in front of every sequence, and that are no text.
-        is_sequential: Whether the run has mode `sequential`.
+        mode: Order in which blocks and their layers are solved, see `ExecutionConfig.mode`.
         shares: Number of shares of the calibration chunks in mode `sequential`.
         quantization: Grids and solver.
         activations: Settings of what servers do with the inputs of layers.
@@ -56,7 +57,7 @@ class WorkerSpec:
     plan: Plan
     chunks: tuple[str, ...]
     num_leading: int
-    is_sequential: bool
+    mode: Mode
     shares: int
     quantization: Quantization
     activations: Activations
@@ -70,6 +71,11 @@ class WorkerSpec:
     column_loops: ColumnLoops
     tile_elements: int
     needed_bytes: int
+
+    @property
+    def is_sequential(self) -> bool:
+        """Whether blocks are calibrated on what the quantized blocks before them give."""
+        return self.mode == "sequential"
 
     @property
     def calibration_chunks(self) -> list[str]:

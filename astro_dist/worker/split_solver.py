@@ -15,7 +15,7 @@ from astro.calibration.block_statistics import input_stages
 from astro.calibration.starved_experts import InputStatistics
 from astro.model.operands import names_of
 from astro.quantization import beta_search
-from astro.quantization.compensation import reproducible_share
+from astro.quantization.compensation import USUAL_SHARE, reproducible_share
 from astro.quantization.corrections import CorrectedGroups, correct_input_groups
 from astro.quantization.grid import QuantizedLinear
 from astro.quantization.held_columns import HeldColumns
@@ -48,9 +48,6 @@ from astro_dist.worker.split_block import BlockInParts, Tile
 from astro_dist.worker.summed_inputs import SummedInputs
 
 __all__ = ["SplitSolver"]
-
-_USUAL_COMPENSATION = 0.25
-"""Share of earlier errors to make up for where the text is in one piece, so that no two halves can be compared."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -293,7 +290,7 @@ class SplitSolver:
             with prepared.held.put_back(prepared.W):
                 return tuple(reproducible_share(prepared.input_groups, prepared.W, spread).tolist())
         if len(shares(spec.chunks, spec.shares)) == 1:
-            return (_USUAL_COMPENSATION,) * len(names)
+            return (USUAL_SHARE,) * len(names)
         # The call was made before and its shares are gone: others go by what it decided then.
         return self._decided_compensation(block, batch, names)
 

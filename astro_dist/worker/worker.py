@@ -16,6 +16,7 @@ from astro.process import configure_process, keep_freed_memory
 from astro.quantization.block import quantize_block
 from astro.quantization.recipe import Recipe
 from astro.timing import clock_s, timed
+from astro_dist.planning.units import BlockUnit
 from astro_dist.run_directory.layer_widths import layer_schemes
 from astro_dist.run_directory.unit_record import EvaluationResult, UnitRecord
 from astro_dist.schedule.calls import (
@@ -63,6 +64,7 @@ from astro_dist.worker.smoother import Smoother
 from astro_dist.worker.solved_block import SolvedBlock
 from astro_dist.worker.spec import WorkerSpec
 from astro_dist.worker.split_solver import SplitSolver
+from astro_dist.worker.stage_solver import StageSolver
 from astro_dist.worker.token_weigher import TokenWeigher, read_token_weights
 
 __all__ = ["Worker"]
@@ -213,9 +215,7 @@ class Worker:
             self._release()
             stream = stream_names(self._spec.run.rounds)[call.round_index]
             unit = runner.load(stream, call.block)
-            weights, served = read_token_weights(runner, unit), runner.served(stream)
-            kind = partial(sum_kind, runner.spec)
-            statistics = BlockStatistics(runner.layers(unit), self._device, weights, kind, served)
+            statistics = None if self._spec.mode == "stages" else self._empty_statistics(unit, stream)
         self._fed_block = FedBlock(call.round_index, unit, statistics, seconds)
 
     def forward(self, call: Forward) -> None:
@@ -224,21 +224,26 @@ class Worker:
 
     def solve_block(self, call: SolveBlock) -> UnitRecord:
         """Quantize the open block's original weights and write its shard: in the last round a file of the model."""
-        fed_block, spec, runner = self._require_fed_block(call), self._spec, self._runner
+        fed_block, runner = self._require_fed_block(call), self._runner
         unit = fed_block.unit
         if call.following is not None:
             runner.expect_block(call.following)
-        schemes = layer_schemes(spec.run, spec.quantization, unit, call.round_index)
-        weights, widths = runner.weights(unit, unit.by_name), measured_widths(spec, call.round_index)
-        statistics, recipe = self._input_statistics(fed_block), runner.recipe(unit)
-        quantized, records = quantize_block(weights, fed_block.input_groups, statistics, schemes, recipe, widths)
+        staged = self._spec.mode == "stages"
+        solved = StageSolver(runner, fed_block).solve() if staged else self._solve_at_once(fed_block)
         self._fed_block = None
-        solved = SolvedBlock(quantized, records, fed_block.feeding_seconds(), fed_block.largest.scales)
-        del quantized, statistics, weights
         solved = tune_block(runner, call.round_index, unit, solved)
         finished = finish_block(runner, call.round_index, unit, solved)
         runner.close()
         return finished
+
+    def _solve_at_once(self, fed_block: FedBlock) -> SolvedBlock:
+        """Quantize all layers of a block, none of which waits for another."""
+        spec, runner, unit, round_index = self._spec, self._runner, fed_block.unit, fed_block.round_index
+        schemes = layer_schemes(spec.run, spec.quantization, unit, round_index)
+        weights, widths = runner.weights(unit, unit.by_name), measured_widths(spec, round_index)
+        statistics, recipe = self._input_statistics(fed_block), runner.recipe(unit)
+        quantized, records = quantize_block(weights, fed_block.input_groups, statistics, schemes, recipe, widths)
+        return SolvedBlock(quantized, records, fed_block.feeding_seconds(), fed_block.largest.scales)
 
     def split_block(self, call: SplitBlock) -> BlockParts:
         """Write the open block's Hessians, so that workers that have nothing to do help to solve it."""
@@ -281,9 +286,16 @@ class Worker:
 
     def _input_statistics(self, fed_block: FedBlock) -> Iterator[InputStatistics]:
         """The statistics of every input group of the open block, which all chunks have passed."""
+        assert fed_block.statistics is not None
         stream = stream_names(self._spec.run.rounds)[fed_block.round_index]
         repeats = self._runner.repeats(stream, fed_block.unit.index)
         return fed_block.statistics.finish_(self._spec.experts, repeats)
+
+    def _empty_statistics(self, unit: BlockUnit, stream: str) -> BlockStatistics:
+        """Statistics of a block that is loaded, to which chunks of a stream will add."""
+        runner = self._runner
+        weights, kind = read_token_weights(runner, unit), partial(sum_kind, runner.spec)
+        return BlockStatistics(runner.layers(unit), self._device, weights, kind, runner.served(stream))
 
     def _release(self) -> None:
         """Let go of an open block that the schedule gave up, and of what was helped with, to make room for another."""

@@ -37,6 +37,7 @@ from tests.support.interruption import interrupted_after
 from tests.support.models import files_of
 
 SEQUENTIAL = {"execution__mode": "sequential", "execution__hessian_shares": 2}
+STAGES = {"execution__mode": "stages"}
 LOSS = {"calibration__token_weights": "loss"}
 EVERYTHING = {
     "activations__bits": 8,
@@ -72,6 +73,9 @@ MODES = {
     "tuned": {"quantization__tune_steps": 3, "quantization__bits": 3},
     "tuned, rounds": {**LOSS, "execution__rounds": 2, "quantization__tune_steps": 3, "activations__bits": 8},
     "tuned, sequential": {**SEQUENTIAL, **EVERYTHING, "quantization__tune_steps": 3},
+    "stages": {**STAGES, "quantization__bits": 3},
+    "loss, stages": {**STAGES, **LOSS, "quantization__tune_steps": 3},
+    "everything, stages": {**STAGES, **LOSS, **EVERYTHING, "activations__bits": 4, "quantization__group_size": 64},
     "overrides": {
         **SEQUENTIAL,
         "quantization__overrides": {"*.v_proj": {"bits": 8}, "*.mlp.*": {"group_size": 64, "symmetric": False}},
@@ -98,7 +102,7 @@ def test_number_of_workers_does_not_change_a_byte(run_config, tmp_path, monkeypa
         results.append(files_of(model_of(summary)))
         assert workers > 1 or not split
     assert results[0] == results[1] == results[2]
-    assert bool(split) == ("sequential" not in config.execution.mode), "they solve a block together"
+    assert bool(split) == (config.execution.mode == "blocks"), "they solve a block together"
     verify_model(model_of(summary))
     assert not (tmp_path / "run1" / "activations").exists()
     assert not (tmp_path / "run1" / "rounds").exists()

@@ -29,8 +29,9 @@ PAPER = [
     "regularizer.iterations=200",
     "regularizer.beta=8e-4",
 ]
-SEQUENTIAL, TWO_ROUNDS = ["execution.mode=sequential"], ["execution.rounds=2"]
-TUNED = ["quantization.tune_steps=40"]
+STAGES, SEQUENTIAL = ["execution.mode=stages"], ["execution.mode=sequential"]
+TWO_ROUNDS = ["execution.rounds=2"]
+TUNED, LONG_TUNED = ["quantization.tune_steps=40"], ["quantization.tune_steps=160"]
 PEERS = Path(__file__).with_name("peers.py")
 METHODS = {
     "RTN": ["quantization.method=rtn", "quantization.scale_search=minmax", *ALIKE, *NONE],
@@ -46,7 +47,10 @@ METHODS = {
     "ours, unsigned scales": ["quantization.signed_scales=false"],
     "ours": [],
     "ours, tuned": TUNED,
-    "ours, tuned in 160 steps": ["quantization.tune_steps=160"],
+    "ours, tuned in 160 steps": LONG_TUNED,
+    "ours, stages": STAGES,
+    "ours, stages, tuned": [*STAGES, *TUNED],
+    "ours, stages, tuned in 160 steps": [*STAGES, *LONG_TUNED],
     "ours, 2 rounds": TWO_ROUNDS,
     "ours, 2 rounds, tuned": [*TWO_ROUNDS, *TUNED],
     "ours, 3 rounds": ["execution.rounds=3"],

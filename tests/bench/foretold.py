@@ -16,7 +16,7 @@ from pathlib import Path
 from astro_dist import plan, run_config
 from astro_dist.run_directory.journal import Event, Finished, Foretold, Joined, Journal
 
-RUNS = (("blocks", 1), ("blocks", 2), ("sequential", 2))
+RUNS = (("blocks", 1), ("blocks", 2), ("stages", 2), ("sequential", 2))
 SHARES = (0.25, 0.5, 0.75)
 
 

@@ -131,7 +131,7 @@ def table(name: str, device_name: str, gigabits: float, tune_steps: int) -> None
     plan, device = make_plan(name), dataclasses.replace(DEVICES[device_name], storage=gigabits / 8 * 1e9)
     print(f"\n{name} on {device_name}, 128 × 2048 tokens, {gigabits:g} Gbit/s a worker\n")
     print("| mode | | " + " | ".join(map(str, WORKERS)) + " |\n" + "|---" * (len(WORKERS) + 2) + "|")
-    for mode in ("blocks", "sequential"):
+    for mode in ("blocks", "stages", "sequential"):
         sections = {"execution": {"mode": mode}, "quantization": {"tune_steps": tune_steps}}
         config = RunConfig.model_validate({**CONFIG, **sections})
         tokens = chunk_tokens(config.calibration)

@@ -120,7 +120,7 @@ def peaks_of_sequential_solve(
     spec = SimpleNamespace(
         quantization=quantization,
         activations=SimpleNamespace(scheme=scheme, bits=scheme.bits if scheme else 16, rounds_cache=False),
-        experts=Experts(), token_weights="none", is_sequential=True, shares=_SHARES,
+        experts=Experts(), token_weights="none", mode="sequential", shares=_SHARES,
         chunks=tuple(f"c{number:04d}" for number in range(8)),
     )  # fmt: skip
     bits = scheme.bits if scheme else 16

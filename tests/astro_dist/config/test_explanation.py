@@ -23,7 +23,7 @@ def test_every_key_is_explained_in_sentences(key):
 
 def test_a_key_shows_its_values_and_its_default():
     assert explain("quantization.bits").startswith("quantization.bits (a whole number or auto; default 4)\n")
-    assert explain("execution.mode").startswith("execution.mode (blocks or sequential; default blocks)\n")
+    assert explain("execution.mode").startswith("execution.mode (blocks, stages or sequential; default blocks)\n")
     assert explain("calibration.chunk_samples").startswith("calibration.chunk_samples (a whole number or auto; default")
     assert explain("calibration.token_weights").startswith("calibration.token_weights (loss, norm or none; default lo")
     assert explain("model.source").startswith("model.source (text; it must be given)\n")
@@ -58,7 +58,7 @@ def test_commented_defaults_are_the_defaults():
 @pytest.mark.parametrize(
     ("key", "comment"),
     [
-        ("mode", "  # The order of the blocks. (blocks or sequential)"),
+        ("mode", "  # The order of blocks and layers. (blocks, stages or sequential)"),
         ("workers", "  # The number of workers. (a whole number or auto)"),
         ("compute_dtype", " activations. (auto, float32, bfloat16 or float16)"),
         ("track", "none. (trackio, wandb, mlflow or nothing)"),

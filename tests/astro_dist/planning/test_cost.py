@@ -199,3 +199,22 @@ def test_the_last_round_tunes_scales(run_config, call):
         tuned, _ = cost_of(run_config(**changes, quantization__tune_steps=steps))
         more = tuned.work(call).compute - plain.work(call).compute
         assert more == pytest.approx((3 * sequences + 3.3 * steps) * sequence if call.round_index else 0.0)
+
+
+@pytest.mark.parametrize(
+    ("compensation", "forwards"), [("auto", 1 / 4 + 2 * (2 + 3 + 4) / 4), (0.0, (1 + 2 + 3 + 4) / 4)]
+)
+def test_each_stage_passes_all_chunks_up_to_it_and_those_of_the_source_where_a_drift_is_summed(
+    run_config, compensation, forwards
+):
+    changes = {"calibration__samples": 8, "calibration__chunk_samples": 2, "quantization__compensation": compensation}
+    at_once, _ = cost_of(run_config(**changes), torch.bfloat16)
+    in_stages, _ = cost_of(run_config(**changes, execution__mode="stages"), torch.bfloat16)
+    chunk, solve = Forward(0, 0, "c0000"), SolveBlock(0, 0)
+    passed = at_once.work(ForwardChunk(ORIGINAL, 0, "c0000", "block"))
+    more = in_stages.work(solve).compute - at_once.work(solve).compute
+    assert more == pytest.approx(4 * forwards * passed.compute)
+    sums = at_once.work(chunk).exact - passed.exact
+    assert in_stages.work(chunk).exact == passed.exact, "nothing is summed while chunks pass"
+    drifts = 2 * sums if compensation == "auto" else 0.0
+    assert in_stages.work(solve).exact - at_once.work(solve).exact == pytest.approx(4 * (sums + drifts))

@@ -47,7 +47,7 @@ def test_a_file_is_read_and_options_win_over_it(llama, tmp_path):
         ("nothing", {}, "nothing: there is no such file or folder; give the YAML file of a run, or a model"),
         ("nothing.yaml", {}, "nothing.yaml: no such configuration file"),
         ("a/b", {"bits": 5, "mode": "blocks"}, "a/b with quantization.bits: expected 2, 3, 4, 8 or auto, got 5"),
-        ("a/b", {"mode": "fast"}, "a/b with execution.mode: expected 'blocks' or 'sequential', got 'fast'"),
+        ("a/b", {"mode": "fast"}, "a/b with execution.mode: expected 'blocks', 'stages' or 'sequential', got 'fast'"),
         ("/nowhere/model", {}, "/nowhere/model: no such folder"),
     ],
 )

@@ -29,6 +29,7 @@ from tests.support.device_memory import peak_bytes
 from tests.support.models import write_checkpoint
 from tests.support.sequential_solve import peaks_of_sequential_solve
 from tests.support.sparse_checkpoint import write_sparse_checkpoint
+from tests.support.staged_solve import peaks_of_staged_solve
 
 SEQUENCES, LENGTH = 2, 512
 ARCHITECTURES = {
@@ -266,6 +267,27 @@ def test_calls_of_mode_sequential_hold_what_is_foretold():
         peaks = peaks_of_sequential_solve(rows, 2048, compensation, scheme=scheme)
         largest = max(peaks.values()) / square
         assert least < largest < foretold + 0.15, peaks
+
+
+@pytest.mark.parametrize(("compensation", "drifts"), [("auto", 1), (0.0, 0)])
+def test_stages_hold_what_is_foretold(tmp_path, compensation, drifts):
+    """At sizes where matrices of columns × columns are nearly all of it: H, drifts, and what is made from them."""
+    square, group = 4 * 2048**2, PredictedInputGroup(16, 2048, 1.0, "a")
+    summing, solving = peaks_of_staged_solve(group.rows, group.columns, compensation)
+    assert 1 + 3 * drifts <= summing / square < 1.6 + 3 * drifts  # H is added up half by half
+    plan, _, folder = planned(tmp_path / "model", "70B")
+    config = run(folder, mode="stages", quantization={"group_size": 16, "compensation": compensation})
+    memory = WorkerMemory(plan, config, torch.bfloat16, "cuda")
+    foretold = memory._staged_bytes([group], 0.0, memory._solving_bytes(group))
+    assert solving < foretold < 1.1 * solving
+
+
+def test_70b_in_mode_stages_leaves_room_on_40_gb(tmp_path):
+    uncompensated, staged = (
+        gigabytes(tmp_path, "70B", 8, mode="stages", quantization={"group_size": 16, "compensation": compensation})
+        for compensation in (0.0, "auto")
+    )
+    assert uncompensated < staged < 30
 
 
 @pytest.mark.parametrize(("compensation", "squares"), [("auto", 8), (0.0, 7)])
