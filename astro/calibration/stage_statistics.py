@@ -3,7 +3,7 @@
 Layers that read the same input are an input group. Shapes: C columns (inputs).
 """
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 
 import torch
@@ -26,7 +26,6 @@ class StageStatistics:
     Attributes:
         operands: First operand of each input group.
         drifting: Those of them whose drift is summed.
-        watches: Time that the sums took, by phase.
     """
 
     def __init__(
@@ -58,7 +57,7 @@ class StageStatistics:
                 self._even[group[0]] = DriftAccumulator(group[0].columns, device)
         self.operands = [group[0] for group in self._sums]
         self.drifting = [group[0] for group, sums in self._sums.items() if sums.drift is not None]
-        self.watches = {phase: Stopwatch(device) for phase in ("hessian", "compensate")}
+        self._watches = {phase: Stopwatch(device) for phase in ("hessian", "compensate")}
         self._num_chunks = 0
 
     def add_(self, chunk: str, inputs: Mapping[Operand, Inputs], source_inputs: Mapping[Operand, Inputs]) -> None:
@@ -75,13 +74,34 @@ class StageStatistics:
             if operand not in inputs:
                 continue
             X = inputs[operand].X
-            with self.watches["hessian"].running():
+            with self._watches["hessian"].running():
                 of_tokens = self._weights.of(operand, chunk, inputs[operand])
                 rounded = sums.add_(X, of_tokens)
             drift = self._even.get(operand, sums.drift) if is_even else sums.drift
             if drift is not None:
-                with self.watches["compensate"].running():
+                with self._watches["compensate"].running():
                     drift.add_(source_inputs[operand].X, X, of_tokens, rounded)
+
+    def add_all_(self, passes: Iterable[tuple[str, Mapping[Operand, Inputs], Mapping[Operand, Inputs]]]) -> None:
+        """Add the inputs of several chunks; nothing holds those of the last one afterwards.
+
+        Args:
+            passes: What `add_` is given for each chunk.
+        """
+        for chunk, inputs, source_inputs in passes:
+            self.add_(chunk, inputs, source_inputs)
+
+    def seconds(self) -> dict[str, float]:
+        """Return the time that the sums took, by phase."""
+        return {phase: watch.read_s() for phase, watch in self._watches.items()}
+
+    def take_(self, operand: Operand) -> InputSums:
+        """Hand out the sums of an input group as they are, without halves.
+
+        Args:
+            operand: First operand of the input group.
+        """
+        return self._sums.pop(next(group for group in self._sums if group[0] == operand))
 
     def finish_(
         self, experts: Experts, all_tokens: Callable[[Sequence[Operand]], AllTokens]
@@ -96,10 +116,10 @@ class StageStatistics:
             NumericalError: A layer saw no token, or values that are not finite, or an expert saw too few tokens and the
                 policy is `fail`.
         """
-        spreads = [self._spread_(operand, sums) for (operand, *_), sums in self._sums.items()]
         finished = finish_sums_(self._sums, experts, self._weights, all_tokens, self._device)
-        for statistics, spread in zip(finished, spreads, strict=True):
-            yield replace(statistics, spread=spread)
+        for group in list(self._sums):
+            spread = self._spread_(group[0], self._sums[group])
+            yield replace(next(finished), spread=spread)
 
     def _spread_(self, operand: Operand, sums: InputSums) -> torch.Tensor | None:
         """Add up the halves of a drift, and return how far they lie apart, if there are halves."""

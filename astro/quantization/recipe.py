@@ -77,7 +77,7 @@ class InputMoments:
         lacks_statistics: Which input groups have no statistics, their H being the identity; where it is empty, none.
         rounding: What was learned of how the inputs are rounded; None where they stay as they are.
         spread: How far the drifts over two halves of the tokens lie apart, float32 [B, C, C], on any device, see
-            `InputSums.spread_`; None where the share of the drift that is made up for is not measured here.
+            `InputSums.spread_`; None where there are no halves. Then a share that is to be measured is the usual one.
     """
 
     H: torch.Tensor

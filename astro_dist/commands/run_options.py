@@ -36,8 +36,8 @@ _Calibration = Annotated[
 _Mode = Annotated[
     str | None,
     typer.Option(
-        help="blocks, all blocks in parallel; stages, which is better and takes half as long again; or sequential. It "
-        "is blocks if nothing says otherwise."
+        help="blocks, all blocks in parallel; stages, in parallel too, better and slower; or sequential, mostly the "
+        "best, which more than a few workers hardly speed up. It is blocks if nothing says otherwise."
     ),
 ]
 _Assignments = Annotated[

@@ -93,6 +93,7 @@ class CostModel:
         self._held_out = sum(n for chunk, n in self._tokens.items() if is_held_out(chunk))
         self._weighs_by_loss = config.calibration.token_weights == "loss"
         self._smooths = config.activations.smoothing != "none"
+        self._rounds_cache = config.activations.rounds_cache
         self._memory = WorkerMemory(plan, config, dtype, device_type)
 
     def seconds(self, call: Call, device: Device) -> float:
@@ -252,7 +253,8 @@ class CostModel:
     def _calibrated_stage(self, unit: BlockUnit, stage: int) -> Work:
         """Count what it takes to calibrate a stage of a block that one worker solves stage by stage."""
         chunks = [chunk for chunk in self._tokens if not is_held_out(chunk)]
-        streams = 1 + (stage > 0 and self._statistics.is_compensated)
+        # The first stage reads what it reads in the source, unless it is behind attention with a rounded cache.
+        streams = 1 + (self._statistics.is_compensated and (stage > 0 or self._rounds_cache))
         return _behind(self._passed_to_stage(unit, stage, chunks, streams), self._activations(chunks))
 
     def _passed_to_stage(self, unit: BlockUnit, stage: int, chunks: Sequence[str], streams: int) -> Work:
@@ -262,7 +264,9 @@ class CostModel:
         tokens = sum(self._tokens[chunk] for chunk in chunks)
         before = [batches[i] for earlier in stages[:stage] for i in earlier]
         own = [batches[i] for i in stages[min(stage, len(stages) - 1)]] if stages else []
-        sums = self._statistics.sums(own, tokens) + self._statistics.rounding([*before, *own], tokens)
+        sums = self._statistics.sums(own, tokens, drifts=streams > 1) + self._statistics.rounding(
+            [*before, *own], tokens
+        )
         forwards = self._forward.forth(batches, tokens) * (streams * (stage + 1) / max(len(stages), 1))
         return sums + dequantizing(float(sum(batch.weights for batch in before))) + forwards
 

@@ -45,15 +45,17 @@ class StatisticsCost:
         self._num_drifts = self.is_compensated + of_rounding
         self.square_bytes = _PACKED_BYTES + 4.0 * self._num_drifts
 
-    def sums(self, batches: Sequence[PredictedInputGroup], tokens: int) -> Work:
+    def sums(self, batches: Sequence[PredictedInputGroup], tokens: int, drifts: bool = True) -> Work:
         """Count XᵀX on and above the diagonal, and drifts. A GPU multiplies 16-bit inputs as they are, a drift as two.
 
         Args:
             batches: Input groups that are summed.
             tokens: Number of tokens.
+            drifts: Whether inputs may have drifted from the source.
         """
+        num_drifts = self._num_drifts - (self.is_compensated and not drifts)
         operations = tokens * sum(batch.reach * batch.square for batch in batches)
-        operations *= 1.0 + self._num_drifts * (4.0 if self._multiplies_halves else 2.0)
+        operations *= 1.0 + num_drifts * (4.0 if self._multiplies_halves else 2.0)
         summed = Work(operations) if self._multiplies_halves else Work(exact=operations)
         return summed + self.rounding(batches, tokens)
 

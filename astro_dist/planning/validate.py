@@ -19,6 +19,7 @@ from astro.model.skeleton import Skeleton
 from astro.model.tied_weights import untied_weights
 from astro.process import configure_process
 from astro.quantization.bit_allocation import require_affordable
+from astro.quantization.compensation import USUAL_SHARE
 from astro.storage.checkpoint import INDEX_NAME, SINGLE_NAME, Checkpoint
 from astro_dist.config.schema import CalibrationConfig, RunConfig
 from astro_dist.config.text_place import is_file
@@ -281,7 +282,7 @@ def _file_notes(source: Source, checkpoint: Checkpoint) -> Iterator[str]:
 
 
 def _text_notes(config: RunConfig, plan: Plan) -> Iterator[str]:
-    """Say whether there is too little calibration text for the widest layer."""
+    """Say whether there is too little calibration text for the widest layer, or to measure a share by its halves."""
     linears = [linear for unit in plan.blocks for linear in unit.linears]
     widest = max(linears, key=lambda linear: linear.columns)
     tokens = config.calibration.most_samples * config.calibration.longest_sequence
@@ -291,6 +292,25 @@ def _text_notes(config: RunConfig, plan: Plan) -> Iterator[str]:
             f"{tokens} calibration tokens are few for {widest.name}, which has {widest.columns} inputs: {what}; give "
             f"at least {_ENOUGH_TOKENS * widest.columns} tokens (calibration.samples × sequence_length)"
         )
+
+    if _wants_halves(config) and _num_pieces(config) == 1:
+        more = "execution.hessian_shares larger, or " if config.execution.hessian_shares == 1 else ""
+        yield (
+            "the calibration text is in one piece, so that the share of earlier errors that weights make up for cannot "
+            f"be measured on halves of it, and is {USUAL_SHARE}; make {more}calibration.chunk_samples smaller"
+        )
+
+
+def _wants_halves(config: RunConfig) -> bool:
+    quantization = config.quantization
+    measures = quantization.compensates and quantization.compensation == "auto"
+    return config.execution.mode != "blocks" and measures
+
+
+def _num_pieces(config: RunConfig) -> int:
+    """Return the most pieces of the calibration text that are summed apart."""
+    chunks = -(-config.calibration.most_samples // config.calibration.settled_chunk_samples)
+    return min(chunks, config.execution.hessian_shares) if config.execution.mode == "sequential" else chunks
 
 
 def _missing_texts(config: RunConfig) -> list[str]:

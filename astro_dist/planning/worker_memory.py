@@ -156,7 +156,7 @@ class WorkerMemory:
         travelling = _TRAVELLING * self._state_bytes(sequences)
         phase = max(forwarding + travelling, solving)
         if self._in_stages:
-            phase = self._staged_bytes(batches, forwarding + travelling, solving)
+            phase = self._staged_bytes(unit, batches, forwarding + travelling, solving)
         if self._weighs_by_loss:
             # Gradients are read beside the states.
             phase = max(phase, self._forward.back(batches, sequences) + travelling + self._state_bytes(sequences))
@@ -174,16 +174,22 @@ class WorkerMemory:
         # Layers that are not quantized are there too.
         return int(max(weights * self._itemsize, unit.held_bytes) + max(hessians + phase, tuning, loading))
 
-    def _staged_bytes(self, batches: list[PredictedInputGroup], forwarding: float, solving: float) -> float:
+    def _staged_bytes(
+        self, unit: BlockUnit, batches: list[PredictedInputGroup], forwarding: float, solving: float
+    ) -> float:
         """Size of what is held while a block is solved stage by stage: the sums of a stage, and layers before it.
 
         Args:
+            unit: Unit of the block.
             batches: Input groups of the block.
             forwarding: What passes of a chunk hold.
-            solving: What the solve of the largest batch holds beside its sums.
+            solving: What the solve of the largest batch holds beside its sums, and the quantized layers.
         """
-        # The quantized layers of earlier stages, which the block computes with.
-        earlier = sum(batch.weights for batch in batches) * self._itemsize
+        # The layers of earlier stages, which the block computes with. Experts that share a parameter change places with
+        # a copy of what they were.
+        weights, apart = (sum(b.weights for b in batches if b.reach <= reach) for reach in (1, 0.999999))
+        earlier = (weights + apart) * self._itemsize
+        forwarding += weights + correction_size([unit], self._reconstruction).size_bytes  # quantized layers wait
         largest = 0.0
         for stage in ([batches[i] for i in stage] for stage in stages_of(batches)):
             sums = sum(map(self._statistics_bytes, stage))

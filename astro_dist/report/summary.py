@@ -169,8 +169,8 @@ def _ruin(perplexity: Perplexity) -> list[str]:
         return []
     return [
         f"the hold-out perplexity is {quantized / original:.1f} times the original's: look at the layer errors, and "
-        "try the model before you rely on it; mode stages or sequential, more bits, smaller groups or beta: auto lose "
-        "less"
+        "try the model before you rely on it; mode stages loses less than blocks, and sequential less than stages, and "
+        "so do more bits, smaller groups or beta: auto"
     ]
 
 

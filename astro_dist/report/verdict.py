@@ -34,8 +34,8 @@ GRADES = (
         most_divergence=1.0,
         most_change=1.0,
         title="A heavy loss",
-        advice="more bits, mode stages or sequential, corrections of low rank, and, where inputs stay in 16 bits, "
-        "smaller groups lose less; size must be worth it",
+        advice="more bits, mode stages instead of blocks, or sequential, corrections of low rank, and, where inputs "
+        "stay in 16 bits, smaller groups lose less; size must be worth it",
     ),
     Grade(math.inf, math.inf, "Ruined", "it is hardly a language model any more; look at the largest layer errors"),
 )

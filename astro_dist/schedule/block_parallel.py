@@ -1,4 +1,4 @@
-"""The schedule of mode `blocks`, where every block is quantized on its own, in one or more rounds."""
+"""The schedule of the modes `blocks` and `stages`: every block is quantized on its own, in one or more rounds."""
 
 import dataclasses
 from collections.abc import Iterator
@@ -39,14 +39,15 @@ __all__ = ["BlockSchedule"]
 
 
 class BlockSchedule:
-    """Holds the state of a run in mode `blocks`, and decides what each worker does next.
+    """Holds the state of a run in mode `blocks` or `stages`, and decides what each worker does next.
 
     One worker opens a block, feeds it with its input chunks as the block before it produces them, and solves it, while
     other workers already feed the next blocks. A block of a later round waits only for its inputs and for its result of
     the round before, so rounds follow each other without a gap.
 
     Where other workers have nothing to do when a block is to be solved, it is split: they solve its input groups, tile
-    by tile of their rows. The bytes of the result are the same.
+    by tile of their rows. The bytes of the result are the same. In mode `stages` no block is split, because its input
+    groups wait for each other, and chunks whose outputs are there already do not pass it again.
 
     After the last round the held-out chunks make one more pass, through the blocks of the result. They too go from
     block to block one by one, so that no chunk waits for the chunks after it.
@@ -76,7 +77,7 @@ class BlockSchedule:
         start: StartingPoint = NOTHING_DONE,
         rounds: int = 1,
         measured_first: bool = False,
-        splits: bool = True,
+        in_stages: bool = False,
     ) -> None:
         """Begin a run, or go on with it.
 
@@ -85,14 +86,15 @@ class BlockSchedule:
             start: What of the run is done already.
             rounds: Number of passes over the model that quantize its blocks.
             measured_first: Whether round 1 waits until round 0 has quantized every block.
-            splits: Whether blocks may be split. Those whose layers wait for each other are not.
+            in_stages: Whether the layers of a block wait for each other. Then blocks are not split, and chunks pass a
+                block only for their outputs: statistics are summed stage by stage by who solves it.
         """
         self._num_blocks = shape.num_blocks
         self._rounds = rounds
         self._chunks = list(shape.chunks)
         self._held_out = [name for name in shape.chunks if is_held_out(name)]
         self._streams = stream_names(rounds)
-        self._measured_first, self._splits = measured_first, splits
+        self._measured_first, self._in_stages = measured_first, in_stages
         self.units = unit_names(shape.num_blocks, shape.num_copies, rounds, bool(self._held_out))
         self.finished = set(start.finished) & set(self.units)
         self._ready = {
@@ -191,11 +193,20 @@ class BlockSchedule:
         if block.state is State.OPENING:
             return block.opening
         chunks = self._held_out if block.evaluates else self._chunks
+        while block.next_chunk < len(chunks) and self._is_skipped(block, chunks[block.next_chunk]):
+            block.next_chunk += 1
         if block.next_chunk == len(chunks):
-            ending = FinishEvaluation if block.evaluates else SplitBlock if idle and self._splits else SolveBlock
+            ending = FinishEvaluation if block.evaluates else SplitBlock if idle and not self._in_stages else SolveBlock
             return ending(*block.place)
         chunk = chunks[block.next_chunk]
         return Forward(*block.place, chunk, block.evaluates) if chunk in self._ready[block.place] else None
+
+    def _is_skipped(self, block: RoundBlock, chunk: str) -> bool:
+        """Whether the input of a chunk is there and its output is not wanted, or there as well."""
+        if not self._in_stages or block.evaluates or chunk not in self._ready[block.place]:
+            return False
+        is_wanted = block.block + 1 < self._num_blocks or is_held_out(chunk)
+        return not is_wanted or chunk in self._ready[block.round_index, block.block + 1]
 
     def _waiting(self) -> list[int]:
         """The blocks of the first round that wait for a worker."""

@@ -9,11 +9,12 @@ Several calls make up a unit of the run. Round 0 calibrates on the stream `origi
     mode blocks      OpenBlock, Forward …, SolveBlock                       a block that one worker holds and solves
                      OpenBlock, Forward …, SplitBlock, parts …, WriteBlock  a block that it splits for others to help
                      OpenBlock, Forward …, FinishEvaluation                 a block of the result, only evaluated
+    mode stages      as in mode blocks, but for SplitBlock
     mode sequential  AccumulateHessians …, parts …, WriteBlock              stage by stage, by all workers
     parts            MergeHessians, TryBetas …, SolveRows …, Reconstruct    of each batch of a block that is split
-    both             Embed, CopyTensors, ForwardChunk, EvaluateLoss
+    all modes        Embed, CopyTensors, ForwardChunk, EvaluateLoss
     smoothing        MeasureChannels …, SmoothChannels                      before all others, where inputs are smoothed
-    token weights    LoadWeights, ForwardChunk …                            before either, by the loss; each begins with
+    token weights    LoadWeights, ForwardChunk …                            before a mode, by the loss; each begins with
                      LoadWeights, DifferentiateLoss …                       LoadWeights where a worker comes to another
                      LoadWeights, Backward …, WeighTokens                   block, or to the head
 """

@@ -54,5 +54,5 @@ def _of_mode(config: RunConfig, shape: RunShape, start: StartingPoint) -> Schedu
         start,
         execution.rounds,
         measured_first=config.quantization.bits == "auto",
-        splits=execution.mode == "blocks",
+        in_stages=execution.mode == "stages",
     )

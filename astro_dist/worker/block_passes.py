@@ -14,7 +14,7 @@ __all__ = ["feed_chunk", "forward_chunk"]
 
 
 def feed_chunk(runner: BlockRunner, pipeline: ChunkPipeline, fed_block: FedBlock, call: Forward) -> None:
-    """Pass one chunk through an open block and keep the output; a calibration chunk adds to the statistics.
+    """Pass one chunk through an open block and keep the output; a calibration chunk adds to its statistics, if any.
 
     Args:
         runner: Runner of the worker's blocks.

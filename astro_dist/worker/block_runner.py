@@ -308,19 +308,24 @@ class BlockRunner:
         return rounded_inputs(self.layers(unit), self.served(stream), is_whole)
 
     def repeats(
-        self, stream: str, index: int, cache_scales: Mapping[str, CacheScales] | None = None
+        self,
+        stream: str,
+        index: int,
+        cache_scales: Mapping[str, CacheScales] | None = None,
+        start: str | None = None,
     ) -> list[Callable[[], object]]:
         """Return a forward of the loaded block for every calibration chunk, whose output is not kept.
 
         Args:
-            stream: Stream whose hidden states are the input.
+            stream: Stream of the model, which says how servers round.
             index: Index of the block.
             cache_scales: Scales of keys and values, see `serving`.
+            start: Stream whose hidden states are the input; None where it is the same.
         """
         unit = self.spec.plan.blocks[index]
 
         def repeat(chunk: str) -> None:
             with self.serving(stream, unit, cache_scales):
-                self.forward(index, self.states.read(stream, index, chunk), chunk)
+                self.forward(index, self.states.read(start or stream, index, chunk), chunk)
 
         return [partial(repeat, chunk) for chunk in self.spec.calibration_chunks]

@@ -38,7 +38,8 @@ class FedBlock:
     @property
     def input_groups(self) -> list[list[str]]:
         """The names of the layers of each input group."""
-        return [names_of(operands) for operands in self.statistics.input_groups] if self.statistics else []
+        assert self.statistics is not None
+        return [names_of(operands) for operands in self.statistics.input_groups]
 
     def feeding_seconds(self) -> dict[str, float]:
         """Return the time by phase until all chunks have passed, that of the Hessians apart."""

@@ -7,6 +7,7 @@ from contextlib import contextmanager
 import torch
 
 from astro.model.low_rank import LowRank, attached
+from astro.quantization.grid import QuantizedLinear
 from astro_dist.planning.units import BlockUnit
 from astro_dist.worker.block_runner import BlockRunner
 from astro_dist.worker.split_block import BlockInParts
@@ -26,6 +27,17 @@ class SolvedLayers:
     weights: Mapping[str, torch.Tensor] = dataclasses.field(default_factory=dict)
     corrections: Mapping[str, LowRank] = dataclasses.field(default_factory=dict)
 
+    def with_layers(self, solved: Mapping[str, QuantizedLinear], dtype: torch.dtype) -> "SolvedLayers":
+        """Return these layers and others.
+
+        Args:
+            solved: The other layers by name, on the device.
+            dtype: The compute dtype.
+        """
+        weights = {name: layer.dequantize(dtype) for name, layer in solved.items()}
+        corrections = {name: layer.correction for name, layer in solved.items() if layer.correction}
+        return SolvedLayers({**self.weights, **weights}, {**self.corrections, **corrections})
+
 
 def solved_before(runner: BlockRunner, block: BlockInParts, stage: int) -> SolvedLayers:
     """Return the layers of the stages before one, on the device.
@@ -38,14 +50,11 @@ def solved_before(runner: BlockRunner, block: BlockInParts, stage: int) -> Solve
     Raises:
         DamagedError: A part of a solve is missing, or not as it was written.
     """
-    weights: dict[str, torch.Tensor] = {}
-    corrections: dict[str, LowRank] = {}
-    for batch in (batch for earlier in block.stages[:stage] for batch in earlier):
-        for name, solved in block.solved(batch)[0].items():
-            layer = solved.to(runner.device)
-            weights[name] = layer.dequantize(runner.spec.compute_dtype)
-            corrections |= {name: layer.correction} if layer.correction else {}
-    return SolvedLayers(weights, corrections)
+    earlier = SolvedLayers()
+    for batch in (batch for before in block.stages[:stage] for batch in before):
+        layers = {name: solved.to(runner.device) for name, solved in block.solved(batch)[0].items()}
+        earlier = earlier.with_layers(layers, runner.spec.compute_dtype)
+    return earlier
 
 
 @contextmanager

@@ -35,8 +35,8 @@ class StageInputs:
         operands: First operand of each input group of the stage.
         drifting: Those of them whose inputs in the source are wanted too.
         cache_scales: Scales of an FP8 cache by the attention module's name in the model.
-        largest: What grows by the keys and values of every chunk; None where they are known. The weights that make them
-            are not quantized yet then, and each chunk alone says how its keys and values round.
+        largest: What grows by the keys and values of every chunk, in the first stage: the weights that make them are
+            not quantized yet, and each chunk alone says how its keys and values round. None in later stages.
     """
 
     runner: BlockRunner

@@ -3,8 +3,8 @@
 Each stage is calibrated behind the quantized layers of the stages before it, and its weights make up for their errors.
 """
 
-import dataclasses
 from collections.abc import Iterator, Sequence
+from contextlib import ExitStack
 from functools import partial
 
 from astro.calibration.block_statistics import input_stages
@@ -15,7 +15,7 @@ from astro.model.operands import Operand, names_of
 from astro.quantization.block import quantize_block
 from astro.quantization.grid import QuantizedLinear
 from astro.quantization.layer_record import LayerRecord
-from astro.timing import add_seconds, clock_s
+from astro.timing import add_seconds, clock_s, timed
 from astro_dist.run_directory.layer_widths import layer_schemes
 from astro_dist.schedule.names import ORIGINAL, round_stream
 from astro_dist.worker.block_recipe import sum_kind
@@ -33,7 +33,7 @@ _RESULT = round_stream(0)
 
 
 class StageSolver:
-    """Solves one block, which all chunks have passed."""
+    """Solves one block, whose calibration inputs are all there."""
 
     def __init__(self, runner: BlockRunner, fed_block: FedBlock) -> None:
         """Look at a block.
@@ -48,6 +48,7 @@ class StageSolver:
         self._chunks = runner.spec.calibration_chunks
         self._largest = LargestByModule()
         self._earlier = SolvedLayers()
+        self._seconds = fed_block.feeding_seconds()
 
     def solve(self) -> SolvedBlock:
         """Quantize the layers of all stages in turn.
@@ -56,29 +57,29 @@ class StageSolver:
             NumericalError: A layer was never reached or saw values that are not finite, its Hessian cannot be factored
                 within the damping limit, or an expert saw too few tokens and the policy is `fail`.
         """
-        runner, unit = self._runner, self._unit
-        seconds = self._fed_block.feeding_seconds()
-        schemes, recipe = layer_schemes(runner.spec.run, runner.spec.quantization, unit, 0), runner.recipe(unit)
+        runner, unit, spec = self._runner, self._unit, self._runner.spec
+        schemes, recipe = layer_schemes(spec.run, spec.quantization, unit, 0), runner.recipe(unit)
         solved: dict[str, QuantizedLinear] = {}
         records: list[LayerRecord] = []
         for stage in self._stages():
-            statistics = self._statistics(stage, seconds)
+            statistics = self._finished(self._summed(stage))
             weights = runner.weights(unit, names_of(operand for group in stage for operand in group))
             of_stage, of_records = quantize_block(weights, list(map(names_of, stage)), statistics, schemes, recipe)
             solved |= of_stage
             records += of_records
-            self._put_behind(of_stage)
-        return SolvedBlock(solved, records, seconds, self._largest.scales)
+            self._earlier = self._earlier.with_layers(of_stage, spec.compute_dtype)
+        return SolvedBlock(solved, records, self._seconds, self._largest.scales)
 
     def _stages(self) -> list[list[list[Operand]]]:
         if not self._unit.linears:
             return []
-        chunk = self._chunks[0]
-        state = self._runner.states.read(ORIGINAL, self._unit.index, chunk)
-        return input_stages(self._layers, lambda: self._runner.forward(self._unit.index, state, chunk))
+        runner, chunk = self._runner, self._chunks[0]
+        with timed(self._seconds, "forward", runner.device):
+            state = runner.states.read(ORIGINAL, self._unit.index, chunk)
+            return input_stages(self._layers, lambda: runner.forward(self._unit.index, state, chunk))
 
-    def _statistics(self, stage: Sequence[Sequence[Operand]], seconds: dict[str, float]) -> Iterator[InputStatistics]:
-        """Pass all chunks through the block up to a stage, and yield the statistics of its input groups."""
+    def _summed(self, stage: Sequence[Sequence[Operand]]) -> StageStatistics:
+        """Pass all chunks through the block up to a stage, and sum the inputs of its layers."""
         runner, spec, start_s = self._runner, self._runner.spec, clock_s(self._runner.device)
         quantization = spec.quantization
         # The first stage reads what it reads in the source, unless it is behind attention with a rounded cache.
@@ -97,33 +98,29 @@ class StageSolver:
             cache_scales=self._largest.scales,
             largest=None if self._earlier.weights else self._largest,
         )
-        for passed in inputs.of(self._chunks):
-            statistics.add_(*passed)
-        of_sums = {phase: watch.read_s() for phase, watch in statistics.watches.items()}
+        statistics.add_all_(inputs.of(self._chunks))
+        of_sums = statistics.seconds()
         forward_s = clock_s(runner.device) - start_s - sum(of_sums.values())
-        add_seconds(seconds, {"forward": forward_s, **of_sums})
-        gathers = spec.experts.policy == "all-tokens"  # in forwards of experts, behind their own earlier layers
-        with put_in(runner, self._unit, self._earlier if gathers else SolvedLayers()):
-            yield from statistics.finish_(spec.experts, self._all_tokens)
+        add_seconds(self._seconds, {"forward": forward_s, **of_sums})
+        return statistics
 
-    def _all_tokens(self, starved: Sequence[Operand]) -> AllTokens:
+    def _finished(self, statistics: StageStatistics) -> Iterator[InputStatistics]:
+        """Yield what the sums of a stage come to, one input group at a time."""
+        device, experts = self._runner.device, self._runner.spec.experts
+        with ExitStack() as stack:
+            finishing = statistics.finish_(experts, lambda starved: self._all_tokens(starved, stack))
+            while True:
+                with timed(self._seconds, "hessian", device):
+                    finished = next(finishing, None)
+                if finished is None:
+                    return
+                yield finished
+
+    def _all_tokens(self, starved: Sequence[Operand], stack: ExitStack) -> AllTokens:
+        """What starved experts would see. Each is run alone later, behind its own earlier layers."""
         runner = self._runner
+        if starved:
+            stack.enter_context(put_in(runner, self._unit, self._earlier))
+        repeats = runner.repeats(_RESULT, self._unit.index, self._largest.scales, ORIGINAL)
         kind, served = partial(sum_kind, runner.spec), runner.served(_RESULT)
-        repeats = [partial(self._repeat, chunk) for chunk in self._chunks]
         return AllTokens(self._layers, starved, repeats, self._weights.kind, kind, served)
-
-    def _repeat(self, chunk: str) -> None:
-        """Pass a chunk through the block, which computes with the layers that are quantized so far."""
-        runner, unit = self._runner, self._unit
-        state = runner.states.read(ORIGINAL, unit.index, chunk)
-        with runner.serving(_RESULT, unit, self._largest.scales):
-            runner.forward(unit.index, state, chunk)
-
-    def _put_behind(self, solved: dict[str, QuantizedLinear]) -> None:
-        """Let later stages be calibrated behind layers."""
-        dtype, earlier = self._runner.spec.compute_dtype, self._earlier
-        weights = {name: layer.dequantize(dtype) for name, layer in solved.items()}
-        corrections = {name: layer.correction for name, layer in solved.items() if layer.correction}
-        self._earlier = dataclasses.replace(
-            earlier, weights={**earlier.weights, **weights}, corrections={**earlier.corrections, **corrections}
-        )

@@ -27,7 +27,7 @@ from astro_dist.run_directory.summary import read_summary
 from astro_dist.run_directory.unit_record import BlockResult, UnitRecord
 from astro_dist.schedule.names import is_held_out
 from astro_dist.source.resolve import Source
-from astro_dist.worker import hessian_shares
+from astro_dist.worker import stage_inputs
 from tests.support.interruption import interrupted_after
 
 FP8 = {"activations__kv_cache": "fp8"}
@@ -185,7 +185,7 @@ def test_layers_behind_attention_learn_from_the_rounded_cache(run_config, tmp_pa
 
 @torch.no_grad()
 def test_in_sequence_every_layer_reads_what_the_server_computes(run_config, monkeypatch):
-    read, real = {}, hessian_shares.inputs_of
+    read, real = {}, stage_inputs.inputs_of
 
     def noting(layers, operands, action, is_enough=None):
         inputs = real(layers, operands, action, is_enough)
@@ -193,7 +193,7 @@ def test_in_sequence_every_layer_reads_what_the_server_computes(run_config, monk
             read.setdefault(operand.names[0], []).append(of_operand.X.clone())
         return inputs
 
-    monkeypatch.setattr(hessian_shares, "inputs_of", noting)
+    monkeypatch.setattr(stage_inputs, "inputs_of", noting)
     config = run_config(**FP8, **SEQUENTIAL, quantization__compensation=0.0)
     scales = scales_of(config)
     model = transformers.AutoModelForCausalLM.from_pretrained(config.output.dir / "model", dtype=torch.float32)

@@ -169,6 +169,9 @@ def whole(run_config, tmp_path, mode):
         ("everything", 55, 1),
         ("everything, sequential", 25, 1),
         ("inputs, sequential", 14, 1),
+        *(("stages", calls, 1) for calls in (1, 8, 9)),
+        *(("loss, stages", calls, workers) for calls, workers in ((8, 1), (14, 1), (18, 1), (12, 5))),
+        ("everything, stages", 20, 5),
     ],
 )
 def test_interrupted_run_goes_on_and_writes_the_same_bytes(run_config, tmp_path, mode, calls, workers):

@@ -130,3 +130,26 @@ def test_too_little_text_is_said_before_and_after(run_config, tmp_path, samples,
 def test_rounding_to_nearest_wants_no_text(run_config):
     prepared = require_text(prepare(run_config(calibration__samples=2, quantization__method="rtn")))
     assert not any("are few for" in note for note in prepared.notes)
+
+
+@pytest.mark.parametrize(
+    ("changes", "advice"),
+    [
+        ({"execution__mode": "stages", "calibration__chunk_samples": 6}, "make calibration.chunk_samples smaller"),
+        (
+            {"execution__mode": "sequential", "execution__hessian_shares": 1},
+            "make execution.hessian_shares larger, or calibration.chunk_samples smaller",
+        ),
+    ],
+)
+def test_share_that_cannot_be_measured_on_halves_is_said(run_config, changes, advice):
+    notes = [note for note in pipeline.quantize(run_config(**changes)).notes if "in one piece" in note]
+    assert len(notes) == 1
+    assert "is 0.25" in notes[0]
+    assert notes[0].endswith(advice)
+    for measured in (
+        {"quantization__compensation": 0.5},
+        {"execution__mode": "blocks"},
+        {"quantization__method": "rtn"},
+    ):
+        assert "in one piece" not in str(plan(run_config(**{**changes, **measured})))

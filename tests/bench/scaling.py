@@ -1,4 +1,4 @@
-"""How a run scales: its schedule in simulated time, with 1 to 512 workers, in both modes, on four large models.
+"""How a run scales: its schedule in simulated time, with 1 to 512 workers, in all modes, on four large models.
 
     python tests/bench/scaling.py [--device h100] [--models 8B 70B ...]
     python tests/bench/scaling.py --measured RUN --workers 1 2

@@ -278,7 +278,7 @@ def test_stages_hold_what_is_foretold(tmp_path, compensation, drifts):
     plan, _, folder = planned(tmp_path / "model", "70B")
     config = run(folder, mode="stages", quantization={"group_size": 16, "compensation": compensation})
     memory = WorkerMemory(plan, config, torch.bfloat16, "cuda")
-    foretold = memory._staged_bytes([group], 0.0, memory._solving_bytes(group))
+    foretold = memory._staged_bytes(plan.blocks[0], [group], 0.0, memory._solving_bytes(group))
     assert solving < foretold < 1.1 * solving
 
 
