@@ -166,6 +166,11 @@ class RunConfig(Configuration):
             raise ValueError("activations.kv_cache: fp8 wants quantization.format: compressed-tensors")
         return self
 
+    @property
+    def makes_up_for_layers(self) -> bool:
+        """Whether weights make up for errors of the layers before them."""
+        return self.execution.mode != "blocks" and self.quantization.compensates
+
     def plain(self) -> dict[str, Any]:
         """Return the configuration as JSON types, with every default written out."""
         content = super().plain()

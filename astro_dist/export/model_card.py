@@ -43,6 +43,12 @@ _PIPELINES = {
     "AutoModelForMultimodalLM": "any-to-any",
 }  # fmt: skip
 """The Hub's name of what a model does, by the auto class that loads it."""
+_CALIBRATED = {
+    "blocks": "",
+    "stages": ": the layers of a block are calibrated behind the quantized ones before them in that block",
+    "sequential": ": every layer is calibrated behind the quantized ones before it",
+}
+"""What is said of a mode besides its name."""
 _METHODS = {
     "astro": "Astro regularization", "magr": "MagR regularization", "none": "", "gptq": "GPTQ",
     "rtn": "rounding to nearest",
@@ -238,7 +244,7 @@ def _method(config: RunConfig, summary: Summary) -> list[tuple[str, str]]:
         ("its strength β (layers solved together)", ", ".join(f"{b} ({count})" for b, count in summary.betas.items())),
         ("refinement passes after GPTQ", f"at most {q.refine_passes}"),
         *([("tuning", summary.tuning.in_words)] if summary.tuning is not None and summary.has_tuned else []),
-        ("blocks", f"mode {execution.mode}, {counted(execution.rounds, 'round')}"),
+        ("blocks", f"mode {execution.mode}, {counted(execution.rounds, 'round')}{_CALIBRATED[execution.mode]}"),
         *(("smoothed inputs", kind.in_words) for kind in summary.smoothing),
         *_coverage(summary),
         ("left as they are by configuration", ", ".join(q.ignore) or "nothing"),

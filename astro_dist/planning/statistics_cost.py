@@ -38,7 +38,7 @@ class StatisticsCost:
         """
         self._multiplies_halves = device_type == "cuda" and dtype.itemsize == 2
         self._is_rounded = config.activations.scheme is not None
-        self.is_compensated = config.execution.mode != "blocks" and config.quantization.compensates
+        self.is_compensated = config.makes_up_for_layers
         self.corrects_rounding = config.reconstruction.minds_rounding(config.activations)
         # Experts have no corrections, and are counted as if they had.
         of_rounding = rounding_drifts(config)

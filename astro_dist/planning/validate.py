@@ -293,18 +293,12 @@ def _text_notes(config: RunConfig, plan: Plan) -> Iterator[str]:
             f"at least {_ENOUGH_TOKENS * widest.columns} tokens (calibration.samples × sequence_length)"
         )
 
-    if _wants_halves(config) and _num_pieces(config) == 1:
+    if config.makes_up_for_layers and config.quantization.compensation == "auto" and _num_pieces(config) == 1:
         more = "execution.hessian_shares larger, or " if config.execution.hessian_shares == 1 else ""
         yield (
             "the calibration text is in one piece, so that the share of earlier errors that weights make up for cannot "
             f"be measured on halves of it, and is {USUAL_SHARE}; make {more}calibration.chunk_samples smaller"
         )
-
-
-def _wants_halves(config: RunConfig) -> bool:
-    quantization = config.quantization
-    measures = quantization.compensates and quantization.compensation == "auto"
-    return config.execution.mode != "blocks" and measures
 
 
 def _num_pieces(config: RunConfig) -> int:

@@ -69,7 +69,7 @@ class WorkerMemory:
         self._calibration_tokens = calibration.most_samples * calibration.longest_sequence
         self._sequential, self._in_stages = (config.execution.mode == mode for mode in ("sequential", "stages"))
         self._compensated = self._sequential and config.quantization.compensates
-        self._compares_streams = config.execution.mode != "blocks" and config.quantization.compensates
+        self._compares_streams = config.makes_up_for_layers
         self._reconstruction = config.reconstruction
         holds_channels = config.reconstruction.holds_channels(config.activations)
         self._held_columns = config.activations.outlier_channels if holds_channels else 0

@@ -12,7 +12,9 @@ from astro.model.recording import count_outputs, record
 from astro.model.skeleton import Skeleton
 from astro.storage.checkpoint import Checkpoint
 from astro_dist import pipeline
+from astro_dist.export.finished_run import FinishedRun
 from astro_dist.report.findings import Findings
+from astro_dist.report.html import write_report
 from astro_dist.schedule.names import is_held_out
 from tests.support.architectures import DENSE, EXPERTS, STATEFUL
 from tests.support.dequantized import write_dequantized
@@ -125,3 +127,13 @@ def block_errors(source, result, ids):
         errors.append(float((got - wanted).double().square().sum() / wanted.double().square().sum()))
         hidden = wanted
     return errors
+
+
+@pytest.mark.parametrize(("mode", "says"), [("blocks", False), ("stages", True), ("sequential", True)])
+def test_card_and_page_say_what_errors_are_relative_to(run_config, tmp_path, mode, says):
+    run(run_config, mode, tmp_path / mode)
+    finished = FinishedRun.open(tmp_path / mode)
+    page = write_report(Findings.read(tmp_path / mode)).read_text()
+    for text in (finished.card(None).text, page):
+        assert ("make up for" in text) == says
+    assert ("behind the quantized ones before" in finished.card(None).text) == says
