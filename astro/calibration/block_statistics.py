@@ -88,13 +88,12 @@ class BlockStatistics:
                 tokens and the policy is `fail`.
         """
         _require_reached(self._layers.operands, self._input_group_of)
-        all_sums, self._sums = self._sums, []
+        groups = dict(zip(map(tuple, self.input_groups), self._sums, strict=True))
+        self._sums = []
 
         def all_tokens(starved: Sequence[Operand]) -> AllTokens:
             return AllTokens(self._layers, starved, repeats, self._weights.kind, self._sum_kind, self._served)
 
-        groups = dict(zip(map(tuple, self.input_groups), all_sums, strict=True))
-        all_sums.clear()
         yield from finish_sums_(groups, experts, self._weights, all_tokens, self._device)
 
     def _observe(self, operand: Operand, inputs: Inputs) -> None:

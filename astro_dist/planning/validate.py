@@ -292,9 +292,9 @@ def _text_notes(config: RunConfig, plan: Plan) -> Iterator[str]:
             f"{tokens} calibration tokens are few for {widest.name}, which has {widest.columns} inputs: {what}; give "
             f"at least {_ENOUGH_TOKENS * widest.columns} tokens (calibration.samples × sequence_length)"
         )
-
     if config.makes_up_for_layers and config.quantization.compensation == "auto" and _num_pieces(config) == 1:
-        more = "execution.hessian_shares larger, or " if config.execution.hessian_shares == 1 else ""
+        is_one_share = config.execution.mode == "sequential" and config.execution.hessian_shares == 1
+        more = "execution.hessian_shares larger, or " if is_one_share else ""
         yield (
             "the calibration text is in one piece, so that the share of earlier errors that weights make up for cannot "
             f"be measured on halves of it, and is {USUAL_SHARE}; make {more}calibration.chunk_samples smaller"

@@ -67,7 +67,8 @@ class WorkerMemory:
         calibration = config.calibration
         self._sequence_length = calibration.longest_sequence
         self._calibration_tokens = calibration.most_samples * calibration.longest_sequence
-        self._sequential, self._in_stages = (config.execution.mode == mode for mode in ("sequential", "stages"))
+        self._sequential = config.execution.mode == "sequential"
+        self._in_stages = config.execution.mode == "stages"
         self._compensated = self._sequential and config.quantization.compensates
         self._compares_streams = config.makes_up_for_layers
         self._reconstruction = config.reconstruction
@@ -187,7 +188,8 @@ class WorkerMemory:
         """
         # The layers of earlier stages, which the block computes with. Experts that share a parameter change places with
         # a copy of what they were.
-        weights, apart = (sum(b.weights for b in batches if b.reach <= reach) for reach in (1, 0.999999))
+        weights = sum(batch.weights for batch in batches)
+        apart = sum(batch.weights for batch in batches if batch.reach < 1)
         earlier = (weights + apart) * self._itemsize
         forwarding += weights + correction_size([unit], self._reconstruction).size_bytes  # quantized layers wait
         largest = 0.0
@@ -196,7 +198,7 @@ class WorkerMemory:
             drift = 4.0 * sum(batch.square for batch in stage if self._compares_streams and batch.reach == 1)
             # Of every other chunk there is a drift apart, and a product is added to one of them. In the end it is known
             # how far they lie apart, which waits in the memory of the machine.
-            waiting = drift * (1 if self._device_type == "cpu" else 0)
+            waiting = drift if self._device_type == "cpu" else 0.0
             largest = max(largest, sums + 3 * drift + forwarding, sums + drift + waiting + solving)
         return earlier + largest
 

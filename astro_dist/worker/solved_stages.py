@@ -1,7 +1,7 @@
 """The layers of a block's earlier stages as they were quantized, with which the block computes in a later stage."""
 
 import dataclasses
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 
 import torch
@@ -27,16 +27,19 @@ class SolvedLayers:
     weights: Mapping[str, torch.Tensor] = dataclasses.field(default_factory=dict)
     corrections: Mapping[str, LowRank] = dataclasses.field(default_factory=dict)
 
-    def with_layers(self, solved: Mapping[str, QuantizedLinear], dtype: torch.dtype) -> "SolvedLayers":
+    def with_layers(self, solved: Iterable[tuple[str, QuantizedLinear]], dtype: torch.dtype) -> "SolvedLayers":
         """Return these layers and others.
 
         Args:
-            solved: The other layers by name, on the device.
+            solved: Name of each of the others, and the layer, on the device; they are taken one at a time.
             dtype: The compute dtype.
         """
-        weights = {name: layer.dequantize(dtype) for name, layer in solved.items()}
-        corrections = {name: layer.correction for name, layer in solved.items() if layer.correction}
-        return SolvedLayers({**self.weights, **weights}, {**self.corrections, **corrections})
+        weights, corrections = dict(self.weights), dict(self.corrections)
+        for name, layer in solved:
+            weights[name] = layer.dequantize(dtype)
+            if layer.correction:
+                corrections[name] = layer.correction
+        return SolvedLayers(weights, corrections)
 
 
 def solved_before(runner: BlockRunner, block: BlockInParts, stage: int) -> SolvedLayers:
@@ -50,11 +53,9 @@ def solved_before(runner: BlockRunner, block: BlockInParts, stage: int) -> Solve
     Raises:
         DamagedError: A part of a solve is missing, or not as it was written.
     """
-    earlier = SolvedLayers()
-    for batch in (batch for before in block.stages[:stage] for batch in before):
-        layers = {name: solved.to(runner.device) for name, solved in block.solved(batch)[0].items()}
-        earlier = earlier.with_layers(layers, runner.spec.compute_dtype)
-    return earlier
+    batches = (batch for earlier in block.stages[:stage] for batch in earlier)
+    layers = ((name, layer.to(runner.device)) for batch in batches for name, layer in block.solved(batch)[0].items())
+    return SolvedLayers().with_layers(layers, runner.spec.compute_dtype)
 
 
 @contextmanager

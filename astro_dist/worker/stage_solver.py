@@ -67,7 +67,7 @@ class StageSolver:
             of_stage, of_records = quantize_block(weights, list(map(names_of, stage)), statistics, schemes, recipe)
             solved |= of_stage
             records += of_records
-            self._earlier = self._earlier.with_layers(of_stage, spec.compute_dtype)
+            self._earlier = self._earlier.with_layers(of_stage.items(), spec.compute_dtype)
         return SolvedBlock(solved, records, self._seconds, self._largest.scales)
 
     def _stages(self) -> list[list[list[Operand]]]:

@@ -137,6 +137,10 @@ def test_rounding_to_nearest_wants_no_text(run_config):
     [
         ({"execution__mode": "stages", "calibration__chunk_samples": 6}, "make calibration.chunk_samples smaller"),
         (
+            {"execution__mode": "stages", "calibration__chunk_samples": 6, "execution__hessian_shares": 1},
+            "make calibration.chunk_samples smaller",
+        ),
+        (
             {"execution__mode": "sequential", "execution__hessian_shares": 1},
             "make execution.hessian_shares larger, or calibration.chunk_samples smaller",
         ),
